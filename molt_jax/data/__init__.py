@@ -1,0 +1,1 @@
+"""From files to batches: sources, transforms, missing-modality protocol, the Grain pipeline."""

@@ -1,0 +1,1 @@
+"""Trainable modules: attention, MoLT, fusion, rivals."""
