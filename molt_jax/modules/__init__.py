@@ -1,1 +1,1 @@
-"""Trainable modules: attention, MoLT, fusion, rivals."""
+"""Trainable modules: inputs, attention, MoLT, fusion, baselines; `heads.make_head` builds one by name."""

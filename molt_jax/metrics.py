@@ -1,0 +1,102 @@
+"""Classification metrics as sums and counts: they add up over batches, shards and hosts to the numbers of the whole split."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from molt_jax.objectives.classification import sigmoid_cross_entropy, softmax_cross_entropy
+
+
+@struct.dataclass
+class ClassificationMetrics:
+  """Running sums over examples; `update` can run under jit with the sums on the device.
+
+  Attributes:
+    true_positive_k, false_positive_k, false_negative_k: int32[K].
+    support_k: int32[K], examples that truly carry each label.
+    correct: int32, examples whose label (multi-label: whole label set) is right.
+    samples_f1_sum: float32, sum of each example's F1 between predicted and true label set.
+    count: int32, examples of non-zero weight.
+    loss_sum, weight_sum: float32, cross-entropy without class weights, and its weight.
+    multi_label: whether labels are [B, K] of zeros and ones; static.
+  """
+
+  true_positive_k: jax.Array
+  false_positive_k: jax.Array
+  false_negative_k: jax.Array
+  support_k: jax.Array
+  correct: jax.Array
+  samples_f1_sum: jax.Array
+  count: jax.Array
+  loss_sum: jax.Array
+  weight_sum: jax.Array
+  multi_label: bool = struct.field(pytree_node=False)
+
+  @classmethod
+  def empty(cls, *, num_classes: int, multi_label: bool) -> 'ClassificationMetrics':
+    """The metrics of no example."""
+    per_class = {f'{name}_k': jnp.zeros(num_classes, jnp.int32) for name in ('true_positive', 'false_positive', 'false_negative', 'support')}
+    counts = {name: jnp.zeros((), jnp.int32) for name in ('correct', 'count')}
+    sums = {name: jnp.zeros((), jnp.float32) for name in ('samples_f1_sum', 'loss_sum', 'weight_sum')}
+    return cls(**per_class, **counts, **sums, multi_label=multi_label)
+
+  def update(self, logits_bk: jax.Array, label: jax.Array, weight_b: jax.Array) -> 'ClassificationMetrics':
+    """Adds a batch.
+
+    Args:
+      logits_bk: [B, K]. Prediction: the largest; multi-label: those above zero, that is of probability above 0.5.
+      label: integers [B]; multi-label: [B, K] of zeros and ones.
+      weight_b: [B]; rows of weight zero do not count.
+    """
+    live_b1 = weight_b[:, None] > 0
+    loss = sigmoid_cross_entropy if self.multi_label else softmax_cross_entropy
+    loss_sum, weight_sum = loss(logits_bk, label, weight_b=weight_b)
+    if self.multi_label:
+      true_bk, predicted_bk = label == 1, logits_bk > 0
+    else:
+      class_1k = jnp.arange(logits_bk.shape[-1])[None, :]
+      true_bk, predicted_bk = label[:, None] == class_1k, jnp.argmax(logits_bk, axis=-1)[:, None] == class_1k
+    true_bk, predicted_bk = true_bk & live_b1, predicted_bk & live_b1
+    hit_b = jnp.sum(true_bk & predicted_bk, axis=-1)
+    size_b = jnp.sum(true_bk, axis=-1) + jnp.sum(predicted_bk, axis=-1)
+    return self.merge(ClassificationMetrics(
+        true_positive_k=jnp.sum(true_bk & predicted_bk, axis=0, dtype=jnp.int32),
+        false_positive_k=jnp.sum(~true_bk & predicted_bk, axis=0, dtype=jnp.int32),
+        false_negative_k=jnp.sum(true_bk & ~predicted_bk, axis=0, dtype=jnp.int32),
+        support_k=jnp.sum(true_bk, axis=0, dtype=jnp.int32),
+        correct=jnp.sum(jnp.all(true_bk == predicted_bk, axis=-1) & live_b1[:, 0], dtype=jnp.int32),
+        samples_f1_sum=jnp.sum(2 * hit_b / jnp.maximum(size_b, 1)),
+        count=jnp.sum(live_b1, dtype=jnp.int32),
+        loss_sum=loss_sum,
+        weight_sum=weight_sum,
+        multi_label=self.multi_label))
+
+  def merge(self, other: 'ClassificationMetrics') -> 'ClassificationMetrics':
+    """The metrics of both sets of examples together."""
+    return jax.tree.map(jnp.add, self, other)
+
+  def compute(self) -> dict[str, float]:
+    """Accuracy, F1 and loss, as scikit-learn's `accuracy_score` and `f1_score(..., zero_division=0)` define them.
+
+    Multi-label: accuracy is that of whole label sets, and macro F1 averages all classes. Single label: macro F1 averages the classes
+    that occur among truths or predictions, and samples F1 is the accuracy (the F1 of two sets of one label each is 1 or 0).
+    """
+    m = jax.device_get(self)
+    true_k, wrong_k = 2 * m.true_positive_k.astype(np.int64), m.false_positive_k.astype(np.int64) + m.false_negative_k
+    f1_k = _ratio(true_k, true_k + wrong_k)
+    averaged_k = np.ones_like(f1_k) if self.multi_label else (true_k + wrong_k > 0)
+    return {
+        'accuracy': float(_ratio(m.correct, m.count)),
+        'f1_micro': float(_ratio(true_k.sum(), (true_k + wrong_k).sum())),
+        'f1_macro': float(_ratio(np.sum(f1_k * averaged_k), averaged_k.sum())),
+        'f1_samples': float(_ratio(m.samples_f1_sum, m.count)),
+        'f1_weighted': float(_ratio(np.sum(f1_k * m.support_k), m.support_k.sum())),
+        'loss': float(_ratio(m.loss_sum, m.weight_sum)),
+    }
+
+
+def _ratio(numerator, denominator):
+  """numerator / denominator in float64, zero where there is nothing to divide by."""
+  numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+  return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)

@@ -1,0 +1,28 @@
+"""Heads without MoLT."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from molt_jax.modules.interface import HeadOutput, Taps, pool
+
+
+class LateFusionHead(nn.Module):
+  """The means of the tokens of E_i and E_t side by side, [B, D_i + D_t], and a classifier.
+
+  An absent modality leaves zeros with the strategies `robust` and `zero`, and a learned vector with `null`.
+
+  Attributes:
+    inputs: taps -> (image, text) sequences, an `InputPair` of one layer.
+    classifier: a module of `fusion.CLASSIFIERS`.
+  """
+
+  inputs: nn.Module
+  classifier: nn.Module
+
+  @nn.compact
+  def __call__(self, taps: Taps, present_bm: jax.Array, *, train: bool, row_weight_b: jax.Array | None = None) -> HeadOutput:
+    """See `heads.make_head`."""
+    sequences = self.inputs(taps, present_bm, train=train, row_weight_b=row_weight_b)
+    features_bd = jnp.concatenate([pool(s.tokens_lbtd, s.mask_bt)[-1] for s in sequences], axis=-1)
+    return HeadOutput(self.classifier(features_bd, train=train))

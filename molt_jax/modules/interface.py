@@ -1,0 +1,66 @@
+"""What goes into a head and what comes out of it.
+
+A head is a Linen module called as `head(taps, present_bm, train=..., row_weight_b=...)`. `taps` is any object with the fields of `Taps`;
+a modality whose taps are None was not run because it is absent in every row. Column 0 of `present_bm` is the image, column 1 the text.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+MODALITIES = ('image', 'text')
+
+
+class Taps(Protocol):
+  """Hidden states of the last L layers of the two frozen towers."""
+
+  image_lbid: jax.Array | None
+  text_lbtd: jax.Array | None
+  text_mask_bt: jax.Array
+
+
+@struct.dataclass
+class TokenSequence:
+  """One modality as a head may see it: nothing of an absent row or of padding is left in it.
+
+  Attributes:
+    tokens_lbtd: [L, B, T, D] in the compute dtype, finite everywhere.
+    mask_bt: bool[B, T], which tokens are valid.
+    usable_b: bool[B], whether the row has anything to read: the modality itself or what stands in for it.
+  """
+
+  tokens_lbtd: jax.Array
+  mask_bt: jax.Array
+  usable_b: jax.Array
+
+
+@struct.dataclass
+class HeadOutput:
+  """What every head returns.
+
+  Attributes:
+    logits_bk: float32[B, K].
+    pooled_image_lbc: float32[L, B, C], the h_i that CCA (eq. 4) compares; None for a method without CCA.
+    pooled_text_lbc: float32[L, B, C], the h_t.
+  """
+
+  logits_bk: jax.Array
+  pooled_image_lbc: jax.Array | None = None
+  pooled_text_lbc: jax.Array | None = None
+
+
+def pool(x_lbtc: jax.Array, mask_bt: jax.Array) -> jax.Array:
+  """Mean over the valid tokens, [L, B, T, C] -> float32[L, B, C]; zero where no token is valid."""
+  count_b = jnp.maximum(jnp.sum(mask_bt, axis=-1), 1).astype(jnp.float32)
+  total_lbc = jnp.sum(x_lbtc.astype(jnp.float32), axis=-2, where=mask_bt[None, :, :, None])
+  return total_lbc / count_b[None, :, None]
+
+
+def usable_mean(image: jax.Array, text: jax.Array, usable_bm: jax.Array) -> jax.Array:
+  """Mean over the usable modalities of two float32[..., B, C]: the halves of eq. 5 and eq. 7 where both are, zero where none is."""
+  both = jnp.stack([image, text], axis=-2)
+  count_b1 = jnp.maximum(jnp.sum(usable_bm, axis=-1, keepdims=True), 1).astype(jnp.float32)
+  total = jnp.sum(both, axis=-2, where=jnp.broadcast_to(usable_bm[:, :, None], both.shape))
+  return total / jnp.broadcast_to(count_b1, total.shape)
