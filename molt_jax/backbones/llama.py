@@ -1,0 +1,251 @@
+"""LLaMA decoder as a frozen text tower: hidden states only, no language-model head."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from molt_jax.backbones import stack
+from molt_jax.config import UserError
+
+# What Hugging Face reads where a config.json is silent (older files omit these).
+DEFAULTS = {
+    'hidden_act': 'silu', 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'attention_bias': False, 'mlp_bias': False,
+}
+REQUIRED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+# Keys that change the mathematics, and the values under which they change nothing.
+NEUTRAL = {
+    'model_type': ('llama',), 'hidden_act': ('silu',), 'quantization_config': (None,), 'sliding_window': (None,), 'partial_rotary_factor': (None, 1.0),
+    'rope_interleaved': (None, False), 'clip_qkv': (None,), 'attn_logit_softcapping': (None,), 'use_qk_norm': (None, False), 'no_rope_layers': (None,),
+    'embedding_multiplier': (None, 1.0), 'residual_multiplier': (None, 1.0), 'attention_multiplier': (None,), 'num_local_experts': (None,),
+}
+# Keys of a RoPE description, by type. `rope_theta` and the type itself may always be there.
+ROPE_KEYS = {
+    'default': (),
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Scaling of the rotary frequencies: 'linear' divides all by `factor`; 'llama3' divides the long wavelengths and blends in between."""
+
+  kind: str
+  factor: float
+  low_freq_factor: float | None
+  high_freq_factor: float | None
+  original_max_positions: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """Architecture of a LLaMA-family decoder."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_positions: int
+  rms_norm_eps: float
+  rope_theta: float
+  rope_scaling: RopeScaling | None
+  attention_bias: bool
+  mlp_bias: bool
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any]) -> 'LlamaConfig':
+    """Reads the dict of a Hugging Face config.json (LLaMA 1, 2, 3, TinyLlama, SmolLM).
+
+    Raises:
+      UserError: a size is missing, or a value is not implemented.
+    """
+    c = {**DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
+    if missing := [k for k in REQUIRED if k not in c]:
+      raise UserError(f'the LLaMA config lacks {", ".join(missing)}; is this the config.json of a LLaMA-family model?')
+    for key, legal in NEUTRAL.items():
+      if c.get(key, legal[0]) not in legal:
+        raise UserError(f'the LLaMA config has {key} = {c[key]!r}, which is not implemented; implemented: {" or ".join(map(repr, legal))}')
+    heads, kv_heads = c['num_attention_heads'], c.get('num_key_value_heads', c['num_attention_heads'])
+    if heads % kv_heads or c['hidden_size'] % heads and 'head_dim' not in c:
+      raise UserError(f'the LLaMA config has num_attention_heads = {heads}, which must be a multiple of num_key_value_heads = {kv_heads} '
+                      f'and, without head_dim, divide hidden_size = {c["hidden_size"]}')
+    theta, scaling = _read_rope(c)
+    return cls(
+        vocab_size=c['vocab_size'], hidden_size=c['hidden_size'], intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=c.get('head_dim', c['hidden_size'] // heads), max_positions=c['max_position_embeddings'],
+        rms_norm_eps=c['rms_norm_eps'], rope_theta=theta, rope_scaling=scaling, attention_bias=c['attention_bias'], mlp_bias=c['mlp_bias'])
+
+
+def _read_rope(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+  """Reads `rope_parameters`, or the older `rope_theta` + `rope_scaling`."""
+  rope = {'rope_theta': c['rope_theta'], **c.get('rope_scaling', {}), **c.get('rope_parameters', {})}
+  names = {rope.pop(k) for k in ('rope_type', 'type') if k in rope} or {'default'}
+  kind = names.pop()
+  if names or kind not in ROPE_KEYS:
+    raise UserError(f'the LLaMA config has rope_type = {kind!r}, which is not implemented; implemented: {", ".join(map(repr, ROPE_KEYS))}')
+  theta = float(rope.pop('rope_theta'))
+  rope = {k: v for k, v in rope.items() if v is not None and (k, v) != ('partial_rotary_factor', 1.0)}
+  if kind == 'llama3':
+    rope.setdefault('original_max_position_embeddings', c['max_position_embeddings'])
+  if kind == 'default':
+    rope.pop('factor', None)
+  if set(rope) != set(ROPE_KEYS[kind]):
+    raise UserError(f'the LLaMA config describes rope_type {kind!r} by {sorted(rope)}; implemented is exactly {sorted(ROPE_KEYS[kind])}')
+  if kind == 'default':
+    return theta, None
+  return theta, RopeScaling(kind, *(rope.get(k) for k in ROPE_KEYS['llama3']))
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+  """Angular frequencies of the rotary embedding, float64[head_dim / 2], after scaling.
+
+  Su et al. 2021, "RoFormer"; 'linear' is position interpolation (Chen et al. 2023); 'llama3' follows Meta's LLaMA 3.1 release.
+  """
+  freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+  s = config.rope_scaling
+  if s is None:
+    return freq
+  if s.kind == 'linear':
+    return freq / s.factor
+  turns = s.original_max_positions * freq / (2 * math.pi)
+  keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+  return keep * freq + (1 - keep) * freq / s.factor
+
+
+def rotate(x_btnh: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
+  """Rotates the pairs (x_j, x_{j + H/2}) by the angle of their position, in float32. cos, sin: [T, H / 2]."""
+  a, b = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos_th[None, :, None, :], sin_th[None, :, None, :]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_btnh.dtype)
+
+
+def _partitioned(axes: tuple[str, ...], num_in: int = 1):
+  """Initialiser of a kernel whose first `num_in` axes are contracted, with its logical axes."""
+  init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')  # DenseGeneral initialises [in, out] and reshapes.
+  del num_in
+  return nn.with_logical_partitioning(init, axes)
+
+
+class LlamaLayer(nn.Module):
+  """One decoder layer: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+  config: LlamaConfig
+  dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, h_btd, cos_th, sin_th, lengths_b):
+    c = self.config
+
+    def norm(name):
+      return nn.RMSNorm(epsilon=c.rms_norm_eps, dtype=self.dtype, param_dtype=self.dtype, name=name,
+                        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)))
+
+    def dense(name, features, axes, *, use_bias, axis=-1):
+      num_out = len(features) if isinstance(features, tuple) else 1
+      return nn.DenseGeneral(
+          features, axis=axis, use_bias=use_bias, dtype=self.dtype, param_dtype=self.dtype, name=name, kernel_init=_partitioned(axes),
+          bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-num_out:]))
+
+    x_btd = norm('input_norm')(h_btd)
+    q_btnh = dense('q_proj', (c.num_heads, c.head_dim), ('embed', 'heads', 'head_dim'), use_bias=c.attention_bias)(x_btd)
+    k_btkh = dense('k_proj', (c.num_kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), use_bias=c.attention_bias)(x_btd)
+    v_btkh = dense('v_proj', (c.num_kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), use_bias=c.attention_bias)(x_btd)
+    a_btnh = jax.nn.dot_product_attention(
+        rotate(q_btnh, cos_th, sin_th), rotate(k_btkh, cos_th, sin_th), v_btkh,
+        is_causal=True, key_value_seq_lengths=lengths_b, implementation=self.attention)
+    h_btd += dense('o_proj', c.hidden_size, ('heads', 'head_dim', 'embed'), axis=(-2, -1), use_bias=c.attention_bias)(a_btnh)
+
+    x_btd = norm('mlp_norm')(h_btd)
+    gate_btf = dense('gate_proj', c.intermediate_size, ('embed', 'mlp'), use_bias=c.mlp_bias)(x_btd)
+    up_btf = dense('up_proj', c.intermediate_size, ('embed', 'mlp'), use_bias=c.mlp_bias)(x_btd)
+    return h_btd + dense('down_proj', c.hidden_size, ('mlp', 'embed'), use_bias=c.mlp_bias)(nn.silu(gate_btf) * up_btf)
+
+
+class Llama(nn.Module):
+  """LLaMA decoder without head.
+
+  Masks mark valid tokens and are right-padded (valid tokens first). Padding never reaches a valid token; what comes out at padded positions is finite
+  and means nothing.
+
+  Attributes:
+    config: the architecture.
+    dtype: of weights and computation; norms, rotary angles and softmax are float32.
+    attention: implementation of `jax.nn.dot_product_attention`, 'xla' or 'cudnn' (GPU, bfloat16).
+  """
+
+  config: LlamaConfig
+  dtype: Any
+  attention: str
+
+  def setup(self):
+    c = self.config
+    table = nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed'))
+    self.embedding = self.param('embedding', table, (c.vocab_size, c.hidden_size), self.dtype)
+    self.layer = LlamaLayer(c, self.dtype, self.attention, parent=None)
+    example = (jnp.zeros((1, 1, c.hidden_size), self.dtype), *self._angles(jnp.arange(1)), jnp.ones(1, jnp.int32))
+    self.layers = stack.layer_params(self, self.layer, c.num_layers, *example)
+    self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, dtype=self.dtype, param_dtype=self.dtype,
+                           scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)))
+
+  def __call__(self, tokens_bt, mask_bt, *, num_taps: int):
+    """Returns the last `num_taps` hidden states, as Hugging Face's `output_hidden_states` numbers them.
+
+    Args:
+      tokens_bt: int32[B, T].
+      mask_bt: bool[B, T], True for valid tokens, right-padded.
+      num_taps: 1 to num_layers + 1; the last state is the one after the final norm.
+
+    Returns:
+      taps_lbtd: dtype[num_taps, B, T, D].
+
+    Raises:
+      UserError: more taps than hidden states, or more tokens than the model has positions.
+    """
+    c = self.config
+    if not 1 <= num_taps <= c.num_layers + 1:
+      raise UserError(f'{num_taps} tapped layers of a LLaMA with {c.num_layers} layers: choose from 1 to {c.num_layers + 1} (molt.num_layers)')
+    if tokens_bt.shape[1] > c.max_positions:
+      raise UserError(f'{tokens_bt.shape[1]} tokens for a LLaMA with {c.max_positions} positions: lower text.max_tokens')
+    h_btd, taps_lbtd = self._run(self.embed(tokens_bt), mask_bt, start=0, stop=c.num_layers, num_taps=num_taps)
+    return taps_lbtd.at[-1].set(self.final_norm(h_btd))
+
+  def embed(self, tokens_bt):
+    """Token embeddings, dtype[B, T, D]: the first hidden state."""
+    return jnp.take(self.embedding, tokens_bt, axis=0, mode='clip')
+
+  def run(self, hidden_btd, mask_bt, *, start: int, stop: int, positions_t=None):
+    """Runs layers start..stop-1 on hidden states; weights are read in place.
+
+    Args:
+      hidden_btd: dtype[B, T, D]; T may differ from call to call (tokens inserted between layers).
+      mask_bt: bool[B, T], right-padded.
+      start, stop: range of layers, 0 <= start <= stop <= num_layers.
+      positions_t: int[T], rotary positions; 0..T-1 if None. Attention is causal in the order of T, whatever the positions.
+
+    Returns:
+      dtype[B, T, D].
+    """
+    return self._run(hidden_btd, mask_bt, start=start, stop=stop, positions_t=positions_t)[0]
+
+  def final_norm(self, hidden_btd):
+    """The norm after the last layer, dtype[B, T, D]."""
+    return self.norm(hidden_btd)
+
+  def _run(self, hidden_btd, mask_bt, *, start, stop, positions_t=None, num_taps=0):
+    angles = self._angles(jnp.arange(hidden_btd.shape[1]) if positions_t is None else positions_t)
+    lengths_b = jnp.maximum(mask_bt.sum(axis=1, dtype=jnp.int32), 1)  # A row without tokens attends to its first position and stays finite.
+    return stack.run_layers(self.layer, self.layers, hidden_btd, *angles, lengths_b, start=start, stop=stop, num_taps=num_taps)
+
+  def _angles(self, positions_t):
+    angle_th = positions_t.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(self.config), jnp.float32)[None, :]
+    return jnp.cos(angle_th), jnp.sin(angle_th)
