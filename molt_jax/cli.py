@@ -1,0 +1,147 @@
+"""What every command line shares: flags, one-line errors, progress."""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import rich.console
+import rich.progress
+import rich.text
+
+from molt_jax.config import UserError
+
+PLAIN_LINE_SECONDS = 15.0
+
+
+class Flag(NamedTuple):
+  """One command-line flag `--name`; a flag without default is required."""
+
+  name: str
+  meaning: str
+  default: str | None = None
+  required: bool = False
+
+
+def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str]], int]:
+  """Wraps `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2."""
+  @functools.wraps(main)
+  def wrapped(argv):
+    try:
+      return main(argv) or 0
+    except UserError as error:
+      sys.stdout.flush()
+      print(f'error: {error}', file=sys.stderr)
+      return 2
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      return 128 + signal.SIGINT
+  return wrapped
+
+
+class _Parser(argparse.ArgumentParser):
+  """argparse whose mistakes are one line."""
+
+  def error(self, message):
+    raise UserError(f'{message}; see {self.prog} --help')
+
+
+def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+  """Returns the flags' values and the `--config.FIELD=VALUE` overrides.
+
+  Raises:
+    UserError: a required flag is missing or a flag is unknown.
+  """
+  parser = _Parser(prog=f'python -m {prog}', description=purpose, allow_abbrev=False)
+  for flag in flags:
+    parser.add_argument(f'--{flag.name}', default=flag.default, required=flag.required, help=flag.meaning)
+  takes_config = any(flag.name == 'config' for flag in flags)
+  if takes_config:
+    parser.epilog = 'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: molt_jax/config.py).'
+  known, rest = parser.parse_known_args(list(argv))
+  names = [f'--{flag.name}' for flag in flags]
+  return known, dict(_overrides(rest, names, takes_config))
+
+
+def _overrides(rest: Sequence[str], names: Sequence[str], takes_config: bool) -> Iterator[tuple[str, str]]:
+  words = iter(rest)
+  for word in words:
+    name, equals, value = word.partition('=')
+    if not (takes_config and name.startswith('--config.')):
+      near = difflib.get_close_matches(name, names, n=1)
+      hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(names)}' + (', --config.FIELD=VALUE' if takes_config else '')
+      raise UserError(f'unknown argument {word!r}; {hint}')
+    if not equals:
+      value = next(words, None)
+      if value is None:
+        raise UserError(f'{name}: no value; write {name}=VALUE')
+    yield name.removeprefix('--config.'), value
+
+
+def say(message: str) -> None:
+  """Prints one line for the reader on stderr, so that stdout holds results only."""
+  _CONSOLE.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+_CONSOLE = rich.console.Console(stderr=True)
+
+
+class Progress:
+  """Counts work: a bar with rate and time left on a terminal, a plain line every now and then otherwise."""
+
+  def __init__(self, title: str, total: int, unit: str, *, done: int = 0):
+    self.title, self.total, self.unit, self.done = title, total, unit, done
+    self._start, self._first, self._last = time.monotonic(), done, time.monotonic()
+    self._bar = _bar(unit) if _CONSOLE.is_terminal else None
+    if self._bar:
+      self._bar.start()
+      self._task = self._bar.add_task(title, total=total, completed=done, note='')
+
+  def advance(self, amount: int = 1, note: str = '') -> None:
+    """Adds finished work; `note` is shown beside it."""
+    self.done += amount
+    if self._bar:
+      self._bar.update(self._task, completed=self.done, note=note)
+    elif time.monotonic() - self._last >= PLAIN_LINE_SECONDS:
+      self._last = time.monotonic()
+      say(self._line(note))
+
+  def _line(self, note: str) -> str:
+    rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+    left = (self.total - self.done) / rate if rate else 0
+    return f'{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {int(left) // 60}:{int(left) % 60:02d} left' + (f', {note}' if note else '')
+
+  def close(self) -> None:
+    if self._bar:
+      self._bar.stop()
+
+
+def _bar(unit: str) -> rich.progress.Progress:
+  p = rich.progress
+  return p.Progress(
+      p.TextColumn('{task.description}'), p.BarColumn(), p.MofNCompleteColumn(), p.TextColumn(unit), _Rate(unit), p.TimeRemainingColumn(),
+      p.TextColumn('{task.fields[note]}'), console=_CONSOLE, transient=True)
+
+
+class _Rate(rich.progress.ProgressColumn):
+  def __init__(self, unit: str):
+    super().__init__()
+    self.unit = unit
+
+  def render(self, task):
+    return rich.text.Text(f'{task.speed:.3g} {self.unit}/s' if task.speed else '')
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
+  """Shows progress over a block."""
+  bar = Progress(title, total, unit, done=done)
+  try:
+    yield bar
+  finally:
+    bar.close()

@@ -1,0 +1,97 @@
+"""The whole classifier: two frozen towers and the trainable head, put together from a config."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from molt_jax import sharding
+from molt_jax.backbones import features, weights
+from molt_jax.config import UserError
+from molt_jax.data.pipeline import Preprocess
+from molt_jax.modules.heads import make_head
+from molt_jax.modules.interface import HeadOutput
+
+MODALITIES = ('image', 'text')  # Columns of `present`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A head over the last `num_taps` layers of two towers; holds no arrays."""
+
+  image: weights.Tower
+  text: weights.Tower
+  head: nn.Module
+  num_taps: int
+
+  def init(self, key: jax.Array) -> Any:
+    """Returns the head's variables (boxed): 'params' and, with standardised inputs, 'statistics'."""
+    def zeros(tower):
+      return jnp.zeros((self.num_taps, 1, 1, tower.config.hidden_size))
+    taps = features.Taps(image_lbid=zeros(self.image), text_lbtd=zeros(self.text), text_mask_bt=jnp.ones((1, 1), bool))
+    return self.head.init(key, taps, jnp.ones((1, 2), bool), train=False)
+
+  def taps(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> features.Taps:
+    """Runs the towers whose parameters are in `frozen`; no gradient goes in."""
+    return features.extract(self.image.module, self.text.module, frozen, batch, num_taps=self.num_taps)
+
+  def classify(self, variables: Mapping[str, Any], taps: features.Taps, present_bm: jax.Array) -> HeadOutput:
+    """The head in evaluation mode."""
+    return self.head.apply(variables, taps, present_bm, train=False)
+
+
+def describe_towers(config: ml_collections.ConfigDict) -> dict[str, weights.Tower]:
+  """Opens both towers without their weights: architecture, identity, tokenizer or image preprocessing."""
+  c = config.backbones
+  return {m: weights.describe_tower(c[m].path, kind=m, dtype=jnp.dtype(c.dtype), attention=c.attention) for m in MODALITIES}
+
+
+def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.Tower], *, num_classes: int) -> Model:
+  """Puts the head that `config.method` names on the towers.
+
+  Raises:
+    UserError: a tower has fewer layers than are tapped.
+  """
+  for modality in MODALITIES:
+    layers = towers[modality].config.num_layers
+    if config.molt.num_layers > layers:
+      raise UserError(f'config.molt.num_layers: {config.molt.num_layers}, but the {modality} tower has {layers} layers; give at most {layers}')
+  head = make_head(
+      config, num_classes=num_classes, image_width=towers['image'].config.hidden_size, text_width=towers['text'].config.hidden_size)
+  return Model(image=towers['image'], text=towers['text'], head=head, num_taps=config.molt.num_layers)
+
+
+def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, modalities: Collection[str] = MODALITIES) -> dict[str, Any]:
+  """Loads the named towers' parameters in their final type and sharding; the others are None and will not be run."""
+  c = config.backbones
+  def load(modality):
+    shardings = sharding.param_shardings(mesh)
+    return weights.load_tower(c[modality].path, kind=modality, dtype=jnp.dtype(c.dtype), attention=c.attention, shardings=shardings).params
+  return {m: load(m) if m in modalities else None for m in MODALITIES}
+
+
+def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.Tower], *, num_classes: int) -> Preprocess:
+  """Returns how one example becomes arrays: the image tower's preprocessing, the text tower's tokenizer."""
+  image, tokenizer = towers['image'].preprocess, towers['text'].tokenizer
+  return Preprocess(
+      image_size=image.size, mean=image.mean, std=image.std, resize=config.image.resize, encode=tokenizer.encode, pad_id=tokenizer.pad_id,
+      max_tokens=config.text.max_tokens, num_classes=num_classes, multi_label=config.dataset.multi_label)
+
+
+def identities(towers: Mapping[str, weights.Tower]) -> dict[str, dict[str, str]]:
+  """Returns {'image': {'path', 'sha256'}, 'text': ...}: what a checkpoint belongs to."""
+  return {m: dict(towers[m].identity) for m in MODALITIES}
+
+
+def check_same_towers(saved: Mapping[str, Mapping[str, str]], towers: Mapping[str, weights.Tower], modalities: Collection[str] = MODALITIES) -> None:
+  """Raises UserError unless the towers are those that the checkpoint was trained on."""
+  for modality in modalities:
+    old, new = saved[modality], towers[modality].identity
+    if old['sha256'] != new['sha256']:
+      raise UserError(
+          f'config.backbones.{modality}.path: {new["path"]!r} (sha256 {new["sha256"][:12]}) is not the tower this checkpoint was trained on, '
+          f'{old["path"]!r} (sha256 {old["sha256"][:12]}); give that tower, or another --workdir')

@@ -1,0 +1,137 @@
+"""Predicts from an image, a text or both: `python -m molt_jax.predict --workdir=DIR [--image=FILE] [--text=STRING]`."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from molt_jax import cli, evaluate, sharding
+from molt_jax import model as model_lib
+from molt_jax.config import UserError
+from molt_jax.data import pipeline
+
+
+class Predictor:
+  """A trained classifier, ready to use; made by `molt_jax.load(DIR)`. A tower is loaded when an input first needs it."""
+
+  def __init__(self, workdir: str | pathlib.Path):
+    """Opens the run in `workdir`.
+
+    Raises:
+      UserError: no run there, or a tower that is gone or has changed.
+    """
+    self.config, meta, restore = evaluate.open_run(pathlib.Path(workdir))
+    self.class_names: list[str] = meta['class_names']
+    self._saved = meta['backbones']
+    self._towers = model_lib.describe_towers(self.config)
+    self._mesh = sharding.make_mesh(self.config)
+    self._model = model_lib.make_model(self.config, self._towers, num_classes=len(self.class_names))
+    self._preprocess = model_lib.make_preprocess(self.config, self._towers, num_classes=len(self.class_names))
+    self._variables = evaluate.restore_variables(self._model, restore, self._mesh)
+    self._frozen: dict[str, Any] = dict.fromkeys(model_lib.MODALITIES)
+    self._step = jax.jit(self._forward)
+
+  def predict(self, image: Any = None, text: Any = None, *, top_k: int = 5) -> dict[str, Any] | list[dict[str, Any]]:
+    """Classifies one example, or a list of them.
+
+    Args:
+      image: None, a path, a uint8 array [H, W, 3] or a PIL image; or a list of these.
+      text: None or a string; or a list of these, as long as the list of images where both are given.
+      top_k: labels to return.
+
+    Returns:
+      {'labels': [{'label', 'probability'}, ...] best first, 'image': bool, 'text': bool (what was there)}; for lists a list of these.
+      Probabilities are softmax's, or each label's own sigmoid for a multi-label model.
+
+    Raises:
+      UserError: an example with neither image nor text, an unreadable image, lists of unequal length, top_k below 1.
+    """
+    if top_k < 1:
+      raise UserError(f'top_k: {top_k} is not legal; give a number >= 1')
+    pairs, many = _pairs(image, text)
+    examples = [pipeline.single_example(self._preprocess, image=i, text=t) for i, t in pairs]
+    probabilities_nk = self._probabilities(examples) if examples else []
+    results = [self._result(p, example['present'], top_k) for p, example in zip(probabilities_nk, examples, strict=True)]
+    return results if many else results[0]
+
+  def _probabilities(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    size = self.config.eval.batch_size
+    chunks = [examples[i:i + size] for i in range(0, len(examples), size)]
+    return np.concatenate([self._batch(chunk) for chunk in chunks])
+
+  def _batch(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    rows = self._mesh.shape['data']
+    while rows < len(examples):  # Few batch sizes, so that few programs are compiled.
+      rows *= 2
+    padded = list(examples) + [examples[0]] * (rows - len(examples))
+    batch = {name: np.stack([example[name] for example in padded]) for name in ('image', 'tokens', 'token_mask', 'present')}
+    frozen = self._towers_for(batch['present'].any(axis=0))
+    return np.asarray(self._step(self._variables, frozen, sharding.put_batch(batch, self._mesh)))[: len(examples)]
+
+  def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
+    modalities = [m for m, use in zip(model_lib.MODALITIES, used, strict=True) if use]
+    new = [m for m in modalities if self._frozen[m] is None]
+    if new:
+      model_lib.check_same_towers(self._saved, self._towers, new)
+      loaded = model_lib.load_frozen(self.config, self._mesh, new)
+      self._frozen |= {m: loaded[m] for m in new}
+    return {m: self._frozen[m] if m in modalities else None for m in model_lib.MODALITIES}
+
+  def _forward(self, variables, frozen, batch):
+    logits_bk = self._model.classify(variables, self._model.taps(frozen, batch), batch['present']).logits_bk
+    return jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
+
+  def _result(self, probability_k: np.ndarray, present_m: np.ndarray, top_k: int) -> dict[str, Any]:
+    best = np.argsort(-probability_k, kind='stable')[:top_k]
+    labels = [{'label': self.class_names[k], 'probability': round(float(probability_k[k]), 6)} for k in best]
+    return {'labels': labels, 'image': bool(present_m[0]), 'text': bool(present_m[1])}
+
+
+def load(workdir: str | pathlib.Path) -> Predictor:
+  """Opens the trained classifier in `workdir`; see `Predictor`."""
+  return Predictor(workdir)
+
+
+def _pairs(image: Any, text: Any) -> tuple[list[tuple[Any, Any]], bool]:
+  many = isinstance(image, list) or isinstance(text, list)
+  if not many:
+    return [_pair(image, text, '')], False
+  count = len(image) if isinstance(image, list) else len(text)
+  images = image if isinstance(image, list) else [image] * count
+  texts = text if isinstance(text, list) else [text] * count
+  if len(images) != len(texts):
+    raise UserError(f'predict: {len(images)} images and {len(texts)} texts; give lists of equal length')
+  return [_pair(i, t, f' (example {n})') for n, (i, t) in enumerate(zip(images, texts, strict=True))], True
+
+
+def _pair(image: Any, text: Any, where: str) -> tuple[Any, Any]:
+  if image is None and text is None:
+    raise UserError(f'predict: both image and text are absent{where}; give at least one')
+  return image, text
+
+
+FLAGS = (
+    cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
+    cli.Flag('image', 'image file'),
+    cli.Flag('text', 'text'),
+    cli.Flag('top_k', 'labels to print', '5'),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> None:
+  """Command line of the module: prints one JSON object."""
+  flags, _ = cli.parse('molt_jax.predict', 'Classify an image, a text, or both.', FLAGS, argv)
+  if not flags.top_k.isdigit() or flags.top_k == '0':
+    raise UserError(f'--top_k: {flags.top_k!r} is not legal; give a whole number >= 1')
+  if flags.image is None and flags.text is None:
+    raise UserError('--image and --text are both absent; give at least one of them')
+  print(json.dumps(load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=int(flags.top_k)), ensure_ascii=False))
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""Devices, mesh and the rules that place named axes on it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from molt_jax.config import UserError
+
+# Logical axis name -> mesh axis. Megatron's split of a transformer: heads and the hidden layer of the MLP over `model`, so that a layer needs
+# two all-reduces of its activations and its weights never move. The head is small (megabytes) and is replicated.
+RULES: dict[str, str | None] = {
+    'batch': 'data',
+    'layers': None,
+    'embed': None,
+    'vocab': 'model',
+    'heads': 'model',
+    'kv_heads': 'model',
+    'head_dim': None,
+    'mlp': 'model',
+    'patch': None,
+    'position': None,
+    'common': None,
+    'hidden': None,
+    'classes': None,
+}
+
+
+def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+  """Returns the ('data', 'model') mesh that `config.mesh` asks for on `config.platform`.
+
+  Raises:
+    UserError: the platform is not there, or the axes do not fit the number of devices.
+  """
+  devices = _devices(config.platform)
+  data, model = config.mesh.data, config.mesh.model
+  if data == -1 and model == -1:
+    raise UserError('config.mesh: data and model are both -1; give one of them a number')
+  if data == -1:
+    data = len(devices) // model
+  if model == -1:
+    model = len(devices) // data
+  if data * model == 0 or data * model > len(devices):
+    raise UserError(f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit {len(devices)} {devices[0].platform} device(s)')
+  return jax.make_mesh((data, model), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices[: data * model])
+
+
+def _devices(platform: str) -> list[jax.Device]:
+  try:
+    return jax.devices() if platform == 'auto' else jax.devices(platform)
+  except RuntimeError as error:
+    remedy = {'gpu': "pip install 'molt_jax[cuda12]' on a machine with an NVIDIA GPU", 'tpu': "pip install 'molt_jax[tpu]' on a TPU machine"}
+    found = sorted({d.platform for d in jax.devices()})
+    raise UserError(
+        f'config.platform: {platform!r} is not here, JAX finds {", ".join(found)}; give auto, or {remedy.get(platform, "set JAX_PLATFORMS")}') from error
+
+
+def param_shardings(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
+  """Returns a function from a boxed abstract tree (of `jax.eval_shape`) to the sharding of each leaf.
+
+  An axis that the devices do not divide evenly stays whole (SmolLM's 3 key heads on 2 devices). An unknown axis name raises ValueError.
+  """
+  def shardings(abstract_boxed):
+    specs = nn.get_partition_spec(abstract_boxed)
+    shapes = nn.unbox(abstract_boxed)
+    return jax.tree.map(lambda leaf, spec: jax.NamedSharding(mesh, _fit(leaf.shape, spec, mesh)), shapes, specs)
+  return shardings
+
+
+def _fit(shape: tuple[int, ...], spec: jax.P, mesh: jax.sharding.Mesh) -> jax.P:
+  axes = [_mesh_axis(name) for name in spec]
+  return jax.P(*[axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=False)])
+
+
+def _mesh_axis(name: str | None) -> str | None:
+  if name is None:
+    return None
+  if name not in RULES:
+    raise ValueError(f'unknown logical axis name {name!r}; known: {", ".join(RULES)}')
+  return RULES[name]
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+  """Returns the sharding of a value that every device holds whole."""
+  return jax.NamedSharding(mesh, jax.P())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """Returns the batch on the devices, rows split over `data`; each process gives its own rows."""
+  rows = jax.NamedSharding(mesh, jax.P('data'))
+  return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+
+
+def check_batch_size(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises UserError unless `size` rows split evenly over the mesh's data axis."""
+  data = mesh.shape['data']
+  if size % data:
+    raise UserError(f'config.{name}: {size} rows do not split over {data} devices; give a multiple of {data}')

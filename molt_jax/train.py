@@ -1,0 +1,371 @@
+"""Trains a robust classifier: `python -m molt_jax.train --config=configs/quickstart.py --workdir=DIR`.
+
+DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/ and, at the end, evaluation.json. The same command
+goes on where a run stopped, bit for bit.
+"""
+
+import collections
+import functools
+import json
+import math
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from molt_jax import checkpoint, cli, evaluate, logbook, sharding, train_state
+from molt_jax import config as config_lib
+from molt_jax import model as model_lib
+from molt_jax.config import UserError
+from molt_jax.data import datasets, missing, pipeline
+from molt_jax.objectives import cca, classification
+
+IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop; its state is saved. Arguments: what to tell the user, the signal's number."""
+
+
+# ---- The step ------------------------------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    state: train_state.TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], class_weight_k: jax.Array | None, *,
+    model: model_lib.Model, tx: optax.GradientTransformation, config: ml_collections.ConfigDict) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+  """One update of the head; `frozen` is only read. Returns the new state and scalar metrics (`cca` is one value a layer)."""
+  present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
+  taps = model.taps(frozen, batch)
+
+  def loss_fn(params):
+    out, mutated = model.head.apply(
+        {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, row_weight_b=batch['weight'], mutable=['statistics'],
+        rngs={'dropout': train_state.stream(config.seed, 'dropout', state.step)})
+    total, parts = total_loss(out, batch, present_bm, class_weight_k, config=config)
+    return total, (parts, mutated.get('statistics', {}))
+
+  (loss, (parts, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = {'loss': loss, **parts, 'grad_norm': optax.global_norm(grads)}
+  return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state), metrics
+
+
+def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.Array:
+  """Takes one modality, either with equal chance, from a share `rate` of the complete rows; a row never loses both."""
+  key_row, key_side = jax.random.split(key)
+  hit_b = jax.random.bernoulli(key_row, rate, present_bm.shape[:1]) & jnp.all(present_bm, axis=-1)
+  lose_image_b = jax.random.bernoulli(key_side, 0.5, present_bm.shape[:1])
+  return present_bm & ~jnp.stack([hit_b & lose_image_b, hit_b & ~lose_image_b], axis=-1)
+
+
+def total_loss(out: Any, batch: Mapping[str, jax.Array], present_bm: jax.Array, class_weight_k: jax.Array | None, *, config: ml_collections.ConfigDict):
+  """Eq. 8: alpha L_CCA + beta L_CE; returns (loss, {'loss_ce', 'cca'})."""
+  if config.dataset.multi_label:
+    loss_sum, weight_sum = classification.sigmoid_cross_entropy(
+        out.logits_bk, batch['label'], weight_b=batch['weight'], positive_weight_k=class_weight_k)
+  else:
+    loss_sum, weight_sum = classification.softmax_cross_entropy(out.logits_bk, batch['label'], weight_b=batch['weight'], class_weight_k=class_weight_k)
+  loss_ce = loss_sum / jnp.maximum(weight_sum, 1e-6)
+  if not (config.cca.weight and out.pooled_image_lbc is not None):
+    return config.loss.weight * loss_ce, {'loss_ce': loss_ce}
+  pair_b = batch['weight'] * jnp.all(present_bm, axis=-1)
+  cca_l = jax.vmap(functools.partial(cca.cca_loss, weight_n=pair_b, ridge=config.cca.ridge))(out.pooled_image_lbc, out.pooled_text_lbc)
+  return config.cca.weight * jnp.mean(cca_l) + config.loss.weight * loss_ce, {'loss_ce': loss_ce, 'cca': cca_l}
+
+
+# ---- The loop ------------------------------------------------------------------------------------------------------------------------
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains (or goes on training) in `workdir`, then evaluates the test split with each modality absent.
+
+  Args:
+    config: a validated config.
+    workdir: the run's folder; made if need be.
+
+  Returns:
+    The content of evaluation.json.
+
+  Raises:
+    UserError: a mistake of the user's, or a loss that is not finite.
+    Interrupted: SIGTERM or SIGINT; the state is saved.
+  """
+  workdir = claim_workdir(config, pathlib.Path(workdir))
+  mesh = sharding.make_mesh(config)
+  for name in ('train', 'eval'):
+    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)
+  towers = model_lib.describe_towers(config)
+  data = datasets.load_dataset(config)
+  model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
+  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
+  checkpoints = checkpoint.Checkpoints(workdir)
+  saved = checkpoints.meta()
+  meta = {
+      'config': config.to_dict(), 'backbones': model_lib.identities(towers), 'class_names': list(data.class_names), 'score': None, 'step': 0}
+  if saved:
+    check_same_run(saved, meta, towers)
+  plan = Plan(config, len(data.splits['train']))
+  tx = train_state.make_optimizer(config, plan.total)
+  state = train_state.create(model.init, tx, seed=config.seed, mesh=mesh)
+  decoded = pipeline.DecodeReport()
+  iterator = pipeline.train_iterator(
+      data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=protocol(config, data.splits['train'], 'train'),
+      num_threads=config.input.num_threads, prefetch=config.input.prefetch, report=decoded)
+  if saved:
+    state = checkpoints.restore(state, iterator)
+    cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
+  introduce(config, data, towers, state, plan)
+  frozen = model_lib.load_frozen(config, mesh)
+  run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, class_weights(config, data))
+  with _stop_on_signals() as stop:
+    state = run.loop(state, iterator, stop)
+  if decoded.count:
+    cli.say(f'training: {decoded.summary()}')
+  checkpoints.close()
+  return run.test()
+
+
+class Plan:
+  """The run's step numbers: total steps, and when validation and saving are due."""
+
+  def __init__(self, config: ml_collections.ConfigDict, num_examples: int):
+    self.per_epoch = num_examples / config.train.batch_size
+    self.total = max(1, math.ceil(config.train.epochs * self.per_epoch))
+    self._eval_every = config.train.eval_every or max(1, round(self.per_epoch))
+    self._save_every = config.train.save_every or self._eval_every
+
+  def validate_at(self, step: int) -> bool:
+    return step == self.total or step % self._eval_every == 0
+
+  def save_at(self, step: int) -> bool:
+    return step == self.total or step % self._save_every == 0
+
+
+class _Run:
+  """One run: everything that stays the same from step to step."""
+
+  def __init__(self, config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, class_weight_k):
+    self.config, self.workdir, self.mesh, self.model, self.data, self.preprocess = config, workdir, mesh, model, data, preprocess
+    self.checkpoints, self.meta, self.plan, self.frozen, self.class_weight_k = checkpoints, meta, plan, frozen, class_weight_k
+    self.step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, config=ml_collections.FrozenConfigDict(config)), donate_argnums=0)
+    self.eval_fn = evaluate.make_eval_step(model)
+    self.schedule = train_state.make_schedule(config, plan.total)
+    self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
+    validation = data.splits['validation']
+    kept = evaluate.absences(evaluate.KEPT, len(validation))
+    allowed = protocol(config, validation, 'validation')
+    self.conditions = {name: keep & allowed for name, keep in kept.items()}
+
+  def loop(self, state, iterator, stop):
+    """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact."""
+    start = step = int(state.step)
+    log = logbook.Logbook(self.workdir, step=start)
+    watch = _Watch(self, log, start)
+    with cli.progress('training', self.plan.total, 'steps', done=start) as bar:
+      while True:
+        stopping = stop() and step > start
+        if step > start and (self.plan.validate_at(step) or self.plan.save_at(step) or stopping):
+          watch.drain()
+          self._validate_and_save(state, iterator, log, step, stopping)
+          watch.restart_clock()
+        if step == self.plan.total:
+          break
+        if stop():
+          self.checkpoints.close()
+          raise Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', stop())
+        batch = next(iterator)
+        index = batch['index']
+        state, metrics = self.step_fn(state, self.frozen, sharding.put_batch(batch, self.mesh), self.class_weight_k)
+        step += 1
+        watch.dispatched(step, metrics, index)
+        bar.advance(1, watch.note)
+    log.close()
+    return state
+
+  def _validate_and_save(self, state, iterator, log, step, stopping):
+    best = False
+    if self.plan.validate_at(step):
+      results = evaluate.evaluate(
+          self.model, {'params': state.params, 'statistics': state.statistics}, self.frozen, self.data.splits['validation'], self.preprocess,
+          self.conditions, config=self.config, mesh=self.mesh, title='validating', step=self.eval_fn)
+      score = evaluate.score(results, multi_label=self.config.dataset.multi_label)
+      log.write('validation', step, {**results, 'score': score})
+      cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} (mean over {", ".join(n.replace("_", " ") for n in results)})')
+      best = score > self.best
+      self.best = max(score, self.best)
+      self.meta = {**self.meta, 'score': score}
+    meta = {**self.meta, 'step': step}
+    if best:
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint.BEST)
+    if best or stopping or self.plan.save_at(step):
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint.LATEST)
+
+
+  def test(self):
+    """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json."""
+    _, meta, restore = evaluate.open_run(self.workdir)
+    source = self.data.splits['test']
+    results = evaluate.evaluate(
+        self.model, evaluate.restore_variables(self.model, restore, self.mesh), self.frozen, source, self.preprocess,
+        evaluate.absences(evaluate.KEPT, len(source)), config=self.config, mesh=self.mesh, title='evaluating test', step=self.eval_fn)
+    return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta)
+
+
+class _Watch:
+  """Looks at each step's loss when it has come, two steps late so that the device never waits; stops the run on one that is not finite."""
+
+  def __init__(self, run: _Run, log: logbook.Logbook, step: int):
+    self.run, self.log, self.note = run, log, ''
+    self._flying = collections.deque()
+    self.restart_clock()
+
+  def restart_clock(self):
+    self._since, self._images = None, 0
+
+  def dispatched(self, step, metrics, index):
+    self._flying.append((step, metrics, index))
+    if len(self._flying) > IN_FLIGHT:
+      self._land()
+
+  def drain(self):
+    while self._flying:
+      self._land()
+
+  def _land(self):
+    step, metrics, index = self._flying.popleft()
+    loss = float(metrics['loss'])
+    if not (math.isfinite(loss) and math.isfinite(float(metrics['grad_norm']))):
+      self._not_finite(step, loss, index)
+    self.note = f'loss {loss:.4f}'
+    self._count(len(index))
+    if step % self.run.config.train.log_every == 0 or step == self.run.plan.total:
+      self._write(step, jax.device_get(metrics))
+
+  def _count(self, images):
+    if self._since is None:  # The first step after a pause (compilation, validation) starts the clock and is not counted.
+      self._since = time.monotonic()
+    else:
+      self._images += images
+
+  def _write(self, step, metrics):
+    seconds = time.monotonic() - self._since
+    values = {name: value.tolist() for name, value in metrics.items()}
+    values |= {'learning_rate': float(self.run.schedule(step - 1)), 'epoch': round(step / self.run.plan.per_epoch, 4)}
+    if self._images:
+      values['images_per_second'] = round(self._images / seconds, 2)
+    self.log.write('train', step, values)
+    self._since, self._images = time.monotonic(), 0
+
+  def _not_finite(self, step, loss, index):
+    ids = [self.run.data.splits['train'].ids[i] for i in index]
+    path = self.run.workdir / 'not_finite.json'
+    logbook.write_atomically(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
+    raise UserError(
+        f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower config.optimizer.learning_rate '
+        f'({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
+
+
+# ---- Around the loop -----------------------------------------------------------------------------------------------------------------
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """Makes the folder and writes config.json; refuses the folder of a run with another config."""
+  path = workdir / 'config.json'
+  if path.exists():
+    changed = config_lib.differences(config_lib.from_json(path.read_text(encoding='utf-8')), config)
+    changed = [line for line in changed if line.split(':')[0] not in FREE_ON_RESUME]
+    if changed:
+      raise UserError(f'--workdir: {str(workdir)!r} holds a run with another config ({"; ".join(changed)}); give another folder or that config')
+  elif workdir.exists() and not workdir.is_dir():
+    raise UserError(f'--workdir: {str(workdir)!r} is a file; give a folder')
+  workdir.mkdir(parents=True, exist_ok=True)
+  logbook.write_atomically(path, config_lib.to_json(config) + '\n')
+  return workdir
+
+
+# Fields that say where and how fast to compute, not what: a resumed run may change them.
+FREE_ON_RESUME = ('platform', 'mesh.data', 'mesh.model', 'input.num_threads', 'input.prefetch', 'dataset.data_dir', 'eval.batch_size', 'eval.select')
+
+
+def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Mapping[str, Any]) -> None:
+  """Raises UserError unless the checkpoint belongs to these towers and these classes."""
+  model_lib.check_same_towers(saved['backbones'], towers)
+  if saved['class_names'] != meta['class_names']:
+    raise UserError(
+        f'config.dataset: the checkpoint in --workdir knows {len(saved["class_names"])} classes, the data now has {len(meta["class_names"])} or other '
+        'names; give the data it was trained on, or another --workdir')
+
+
+def protocol(config: ml_collections.ConfigDict, source: datasets.Source, split: str) -> np.ndarray:
+  """Returns bool[N, 2], the modalities that the missing-rate protocol leaves to each row."""
+  c = config.missing
+  rate, kind = (c.train_rate, c.train_type) if split == 'train' else (c.eval_rate, c.eval_type)
+  return missing.present_table(source.ids, rate=rate, kind=kind, seed=config.seed, split=split)
+
+
+def class_weights(config: ml_collections.ConfigDict, data: datasets.Dataset) -> jax.Array | None:
+  """Returns float32[K] from the training split's class counts, or None."""
+  if config.loss.class_weights == 'none':
+    return None
+  return classification.balanced_class_weights(data.splits['train'].labels, num_classes=len(data.class_names), multi_label=config.dataset.multi_label)
+
+
+def introduce(config, data, towers, state, plan) -> None:
+  """Says in a few lines what is about to be trained."""
+  sizes = ', '.join(f'{len(source)} {name}' for name, source in data.splits.items())
+  cli.say(f'data: {data.name}, {sizes}, {len(data.class_names)} classes')
+  for modality, tower in towers.items():
+    note = ' (RANDOM weights: nothing was learned before)' if tower.identity['path'].startswith('random:') else ''
+    cli.say(f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width {tower.config.hidden_size}, frozen{note}')
+  cli.say(f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps of {config.train.batch_size}')
+
+
+class _stop_on_signals:
+  """Context in which SIGTERM and SIGINT only ask to stop; a second SIGINT stops at once."""
+
+  def __enter__(self):
+    self._asked = None
+    self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return lambda: self._asked
+
+  def _ask(self, number, frame):
+    if self._asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._asked = number
+
+  def __exit__(self, *exc):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+
+FLAGS = (
+    cli.Flag('config', 'preset, e.g. configs/quickstart.py', required=True),
+    cli.Flag('workdir', 'folder of the run', required=True),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> int | None:
+  """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
+  flags, overrides = cli.parse('molt_jax.train', 'Train a robust image+text classifier on frozen towers.', FLAGS, argv)
+  try:
+    train(config_lib.load_config(flags.config, overrides), pathlib.Path(flags.workdir))
+  except Interrupted as stopped:
+    message, number = stopped.args
+    cli.say(message)
+    return 128 + number
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""What training changes: parameters, statistics, optimiser moments. Born sharded; frozen towers are never in it."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from molt_jax import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The whole trainable state.
+
+  Attributes:
+    step: int32 scalar, updates done so far.
+    params: the head's parameters, float32.
+    statistics: the head's streamed tap statistics (empty unless `molt.input_norm` is standardize).
+    opt_state: the optimiser's moments.
+  """
+
+  step: jax.Array
+  params: Any
+  statistics: Any
+  opt_state: Any
+
+
+def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
+  c = config.optimizer
+  after = max(total_steps - c.warmup_steps, 1)
+  main = {'constant': optax.constant_schedule(c.learning_rate), 'cosine': optax.cosine_decay_schedule(c.learning_rate, after)}[c.schedule]
+  if not c.warmup_steps:
+    return main
+  return optax.join_schedules([optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), main], [c.warmup_steps])
+
+
+def make_optimizer(config: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
+  """Returns Adam with the configured clipping, decoupled weight decay and schedule."""
+  c = config.optimizer
+  return optax.chain(
+      optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+      optax.scale_by_adam(),
+      optax.add_decayed_weights(c.weight_decay, mask=_is_kernel) if c.weight_decay else optax.identity(),
+      optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+  )
+
+
+def _is_kernel(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+
+
+def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
+  """Returns the key of the named random stream at a step; nothing random is ever stored."""
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+  return jax.random.fold_in(key, step)
+
+
+def create(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, *, seed: int, mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns a new state, each leaf born in its own sharding.
+
+  Args:
+    init: key -> Linen variables (boxed) with 'params' and perhaps 'statistics'.
+    tx: the optimiser.
+    seed: root of the random streams; parameters use the stream 'init'.
+    mesh: where the state lives.
+  """
+  def build(key):
+    variables = init(key)
+    params = variables['params']
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params))
+
+  key = stream(seed, 'init')
+  shardings = sharding.param_shardings(mesh)(jax.eval_shape(build, key))
+  return nn.unbox(jax.jit(build, out_shardings=shardings)(key))
+
+
+def count(tree: Any) -> int:
+  """Returns the number of scalars in a tree of arrays."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
