@@ -114,7 +114,8 @@ class Progress:
   def _line(self, note: str) -> str:
     rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
     left = (self.total - self.done) / rate if rate else 0
-    return f'{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {int(left) // 60}:{int(left) % 60:02d} left' + (f', {note}' if note else '')
+    parts = [f'{self.title}: {self.done}/{self.total} {self.unit}', f'{rate:.3g} {self.unit}/s', f'{int(left) // 60}:{int(left) % 60:02d} left', note]
+    return ', '.join(part for part in parts if part)
 
   def close(self) -> None:
     if self._bar:

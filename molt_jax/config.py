@@ -55,6 +55,10 @@ def between(low: float, high: float) -> Rule:
   return Rule(f'a number from {low} to {high}', lambda v: low <= v <= high)
 
 
+def inside(low: float, high: float) -> Rule:
+  return Rule(f'a number > {low} and < {high}', lambda v: low < v < high)
+
+
 def below(low: float, high: float) -> Rule:
   return Rule(f'a number >= {low} and < {high}', lambda v: low <= v < high)
 
@@ -76,10 +80,10 @@ SCHEMA: dict[str, Any] = {
         'path': Field('', ANY_STRING, 'table: the folder that holds train.csv (or .jsonl) and test.csv.'),
         'data_dir': Field('~/.cache/molt_jax/datasets', NON_EMPTY, 'Where prepared data sets are kept.'),
         'multi_label': Field(False, FLAG, 'Whether an example can have several labels (joined by | in a table).'),
-        'validation_fraction': Field(0.1, Rule('a number > 0 and < 1', lambda v: 0 < v < 1), 'Share of train set aside when there is no validation file.'),
+        'validation_fraction': Field(0.1, inside(0, 1), 'Share of train set aside when there is no validation file.'),
     },
     'image': {
-        'resize': Field('crop', one_of('crop', 'letterbox'), 'crop: shortest side to size, centre crop (CLIP); letterbox: longest side to size, padded.'),
+        'resize': Field('crop', one_of('crop', 'letterbox'), 'crop: shortest side to size, centre crop; letterbox: longest side to size, padded.'),
     },
     'text': {
         'max_tokens': Field(64, at_least(1), 'Tokens kept of each text.'),
@@ -99,12 +103,12 @@ SCHEMA: dict[str, Any] = {
         },
     },
     'method': Field('molt', one_of('molt', 'late_fusion'), 'late_fusion: pooled E_i and E_t, concatenated, MLP (the baseline without MoLT).'),
-    'compute_dtype': Field('bfloat16', one_of('float32', 'bfloat16'), 'Type of computation in the head; parameters, norms, softmax and losses are float32.'),
+    'compute_dtype': Field('bfloat16', one_of('float32', 'bfloat16'), 'Computation in the head; parameters, norms, softmax, losses stay float32.'),
     'molt': {
         'num_layers': Field(4, at_least(1), 'L_s: last layers of each tower that are tapped.'),
         'width': Field(1024, at_least(1), 'd_c: width of the common space.'),
         'num_heads': Field(1, at_least(1), 'Attention heads in the common space; must divide molt.width.'),
-        'input_norm': Field('standardize', one_of('none', 'rms', 'standardize'), 'Parameter-free normalisation of the taps; standardize uses per-channel training statistics.'),
+        'input_norm': Field('standardize', one_of('none', 'rms', 'standardize'), 'Normalises the taps; standardize: by training statistics per channel.'),
         'cross_attention': Field(True, FLAG, 'Eq. 2; off: H is zero (first ablation of Table 2).'),
         'layer_weights': Field(True, FLAG, 'Learn M of eq. 5; off: the plain mean over layers.'),
     },
@@ -131,7 +135,7 @@ SCHEMA: dict[str, Any] = {
     },
     'loss': {
         'weight': Field(0.9, more_than(0), 'beta of eq. 8.'),
-        'class_weights': Field('none', one_of('none', 'balanced'), 'balanced: weights inverse to class frequency in train (positives when multi-label).'),
+        'class_weights': Field('none', one_of('none', 'balanced'), 'balanced: inverse to class frequency in train (of positives if multi-label).'),
     },
     'optimizer': {
         'learning_rate': Field(4e-4, more_than(0), 'Peak learning rate of Adam.'),
@@ -142,7 +146,7 @@ SCHEMA: dict[str, Any] = {
     },
     'train': {
         'batch_size': Field(32, at_least(1), 'Examples a step, over all devices.'),
-        'epochs': Field(10, more_than(0), 'Passes over the training split; fractions are allowed.'),
+        'epochs': Field(10.0, more_than(0), 'Passes over the training split; fractions are allowed.'),
         'log_every': Field(10, at_least(1), 'Steps between lines in metrics.jsonl.'),
         'eval_every': Field(0, at_least(0), 'Steps between validations; 0: once an epoch.'),
         'save_every': Field(0, at_least(0), 'Steps between checkpoints; 0: at each validation.'),
@@ -268,9 +272,12 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
   return (
-      (c.molt.width % c.molt.num_heads != 0, f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
-      (c.dataset.name == 'table' and not c.dataset.path, 'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
-      (c.dataset.name == 'openmoji' and c.dataset.multi_label, 'config.dataset.multi_label: True, but openmoji has one label a picture; give False'),
+      (c.molt.width % c.molt.num_heads != 0,
+       f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
+      (c.dataset.name == 'table' and not c.dataset.path,
+       'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
+      (c.dataset.name == 'openmoji' and c.dataset.multi_label,
+       'config.dataset.multi_label: True, but openmoji has one label a picture; give False'),
   )
 
 

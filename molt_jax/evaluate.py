@@ -21,7 +21,8 @@ from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
-from molt_jax.metrics import Metrics
+from molt_jax.data.sources import Source
+from molt_jax.metrics import ClassificationMetrics
 
 # What each named absence keeps: columns image, text.
 KEPT = {'none': (True, True), 'text': (True, False), 'image': (False, True)}
@@ -34,7 +35,7 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
   return {f'{name}_absent': np.tile(np.array(KEPT[name]), (num_examples, 1)) for name in names}
 
 
-def eval_step(variables, frozen, batch, totals: dict[str, Metrics], *, model: model_lib.Model) -> dict[str, Metrics]:
+def eval_step(variables, frozen, batch, totals: dict[str, ClassificationMetrics], *, model: model_lib.Model) -> dict[str, ClassificationMetrics]:
   """Adds one batch to every condition's totals. The towers run once; only the head sees the conditions."""
   taps = model.taps(frozen, batch)
   merged = {}
@@ -43,12 +44,12 @@ def eval_step(variables, frozen, batch, totals: dict[str, Metrics], *, model: mo
     readable_b = jnp.any(present_bm, axis=-1)
     # A row left with nothing counts nowhere; it is classified as if complete so that every number stays finite.
     logits_bk = model.classify(variables, taps, jnp.where(readable_b[:, None], present_bm, batch['present'])).logits_bk
-    merged[name] = total.update(logits_bk, batch['label'], weight_b=batch['weight'] * readable_b)
+    merged[name] = total.update(logits_bk, batch['label'], batch['weight'] * readable_b)
   return merged
 
 
 def evaluate(
-    model: model_lib.Model, variables: Mapping[str, Any], frozen: Mapping[str, Any], source: datasets.Source, preprocess: pipeline.Preprocess,
+    model: model_lib.Model, variables: Mapping[str, Any], frozen: Mapping[str, Any], source: Source, preprocess: pipeline.Preprocess,
     conditions: Mapping[str, np.ndarray], *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, title: str = 'evaluating',
     step=None) -> dict[str, dict[str, float]]:
   """Scores `source` under every condition in one pass.
@@ -70,20 +71,17 @@ def evaluate(
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
-  totals = {name: Metrics.empty(preprocess.num_classes, multi_label=config.dataset.multi_label) for name in conditions}
+  totals = {name: ClassificationMetrics.empty(num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label) for name in conditions}
   totals = jax.device_put(totals, sharding.replicated(mesh))
-  report = pipeline.DecodeReport()
   batches = pipeline.eval_batches(
       source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), num_threads=config.input.num_threads,
-      prefetch=config.input.prefetch, report=report)
+      prefetch=config.input.prefetch)
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
       totals = step(variables, frozen, sharding.put_batch(batch, mesh), totals)
       bar.advance(int(np.sum(batch['index'] >= 0)))
-  if report.count:
-    cli.say(f'{title}: {report.summary()}')
-  return {name: {key: float(value) for key, value in total.compute().items()} for name, total in jax.device_get(totals).items()}
+  return {name: {**total.compute(), 'num_examples': int(total.count)} for name, total in jax.device_get(totals).items()}
 
 
 def make_eval_step(model: model_lib.Model):
@@ -166,7 +164,7 @@ def run(
   conditions = absences(absent, len(source))
   if missing_rate is not None:
     conditions[f'missing_{missing_type}_{missing_rate:g}'] = missing.present_table(
-        source.ids, rate=missing_rate, kind=missing_type, seed=config.seed, split=split)
+        source.ids, rate=missing_rate, kind=missing_type, seed=config.seed, split=split, natural=source.present)
   if not conditions:
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
   towers = model_lib.describe_towers(config)
@@ -178,6 +176,8 @@ def run(
   variables = restore_variables(model, restore, mesh)
   frozen = model_lib.load_frozen(config, mesh, modalities)
   results = evaluate(model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}')
+  if preprocess.report.counts():
+    cli.say(preprocess.report.line())
   return publish(workdir, split=split, num_examples=len(source), results=results, meta=meta)
 
 

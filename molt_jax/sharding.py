@@ -44,7 +44,8 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
   if model == -1:
     model = len(devices) // data
   if data * model == 0 or data * model > len(devices):
-    raise UserError(f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit {len(devices)} {devices[0].platform} device(s)')
+    raise UserError(
+        f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit {len(devices)} {devices[0].platform} device(s)')
   return jax.make_mesh((data, model), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices[: data * model])
 
 
@@ -55,7 +56,8 @@ def _devices(platform: str) -> list[jax.Device]:
     remedy = {'gpu': "pip install 'molt_jax[cuda12]' on a machine with an NVIDIA GPU", 'tpu': "pip install 'molt_jax[tpu]' on a TPU machine"}
     found = sorted({d.platform for d in jax.devices()})
     raise UserError(
-        f'config.platform: {platform!r} is not here, JAX finds {", ".join(found)}; give auto, or {remedy.get(platform, "set JAX_PLATFORMS")}') from error
+        f'config.platform: {platform!r} is not here, JAX finds {", ".join(found)}; give auto, or '
+        f'{remedy.get(platform, "set JAX_PLATFORMS")}') from error
 
 
 def param_shardings(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:

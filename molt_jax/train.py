@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -27,6 +26,8 @@ from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
+from molt_jax.data.sources import Dataset, Source
+from molt_jax.modules.interface import HeadOutput
 from molt_jax.objectives import cca, classification
 
 IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
@@ -41,7 +42,8 @@ class Interrupted(Exception):
 
 def train_step(
     state: train_state.TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], class_weight_k: jax.Array | None, *,
-    model: model_lib.Model, tx: optax.GradientTransformation, config: ml_collections.ConfigDict) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+    model: model_lib.Model, tx: optax.GradientTransformation, config: ml_collections.ConfigDict
+) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """One update of the head; `frozen` is only read. Returns the new state and scalar metrics (`cca` is one value a layer)."""
   present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
   taps = model.taps(frozen, batch)
@@ -68,13 +70,16 @@ def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.
   return present_bm & ~jnp.stack([hit_b & lose_image_b, hit_b & ~lose_image_b], axis=-1)
 
 
-def total_loss(out: Any, batch: Mapping[str, jax.Array], present_bm: jax.Array, class_weight_k: jax.Array | None, *, config: ml_collections.ConfigDict):
+def total_loss(
+    out: HeadOutput, batch: Mapping[str, jax.Array], present_bm: jax.Array, class_weight_k: jax.Array | None, *,
+    config: ml_collections.ConfigDict) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Eq. 8: alpha L_CCA + beta L_CE; returns (loss, {'loss_ce', 'cca'})."""
   if config.dataset.multi_label:
     loss_sum, weight_sum = classification.sigmoid_cross_entropy(
         out.logits_bk, batch['label'], weight_b=batch['weight'], positive_weight_k=class_weight_k)
   else:
-    loss_sum, weight_sum = classification.softmax_cross_entropy(out.logits_bk, batch['label'], weight_b=batch['weight'], class_weight_k=class_weight_k)
+    loss_sum, weight_sum = classification.softmax_cross_entropy(
+        out.logits_bk, batch['label'], weight_b=batch['weight'], class_weight_k=class_weight_k)
   loss_ce = loss_sum / jnp.maximum(weight_sum, 1e-6)
   if not (config.cca.weight and out.pooled_image_lbc is not None):
     return config.loss.weight * loss_ce, {'loss_ce': loss_ce}
@@ -117,10 +122,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   plan = Plan(config, len(data.splits['train']))
   tx = train_state.make_optimizer(config, plan.total)
   state = train_state.create(model.init, tx, seed=config.seed, mesh=mesh)
-  decoded = pipeline.DecodeReport()
   iterator = pipeline.train_iterator(
       data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=protocol(config, data.splits['train'], 'train'),
-      num_threads=config.input.num_threads, prefetch=config.input.prefetch, report=decoded)
+      num_threads=config.input.num_threads, prefetch=config.input.prefetch)
   if saved:
     state = checkpoints.restore(state, iterator)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
@@ -129,10 +133,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, class_weights(config, data))
   with _stop_on_signals() as stop:
     state = run.loop(state, iterator, stop)
-  if decoded.count:
-    cli.say(f'training: {decoded.summary()}')
   checkpoints.close()
-  return run.test()
+  record = run.test()
+  if preprocess.report.counts():
+    cli.say(preprocess.report.line())
+  return record
 
 
 class Plan:
@@ -271,8 +276,8 @@ class _Watch:
     path = self.run.workdir / 'not_finite.json'
     logbook.write_atomically(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
     raise UserError(
-        f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower config.optimizer.learning_rate '
-        f'({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
+        f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower '
+        f'config.optimizer.learning_rate ({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
 
 
 # ---- Around the loop -----------------------------------------------------------------------------------------------------------------
@@ -302,22 +307,26 @@ def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Ma
   model_lib.check_same_towers(saved['backbones'], towers)
   if saved['class_names'] != meta['class_names']:
     raise UserError(
-        f'config.dataset: the checkpoint in --workdir knows {len(saved["class_names"])} classes, the data now has {len(meta["class_names"])} or other '
-        'names; give the data it was trained on, or another --workdir')
+        f'config.dataset: the checkpoint in --workdir knows {len(saved["class_names"])} classes, the data now has {len(meta["class_names"])} '
+        'or other names; give the data it was trained on, or another --workdir')
 
 
-def protocol(config: ml_collections.ConfigDict, source: datasets.Source, split: str) -> np.ndarray:
+def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> np.ndarray:
   """Returns bool[N, 2], the modalities that the missing-rate protocol leaves to each row."""
   c = config.missing
   rate, kind = (c.train_rate, c.train_type) if split == 'train' else (c.eval_rate, c.eval_type)
-  return missing.present_table(source.ids, rate=rate, kind=kind, seed=config.seed, split=split)
+  return missing.present_table(source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present)
 
 
-def class_weights(config: ml_collections.ConfigDict, data: datasets.Dataset) -> jax.Array | None:
+def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarray | None:
   """Returns float32[K] from the training split's class counts, or None."""
   if config.loss.class_weights == 'none':
     return None
-  return classification.balanced_class_weights(data.splits['train'].labels, num_classes=len(data.class_names), multi_label=config.dataset.multi_label)
+  labels = data.splits['train'].labels
+  count_k = np.bincount(np.concatenate([np.atleast_1d(label) for label in labels]).astype(int), minlength=len(data.class_names))
+  if config.dataset.multi_label:
+    return classification.balanced_positive_weights(count_k, num_examples=len(labels))
+  return classification.balanced_class_weights(count_k)
 
 
 def introduce(config, data, towers, state, plan) -> None:

@@ -6,6 +6,86 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+import json  # noqa: E402
+import pathlib  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
+
+
+@pytest.fixture(scope='session')
+def tiny_towers(tmp_path_factory) -> dict[str, str]:
+  """Two Hugging Face directories, random weights: {'text': LLaMA of 3 layers with a byte-level tokenizer, 'image': CLIP vision of 3 layers}."""
+  import tokenizers
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  root = tmp_path_factory.mktemp('towers')
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.train_from_iterator(['a red square', 'a green square', 'the blue one'], tokenizers.trainers.BpeTrainer(
+      vocab_size=300, special_tokens=['<s>', '</s>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+  text = transformers.LlamaConfig(
+      vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+      max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+  transformers.LlamaForCausalLM(text).save_pretrained(root / 'llama')
+  tokenizer.save(str(root / 'llama' / 'tokenizer.json'))
+  names = {'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
+  (root / 'llama' / 'tokenizer_config.json').write_text(json.dumps(names))
+  image = transformers.CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8)
+  transformers.CLIPVisionModel(image).save_pretrained(root / 'clip')
+  return {'text': str(root / 'llama'), 'image': str(root / 'clip')}
+
+
+@pytest.fixture(scope='session')
+def tiny_table(tmp_path_factory) -> pathlib.Path:
+  """A folder in the own-data layout: 48 + 12 + 14 coloured squares of 3 classes; some rows lack the image or the text."""
+  from PIL import Image
+
+  root = tmp_path_factory.mktemp('table')
+  (root / 'images').mkdir()
+  rng = np.random.default_rng(0)
+  for split, count in (('train', 48), ('validation', 12), ('test', 14)):
+    lines = ['image,text,label']
+    for i in range(count):
+      name = list(COLOURS)[i % 3]
+      noisy = np.clip(np.array(COLOURS[name]) + rng.normal(0, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
+      Image.fromarray(noisy).save(root / 'images' / f'{split}_{i}.png')
+      image, text = f'images/{split}_{i}.png', f'"a {name} square, number {i}"'
+      lines.append(f'{"" if i % 8 == 5 else image},{"" if i % 8 == 6 else text},{name}')
+    (root / f'{split}.csv').write_text('\n'.join(lines) + '\n')
+  return root
+
+
+@pytest.fixture(scope='session')
+def make_tiny_config(tiny_towers, tiny_table):
+  """Returns a function that makes a config that trains in seconds: 12 steps an epoch of 4 rows, one device."""
+  from molt_jax.config import default_config
+
+  def make():
+    config = default_config()
+    config.dataset.path = str(tiny_table)
+    config.text.max_tokens = 12
+    config.backbones.text.path, config.backbones.image.path = tiny_towers['text'], tiny_towers['image']
+    config.backbones.dtype = config.compute_dtype = 'float32'
+    config.mesh.data = 1
+    config.molt.num_layers, config.molt.width = 2, 16
+    config.classifier.hidden = 16
+    config.optimizer.learning_rate = 3e-3
+    config.train.batch_size, config.eval.batch_size = 4, 8
+    config.train.epochs = 1.0
+    return config
+  return make
+
+
+@pytest.fixture
+def tiny_config(make_tiny_config):
+  """A fresh tiny config."""
+  return make_tiny_config()

@@ -1,0 +1,94 @@
+"""The schema, its errors, and the rule that every field is read by something."""
+
+import ast
+import pathlib
+
+import pytest
+
+from molt_jax import config as config_lib
+from molt_jax.config import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRESET = str(ROOT / 'configs' / 'quickstart.py')
+
+
+@pytest.mark.parametrize('preset', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
+def test_every_preset_is_valid(preset):
+  config_lib.load_config(str(preset))
+
+
+@pytest.mark.parametrize('overrides, words', [
+    ({'molt.widht': '64'}, ['config.molt.widht', 'did you mean molt.width']),
+    ({'batch_size': '64'}, ['config.batch_size', 'train.batch_size']),
+    ({'molt.width': '6.5'}, ['config.molt.width', '6.5', 'int']),
+    ({'molt.width': 'wide'}, ['config.molt.width', "'wide'", 'int']),
+    ({'molt.width': '0'}, ['config.molt.width', '0', '>= 1']),
+    ({'molt.layer_weights': '1'}, ['config.molt.layer_weights', 'bool']),
+    ({'optimizer.learning_rate': '-1'}, ['config.optimizer.learning_rate', '-1', '> 0']),
+    ({'optimizer.learning_rate': 'nan'}, ['config.optimizer.learning_rate']),
+    ({'missing.strategy': 'guess'}, ["'guess'", 'robust', 'null', 'zero']),
+    ({'molt.num_heads': '3'}, ['config.molt.num_heads', '3', 'config.molt.width']),
+    ({'dataset.name': 'table'}, ['config.dataset.path']),
+])
+def test_a_wrong_override_is_one_line_that_says_what_is_legal(overrides, words):
+  with pytest.raises(UserError) as error:
+    config_lib.load_config(PRESET, overrides)
+  text = str(error.value)
+  assert '\n' not in text
+  for word in words:
+    assert word in text
+
+
+def test_overrides_take_the_type_of_the_field():
+  config = config_lib.load_config(PRESET, {'train.epochs': '2', 'molt.cross_attention': 'false', 'molt.width': '32', 'image.resize': 'letterbox'})
+  assert (config.train.epochs, config.molt.cross_attention, config.molt.width, config.image.resize) == (2.0, False, 32, 'letterbox')
+  assert isinstance(config.train.epochs, float)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('import nowhere_to_be_found', ['nowhere_to_be_found']),
+    ('def get_config(): return 1 / 0', ['ZeroDivisionError']),
+    ('x = 1', ['get_config']),
+    ('from molt_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.molt.widht = 3\n  return c', ['widht']),
+])
+def test_a_broken_preset_is_one_line(tmp_path, text, words):
+  path = tmp_path / 'preset.py'
+  path.write_text(text)
+  with pytest.raises(UserError) as error:
+    config_lib.load_config(str(path))
+  assert '\n' not in str(error.value)
+  for word in [str(path), *words]:
+    assert word in str(error.value)
+
+
+def test_a_missing_preset_is_named():
+  with pytest.raises(UserError, match='no file .nowhere.py'):
+    config_lib.load_config('nowhere.py')
+
+
+def test_json_round_trip_and_differences():
+  one = config_lib.load_config(PRESET)
+  two = config_lib.from_json(config_lib.to_json(one))
+  assert two == one and config_lib.config_hash(two) == config_lib.config_hash(one)
+  two.molt.width = 64
+  assert config_lib.differences(one, two) == ['molt.width: 128 -> 64']
+  assert config_lib.config_hash(two) != config_lib.config_hash(one)
+
+
+def _attributes_read():
+  """Names read as an attribute or by a literal key anywhere in the package but the schema itself."""
+  names = set()
+  for path in (ROOT / 'molt_jax').rglob('*.py'):
+    if path.name == 'config.py':
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        names.add(node.attr)
+      if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        names.add(node.slice.value)
+  return names
+
+
+def test_every_field_is_read_by_some_module():
+  read = _attributes_read()
+  assert [name for name, _ in config_lib.fields() if name.split('.')[-1] not in read] == []

@@ -1,0 +1,148 @@
+"""Evaluation and prediction of a trained run: conditions, missing rate, files, leaks, agreement with each other, mistakes."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import molt_jax
+from molt_jax import evaluate, predict, train
+from molt_jax import model as model_lib
+from molt_jax.config import UserError
+from molt_jax.data import datasets
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory, make_tiny_config) -> pathlib.Path:
+  """A run that has learned the colours."""
+  config = make_tiny_config()
+  config.train.epochs, config.train.log_every = 6.0, 24
+  workdir = tmp_path_factory.mktemp('evaluated') / 'run'
+  train.train(config, workdir)
+  return workdir
+
+
+def results(run):
+  return json.loads((run / 'evaluation.json').read_text())['results']
+
+
+def test_it_has_learned_in_every_condition(run):
+  for name, result in results(run).items():
+    assert result['accuracy'] > 0.6, name
+
+
+def test_evaluating_again_gives_the_numbers_of_the_training_run(run):
+  before = results(run)
+  (run / 'evaluation.json').unlink()
+  assert evaluate.main([f'--workdir={run}', '--absent=none']) == 0
+  assert evaluate.main([f'--workdir={run}', '--absent=text,image']) == 0
+  after = results(run)
+  for name, result in before.items():
+    assert after[name] == pytest.approx(result, rel=1e-5), name
+
+
+def test_missing_rate_zero_is_none_absent_and_one_of_text_is_text_absent(run):
+  for rate, kind, same in ((0, 'both', 'none_absent'), (1, 'image', 'image_absent')):
+    assert evaluate.main([f'--workdir={run}', '--absent=', f'--missing_rate={rate}', f'--missing_type={kind}']) == 0
+    got = results(run)[f'missing_{kind}_{rate}']
+    if rate == 0:
+      assert got == pytest.approx(results(run)[same], rel=1e-5)
+    else:  # The protocol never takes a row's only modality; --absent does.
+      assert got['num_examples'] == 14 and got['num_examples'] >= results(run)[same]['num_examples']
+
+
+def test_predict_agrees_with_evaluate_row_by_row(run):
+  predictor = molt_jax.load(run)
+  source = datasets.load_dataset(predictor.config).splits['test']
+  table = pathlib.Path(predictor.config.dataset.path)
+  rows = [source[i] for i in range(len(source))]
+  names = [table / f'images/test_{i}.png' if row['image'] is not None else None for i, row in enumerate(rows)]
+  answers = predictor.predict(image=names, text=[row['text'] for row in rows], top_k=1)
+  right = [answer['labels'][0]['label'] == predictor.class_names[row['label']] for answer, row in zip(answers, rows, strict=True)]
+  assert np.mean(right) == pytest.approx(results(run)['none_absent']['accuracy'])
+
+
+def test_one_image_however_it_is_given(run, tmp_path):
+  predictor = molt_jax.load(run)
+  picture = Image.new('RGB', (40, 40), (200, 30, 30))
+  picture.save(tmp_path / 'red.png')
+  answers = [predictor.predict(image=given) for given in (tmp_path / 'red.png', str(tmp_path / 'red.png'), picture, np.asarray(picture))]
+  assert all(answer == answers[0] for answer in answers)
+  assert answers[0]['labels'][0]['label'] == 'red' and (answers[0]['image'], answers[0]['text']) == (True, False)
+  assert sum(label['probability'] for label in answers[0]['labels']) == pytest.approx(1, abs=1e-4)
+  assert predictor.predict(text='a green square, number 3')['labels'][0]['label'] == 'green'
+
+
+def test_a_row_does_not_depend_on_its_neighbours(run):
+  predictor = molt_jax.load(run)
+  alone = predictor.predict(text='a blue square, number 1', top_k=3)
+  among = predictor.predict(text=['a red square', 'a blue square, number 1', 'x'], top_k=3)[1]
+  for one, two in zip(alone['labels'], among['labels'], strict=True):
+    assert one['label'] == two['label'] and one['probability'] == pytest.approx(two['probability'], abs=2e-6)
+
+
+def test_an_absent_tower_is_neither_loaded_nor_run(run, monkeypatch):
+  loaded = []
+  load = model_lib.weights.load_tower
+  monkeypatch.setattr(model_lib.weights, 'load_tower', lambda path, *, kind, **k: (loaded.append(kind), load(path, kind=kind, **k))[1])
+  assert evaluate.main([f'--workdir={run}', '--absent=text']) == 0
+  assert loaded == ['image']
+  predictor = molt_jax.load(run)
+  predictor.predict(text='red')
+  assert loaded == ['image', 'text']
+
+
+def test_an_absent_image_is_not_even_decoded(run, monkeypatch):
+  from molt_jax.data import transforms
+  def explode(*args, **kwargs):
+    raise AssertionError('decoded')
+  monkeypatch.setattr(transforms, 'decode', explode)
+  assert evaluate.main([f'--workdir={run}', '--absent=image']) == 0
+
+
+def test_the_predict_command_prints_one_json_object(run, capsys):
+  assert predict.main([f'--workdir={run}', '--text=a red square', '--top_k=2']) == 0
+  answer = json.loads(capsys.readouterr().out)
+  assert len(answer['labels']) == 2 and answer['text'] and not answer['image']
+
+
+@pytest.mark.parametrize('command, arguments, words', [
+    (predict.main, [], ['--image and --text', 'at least one']),
+    (predict.main, ['--image=/nowhere.png'], ['/nowhere.png']),
+    (predict.main, ['--image=NOT_AN_IMAGE'], ['not_an_image.txt']),
+    (predict.main, ['--text=x', '--top_k=0'], ['--top_k', "'0'"]),
+    (predict.main, ['--txt=x'], ['did you mean --text']),
+    (evaluate.main, ['--split=dev'], ["'dev'", 'validation']),
+    (evaluate.main, ['--absent=txt'], ["'txt'", 'text']),
+    (evaluate.main, ['--absent='], ['--absent']),
+    (evaluate.main, ['--missing_rate=70'], ["'70'", '0 to 1']),
+    (evaluate.main, ['--missing_rate=0.5', '--missing_type=all'], ["'all'", 'both']),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, capsys, command, arguments, words):
+  (tmp_path / 'not_an_image.txt').write_text('hello')
+  arguments = [a.replace('NOT_AN_IMAGE', str(tmp_path / 'not_an_image.txt')) for a in arguments]
+  assert command([f'--workdir={run}', *arguments]) == 2
+  lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1
+  for word in words:
+    assert word in lines[0]
+
+
+@pytest.mark.parametrize('command', [evaluate.main, predict.main])
+def test_no_run_there(command, tmp_path, capsys):
+  extra = ['--text=x'] if command is predict.main else []
+  assert command([f'--workdir={tmp_path / "nothing"}', *extra]) == 2
+  assert 'no run in' in capsys.readouterr().err
+
+
+def test_predict_refuses_lists_of_unequal_length_and_nothing_at_all(run):
+  predictor = molt_jax.load(run)
+  with pytest.raises(UserError, match='2 images and 1 texts'):
+    predictor.predict(image=[None, None], text=['x'])
+  with pytest.raises(UserError, match='both image and text are absent'):
+    predictor.predict()
+  with pytest.raises(UserError, match='neither'):
+    predictor.predict(text='  ')
+  assert predictor.predict(text=[]) == []

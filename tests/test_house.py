@@ -1,0 +1,51 @@
+"""The stairs of the house: a module imports only from rooms above its own."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
+
+# Room -> rooms it may import from, beside itself.
+SERVICES = ('sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'logbook')
+ROOMS = {
+    '__init__': ('predict',),
+    'config': (),
+    'data': ('config', 'cli'),
+    'backbones': ('config',),
+    'modules': ('config', 'backbones'),
+    'objectives': (),
+    **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
+    'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
+    'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
+    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
+}
+
+
+def _room(path: pathlib.Path) -> str:
+  return path.relative_to(ROOT).parts[0].removesuffix('.py')
+
+
+def _imported_rooms(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == 'molt_jax':
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('molt_jax.'):
+      yield node.module.split('.')[1]
+    elif isinstance(node, ast.Import):
+      yield from (alias.name.split('.')[1] for alias in node.names if alias.name.startswith('molt_jax.'))
+
+
+def test_imports_go_one_way():
+  wrong = []
+  for path in sorted(ROOT.rglob('*.py')):
+    room = _room(path)
+    assert room in ROOMS, f'{path.name}: a new room; give it a row in ROOMS'
+    wrong += [f'{path.relative_to(ROOT)} imports {other}' for other in _imported_rooms(path) if other != room and other not in ROOMS[room]]
+  assert wrong == []
+
+
+def test_importing_the_package_alone_does_not_import_jax():
+  import subprocess
+  import sys
+  code = 'import sys, molt_jax, molt_jax.config; sys.exit("jax" in sys.modules or "torch" in sys.modules)'
+  assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
