@@ -90,7 +90,7 @@ class ClipLayer(nn.Module):
       num_out = len(features) if isinstance(features, tuple) else 1
       return nn.DenseGeneral(
           features, axis=axis, dtype=self.dtype, param_dtype=self.dtype, name=name,
-          kernel_init=nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'), axes),
+          kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
           bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-num_out:]))
 
     x_bid = layer_norm(c, self.dtype, 'attention_norm')(h_bid)

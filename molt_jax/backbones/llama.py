@@ -20,9 +20,10 @@ DEFAULTS = {
 REQUIRED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
 # Keys that change the mathematics, and the values under which they change nothing.
 NEUTRAL = {
-    'model_type': ('llama',), 'hidden_act': ('silu',), 'quantization_config': (None,), 'sliding_window': (None,), 'partial_rotary_factor': (None, 1.0),
-    'rope_interleaved': (None, False), 'clip_qkv': (None,), 'attn_logit_softcapping': (None,), 'use_qk_norm': (None, False), 'no_rope_layers': (None,),
-    'embedding_multiplier': (None, 1.0), 'residual_multiplier': (None, 1.0), 'attention_multiplier': (None,), 'num_local_experts': (None,),
+    'model_type': ('llama',), 'hidden_act': ('silu',), 'quantization_config': (None,), 'sliding_window': (None,), 'num_local_experts': (None,),
+    'partial_rotary_factor': (None, 1.0), 'rope_interleaved': (None, False), 'no_rope_layers': (None,), 'use_qk_norm': (None, False),
+    'clip_qkv': (None,), 'attn_logit_softcapping': (None,), 'embedding_multiplier': (None, 1.0), 'residual_multiplier': (None, 1.0),
+    'attention_multiplier': (None,),
 }
 # Keys of a RoPE description, by type. `rope_theta` and the type itself may always be there.
 ROPE_KEYS = {
@@ -128,13 +129,6 @@ def rotate(x_btnh: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_btnh.dtype)
 
 
-def _partitioned(axes: tuple[str, ...], num_in: int = 1):
-  """Initialiser of a kernel whose first `num_in` axes are contracted, with its logical axes."""
-  init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')  # DenseGeneral initialises [in, out] and reshapes.
-  del num_in
-  return nn.with_logical_partitioning(init, axes)
-
-
 class LlamaLayer(nn.Module):
   """One decoder layer: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
@@ -153,7 +147,8 @@ class LlamaLayer(nn.Module):
     def dense(name, features, axes, *, use_bias, axis=-1):
       num_out = len(features) if isinstance(features, tuple) else 1
       return nn.DenseGeneral(
-          features, axis=axis, use_bias=use_bias, dtype=self.dtype, param_dtype=self.dtype, name=name, kernel_init=_partitioned(axes),
+          features, axis=axis, use_bias=use_bias, dtype=self.dtype, param_dtype=self.dtype, name=name,
+          kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
           bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-num_out:]))
 
     x_btd = norm('input_norm')(h_btd)

@@ -1,0 +1,207 @@
+"""Weights on disk -> parameters of the towers, one tensor at a time."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
+from molt_jax.backbones.files import RANDOM_SEED, ImageSpec, TowerFiles, open_files
+from molt_jax.backbones.llama import Llama, LlamaConfig
+from molt_jax.backbones.tokenizer import Tokenizer
+from molt_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """How a Hugging Face tensor becomes ours: the shape it must have, given the shape of ours, and its reordering (a reshape follows)."""
+
+  source_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+  reorder: Callable[[jax.Array], jax.Array]
+
+
+AS_IS = Transform(lambda ours: ours, lambda w: w)
+FLAT = Transform(lambda ours: (math.prod(ours),), lambda w: w)
+DENSE = Transform(lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T)  # [out, in] -> [in, out...]
+DENSE_OUT = Transform(lambda ours: (ours[-1], math.prod(ours[:-1])), lambda w: w.T)  # [out, in] -> [in..., out]
+PATCHES = Transform(lambda ours: (ours[1], 3, math.isqrt(ours[0] // 3), math.isqrt(ours[0] // 3)), lambda w: w.transpose(2, 3, 1, 0))
+
+# Hugging Face tensor ({} is the layer) -> path of our parameter, transform. Entries for biases that a configuration does not have are void.
+NORM = (('weight', 'scale'), ('bias', 'bias'))
+LINEAR = (('weight', 'kernel', DENSE), ('bias', 'bias', FLAT))
+MAPS = {
+    'text': {
+        'embed_tokens.weight': ('embedding', AS_IS),
+        'norm.weight': ('norm/scale', AS_IS),
+        'layers.{}.input_layernorm.weight': ('layers/input_norm/scale', AS_IS),
+        'layers.{}.post_attention_layernorm.weight': ('layers/mlp_norm/scale', AS_IS),
+        **{f'layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in 'qkv' for theirs, ours, how in LINEAR},
+        'layers.{}.self_attn.o_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
+        'layers.{}.self_attn.o_proj.bias': ('layers/o_proj/bias', FLAT),
+        **{f'layers.{{}}.mlp.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in ('gate', 'up', 'down') for theirs, ours, how in LINEAR},
+    },
+    'image': {
+        'embeddings.class_embedding': ('class_embedding', AS_IS),
+        'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
+        'embeddings.patch_embedding.weight': ('patch_kernel', PATCHES),
+        **{f'pre_layrnorm.{theirs}': (f'pre_norm/{ours}', AS_IS) for theirs, ours in NORM},
+        **{f'encoder.layers.{{}}.layer_norm1.{theirs}': (f'layers/attention_norm/{ours}', AS_IS) for theirs, ours in NORM},
+        **{f'encoder.layers.{{}}.layer_norm2.{theirs}': (f'layers/mlp_norm/{ours}', AS_IS) for theirs, ours in NORM},
+        **{f'encoder.layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in 'qkv' for theirs, ours, how in LINEAR},
+        'encoder.layers.{}.self_attn.out_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
+        'encoder.layers.{}.self_attn.out_proj.bias': ('layers/o_proj/bias', FLAT),
+        **{f'encoder.layers.{{}}.mlp.fc1.{theirs}': (f'layers/up_proj/{ours}', how) for theirs, ours, how in LINEAR},
+        **{f'encoder.layers.{{}}.mlp.fc2.{theirs}': (f'layers/down_proj/{ours}', how) for theirs, ours, how in LINEAR},
+    },
+}
+# Tensors that the towers have no use for.
+IGNORED = {
+    'text': r'lm_head\.weight|.*rotary_emb\.inv_freq',
+    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|post_layernorm\.(weight|bias)|.*position_ids',
+}
+MODULES = {'text': Llama, 'image': ClipVision}
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerSpec:
+  """A tower without its weights.
+
+  Attributes:
+    config: the architecture; `config.hidden_size` is the width of the taps.
+    identity: {'path': as given, 'sha256': of configuration and tensors}.
+    tokenizer: of a text tower, else None.
+    preprocess: of an image tower, else None.
+  """
+
+  config: LlamaConfig | ClipVisionConfig
+  identity: dict[str, str]
+  tokenizer: Tokenizer | None
+  preprocess: ImageSpec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower(TowerSpec):
+  """A tower with its weights: `module.apply({'params': params}, ...)`."""
+
+  module: Llama | ClipVision
+  params: Any
+
+
+def describe_tower(path: str, *, kind: str) -> TowerSpec:
+  """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
+  return _describe(open_files(path, kind=kind))
+
+
+def load_tower(path: str, *, kind: str, dtype: Any, attention: str, shardings: Callable[[Any], Any] | None = None) -> Tower:
+  """Loads a frozen tower.
+
+  Args:
+    path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
+    kind: 'text' or 'image'.
+    dtype: of weights and computation, 'float32' or 'bfloat16'.
+    attention: 'xla' or 'cudnn'.
+    shardings: maps the abstract parameters (boxed with their logical axes) to a pytree of shardings; None: the default device.
+
+  Raises:
+    UserError: no such tower, a configuration that is not implemented, or tensors that do not fit it (all of them are named).
+  """
+  files = open_files(path, kind=kind)
+  module = make_module(files, dtype=dtype, attention=attention)
+  boxed = abstract_params(module)
+  abstract = nn.unbox(boxed)
+  places = jax.tree.map(lambda _: None, abstract) if shardings is None else shardings(boxed)
+  if files.shapes is None:
+    params = jax.jit(lambda: nn.unbox(_init(module)), out_shardings=None if shardings is None else places)()
+  else:
+    params = _load(files, abstract, places)
+  return Tower(**vars(_describe(files)), module=module, params=params)
+
+
+def make_module(files: TowerFiles, *, dtype: Any, attention: str) -> Llama | ClipVision:
+  """The Linen module of a tower."""
+  return MODULES[files.kind](files.architecture, jnp.dtype(dtype), attention)
+
+
+def abstract_params(module: Llama | ClipVision) -> Any:
+  """Shapes, types and (boxed) logical axes of a tower's parameters; nothing is allocated."""
+  return jax.eval_shape(functools.partial(_init, module))
+
+
+def _init(module):
+  if isinstance(module, Llama):
+    example = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
+  else:
+    example = (jnp.zeros((1, module.config.image_size, module.config.image_size, 3)),)
+  return module.init(jax.random.key(RANDOM_SEED), *example, num_taps=1)['params']
+
+
+def _describe(files: TowerFiles) -> TowerSpec:
+  return TowerSpec(config=files.architecture, identity=files.identity,
+                   tokenizer=files.tokenizer() if files.kind == 'text' else None,
+                   preprocess=files.preprocess() if files.kind == 'image' else None)
+
+
+def _load(files: TowerFiles, abstract: Any, places: Any) -> Any:
+  """Fills the parameters from disk; one tensor at a time is in host memory."""
+  wanted = traverse_util.flatten_dict(abstract, sep='/')
+  places = traverse_util.flatten_dict(places, sep='/')
+  plan = _plan(files, wanted)
+  flat = {}
+  for path, (names, transform) in plan.items():
+    have = wanted[path]
+    stacked = path.startswith('layers/')
+    buffer = jax.jit(functools.partial(jnp.zeros, have.shape, have.dtype), out_shardings=places[path])()
+    fill = _fill(transform, stacked, places[path])
+    for layer, name in enumerate(names):
+      # Waiting keeps a single tensor alive; the buffer is donated and filled in place.
+      buffer = fill(buffer, files.read(name), layer).block_until_ready()
+    flat[path] = buffer
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+@functools.cache
+def _fill(transform: Transform, stacked: bool, place: Any):
+  """Compiled: (parameter, tensor, layer) -> parameter with the reordered tensor in its place."""
+  def fill(buffer, w, layer):
+    new = transform.reorder(w).reshape(buffer.shape[1:] if stacked else buffer.shape).astype(buffer.dtype)
+    return jax.lax.dynamic_update_index_in_dim(buffer, new, layer, 0) if stacked else new
+  return jax.jit(fill, donate_argnums=0, out_shardings=place)
+
+
+def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[list[str], Transform]]:
+  """Returns our path -> (Hugging Face tensors, one a layer, and their transform).
+
+  Raises:
+    UserError: names every tensor that is missing, unknown or of the wrong shape.
+  """
+  plan, wrong = {}, []
+  for template, (path, transform) in MAPS[files.kind].items():
+    if path not in wanted:
+      continue
+    shape = wanted[path].shape
+    stacked = path.startswith('layers/')
+    names = [template.format(i) for i in range(shape[0])] if stacked else [template]
+    expected = transform.source_shape(shape[1:] if stacked else shape)
+    wrong += [f'{n} has shape {files.shapes[n]} instead of {expected}' for n in names if files.shapes.get(n, expected) != expected]
+    plan[path] = names, transform
+  used = {n for names, _ in plan.values() for n in names}
+  missing = sorted(used - set(files.shapes))
+  unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
+  faults = [f'{fault}: {", ".join(_by_layer(names))}' for fault, names in (('missing', missing), ('unknown', unknown)) if names] + wrong
+  if faults:
+    raise UserError(f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); ' + '; '.join(faults))
+  return plan
+
+
+def _by_layer(names: list[str]) -> list[str]:
+  """Joins names that differ in the layer only: 'layers.*.x (4)'."""
+  counts = Counter(re.sub(r'\d+', '*', n, count=1) for n in names)
+  return [n if count == 1 else f'{n} ({count})' for n, count in counts.items()]
