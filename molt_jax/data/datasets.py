@@ -1,0 +1,29 @@
+"""The table of data sets. To add one: write a function `config -> Dataset`, give it a row here, and its name to `dataset.name` in `config.SCHEMA`."""
+
+from typing import Any
+
+from molt_jax.data import table
+from molt_jax.data.sources import Dataset
+
+
+def _openmoji(config: Any) -> Dataset:
+  from molt_jax.data.builders import openmoji  # Imports TFDS, which costs a second.
+  return openmoji.load(config)
+
+
+DATASETS = {
+    'table': table.load,
+    'openmoji': _openmoji,
+}
+
+
+def load_dataset(config: Any) -> Dataset:
+  """Opens `config.dataset.name`, preparing it under `config.dataset.data_dir` where needed.
+
+  Args:
+    config: the whole configuration; `dataset.*` and `seed` are read.
+
+  Raises:
+    UserError: the data set's files, rows or packages are not as they must be.
+  """
+  return DATASETS[config.dataset.name](config)

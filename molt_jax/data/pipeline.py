@@ -1,0 +1,242 @@
+"""Batches with Grain: shuffled, sharded, prefetched and exactly resumable for training; in order and padded for evaluation.
+
+A batch is a dict of numpy arrays (B examples, T = max_tokens, K classes):
+  image       float32[B, size, size, 3]   zeros where absent
+  tokens      int32[B, T]                 padding where absent
+  token_mask  bool[B, T]                  True on real tokens; all False where the text is absent
+  present     bool[B, 2]                  column 0 = image, column 1 = text
+  label       int32[B], or float32[B, K] of zeros and ones when multi-label
+  weight      float32[B]                  0 on a row that has neither modality left and on padding, else 1
+  index       int32[B]                    position in the source (`source.ids[index]`), -1 on padding
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from molt_jax.config import UserError
+from molt_jax.data import transforms
+from molt_jax.data.sources import Source
+
+
+class DecodeReport:
+  """Counts the images and texts that could not be used and keeps the first names. Thread-safe; an example counts once however often it is read."""
+
+  def __init__(self, keep: int = 5):
+    self._keep = keep
+    self._lock = threading.Lock()
+    self._reasons: dict[str, dict[str, str]] = collections.defaultdict(dict)
+
+  def add(self, example_id: str, modality: str, reason: str) -> None:
+    with self._lock:
+      self._reasons[modality].setdefault(example_id, reason)
+
+  def counts(self) -> dict[str, int]:
+    """Returns the number of examples that lost each modality, e.g. {'image': 3}."""
+    with self._lock:
+      return {modality: len(reasons) for modality, reasons in self._reasons.items()}
+
+  def line(self) -> str:
+    """Returns one line for the user, empty when nothing was lost."""
+    with self._lock:
+      return '; '.join(self._describe(modality, reasons) for modality, reasons in sorted(self._reasons.items()))
+
+  def _describe(self, modality: str, reasons: dict[str, str]) -> str:
+    first = ', '.join(f'{name} ({reason})' for name, reason in list(reasons.items())[:self._keep])
+    more = f', and {len(reasons) - self._keep} more' if len(reasons) > self._keep else ''
+    return f'{len(reasons)} unusable {modality}{"s" if len(reasons) > 1 else ""} treated as absent: {first}{more}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """All that is needed to turn an example into arrays.
+
+  Attributes:
+    image_size: side of the image tower's input in pixels.
+    mean: per channel, in [0, 1].
+    std: per channel.
+    resize: 'crop' or 'letterbox', see `transforms.preprocess_image`.
+    encode: the text tower's tokenizer, (text, max_tokens) -> at most max_tokens ids.
+    pad_id: token id of padding.
+    max_tokens: T, tokens kept of each text.
+    num_classes: K.
+    multi_label: whether labels are vectors of K zeros and ones.
+    report: where unusable images and texts are counted.
+  """
+
+  image_size: int
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  resize: str
+  encode: Callable[[str, int], Sequence[int]]
+  pad_id: int
+  max_tokens: int
+  num_classes: int
+  multi_label: bool
+  report: DecodeReport = dataclasses.field(default_factory=DecodeReport, compare=False, repr=False)
+
+
+def _empty_content(preprocess: Preprocess) -> dict[str, np.ndarray]:
+  size, length = preprocess.image_size, preprocess.max_tokens
+  return {
+      'image': np.zeros((size, size, 3), np.float32),
+      'tokens': np.full(length, preprocess.pad_id, np.int32),
+      'token_mask': np.zeros(length, bool),
+      'present': np.zeros(2, bool),
+  }
+
+
+def _put_image(content: dict[str, np.ndarray], preprocess: Preprocess, image: Image.Image) -> None:
+  content['image'] = transforms.preprocess_image(
+      image, size=preprocess.image_size, mean=preprocess.mean, std=preprocess.std, resize=preprocess.resize)
+  content['present'][0] = True
+
+
+def _put_text(content: dict[str, np.ndarray], preprocess: Preprocess, text: str) -> None:
+  ids = preprocess.encode(text, preprocess.max_tokens)
+  content['tokens'], content['token_mask'] = transforms.pad_tokens(ids, max_tokens=preprocess.max_tokens, pad_id=preprocess.pad_id)
+  content['present'][1] = len(ids) > 0
+
+
+def _label(preprocess: Preprocess, label: int | Sequence[int]) -> np.ndarray:
+  if not preprocess.multi_label:
+    return np.int32(label)
+  return np.isin(np.arange(preprocess.num_classes), label).astype(np.float32)
+
+
+def _read(source: Source, index: int, *, image: bool, report: DecodeReport) -> dict[str, Any]:
+  try:
+    return source.read(index, image=image)
+  except OSError as error:  # An image file that vanished, or may not be read, costs its example the image.
+    example = source.read(index, image=False)
+    report.add(example['id'], 'image', error.strerror or str(error))
+    return example
+
+
+def _row(index: int, *, source: Source, preprocess: Preprocess, present_nm: np.ndarray) -> dict[str, np.ndarray]:
+  """Makes one row of a batch; `index` -1 makes a row of padding. What is absent is neither read nor decoded."""
+  content = _empty_content(preprocess)
+  label = () if preprocess.multi_label else 0
+  if index >= 0:
+    with_image, with_text = present_nm[index]
+    example = _read(source, index, image=with_image, report=preprocess.report)
+    label = example['label']
+    if example['image'] is not None:
+      try:
+        _put_image(content, preprocess, transforms.decode(example['image']))
+      except transforms.DecodeError as error:
+        preprocess.report.add(example['id'], 'image', str(error))
+    if with_text:
+      _put_text(content, preprocess, example['text'])
+      if not content['present'][1]:
+        preprocess.report.add(example['id'], 'text', 'no tokens')
+  return content | {
+      'label': _label(preprocess, label),
+      'weight': np.float32(content['present'].any()),
+      'index': np.int32(index),
+  }
+
+
+def _row_maker(source: Source, preprocess: Preprocess, present: np.ndarray | None) -> Callable[[int], dict[str, np.ndarray]]:
+  if present is not None and present.shape != (len(source), 2):
+    raise ValueError(f'present must be bool[{len(source)}, 2], not {present.shape}')
+  present_nm = source.present if present is None else source.present & present
+  return functools.partial(_row, source=source, preprocess=preprocess, present_nm=present_nm)
+
+
+def _local_batches(
+    rows: grain.MapDataset, *, batch_size: int, num_threads: int, prefetch: int, process_index: int, process_count: int) -> grain.IterDataset:
+  """Cuts a stream of rows into batches and keeps this process's part; the parts of all processes, joined, are the batch of a single process."""
+  if batch_size % process_count:
+    raise ValueError(f'batch_size {batch_size} is not a multiple of process_count {process_count}')
+  local = rows.batch(batch_size // process_count)[process_index::process_count]
+  return local.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)))
+
+
+def train_iterator(
+    source: Source, preprocess: Preprocess, *, batch_size: int, seed: int, present: np.ndarray | None = None,
+    num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
+  """Returns an endless iterator of training batches.
+
+  Epoch e is a permutation of the source, a function of (seed, e) alone. Epochs follow each other without a gap and are cut into batches
+  afterwards, so a batch may span two of them and no example is dropped. `get_state` and `set_state` resume exactly.
+
+  Args:
+    source: the training split.
+    preprocess: how an example becomes arrays.
+    batch_size: examples a batch over all processes; each process gets batch_size / process_count of them.
+    seed: root of the order.
+    present: bool[N, 2], what the protocol leaves (`missing.present_table`); combined with what the source has by nature.
+    num_threads: threads that read, decode and tokenise, one batch each.
+    prefetch: batches prepared ahead.
+    process_index: this process's number in [0, process_count).
+    process_count: number of processes that share the data.
+  """
+  # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second epoch of seed 0.
+  shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  rows = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map(_row_maker(source, preprocess, present))
+  return iter(_local_batches(
+      rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count))
+
+
+def eval_batches(
+    source: Source, preprocess: Preprocess, *, batch_size: int, present: np.ndarray | None = None,
+    num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
+  """Returns an iterable over every example once, in order; the last batch is filled up with rows of weight 0 and index -1.
+
+  Arguments are those of `train_iterator`. Every process gets the same number of batches.
+  """
+  n = len(source)
+  padded = -(-n // batch_size) * batch_size
+  make_row = _row_maker(source, preprocess, present)
+  rows = grain.MapDataset.range(padded).map(lambda index: make_row(index if index < n else -1))
+  return _local_batches(
+      rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count)
+
+
+def single_example(
+    preprocess: Preprocess, image: str | os.PathLike | Image.Image | np.ndarray | None = None, text: str | None = None) -> dict[str, np.ndarray]:
+  """Prepares one example for prediction.
+
+  Args:
+    preprocess: how it becomes arrays.
+    image: path of a file, PIL image, uint8 array [H, W] or [H, W, 3 or 4], or None: absent.
+    text: or None: absent; a blank text is absent too.
+
+  Returns:
+    {'image': float32[size, size, 3], 'tokens': int32[T], 'token_mask': bool[T], 'present': bool[2]}
+
+  Raises:
+    UserError: the image cannot be read, or neither modality is there.
+  """
+  content = _empty_content(preprocess)
+  if image is not None:
+    _put_image(content, preprocess, _open(image))
+  if text is not None and text.strip():
+    _put_text(content, preprocess, text)
+  if not content['present'].any():
+    raise UserError('neither an image nor a text was given: give at least one of the two')
+  return content
+
+
+def _open(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or not image.size:
+      raise UserError(f'image is an array {image.dtype}{list(image.shape)}: give uint8 [H, W] or [H, W, 3 or 4]')
+    image = Image.fromarray(image)
+  name = 'image' if isinstance(image, Image.Image) else f'image {str(image)!r}'
+  try:
+    return transforms.as_rgb(image) if isinstance(image, Image.Image) else transforms.decode(pathlib.Path(image).read_bytes())
+  except OSError as error:
+    raise UserError(f'{name} cannot be opened ({error.strerror}): give the path of an image file') from error
+  except transforms.DecodeError as error:
+    raise UserError(f'{name} cannot be decoded ({error}): save it again, as PNG or JPEG for instance') from error
