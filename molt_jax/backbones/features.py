@@ -26,7 +26,8 @@ class Taps:
   text_mask_bt: jax.Array
 
 
-def extract(image_tower: ClipVision | None, text_tower: Llama | None, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], *, num_taps: int) -> Taps:
+def extract(image_tower: ClipVision | None, text_tower: Llama | None, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], *,
+            num_taps: int) -> Taps:
   """Runs the towers on a batch.
 
   Args:

@@ -5,8 +5,10 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,7 +48,7 @@ class TowerFiles:
     kind: 'text' or 'image'.
     config: dict of the Hugging Face config.json (or its equivalent).
     identity: {'path': as given, 'sha256': of configuration and tensors}.
-    shapes: Hugging Face tensor name -> shape; None where weights are random.
+    shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be read.
   """
 
   shapes: Mapping[str, tuple[int, ...]] | None = None
@@ -59,8 +61,8 @@ class TowerFiles:
     """The configuration as our modules take it."""
     return CONFIGS[self.kind].from_hf(self.config)
 
-  def read(self, name: str) -> np.ndarray:
-    """Reads one tensor, by Hugging Face name and in Hugging Face's orientation."""
+  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads one tensor, by Hugging Face name and in Hugging Face's orientation; `shape` is the one it is known to have."""
     raise NotImplementedError
 
   def tokenizer(self) -> tokenizer.Tokenizer:
@@ -82,6 +84,15 @@ class RandomFiles(TowerFiles):
     content = json.dumps({'architecture': config, 'seed': RANDOM_SEED}, sort_keys=True)
     super().__init__(path, kind, config, hashlib.sha256(content.encode()).hexdigest())
 
+  def read(self, name, shape):
+    # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
+    if name.endswith('.bias'):
+      return np.zeros(shape, np.float32)
+    if 'norm' in name.split('.')[-2]:
+      return np.ones(shape, np.float32)
+    draw = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    return draw / np.float32(math.prod(shape[1:]) ** 0.5)  # Variance 1 / fan-in; shapes are [out, in...].
+
   def tokenizer(self):
     return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size)
 
@@ -97,8 +108,8 @@ class GgufFiles(TowerFiles):
     self._names = {gguf.hf_name(name): name for name in self._reader.tensors if name != 'rope_freqs.weight'}
     self.shapes = {name: self._reader.tensors[theirs][1] for name, theirs in self._names.items()}
 
-  def read(self, name):
-    return gguf.unpermute(name, self._reader.read(self._names[name]), self.architecture)
+  def read(self, name, shape):
+    return gguf.unpermute(name, self._reader.read(self._names[name]), self.architecture).reshape(shape)
 
   def tokenizer(self):
     return tokenizer.from_gguf(self._reader.metadata, vocab_size=self.architecture.vocab_size)
@@ -124,7 +135,7 @@ class HuggingFaceFiles(TowerFiles):
       except safetensors.SafetensorError as e:
         raise UserError(f'{file} is damaged or cut short ({e}); download it again') from e
 
-  def read(self, name):
+  def read(self, name, shape):
     file, theirs = self._where[name]
     with safetensors.safe_open(file, framework='np') as f:  # Opened anew so that pages already copied are given back.
       return f.get_tensor(theirs)

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
-from molt_jax.backbones.files import RANDOM_SEED, ImageSpec, TowerFiles, open_files
+from molt_jax.backbones.files import ImageSpec, TowerFiles, open_files
 from molt_jax.backbones.llama import Llama, LlamaConfig
 from molt_jax.backbones.tokenizer import Tokenizer
 from molt_jax.config import UserError
@@ -118,11 +118,7 @@ def load_tower(path: str, *, kind: str, dtype: Any, attention: str, shardings: C
   boxed = abstract_params(module)
   abstract = nn.unbox(boxed)
   places = jax.tree.map(lambda _: None, abstract) if shardings is None else shardings(boxed)
-  if files.shapes is None:
-    params = jax.jit(lambda: nn.unbox(_init(module)), out_shardings=None if shardings is None else places)()
-  else:
-    params = _load(files, abstract, places)
-  return Tower(**vars(_describe(files)), module=module, params=params)
+  return Tower(**vars(_describe(files)), module=module, params=_load(files, abstract, places))
 
 
 def make_module(files: TowerFiles, *, dtype: Any, attention: str) -> Llama | ClipVision:
@@ -132,15 +128,11 @@ def make_module(files: TowerFiles, *, dtype: Any, attention: str) -> Llama | Cli
 
 def abstract_params(module: Llama | ClipVision) -> Any:
   """Shapes, types and (boxed) logical axes of a tower's parameters; nothing is allocated."""
-  return jax.eval_shape(functools.partial(_init, module))
-
-
-def _init(module):
   if isinstance(module, Llama):
     example = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
   else:
     example = (jnp.zeros((1, module.config.image_size, module.config.image_size, 3)),)
-  return module.init(jax.random.key(RANDOM_SEED), *example, num_taps=1)['params']
+  return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)['params']
 
 
 def _describe(files: TowerFiles) -> TowerSpec:
@@ -155,14 +147,14 @@ def _load(files: TowerFiles, abstract: Any, places: Any) -> Any:
   places = traverse_util.flatten_dict(places, sep='/')
   plan = _plan(files, wanted)
   flat = {}
-  for path, (names, transform) in plan.items():
+  for path, (names, source_shape, transform) in plan.items():
     have = wanted[path]
     stacked = path.startswith('layers/')
-    buffer = jax.jit(functools.partial(jnp.zeros, have.shape, have.dtype), out_shardings=places[path])()
+    buffer = jnp.zeros(have.shape, have.dtype, device=places[path])
     fill = _fill(transform, stacked, places[path])
     for layer, name in enumerate(names):
       # Waiting keeps a single tensor alive; the buffer is donated and filled in place.
-      buffer = fill(buffer, files.read(name), layer).block_until_ready()
+      buffer = fill(buffer, files.read(name, source_shape), layer).block_until_ready()
     flat[path] = buffer
   return traverse_util.unflatten_dict(flat, sep='/')
 
@@ -176,8 +168,8 @@ def _fill(transform: Transform, stacked: bool, place: Any):
   return jax.jit(fill, donate_argnums=0, out_shardings=place)
 
 
-def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[list[str], Transform]]:
-  """Returns our path -> (Hugging Face tensors, one a layer, and their transform).
+def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
+  """Returns our path -> (Hugging Face tensors, one a layer, their shape, their transform).
 
   Raises:
     UserError: names every tensor that is missing, unknown or of the wrong shape.
@@ -190,9 +182,12 @@ def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
     stacked = path.startswith('layers/')
     names = [template.format(i) for i in range(shape[0])] if stacked else [template]
     expected = transform.source_shape(shape[1:] if stacked else shape)
+    plan[path] = names, expected, transform
+  if files.shapes is None:
+    return plan
+  for names, expected, _ in plan.values():
     wrong += [f'{n} has shape {files.shapes[n]} instead of {expected}' for n in names if files.shapes.get(n, expected) != expected]
-    plan[path] = names, transform
-  used = {n for names, _ in plan.values() for n in names}
+  used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
   unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
   faults = [f'{fault}: {", ".join(_by_layer(names))}' for fault, names in (('missing', missing), ('unknown', unknown)) if names] + wrong
