@@ -1,5 +1,6 @@
 """Orbax checkpoints: trainable state, data iterator, and what they belong to (config, towers, class names)."""
 
+import functools
 import pathlib
 from typing import Any
 
@@ -30,7 +31,9 @@ class Checkpoints:
 
   def meta(self, kind: str = LATEST) -> dict[str, Any]:
     """Returns what the newest checkpoint of that kind belongs to; {} where there is none."""
-    return read_meta(self._managers[kind])
+    manager = self._managers[kind]
+    step = manager.latest_step()
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta'] if step is not None else {}
 
   def save(self, state: TrainState, iterator: Any, meta: dict[str, Any], *, kind: str) -> None:
     """Starts saving; returns as soon as the arrays are copied off the devices. Whole or absent: Orbax renames when all is written."""
@@ -67,9 +70,14 @@ def _abstract(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def read_meta(manager: ocp.CheckpointManager) -> dict[str, Any]:
-  step = manager.latest_step()
-  return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta'] if step is not None else {}
+def _read(path: pathlib.Path, **item: Any) -> Any:
+  """Restores one item of the checkpoint at `path`, and touches nothing: a training run may be writing beside it."""
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(path, args=ocp.args.Composite(**item))[next(iter(item))]
+
+
+def _restore_model(path: pathlib.Path, abstract: Any) -> Any:
+  return _read(path, model=ocp.args.StandardRestore(abstract))
 
 
 def load_model(workdir: pathlib.Path, select: str) -> tuple[dict[str, Any], Any]:
@@ -82,14 +90,12 @@ def load_model(workdir: pathlib.Path, select: str) -> tuple[dict[str, Any], Any]
   Raises:
     UserError: no run or no checkpoint there.
   """
-  folders = [workdir / 'checkpoints' / kind for kind in dict.fromkeys((select, LATEST))]
-  for folder in folders:
+  for kind in dict.fromkeys((select, LATEST)):
+    folder = workdir / 'checkpoints' / kind
     if not folder.is_dir():
       continue
-    manager = ocp.CheckpointManager(folder.absolute(), item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True))
-    step = manager.latest_step()
-    if step is not None:
-      def restore(abstract, manager=manager, step=step):
-        return manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract)))['model']
-      return read_meta(manager), restore
+    steps = ocp.utils.checkpoint_steps(folder.absolute())
+    if steps:
+      path = folder.absolute() / str(max(steps))
+      return _read(path, meta=ocp.args.JsonRestore()), functools.partial(_restore_model, path)
   raise UserError(f'--workdir: no checkpoint in {str(workdir)!r}; give the --workdir of a run of python -m molt_jax.train')

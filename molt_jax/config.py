@@ -108,7 +108,7 @@ SCHEMA: dict[str, Any] = {
         'num_layers': Field(4, at_least(1), 'L_s: last layers of each tower that are tapped.'),
         'width': Field(1024, at_least(1), 'd_c: width of the common space.'),
         'num_heads': Field(1, at_least(1), 'Attention heads in the common space; must divide molt.width.'),
-        'input_norm': Field('standardize', one_of('none', 'rms', 'standardize'), 'Normalises the taps; standardize: by training statistics per channel.'),
+        'input_norm': Field('standardize', one_of('none', 'rms', 'standardize'), 'Normalises the taps; standardize: by training statistics.'),
         'cross_attention': Field(True, FLAG, 'Eq. 2; off: H is zero (first ablation of Table 2).'),
         'layer_weights': Field(True, FLAG, 'Learn M of eq. 5; off: the plain mean over layers.'),
     },

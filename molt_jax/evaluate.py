@@ -35,17 +35,18 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
   return {f'{name}_absent': np.tile(np.array(KEPT[name]), (num_examples, 1)) for name in names}
 
 
-def eval_step(variables, frozen, batch, totals: dict[str, ClassificationMetrics], *, model: model_lib.Model) -> dict[str, ClassificationMetrics]:
-  """Adds one batch to every condition's totals. The towers run once; only the head sees the conditions."""
+def eval_step(
+    variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: ClassificationMetrics, *,
+    model: model_lib.Model) -> ClassificationMetrics:
+  """Adds one batch to the totals, which are stacked over conditions as batch['keep'] bool[B, conditions, 2] is.
+
+  The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there.
+  """
   taps = model.taps(frozen, batch)
-  merged = {}
-  for column, (name, total) in enumerate(totals.items()):
-    present_bm = batch['present'] & batch['keep'][:, column]
-    readable_b = jnp.any(present_bm, axis=-1)
-    # A row left with nothing counts nowhere; it is classified as if complete so that every number stays finite.
-    logits_bk = model.classify(variables, taps, jnp.where(readable_b[:, None], present_bm, batch['present'])).logits_bk
-    merged[name] = total.update(logits_bk, batch['label'], batch['weight'] * readable_b)
-  return merged
+  present_cbm = batch['present'][None] & jnp.swapaxes(batch['keep'], 0, 1)
+  logits_cbk = jax.lax.map(lambda present_bm: model.classify(variables, taps, present_bm).logits_bk, present_cbm)
+  weight_cb = batch['weight'][None] * jnp.any(present_cbm, axis=-1)
+  return jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(totals, logits_cbk, weight_cb)
 
 
 def evaluate(
@@ -71,8 +72,8 @@ def evaluate(
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
-  totals = {name: ClassificationMetrics.empty(num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label) for name in conditions}
-  totals = jax.device_put(totals, sharding.replicated(mesh))
+  empty = ClassificationMetrics.empty(num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label)
+  totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), empty), sharding.replicated(mesh))
   batches = pipeline.eval_batches(
       source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), num_threads=config.input.num_threads,
       prefetch=config.input.prefetch)
@@ -81,7 +82,9 @@ def evaluate(
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
       totals = step(variables, frozen, sharding.put_batch(batch, mesh), totals)
       bar.advance(int(np.sum(batch['index'] >= 0)))
-  return {name: {**total.compute(), 'num_examples': int(total.count)} for name, total in jax.device_get(totals).items()}
+  totals = jax.device_get(totals)
+  by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
+  return {name: {**total.compute(), 'num_examples': int(total.count)} for name, total in by_condition.items()}
 
 
 def make_eval_step(model: model_lib.Model):

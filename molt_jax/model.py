@@ -23,8 +23,8 @@ MODALITIES = ('image', 'text')  # Columns of `present`.
 class Model:
   """A head over the last `num_taps` layers of two towers; holds no arrays."""
 
-  image: weights.Tower
-  text: weights.Tower
+  image_tower: nn.Module
+  text_tower: nn.Module
   head: nn.Module
   num_taps: int
 
@@ -32,25 +32,24 @@ class Model:
     """Returns the head's variables (boxed): 'params' and, with standardised inputs, 'statistics'."""
     def zeros(tower):
       return jnp.zeros((self.num_taps, 1, 1, tower.config.hidden_size))
-    taps = features.Taps(image_lbid=zeros(self.image), text_lbtd=zeros(self.text), text_mask_bt=jnp.ones((1, 1), bool))
+    taps = features.Taps(image_lbid=zeros(self.image_tower), text_lbtd=zeros(self.text_tower), text_mask_bt=jnp.ones((1, 1), bool))
     return self.head.init(key, taps, jnp.ones((1, 2), bool), train=False)
 
   def taps(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> features.Taps:
     """Runs the towers whose parameters are in `frozen`; no gradient goes in."""
-    return features.extract(self.image.module, self.text.module, frozen, batch, num_taps=self.num_taps)
+    return features.extract(self.image_tower, self.text_tower, frozen, batch, num_taps=self.num_taps)
 
   def classify(self, variables: Mapping[str, Any], taps: features.Taps, present_bm: jax.Array) -> HeadOutput:
     """The head in evaluation mode."""
     return self.head.apply(variables, taps, present_bm, train=False)
 
 
-def describe_towers(config: ml_collections.ConfigDict) -> dict[str, weights.Tower]:
+def describe_towers(config: ml_collections.ConfigDict) -> dict[str, weights.TowerSpec]:
   """Opens both towers without their weights: architecture, identity, tokenizer or image preprocessing."""
-  c = config.backbones
-  return {m: weights.describe_tower(c[m].path, kind=m, dtype=jnp.dtype(c.dtype), attention=c.attention) for m in MODALITIES}
+  return {m: weights.describe_tower(config.backbones[m].path, kind=m) for m in MODALITIES}
 
 
-def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.Tower], *, num_classes: int) -> Model:
+def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> Model:
   """Puts the head that `config.method` names on the towers.
 
   Raises:
@@ -62,7 +61,9 @@ def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.T
       raise UserError(f'config.molt.num_layers: {config.molt.num_layers}, but the {modality} tower has {layers} layers; give at most {layers}')
   head = make_head(
       config, num_classes=num_classes, image_width=towers['image'].config.hidden_size, text_width=towers['text'].config.hidden_size)
-  return Model(image=towers['image'], text=towers['text'], head=head, num_taps=config.molt.num_layers)
+  c = config.backbones
+  modules = {f'{m}_tower': weights.MODULES[m](towers[m].config, jnp.dtype(c.dtype), c.attention) for m in MODALITIES}
+  return Model(**modules, head=head, num_taps=config.molt.num_layers)
 
 
 def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, modalities: Collection[str] = MODALITIES) -> dict[str, Any]:
@@ -70,11 +71,11 @@ def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, moda
   c = config.backbones
   def load(modality):
     shardings = sharding.param_shardings(mesh)
-    return weights.load_tower(c[modality].path, kind=modality, dtype=jnp.dtype(c.dtype), attention=c.attention, shardings=shardings).params
+    return weights.load_tower(c[modality].path, kind=modality, dtype=c.dtype, attention=c.attention, shardings=shardings).params
   return {m: load(m) if m in modalities else None for m in MODALITIES}
 
 
-def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.Tower], *, num_classes: int) -> Preprocess:
+def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> Preprocess:
   """Returns how one example becomes arrays: the image tower's preprocessing, the text tower's tokenizer."""
   image, tokenizer = towers['image'].preprocess, towers['text'].tokenizer
   return Preprocess(
@@ -82,12 +83,13 @@ def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weig
       max_tokens=config.text.max_tokens, num_classes=num_classes, multi_label=config.dataset.multi_label)
 
 
-def identities(towers: Mapping[str, weights.Tower]) -> dict[str, dict[str, str]]:
+def identities(towers: Mapping[str, weights.TowerSpec]) -> dict[str, dict[str, str]]:
   """Returns {'image': {'path', 'sha256'}, 'text': ...}: what a checkpoint belongs to."""
   return {m: dict(towers[m].identity) for m in MODALITIES}
 
 
-def check_same_towers(saved: Mapping[str, Mapping[str, str]], towers: Mapping[str, weights.Tower], modalities: Collection[str] = MODALITIES) -> None:
+def check_same_towers(
+    saved: Mapping[str, Mapping[str, str]], towers: Mapping[str, weights.TowerSpec], modalities: Collection[str] = MODALITIES) -> None:
   """Raises UserError unless the towers are those that the checkpoint was trained on."""
   for modality in modalities:
     old, new = saved[modality], towers[modality].identity

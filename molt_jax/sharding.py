@@ -1,5 +1,6 @@
 """Devices, mesh and the rules that place named axes on it."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     UserError: the platform is not there, or the axes do not fit the number of devices.
   """
   devices = _devices(config.platform)
+  _keep_compiled_programs()
   data, model = config.mesh.data, config.mesh.model
   if data == -1 and model == -1:
     raise UserError('config.mesh: data and model are both -1; give one of them a number')
@@ -47,6 +49,12 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     raise UserError(
         f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit {len(devices)} {devices[0].platform} device(s)')
   return jax.make_mesh((data, model), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices[: data * model])
+
+
+def _keep_compiled_programs() -> None:
+  """Keeps what XLA compiled on disk, so that resuming, evaluating and predicting start at once; JAX_COMPILATION_CACHE_DIR goes before."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/molt_jax/xla').expanduser()))
 
 
 def _devices(platform: str) -> list[jax.Device]:

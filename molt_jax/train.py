@@ -58,7 +58,7 @@ def train_step(
   (loss, (parts, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {'loss': loss, **parts, 'grad_norm': optax.global_norm(grads)}
+  metrics = {'loss': loss, **parts, 'grad_norm': optax.tree.norm(grads)}
   return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state), metrics
 
 

@@ -1,9 +1,13 @@
 """Every test runs on four virtual CPU devices, offline, with rank promotion an error."""
 
 import os
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Many tests compile the same tiny programs, some in processes of their own.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='molt_jax_xla_')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
 
 import jax
@@ -89,3 +93,41 @@ def make_tiny_config(tiny_towers, tiny_table):
 def tiny_config(make_tiny_config):
   """A fresh tiny config."""
   return make_tiny_config()
+
+
+def _final_state(workdir):
+  """Every array of the latest checkpoint, and its iterator position, as bytes."""
+  folder = max((workdir / 'checkpoints' / 'latest').iterdir(), key=lambda p: int(p.name))
+  import orbax.checkpoint as ocp
+
+  from molt_jax import checkpoint
+  with ocp.CheckpointManager(folder.parent, item_names=checkpoint.ITEMS) as manager:
+    out = manager.restore(int(folder.name), args=ocp.args.Composite(model=ocp.args.StandardRestore(), optimizer=ocp.args.StandardRestore()))
+  arrays = {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path([out['model'], out['optimizer']])}
+  position = [p.read_text() for p in sorted((folder / 'data').iterdir()) if p.suffix == '.json']
+  return arrays, position
+
+
+def _metric_lines(workdir):
+  from molt_jax import logbook
+  return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in logbook.read(workdir)]
+
+
+def _assert_same_run(one, two):
+  arrays_one, position_one = _final_state(one)
+  arrays_two, position_two = _final_state(two)
+  assert arrays_one == arrays_two and position_one == position_two
+  assert _metric_lines(one) == _metric_lines(two)
+  assert json.loads((one / 'evaluation.json').read_text())['results'] == json.loads((two / 'evaluation.json').read_text())['results']
+
+
+@pytest.fixture(scope='session')
+def final_state():
+  """Function of a run's folder: every array of its latest checkpoint and its iterator position, as bytes."""
+  return _final_state
+
+
+@pytest.fixture(scope='session')
+def same_run():
+  """Function of two runs' folders: asserts equal parameters, moments, metrics, data position and results, bit for bit."""
+  return _assert_same_run

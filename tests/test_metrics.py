@@ -1,0 +1,76 @@
+"""Metrics against scikit-learn, with padding, unseen classes, empty label sets and any split into batches."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+
+from molt_jax.metrics import ClassificationMetrics
+
+
+def accumulate(logits_nk, label, *, multi_label, weight_n=None, batch_size=7):
+  """Runs all rows through a jitted update, the last batch padded with NaN rows of weight zero."""
+  n, k = logits_nk.shape
+  weight_n = np.ones(n) if weight_n is None else weight_n
+  pad = -n % batch_size
+  logits_nk = np.concatenate([logits_nk, np.full((pad, k), np.nan)]).astype(np.float32)
+  label = np.concatenate([label, np.ones((pad, *label.shape[1:]), label.dtype)])
+  weight_n = np.concatenate([weight_n, np.zeros(pad)]).astype(np.float32)
+  metrics, update = ClassificationMetrics.empty(num_classes=k, multi_label=multi_label), jax.jit(ClassificationMetrics.update)
+  for i in range(0, n + pad, batch_size):
+    rows = slice(i, i + batch_size)
+    metrics = update(metrics, logits_nk[rows], label[rows], weight_n[rows])
+  return metrics
+
+
+def expected(truth, predicted, multi_label):
+  def f1(average):
+    return f1_score(truth, predicted, average=average, zero_division=0)
+  return {
+      'accuracy': accuracy_score(truth, predicted),
+      'f1_micro': f1('micro'),
+      'f1_macro': f1('macro'),
+      'f1_samples': f1('samples') if multi_label else accuracy_score(truth, predicted),
+      'f1_weighted': f1('weighted'),
+  }
+
+
+def assert_equals(metrics, reference, loss):
+  computed = metrics.compute()
+  assert list(computed) == [*reference, 'loss']
+  np.testing.assert_allclose([computed[name] for name in reference], list(reference.values()), rtol=1e-6, atol=1e-12)
+  np.testing.assert_allclose(computed['loss'], loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize('n, k', [(1, 3), (50, 3), (60, 40)])
+@pytest.mark.parametrize('seed', range(3))
+def test_single_label_equals_scikit_learn(n, k, seed):
+  rng = np.random.default_rng(seed)
+  logits_nk, label_n = rng.normal(size=(n, k)), rng.integers(0, max(k - 1, 1), n)
+  logits_nk[np.arange(n), label_n] += 1
+  loss = torch.nn.functional.cross_entropy(torch.tensor(logits_nk), torch.tensor(label_n)).item()
+  assert_equals(accumulate(logits_nk, label_n, multi_label=False), expected(label_n, logits_nk.argmax(1), False), loss)
+
+
+@pytest.mark.parametrize('n, k, rate', [(1, 3, 0.5), (50, 4, 0.3), (40, 6, 0.05), (10, 3, 0.0)])
+@pytest.mark.parametrize('seed', range(3))
+def test_multi_label_equals_scikit_learn(n, k, rate, seed):
+  rng = np.random.default_rng(seed)
+  logits_nk, label_nk = rng.normal(size=(n, k)) - 1, (rng.random((n, k)) < rate).astype(np.int32)
+  loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits_nk), torch.tensor(label_nk, dtype=torch.float64)).item()
+  assert_equals(accumulate(logits_nk, label_nk, multi_label=True), expected(label_nk, (logits_nk > 0).astype(int), True), loss)
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_rows_of_weight_zero_do_not_count_and_batches_add_up(multi_label):
+  rng = np.random.default_rng(0)
+  logits_nk, keep_n = rng.normal(size=(30, 4)), rng.random(30) < 0.6
+  label = rng.integers(0, 2, (30, 4)) if multi_label else rng.integers(0, 4, 30)
+  masked = accumulate(logits_nk, label, multi_label=multi_label, weight_n=keep_n.astype(np.float32)).compute()
+  chosen = [accumulate(logits_nk[keep_n][part], label[keep_n][part], multi_label=multi_label, batch_size=5) for part in (slice(9), slice(9, None))]
+  assert masked == pytest.approx(chosen[0].merge(chosen[1]).compute(), rel=1e-6)
+
+
+def test_no_example_gives_zeros():
+  assert set(ClassificationMetrics.empty(num_classes=3, multi_label=False).compute().values()) == {0.0}
