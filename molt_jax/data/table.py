@@ -98,7 +98,7 @@ def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[
   count = max(1, round(fraction * len(rows)))
   aside = {lined_up[int((k + 0.5) * len(rows) / count)] for k in range(count)}
   kept_labels = {label for n, row in enumerate(rows) if n not in aside for label in row.labels}
-  for n in sorted(aside):
+  for n in [n for n in lined_up if n in aside]:
     if not kept_labels.issuperset(rows[n].labels):
       aside.discard(n)
       kept_labels.update(rows[n].labels)

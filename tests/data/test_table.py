@@ -1,0 +1,171 @@
+"""Own tables: what is read, what is refused and in which words, and how validation is set aside."""
+
+import collections
+import json
+import pickle
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from PIL import Image
+
+from molt_jax import config as config_lib
+from molt_jax.data import datasets, table
+
+HEADER = 'image,text,label\n'
+GOOD = HEADER + 'a.png,first,cat\nb.png,,dog\n,third,cat\n'
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for name in 'ab':
+    Image.new('RGB', (4, 4), 'red').save(tmp_path / f'{name}.png')
+  for split in ('train', 'validation', 'test'):
+    (tmp_path / f'{split}.csv').write_text(GOOD)
+  return tmp_path
+
+
+def load(folder, **fields):
+  config = config_lib.default_config()
+  with config.unlocked():
+    config.dataset.update(name='table', path=str(folder), **fields)
+  return datasets.load_dataset(config)
+
+
+def test_empty_cells_are_absent_modalities(folder):
+  dataset = load(folder)
+  train = dataset.splits['train']
+  assert dataset.class_names == ('cat', 'dog') and len(train) == 3 and list(train.labels) == [0, 1, 0]
+  assert train.present.tolist() == [[True, True], [True, False], [False, True]]
+  assert train[0] == {'id': 'train.csv:2', 'image': (folder / 'a.png').read_bytes(), 'text': 'first', 'label': 0}
+  assert train[1]['text'] is None and train[2]['image'] is None
+  assert train.read(0, image=False)['image'] is None
+  assert train.ids == ['train.csv:2', 'train.csv:3', 'train.csv:4']
+  assert pickle.loads(pickle.dumps(train))[0] == train[0]
+
+
+def test_unicode_quotes_newlines_and_byte_order_mark(folder):
+  text = 'Größe, „schön“\n日本語 "so"'
+  quoted = '"' + text.replace('"', '""') + '"'
+  (folder / 'train.csv').write_bytes(('\ufeff' + HEADER + f'a.png,{quoted},Ünï\r\n\r\n,x,b\r\n').encode())
+  for split in ('validation', 'test'):
+    (folder / f'{split}.csv').write_text(HEADER + ',x,b\n')
+  dataset = load(folder)
+  train = dataset.splits['train']
+  assert train[0]['text'] == text and dataset.class_names == ('b', 'Ünï')
+  assert train.ids == ['train.csv:2', 'train.csv:4']
+
+
+def test_jsonl_with_other_columns_and_left_out_keys(folder):
+  (folder / 'test.csv').unlink()
+  rows = [{'image': 'a.png', 'text': None, 'label': 'dog', 'note': 1}, {'text': 'x', 'label': 'cat'}]
+  (folder / 'test.jsonl').write_text('\n\n'.join(json.dumps(row) for row in rows))
+  test = load(folder).splits['test']
+  assert test.present.tolist() == [[True, False], [False, True]] and list(test.labels) == [1, 0] and test.ids == ['test.jsonl:1', 'test.jsonl:3']
+
+
+def test_multi_label(folder):
+  for split in ('train', 'validation', 'test'):
+    (folder / f'{split}.csv').write_text(HEADER + ',x, b | a |b\n,y,c\n')
+  dataset = load(folder, multi_label=True)
+  assert dataset.multi_label and dataset.class_names == ('a', 'b', 'c') and list(dataset.splits['train'].labels) == [(0, 1), (2,)]
+  assert load(folder).class_names == ('b | a |b', 'c')
+
+
+MISTAKES = {
+    'empty file': ({'train': ''}, 'train.csv has no rows'),
+    'header only': ({'test': HEADER}, 'test.csv has no rows'),
+    'missing column': ({'train': 'image,caption,label\n,x,cat\n'}, 'lacks the column text (it has image, caption, label)'),
+    'missing images': (
+        {'train': HEADER + 'nope.png,x,cat\na.png,x,dog\nsub/no.png,x,cat\n'}, '2 image files do not exist: row 2 nope.png, row 4 sub/no.png'),
+    'many missing images': (
+        {'train': HEADER + 'n.png,x,cat\n' * 9},
+        '9 image files do not exist: row 2 n.png, row 3 n.png, row 4 n.png, row 5 n.png, row 6 n.png and 4 more'),
+    'unseen label': ({'test': GOOD + ',x,owl\n'}, "test.csv: labels that train does not have: 'owl' (row 5)"),
+    'unseen in validation': ({'validation': GOOD + ',x,owl\n'}, "validation.csv: labels that train does not have: 'owl' (row 5)"),
+    'one class': ({'train': HEADER + ',x,cat\n,y,cat\n'}, "train.csv has one class only, 'cat'"),
+    'both empty': ({'train': GOOD + ', ,cat\n'}, 'train.csv row 5: both image and text are empty'),
+    'no label': ({'test': GOOD + ',x,\n,y, \n'}, 'test.csv rows 5, 6: label is empty'),
+    'stray comma': ({'train': GOOD + ',one, two,cat\n'}, 'train.csv row 5 has 4 cells, the header 3'),
+    'short row': ({'train': GOOD + 'cat\n'}, 'train.csv row 5 has 1 cells'),
+    'open quote': ({'train': GOOD + ',"x,cat\n'}, 'train.csv is not a valid CSV file'),
+    'not utf-8': ({'train': (HEADER + ',ä,cat\n').encode('latin-1')}, 'train.csv is not UTF-8 (byte 18)'),
+    'no test file': ({'test': None}, 'has no test.csv and no test.jsonl'),
+    'no train file': ({'train': None}, 'has no train.csv and no train.jsonl'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_is_one_line(folder, name):
+  contents, message = MISTAKES[name]
+  for split, content in contents.items():
+    file = folder / f'{split}.csv'
+    if content is None:
+      file.unlink()
+    else:
+      file.write_bytes(content if isinstance(content, bytes) else content.encode())
+  check_one_line(folder, message)
+
+
+JSON_MISTAKES = {
+    'not json': ('{"text": "x", "label": "cat", "image": null}\n{oops\n', 'test.jsonl row 2 is not valid JSON'),
+    'not an object': ('[1, 2]\n', 'test.jsonl row 1 is not a JSON object'),
+    'missing key': ('{"text": "x", "label": "cat"}\n', 'test.jsonl lacks the column image'),
+    'list': ('{"text": "x", "label": ["cat"], "image": null}\n', 'test.jsonl row 1: label is a list'),
+    'no rows': ('\n', 'test.jsonl has no rows'),
+}
+
+
+@pytest.mark.parametrize('name', JSON_MISTAKES)
+def test_a_mistake_in_jsonl_is_one_line(folder, name):
+  content, message = JSON_MISTAKES[name]
+  (folder / 'test.csv').unlink()
+  (folder / 'test.jsonl').write_text(content)
+  check_one_line(folder, message)
+
+
+def test_two_files_for_a_split(folder):
+  (folder / 'train.jsonl').write_text('')
+  check_one_line(folder, 'both train.csv and train.jsonl')
+
+
+def test_no_folder(tmp_path):
+  check_one_line(tmp_path / 'nowhere', 'is not a folder')
+
+
+def check_one_line(folder, message):
+  with pytest.raises(config_lib.UserError) as error:
+    load(folder)
+  assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_validation_is_set_aside_from_train(folder):
+  (folder / 'validation.csv').unlink()
+  (folder / 'train.csv').write_text(HEADER + ''.join(f',text {n},{"rare" if n % 10 == 0 else "common"}\n' for n in range(200)))
+  (folder / 'test.csv').write_text(HEADER + ',x,rare\n')
+  splits = load(folder, validation_fraction=0.2).splits
+  assert len(splits['validation']) == 40 and collections.Counter(splits['validation'].labels) == {0: 36, 1: 4}
+  assert sorted(splits['train'].ids + splits['validation'].ids, key=lambda i: int(i[10:])) == [f'train.csv:{n}' for n in range(2, 202)]
+
+
+def test_too_small_to_set_validation_aside(folder):
+  (folder / 'validation.csv').unlink()
+  (folder / 'train.csv').write_text(HEADER + ',x,cat\n,y,dog\n')
+  check_one_line(folder, 'too small to set a validation split aside')
+
+
+LABELS = st.lists(st.frozensets(st.sampled_from('abcd'), min_size=1), min_size=2, max_size=80)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(LABELS, st.floats(0.01, 0.9), st.integers(0, 9), st.randoms(use_true_random=False))
+def test_setting_aside_is_stratified_and_does_not_depend_on_order(labels, fraction, seed, random):
+  rows = [table.Row(str(n), None, 'x', tuple(sorted(names))) for n, names in enumerate(labels)]
+  rest, aside = table.split_off(rows, fraction=fraction, seed=seed)
+  assert {row.id for row in rest} | {row.id for row in aside} == {row.id for row in rows} and len(rest) + len(aside) == len(rows)
+  assert {x for row in rest for x in row.labels} == {x for row in rows for x in row.labels}
+  _, again = table.split_off(random.sample(rows, len(rows)), fraction=fraction, seed=seed)
+  assert {row.id for row in again} == {row.id for row in aside}
+  share = max(1, round(fraction * len(rows))) / len(rows)
+  taken, total = (collections.Counter(row.labels for row in part) for part in (aside, rows))
+  assert all(taken[key] <= share * total[key] + 1 for key in total)
