@@ -1,0 +1,121 @@
+"""Names, types, initial values and placement of the heads' parameters; attention and the classifiers on their own."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from molt_jax import config as config_lib
+from molt_jax.modules.attention import attend
+from molt_jax.modules.fusion import CLASSIFIERS
+from molt_jax.modules.heads import METHODS, make_head
+from molt_jax.modules.inputs import INPUT_NORMS, STRATEGIES
+
+AXES = {'layers', 'embed', 'common', 'heads', 'mlp', 'classes'}
+TABLES = {'method': METHODS, 'molt.input_norm': INPUT_NORMS, 'missing.strategy': STRATEGIES, 'classifier.kind': CLASSIFIERS}
+
+
+@pytest.mark.parametrize('field', TABLES)
+def test_tables_hold_what_the_schema_allows(field):
+  rule = dict(config_lib.fields())[field].rule
+  assert rule.text == 'one of ' + ', '.join(map(repr, TABLES[field]))
+
+
+def test_every_parameter_is_float32_under_known_logical_names(each_case):
+  params = jax.eval_shape(each_case.init, jax.random.key(0), each_case.batch.taps, np.ones((24, 2), bool))['params']
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  specs = flatten_dict(nn.get_partition_spec(params), is_leaf=lambda _, x: isinstance(x, PartitionSpec))
+  shapes = flatten_dict(nn.unbox(params))
+  for path, spec in specs.items():
+    assert len(spec) == shapes[path].ndim and set(spec) <= AXES, (path, spec)
+
+
+def test_initial_values(case):
+  case = case('null_two_heads')
+  params = flatten_dict(nn.unbox(case.init(jax.random.key(0), case.batch.taps, np.ones((24, 2), bool)))['params'])
+  for path, leaf in params.items():
+    if path[-1] in ('scale', 'layer_weights'):
+      np.testing.assert_array_equal(leaf, np.ones(leaf.shape))
+    elif path[-1] == 'bias':
+      np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+    elif path[-1] == 'kernel':  # Fan-in is the second-last axis, one layer at a time.
+      np.testing.assert_allclose(np.std(leaf), leaf.shape[-2] ** -0.5, rtol=0.5)
+  kernel_ldc = params['translation', 'image', 'project', 'kernel']
+  assert not np.array_equal(kernel_ldc[0], kernel_ldc[1])
+
+
+def test_size_of_the_paper_head():
+  config = config_lib.default_config()
+  config.fusion.residual, config.classifier.kind, config.molt.input_norm = False, 'linear', 'none'
+  head = make_head(config, num_classes=101, image_width=1024, text_width=4096)
+  taps = type('Taps', (), {'image_lbid': None, 'text_lbtd': None, 'text_mask_bt': None})
+  variables = nn.unbox(jax.eval_shape(lambda: head.init(jax.random.key(0), taps, np.ones((1, 2), bool), train=False)))
+  c, layers = 1024, 4
+  square = c * c + c
+  translation = layers * ((1024 * c + c) + (4096 * c + c) + 6 * square + 2 * 2 * c)
+  fusion = square + 2 * (1024 * c + c) + 2 * (4096 * c + c)
+  assert list(variables) == ['params']
+  assert sum(x.size for x in jax.tree.leaves(variables)) == translation + layers + fusion + (c + 1) * 101
+
+
+def test_bfloat16_compute_keeps_float32_results(case, new_case, presence):
+  low, full = new_case({'compute_dtype': 'bfloat16'}), case('default')
+  actual, expected = (c.predict(full.variables, full.batch.taps, presence['mixed']) for c in (low, full))
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(actual))
+  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=0.03 * np.abs(e).max()), actual, expected)
+  assert not np.array_equal(actual.logits_bk, expected.logits_bk)
+
+
+def test_sharding_the_batch_changes_nothing(case, presence):
+  case = case('default')
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+  taps, whole = case.batch.taps, jax.tree.map(put, (case.variables['params'], case.statistics))
+  taps = taps.replace(
+      image_lbid=put(taps.image_lbid, None, 'data'), text_lbtd=put(taps.text_lbtd, None, 'data'), text_mask_bt=put(taps.text_mask_bt, 'data'))
+  rows = [put(x, 'data') for x in (presence['mixed'], case.batch.label, case.batch.weight_b)]
+  sharded, single = case.step(*whole, taps, *rows), case.run(presence['mixed'])
+  def check(tolerance, actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-3))
+  jax.tree.map(functools.partial(check, 1e-6), sharded[0], single[0])  # Loss, logits, pooled vectors, statistics.
+  jax.tree.map(functools.partial(check, 1e-5), sharded[1], single[1])  # Gradients: sums in another order, then inverse covariances.
+
+
+@pytest.mark.parametrize('num_heads', [1, 2, 4])
+def test_attention_equals_pytorch(num_heads):
+  rng = np.random.default_rng(0)
+  query, key, value = (rng.normal(size=(2, 3, n, 8)) for n in (4, 5, 5))
+  mask_bs = np.arange(5) < np.array([[5], [1], [3]])
+  def split(x):
+    return torch.tensor(x).unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+  expected = torch.nn.functional.scaled_dot_product_attention(*map(split, (query, key, value)), attn_mask=torch.tensor(mask_bs)[None, :, None, None])
+  actual = attend(*(x.astype(np.float32) for x in (query, key, value)), mask_bs[None], num_heads=num_heads)
+  np.testing.assert_allclose(actual, expected.transpose(-2, -3).flatten(-2), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_without_a_valid_key_is_finite():
+  x_tc = np.ones((2, 4), np.float32)
+  value, gradient = jax.value_and_grad(lambda x: attend(x, x, x, np.zeros(2, bool), num_heads=1).sum())(x_tc)
+  assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('kind', CLASSIFIERS)
+def test_dropout_acts_in_training_only(kind):
+  classifier = CLASSIFIERS[kind](num_classes=3, hidden=64, dropout=0.5, axis='common', dtype=jnp.float32)
+  x_bc = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+  variables = classifier.init(jax.random.key(0), x_bc, train=False)
+  @jax.jit
+  @jax.vmap
+  def draw(key):
+    return classifier.apply(variables, x_bc, train=True, rngs={'dropout': key})
+  draws = draw(jax.random.split(jax.random.key(1), 400))
+  still = classifier.apply(variables, x_bc, train=False)
+  assert not np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], still)
+  np.testing.assert_allclose(np.mean(draws, axis=0), still, atol=5 * np.std(draws) / 20)
