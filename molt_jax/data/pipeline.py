@@ -65,7 +65,7 @@ class Preprocess:
     mean: per channel, in [0, 1].
     std: per channel.
     resize: 'crop' or 'letterbox', see `transforms.preprocess_image`.
-    encode: the text tower's tokenizer, (text, max_tokens) -> at most max_tokens ids.
+    encode: the text tower's tokenizer, (text, max_tokens) -> at most max_tokens ids; called from several threads at once.
     pad_id: token id of padding.
     max_tokens: T, tokens kept of each text.
     num_classes: K.

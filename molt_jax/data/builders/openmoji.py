@@ -7,7 +7,7 @@ animal-amphibian: frog). 3,776 emoji in 95 classes remain.
 
 Splits are drawn per class, by base emoji: skin tones, gender, hair, direction and family make-up are variants of one base and stay together, and
 so do emoji that are drawn alike (the flags of France and Saint Martin). About 70 % of each class's emoji go to train, 10 % to validation and 20 % to
-test, and every class has at least one base emoji in each.
+test (2,595, 399 and 782 emoji), and every class has at least one base emoji in each; the largest class is 13 % of each split.
 """
 
 import collections
@@ -23,6 +23,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
+from rich import console, progress
 
 from molt_jax.config import UserError
 from molt_jax.data.sources import Dataset, TfdsSource
@@ -130,17 +131,17 @@ def _svg_file(folder: pathlib.Path, emoji: str) -> pathlib.Path:
 
 def _progress(items: list[Any], what: str) -> Iterator[Any]:
   """Passes `items` on with a progress bar on a terminal, with a line now and then otherwise."""
-  if sys.stderr.isatty():
-    import rich.console
-    import rich.progress
-    yield from rich.progress.track(items, what, console=rich.console.Console(stderr=True))
-    return
   start = time.monotonic()
-  for n, item in enumerate(items):
-    if n and n % 1000 == 0:
+  columns = ('{task.description}', progress.BarColumn(), progress.MofNCompleteColumn(), '{task.fields[rate]:.0f}/s', progress.TimeRemainingColumn())
+  with progress.Progress(*columns, console=console.Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    task = bar.add_task(what, total=len(items), rate=0.0)
+    for n, item in enumerate(items):
       rate = n / (time.monotonic() - start)
-      print(f'{what}: {n} of {len(items)} ({rate:.0f}/s, {(len(items) - n) / rate:.0f} s left)', file=sys.stderr, flush=True)
-    yield item
+      bar.update(task, completed=n, rate=rate)
+      if bar.disable and n and n % 1000 == 0:
+        print(f'{what}: {n} of {len(items)} ({rate:.0f}/s, {(len(items) - n) / rate:.0f} s left)', file=sys.stderr, flush=True)
+      yield item
+    bar.update(task, completed=len(items))
 
 
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
