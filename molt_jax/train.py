@@ -84,7 +84,7 @@ def total_loss(
   if not (config.cca.weight and out.pooled_image_lbc is not None):
     return config.loss.weight * loss_ce, {'loss_ce': loss_ce}
   pair_b = batch['weight'] * jnp.all(present_bm, axis=-1)
-  cca_l = jax.vmap(functools.partial(cca.cca_loss, weight_n=pair_b, ridge=config.cca.ridge))(out.pooled_image_lbc, out.pooled_text_lbc)
+  cca_l = cca.cca_loss(out.pooled_image_lbc, out.pooled_text_lbc, weight_n=pair_b, ridge=config.cca.ridge)
   return config.cca.weight * jnp.mean(cca_l) + config.loss.weight * loss_ce, {'loss_ce': loss_ce, 'cca': cca_l}
 
 

@@ -1,0 +1,342 @@
+"""Canonical correlation as a loss: exact value, closed-form gradient, finite for every finite input.
+
+For two views X [n, d1], Y [n, d2] with centred rows, S11 = X'X + r1 I, S22 = Y'Y + r2 I and S12 = X'Y,
+
+  corr = || S11^(-1/2) S12 S22^(-1/2) ||_*      (nuclear norm: the sum of canonical correlations, Andrew et al. 2013)
+  loss = -corr / min(n - 1, d1, d2)             in [-1, 0]
+
+The ridge r = ridge * tr(X'X) / d is relative to the mean eigenvalue, so the loss does not depend on the scale of a view.
+
+How it is computed. With the Gram matrix K = X X', R = K (K + r)^(-1) and any factor T T' = R, corr = || T_x' T_y ||_*. Each view picks the
+smaller of two spaces at trace time, [n, n] (Gram) or [d, d] (covariance), so n = 32 samples of width 1024 never build a 1024 x 1024 matrix.
+With the polar factor W of A = T_x' T_y (A = W H), and `back` B_x the map from factor to view space,
+
+  d corr / dX = (I - R_x) T_y W' B_x,    then made orthogonal to X: that is what a ridge that moves with tr(X'X) adds.
+
+Nothing differentiates through `eigh` or `svd`, whose derivatives are infinite at the repeated eigenvalues every small batch has.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+
+SOLVERS = ('eigh', 'newton_schulz')
+
+_EPS = float(jnp.finfo(jnp.float32).eps)
+_JITTER = 16 * _EPS  # Relative to each diagonal entry of a matrix to be factored; divided out again.
+_MIN_SPREAD = 1e-30  # A view that deviates from its mean by less counts as constant; its gradient, 1 / spread, would leave float32.
+_MIN_ROWS = 3  # Two samples always correlate perfectly.
+
+
+class Centred(NamedTuple):
+  """A view with weighted mean zero and unit Frobenius norm: x_nd = xc_nd / inverse_norm, row by row times sqrt(weight)."""
+
+  x_nd: jax.Array
+  inverse_norm: jax.Array
+  mean_d: jax.Array
+
+
+class Rows(NamedTuple):
+  """What the weights say about the rows. `null_nn` projects on what no centred view can contain: absent rows and the mean."""
+
+  root_weight_n: jax.Array
+  unit_n: jax.Array
+  null_nn: jax.Array
+  count: jax.Array
+
+
+class Factor(NamedTuple):
+  """T with T T' = K (K + r)^(-1), the map B back to the view, and I - T T' where it is known without cancellation (Gram space)."""
+
+  t_nk: jax.Array
+  back_kd: jax.Array
+  residual_nn: jax.Array | None
+
+
+def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
+  """Negative mean canonical correlation of two views.
+
+  Computed in float32 at the highest matrix precision whatever the input type. Batched over leading axes: [L, n, d] gives [L]. Under `jit` on a
+  sharded batch the statistics are those of the global batch. First derivatives only; `weight_n` gets none.
+
+  Args:
+    x_nd: [..., n, d1] samples of one view.
+    y_nd: [..., n, d2] the same samples in the other view.
+    weight_n: [n] or [..., n] non-negative weight of each row, any numeric type. A row of weight 0 is as if it were not there, whatever it holds.
+    ridge: Python float >= 0; ridge of each covariance relative to its mean eigenvalue.
+    solver: 'eigh' (`eigh` and `svd`; the reference) or 'newton_schulz' (Cholesky and matrix products only, for accelerators). The second works
+      on S itself: its relative error grows like eps ||S||_F / r, and a ridge below 4 eps ||S||_F is raised to that.
+
+  Returns:
+    [...] float32 in [-1, 0]: minus the sum of correlations over min(rows - 1, d1, d2), counting the rows of positive weight. 0 with zero
+    gradient for fewer than three such rows or a view that is constant over them. Directions a view does not span get no gradient.
+
+  Raises:
+    ValueError: shapes that do not pair up, or an unknown solver.
+  """
+  x_nd, y_nd, weight_n = _check(x_nd, y_nd, weight_n, ridge, solver)
+  loss = functools.partial(_loss, float(ridge), solver)
+  for _ in range(x_nd.ndim - 2):
+    loss = _batched(loss)
+  return loss(x_nd, y_nd, weight_n)
+
+
+def _batched(function):
+  """vmap over the first axis; on a CPU one after the other.
+
+  There jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for work they have put into the same pool: two at once on two cores hang.
+  """
+  def one_by_one(*arrays):
+    return lax.map(lambda slices: function(*slices), arrays)
+  return lambda *arrays: lax.platform_dependent(*arrays, cpu=one_by_one, default=jax.vmap(function))
+
+
+def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
+  """Canonical correlations in descending order, [..., min(n, d1, d2)] float32; directions that do not exist read 0. No gradient flows.
+
+  Arguments and errors as for `cca_loss`; the same ridge, so their sum is that loss times minus the number of directions.
+  """
+  x_nd, y_nd, weight_n = _check(x_nd, y_nd, weight_n, ridge, 'eigh')
+
+  def spectrum(x_nd, y_nd, weight_n):
+    with jax.default_matmul_precision('highest'):
+      rows = weigh_rows(weight_n)
+      x, y = (whiten(centre(view, rows).x_nd, rows, ridge, 'eigh') for view in (x_nd, y_nd))
+      s = jnp.linalg.svd(x.t_nk.T @ y.t_nk, compute_uv=False)
+    return jnp.where(rows.count >= _MIN_ROWS, jnp.minimum(s, 1.0), 0.0)
+
+  for _ in range(x_nd.ndim - 2):
+    spectrum = _batched(spectrum)
+  return lax.stop_gradient(spectrum(x_nd, y_nd, weight_n))
+
+
+def _check(x_nd, y_nd, weight_n, ridge, solver):
+  """Pairs up the arguments; weights become float32 over every row."""
+  x_nd, y_nd = jnp.asarray(x_nd), jnp.asarray(y_nd)
+  if x_nd.ndim < 2 or x_nd.shape[:-1] != y_nd.shape[:-1] or not x_nd.size or not y_nd.size:
+    raise ValueError(f'cca: views must be [..., n, d1] and [..., n, d2] with the same rows, got {x_nd.shape} and {y_nd.shape}')
+  if solver not in SOLVERS:
+    raise ValueError(f'cca: solver {solver!r} is not one of {SOLVERS}')
+  if not 0 <= ridge < float('inf'):
+    raise ValueError(f'cca: ridge must be finite and at least 0, got {ridge}')
+  weight_n = jnp.ones(x_nd.shape[-2]) if weight_n is None else jnp.asarray(weight_n)
+  if weight_n.shape not in (x_nd.shape[-2:-1], x_nd.shape[:-1]):
+    raise ValueError(f'cca: weight must be {x_nd.shape[-2:-1]} or {x_nd.shape[:-1]}, got {weight_n.shape}')
+  return x_nd, y_nd, jnp.broadcast_to(lax.stop_gradient(weight_n).astype(jnp.float32), x_nd.shape[:-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(ridge, solver, x_nd, y_nd, weight_n):
+  return _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)[0]
+
+
+def _loss_fwd(ridge, solver, x_nd, y_nd, weight_n):
+  loss, *gradients = _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)
+  return loss, (*gradients, jnp.zeros_like(weight_n), jnp.zeros((), x_nd.dtype), jnp.zeros((), y_nd.dtype))
+
+
+def _loss_bwd(ridge, solver, saved, g):
+  dx_nd, dy_nd, dweight_n, *likes = saved
+  bounds = (jnp.finfo(like.dtype).max.astype(jnp.float32) for like in likes)
+  dx_nd, dy_nd = (jnp.clip(g * d, -bound, bound).astype(like.dtype) for d, bound, like in zip((dx_nd, dy_nd), bounds, likes, strict=True))
+  return dx_nd, dy_nd, dweight_n
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd)
+
+
+def _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver):
+  """Loss and its float32 gradients; a caller who wants the value alone pays for nothing else, since XLA drops what is not used."""
+  with jax.default_matmul_precision('highest'):
+    rows = weigh_rows(weight_n)
+    centred_x, centred_y = centre(x_nd, rows), centre(y_nd, rows)
+    x, y = (whiten(centred.x_nd, rows, ridge, solver) for centred in (centred_x, centred_y))
+    corr, w_kj = _POLAR[solver](x.t_nk.T @ y.t_nk)
+    num_directions = jnp.clip(rows.count - 1, 1, min(x_nd.shape[-1], y_nd.shape[-1]))
+    share = jnp.where(rows.count >= _MIN_ROWS, 1.0 / num_directions, 0.0)
+    dx_nd = _pull_back(y.t_nk @ w_kj.T, x, centred_x, rows)
+    dy_nd = _pull_back(x.t_nk @ w_kj, y, centred_y, rows)
+  return jnp.clip(-share * corr, -1.0, 0.0), -share * dx_nd, -share * dy_nd
+
+
+def _pull_back(m_nk, factor, centred, rows):
+  """Gradient of corr with respect to one view, from M = T_other W'."""
+  if factor.residual_nn is None:
+    g_nk = m_nk - factor.t_nk @ (factor.t_nk.T @ m_nk)
+  else:
+    g_nk = factor.residual_nn @ m_nk
+  g_nd = g_nk @ factor.back_kd
+  g_nd -= jnp.sum(g_nd * centred.x_nd) * centred.x_nd  # The ridge follows the trace: no gradient along X itself.
+  g_nd -= rows.unit_n[:, None] * (rows.unit_n @ g_nd)[None, :]
+  return g_nd * rows.root_weight_n[:, None] * centred.inverse_norm
+
+
+def weigh_rows(weight_n):
+  """`Rows` of float32 weights [n]; negative weights count as 0."""
+  weight_n = jnp.maximum(weight_n, 0.0)
+  weight_n = weight_n / jnp.maximum(jnp.max(weight_n), jnp.finfo(jnp.float32).tiny)
+  root_n = jnp.sqrt(weight_n)
+  unit_n = root_n * lax.rsqrt(jnp.maximum(jnp.sum(weight_n), 1e-6))
+  null_nn = jnp.diag(jnp.where(weight_n > 0, 0.0, 1.0)) + unit_n[:, None] * unit_n[None, :]
+  return Rows(root_n, unit_n, null_nn, jnp.sum(weight_n > 0))
+
+
+def centre(x_nd, rows):
+  """`Centred` view. Exact zeros for a constant column: a row is subtracted before the mean is, and scaling is by powers of two.
+
+  Rows of weight 0 are never read, so they may hold NaN.
+  """
+  valid_n1 = rows.root_weight_n[:, None] > 0
+  x_nd, exponent = _scale_to_one(jnp.where(valid_n1, x_nd.astype(jnp.float32), 0.0))
+  first_n1 = jnp.arange(x_nd.shape[0])[:, None] == jnp.argmax(valid_n1)
+  first_d = jnp.sum(jnp.where(first_n1, x_nd, 0.0), axis=0)
+  x_nd, shift = _scale_to_one(jnp.where(valid_n1, x_nd - first_d[None, :], 0.0))
+  mean_d = jnp.zeros_like(first_d)
+  for _ in range(2):  # The second pass removes the rounding of the first.
+    step_d = (rows.unit_n * rows.unit_n) @ x_nd
+    x_nd, mean_d = jnp.where(valid_n1, x_nd - step_d[None, :], 0.0), mean_d + step_d
+  x_nd = x_nd * rows.root_weight_n[:, None]
+  norm = jnp.sqrt(jnp.sum(x_nd * x_nd))
+  spread = jnp.ldexp(norm, exponent + shift)
+  is_constant = spread < _MIN_SPREAD
+  inverse = jnp.where(is_constant, 0.0, 1.0 / jnp.where(is_constant, 1.0, norm))
+  mean_d = jnp.ldexp(first_d + jnp.ldexp(mean_d, shift), exponent)
+  return Centred(x_nd * inverse, jnp.ldexp(inverse, -exponent - shift), mean_d)
+
+
+def _scale_to_one(x_nd):
+  """x_nd divided by the power of two that brings its largest entry into [0.5, 1), and that power. Exact."""
+  _, exponent = jnp.frexp(jnp.max(jnp.abs(x_nd)))
+  return jnp.ldexp(x_nd, -exponent), exponent
+
+
+def whiten(x_nd, rows, ridge, solver):
+  """`Factor` of a centred view, in Gram space when n <= d."""
+  n, d = x_nd.shape
+  in_gram_space = n <= d
+  whiten_by, floor = _WHITEN[solver, in_gram_space]
+  s_kk = x_nd @ x_nd.T if in_gram_space else x_nd.T @ x_nd
+  r = jnp.maximum(max(ridge / d, 1e-12), floor * jnp.sqrt(jnp.sum(s_kk * s_kk)))
+  return whiten_by(x_nd, s_kk, r, rows)
+
+
+def _whiten_gram_eigh(x_nd, k_nn, r, rows):
+  """In the eigenvectors U of K the view is graded, G = U'X with nearly orthogonal rows, and Cholesky is accurate relative to each row.
+
+  What lies in the known null space is moved to a negative eigenvalue, well apart from small true ones. Singular values are read from G and not
+  from eigh: their squares then carry noise eps^2 instead of eps, which decides whether duplicated rows look like a direction of their own.
+  """
+  n = k_nn.shape[0]
+  gap = 1.0 / n
+  e_n, u_nn = jnp.linalg.eigh(k_nn - gap * rows.null_nn)
+  g_nd = jnp.where(e_n > -gap / 2, 1.0, 0.0)[:, None] * (u_nn.T @ x_nd)
+  is_resolved_n = _is_resolved(jnp.sum(g_nd * g_nd, axis=1), r, max(x_nd.shape))
+  g_nd = jnp.where(is_resolved_n[:, None], g_nd, 0.0)
+  m_nn = g_nd @ g_nd.T
+  inverse_l_nn = _inverse_cholesky(m_nn + r * jnp.eye(n))
+  j_nn = inverse_l_nn.T @ inverse_l_nn
+  r_nn = j_nn @ m_nn
+  r_nn = (r_nn + r_nn.T) / (2 + 2 * _JITTER)
+  root_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)))
+  back_nd = solve_triangular(root_nn, j_nn @ g_nd, lower=True)
+  return Factor(u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0), back_nd, r * (u_nn @ j_nn @ u_nn.T))
+
+
+def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
+  """The same in the eigenvectors of the covariance. Any square root whitens: with S + r = L L', T = X L^(-T) and B = L^(-1)."""
+  del rows
+  _, v_dd = jnp.linalg.eigh(s_dd)
+  g_nd = x_nd @ v_dd
+  is_resolved_d = _is_resolved(jnp.sum(g_nd * g_nd, axis=0), r, max(x_nd.shape))
+  g_nd = jnp.where(is_resolved_d[None, :], g_nd, 0.0)
+  inverse_l_dd = _inverse_cholesky(g_nd.T @ g_nd + r * jnp.eye(s_dd.shape[0]))
+  return Factor(g_nd @ inverse_l_dd.T, inverse_l_dd @ jnp.where(is_resolved_d[:, None], v_dd.T, 0.0), None)
+
+
+def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
+  """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1); R is then a product with itself, never negative."""
+  eye_nn = jnp.eye(k_nn.shape[0])
+  span_nn = eye_nn - rows.null_nn
+  k_nn = k_nn + rows.null_nn / k_nn.shape[0] + r * eye_nn
+  l_nn = jnp.linalg.cholesky(k_nn)
+  o_nn = _newton_schulz_polar(l_nn * lax.rsqrt(jnp.sqrt(jnp.sum(k_nn * k_nn))), smallest=5e-4)
+  m_nn = o_nn @ solve_triangular(l_nn, span_nn, lower=True)
+  g_nd = m_nn @ x_nd
+  t_nn, inverse_t_nn = _newton_schulz_root(g_nd @ g_nd.T, span_nn)
+  return Factor(t_nn, inverse_t_nn @ (m_nn @ g_nd), r * (m_nn @ m_nn.T))
+
+
+def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
+  """`_whiten_covariance_eigh` without the change of basis: accurate relative to the largest direction only."""
+  del rows
+  inverse_l_dd = _inverse_cholesky(s_dd + r * jnp.eye(s_dd.shape[0]))
+  return Factor(x_nd @ inverse_l_dd.T, inverse_l_dd, None)
+
+
+def _is_resolved(w_k, r, size):
+  """Which squared singular values stand out of float32's noise and matter beside the ridge."""
+  return w_k > jnp.maximum((4 * _EPS) ** 2 * size * jnp.max(w_k), _JITTER * r)
+
+
+def _inverse_cholesky(a_kk):
+  return solve_triangular(jnp.linalg.cholesky(a_kk), jnp.eye(a_kk.shape[0]), lower=True)
+
+
+def _polar_svd(a_kj):
+  """Nuclear norm and polar factor; directions without correlation get none."""
+  p_ks, s_s, q_sj = jnp.linalg.svd(a_kj, full_matrices=False)
+  return jnp.sum(s_s), (p_ks * (s_s > 8 * _EPS)[None, :]) @ q_sj
+
+
+def _polar_newton_schulz(a_kj):
+  """The same by matrix products. Singular values below 1e-4 are not fully turned to 1."""
+  w_kj = _newton_schulz_polar(a_kj, smallest=1e-4)
+  return jnp.sum(w_kj * a_kj), w_kj
+
+
+def _newton_schulz_polar(a_kj, smallest):
+  """Polar factor of a matrix with singular values in [smallest, 1]."""
+  def step(w_ks, coefficient):
+    linear, cubic = coefficient
+    return linear * w_ks + cubic * (w_ks @ (w_ks.T @ w_ks)), None
+
+  is_wide = a_kj.shape[0] < a_kj.shape[1]
+  w_ks, _ = lax.scan(step, a_kj.T if is_wide else a_kj, _newton_schulz_coefficients(smallest))
+  return w_ks.T if is_wide else w_ks
+
+
+def _newton_schulz_root(r_nn, span_nn):
+  """R^(1/2) and R^(-1/2) on the span of R, eigenvalues in [0, 1], by the coupled iteration; roots below 1e-2 are not fully resolved."""
+  def step(carry, coefficient):
+    y_nn, z_nn = carry
+    linear, cubic = coefficient
+    t_nn = linear * span_nn + cubic * (z_nn @ y_nn)
+    return (y_nn @ t_nn, t_nn @ z_nn), None
+
+  return lax.scan(step, (r_nn, span_nn), _newton_schulz_coefficients(1e-2))[0]
+
+
+def _newton_schulz_coefficients(smallest):
+  """(linear, cubic) per step: the cubic that brings [smallest, 1] closest to 1, then the same for its image, until it is 1 in float32.
+
+  x -> (3 s x - (s x)^3) / 2 with s^2 = 3 / (1 + l + l^2) maps both ends of [l, 1] to the same value (Chen and Chow 2014).
+  """
+  steps, low = [], smallest
+  while 1 - low > _EPS / 4:
+    scale = (3 / (1 + low + low * low)) ** 0.5
+    steps.append((1.5 * scale, -0.5 * scale**3))
+    low = min(1.0, 1.5 * scale * low - 0.5 * (scale * low) ** 3)
+  return jnp.asarray(steps, jnp.float32)
+
+
+_POLAR = {'eigh': _polar_svd, 'newton_schulz': _polar_newton_schulz}
+_WHITEN = {  # (solver, in Gram space): how, and the smallest ridge that keeps its Cholesky factor real, relative to ||S||_F
+  ('eigh', True): (_whiten_gram_eigh, 0.0),
+  ('eigh', False): (_whiten_covariance_eigh, 0.0),
+  ('newton_schulz', True): (_whiten_gram_newton_schulz, 4 * _EPS),
+  ('newton_schulz', False): (_whiten_covariance_newton_schulz, 4 * _EPS),
+}
