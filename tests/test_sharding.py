@@ -1,0 +1,82 @@
+"""Full-size towers without weights: they build, and every parameter finds its place on 2 and on 8 devices."""
+
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import pytest
+from flax import linen as nn
+
+from molt_jax import sharding
+from molt_jax.backbones import weights
+from molt_jax.config import UserError, default_config
+
+# Parameters of the published models, counted from their configurations (no language-model head; CLIP without its final norm and projection).
+SIZES = {'llama-7b': 6_607_343_616, 'llama-13b': 12_852_024_320, 'llama-70b': 68_714_504_192, 'clip-vit-l-14': 303_177_728}
+
+SCRIPT = """
+import sys, jax
+from molt_jax import sharding
+from molt_jax.backbones import weights
+from molt_jax.config import default_config
+config = default_config()
+config.mesh.data, config.mesh.model = 1, -1
+mesh = sharding.make_mesh(config)
+for name, kind in (('llama-7b', 'text'), ('llama-13b', 'text'), ('llama-70b', 'text'), ('clip-vit-l-14', 'image')):
+  files = weights.open_files(f'random:{name}', kind=kind)
+  module = weights.make_module(files, dtype='bfloat16', attention='xla')
+  boxed = weights.abstract_params(module)
+  shapes = jax.tree.leaves(jax.tree.map(lambda x: x, weights.nn.unbox(boxed)))
+  places = jax.tree.leaves(sharding.param_shardings(mesh)(boxed))
+  total = sum(x.size for x in shapes)
+  largest = sum(__import__('math').prod(p.shard_shape(x.shape)) for x, p in zip(shapes, places, strict=True))
+  print(name, total, largest / total)
+"""
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_published_sizes_build_and_split_over_devices(devices):
+  flags = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'HOME': '/tmp', 'PATH': ''}
+  out = subprocess.run([sys.executable, '-c', SCRIPT], env=flags, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
+  lines = [line.split() for line in out.stdout.splitlines()]
+  assert {name: int(total) for name, total, _ in lines} == SIZES
+  for name, _, share in lines:  # Norms, biases and position tables stay whole; they are a sliver.
+    assert float(share) < 1.03 / devices, name
+
+
+def _mesh(data, model):
+  config = default_config()
+  config.mesh.data, config.mesh.model = data, model
+  return sharding.make_mesh(config)
+
+
+def test_every_axis_name_of_every_tower_has_a_rule():
+  for name, kind in (('llama-tiny', 'text'), ('clip-vit-tiny', 'image')):
+    boxed = weights.abstract_params(weights.make_module(weights.open_files(f'random:{name}', kind=kind), dtype='float32', attention='xla'))
+    names = {axis for spec in jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.P)) for axis in spec if axis}
+    assert names and names <= set(sharding.RULES)
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+  boxed = {'w': nn.LogicallyPartitioned(jax.ShapeDtypeStruct((3, 8), 'float32'), ('kv_heads', 'mlp'))}
+  assert sharding.param_shardings(_mesh(1, 2))(boxed)['w'].spec == jax.P(None, 'model')
+
+
+@pytest.mark.parametrize('data, model, shape', [(-1, 1, (4, 1)), (-1, 2, (2, 2)), (1, -1, (1, 4)), (2, 1, (2, 1))])
+def test_the_mesh_takes_the_devices_that_remain(data, model, shape):
+  assert tuple(_mesh(data, model).shape.values()) == shape
+
+
+@pytest.mark.parametrize('data, model', [(-1, -1), (5, 1), (-1, 8), (3, 2)])
+def test_a_mesh_that_does_not_fit_is_refused(data, model):
+  with pytest.raises(UserError, match='config.mesh'):
+    _mesh(data, model)
+
+
+def test_a_platform_that_is_not_there_is_refused():
+  config = ml_collections.ConfigDict(default_config())
+  config.platform = 'tpu'
+  with pytest.raises(UserError, match="'tpu' is not here"):
+    sharding.make_mesh(config)
