@@ -70,11 +70,11 @@ class LlamaConfig:
       UserError: a size is missing, or a value is not implemented.
     """
     c = {**DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
-    if missing := [k for k in REQUIRED if k not in c]:
-      raise UserError(f'the LLaMA config lacks {", ".join(missing)}; is this the config.json of a LLaMA-family model?')
     for key, legal in NEUTRAL.items():
       if c.get(key, legal[0]) not in legal:
         raise UserError(f'the LLaMA config has {key} = {c[key]!r}, which is not implemented; implemented: {" or ".join(map(repr, legal))}')
+    if missing := [k for k in REQUIRED if k not in c]:
+      raise UserError(f'the LLaMA config lacks {", ".join(missing)}; is this the config.json of a LLaMA-family model?')
     heads, kv_heads = c['num_attention_heads'], c.get('num_key_value_heads', c['num_attention_heads'])
     if heads % kv_heads or c['hidden_size'] % heads and 'head_dim' not in c:
       raise UserError(f'the LLaMA config has num_attention_heads = {heads}, which must be a multiple of num_key_value_heads = {kv_heads} '

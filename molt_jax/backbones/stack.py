@@ -54,6 +54,7 @@ def run_layers(layer: nn.Module, params, h_btd: jax.Array, *args, start: int, st
 
   # Differentiation (rival methods train what they insert between frozen layers) must not keep each layer's slice of the weights as a residual:
   # that would be a second copy of the model. Slices are read again in the backward pass, all else is kept.
-  body = jax.checkpoint(body, prevent_cse=False, policy=lambda primitive, *_, **__: primitive is not jax.lax.dynamic_slice_p)
+  slicing = (jax.lax.dynamic_slice_p, jax.lax.squeeze_p)
+  body = jax.checkpoint(body, prevent_cse=False, policy=lambda primitive, *_, **__: primitive not in slicing)
   taps_lbtd = jnp.broadcast_to(h_btd, (num_taps, *h_btd.shape))
   return jax.lax.scan(body, (h_btd, taps_lbtd), jnp.arange(start, stop))[0]

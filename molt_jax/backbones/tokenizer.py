@@ -56,7 +56,9 @@ def _add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None
 
 
 def from_directory(path: str | os.PathLike, *, vocab_size: int) -> Tokenizer:
-  """Reads tokenizer.json (with tokenizer_config.json), or converts tokenizer.model through transformers.
+  """Reads tokenizer.json, or converts tokenizer.model through transformers.
+
+  The post-processor in tokenizer.json says which special tokens are added; flags in tokenizer_config.json do not count beside it, as in transformers.
 
   Raises:
     UserError: there is no tokenizer, or it has more tokens than the model.
@@ -68,8 +70,6 @@ def from_directory(path: str | os.PathLike, *, vocab_size: int) -> Tokenizer:
   config_file = path / 'tokenizer_config.json'
   config = json.loads(config_file.read_text('utf-8')) if config_file.exists() else {}
   bos, eos, pad = (t.get('content') if isinstance(t, dict) else t for t in (config.get(k) for k in ('bos_token', 'eos_token', 'pad_token')))
-  if config.get('add_bos_token') is not None or config.get('add_eos_token') is not None:  # Explicit flags outrank tokenizer.json.
-    _add_bos_eos(backend, bos if config.get('add_bos_token') else None, eos if config.get('add_eos_token') else None)
   return _wrap(backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size)
 
 

@@ -23,10 +23,12 @@ class HuggingFace:
   """Makes models, reads their hidden states."""
 
   def llama(self, head=False, **overrides):
+    torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**TINY_LLAMA, **overrides})
     return self._randomise((transformers.LlamaForCausalLM if head else transformers.LlamaModel)(config))
 
   def clip(self, **overrides):
+    torch.manual_seed(0)
     return self._randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{**TINY_CLIP, **overrides})))
 
   def _randomise(self, model):
