@@ -20,6 +20,11 @@ import pathlib  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+
+def pytest_addoption(parser):
+  parser.addoption('--kills', default='4', help='how often tests/test_kills.py kills a run')
+
+
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 
 

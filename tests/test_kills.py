@@ -1,4 +1,7 @@
-"""SIGKILL at random moments, many of them during a save: the run that comes out is the uninterrupted one, bit for bit."""
+"""SIGKILL at random moments, many of them during a save: the run that comes out is the uninterrupted one, bit for bit.
+
+More kills than the usual few: pytest tests/test_kills.py --kills=20
+"""
 
 import multiprocessing
 import random
@@ -8,8 +11,6 @@ import pytest
 
 from molt_jax import checkpoint, logbook, train
 from molt_jax import config as config_lib
-
-KILLS = 20
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +50,7 @@ def _latest(workdir):
   return max((int(path.name) for path in folder.glob('*') if path.name.isdigit()), default=0)
 
 
-def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_path, same_run):
+def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_path, same_run, pytestconfig):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   began = time.monotonic()
   process = start(whole)
@@ -57,8 +58,8 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start
   assert process.exitcode == 0
   seconds = time.monotonic() - began
   draw = random.Random(0)
-  kills = saves = 0
-  while kills < KILLS:
+  num_kills, kills, saves = int(pytestconfig.getoption('kills')), 0, 0
+  while kills < num_kills:
     before = _latest(killed)
     process = start(killed)
     during_save = kills % 2 == 0
@@ -72,7 +73,7 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start
     if (killed / 'evaluation.json').exists():  # It came to its end: begin anew for the remaining kills.
       same_run(whole, killed)
       killed = tmp_path / f'killed_{kills}'
-  assert saves >= KILLS // 4, 'too few kills landed in a save to mean anything'
+  assert saves >= num_kills // 4, 'too few kills landed in a save to mean anything'
   process = start(killed)
   process.join()
   assert process.exitcode == 0

