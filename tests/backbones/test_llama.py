@@ -68,7 +68,7 @@ def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relati
   exact = hf.text_states(model, tokens_bt, mask_bt)
   theirs = relative_error(hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), exact, mask_bt)
   ours = relative_error(taps(tower, tokens_bt, mask_bt).astype(jnp.float32), exact, mask_bt)
-  assert ours.max() <= max(1.5 * theirs.max(), 2 ** -7)
+  assert ours.max() <= max(2 * theirs.max(), 2 ** -7)
 
 
 def test_fewer_taps_are_the_last_ones(plain, taps, batch):
