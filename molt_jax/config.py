@@ -102,6 +102,10 @@ SCHEMA: dict[str, Any] = {
             'path': Field('', NON_EMPTY, 'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder, or random:NAME.'),
         },
     },
+    'features': {
+        'store': Field('', ANY_STRING, 'Folder that keeps the taps of frozen towers, computed once for all runs; empty: towers run in each step.'),
+        'dtype': Field('bfloat16', one_of('float32', 'bfloat16', 'int8'), 'Type that taps are stored in; int8: with one scale a token and layer.'),
+    },
     'method': Field('molt', one_of('molt', 'late_fusion'), 'late_fusion: pooled E_i and E_t, concatenated, MLP (the baseline without MoLT).'),
     'compute_dtype': Field('bfloat16', one_of('float32', 'bfloat16'), 'Computation in the head; parameters, norms, softmax, losses stay float32.'),
     'molt': {

@@ -16,7 +16,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from molt_jax import checkpoint, cli, logbook, sharding
+from molt_jax import checkpoint, cli, fill, logbook, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -52,7 +52,7 @@ def eval_step(
 def evaluate(
     model: model_lib.Model, variables: Mapping[str, Any], frozen: Mapping[str, Any], source: Source, preprocess: pipeline.Preprocess,
     conditions: Mapping[str, np.ndarray], *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, title: str = 'evaluating',
-    step=None) -> dict[str, dict[str, float]]:
+    step=None, stored: Mapping[str, pipeline.StoredTaps] | None = None) -> dict[str, dict[str, float]]:
   """Scores `source` under every condition in one pass.
 
   Args:
@@ -66,6 +66,7 @@ def evaluate(
     mesh: where to compute.
     title: what the progress bar says.
     step: a jitted `eval_step`, to compile once for many calls.
+    stored: the source's taps by modality, in the place of images, texts and towers.
 
   Returns:
     name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples.
@@ -75,8 +76,8 @@ def evaluate(
   empty = ClassificationMetrics.empty(num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label)
   totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), empty), sharding.replicated(mesh))
   batches = pipeline.eval_batches(
-      source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), num_threads=config.input.num_threads,
-      prefetch=config.input.prefetch)
+      source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), stored=stored,
+      num_threads=config.input.num_threads, prefetch=config.input.prefetch)
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
@@ -177,8 +178,10 @@ def run(
   model = model_lib.make_model(config, towers, num_classes=num_classes)
   preprocess = model_lib.make_preprocess(config, towers, num_classes=num_classes)
   variables = restore_variables(model, restore, mesh)
-  frozen = model_lib.load_frozen(config, mesh, modalities)
-  results = evaluate(model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}')
+  wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
+  frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
+  results = evaluate(
+      model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}', stored=stored[split])
   if preprocess.report.counts():
     cli.say(preprocess.report.line())
   return publish(workdir, split=split, num_examples=len(source), results=results, meta=meta)

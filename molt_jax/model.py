@@ -36,7 +36,12 @@ class Model:
     return self.head.init(key, taps, jnp.ones((1, 2), bool), train=False)
 
   def taps(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> features.Taps:
-    """Runs the towers whose parameters are in `frozen`; no gradient goes in."""
+    """Takes the batch's taps where it has them, else runs the towers whose parameters are in `frozen`; no gradient goes in."""
+    stored = {m: batch[f'{m}_taps'] for m in MODALITIES if f'{m}_taps' in batch}
+    if stored:
+      layers_first = {m: jnp.moveaxis(x_blnd, 1, 0) for m, x_blnd in stored.items()}
+      text_mask_bt = batch['token_mask'] & batch['present'][:, 1:]
+      return features.Taps(image_lbid=layers_first.get('image'), text_lbtd=layers_first.get('text'), text_mask_bt=text_mask_bt)
     return features.extract(self.image_tower, self.text_tower, frozen, batch, num_taps=self.num_taps)
 
   def classify(self, variables: Mapping[str, Any], taps: features.Taps, present_bm: jax.Array) -> HeadOutput:

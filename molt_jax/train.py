@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from molt_jax import checkpoint, cli, evaluate, logbook, sharding, train_state
+from molt_jax import checkpoint, cli, evaluate, fill, logbook, sharding, train_state
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -105,7 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     UserError: a mistake of the user's, or a loss that is not finite.
     Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  workdir = claim_workdir(config, pathlib.Path(workdir))
+  workdir = check_workdir(config, pathlib.Path(workdir))
   mesh = sharding.make_mesh(config)
   for name in ('train', 'eval'):
     sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)
@@ -122,15 +122,18 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   plan = Plan(config, len(data.splits['train']))
   tx = train_state.make_optimizer(config, plan.total)
   state = train_state.create(model.init, tx, seed=config.seed, mesh=mesh)
+  introduce(config, data, towers, state, plan)
+  kept = {split: protocol(config, source, split) for split, source in data.splits.items() if split != 'test'}
+  wanted = {split: (source, kept.get(split, source.present)) for split, source in data.splits.items()}
+  frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
   iterator = pipeline.train_iterator(
-      data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=protocol(config, data.splits['train'], 'train'),
+      data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=kept['train'], stored=stored['train'],
       num_threads=config.input.num_threads, prefetch=config.input.prefetch)
   if saved:
     state = checkpoints.restore(state, iterator)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
-  introduce(config, data, towers, state, plan)
-  frozen = model_lib.load_frozen(config, mesh)
-  run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, class_weights(config, data))
+  claim_workdir(config, workdir)
+  run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weights(config, data))
   with _stop_on_signals() as stop:
     state = run.loop(state, iterator, stop)
   checkpoints.close()
@@ -159,9 +162,10 @@ class Plan:
 class _Run:
   """One run: everything that stays the same from step to step."""
 
-  def __init__(self, config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, class_weight_k):
+  def __init__(self, config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weight_k):
     self.config, self.workdir, self.mesh, self.model, self.data, self.preprocess = config, workdir, mesh, model, data, preprocess
-    self.checkpoints, self.meta, self.plan, self.frozen, self.class_weight_k = checkpoints, meta, plan, frozen, class_weight_k
+    self.checkpoints, self.meta, self.plan, self.class_weight_k = checkpoints, meta, plan, class_weight_k
+    self.frozen, self.stored = frozen, stored
     self.step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, config=ml_collections.FrozenConfigDict(config)), donate_argnums=0)
     self.eval_fn = evaluate.make_eval_step(model)
     self.schedule = train_state.make_schedule(config, plan.total)
@@ -202,7 +206,8 @@ class _Run:
     if self.plan.validate_at(step):
       results = evaluate.evaluate(
           self.model, {'params': state.params, 'statistics': state.statistics}, self.frozen, self.data.splits['validation'], self.preprocess,
-          self.conditions, config=self.config, mesh=self.mesh, title='validating', step=self.eval_fn)
+          self.conditions, config=self.config, mesh=self.mesh, title='validating', step=self.eval_fn,
+          stored=self.stored['validation'])
       score = evaluate.score(results, multi_label=self.config.dataset.multi_label)
       log.write('validation', step, {**results, 'score': score})
       cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} (mean over {", ".join(n.replace("_", " ") for n in results)})')
@@ -222,7 +227,8 @@ class _Run:
     source = self.data.splits['test']
     results = evaluate.evaluate(
         self.model, evaluate.restore_variables(self.model, restore, self.mesh), self.frozen, source, self.preprocess,
-        evaluate.absences(evaluate.KEPT, len(source)), config=self.config, mesh=self.mesh, title='evaluating test', step=self.eval_fn)
+        evaluate.absences(evaluate.KEPT, len(source)), config=self.config, mesh=self.mesh, title='evaluating test', step=self.eval_fn,
+        stored=self.stored['test'])
     return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta)
 
 
@@ -283,19 +289,23 @@ class _Watch:
 # ---- Around the loop -----------------------------------------------------------------------------------------------------------------
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-  """Makes the folder and writes config.json; refuses the folder of a run with another config."""
+def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder unless it holds a run with another config."""
   path = workdir / 'config.json'
   if path.exists():
     changed = config_lib.differences(config_lib.from_json(path.read_text(encoding='utf-8')), config)
     changed = [line for line in changed if line.split(':')[0] not in FREE_ON_RESUME]
     if changed:
       raise UserError(f'--workdir: {str(workdir)!r} holds a run with another config ({"; ".join(changed)}); give another folder or that config')
-  elif workdir.exists() and not workdir.is_dir():
+  if workdir.exists() and not workdir.is_dir():
     raise UserError(f'--workdir: {str(workdir)!r} is a file; give a folder')
-  workdir.mkdir(parents=True, exist_ok=True)
-  logbook.write_atomically(path, config_lib.to_json(config) + '\n')
   return workdir
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Makes the folder and writes config.json; called when nothing is left that the user could have to mend first."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  logbook.write_atomically(workdir / 'config.json', config_lib.to_json(config) + '\n')
 
 
 # Fields that say where and how fast to compute, not what: a resumed run may change them.

@@ -15,9 +15,10 @@ ROOMS = {
     'modules': ('config', 'backbones'),
     'objectives': (),
     **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
-    'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
+    'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
+    'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill'),
     'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
-    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
+    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate'),
 }
 
 

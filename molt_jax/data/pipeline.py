@@ -8,6 +8,10 @@ A batch is a dict of numpy arrays (B examples, T = max_tokens, K classes):
   label       int32[B], or float32[B, K] of zeros and ones when multi-label
   weight      float32[B]                  0 on a row that has neither modality left and on padding, else 1
   index       int32[B]                    position in the source (`source.ids[index]`), -1 on padding
+
+With stored taps, these stand in the place of image and tokens (L layers; I tokens of an image):
+  image_taps  [B, L, I, D_i]              zeros where absent; not there when no row wants an image
+  text_taps   [B, L, T, D_t]              zeros where absent and under padding; not there when no row wants a text
 """
 
 import collections
@@ -16,7 +20,7 @@ import functools
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -85,6 +89,23 @@ class Preprocess:
   report: DecodeReport = dataclasses.field(default_factory=DecodeReport, compare=False, repr=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTaps:
+  """Where the taps of one modality of a split are.
+
+  Attributes:
+    keys: of each row; None where the content is not wanted or unusable.
+    read: key -> [L, real tokens, D].
+    shape: (L, most tokens, D).
+    dtype: of what `read` returns.
+  """
+
+  keys: Sequence[str | None]
+  read: Callable[[str], np.ndarray]
+  shape: tuple[int, int, int]
+  dtype: np.dtype
+
+
 def _empty_content(preprocess: Preprocess) -> dict[str, np.ndarray]:
   size, length = preprocess.image_size, preprocess.max_tokens
   return {
@@ -95,9 +116,13 @@ def _empty_content(preprocess: Preprocess) -> dict[str, np.ndarray]:
   }
 
 
+def pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+  """Returns a decoded image as the image tower wants it, float32[size, size, 3]."""
+  return transforms.preprocess_image(image, size=preprocess.image_size, mean=preprocess.mean, std=preprocess.std, resize=preprocess.resize)
+
+
 def _put_image(content: dict[str, np.ndarray], preprocess: Preprocess, image: Image.Image) -> None:
-  content['image'] = transforms.preprocess_image(
-      image, size=preprocess.image_size, mean=preprocess.mean, std=preprocess.std, resize=preprocess.resize)
+  content['image'] = pixels(image, preprocess)
   content['present'][0] = True
 
 
@@ -113,7 +138,8 @@ def _label(preprocess: Preprocess, label: int | Sequence[int]) -> np.ndarray:
   return np.isin(np.arange(preprocess.num_classes), label).astype(np.float32)
 
 
-def _read(source: Source, index: int, *, image: bool, report: DecodeReport) -> dict[str, Any]:
+def read_example(source: Source, index: int, *, image: bool, report: DecodeReport) -> dict[str, Any]:
+  """Returns `source.read(index, image=image)`; a file that cannot be read is reported and its image None."""
   try:
     return source.read(index, image=image)
   except OSError as error:  # An image file that vanished, or may not be read, costs its example the image.
@@ -128,7 +154,7 @@ def _row(index: int, *, source: Source, preprocess: Preprocess, present_nm: np.n
   label = () if preprocess.multi_label else 0
   if index >= 0:
     with_image, with_text = present_nm[index]
-    example = _read(source, index, image=with_image, report=preprocess.report)
+    example = read_example(source, index, image=with_image, report=preprocess.report)
     label = example['label']
     if example['image'] is not None:
       try:
@@ -146,10 +172,35 @@ def _row(index: int, *, source: Source, preprocess: Preprocess, present_nm: np.n
   }
 
 
-def _row_maker(source: Source, preprocess: Preprocess, present: np.ndarray | None) -> Callable[[int], dict[str, np.ndarray]]:
+def _stored_row(
+    index: int, *, source: Source, preprocess: Preprocess, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> dict[str, np.ndarray]:
+  """As `_row`, with taps for content. Nothing but taps is read."""
+  taps = {modality: np.zeros(s.shape, s.dtype) for modality, s in stored.items()}
+  length = {'image': 0, 'text': 0}
+  for column, modality in enumerate(length):
+    if index >= 0 and present_nm[index, column] and modality in stored and (key := stored[modality].keys[index]) is not None:
+      x_ltd = stored[modality].read(key)
+      length[modality] = x_ltd.shape[1]
+      taps[modality][:, :length[modality]] = x_ltd
+  present = np.array([length['image'] > 0, length['text'] > 0])
+  empty = () if preprocess.multi_label else 0
+  return {f'{modality}_taps': x_lnd for modality, x_lnd in taps.items()} | {
+      'token_mask': np.arange(preprocess.max_tokens) < length['text'],
+      'present': present,
+      'label': _label(preprocess, source.labels[index] if index >= 0 else empty),
+      'weight': np.float32(present.any()),
+      'index': np.int32(index),
+  }
+
+
+def _row_maker(
+    source: Source, preprocess: Preprocess, present: np.ndarray | None, stored: Mapping[str, StoredTaps] | None
+) -> Callable[[int], dict[str, np.ndarray]]:
   if present is not None and present.shape != (len(source), 2):
     raise ValueError(f'present must be bool[{len(source)}, 2], not {present.shape}')
   present_nm = source.present if present is None else source.present & present
+  if stored:
+    return functools.partial(_stored_row, source=source, preprocess=preprocess, present_nm=present_nm, stored=stored)
   return functools.partial(_row, source=source, preprocess=preprocess, present_nm=present_nm)
 
 
@@ -164,7 +215,8 @@ def _local_batches(
 
 def train_iterator(
     source: Source, preprocess: Preprocess, *, batch_size: int, seed: int, present: np.ndarray | None = None,
-    num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
+    stored: Mapping[str, StoredTaps] | None = None, num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
   """Returns an endless iterator of training batches.
 
   Epoch e is a permutation of the source, a function of (seed, e) alone. Epochs follow each other without a gap and are cut into batches
@@ -176,6 +228,7 @@ def train_iterator(
     batch_size: examples a batch over all processes; each process gets batch_size / process_count of them.
     seed: root of the order.
     present: bool[N, 2], what the protocol leaves (`missing.present_table`); combined with what the source has by nature.
+    stored: taps by modality, to be read in the place of images and texts; None: images and texts.
     num_threads: threads that read, decode and tokenise, one batch each.
     prefetch: batches prepared ahead.
     process_index: this process's number in [0, process_count).
@@ -183,21 +236,22 @@ def train_iterator(
   """
   # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second epoch of seed 0.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  rows = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map(_row_maker(source, preprocess, present))
+  rows = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map(_row_maker(source, preprocess, present, stored))
   return iter(_local_batches(
       rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count))
 
 
 def eval_batches(
     source: Source, preprocess: Preprocess, *, batch_size: int, present: np.ndarray | None = None,
-    num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
+    stored: Mapping[str, StoredTaps] | None = None, num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset:
   """Returns an iterable over every example once, in order; the last batch is filled up with rows of weight 0 and index -1.
 
   Arguments are those of `train_iterator`. Every process gets the same number of batches.
   """
   n = len(source)
   padded = -(-n // batch_size) * batch_size
-  make_row = _row_maker(source, preprocess, present)
+  make_row = _row_maker(source, preprocess, present, stored)
   rows = grain.MapDataset.range(padded).map(lambda index: make_row(index if index < n else -1))
   return _local_batches(
       rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count)
