@@ -52,18 +52,20 @@ def _latest(workdir):
 
 def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_path, same_run, pytestconfig):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  began = time.monotonic()
-  process = start(whole)
-  process.join()
-  assert process.exitcode == 0
-  seconds = time.monotonic() - began
+  for workdir in (whole, tmp_path / 'warm'):  # The first one fills the cache of compiled programs, the second tells how long a run takes.
+    began = time.monotonic()
+    process = start(workdir)
+    process.join()
+    assert process.exitcode == 0
+    seconds = time.monotonic() - began
+  same_run(whole, tmp_path / 'warm')
   draw = random.Random(0)
   num_kills, kills, saves = int(pytestconfig.getoption('kills')), 0, 0
   while kills < num_kills:
     before = _latest(killed)
     process = start(killed)
     during_save = kills % 2 == 0
-    _wait(process, killed, draw.uniform(0.1, 0.5) * seconds, during_save=during_save)
+    _wait(process, killed, draw.uniform(0.3, 0.7) * seconds, during_save=during_save)
     saves += _saving(killed)
     process.kill()
     process.join()
