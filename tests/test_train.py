@@ -178,11 +178,12 @@ def command(six_steps, tmp_path):
     (['--confg=x'], ['--confg=x', 'did you mean --config']),
     (['--config.train.epochs'], ['--config.train.epochs', 'no value']),
 ])
-def test_a_mistake_is_one_line_and_exit_code_2(command, capsys, arguments, words):
+def test_a_mistake_is_one_line_and_exit_code_2(command, capsys, arguments, words, tmp_path):
   assert command(*arguments) == 2
   line = _line(capsys)
   for word in words:
     assert word in line
+  assert not (tmp_path / 'run' / 'config.json').exists(), 'the mended command must be free to use the folder'
 
 
 def test_a_folder_of_another_config_is_refused_but_moving_house_is_not(six_step_run, command, capsys):
