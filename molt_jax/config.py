@@ -127,7 +127,11 @@ SCHEMA: dict[str, Any] = {
     },
     'missing': {
         'strategy': Field('robust', one_of('robust', 'null', 'zero'), 'What stands in for an absent modality.'),
-        'train_dropout': Field(0.3, below(0, 1), 'Share of complete training pairs that lose one modality at random in a step, never both.'),
+        'train_dropout': Field(0.0, below(0, 1), 'Share of complete training pairs that lose one modality at random in a step, never both.'),
+        'views': Field(True, FLAG, 'Train the complete, the image-only and the text-only view of each example in every step; towers run once.'),
+        'view_weight': Field(1.0, more_than(0), 'Weight of the cross-entropy of each single-modality view, against 1 of the complete view.'),
+        'distill_weight': Field(1.0, at_least(0), 'Weight of the KL divergence of the single-modality views from the complete view.'),
+        'distill_temperature': Field(2.0, more_than(0), 'Temperature of that divergence.'),
         'train_rate': Field(0.0, between(0, 1), 'Share of the training rows that lack a modality for good (protocol).'),
         'train_type': Field('both', one_of('text', 'image', 'both'), 'What those rows lack; both: half of them text, half image.'),
         'eval_rate': Field(0.0, between(0, 1), 'Share of validation rows that lack a modality for good.'),
@@ -280,8 +284,8 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
        f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
       (c.dataset.name == 'table' and not c.dataset.path,
        'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
-      (c.dataset.name == 'openmoji' and c.dataset.multi_label,
-       'config.dataset.multi_label: True, but openmoji has one label a picture; give False'),
+      (c.missing.views and c.missing.train_dropout > 0,
+       f'config.missing.train_dropout: {c.missing.train_dropout} beside config.missing.views=True, which trains every absence; give one of them'),
   )
 
 

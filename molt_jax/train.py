@@ -30,6 +30,7 @@ from molt_jax.data.sources import Dataset, Source
 from molt_jax.modules.interface import HeadOutput
 from molt_jax.objectives import cca, classification
 
+VIEWS = np.array([[True, True], [True, False], [False, True]])  # Complete, image alone, text alone.
 IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
 
 
@@ -46,14 +47,19 @@ def train_step(
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """One update of the head; `frozen` is only read. Returns the new state and scalar metrics (`cca` is one value a layer)."""
   present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
+  present_vbm = present_bm[None] & (VIEWS if config.missing.views else VIEWS[:1])[:, None, :]
+  dropout_v = jax.random.split(train_state.stream(config.seed, 'dropout', state.step), len(present_vbm))
   taps = model.taps(frozen, batch)
 
   def loss_fn(params):
-    out, mutated = model.head.apply(
-        {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, row_weight_b=batch['weight'], mutable=['statistics'],
-        rngs={'dropout': train_state.stream(config.seed, 'dropout', state.step)})
-    total, parts = total_loss(out, batch, present_bm, class_weight_k, config=config)
-    return total, (parts, mutated.get('statistics', {}))
+    def view(present_bm, dropout):
+      return model.head.apply(
+          {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, row_weight_b=batch['weight'], mutable=['statistics'],
+          rngs={'dropout': dropout})
+    out_v, mutated_v = jax.vmap(view)(present_vbm, dropout_v)
+    total, parts = total_loss(out_v, batch, present_vbm, class_weight_k, config=config)
+    # A view adds to the statistics what it sees; the complete one sees all.
+    return total, (parts, jax.tree.map(lambda x: x[0], mutated_v.get('statistics', {})))
 
   (loss, (parts, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -71,21 +77,41 @@ def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.
 
 
 def total_loss(
-    out: HeadOutput, batch: Mapping[str, jax.Array], present_bm: jax.Array, class_weight_k: jax.Array | None, *,
+    out_v: HeadOutput, batch: Mapping[str, jax.Array], present_vbm: jax.Array, class_weight_k: jax.Array | None, *,
     config: ml_collections.ConfigDict) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Eq. 8: alpha L_CCA + beta L_CE; returns (loss, {'loss_ce', 'cca'})."""
-  if config.dataset.multi_label:
-    loss_sum, weight_sum = classification.sigmoid_cross_entropy(
-        out.logits_bk, batch['label'], weight_b=batch['weight'], positive_weight_k=class_weight_k)
-  else:
-    loss_sum, weight_sum = classification.softmax_cross_entropy(
-        out.logits_bk, batch['label'], weight_b=batch['weight'], class_weight_k=class_weight_k)
-  loss_ce = loss_sum / jnp.maximum(weight_sum, 1e-6)
-  if not (config.cca.weight and out.pooled_image_lbc is not None):
-    return config.loss.weight * loss_ce, {'loss_ce': loss_ce}
-  pair_b = batch['weight'] * jnp.all(present_bm, axis=-1)
-  cca_l = cca.cca_loss(out.pooled_image_lbc, out.pooled_text_lbc, weight_n=pair_b, ridge=config.cca.ridge)
-  return config.cca.weight * jnp.mean(cca_l) + config.loss.weight * loss_ce, {'loss_ce': loss_ce, 'cca': cca_l}
+  """Eq. 8, alpha L_CCA + beta L_CE, with the cross-entropy averaged over views and, beside it, their distillation from the complete view.
+
+  Args:
+    out_v: the head's output, stacked over views; the first view is the complete one, and L_CCA is its.
+    batch: reads label and weight.
+    present_vbm: bool[V, B, 2], the modalities of each row in each view; a row that a view leaves with nothing does not count there.
+    class_weight_k: weights of classes (multi-label: of positives), or None.
+    config: reads cca, loss, missing and dataset.multi_label.
+
+  Returns:
+    (loss, {'loss_ce', 'loss_distill' where there are views, 'cca' [L] where there is L_CCA}).
+  """
+  kind = classification.KINDS[config.dataset.multi_label]
+  weight_vb = batch['weight'][None] * jnp.any(present_vbm, axis=-1)
+
+  def mean(loss_sum, weight_sum):
+    return loss_sum / jnp.maximum(weight_sum, 1e-6)
+
+  ce_v = jax.vmap(lambda logits_bk, weight_b: mean(*kind.cross_entropy(logits_bk, batch['label'], weight_b, class_weight_k)))(
+      out_v.logits_bk, weight_vb)
+  share_v = jnp.ones_like(ce_v).at[1:].set(config.missing.view_weight)
+  parts = {'loss_ce': jnp.sum(ce_v * share_v) / jnp.sum(share_v)}
+  loss = config.loss.weight * parts['loss_ce']
+  if config.missing.views and config.missing.distill_weight:
+    distill_v = jax.vmap(lambda logits_bk, weight_b: mean(*kind.distillation(
+        logits_bk, out_v.logits_bk[0], weight_b, config.missing.distill_temperature)))(out_v.logits_bk[1:], weight_vb[1:])
+    parts['loss_distill'] = jnp.mean(distill_v)
+    loss += config.loss.weight * config.missing.distill_weight * parts['loss_distill']
+  if config.cca.weight and out_v.pooled_image_lbc is not None:
+    pair_b = batch['weight'] * jnp.all(present_vbm[0], axis=-1)
+    parts['cca'] = cca.cca_loss(out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0], weight_n=pair_b, ridge=config.cca.ridge)
+    loss += config.cca.weight * jnp.mean(parts['cca'])
+  return loss, parts
 
 
 # ---- The loop ------------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 A row of weight zero contributes nothing, to the gradient either, whatever its logits and labels hold (NaN included).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +59,59 @@ def sigmoid_cross_entropy(
     positive_bk = positive_bk * positive_weight_k[None, :].astype(jnp.float32)
   loss_b = -jnp.mean(positive_bk + (1 - label_bk) * jax.nn.log_sigmoid(-logits_bk), axis=-1)
   return jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
+
+
+def softmax_distillation(
+    logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+  """T^2 KL(softmax(teacher / T) || softmax(logits / T)), Hinton et al. 2015; no gradient reaches the teacher.
+
+  Args:
+    logits_bk: [B, K] of the student.
+    teacher_bk: [B, K].
+    weight_b: [B], zero for rows that do not count.
+    temperature: T.
+
+  Returns:
+    (loss_sum, weight_sum), float32 scalars.
+  """
+  log_p_bk, log_q_bk = (jax.nn.log_softmax(z_bk) for z_bk in _softened(logits_bk, teacher_bk, weight_b, temperature))
+  loss_b = jnp.sum(jnp.exp(log_p_bk) * (log_p_bk - log_q_bk), axis=-1)
+  weight_b = weight_b.astype(jnp.float32)
+  return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
+
+
+def sigmoid_distillation(
+    logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+  """The same for independent labels: the mean over classes of T^2 KL between Bernoulli distributions. Arguments as `softmax_distillation`."""
+  teacher_bk, logits_bk = _softened(logits_bk, teacher_bk, weight_b, temperature)
+  def divergence(sign):
+    log_p_bk, log_q_bk = jax.nn.log_sigmoid(sign * teacher_bk), jax.nn.log_sigmoid(sign * logits_bk)
+    return jnp.exp(log_p_bk) * (log_p_bk - log_q_bk)
+  loss_b = jnp.mean(divergence(1) + divergence(-1), axis=-1)
+  weight_b = weight_b.astype(jnp.float32)
+  return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
+
+
+def _softened(logits_bk, teacher_bk, weight_b, temperature):
+  """(teacher / T, logits / T) in float32, rows of weight zero replaced by zeros."""
+  live_b1 = weight_b[:, None] > 0
+  teacher_bk = jax.lax.stop_gradient(teacher_bk)
+  return tuple(jnp.where(live_b1, z_bk, 0).astype(jnp.float32) / temperature for z_bk in (teacher_bk, logits_bk))
+
+
+class Kind(NamedTuple):
+  """The losses of one kind of label: cross_entropy(logits, label, weight, class weights), distillation(logits, teacher, weight, temperature)."""
+
+  cross_entropy: Callable[..., tuple[jax.Array, jax.Array]]
+  distillation: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+KINDS = {
+    False: Kind(lambda z_bk, y_b, w_b, c_k: softmax_cross_entropy(z_bk, y_b, weight_b=w_b, class_weight_k=c_k),
+                lambda z_bk, t_bk, w_b, t: softmax_distillation(z_bk, t_bk, weight_b=w_b, temperature=t)),
+    True: Kind(lambda z_bk, y_bk, w_b, c_k: sigmoid_cross_entropy(z_bk, y_bk, weight_b=w_b, positive_weight_k=c_k),
+               lambda z_bk, t_bk, w_b, t: sigmoid_distillation(z_bk, t_bk, weight_b=w_b, temperature=t)),
+}  # By whether the data set is multi-label.
 
 
 def balanced_class_weights(count_k: np.ndarray) -> np.ndarray:

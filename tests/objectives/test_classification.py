@@ -91,3 +91,27 @@ def test_balanced_class_weights_equal_scikit_learn():
 def test_balanced_positive_weights():
   weight_k = c.balanced_positive_weights(np.array([1, 5, 10, 0]), num_examples=10)
   np.testing.assert_allclose(weight_k, [9, 1, 1, 1])
+
+
+@pytest.mark.parametrize('kind', ['softmax', 'sigmoid'])
+def test_distillation_is_the_divergence_of_torch_and_teaches_the_student_only(kind):
+  rng = np.random.default_rng(5)
+  logits_bk, teacher_bk = rng.normal(size=(2, 6, 4)).astype(np.float32) * 3
+  weight_b, temperature = np.array([1, 0, 1, 1, 0.5, 1], np.float32), 2.0
+  z, t = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (logits_bk, teacher_bk))
+  if kind == 'softmax':
+    p, q = (torch.distributions.Categorical(logits=x / temperature) for x in (t.detach(), z))
+    loss_b = torch.distributions.kl_divergence(p, q)
+  else:
+    p, q = (torch.distributions.Bernoulli(logits=x / temperature) for x in (t.detach(), z))
+    loss_b = torch.distributions.kl_divergence(p, q).mean(-1)
+  expected = temperature**2 * (loss_b * torch.tensor(weight_b)).sum()
+  expected.backward()
+  logits_bk[1] = np.nan  # A row of weight zero may hold anything.
+  ours = {'softmax': c.softmax_distillation, 'sigmoid': c.sigmoid_distillation}[kind]
+  def loss(z_bk, t_bk):
+    return ours(z_bk, t_bk, weight_b=weight_b, temperature=temperature)[0]
+  value, (gradient_bk, teacher_gradient_bk) = jax.value_and_grad(loss, argnums=(0, 1))(logits_bk, teacher_bk)
+  np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+  np.testing.assert_allclose(gradient_bk, z.grad.numpy(), atol=1e-6)
+  assert not np.any(teacher_gradient_bk)
