@@ -61,38 +61,41 @@ def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
   """Negative mean canonical correlation of two views.
 
   Computed in float32 at the highest matrix precision whatever the input type. Batched over leading axes: [L, n, d] gives [L]. Under `jit` on a
-  sharded batch the statistics are those of the global batch. First derivatives only; `weight_n` gets none.
+  sharded batch the statistics are those of the global batch. First derivatives only; `weight_n` and `ridge` get none.
 
   Args:
     x_nd: [..., n, d1] samples of one view.
     y_nd: [..., n, d2] the same samples in the other view.
     weight_n: [n] or [..., n] non-negative weight of each row, any numeric type. A row of weight 0 is as if it were not there, whatever it holds.
-    ridge: Python float >= 0; ridge of each covariance relative to its mean eigenvalue.
+    ridge: scalar >= 0; ridge of each covariance relative to its mean eigenvalue.
     solver: 'eigh' (`eigh` and `svd`; the reference) or 'newton_schulz' (Cholesky and matrix products only, for accelerators). The second works
       on S itself: its relative error grows like eps ||S||_F / r, and a ridge below 4 eps ||S||_F is raised to that.
 
   Returns:
     [...] float32 in [-1, 0]: minus the sum of correlations over min(rows - 1, d1, d2), counting the rows of positive weight. 0 with zero
-    gradient for fewer than three such rows or a view that is constant over them. Directions a view does not span get no gradient.
+    gradient for fewer than three such rows or a view that is constant over them. With 'eigh', directions that a view does not span get no gradient.
 
   Raises:
     ValueError: shapes that do not pair up, or an unknown solver.
   """
-  x_nd, y_nd, weight_n = _check(x_nd, y_nd, weight_n, ridge, solver)
-  loss = functools.partial(_loss, float(ridge), solver)
-  for _ in range(x_nd.ndim - 2):
-    loss = _batched(loss)
-  return loss(x_nd, y_nd, weight_n)
+  x_nd, y_nd, weight_n, ridge = _check(x_nd, y_nd, weight_n, ridge, solver)
+  return _batched(functools.partial(_loss, solver), x_nd.ndim - 2)(x_nd, y_nd, weight_n, ridge)
 
 
-def _batched(function):
-  """vmap over the first axis; on a CPU one after the other.
+def _batched(function, num_axes):
+  """vmap over leading axes (not over the last argument); on a CPU one after the other.
 
   There jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for work they have put into the same pool: two at once on two cores hang.
   """
+  if not num_axes:
+    return function
+  inner = _batched(function, num_axes - 1)
+
   def one_by_one(*arrays):
-    return lax.map(lambda slices: function(*slices), arrays)
-  return lambda *arrays: lax.platform_dependent(*arrays, cpu=one_by_one, default=jax.vmap(function))
+    return lax.map(lambda slices: inner(*slices, arrays[-1]), arrays[:-1])
+
+  at_once = jax.vmap(inner, in_axes=(0, 0, 0, None))
+  return lambda *arrays: lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
 
 
 def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
@@ -100,50 +103,53 @@ def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
 
   Arguments and errors as for `cca_loss`; the same ridge, so their sum is that loss times minus the number of directions.
   """
-  x_nd, y_nd, weight_n = _check(x_nd, y_nd, weight_n, ridge, 'eigh')
+  x_nd, y_nd, weight_n, ridge = _check(x_nd, y_nd, weight_n, ridge, 'eigh')
 
-  def spectrum(x_nd, y_nd, weight_n):
+  def spectrum(x_nd, y_nd, weight_n, ridge):
     with jax.default_matmul_precision('highest'):
       rows = weigh_rows(weight_n)
       x, y = (whiten(centre(view, rows).x_nd, rows, ridge, 'eigh') for view in (x_nd, y_nd))
       s = jnp.linalg.svd(x.t_nk.T @ y.t_nk, compute_uv=False)
     return jnp.where(rows.count >= _MIN_ROWS, jnp.minimum(s, 1.0), 0.0)
 
-  for _ in range(x_nd.ndim - 2):
-    spectrum = _batched(spectrum)
-  return lax.stop_gradient(spectrum(x_nd, y_nd, weight_n))
+  return lax.stop_gradient(_batched(spectrum, x_nd.ndim - 2)(x_nd, y_nd, weight_n, ridge))
 
 
 def _check(x_nd, y_nd, weight_n, ridge, solver):
-  """Pairs up the arguments; weights become float32 over every row."""
+  """Pairs up the arguments; weights become float32 over every row, the ridge a float32 scalar."""
   x_nd, y_nd = jnp.asarray(x_nd), jnp.asarray(y_nd)
   if x_nd.ndim < 2 or x_nd.shape[:-1] != y_nd.shape[:-1] or not x_nd.size or not y_nd.size:
     raise ValueError(f'cca: views must be [..., n, d1] and [..., n, d2] with the same rows, got {x_nd.shape} and {y_nd.shape}')
   if solver not in SOLVERS:
     raise ValueError(f'cca: solver {solver!r} is not one of {SOLVERS}')
-  if not 0 <= ridge < float('inf'):
+  if isinstance(ridge, int | float) and not 0 <= ridge < float('inf'):
     raise ValueError(f'cca: ridge must be finite and at least 0, got {ridge}')
   weight_n = jnp.ones(x_nd.shape[-2]) if weight_n is None else jnp.asarray(weight_n)
   if weight_n.shape not in (x_nd.shape[-2:-1], x_nd.shape[:-1]):
     raise ValueError(f'cca: weight must be {x_nd.shape[-2:-1]} or {x_nd.shape[:-1]}, got {weight_n.shape}')
-  return x_nd, y_nd, jnp.broadcast_to(lax.stop_gradient(weight_n).astype(jnp.float32), x_nd.shape[:-1])
+  weight_n = jnp.broadcast_to(lax.stop_gradient(weight_n).astype(jnp.float32), x_nd.shape[:-1])
+  return x_nd, y_nd, weight_n, lax.stop_gradient(jnp.asarray(ridge, jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(ridge, solver, x_nd, y_nd, weight_n):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(solver, x_nd, y_nd, weight_n, ridge):
   return _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)[0]
 
 
-def _loss_fwd(ridge, solver, x_nd, y_nd, weight_n):
-  loss, *gradients = _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)
-  return loss, (*gradients, jnp.zeros_like(weight_n), jnp.zeros((), x_nd.dtype), jnp.zeros((), y_nd.dtype))
+def _loss_fwd(solver, x_nd, y_nd, weight_n, ridge):
+  loss, dx_nd, dy_nd = _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)
+  return loss, (dx_nd, dy_nd, jnp.zeros((), x_nd.dtype), jnp.zeros((), y_nd.dtype), jnp.zeros_like(weight_n), jnp.zeros_like(ridge))
 
 
-def _loss_bwd(ridge, solver, saved, g):
-  dx_nd, dy_nd, dweight_n, *likes = saved
-  bounds = (jnp.finfo(like.dtype).max.astype(jnp.float32) for like in likes)
-  dx_nd, dy_nd = (jnp.clip(g * d, -bound, bound).astype(like.dtype) for d, bound, like in zip((dx_nd, dy_nd), bounds, likes, strict=True))
-  return dx_nd, dy_nd, dweight_n
+def _loss_bwd(solver, saved, g):
+  dx_nd, dy_nd, like_x, like_y, *no_gradients = saved
+  return _as_like(g * dx_nd, like_x), _as_like(g * dy_nd, like_y), *no_gradients
+
+
+def _as_like(gradient_nd, like):
+  """Cast to the type of the input, where what is beyond its range becomes its largest number."""
+  largest = jnp.finfo(like.dtype).max.astype(jnp.float32)
+  return jnp.clip(gradient_nd, -largest, largest).astype(like.dtype)
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
@@ -191,27 +197,29 @@ def centre(x_nd, rows):
   Rows of weight 0 are never read, so they may hold NaN.
   """
   valid_n1 = rows.root_weight_n[:, None] > 0
-  x_nd, exponent = _scale_to_one(jnp.where(valid_n1, x_nd.astype(jnp.float32), 0.0))
+  x_nd = jnp.where(valid_n1, x_nd.astype(jnp.float32), 0.0)
+  size = _magnitude(x_nd)
+  x_nd = x_nd * (1 / size)
   first_n1 = jnp.arange(x_nd.shape[0])[:, None] == jnp.argmax(valid_n1)
   first_d = jnp.sum(jnp.where(first_n1, x_nd, 0.0), axis=0)
-  x_nd, shift = _scale_to_one(jnp.where(valid_n1, x_nd - first_d[None, :], 0.0))
+  x_nd = jnp.where(valid_n1, x_nd - first_d[None, :], 0.0)
+  spread = _magnitude(x_nd)
+  x_nd = x_nd * (1 / spread)
   mean_d = jnp.zeros_like(first_d)
   for _ in range(2):  # The second pass removes the rounding of the first.
     step_d = (rows.unit_n * rows.unit_n) @ x_nd
     x_nd, mean_d = jnp.where(valid_n1, x_nd - step_d[None, :], 0.0), mean_d + step_d
   x_nd = x_nd * rows.root_weight_n[:, None]
   norm = jnp.sqrt(jnp.sum(x_nd * x_nd))
-  spread = jnp.ldexp(norm, exponent + shift)
-  is_constant = spread < _MIN_SPREAD
+  is_constant = norm * spread * size < _MIN_SPREAD
   inverse = jnp.where(is_constant, 0.0, 1.0 / jnp.where(is_constant, 1.0, norm))
-  mean_d = jnp.ldexp(first_d + jnp.ldexp(mean_d, shift), exponent)
-  return Centred(x_nd * inverse, jnp.ldexp(inverse, -exponent - shift), mean_d)
+  return Centred(x_nd * inverse, inverse * (1 / spread) * (1 / size), (first_d + mean_d * spread) * size)
 
 
-def _scale_to_one(x_nd):
-  """x_nd divided by the power of two that brings its largest entry into [0.5, 1), and that power. Exact."""
-  _, exponent = jnp.frexp(jnp.max(jnp.abs(x_nd)))
-  return jnp.ldexp(x_nd, -exponent), exponent
+def _magnitude(x_nd):
+  """The power of two just below the largest entry, so that dividing by it is exact; its inverse is representable too."""
+  bits = lax.bitcast_convert_type(jnp.max(jnp.abs(x_nd)), jnp.uint32) & jnp.uint32(0x7F800000)
+  return jnp.clip(lax.bitcast_convert_type(bits, jnp.float32), 2.0**-120, 2.0**126)
 
 
 def whiten(x_nd, rows, ridge, solver):
@@ -220,7 +228,7 @@ def whiten(x_nd, rows, ridge, solver):
   in_gram_space = n <= d
   whiten_by, floor = _WHITEN[solver, in_gram_space]
   s_kk = x_nd @ x_nd.T if in_gram_space else x_nd.T @ x_nd
-  r = jnp.maximum(max(ridge / d, 1e-12), floor * jnp.sqrt(jnp.sum(s_kk * s_kk)))
+  r = jnp.maximum(jnp.maximum(ridge / d, 1e-12), floor * jnp.sqrt(jnp.sum(s_kk * s_kk)))
   return whiten_by(x_nd, s_kk, r, rows)
 
 
