@@ -54,11 +54,11 @@ def train_step(
   def loss_fn(params):
     def view(present_bm, dropout):
       return model.head.apply(
-          {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, row_weight_b=batch['weight'], mutable=['statistics'],
-          rngs={'dropout': dropout})
+          {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, content_bm=batch['present'], row_weight_b=batch['weight'],
+          mutable=['statistics'], rngs={'dropout': dropout})
     out_v, mutated_v = jax.vmap(view)(present_vbm, dropout_v)
     total, parts = total_loss(out_v, batch, present_vbm, class_weight_k, config=config)
-    # A view adds to the statistics what it sees; the complete one sees all.
+    # Statistics are of what may be read, so every view finds the same.
     return total, (parts, jax.tree.map(lambda x: x[0], mutated_v.get('statistics', {})))
 
   (loss, (parts, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

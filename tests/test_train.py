@@ -7,6 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from molt_jax import checkpoint, cli, evaluate, logbook, sharding, train, train_state
 from molt_jax import config as config_lib
@@ -142,8 +143,24 @@ def test_content_under_an_absent_modality_changes_no_bit_of_a_training_step(six_
   assert results[0] == results[1]
 
 
+@pytest.mark.parametrize('strategy', ['robust', 'null', 'zero'])
+def test_a_view_of_a_complete_batch_is_what_the_head_gives_when_the_modality_is_absent(six_steps, strategy):
+  six_steps.missing.strategy = strategy
+  towers = model_lib.describe_towers(six_steps)
+  model = model_lib.make_model(six_steps, towers, num_classes=3)
+  rng = np.random.default_rng(0)
+  taps = model_lib.features.Taps(
+      image_lbid=rng.normal(size=(2, 4, 5, 24)).astype(np.float32), text_lbtd=rng.normal(size=(2, 4, 6, 32)).astype(np.float32),
+      text_mask_bt=np.arange(6)[None, :] < np.array([6, 1, 3, 4])[:, None])
+  variables = nn.unbox(model.init(jax.random.key(0)))
+  everything = np.ones((4, 2), bool)
+  for keep in train.VIEWS:
+    alone = model.head.apply(variables, taps, everything & keep, train=False)
+    view = model.head.apply(variables, taps, everything & keep, train=False, content_bm=everything)
+    np.testing.assert_allclose(view.logits_bk, alone.logits_bk, atol=2e-6)
+
+
 def test_unknown_axis_names_are_an_error(six_steps):
-  import flax.linen as nn
   boxed = {'w': nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 4), np.float32), ('embed', 'typo'))}
   with pytest.raises(ValueError, match="unknown logical axis name 'typo'"):
     sharding.param_shardings(sharding.make_mesh(six_steps))(boxed)

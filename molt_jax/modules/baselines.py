@@ -21,8 +21,10 @@ class LateFusionHead(nn.Module):
   classifier: nn.Module
 
   @nn.compact
-  def __call__(self, taps: Taps, present_bm: jax.Array, *, train: bool, row_weight_b: jax.Array | None = None) -> HeadOutput:
+  def __call__(
+      self, taps: Taps, present_bm: jax.Array, *, train: bool, content_bm: jax.Array | None = None, row_weight_b: jax.Array | None = None
+  ) -> HeadOutput:
     """See `heads.make_head`."""
-    sequences = self.inputs(taps, present_bm, train=train, row_weight_b=row_weight_b)
+    sequences = self.inputs(taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b)
     features_bd = jnp.concatenate([pool(s.tokens_lbtd, s.mask_bt)[-1] for s in sequences], axis=-1)
     return HeadOutput(self.classifier(features_bd, train=train))

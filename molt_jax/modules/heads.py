@@ -50,7 +50,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {'molt': _molt, 'late_fusion': _l
 def make_head(config: ml_collections.ConfigDict, *, num_classes: int, image_width: int, text_width: int) -> nn.Module:
   """The trainable head that `config.method` names.
 
-  Call it as `head.apply({'params': p, 'statistics': s}, taps, present_bm, train=..., row_weight_b=..., rngs={'dropout': key})`, with
+  Call it as `head.apply({'params': p, 'statistics': s}, taps, present_bm, train=..., content_bm=..., row_weight_b=..., rngs={'dropout': key})`, with
   `mutable=['statistics']` in training; it returns a `HeadOutput`. `s` is empty unless `config.molt.input_norm` is `standardize`.
 
   Args:
@@ -60,7 +60,8 @@ def make_head(config: ml_collections.ConfigDict, *, num_classes: int, image_widt
     text_width: D_t, the width of the text tower. Both are given here so that the parameters never depend on which modality is present.
 
   Returns:
-    A Linen module; `taps` is described by `interface.Taps`, `present_bm` is bool[B, 2] (image, text), and `row_weight_b` [B] marks padding
-    rows by zero.
+    A Linen module; `taps` is described by `interface.Taps`, `present_bm` is bool[B, 2] (image, text), `row_weight_b` [B] marks padding
+    rows by zero. `content_bm` bool[B, 2] (default: present_bm) says whose taps may be read at all: training maps the head over several
+    `present_bm` of one batch, and what depends on the taps alone is then computed once. Without it nothing of an absent modality is read.
   """
   return METHODS[config.method](config, num_classes, image_width, text_width)

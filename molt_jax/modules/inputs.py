@@ -111,27 +111,31 @@ class Inputs(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, taps_lbtd: jax.Array | None, mask_bt: jax.Array, present_b: jax.Array, counted_b: jax.Array, *, train: bool) -> TokenSequence:
+  def __call__(
+      self, taps_lbtd: jax.Array | None, mask_bt: jax.Array, present_b: jax.Array, counted_b: jax.Array, *, train: bool,
+      content_b: jax.Array | None = None) -> TokenSequence:
     """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt is bool[B, 1] of False).
 
-    present_b: bool[B]; counted_b: bool[B], rows that enter the statistics if present.
+    present_b: bool[B]; content_b: bool[B], rows whose taps may be read (default: present_b, which must be among them); counted_b: bool[B], rows
+    that enter the statistics if they may be read.
     """
+    content_b = present_b if content_b is None else content_b
     strategy = STRATEGIES[self.strategy]
     if taps_lbtd is None:
       taps_lbtd = jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype)
-    valid_bt = mask_bt & present_b[:, None]
+    valid_bt = mask_bt & content_b[:, None]
     valid = valid_bt[None, :, :, None]
     norm = INPUT_NORMS[self.norm](name='norm')
     tokens_lbtd = norm(jnp.where(valid, taps_lbtd, 0), valid_bt & counted_b[:, None], train=train)
     tokens_lbtd = jnp.where(valid, tokens_lbtd, 0).astype(self.dtype)
     if not strategy.stands_in:
-      return TokenSequence(tokens_lbtd, valid_bt, present_b)
+      return TokenSequence(tokens_lbtd, valid_bt & present_b[:, None], present_b)
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('layers', 'embed'))
     shape_ld = (self.num_layers, self.width)
     token_ld = self.param('null', init, shape_ld, jnp.float32) if strategy.learned else jnp.zeros(shape_ld)
     tokens_lbtd = jnp.where(present_b[None, :, None, None], tokens_lbtd, token_ld[:, None, None, :].astype(self.dtype))
     first_t = jnp.arange(valid_bt.shape[1]) == 0
-    return TokenSequence(tokens_lbtd, valid_bt | (first_t[None, :] & ~present_b[:, None]), jnp.ones_like(present_b))
+    return TokenSequence(tokens_lbtd, jnp.where(present_b[:, None], valid_bt, first_t[None, :]), jnp.ones_like(present_b))
 
 
 class InputPair(nn.Module):
@@ -149,10 +153,11 @@ class InputPair(nn.Module):
 
   @nn.compact
   def __call__(
-      self, taps: Taps, present_bm: jax.Array, *, train: bool, row_weight_b: jax.Array | None = None
+      self, taps: Taps, present_bm: jax.Array, *, train: bool, content_bm: jax.Array | None = None, row_weight_b: jax.Array | None = None
   ) -> tuple[TokenSequence, TokenSequence]:
-    """present_bm: bool[B, 2]; row_weight_b: [B], rows of weight zero (padding) do not enter the statistics."""
+    """Arguments as `heads.make_head` describes them."""
     present_bm = present_bm.astype(bool)
+    content_bm = present_bm if content_bm is None else content_bm.astype(bool)
     counted_b = jnp.ones_like(present_bm[:, 0]) if row_weight_b is None else row_weight_b > 0
     masks = (
         jnp.ones((present_bm.shape[0], _length(taps.image_lbid)), bool),
@@ -161,9 +166,9 @@ class InputPair(nn.Module):
     return tuple(
         Inputs(self.num_layers, width, self.norm, self.strategy, self.dtype, name=name)(
             None if tapped is None else tapped[-self.num_layers:], mask_bt,
-            present_b & jnp.any(mask_bt, axis=-1) & (tapped is not None), counted_b, train=train)
-        for name, width, tapped, mask_bt, present_b in zip(
-            MODALITIES, (self.image_width, self.text_width), (taps.image_lbid, taps.text_lbtd), masks, present_bm.T, strict=True))
+            present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None), counted_b, train=train, content_b=content_b)
+        for name, width, tapped, mask_bt, content_b, present_b in zip(
+            MODALITIES, (self.image_width, self.text_width), (taps.image_lbid, taps.text_lbtd), masks, content_bm.T, present_bm.T, strict=True))
 
 
 def _length(taps_lbtd):

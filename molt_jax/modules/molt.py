@@ -81,9 +81,11 @@ class MoLTHead(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, taps: Taps, present_bm: jax.Array, *, train: bool, row_weight_b: jax.Array | None = None) -> HeadOutput:
+  def __call__(
+      self, taps: Taps, present_bm: jax.Array, *, train: bool, content_bm: jax.Array | None = None, row_weight_b: jax.Array | None = None
+  ) -> HeadOutput:
     """See `heads.make_head`."""
-    image, text = self.inputs(taps, present_bm, train=train, row_weight_b=row_weight_b)
+    image, text = self.inputs(taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b)
     usable_bm = jnp.stack([image.usable_b, text.usable_b], axis=-1)
     pooled = Translation(self.width, self.num_heads, self.cross_attention, self.dtype, name='translation')(image, text)
     layers_lbc = usable_mean(*pooled, usable_bm)
