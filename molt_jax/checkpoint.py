@@ -18,8 +18,8 @@ ITEMS = ('model', 'optimizer', 'data', 'meta')
 class Checkpoints:
   """The checkpoints of one run, `DIR/checkpoints/{latest,best}/STEP/`.
 
-  A step holds four items: `model` (parameters and statistics, all that evaluation reads), `optimizer` (step and moments), `data` (the position
-  of the data iterator) and `meta` (config, tower identities, class names, validation score).
+  A step holds four items: `model` (parameters and statistics, all that evaluation reads), `optimizer` (step, moments, the CCA estimator's
+  memory), `data` (the position of the data iterator) and `meta` (config, tower identities, class names, validation score).
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -43,14 +43,14 @@ class Checkpoints:
       return
     manager.save(step, args=ocp.args.Composite(
         model=ocp.args.StandardSave({'params': state.params, 'statistics': state.statistics}),
-        optimizer=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+        optimizer=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca}),
         data=grain.checkpoint.CheckpointSave(iterator),
         meta=ocp.args.JsonSave(meta)))
 
   def restore(self, state: TrainState, iterator: Any) -> TrainState:
     """Returns the latest state in the shardings of `state`, and moves `iterator` to where it was."""
     model = _abstract({'params': state.params, 'statistics': state.statistics})
-    optimizer = _abstract({'step': state.step, 'opt_state': state.opt_state})
+    optimizer = _abstract({'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca})
     out = self._managers[LATEST].restore(self.latest_step(), args=ocp.args.Composite(
         model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), data=grain.checkpoint.CheckpointRestore(iterator)))
     return TrainState(**out['model'], **out['optimizer'])

@@ -22,7 +22,9 @@ from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Source
+from molt_jax.diagnostics import PairDiagnostics
 from molt_jax.metrics import ClassificationMetrics
+from molt_jax.modules.interface import HeadOutput
 
 # What each named absence keeps: columns image, text.
 KEPT = {'none': (True, True), 'text': (True, False), 'image': (False, True)}
@@ -37,22 +39,24 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
 
 def eval_step(
     variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: ClassificationMetrics, *,
-    model: model_lib.Model) -> ClassificationMetrics:
+    model: model_lib.Model) -> tuple[ClassificationMetrics, HeadOutput]:
   """Adds one batch to the totals, which are stacked over conditions as batch['keep'] bool[B, conditions, 2] is.
 
-  The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there.
+  The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there. Returns the new totals, and the
+  head's output in the first condition.
   """
   taps = model.taps(frozen, batch)
   present_cbm = batch['present'][None] & jnp.swapaxes(batch['keep'], 0, 1)
-  logits_cbk = jax.lax.map(lambda present_bm: model.classify(variables, taps, present_bm).logits_bk, present_cbm)
+  out_c = jax.lax.map(lambda present_bm: model.classify(variables, taps, present_bm), present_cbm)
   weight_cb = batch['weight'][None] * jnp.any(present_cbm, axis=-1)
-  return jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(totals, logits_cbk, weight_cb)
+  totals = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(totals, out_c.logits_bk, weight_cb)
+  return totals, jax.tree.map(lambda x: x[0], out_c)
 
 
 def evaluate(
     model: model_lib.Model, variables: Mapping[str, Any], frozen: Mapping[str, Any], source: Source, preprocess: pipeline.Preprocess,
     conditions: Mapping[str, np.ndarray], *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, title: str = 'evaluating',
-    step=None, stored: Mapping[str, pipeline.StoredTaps] | None = None) -> dict[str, dict[str, float]]:
+    step=None, stored: Mapping[str, pipeline.StoredTaps] | None = None, pairs: PairDiagnostics | None = None) -> dict[str, dict[str, float]]:
   """Scores `source` under every condition in one pass.
 
   Args:
@@ -67,6 +71,7 @@ def evaluate(
     title: what the progress bar says.
     step: a jitted `eval_step`, to compile once for many calls.
     stored: the source's taps by modality, in the place of images, texts and towers.
+    pairs: collects the pooled pairs of the first condition.
 
   Returns:
     name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples.
@@ -81,7 +86,9 @@ def evaluate(
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
-      totals = step(variables, frozen, sharding.put_batch(batch, mesh), totals)
+      totals, out = step(variables, frozen, sharding.put_batch(batch, mesh), totals)
+      if pairs:
+        pairs.observe(out, (batch['weight'] > 0) & (batch['present'] & batch['keep'][:, 0]).all(axis=-1))
       bar.advance(int(np.sum(batch['index'] >= 0)))
   totals = jax.device_get(totals)
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}

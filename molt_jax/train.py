@@ -27,8 +27,10 @@ from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Dataset, Source
+from molt_jax.diagnostics import PairDiagnostics
 from molt_jax.modules.interface import HeadOutput
-from molt_jax.objectives import cca, classification
+from molt_jax.objectives import classification
+from molt_jax.objectives.cca_estimators import CCAEstimator, make_estimator
 
 VIEWS = np.array([[True, True], [True, False], [False, True]])  # Complete, image alone, text alone.
 IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
@@ -43,9 +45,9 @@ class Interrupted(Exception):
 
 def train_step(
     state: train_state.TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], class_weight_k: jax.Array | None, *,
-    model: model_lib.Model, tx: optax.GradientTransformation, config: ml_collections.ConfigDict
+    model: model_lib.Model, tx: optax.GradientTransformation, estimator: CCAEstimator, config: ml_collections.ConfigDict
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  """One update of the head; `frozen` is only read. Returns the new state and scalar metrics (`cca` is one value a layer)."""
+  """One update of the head; `frozen` is only read. Returns the new state and metrics (scalars; `cca_...` have one value a layer)."""
   present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
   present_vbm = present_bm[None] & (VIEWS if config.missing.views else VIEWS[:1])[:, None, :]
   dropout_v = jax.random.split(train_state.stream(config.seed, 'dropout', state.step), len(present_vbm))
@@ -57,15 +59,15 @@ def train_step(
           {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, content_bm=batch['present'], row_weight_b=batch['weight'],
           mutable=['statistics'], rngs={'dropout': dropout})
     out_v, mutated_v = jax.vmap(view)(present_vbm, dropout_v)
-    total, parts = total_loss(out_v, batch, present_vbm, class_weight_k, config=config)
+    total, parts, cca = total_loss(out_v, batch, present_vbm, class_weight_k, state.cca, estimator=estimator, config=config)
     # Statistics are of what may be read, so every view finds the same.
-    return total, (parts, jax.tree.map(lambda x: x[0], mutated_v.get('statistics', {})))
+    return total, (parts, cca, jax.tree.map(lambda x: x[0], mutated_v.get('statistics', {})))
 
-  (loss, (parts, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  (loss, (parts, cca, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {'loss': loss, **parts, 'grad_norm': optax.tree.norm(grads)}
-  return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state), metrics
+  return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state, cca=cca), metrics
 
 
 def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.Array:
@@ -77,8 +79,8 @@ def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.
 
 
 def total_loss(
-    out_v: HeadOutput, batch: Mapping[str, jax.Array], present_vbm: jax.Array, class_weight_k: jax.Array | None, *,
-    config: ml_collections.ConfigDict) -> tuple[jax.Array, dict[str, jax.Array]]:
+    out_v: HeadOutput, batch: Mapping[str, jax.Array], present_vbm: jax.Array, class_weight_k: jax.Array | None, cca_state: Any, *,
+    estimator: CCAEstimator, config: ml_collections.ConfigDict) -> tuple[jax.Array, dict[str, jax.Array], Any]:
   """Eq. 8, alpha L_CCA + beta L_CE, with the cross-entropy averaged over views and, beside it, their distillation from the complete view.
 
   Args:
@@ -86,10 +88,12 @@ def total_loss(
     batch: reads label and weight.
     present_vbm: bool[V, B, 2], the modalities of each row in each view; a row that a view leaves with nothing does not count there.
     class_weight_k: weights of classes (multi-label: of positives), or None.
+    cca_state: what the estimator remembers.
+    estimator: of the canonical correlations.
     config: reads cca, loss, missing and dataset.multi_label.
 
   Returns:
-    (loss, {'loss_ce', 'loss_distill' where there are views, 'cca' [L] where there is L_CCA}).
+    (loss, {'loss_ce', 'loss_distill' where there are views, 'loss_cca' and 'cca_...' [L] where there is L_CCA}, the estimator's new state).
   """
   kind = classification.KINDS[config.dataset.multi_label]
   weight_vb = batch['weight'][None] * jnp.any(present_vbm, axis=-1)
@@ -109,9 +113,10 @@ def total_loss(
     loss += config.loss.weight * config.missing.distill_weight * parts['loss_distill']
   if config.cca.weight and out_v.pooled_image_lbc is not None:
     pair_b = batch['weight'] * jnp.all(present_vbm[0], axis=-1)
-    parts['cca'] = cca.cca_loss(out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0], weight_n=pair_b, ridge=config.cca.ridge)
-    loss += config.cca.weight * jnp.mean(parts['cca'])
-  return loss, parts
+    parts['loss_cca'], cca_state, aux = estimator.loss(cca_state, out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0], pair_b)
+    parts |= {f'cca_{name}': value_l for name, value_l in aux.items()}
+    loss += config.cca.weight * parts['loss_cca']
+  return loss, parts, cca_state
 
 
 # ---- The loop ------------------------------------------------------------------------------------------------------------------------
@@ -147,7 +152,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     check_same_run(saved, meta, towers)
   plan = Plan(config, len(data.splits['train']))
   tx = train_state.make_optimizer(config, plan.total)
-  state = train_state.create(model.init, tx, seed=config.seed, mesh=mesh)
+  estimator = make_cca_estimator(config)
+  init_cca = functools.partial(estimator.init, model.num_taps, config.molt.width)
+  state = train_state.create(model.init, tx, init_cca, seed=config.seed, mesh=mesh)
   introduce(config, data, towers, state, plan)
   kept = {split: protocol(config, source, split) for split, source in data.splits.items() if split != 'test'}
   wanted = {split: (source, kept.get(split, source.present)) for split, source in data.splits.items()}
@@ -159,7 +166,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     state = checkpoints.restore(state, iterator)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   claim_workdir(config, workdir)
-  run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weights(config, data))
+  run = _Run(config, workdir, mesh, model, tx, estimator, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weights(config, data))
   with _stop_on_signals() as stop:
     state = run.loop(state, iterator, stop)
   checkpoints.close()
@@ -188,11 +195,12 @@ class Plan:
 class _Run:
   """One run: everything that stays the same from step to step."""
 
-  def __init__(self, config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weight_k):
+  def __init__(self, config, workdir, mesh, model, tx, estimator, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weight_k):
     self.config, self.workdir, self.mesh, self.model, self.data, self.preprocess = config, workdir, mesh, model, data, preprocess
     self.checkpoints, self.meta, self.plan, self.class_weight_k = checkpoints, meta, plan, class_weight_k
     self.frozen, self.stored = frozen, stored
-    self.step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, config=ml_collections.FrozenConfigDict(config)), donate_argnums=0)
+    frozen_config = ml_collections.FrozenConfigDict(config)
+    self.step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, estimator=estimator, config=frozen_config), donate_argnums=0)
     self.eval_fn = evaluate.make_eval_step(model)
     self.schedule = train_state.make_schedule(config, plan.total)
     self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
@@ -230,12 +238,13 @@ class _Run:
   def _validate_and_save(self, state, iterator, log, step, stopping):
     best = False
     if self.plan.validate_at(step):
+      pairs = PairDiagnostics()
       results = evaluate.evaluate(
           self.model, {'params': state.params, 'statistics': state.statistics}, self.frozen, self.data.splits['validation'], self.preprocess,
           self.conditions, config=self.config, mesh=self.mesh, title='validating', step=self.eval_fn,
-          stored=self.stored['validation'])
+          stored=self.stored['validation'], pairs=pairs)
       score = evaluate.score(results, multi_label=self.config.dataset.multi_label)
-      log.write('validation', step, {**results, 'score': score})
+      log.write('validation', step, {**results, 'score': score, 'pairs': pairs.compute(state.cca, ridge=self.config.cca.ridge)})
       cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} (mean over {", ".join(n.replace("_", " ") for n in results)})')
       best = score > self.best
       self.best = max(score, self.best)
@@ -352,6 +361,13 @@ def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> n
   c = config.missing
   rate, kind = (c.train_rate, c.train_type) if split == 'train' else (c.eval_rate, c.eval_type)
   return missing.present_table(source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present)
+
+
+def make_cca_estimator(config: ml_collections.ConfigDict) -> CCAEstimator:
+  """Returns the estimator of canonical correlations that `config.cca` describes."""
+  c = config.cca
+  return make_estimator(
+      c.estimator, num_directions=c.num_directions, memory_size=c.memory_size, ridge=c.ridge, solver=c.solver, seed=config.seed)
 
 
 def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarray | None:

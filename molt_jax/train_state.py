@@ -23,12 +23,14 @@ class TrainState:
     params: the head's parameters, float32.
     statistics: the head's streamed tap statistics (empty unless `molt.input_norm` is standardize).
     opt_state: the optimiser's moments.
+    cca: what the CCA estimator remembers.
   """
 
   step: jax.Array
   params: Any
   statistics: Any
   opt_state: Any
+  cca: Any
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -62,19 +64,23 @@ def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
   return jax.random.fold_in(key, step)
 
 
-def create(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, *, seed: int, mesh: jax.sharding.Mesh) -> TrainState:
+def create(
+    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, init_cca: Callable[[], Any], *, seed: int,
+    mesh: jax.sharding.Mesh) -> TrainState:
   """Returns a new state, each leaf born in its own sharding.
 
   Args:
     init: key -> Linen variables (boxed) with 'params' and perhaps 'statistics'.
     tx: the optimiser.
+    init_cca: () -> state of the CCA estimator.
     seed: root of the random streams; parameters use the stream 'init'.
     mesh: where the state lives.
   """
   def build(key):
     variables = init(key)
     params = variables['params']
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=init_cca())
 
   key = stream(seed, 'init')
   shardings = sharding.param_shardings(mesh)(jax.eval_shape(build, key))

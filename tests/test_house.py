@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # Room -> rooms it may import from, beside itself.
-SERVICES = ('sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'logbook')
+SERVICES = ('sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook')
 ROOMS = {
     '__init__': ('predict',),
     'config': (),

@@ -43,7 +43,10 @@ def test_a_run_leaves_what_is_promised(six_step_run, six_steps):
   lines = logbook.read(six_step_run)
   assert [line['step'] for line in lines if line['kind'] == 'train'] == [1, 2, 3, 4, 5, 6]
   assert [line['step'] for line in lines if line['kind'] == 'validation'] == [3, 6]
-  assert {'loss', 'loss_ce', 'cca', 'grad_norm', 'learning_rate'} <= set(lines[0]) and len(lines[0]['cca']) == 2
+  assert {'loss', 'loss_ce', 'loss_distill', 'loss_cca', 'grad_norm', 'learning_rate'} <= set(lines[0]) and len(lines[0]['cca_correlation']) == 2
+  pairs = lines[-1]['pairs']
+  assert all(len(value_l) == 2 and np.all(np.isfinite(value_l)) for value_l in pairs.values())
+  assert {'held_out_correlation', 'held_out_top_correlation', 'top_correlation', 'effective_rank_image', 'modality_gap'} <= set(pairs)
   assert list((six_step_run / 'events').glob('events.*'))
   # Rows that a condition leaves with nothing do not count: of 14, one has no image (i = 5, 13) or no text (6) of its own.
   assert [record['results'][f'{name}_absent']['num_examples'] for name in ('none', 'text', 'image')] == [14, 12, 13]
@@ -55,7 +58,8 @@ def test_checkpoints_hold_nothing_of_the_towers(six_step_run, final_state):
   assert not any('tower' in name or 'frozen' in name for name in arrays)
   meta = checkpoint.load_model(six_step_run, 'latest')[0]
   params = sum(len(raw) for name, raw in arrays.items() if name.startswith("[0]['params']"))
-  assert trained < 3.2 * params + 4096, 'parameters, two moments, statistics and two counters'
+  memory = sum(len(raw) for name, raw in arrays.items() if "['cca']" in name)
+  assert trained - memory < 3.2 * params + 4096, 'parameters, two moments, statistics and two counters'
   assert meta['step'] == 6
 
 
@@ -126,7 +130,8 @@ def test_content_under_an_absent_modality_changes_no_bit_of_a_training_step(six_
   model = model_lib.make_model(config, towers, num_classes=3)
   frozen = model_lib.load_frozen(config, mesh)
   tx = train_state.make_optimizer(config, 6)
-  step = jax.jit(lambda s, b: train.train_step(s, frozen, b, None, model=model, tx=tx, config=config))
+  estimator = train.make_cca_estimator(config)
+  step = jax.jit(lambda s, b: train.train_step(s, frozen, b, None, model=model, tx=tx, estimator=estimator, config=config))
   rng = np.random.default_rng(0)
   present = np.array([[True, True], [False, True], [True, False], [True, True]])
   batch = {
@@ -138,7 +143,7 @@ def test_content_under_an_absent_modality_changes_no_bit_of_a_training_step(six_
   fouled['token_mask'][2, 3:] = False
   results = []
   for content in (batch, fouled):
-    state = train_state.create(model.init, tx, seed=0, mesh=mesh)
+    state = train_state.create(model.init, tx, lambda: estimator.init(model.num_taps, config.molt.width), seed=0, mesh=mesh)
     results.append(_bytes(step(state, content)))
   assert results[0] == results[1]
 
