@@ -41,11 +41,10 @@ class Centred(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What the weights say about the rows. `null_nn` projects on what no centred view can contain: absent rows and the mean."""
+  """What the weights say about the rows: their roots, as they are and as a unit vector (the direction of the mean), and how many count."""
 
   root_weight_n: jax.Array
   unit_n: jax.Array
-  null_nn: jax.Array
   count: jax.Array
 
 
@@ -187,8 +186,12 @@ def weigh_rows(weight_n):
   weight_n = weight_n / jnp.maximum(jnp.max(weight_n), jnp.finfo(jnp.float32).tiny)
   root_n = jnp.sqrt(weight_n)
   unit_n = root_n * lax.rsqrt(jnp.maximum(jnp.sum(weight_n), 1e-6))
-  null_nn = jnp.diag(jnp.where(weight_n > 0, 0.0, 1.0)) + unit_n[:, None] * unit_n[None, :]
-  return Rows(root_n, unit_n, null_nn, jnp.sum(weight_n > 0))
+  return Rows(root_n, unit_n, jnp.sum(weight_n > 0))
+
+
+def _null_projector(rows):
+  """Projects on what no centred view can contain: absent rows and the mean."""
+  return jnp.diag(jnp.where(rows.root_weight_n > 0, 0.0, 1.0)) + rows.unit_n[:, None] * rows.unit_n[None, :]
 
 
 def centre(x_nd, rows):
@@ -240,7 +243,7 @@ def _whiten_gram_eigh(x_nd, k_nn, r, rows):
   """
   n = k_nn.shape[0]
   gap = 1.0 / n
-  e_n, u_nn = jnp.linalg.eigh(k_nn - gap * rows.null_nn)
+  e_n, u_nn = jnp.linalg.eigh(k_nn - gap * _null_projector(rows))
   g_nd = jnp.where(e_n > -gap / 2, 1.0, 0.0)[:, None] * (u_nn.T @ x_nd)
   is_resolved_n = _is_resolved(jnp.sum(g_nd * g_nd, axis=1), r, max(x_nd.shape))
   g_nd = jnp.where(is_resolved_n[:, None], g_nd, 0.0)
@@ -267,9 +270,9 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
 
 def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
   """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1); R is then a product with itself, never negative."""
-  eye_nn = jnp.eye(k_nn.shape[0])
-  span_nn = eye_nn - rows.null_nn
-  k_nn = k_nn + rows.null_nn / k_nn.shape[0] + r * eye_nn
+  eye_nn, null_nn = jnp.eye(k_nn.shape[0]), _null_projector(rows)
+  span_nn = eye_nn - null_nn
+  k_nn = k_nn + null_nn / k_nn.shape[0] + r * eye_nn
   l_nn = jnp.linalg.cholesky(k_nn)
   o_nn = _newton_schulz_polar(l_nn * lax.rsqrt(jnp.sqrt(jnp.sum(k_nn * k_nn))), smallest=5e-4)
   m_nn = o_nn @ solve_triangular(l_nn, span_nn, lower=True)

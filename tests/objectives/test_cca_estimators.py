@@ -8,13 +8,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from molt_jax.objectives import cca_diagnostics
 from molt_jax.objectives.cca import canonical_correlations, cca_loss
-from molt_jax.objectives.cca_diagnostics import effective_rank, fit_directions, held_out_correlations, modality_gap
 from molt_jax.objectives.cca_estimators import make_estimator
 
 LAYERS, BATCH, WIDTH, K, SLOTS = 2, 8, 12, 3, 40
 ESTIMATOR = make_estimator('memory', num_directions=K, memory_size=SLOTS)
 STEP = jax.jit(ESTIMATOR.loss)
+fit_directions, held_out_correlations, effective_rank, modality_gap = map(
+  jax.jit, (cca_diagnostics.fit_directions, cca_diagnostics.held_out_correlations, cca_diagnostics.effective_rank, cca_diagnostics.modality_gap)
+)
 
 
 def batch(seed, n=BATCH):
@@ -34,7 +37,7 @@ def test_memory_is_the_cca_of_everything_it_has_seen():
   loss, state, aux = run(range(4))
   seen = [np.concatenate(parts, axis=-1 if i == 2 else 1) for i, parts in enumerate(zip(*(batch(seed) for seed in range(4)), strict=True))]
   projected = [np.einsum('lbd,ldk->lbk', view, state[f'projection_{name}_ldk']) for name, view in zip('xy', seen[:2], strict=True)]
-  expected_l = cca_loss(*projected, weight_n=seen[2])
+  expected_l = jax.jit(cca_loss)(*projected, weight_n=seen[2])
   np.testing.assert_allclose(loss, expected_l.mean(), rtol=1e-5)
   np.testing.assert_allclose(aux['correlation'], -expected_l, rtol=1e-5)
   assert state['weight_m'].sum() == 4 * (BATCH - 1)
@@ -75,7 +78,7 @@ def test_gradient_is_that_of_the_current_rows_times_all_over_current_weight():
 
   x_lnk = jnp.concatenate([jnp.einsum('lbd,ldk->lbk', x_lbd, projection), state['x_lmk']], axis=1)
   gain = weight_n.sum() / weight_b.sum()
-  expected_lbd = gain * jnp.einsum('lbk,ldk->lbd', jax.grad(whole)(x_lnk)[:, :BATCH], projection)
+  expected_lbd = gain * jnp.einsum('lbk,ldk->lbd', jax.jit(jax.grad(whole))(x_lnk)[:, :BATCH], projection)
   gradient_lbd = jax.jit(jax.grad(lambda x: ESTIMATOR.loss(state, x, y_lbd, weight_b)[0]))(x_lbd)
   np.testing.assert_allclose(gradient_lbd, expected_lbd, atol=1e-4 * np.abs(expected_lbd).max())
 
@@ -93,7 +96,7 @@ def test_batch_estimator_is_the_plain_loss():
   estimator = make_estimator('batch')
   x_lbd, y_lbd, weight_b = batch(0)
   loss, state, aux = jax.jit(estimator.loss)(estimator.init(LAYERS, WIDTH), x_lbd, y_lbd, weight_b)
-  np.testing.assert_allclose(loss, cca_loss(x_lbd, y_lbd, weight_n=weight_b).mean(), rtol=1e-6)
+  np.testing.assert_allclose(loss, jax.jit(cca_loss)(x_lbd, y_lbd, weight_n=weight_b).mean(), rtol=1e-6)
   assert state == {} and aux['correlation'].shape == (LAYERS,)
 
 
