@@ -73,7 +73,7 @@ def no_tower(monkeypatch):
 
 
 def _losses(workdir):
-  return np.array([[line['loss'], line['grad_norm'], *line['cca']] for line in logbook.read(workdir) if line['kind'] == 'train'])
+  return np.array([[line['loss'], line['loss_ce'], line['grad_norm']] for line in logbook.read(workdir) if line['kind'] == 'train'])
 
 
 def _results(workdir):
