@@ -1,5 +1,10 @@
 """molt_jax: one robust image+text classifier on two frozen foundation models, that still answers when the image or the text is absent."""
 
+import os
+
+# Before SciPy, whose LAPACK JAX calls, is loaded: on a CPU its threads fight with XLA's (an eigh of 64 x 64 took 60 times as long).
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
 __version__ = '0.1.0'
 
 
