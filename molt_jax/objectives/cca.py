@@ -49,10 +49,11 @@ class Rows(NamedTuple):
 
 
 class Factor(NamedTuple):
-  """T with T T' = K (K + r)^(-1), the map B back to the view, and I - T T' where it is known without cancellation (Gram space)."""
+  """T with T T' = K (K + r)^(-1), the map B [k, d] back to the view as a chain of matrices to be multiplied in the cheapest order, and I - T T'
+  where it is known without cancellation (Gram space)."""
 
   t_nk: jax.Array
-  back_kd: jax.Array
+  back: tuple[jax.Array, ...]
   residual_nn: jax.Array | None
 
 
@@ -174,7 +175,7 @@ def _pull_back(m_nk, factor, centred, rows):
     g_nk = m_nk - factor.t_nk @ (factor.t_nk.T @ m_nk)
   else:
     g_nk = factor.residual_nn @ m_nk
-  g_nd = g_nk @ factor.back_kd
+  g_nd = functools.reduce(jnp.matmul, factor.back, g_nk)
   g_nd -= jnp.sum(g_nd * centred.x_nd) * centred.x_nd  # The ridge follows the trace: no gradient along X itself.
   g_nd -= rows.unit_n[:, None] * (rows.unit_n @ g_nd)[None, :]
   return g_nd * rows.root_weight_n[:, None] * centred.inverse_norm
@@ -253,8 +254,8 @@ def _whiten_gram_eigh(x_nd, k_nn, r, rows):
   r_nn = j_nn @ m_nn
   r_nn = (r_nn + r_nn.T) / (2 + 2 * _JITTER)
   root_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)))
-  back_nd = solve_triangular(root_nn, j_nn @ g_nd, lower=True)
-  return Factor(u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0), back_nd, r * (u_nn @ j_nn @ u_nn.T))
+  back = solve_triangular(root_nn, j_nn, lower=True), g_nd
+  return Factor(u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0), back, r * (u_nn @ j_nn @ u_nn.T))
 
 
 def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
@@ -265,7 +266,7 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
   is_resolved_d = _is_resolved(jnp.sum(g_nd * g_nd, axis=0), r, max(x_nd.shape))
   g_nd = jnp.where(is_resolved_d[None, :], g_nd, 0.0)
   inverse_l_dd = _inverse_cholesky(g_nd.T @ g_nd + r * jnp.eye(s_dd.shape[0]))
-  return Factor(g_nd @ inverse_l_dd.T, inverse_l_dd @ jnp.where(is_resolved_d[:, None], v_dd.T, 0.0), None)
+  return Factor(g_nd @ inverse_l_dd.T, (inverse_l_dd, jnp.where(is_resolved_d[:, None], v_dd.T, 0.0)), None)
 
 
 def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
@@ -278,14 +279,14 @@ def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
   m_nn = o_nn @ solve_triangular(l_nn, span_nn, lower=True)
   g_nd = m_nn @ x_nd
   t_nn, inverse_t_nn = _newton_schulz_root(g_nd @ g_nd.T, span_nn)
-  return Factor(t_nn, inverse_t_nn @ (m_nn @ g_nd), r * (m_nn @ m_nn.T))
+  return Factor(t_nn, (inverse_t_nn, m_nn, g_nd), r * (m_nn @ m_nn.T))
 
 
 def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
   """`_whiten_covariance_eigh` without the change of basis: accurate relative to the largest direction only."""
   del rows
   inverse_l_dd = _inverse_cholesky(s_dd + r * jnp.eye(s_dd.shape[0]))
-  return Factor(x_nd @ inverse_l_dd.T, inverse_l_dd, None)
+  return Factor(x_nd @ inverse_l_dd.T, (inverse_l_dd,), None)
 
 
 def _is_resolved(w_k, r, size):

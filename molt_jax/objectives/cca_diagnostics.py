@@ -1,5 +1,6 @@
 """What the CCA of two views looks like: directions fitted on one set and measured on another, effective rank, modality gap."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -32,8 +33,8 @@ def fit_directions(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
     view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
     x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
     p_ks, _, q_sj = jnp.linalg.svd(x.t_nk.T @ y.t_nk, full_matrices=False)
-    x_dk, y_dk = x.back_kd.T @ p_ks * view_x.inverse_norm, y.back_kd.T @ q_sj.T * view_y.inverse_norm
-  return lax.stop_gradient(Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk))
+    x_kd, y_kd = (functools.reduce(jnp.matmul, factor.back, turn) for factor, turn in ((x, p_ks.T), (y, q_sj)))
+  return lax.stop_gradient(Directions(view_x.mean_d, view_y.mean_d, x_kd.T * view_x.inverse_norm, y_kd.T * view_y.inverse_norm))
 
 
 def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
