@@ -1,8 +1,8 @@
 """Estimators of canonical correlation that carry signal when the batch is smaller than the width.
 
 With n <= d the canonical correlations of a batch are 1 whatever the data, and with any d those of independent views read about 0.85 sqrt(d / n).
-`memory` compares k random directions instead of all d, over the current batch and the pairs of the last steps: 0.04 on independent views with the
-sizes below. `experiments/cca_study.py` compares it with moving averages of covariances, the projection alone and the Eckart-Young loss.
+`moving_average` and `memory` compare k random directions instead of all d, over the current batch and the past: 0.04 on independent views with
+the sizes below. `experiments/cca_study.py` compares them with each other, with the projection alone and with the Eckart-Young loss.
 
 What an estimator remembers is an explicit pytree that belongs into the train state, so that a resumed run goes on exactly.
 """
@@ -30,19 +30,34 @@ class CCAEstimator(NamedTuple):
   loss: Callable
 
 
-def make_estimator(name, *, num_directions=16, memory_size=8192, ridge=1e-3, solver='eigh', seed=0):
+class Past(NamedTuple):
+  """How the past is kept.
+
+  init(num_layers, k) -> state. rows(state, weight_b) -> (x_lpk, y_lpk, weight_p), rows that stand for the past beside a batch of these weights.
+  remember(state, x_lbk, y_lbk, weight_b) -> state.
+  """
+
+  init: Callable
+  rows: Callable
+  remember: Callable
+
+
+def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0):
   """The `CCAEstimator` called `name`.
 
   'batch': all d directions over the current batch alone; no state. aux: 'correlation'.
-  'memory': `num_directions` random orthonormal directions of each view (those of `seed`, fixed), over the current batch and the `memory_size`
-    pairs before it. Remembered pairs are values; the gradient flows through the current rows, scaled by all weight over current weight, so
-    that its size is that of the gradient through every row. aux: 'correlation', and 'held_out_correlation', the mean correlation of the
-    current batch along directions fitted on the memory alone, which is 0 on average for independent views.
+  'moving_average', 'memory': `num_directions` random orthonormal directions of each view (those of `seed`, fixed), over the current batch and the
+    past: means and covariances that decay by 1 - (weight of the batch) / window at each step, or the last `window` pairs themselves. The past is
+    a value; the gradient flows through the current rows, scaled by all weight over current weight, so that its size is that of the gradient
+    through every row. aux: 'correlation', and 'held_out_correlation', the mean correlation of the current batch along directions fitted on
+    the past alone, which is 0 on average for independent views.
+
+  Both reach the same correlations; the moving average keeps (2 k)^2 numbers a layer and costs a fraction of the memory's time.
 
   Args:
-    name: 'batch' or 'memory'.
-    num_directions: at least 1; no more than the width.
-    memory_size: at least 0. It should be a few hundred times `num_directions`; absent rows take a slot of weight 0.
+    name: 'batch', 'moving_average' or 'memory'.
+    num_directions: k, at least 1; no more than the width.
+    window: pairs, at least 0; 0 is the projection alone. It should be a few hundred times `num_directions`.
     ridge, solver: as for `cca_loss`.
     seed: of the random directions.
 
@@ -51,14 +66,15 @@ def make_estimator(name, *, num_directions=16, memory_size=8192, ridge=1e-3, sol
   """
   if name not in ESTIMATORS:
     raise ValueError(f'cca: estimator {name!r} is not one of {tuple(ESTIMATORS)}')
-  if num_directions < 1 or memory_size < 0:
-    raise ValueError(f'cca: num_directions must be at least 1 and memory_size at least 0, got {num_directions} and {memory_size}')
-  return ESTIMATORS[name](num_directions, memory_size, seed, {'ridge': ridge, 'solver': solver})
+  if num_directions < 1 or window < 0:
+    raise ValueError(f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and {window}')
+  options = {'ridge': ridge, 'solver': solver}
+  if ESTIMATORS[name] is None:
+    return _batch(options)
+  return _projected(num_directions, seed, ESTIMATORS[name](window), options)
 
 
-def _batch(num_directions, memory_size, seed, options):
-  del num_directions, memory_size, seed
-
+def _batch(options):
   def loss(state, x_lbd, y_lbd, weight_b=None):
     loss_l = cca_loss(x_lbd, y_lbd, weight_n=weight_b, **options)
     return jnp.mean(loss_l), state, {'correlation': -lax.stop_gradient(loss_l)}
@@ -66,31 +82,83 @@ def _batch(num_directions, memory_size, seed, options):
   return CCAEstimator(lambda num_layers, width: {}, loss)
 
 
-def _memory(num_directions, memory_size, seed, options):
+def _projected(num_directions, seed, past, options):
+  """CCA of k directions over the batch and what `past` makes of earlier ones."""
   def init(num_layers, width):
     if num_directions > width:
       raise ValueError(f'cca: num_directions must be at most the width {width}, got {num_directions}')
     rng = np.random.default_rng(seed)
-    projections = (np.linalg.qr(rng.normal(size=(num_layers, width, num_directions)))[0] for _ in range(2))
-    slots = (num_layers, memory_size, num_directions)
-    return {
-      **{name: jnp.asarray(p_ldk, jnp.float32) for name, p_ldk in zip(('projection_x_ldk', 'projection_y_ldk'), projections, strict=True)},
-      'x_lmk': jnp.zeros(slots), 'y_lmk': jnp.zeros(slots), 'weight_m': jnp.zeros(memory_size),
-    }
+    x_ldk, y_ldk = (jnp.asarray(np.linalg.qr(rng.normal(size=(num_layers, width, num_directions)))[0], jnp.float32) for _ in range(2))
+    return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past.init(num_layers, num_directions)}
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
     weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
     x_lbk, y_lbk = _project(x_lbd, state['projection_x_ldk'], weight_b), _project(y_lbd, state['projection_y_ldk'], weight_b)
-    weight_n = jnp.concatenate([weight_b, state['weight_m']])
+    x_lpk, y_lpk, weight_p = lax.stop_gradient(past.rows(state['past'], weight_b))
+    weight_n = jnp.concatenate([weight_b, weight_p])
     gain = jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), jnp.finfo(jnp.float32).eps)
-    x_lnk = jnp.concatenate([_with_gain(x_lbk, gain), state['x_lmk']], axis=1)
-    y_lnk = jnp.concatenate([_with_gain(y_lbk, gain), state['y_lmk']], axis=1)
+    x_lnk, y_lnk = (jnp.concatenate([_with_gain(now, gain), then], axis=1) for now, then in ((x_lbk, x_lpk), (y_lbk, y_lpk)))
     loss_l = cca_loss(x_lnk, y_lnk, weight_n=weight_n, **options)
-    aux = {'correlation': -loss_l, 'held_out_correlation': _held_out(state, x_lbk, y_lbk, weight_b, options['ridge'])}
-    kept = {'x_lmk': x_lnk[:, :memory_size], 'y_lmk': y_lnk[:, :memory_size], 'weight_m': weight_n[:memory_size]}
-    return jnp.mean(loss_l), state | lax.stop_gradient(kept), lax.stop_gradient(aux)
+    aux = {'correlation': -loss_l, 'held_out_correlation': _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, options['ridge'])}
+    kept = past.remember(state['past'], x_lbk, y_lbk, weight_b)
+    return jnp.mean(loss_l), lax.stop_gradient(state | {'past': kept}), lax.stop_gradient(aux)
 
   return CCAEstimator(init, loss)
+
+
+def _memory(window):
+  """The last `window` pairs, newest first; absent rows take a slot of weight 0."""
+  def init(num_layers, k):
+    return {'x_lmk': jnp.zeros((num_layers, window, k)), 'y_lmk': jnp.zeros((num_layers, window, k)), 'weight_m': jnp.zeros(window)}
+
+  def remember(state, x_lbk, y_lbk, weight_b):
+    return {
+      'x_lmk': jnp.concatenate([x_lbk, state['x_lmk']], axis=1)[:, :window],
+      'y_lmk': jnp.concatenate([y_lbk, state['y_lmk']], axis=1)[:, :window],
+      'weight_m': jnp.concatenate([weight_b, state['weight_m']])[:window],
+    }
+
+  return Past(init, lambda state, weight_b: (state['x_lmk'], state['y_lmk'], state['weight_m']), remember)
+
+
+def _moving_average(window):
+  """Weight, mean and scatter of all earlier pairs, each weighted by its decay since."""
+  def decay(weight_b):
+    return jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
+
+  def init(num_layers, k):
+    return {'weight': jnp.zeros(()), 'mean_lj': jnp.zeros((num_layers, 2 * k)), 'scatter_ljj': jnp.zeros((num_layers, 2 * k, 2 * k))}
+
+  def rows(state, weight_b):
+    """4 k points with this mean and covariance C = L L', namely mean +- sqrt(2 k) L_i."""
+    weight = decay(weight_b) * state['weight']
+    num_points = 2 * state['mean_lj'].shape[1]
+    deviation_lj = jnp.sqrt(jnp.diagonal(state['scatter_ljj'], axis1=1, axis2=2))
+    unit_lj = jnp.where(deviation_lj > 0, 1 / jnp.where(deviation_lj > 0, deviation_lj, 1.0), 0.0)
+    correlation_ljj = state['scatter_ljj'] * unit_lj[:, :, None] * unit_lj[:, None, :]
+    # One layer after the other, and a little more than float32's rounding on the diagonal, for a Cholesky factor that always exists.
+    root_ljj = lax.map(lambda c_jj: jnp.linalg.cholesky(c_jj + 1e-5 * jnp.eye(len(c_jj))), correlation_ljj)
+    scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(state['weight'], jnp.finfo(jnp.float32).eps))
+    offset_lpj = jnp.swapaxes(root_ljj * scale_lj[:, :, None], 1, 2)
+    points_lpj = state['mean_lj'][:, None, :] + jnp.concatenate([offset_lpj, -offset_lpj], axis=1)
+    return *jnp.split(points_lpj, 2, axis=2), jnp.full(num_points, weight / num_points)
+
+  def remember(state, x_lbk, y_lbk, weight_b):
+    z_lbj, old, new = jnp.concatenate([x_lbk, y_lbk], axis=2), decay(weight_b) * state['weight'], jnp.sum(weight_b)
+    share_b = weight_b / jnp.maximum(new, jnp.finfo(jnp.float32).eps)
+    mean_lj = jnp.einsum('b,lbj->lj', share_b, z_lbj, precision='highest')
+    centred_lbj = (z_lbj - mean_lj[:, None, :]) * jnp.sqrt(weight_b)[None, :, None]
+    step_lj = mean_lj - state['mean_lj']
+    total = jnp.maximum(old + new, jnp.finfo(jnp.float32).eps)
+    between_ljj = (old * new / total) * step_lj[:, :, None] * step_lj[:, None, :]
+    within_ljj = jnp.einsum('lbi,lbj->lij', centred_lbj, centred_lbj, precision='highest')
+    return {
+      'weight': old + new,
+      'mean_lj': state['mean_lj'] + new / total * step_lj,
+      'scatter_ljj': decay(weight_b) * state['scatter_ljj'] + within_ljj + between_ljj,
+    }
+
+  return Past(init, rows, remember)
 
 
 def _project(view_lbd, projection_ldk, weight_b):
@@ -104,16 +172,16 @@ def _with_gain(array, gain):
   return value + gain * (array - value)
 
 
-def _held_out(state, x_lbk, y_lbk, weight_b, ridge):
-  """Mean correlation of the batch along directions fitted on the memory, [L]; 0 while that is empty."""
+def _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, ridge):
+  """Mean correlation of the batch along directions fitted on the past, [L]; 0 while there is none."""
   def one_layer(layer):
-    x_mk, y_mk, x_bk, y_bk = layer
-    directions = fit_directions(x_mk, y_mk, weight_n=state['weight_m'], ridge=ridge)
+    x_pk, y_pk, x_bk, y_bk = layer
+    directions = fit_directions(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
     return jnp.mean(held_out_correlations(directions, x_bk, y_bk, weight_n=weight_b))
 
-  if not state['weight_m'].size:
+  if not weight_p.size:
     return jnp.zeros(x_lbk.shape[0])
-  return lax.map(one_layer, lax.stop_gradient((state['x_lmk'], state['y_lmk'], x_lbk, y_lbk)))
+  return lax.map(one_layer, lax.stop_gradient((x_lpk, y_lpk, x_lbk, y_lbk)))
 
 
-ESTIMATORS = {'batch': _batch, 'memory': _memory}
+ESTIMATORS = {'batch': None, 'moving_average': _moving_average, 'memory': _memory}
