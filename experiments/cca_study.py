@@ -54,7 +54,7 @@ def eckart_young_estimator(seed):
     value = (jnp.sum(v_kk * v_kk) - 2 * jnp.sum(x_bk * y_bk) / BATCH) / NUM_DIRECTIONS
     return value, state, {'correlation': -value[None]}
 
-  return CCAEstimator(base.init, loss)
+  return CCAEstimator(base.init, loss, base.past)
 
 
 CANDIDATES = {

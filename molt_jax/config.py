@@ -140,9 +140,9 @@ SCHEMA: dict[str, Any] = {
     'cca': {
         'weight': Field(0.1, at_least(0), 'alpha of eq. 8; 0 leaves L_CCA out (second ablation of Table 2).'),
         'ridge': Field(1e-3, more_than(0), 'Ridge of each covariance, relative to its mean eigenvalue trace/d.'),
-        'estimator': Field('memory', one_of('memory', 'batch'), 'memory: few random directions, many past pairs; batch: all d_c, this batch.'),
-        'num_directions': Field(16, at_least(1), 'memory: directions compared, at most molt.width.'),
-        'memory_size': Field(8192, at_least(0), 'memory: past pairs remembered.'),
+        'estimator': Field('moving_average', one_of('moving_average', 'memory', 'batch'), 'The past beside the batch: its moments, its pairs, none.'),
+        'num_directions': Field(16, at_least(1), 'Random directions compared, at most molt.width; batch compares all.'),
+        'window': Field(8192, at_least(0), 'Past pairs that count.'),
         'solver': Field('eigh', one_of('eigh', 'newton_schulz'), 'newton_schulz: matrix products only, for accelerators where eigh is slow.'),
     },
     'loss': {
@@ -288,7 +288,7 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
        f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
       (c.dataset.name == 'table' and not c.dataset.path,
        'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
-      (c.cca.estimator == 'memory' and c.cca.num_directions > c.molt.width,
+      (c.cca.estimator != 'batch' and c.cca.num_directions > c.molt.width,
        f'config.cca.num_directions: {c.cca.num_directions} is more than config.molt.width = {c.molt.width}; give at most that'),
       (c.missing.views and c.missing.train_dropout > 0,
        f'config.missing.train_dropout: {c.missing.train_dropout} beside config.missing.views=True, which trains every absence; give one of them'),

@@ -1,6 +1,5 @@
 """What the pooled pairs (h_i, h_t) look like on validation: correlations along directions fitted in training, effective rank, modality gap."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ from jax import lax
 
 from molt_jax.modules.interface import HeadOutput
 from molt_jax.objectives import cca, cca_diagnostics
+from molt_jax.objectives.cca_estimators import CCAEstimator
 
 MAX_PAIRS = 1024  # Pairs looked at; enough for two digits, and megabytes at the widest.
 
@@ -29,23 +29,25 @@ class PairDiagnostics:
     if out.pooled_image_lbc is not None and sum(x_lnc.shape[1] for x_lnc, _ in self._pairs) < MAX_PAIRS:
       self._pairs.append((np.asarray(out.pooled_image_lbc)[:, complete_b], np.asarray(out.pooled_text_lbc)[:, complete_b]))
 
-  def compute(self, cca_state: Mapping[str, jax.Array], *, ridge: float) -> dict[str, list[float]]:
+  def compute(self, estimator: CCAEstimator, state: Any, *, ridge: float) -> dict[str, list[float]]:
     """Returns name -> one number a layer; {} without pairs.
 
-    effective_rank_image, effective_rank_text, modality_gap: of the pairs seen. With the memory of the CCA estimator also held_out_correlation and
-    held_out_top_correlation (mean and largest along directions fitted on the memory's training pairs), and correlation, top_correlation (those of the
-    memory itself).
+    effective_rank_image, effective_rank_text, modality_gap: of the pairs seen. With an estimator that has a past also correlation and
+    top_correlation (mean and largest canonical correlation of the training pairs it stands for), and held_out_correlation and
+    held_out_top_correlation: those of the pairs seen here, along the directions fitted there.
 
     Args:
-      cca_state: state of the CCA estimator after training so far.
+      estimator: of the canonical correlations.
+      state: its state after training so far.
       ridge: `config.cca.ridge`.
     """
     if not self._pairs or not any(x_lnc.shape[1] for x_lnc, _ in self._pairs):
       return {}
     pairs = tuple(np.concatenate(views, axis=1) for views in zip(*self._pairs, strict=True))
     values = _of_pairs(*pairs)
-    if 'weight_m' in cca_state:
-      values |= _against_memory(cca_state, *pairs, ridge)
+    past = estimator.past(state)
+    if past:
+      values |= _against_past(past, (state['projection_x_ldk'], state['projection_y_ldk']), pairs, ridge)
     return {name: np.asarray(value_l).tolist() for name, value_l in values.items()}
 
 
@@ -57,13 +59,15 @@ def _of_pairs(x_lnc, y_lnc) -> dict[str, Any]:
 
 
 @jax.jit
-def _against_memory(state, x_lnc, y_lnc, ridge) -> dict[str, Any]:
+def _against_past(past, projections, pairs, ridge) -> dict[str, Any]:
+  x_lpk, y_lpk, weight_p = past
+
   def one_layer(layer):
-    projection_x_dk, projection_y_dk, x_mk, y_mk, x_nc, y_nc = layer
-    directions = cca_diagnostics.fit_directions(x_mk, y_mk, weight_n=state['weight_m'], ridge=ridge)
+    x_pk, y_pk, projection_x_dk, projection_y_dk, x_nc, y_nc = layer
+    directions = cca_diagnostics.fit_directions(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
     held_out_k = cca_diagnostics.held_out_correlations(directions, x_nc @ projection_x_dk, y_nc @ projection_y_dk)
-    spectrum_k = cca.canonical_correlations(x_mk, y_mk, weight_n=state['weight_m'], ridge=ridge)
+    spectrum_k = cca.canonical_correlations(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
     return {
         'correlation': spectrum_k.mean(), 'top_correlation': spectrum_k.max(),
         'held_out_correlation': held_out_k.mean(), 'held_out_top_correlation': held_out_k.max()}
-  return lax.map(one_layer, (state['projection_x_ldk'], state['projection_y_ldk'], state['x_lmk'], state['y_lmk'], x_lnc, y_lnc))
+  return lax.map(one_layer, (x_lpk, y_lpk, *projections, *pairs))

@@ -199,6 +199,7 @@ class _Run:
     self.config, self.workdir, self.mesh, self.model, self.data, self.preprocess = config, workdir, mesh, model, data, preprocess
     self.checkpoints, self.meta, self.plan, self.class_weight_k = checkpoints, meta, plan, class_weight_k
     self.frozen, self.stored = frozen, stored
+    self.estimator = estimator
     frozen_config = ml_collections.FrozenConfigDict(config)
     self.step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, estimator=estimator, config=frozen_config), donate_argnums=0)
     self.eval_fn = evaluate.make_eval_step(model)
@@ -244,7 +245,7 @@ class _Run:
           self.conditions, config=self.config, mesh=self.mesh, title='validating', step=self.eval_fn,
           stored=self.stored['validation'], pairs=pairs)
       score = evaluate.score(results, multi_label=self.config.dataset.multi_label)
-      log.write('validation', step, {**results, 'score': score, 'pairs': pairs.compute(state.cca, ridge=self.config.cca.ridge)})
+      log.write('validation', step, {**results, 'score': score, 'pairs': pairs.compute(self.estimator, state.cca, ridge=self.config.cca.ridge)})
       cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} (mean over {", ".join(n.replace("_", " ") for n in results)})')
       best = score > self.best
       self.best = max(score, self.best)
@@ -367,7 +368,7 @@ def make_cca_estimator(config: ml_collections.ConfigDict) -> CCAEstimator:
   """Returns the estimator of canonical correlations that `config.cca` describes."""
   c = config.cca
   return make_estimator(
-      c.estimator, num_directions=c.num_directions, memory_size=c.memory_size, ridge=c.ridge, solver=c.solver, seed=config.seed)
+      c.estimator, num_directions=c.num_directions, window=c.window, ridge=c.ridge, solver=c.solver, seed=config.seed)
 
 
 def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarray | None:

@@ -19,15 +19,18 @@ from molt_jax.objectives.cca_diagnostics import fit_directions, held_out_correla
 
 
 class CCAEstimator(NamedTuple):
-  """A pair of pure functions, clean under jit, grad and a batch sharded over a mesh (statistics of the global batch).
+  """Three pure functions, clean under jit, grad and a batch sharded over a mesh (statistics of the global batch).
 
   init(num_layers, width) -> state, a pytree of float32 arrays. Equal arguments give equal states.
   loss(state, x_lbd, y_lbd, weight_b=None) -> (loss, new_state, aux). `loss` is a scalar in [-1, 0], the mean over layers of minus the mean
     canonical correlation; `new_state` carries no gradient; `aux` holds float32 arrays [L] to log. Rows of weight 0 are not read.
+  past(state) -> (x_lpk, y_lpk, weight_p), rows that stand for all pairs seen, along the k directions projection_x_ldk and projection_y_ldk of the
+    state; None for an estimator without a past.
   """
 
   init: Callable
   loss: Callable
+  past: Callable
 
 
 class Past(NamedTuple):
@@ -79,7 +82,7 @@ def _batch(options):
     loss_l = cca_loss(x_lbd, y_lbd, weight_n=weight_b, **options)
     return jnp.mean(loss_l), state, {'correlation': -lax.stop_gradient(loss_l)}
 
-  return CCAEstimator(lambda num_layers, width: {}, loss)
+  return CCAEstimator(lambda num_layers, width: {}, loss, lambda state: None)
 
 
 def _projected(num_directions, seed, past, options):
@@ -103,7 +106,7 @@ def _projected(num_directions, seed, past, options):
     kept = past.remember(state['past'], x_lbk, y_lbk, weight_b)
     return jnp.mean(loss_l), lax.stop_gradient(state | {'past': kept}), lax.stop_gradient(aux)
 
-  return CCAEstimator(init, loss)
+  return CCAEstimator(init, loss, lambda state: past.rows(state['past'], jnp.zeros(1)))
 
 
 def _memory(window):
