@@ -1,4 +1,4 @@
-"""OpenMoji pictures and names -> 98 subcategories, on a CPU in minutes. Real data and a real language model, both from pip."""
+"""OpenMoji pictures and names -> 95 Unicode subcategories, on a CPU in minutes. Real data and a real language model, both from pip."""
 
 from molt_jax.config import default_config
 
@@ -20,5 +20,5 @@ def get_config():
 
   config.optimizer.learning_rate = 1e-3
   config.train.batch_size = 64
-  config.train.epochs = 4
+  config.train.epochs = 10
   return config

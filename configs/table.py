@@ -21,5 +21,5 @@ def get_config():
 
   config.optimizer.learning_rate = 1e-3
   config.train.batch_size = 64
-  config.train.epochs = 4
+  config.train.epochs = 10
   return config
