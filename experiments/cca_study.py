@@ -202,7 +202,7 @@ def draw(path, rows, results):
   default = np.mean([run['correlation'] for run in results['moving average (default)']['independent']])
   left.axhline(default, color='tab:green', label=f'moving average (default): {default:.3f} at batch 64, d 256')
   left.set(xscale='log', xlabel='rows / width', ylabel='mean correlation reported', title='Independent views (truth: 0)', ylim=(0, 1.05))
-  left.legend()
+  left.legend(fontsize='small', loc='upper right')
   for height, (name, result) in enumerate(reversed(results.items())):
     sums = [run['held_out_sum'] for run in result['planted']]
     right.barh(height, np.mean(sums), color='tab:green' if 'default' in name else 'tab:gray')
