@@ -5,6 +5,7 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['OPENBLAS_NUM_THREADS'] = '1'
 # Many tests compile the same tiny programs, some in processes of their own.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='molt_jax_xla_')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'

@@ -12,8 +12,8 @@ echo
 echo 'A text without a picture, "slice of pizza":'
 python -m molt_jax.predict --workdir="$workdir" --text='slice of pizza' --top_k=3
 echo
-echo "A picture without a text, the emoji of a sunflower ($workdir/sunflower.png):"
-python tools/save_emoji.py '🌻' "$workdir/sunflower.png"
-python -m molt_jax.predict --workdir="$workdir" --image="$workdir/sunflower.png" --top_k=3
+echo "A picture without a text, the emoji of a clock ($workdir/clock.png):"
+python tools/save_emoji.py '🕐' "$workdir/clock.png"
+python -m molt_jax.predict --workdir="$workdir" --image="$workdir/clock.png" --top_k=3
 echo
 echo "Results: $workdir/evaluation.json. Use it: python -m molt_jax.predict --workdir=$workdir [--image=FILE] [--text=STRING]"
