@@ -1,0 +1,67 @@
+"""Runs that experiments share: trains and evaluates a config in a folder of its own, once; what is finished is read, not repeated."""
+
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from molt_jax import config as config_lib
+from molt_jax import logbook, train
+
+LIBRARIES = ('jax', 'flax', 'optax', 'numpy')
+
+
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
+  """Trains and evaluates `config` in `folder` unless that is done; a run that was cut off goes on where it stopped.
+
+  Args:
+    config: validated here.
+    folder: the run's own; its console output goes to `log.txt` there.
+
+  Returns:
+    {'config_hash', 'test': condition -> metrics, 'validation': the record of the selected step, 'seconds': of this call's training}.
+  """
+  config = config_lib.validate(config)
+  path = folder / 'result.json'
+  if path.exists():
+    result = json.loads(path.read_text(encoding='utf-8'))
+    if result['config_hash'] == config_lib.config_hash(config):
+      return result
+  folder.mkdir(parents=True, exist_ok=True)
+  start = time.monotonic()
+  with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    record = train.train(config, folder)
+  seconds = time.monotonic() - start
+  validation = next(line for line in logbook.read(folder) if line['kind'] == 'validation' and line['step'] == record['step'])
+  result = {'config_hash': config_lib.config_hash(config), 'test': record['results'], 'validation': validation, 'seconds': round(seconds, 1)}
+  logbook.write_atomically(path, json.dumps(result) + '\n')
+  return result
+
+
+def override(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns a copy of `config` with dotted fields changed, validated."""
+  config = config.copy_and_resolve_references()
+  for name, value in changes.items():
+    config_lib.set_field(config, name, value)
+  return config_lib.validate(config)
+
+
+def spread(values: Iterable[float], *, scale: float = 100.0, digits: int = 1) -> str:
+  """Returns 'mean ± sample standard deviation' of a few runs, in percent unless scaled otherwise."""
+  values = scale * np.asarray(list(values), float)
+  deviation = f' ± {values.std(ddof=1):.{digits}f}' if len(values) > 1 else ''
+  return f'{values.mean():.{digits}f}{deviation}'
+
+
+def provenance() -> dict[str, Any]:
+  """Returns the command and versions that results are published with."""
+  versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {'python': platform.python_version()}
+  return {'command': ' '.join(['python', *sys.argv]), 'versions': versions}
