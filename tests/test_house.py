@@ -18,7 +18,8 @@ ROOMS = {
     'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill'),
     'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
-    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate'),
+    'step': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
+    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step'),
 }
 
 

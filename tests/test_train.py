@@ -12,6 +12,7 @@ from flax import linen as nn
 from molt_jax import checkpoint, cli, evaluate, logbook, sharding, train, train_state
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
+from molt_jax import step as step_lib
 from molt_jax.config import UserError
 
 
@@ -87,7 +88,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(six_step_run,
 
 def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(six_step_run, six_steps, tmp_path, monkeypatch, same_run):
   workdir = tmp_path / 'run'
-  step_fn, steps = train.train_step, []
+  step_fn, steps = step_lib.train_step, []
 
   put = sharding.put_batch
   def put_and_stop(batch, mesh):
@@ -99,7 +100,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(six_step_run, si
   with pytest.raises(train.Interrupted, match='step 2 of 6'):
     train.train(six_steps, workdir)
   monkeypatch.undo()
-  assert train.train_step is step_fn
+  assert step_lib.train_step is step_fn
   train.train(six_steps, workdir)
   same_run(six_step_run, workdir)
 
@@ -112,7 +113,7 @@ def test_a_finished_run_only_evaluates_again(six_step_run, six_steps, final_stat
 
 def test_modality_dropout_never_takes_both_and_hits_the_rate():
   present_bm = np.tile(np.array([[True, True], [True, False], [False, True], [True, True]]), (5000, 1))
-  kept_bm = np.asarray(train.drop_modality(train_state.stream(0, 'modality_dropout', 3), present_bm, rate=0.3))
+  kept_bm = np.asarray(step_lib.drop_modality(train_state.stream(0, 'modality_dropout', 3), present_bm, rate=0.3))
   complete = present_bm.all(axis=-1)
   assert kept_bm.any(axis=-1).all()
   assert (kept_bm[~complete] == present_bm[~complete]).all()
@@ -130,8 +131,8 @@ def test_content_under_an_absent_modality_changes_no_bit_of_a_training_step(six_
   model = model_lib.make_model(config, towers, num_classes=3)
   frozen = model_lib.load_frozen(config, mesh)
   tx = train_state.make_optimizer(config, 6)
-  estimator = train.make_cca_estimator(config)
-  step = jax.jit(lambda s, b: train.train_step(s, frozen, b, None, model=model, tx=tx, estimator=estimator, config=config))
+  estimator = step_lib.make_cca_estimator(config)
+  step = jax.jit(lambda s, b: step_lib.train_step(s, frozen, b, None, model=model, tx=tx, estimator=estimator, config=config))
   rng = np.random.default_rng(0)
   present = np.array([[True, True], [False, True], [True, False], [True, True]])
   batch = {
@@ -159,7 +160,7 @@ def test_a_view_of_a_complete_batch_is_what_the_head_gives_when_the_modality_is_
       text_mask_bt=np.arange(6)[None, :] < np.array([6, 1, 3, 4])[:, None])
   variables = nn.unbox(model.init(jax.random.key(0)))
   everything = np.ones((4, 2), bool)
-  for keep in train.VIEWS:
+  for keep in step_lib.VIEWS:
     alone = model.head.apply(variables, taps, everything & keep, train=False)
     view = model.head.apply(variables, taps, everything & keep, train=False, content_bm=everything)
     np.testing.assert_allclose(view.logits_bk, alone.logits_bk, atol=2e-6)

@@ -21,9 +21,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, fill, sharding, train, train_state
+from molt_jax import cli, fill, sharding, train_state
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
+from molt_jax import step as step_lib
 from molt_jax.data import datasets, pipeline
 
 FLAGS = (
@@ -63,9 +64,9 @@ class Bench:
     self.preprocess = model_lib.make_preprocess(config, self.towers, num_classes=len(data.class_names))
     self.source = Subset(data.splits['train'], rows)
     self.tx = train_state.make_optimizer(config, 1000)
-    self.estimator = train.make_cca_estimator(config)
+    self.estimator = step_lib.make_cca_estimator(config)
     step = functools.partial(
-        train.train_step, model=self.model, tx=self.tx, estimator=self.estimator, config=ml_collections.FrozenConfigDict(config))
+        step_lib.train_step, model=self.model, tx=self.tx, estimator=self.estimator, config=ml_collections.FrozenConfigDict(config))
     self.step = jax.jit(step, donate_argnums=0)
     start = time.perf_counter()
     self.frozen = model_lib.load_frozen(config, self.mesh)
