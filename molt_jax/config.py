@@ -80,6 +80,7 @@ SCHEMA: dict[str, Any] = {
         'path': Field('', ANY_STRING, 'table: the folder that holds train.csv (or .jsonl) and test.csv.'),
         'data_dir': Field('~/.cache/molt_jax/datasets', NON_EMPTY, 'Where prepared data sets are kept.'),
         'multi_label': Field(False, FLAG, 'Whether an example can have several labels (joined by | in a table).'),
+        'modalities': Field('image,text', one_of('image,text', 'image', 'text'), 'What is used at all; one alone makes a specialist.'),
         'validation_fraction': Field(0.1, inside(0, 1), 'Share of train set aside when there is no validation file.'),
     },
     'image': {
@@ -96,10 +97,10 @@ SCHEMA: dict[str, Any] = {
         'dtype': Field('bfloat16', one_of('float32', 'bfloat16'), 'Type of frozen weights and of computation in the towers.'),
         'attention': Field('xla', one_of('xla', 'cudnn'), 'Implementation of jax.nn.dot_product_attention in the towers.'),
         'text': {
-            'path': Field('', NON_EMPTY, 'LLaMA-family tower: Hugging Face directory or hub id, .gguf file, pkg://package/file, or random:NAME.'),
+            'path': Field('', ANY_STRING, 'LLaMA-family tower: Hugging Face directory or hub id, .gguf file, pkg://package/file, or random:NAME.'),
         },
         'image': {
-            'path': Field('', NON_EMPTY, 'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder, or random:NAME.'),
+            'path': Field('', ANY_STRING, 'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder, or random:NAME.'),
         },
     },
     'features': {
@@ -126,7 +127,7 @@ SCHEMA: dict[str, Any] = {
         'dropout': Field(0.3, below(0, 1), 'Dropout rate before the last layer.'),
     },
     'missing': {
-        'strategy': Field('robust', one_of('robust', 'null', 'zero'), 'What stands in for an absent modality.'),
+        'strategy': Field('robust', one_of('robust', 'translate', 'null', 'zero'), 'What stands in for an absent modality.'),
         'train_dropout': Field(0.0, below(0, 1), 'Share of complete training pairs that lose one modality at random in a step, never both.'),
         'views': Field(True, FLAG, 'Train the complete, the image-only and the text-only view of each example in every step; towers run once.'),
         'view_weight': Field(1.0, more_than(0), 'Weight of the cross-entropy of each single-modality view, against 1 of the complete view.'),
@@ -288,11 +289,19 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
        f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
       (c.dataset.name == 'table' and not c.dataset.path,
        'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
+      *((not c.backbones[m].path, f'config.backbones.{m}.path: empty; give the {m} tower') for m in modalities(c)),
+      (c.missing.strategy == 'translate' and c.method != 'molt',
+       f"config.missing.strategy: 'translate' needs config.method='molt', not {c.method!r}: there is no common space; give robust, null or zero"),
       (c.cca.estimator != 'batch' and c.cca.num_directions > c.molt.width,
        f'config.cca.num_directions: {c.cca.num_directions} is more than config.molt.width = {c.molt.width}; give at most that'),
       (c.missing.views and c.missing.train_dropout > 0,
        f'config.missing.train_dropout: {c.missing.train_dropout} beside config.missing.views=True, which trains every absence; give one of them'),
   )
+
+
+def modalities(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns the modalities that are used at all, in the order of the columns of `present`."""
+  return tuple(config.dataset.modalities.split(','))
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
