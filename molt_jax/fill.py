@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from molt_jax import cli, sharding
+from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.backbones import store, weights
 from molt_jax.config import UserError
@@ -39,7 +40,7 @@ class Input(NamedTuple):
 def open_taps(
     config: ml_collections.ConfigDict, wanted: Mapping[str, tuple[Source, np.ndarray]], *, model: model_lib.Model,
     towers: Mapping[str, weights.TowerSpec], preprocess: pipeline.Preprocess, mesh: jax.sharding.Mesh,
-    modalities: Collection[str] = model_lib.MODALITIES) -> tuple[dict[str, Any], dict[str, dict[str, pipeline.StoredTaps] | None]]:
+    modalities: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, dict[str, pipeline.StoredTaps] | None]]:
   """Loads the towers or, with a feature store, sees to it that all wanted taps are in it; a complete store needs no tower.
 
   Args:
@@ -49,7 +50,7 @@ def open_taps(
     towers: their descriptions.
     preprocess: how an example becomes arrays; what cannot be used is reported there.
     mesh: where to compute.
-    modalities: those to be read at all.
+    modalities: those to be read at all; default: all that `config.dataset.modalities` names.
 
   Returns:
     (frozen, stored): tower parameters by modality, None for one that is not to be run; split -> taps by modality, None without a store.
@@ -57,6 +58,7 @@ def open_taps(
   Raises:
     UserError: the store cannot be used, is damaged, or does not fit on the disk.
   """
+  modalities = config_lib.modalities(config) if modalities is None else modalities
   if not config.features.store:
     return model_lib.load_frozen(config, mesh, modalities), dict.fromkeys(wanted)
   inputs = _identify(wanted, preprocess, modalities, num_threads=config.input.num_threads)

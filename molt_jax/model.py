@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from molt_jax import config as config_lib
 from molt_jax import sharding
 from molt_jax.backbones import features, weights
 from molt_jax.config import UserError
@@ -17,21 +18,22 @@ from molt_jax.modules.heads import make_head
 from molt_jax.modules.interface import HeadOutput
 
 MODALITIES = ('image', 'text')  # Columns of `present`.
+UNUSED_WIDTH = 1  # Of a modality without a tower: the head's parameters for it are there, tiny, and meet nothing.
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A head over the last `num_taps` layers of two towers; holds no arrays."""
+  """A head over the last `num_taps` layers of two towers; holds no arrays. The tower of a modality that is never used is None."""
 
-  image_tower: nn.Module
-  text_tower: nn.Module
+  image_tower: nn.Module | None
+  text_tower: nn.Module | None
   head: nn.Module
   num_taps: int
 
   def init(self, key: jax.Array) -> Any:
     """Returns the head's variables (boxed): 'params' and, with standardised inputs, 'statistics'."""
     def zeros(tower):
-      return jnp.zeros((self.num_taps, 1, 1, tower.config.hidden_size))
+      return jnp.zeros((self.num_taps, 1, 1, tower.config.hidden_size)) if tower else None
     taps = features.Taps(image_lbid=zeros(self.image_tower), text_lbtd=zeros(self.text_tower), text_mask_bt=jnp.ones((1, 1), bool))
     return self.head.init(key, taps, jnp.ones((1, 2), bool), train=False)
 
@@ -50,8 +52,8 @@ class Model:
 
 
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, weights.TowerSpec]:
-  """Opens both towers without their weights: architecture, identity, tokenizer or image preprocessing."""
-  return {m: weights.describe_tower(config.backbones[m].path, kind=m) for m in MODALITIES}
+  """Opens the towers that `dataset.modalities` needs, without their weights: architecture, identity, tokenizer or image preprocessing."""
+  return {m: weights.describe_tower(config.backbones[m].path, kind=m) for m in config_lib.modalities(config)}
 
 
 def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> Model:
@@ -60,20 +62,21 @@ def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.T
   Raises:
     UserError: a tower has fewer layers than are tapped.
   """
-  for modality in MODALITIES:
-    layers = towers[modality].config.num_layers
+  for modality, tower in towers.items():
+    layers = tower.config.num_layers
     if config.molt.num_layers > layers:
       raise UserError(f'config.molt.num_layers: {config.molt.num_layers}, but the {modality} tower has {layers} layers; give at most {layers}')
-  head = make_head(
-      config, num_classes=num_classes, image_width=towers['image'].config.hidden_size, text_width=towers['text'].config.hidden_size)
+  widths = {f'{m}_width': towers[m].config.hidden_size if m in towers else UNUSED_WIDTH for m in MODALITIES}
+  head = make_head(config, num_classes=num_classes, **widths)
   c = config.backbones
-  modules = {f'{m}_tower': weights.MODULES[m](towers[m].config, jnp.dtype(c.dtype), c.attention) for m in MODALITIES}
+  modules = {f'{m}_tower': weights.MODULES[m](towers[m].config, jnp.dtype(c.dtype), c.attention) if m in towers else None for m in MODALITIES}
   return Model(**modules, head=head, num_taps=config.molt.num_layers)
 
 
-def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, modalities: Collection[str] = MODALITIES) -> dict[str, Any]:
-  """Loads the named towers' parameters in their final type and sharding; the others are None and will not be run."""
+def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, modalities: Collection[str] | None = None) -> dict[str, Any]:
+  """Loads the named towers' parameters (default: all that are used) in their final type and sharding; the others are None and will not be run."""
   c = config.backbones
+  modalities = config_lib.modalities(config) if modalities is None else modalities
   def load(modality):
     shardings = sharding.param_shardings(mesh)
     return weights.load_tower(c[modality].path, kind=modality, dtype=c.dtype, attention=c.attention, shardings=shardings).params
@@ -82,21 +85,26 @@ def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, moda
 
 def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> Preprocess:
   """Returns how one example becomes arrays: the image tower's preprocessing, the text tower's tokenizer."""
-  image, tokenizer = towers['image'].preprocess, towers['text'].tokenizer
-  return Preprocess(
-      image_size=image.size, mean=image.mean, std=image.std, resize=config.image.resize, encode=tokenizer.encode, pad_id=tokenizer.pad_id,
-      max_tokens=config.text.max_tokens, num_classes=num_classes, multi_label=config.dataset.multi_label)
+  image = {'image_size': 1, 'mean': (0.0,) * 3, 'std': (1.0,) * 3}
+  text = {'encode': lambda text, max_tokens: (), 'pad_id': 0, 'max_tokens': 1}
+  if 'image' in towers:
+    spec = towers['image'].preprocess
+    image = {'image_size': spec.size, 'mean': spec.mean, 'std': spec.std}
+  if 'text' in towers:
+    tokenizer = towers['text'].tokenizer
+    text = {'encode': tokenizer.encode, 'pad_id': tokenizer.pad_id, 'max_tokens': config.text.max_tokens}
+  return Preprocess(**image, **text, resize=config.image.resize, num_classes=num_classes, multi_label=config.dataset.multi_label)
 
 
 def identities(towers: Mapping[str, weights.TowerSpec]) -> dict[str, dict[str, str]]:
-  """Returns {'image': {'path', 'sha256'}, 'text': ...}: what a checkpoint belongs to."""
-  return {m: dict(towers[m].identity) for m in MODALITIES}
+  """Returns {'image': {'path', 'sha256'}, 'text': ...} of the towers that are used: what a checkpoint belongs to."""
+  return {m: dict(tower.identity) for m, tower in towers.items()}
 
 
 def check_same_towers(
-    saved: Mapping[str, Mapping[str, str]], towers: Mapping[str, weights.TowerSpec], modalities: Collection[str] = MODALITIES) -> None:
-  """Raises UserError unless the towers are those that the checkpoint was trained on."""
-  for modality in modalities:
+    saved: Mapping[str, Mapping[str, str]], towers: Mapping[str, weights.TowerSpec], modalities: Collection[str] | None = None) -> None:
+  """Raises UserError unless the towers (of these modalities; default: all that are used) are those that the checkpoint was trained on."""
+  for modality in towers if modalities is None else modalities:
     old, new = saved[modality], towers[modality].identity
     if old['sha256'] != new['sha256']:
       raise UserError(

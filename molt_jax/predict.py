@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from molt_jax import cli, evaluate, sharding
+from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import pipeline
@@ -48,15 +49,24 @@ class Predictor:
       Probabilities are softmax's, or each label's own sigmoid for a multi-label model.
 
     Raises:
-      UserError: an example with neither image nor text, an unreadable image, lists of unequal length, top_k below 1.
+      UserError: an example with neither image nor text, a modality that this run does not know, an unreadable image, lists of unequal
+        length, top_k below 1.
     """
     if top_k < 1:
       raise UserError(f'top_k: {top_k} is not legal; give a number >= 1')
     pairs, many = _pairs(image, text)
+    self._check_used(pairs)
     examples = [pipeline.single_example(self._preprocess, image=i, text=t) for i, t in pairs]
     probabilities_nk = self._probabilities(examples) if examples else []
     results = [self._result(p, example['present'], top_k) for p, example in zip(probabilities_nk, examples, strict=True)]
     return results if many else results[0]
+
+  def _check_used(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+    for modality, given in zip(model_lib.MODALITIES, zip(*pairs, strict=True), strict=False):
+      if modality not in self._towers and any(content is not None for content in given):
+        other, = self._towers
+        raise UserError(f'predict: {config_lib.article(modality)} was given, but this run knows {other}s alone '
+                        f'(config.dataset.modalities={other!r}); give {config_lib.article(other)} and nothing else')
 
   def _probabilities(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     size = self.config.eval.batch_size

@@ -1,8 +1,10 @@
 """The table of data sets. To add one: write a function `config -> Dataset`, give it a row here, and its name to `dataset.name` in `config.SCHEMA`."""
 
+import dataclasses
 from typing import Any
 
-from molt_jax.data import table
+from molt_jax.config import modalities
+from molt_jax.data import missing, table
 from molt_jax.data.sources import Dataset
 
 
@@ -18,7 +20,7 @@ DATASETS = {
 
 
 def load_dataset(config: Any) -> Dataset:
-  """Opens `config.dataset.name`, preparing it under `config.dataset.data_dir` where needed.
+  """Opens `config.dataset.name`, preparing it under `config.dataset.data_dir` where needed, with what `config.dataset.modalities` leaves of it.
 
   Args:
     config: the whole configuration; `dataset.*` and `seed` are read.
@@ -26,4 +28,8 @@ def load_dataset(config: Any) -> Dataset:
   Raises:
     UserError: the data set's files, rows or packages are not as they must be.
   """
-  return DATASETS[config.dataset.name](config)
+  data = DATASETS[config.dataset.name](config)
+  used = modalities(config)
+  if len(used) == 2:
+    return data
+  return dataclasses.replace(data, splits={split: missing.only(source, *used, split=split) for split, source in data.splits.items()})

@@ -1,12 +1,18 @@
-"""The missing-modality protocol: which examples lack their image or their text for good.
+"""Which examples lack their image or their text for good: the missing-modality protocol, and sources with a part of what they have.
 
 Column 0 of a `present` table is the image, column 1 the text, as everywhere in the library.
 """
 
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from molt_jax.config import UserError
+from molt_jax.data.sources import Source
 
 _COLUMN = {'image': 0, 'text': 1}
 
@@ -64,3 +70,54 @@ def present_table(
   else:
     present_nm[affected, _COLUMN[kind]] = False
   return present_nm
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Some rows of a source, perhaps without one of their modalities; a `Source`.
+
+  Attributes:
+    source: the whole.
+    rows: positions in it.
+    keep: the modalities that are left (columns image, text).
+  """
+
+  source: Source
+  rows: Sequence[int]
+  keep: tuple[bool, bool] = (True, True)
+
+  @functools.cached_property
+  def ids(self) -> list[str]:
+    return [self.source.ids[row] for row in self.rows]
+
+  @functools.cached_property
+  def labels(self) -> list[Any]:
+    return [self.source.labels[row] for row in self.rows]
+
+  @functools.cached_property
+  def present(self) -> np.ndarray:
+    return self.source.present[np.asarray(self.rows, int)] & np.array(self.keep)
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.read(index, image=True)
+
+  def read(self, index: int, *, image: bool) -> dict[str, Any]:
+    """See `Source.read`."""
+    example = self.source.read(self.rows[index], image=image and self.keep[0])
+    return example if self.keep[1] else {**example, 'text': None}
+
+
+def only(source: Source, modality: str, *, split: str) -> Part:
+  """Returns the rows that have `modality`, with nothing else.
+
+  Raises:
+    UserError: no row of the split has it.
+  """
+  column = _COLUMN[modality]
+  rows = np.flatnonzero(source.present[:, column])
+  if not len(rows):
+    raise UserError(f'config.dataset.modalities: {modality!r}, but no example of the {split} split has one; give another value')
+  return Part(source, tuple(rows.tolist()), keep=(column == 0, column == 1))
