@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import train_state
 from molt_jax.modules.interface import HeadOutput
@@ -24,7 +25,7 @@ def train_step(
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """One update of the head; `frozen` is only read. Returns the new state and metrics (scalars; `cca_...` have one value a layer)."""
   present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
-  present_vbm = present_bm[None] & (VIEWS if config.missing.views else VIEWS[:1])[:, None, :]
+  present_vbm = present_bm[None] & views(config)[:, None, :]
   dropout_v = jax.random.split(train_state.stream(config.seed, 'dropout', state.step), len(present_vbm))
   taps = model.taps(frozen, batch)
 
@@ -43,6 +44,11 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   metrics = {'loss': loss, **parts, 'grad_norm': optax.tree.norm(grads)}
   return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state, cca=cca), metrics
+
+
+def views(config: ml_collections.ConfigDict) -> np.ndarray:
+  """Returns bool[V, 2], the modalities that each view of an example keeps: the complete one first, and alone where one modality is used at all."""
+  return VIEWS if config.missing.views and len(config_lib.modalities(config)) == 2 else VIEWS[:1]
 
 
 def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.Array:
@@ -81,12 +87,12 @@ def total_loss(
   share_v = jnp.ones_like(ce_v).at[1:].set(config.missing.view_weight)
   parts = {'loss_ce': jnp.sum(ce_v * share_v) / jnp.sum(share_v)}
   loss = config.loss.weight * parts['loss_ce']
-  if config.missing.views and config.missing.distill_weight:
+  if len(present_vbm) > 1 and config.missing.distill_weight:
     distill_v = jax.vmap(lambda logits_bk, weight_b: mean(*kind.distillation(
         logits_bk, out_v.logits_bk[0], weight_b, config.missing.distill_temperature)))(out_v.logits_bk[1:], weight_vb[1:])
     parts['loss_distill'] = jnp.mean(distill_v)
     loss += config.loss.weight * config.missing.distill_weight * parts['loss_distill']
-  if config.cca.weight and out_v.pooled_image_lbc is not None:
+  if config.cca.weight and out_v.pooled_image_lbc is not None and len(config_lib.modalities(config)) == 2:
     pair_b = batch['weight'] * jnp.all(present_vbm[0], axis=-1)
     parts['loss_cca'], cca_state, aux = estimator.loss(cca_state, out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0], pair_b)
     parts |= {f'cca_{name}': value_l for name, value_l in aux.items()}
