@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from molt_jax.modules.interface import pool
+
 
 def attend(query_tc: jax.Array, key_sc: jax.Array, value_sc: jax.Array, key_mask_s: jax.Array, *, num_heads: int) -> jax.Array:
   """SoftMax(Q K' / sqrt(C / N)) V over the valid keys, eq. 2 and 6; with N = 1 head the scale is the paper's 1 / sqrt(C).
@@ -51,18 +53,22 @@ class LayerDense(nn.Module):
     return y_lbtc + bias_lc[:, None, None, :].astype(self.dtype)
 
 
-class LayerNorm(nn.Module):
-  """LayerNorm in float32 over the last axis with its own scale and bias for each of L layers: [L, B, T, C] -> float32[L, B, T, C]."""
+class PooledLayerNorm(nn.Module):
+  """Mean over the valid tokens of a LayerNorm with its own scale and bias for each of L layers: [L, B, T, C] -> float32[L, B, C].
+
+  The affine part acts on the mean, where it is T times cheaper and, up to rounding, the same. Zero where no token is valid.
+  """
 
   epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x_lbtc: jax.Array) -> jax.Array:
+  def __call__(self, x_lbtc: jax.Array, mask_bt: jax.Array) -> jax.Array:
     shape_lc = (x_lbtc.shape[0], x_lbtc.shape[-1])
     scale_lc = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('layers', 'common')), shape_lc, jnp.float32)
     bias_lc = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('layers', 'common')), shape_lc, jnp.float32)
-    x_lbtc = jax.nn.standardize(x_lbtc.astype(jnp.float32), epsilon=self.epsilon)
-    return x_lbtc * scale_lc[:, None, None, :] + bias_lc[:, None, None, :]
+    pooled_lbc = pool(jax.nn.standardize(x_lbtc.astype(jnp.float32), epsilon=self.epsilon), mask_bt)
+    some_b1 = jnp.any(mask_bt, axis=-1, keepdims=True)
+    return jnp.where(some_b1, pooled_lbc * scale_lc[:, None, :] + bias_lc[:, None, :], 0.0)
 
 
 def dense(features: int, axes: tuple[str, str], dtype: jnp.dtype, *, name: str) -> nn.Dense:

@@ -26,5 +26,10 @@ class LateFusionHead(nn.Module):
   ) -> HeadOutput:
     """See `heads.make_head`."""
     sequences = self.inputs(taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b)
-    features_bd = jnp.concatenate([pool(s.tokens_lbtd, s.mask_bt)[-1] for s in sequences], axis=-1)
+    features_bd = jnp.concatenate([_pooled(sequence) for sequence in sequences], axis=-1)
     return HeadOutput(self.classifier(features_bd, train=train))
+
+
+def _pooled(sequence):
+  absent = 0.0 if sequence.stand_in_l11d is None else sequence.stand_in_l11d[-1, 0].astype(jnp.float32)
+  return jnp.where(sequence.present_b[:, None], pool(sequence.tokens_lbtd, sequence.mask_bt)[-1], absent)

@@ -27,14 +27,17 @@ class Fusion(nn.Module):
   def __call__(self, joint_bc: jax.Array, image: TokenSequence, text: TokenSequence) -> jax.Array:
     """joint_bc: float32[B, C] -> float32[B, C]."""
     query_b1c = dense(self.width, ('common', 'heads'), self.dtype, name='query')(joint_bc)[:, None, :]
-    answers = []
-    for modality, sequence in zip(MODALITIES, (image, text), strict=True):
-      last_btd = sequence.tokens_lbtd[-1]
-      key_btc = dense(self.width, ('embed', 'heads'), self.dtype, name=f'{modality}_key')(last_btd)
-      value_btc = dense(self.width, ('embed', 'heads'), self.dtype, name=f'{modality}_value')(last_btd)
-      answer_b1c = attend(query_b1c, key_btc, value_btc, sequence.mask_bt, num_heads=self.num_heads)
-      answers.append(answer_b1c[:, 0, :].astype(jnp.float32))
+    answers = [self._answer(modality, query_b1c, sequence) for modality, sequence in zip(MODALITIES, (image, text), strict=True)]
     return usable_mean(*answers, jnp.stack([image.usable_b, text.usable_b], axis=-1))
+
+  def _answer(self, modality, query_b1c, sequence):
+    key = dense(self.width, ('embed', 'heads'), self.dtype, name=f'{modality}_key')
+    value = dense(self.width, ('embed', 'heads'), self.dtype, name=f'{modality}_value')
+    last_btd = sequence.tokens_lbtd[-1]
+    answer_bc = attend(query_b1c, key(last_btd), value(last_btd), sequence.mask_bt, num_heads=self.num_heads)[:, 0, :]
+    if sequence.stand_in_l11d is not None:  # One key, so the softmax is one.
+      answer_bc = jnp.where(sequence.present_b[:, None], answer_bc, value(sequence.stand_in_l11d[-1])[:, 0, :])
+    return answer_bc.astype(jnp.float32)
 
 
 class Linear(nn.Module):

@@ -120,7 +120,6 @@ class Inputs(nn.Module):
     that enter the statistics if they may be read.
     """
     content_b = present_b if content_b is None else content_b
-    strategy = STRATEGIES[self.strategy]
     if taps_lbtd is None:
       taps_lbtd = jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype)
     valid_bt = mask_bt & content_b[:, None]
@@ -128,14 +127,16 @@ class Inputs(nn.Module):
     norm = INPUT_NORMS[self.norm](name='norm')
     tokens_lbtd = norm(jnp.where(valid, taps_lbtd, 0), valid_bt & counted_b[:, None], train=train)
     tokens_lbtd = jnp.where(valid, tokens_lbtd, 0).astype(self.dtype)
+    return TokenSequence(tokens_lbtd, valid_bt, present_b, self._stand_in())
+
+  def _stand_in(self):
+    strategy = STRATEGIES[self.strategy]
     if not strategy.stands_in:
-      return TokenSequence(tokens_lbtd, valid_bt & present_b[:, None], present_b)
+      return None
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('layers', 'embed'))
     shape_ld = (self.num_layers, self.width)
     token_ld = self.param('null', init, shape_ld, jnp.float32) if strategy.learned else jnp.zeros(shape_ld)
-    tokens_lbtd = jnp.where(present_b[None, :, None, None], tokens_lbtd, token_ld[:, None, None, :].astype(self.dtype))
-    first_t = jnp.arange(valid_bt.shape[1]) == 0
-    return TokenSequence(tokens_lbtd, jnp.where(present_b[:, None], valid_bt, first_t[None, :]), jnp.ones_like(present_b))
+    return token_ld[:, None, None, :].astype(self.dtype)
 
 
 class InputPair(nn.Module):

@@ -23,17 +23,26 @@ class Taps(Protocol):
 
 @struct.dataclass
 class TokenSequence:
-  """One modality as a head may see it: nothing of an absent row or of padding is left in it.
+  """One modality as a head may see it: nothing of what may not be read, or of padding, is left in it.
+
+  Only `present_b` differs between the views of a batch, so that what is computed from the tokens alone is computed once for all views.
 
   Attributes:
     tokens_lbtd: [L, B, T, D] in the compute dtype, finite everywhere.
-    mask_bt: bool[B, T], which tokens are valid.
-    usable_b: bool[B], whether the row has anything to read: the modality itself or what stands in for it.
+    mask_bt: bool[B, T], which tokens are valid and may be read.
+    present_b: bool[B], whether the row has the modality.
+    stand_in_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the other modality works alone.
   """
 
   tokens_lbtd: jax.Array
   mask_bt: jax.Array
-  usable_b: jax.Array
+  present_b: jax.Array
+  stand_in_l11d: jax.Array | None = None
+
+  @property
+  def usable_b(self) -> jax.Array:
+    """bool[B], whether the row has anything to read: the modality itself or what stands in for it."""
+    return self.present_b if self.stand_in_l11d is None else jnp.ones_like(self.present_b)
 
 
 @struct.dataclass

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.modules.attention import LayerDense, LayerNorm, attend
+from molt_jax.modules.attention import LayerDense, PooledLayerNorm, attend
 from molt_jax.modules.fusion import Fusion
-from molt_jax.modules.interface import MODALITIES, HeadOutput, Taps, TokenSequence, pool, usable_mean
+from molt_jax.modules.interface import MODALITIES, HeadOutput, Taps, TokenSequence, usable_mean
 
 
 class Projection(nn.Module):
@@ -39,20 +39,41 @@ class Translation(nn.Module):
   cross_attention: bool
   dtype: jnp.dtype
 
-  @nn.compact
+  def setup(self):
+    self.projections = {m: Projection(self.width, self.cross_attention, self.dtype, name=m) for m in MODALITIES}
+    self.norms = {m: PooledLayerNorm(name=f'{m}_norm') for m in MODALITIES}
+
   def __call__(self, image: TokenSequence, text: TokenSequence) -> tuple[jax.Array, jax.Array]:
-    """A modality with nothing to read gives zero, to the other modality's attention too."""
+    """A modality with nothing to read gives zero, and adds nothing to the other.
+
+    Each row is encoded in every way that a view may ask for, whatever is present; the views differ in which of the results they take.
+    """
     sequences = dict(zip(MODALITIES, (image, text), strict=True))
-    maps = {m: Projection(self.width, self.cross_attention, self.dtype, name=m)(s.tokens_lbtd) for m, s in sequences.items()}
-    pooled = []
-    for own, other in (('image', 'text'), ('text', 'image')):
-      residual_lbtc = maps[own][0].astype(jnp.float32)
-      if self.cross_attention:
-        query_lbtc, (key_lbsc, value_lbsc) = maps[own][1], maps[other][2:]
-        answer_lbtc = attend(query_lbtc, key_lbsc, value_lbsc, sequences[other].mask_bt[None], num_heads=self.num_heads)
-        residual_lbtc += jnp.where(sequences[other].usable_b[None, :, None, None], answer_lbtc.astype(jnp.float32), 0.0)
-      pooled.append(pool(LayerNorm(name=f'{own}_norm')(residual_lbtc), sequences[own].mask_bt))
-    return tuple(pooled)
+    maps = {m: self.projections[m](s.tokens_lbtd) for m, s in sequences.items()}
+    stand_ins = {m: None if s.stand_in_l11d is None else self.projections[m](s.stand_in_l11d) for m, s in sequences.items()}
+    return tuple(self._encode(own, other, sequences, maps, stand_ins) for own, other in (('image', 'text'), ('text', 'image')))
+
+  def _encode(self, own, other, sequences, maps, stand_ins):
+    norm, own_mask_bt, other_mask_bt = self.norms[own], sequences[own].mask_bt, sequences[other].mask_bt
+    together_lbc = norm(self._ask(maps[own], maps[other], other_mask_bt), own_mask_bt)
+    alone_lbc = norm(self._ask(maps[own], stand_ins[other], None), own_mask_bt)
+    absent_lbc = jnp.zeros_like(alone_lbc)
+    if stand_ins[own] is not None:
+      absent_lbc = norm(self._ask(stand_ins[own], maps[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1]))
+    encoded_lbc = jnp.where(sequences[other].present_b[None, :, None], together_lbc, alone_lbc)
+    return jnp.where(sequences[own].present_b[None, :, None], encoded_lbc, absent_lbc)
+
+  def _ask(self, own, other, other_mask_bt):
+    """Eq. 2 and the sum of eq. 3, float32[L, B, T, C]; other_mask_bt None: `other` is one token for all rows, or nothing."""
+    residual_lbtc = own[0].astype(jnp.float32)
+    if not self.cross_attention or other is None:
+      return residual_lbtc
+    query_lbtc, (key_lbsc, value_lbsc) = own[1], other[2:]
+    if other_mask_bt is None:  # The softmax over one key is one.
+      return residual_lbtc + value_lbsc.astype(jnp.float32)
+    query_lbtc = jnp.broadcast_to(query_lbtc, (query_lbtc.shape[0], key_lbsc.shape[1], *query_lbtc.shape[2:]))
+    answer_lbtc = attend(query_lbtc, key_lbsc, value_lbsc, other_mask_bt[None], num_heads=self.num_heads)
+    return residual_lbtc + answer_lbtc.astype(jnp.float32)
 
 
 class MoLTHead(nn.Module):
