@@ -28,8 +28,15 @@ from molt_jax.modules.interface import HeadOutput
 
 # What each named absence keeps: columns image, text.
 KEPT = {'none': (True, True), 'text': (True, False), 'image': (False, True)}
+ROWS = ('both', 'image_only', 'text_only')  # What a row that counts can have.
 COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'loss')
 LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def absence_names(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns the names in KEPT that leave something to a run with these `dataset.modalities`."""
+  used = np.isin(model_lib.MODALITIES, config_lib.modalities(config))
+  return [name for name, keep in KEPT.items() if np.any(used & keep)]
 
 
 def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
@@ -38,19 +45,24 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
 
 
 def eval_step(
-    variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: ClassificationMetrics, *,
-    model: model_lib.Model) -> tuple[ClassificationMetrics, HeadOutput]:
-  """Adds one batch to the totals, which are stacked over conditions as batch['keep'] bool[B, conditions, 2] is.
+    variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: tuple[ClassificationMetrics, jax.Array], *,
+    model: model_lib.Model) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput]:
+  """Adds one batch to the totals (metrics; int32[conditions, 3], rows of each kind of ROWS), one for each condition of batch['keep'] bool[B,
+  conditions, 2].
 
   The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there. Returns the new totals, and the
   head's output in the first condition.
   """
+  metrics_c, rows_cr = totals
   taps = model.taps(frozen, batch)
   present_cbm = batch['present'][None] & jnp.swapaxes(batch['keep'], 0, 1)
   out_c = jax.lax.map(lambda present_bm: model.classify(variables, taps, present_bm), present_cbm)
   weight_cb = batch['weight'][None] * jnp.any(present_cbm, axis=-1)
-  totals = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(totals, out_c.logits_bk, weight_cb)
-  return totals, jax.tree.map(lambda x: x[0], out_c)
+  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(metrics_c, out_c.logits_bk, weight_cb)
+  image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
+  kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
+  rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
+  return (metrics_c, rows_cr), jax.tree.map(lambda x: x[0], out_c)
 
 
 def evaluate(
@@ -74,12 +86,13 @@ def evaluate(
     pairs: collects the pooled pairs of the first condition.
 
   Returns:
-    name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples.
+    name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only.
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
   empty = ClassificationMetrics.empty(num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label)
-  totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), empty), sharding.replicated(mesh))
+  start = (empty, np.zeros(len(ROWS), np.int32))
+  totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), start), sharding.replicated(mesh))
   batches = pipeline.eval_batches(
       source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), stored=stored,
       num_threads=config.input.num_threads, prefetch=config.input.prefetch)
@@ -92,7 +105,8 @@ def evaluate(
       bar.advance(int(np.sum(batch['index'] >= 0)))
   totals = jax.device_get(totals)
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
-  return {name: {**total.compute(), 'num_examples': int(total.count)} for name, total in by_condition.items()}
+  return {name: {**total.compute(), 'num_examples': int(total.count), **dict(zip(ROWS, rows_r.tolist(), strict=True))}
+          for name, (total, rows_r) in by_condition.items()}
 
 
 def make_eval_step(model: model_lib.Model):
@@ -106,9 +120,9 @@ def score(results: Mapping[str, Mapping[str, float]], *, multi_label: bool) -> f
   return float(np.mean([result[key] for result in results.values()]))
 
 
-def needed(conditions: Mapping[str, np.ndarray]) -> list[str]:
-  """Returns the modalities that some condition keeps for some example."""
-  used = np.any([keep.any(axis=0) for keep in conditions.values()], axis=0)
+def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:
+  """Returns the modalities that some condition keeps for some example that has it."""
+  used = np.any([(keep & source.present).any(axis=0) for keep in conditions.values()], axis=0)
   return [modality for modality, use in zip(model_lib.MODALITIES, used, strict=True) if use]
 
 
@@ -129,22 +143,22 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
 
 
 def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
-  """Prints one row a condition, in percent (the loss as it is)."""
+  """Prints one row a condition: how many examples had what, then scores in percent (the loss as it is)."""
   table = rich.table.Table(title=title)
-  for name in ('condition', 'examples', *COLUMNS):
-    table.add_column(name, justify='left' if name == 'condition' else 'right', no_wrap=True)
+  for name in ('condition', *ROWS, *COLUMNS):
+    table.add_column(name.replace('_', ' '), justify='left' if name == 'condition' else 'right', no_wrap=True)
   for name, result in results.items():
     cells = [f'{result[c]:.3f}' if c == 'loss' else f'{100 * result[c]:.1f}' for c in COLUMNS]
-    table.add_row(name.replace('_', ' '), str(int(result['num_examples'])), *cells)
-  rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
+    table.add_row(name.replace('_', ' '), *(str(result[r]) for r in ROWS), *cells)
+  rich.console.Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
 FLAGS = (
     cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
     cli.Flag('split', 'split to evaluate: train, validation or test', 'test'),
-    cli.Flag('absent', 'comma-separated conditions: none, text, image', 'none,text,image'),
-    cli.Flag('missing_rate', 'also evaluate with this share of rows lacking a modality, 0 to 1', ''),
-    cli.Flag('missing_type', 'what those rows lack: text, image or both', 'both'),
+    cli.Flag('absent', "comma-separated conditions: none, text, image; default: all that the run's dataset.modalities allow"),
+    cli.Flag('missing_rate', 'also evaluate with these shares of rows lacking a modality, 0 to 1, comma-separated', ''),
+    cli.Flag('missing_type', 'what those rows lack: text, image or both; several: each at each rate', 'both'),
 )
 
 
@@ -152,34 +166,43 @@ FLAGS = (
 def main(argv: Sequence[str]) -> None:
   """Command line of the module."""
   flags, _ = cli.parse('molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv)
-  run(pathlib.Path(flags.workdir), split=flags.split, absent=[n for n in flags.absent.split(',') if n], missing_rate=_rate(flags.missing_rate),
-      missing_type=flags.missing_type)
+  run(pathlib.Path(flags.workdir), split=flags.split, absent=None if flags.absent is None else _words(flags.absent),
+      missing_rates=[_rate(word) for word in _words(flags.missing_rate)], missing_types=_words(flags.missing_type))
 
 
 def run(
-    workdir: pathlib.Path, *, split: str = 'test', absent: Collection[str] = ('none', 'text', 'image'), missing_rate: float | None = None,
-    missing_type: str = 'both') -> dict[str, Any]:
-  """Evaluates the run in `workdir`, prints the table, writes `evaluation.json` and returns its content.
+    workdir: pathlib.Path, *, split: str = 'test', absent: Collection[str] | None = None, missing_rates: Collection[float] = (),
+    missing_types: Collection[str] = ('both',)) -> dict[str, Any]:
+  """Evaluates the run in `workdir` in one pass, prints the table, writes `evaluation.json` and returns its content.
+
+  Args:
+    workdir: the run's folder.
+    split: train, validation or test.
+    absent: names in KEPT; default: all that leave something to the run.
+    missing_rates: one more condition for each of these and of missing_types, 'missing_TYPE_RATE', see `missing.present_table`.
+    missing_types: 'text', 'image' or 'both'.
 
   Raises:
-    UserError: no run there, an unknown split or condition, a tower that has changed.
+    UserError: no run there, an unknown split, a condition that is unknown or leaves the run with nothing, a tower that has changed.
   """
   _check_choice('--split', split, ('train', 'validation', 'test'))
-  _check_choice('--missing_type', missing_type, ('text', 'image', 'both'))
-  for name in absent:
+  for kind in missing_types:
+    _check_choice('--missing_type', kind, ('text', 'image', 'both'))
+  for name in absent or ():
     _check_choice('--absent', name, KEPT)
   config, meta, restore = open_run(workdir)
+  absent = absence_names(config) if absent is None else absent
+  _check_left(config, absent, missing_rates)
   mesh = sharding.make_mesh(config)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   source = datasets.load_dataset(config).splits[split]
   conditions = absences(absent, len(source))
-  if missing_rate is not None:
-    conditions[f'missing_{missing_type}_{missing_rate:g}'] = missing.present_table(
-        source.ids, rate=missing_rate, kind=missing_type, seed=config.seed, split=split, natural=source.present)
+  conditions |= {f'missing_{kind}_{rate:g}': missing.present_table(
+      source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present) for kind in missing_types for rate in missing_rates}
   if not conditions:
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
   towers = model_lib.describe_towers(config)
-  modalities = needed(conditions)
+  modalities = needed(conditions, source)
   model_lib.check_same_towers(meta['backbones'], towers, modalities)
   num_classes = len(meta['class_names'])
   model = model_lib.make_model(config, towers, num_classes=num_classes)
@@ -219,9 +242,11 @@ def restore_variables(model: model_lib.Model, restore: Any, mesh: jax.sharding.M
   return restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings))
 
 
-def _rate(text: str) -> float | None:
-  if not text:
-    return None
+def _words(text: str) -> list[str]:
+  return [word for word in text.split(',') if word]
+
+
+def _rate(text: str) -> float:
   try:
     rate = float(text)
   except ValueError:
@@ -229,6 +254,16 @@ def _rate(text: str) -> float | None:
   if not 0 <= rate <= 1:
     raise UserError(f'--missing_rate: {text!r} is not legal; give a number from 0 to 1')
   return rate
+
+
+def _check_left(config: ml_collections.ConfigDict, absent: Collection[str], missing_rates: Collection[float]) -> None:
+  """Raises UserError where a specialist would be left with nothing, or has nothing to lose."""
+  legal, this_run = absence_names(config), f'a run with config.dataset.modalities={config.dataset.modalities!r}'
+  for name in absent:
+    if name not in legal:
+      raise UserError(f'--absent: {name!r} leaves nothing to {this_run}; give {" or ".join(legal)}')
+  if missing_rates and len(config_lib.modalities(config)) < 2:
+    raise UserError(f'--missing_rate: {this_run} has no second modality to lose; leave it out')
 
 
 def _check_choice(flag: str, value: str, legal: Collection[str]) -> None:

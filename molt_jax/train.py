@@ -123,7 +123,7 @@ class _Run:
     self.schedule = train_state.make_schedule(config, plan.total)
     self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
     validation = data.splits['validation']
-    kept = evaluate.absences(evaluate.KEPT, len(validation))
+    kept = evaluate.absences(evaluate.absence_names(config), len(validation))
     allowed = protocol(config, validation, 'validation')
     self.conditions = {name: keep & allowed for name, keep in kept.items()}
 
@@ -173,15 +173,14 @@ class _Run:
     if best or stopping or self.plan.save_at(step):
       self.checkpoints.save(state, iterator, meta, kind=checkpoint.LATEST)
 
-
   def test(self):
     """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json."""
     _, meta, restore = evaluate.open_run(self.workdir)
     source = self.data.splits['test']
+    conditions = evaluate.absences(evaluate.absence_names(self.config), len(source))
     results = evaluate.evaluate(
-        self.model, evaluate.restore_variables(self.model, restore, self.mesh), self.frozen, source, self.preprocess,
-        evaluate.absences(evaluate.KEPT, len(source)), config=self.config, mesh=self.mesh, title='evaluating test', step=self.eval_fn,
-        stored=self.stored['test'])
+        self.model, evaluate.restore_variables(self.model, restore, self.mesh), self.frozen, source, self.preprocess, conditions,
+        config=self.config, mesh=self.mesh, title='evaluating test', step=self.eval_fn, stored=self.stored['test'])
     return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta)
 
 
@@ -294,12 +293,19 @@ def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarra
 
 def introduce(config, data, towers, state, plan) -> None:
   """Says in a few lines what is about to be trained."""
-  sizes = ', '.join(f'{len(source)} {name}' for name, source in data.splits.items())
+  sizes = ', '.join(f'{len(source)} {name}{_gaps(source)}' for name, source in data.splits.items())
   cli.say(f'data: {data.name}, {sizes}, {len(data.class_names)} classes')
   for modality, tower in towers.items():
     note = ' (RANDOM weights: nothing was learned before)' if tower.identity['path'].startswith('random:') else ''
     cli.say(f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width {tower.config.hidden_size}, frozen{note}')
   cli.say(f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps of {config.train.batch_size}')
+
+
+def _gaps(source: Source) -> str:
+  """Says how many rows lack a modality by nature; nothing where none does."""
+  image_n, text_n = source.present.T
+  counts = {'both': image_n & text_n, 'image only': image_n & ~text_n, 'text only': text_n & ~image_n}
+  return '' if counts['both'].all() else f' ({", ".join(f"{np.sum(has_n)} {name}" for name, has_n in counts.items())})'
 
 
 class _stop_on_signals:
