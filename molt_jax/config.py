@@ -2,6 +2,8 @@
 
 A preset (a file in `configs/`) starts from `default_config()` and overrides visible lines. `load_config` reads a preset and the command
 line's overrides, `validate` checks every value. A mistake is a `UserError` of one line: what, which value, what is legal, what to do.
+
+`SCHEMA` is what train, evaluate and predict read; `PRETRAIN_SCHEMA` what pretrain reads. Functions take SCHEMA unless they are given the other.
 """
 
 import ast
@@ -159,6 +161,7 @@ SCHEMA: dict[str, Any] = {
     },
     'train': {
         'batch_size': Field(32, at_least(1), 'Examples a step, over all devices.'),
+        'accumulate': Field(1, at_least(1), 'Parts that a batch is worked through in, for memory; the update is that of the whole batch.'),
         'epochs': Field(10.0, more_than(0), 'Passes over the training split; fractions are allowed.'),
         'log_every': Field(10, at_least(1), 'Steps between lines in metrics.jsonl.'),
         'eval_every': Field(0, at_least(0), 'Steps between validations; 0: once an epoch.'),
@@ -167,6 +170,82 @@ SCHEMA: dict[str, Any] = {
     'eval': {
         'batch_size': Field(64, at_least(1), 'Examples a step in evaluation, over all devices.'),
         'select': Field('best', one_of('best', 'latest'), 'Which checkpoint evaluation and prediction read: best on validation, or the latest.'),
+    },
+}
+
+
+def _pick(group: str, *names: str) -> dict[str, Any]:
+  return {name: SCHEMA[group][name] for name in names}
+
+
+def _objective(default: float, meaning: str) -> Field:
+  return Field(default, at_least(0), f'Weight of {meaning}.')
+
+
+PRETRAIN_SCHEMA: dict[str, Any] = {
+    **{name: SCHEMA[name] for name in ('seed', 'platform', 'mesh', 'dataset')},
+    'image': SCHEMA['image'],
+    'text': _pick('text', 'max_tokens'),
+    'input': {
+        **_pick('input', 'num_threads', 'prefetch'),
+        'cache': Field(True, FLAG, 'Keep the decoded pictures in memory, at most twice as large as the tower reads them.'),
+    },
+    'backbones': {
+        'attention': SCHEMA['backbones']['attention'],
+        'image': {
+            'path': Field('', ANY_STRING, 'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder; empty: as below.'),
+            'pretrained': Field(False, FLAG, 'Start from the weights of path; off: from scratch, in the architecture of path.'),
+            'freeze': Field(False, FLAG, 'Train the projection head alone, on the tower as it is.'),
+            'size': Field(64, at_least(1), 'Side of the images, pixels (this and the next four: where path is empty).'),
+            'patch': Field(8, at_least(1), 'Side of a patch, pixels.'),
+            'width': Field(192, at_least(1), 'Width of the tokens.'),
+            'layers': Field(6, at_least(1), 'Layers.'),
+            'heads': Field(3, at_least(1), 'Attention heads; must divide width.'),
+        },
+        'text': {
+            'kind': Field('llama', one_of('llama', 'clip'), 'llama: mean of the last states; clip: the end-of-text token of a CLIP tower.'),
+            'path': Field('', NON_EMPTY, 'Text tower: Hugging Face directory or hub id, .gguf file, pkg://package/file, or random:NAME.'),
+            'pretrained': Field(True, FLAG, 'Start from the weights of path; off: from scratch, in the architecture of path.'),
+            'freeze': Field(True, FLAG, 'Train the projection head alone; each text goes through the tower once, before the first step.'),
+        },
+    },
+    'compute_dtype': Field('bfloat16', one_of('float32', 'bfloat16'), 'Computation in towers and heads; trained weights and losses stay float32.'),
+    'projection': {
+        'width': Field(256, at_least(1), 'Width of the space that images and texts share.'),
+    },
+    'temperature': {
+        'init': Field(0.07, inside(0, 1), 'tau at the start; the learned scale is 1 / tau.'),
+        'max_scale': Field(100.0, more_than(1), 'The scale is clipped here.'),
+    },
+    'augment': {
+        'image': {
+            'min_area': Field(0.6, between(0.01, 1), 'Smallest share of the picture that a random crop keeps; 1: no crops.'),
+            'max_aspect': Field(1.2, between(1, 4), 'Largest ratio of the sides of a crop.'),
+            'flip': Field(0.5, between(0, 1), 'Chance of a horizontal flip.'),
+            'color': Field(0.1, below(0, 1), 'Brightness, contrast and saturation change by up to this share; mild, or the tower ignores colour.'),
+        },
+        'text': {
+            'delete': Field(0.0, below(0, 1), 'Chance that a word is left out.'),
+            'swap': Field(0.0, between(0, 1), 'Chance that a word changes places with another.'),
+        },
+    },
+    'objective': {
+        'v2t': _objective(0.5, 'InfoNCE of finding the text of each image'),
+        't2v': _objective(0.5, 'InfoNCE of finding the image of each text'),
+        'v2v': _objective(0.0, 'InfoNCE of finding the other view of each image'),
+        't2t': _objective(0.0, 'InfoNCE of finding the other view of each text; needs text augmentation'),
+        'orthogonality': _objective(0.0, 'deep feature separation: each embedding orthogonal to its independent feature'),
+        'contrastive_separation': _objective(0.0, 'deep feature separation: InfoNCE between two views of the independent features'),
+        'uniformity': _objective(0.0, 'deep feature separation: independent features spread over the sphere'),
+        'brownian_bridge': _objective(0.0, 'the augmented image on the bridge between image and text'),
+        'geometric_original': _objective(0.0, 'geometric consistency within and across the modalities'),
+        'geometric_augmented': _objective(0.0, 'geometric consistency of the originals and the other views'),
+    },
+    'optimizer': SCHEMA['optimizer'],
+    'train': _pick('train', 'batch_size', 'epochs', 'log_every', 'eval_every', 'save_every'),
+    'eval': SCHEMA['eval'],
+    'export': {
+        'dtype': Field('float16', one_of('float16', 'float32'), 'Type of the weights in the Hugging Face directory DIR/tower.'),
     },
 }
 
@@ -180,28 +259,34 @@ def fields(schema: Mapping[str, Any] = SCHEMA, prefix: str = '') -> Iterator[tup
       yield from fields(value, prefix + key + '.')
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config(schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
   """Returns a fresh, locked config that holds every field's default."""
   def build(schema):
     return {k: v.default if isinstance(v, Field) else build(v) for k, v in schema.items()}
-  return ml_collections.ConfigDict(build(SCHEMA)).lock()
+  return ml_collections.ConfigDict(build(schema)).lock()
 
 
-def load_config(preset: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+def load_config(
+    preset: str, overrides: Mapping[str, str] | None = None, *, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
   """Reads a preset file and applies overrides, then validates.
 
   Args:
     preset: `FILE.py` or `FILE.py:ARGUMENT`; the file defines `get_config()` (or `get_config(argument)`).
     overrides: dotted field name -> value as written on a command line.
+    schema: of the command that reads it.
 
   Raises:
-    UserError: no such file, no `get_config` in it, an unknown field, a value of the wrong type or outside its legal range.
+    UserError: no such file, no `get_config` in it, a preset of another command, an unknown field, a value of the wrong type or outside its
+      legal range.
   """
   config = _read_preset(preset)
+  lacking = {name for name, _ in fields(schema)} ^ {name for name, _ in _flatten(config.to_dict())}
+  if lacking:
+    raise UserError(f'--config: {preset!r} is a preset of another command (config.{min(lacking)}); give one of this command')
   for name, text in (overrides or {}).items():
-    default = get(config, name)
+    default = get(config, name, schema)
     set_field(config, name, _parse(name, text, default))
-  return validate(config)
+  return validate(config, schema)
 
 
 def _read_preset(preset: str) -> ml_collections.ConfigDict:
@@ -223,9 +308,9 @@ def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())
 
 
-def get(config: Mapping[str, Any], name: str) -> Any:
+def get(config: Mapping[str, Any], name: str, schema: Mapping[str, Any] = SCHEMA) -> Any:
   """Returns the value of the dotted field `name`; an unknown one is a `UserError` that suggests its neighbours."""
-  known = dict(fields())
+  known = dict(fields(schema))
   if name not in known:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.split('.')[-1] == name.split('.')[-1]]
     hint = f'did you mean {" or ".join(near)}?' if near else 'see molt_jax/config.py for the fields'
@@ -267,17 +352,17 @@ def article(noun: str) -> str:
   return f'an {noun}' if noun[0] in 'aeiou' else f'a {noun}'
 
 
-def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def validate(config: ml_collections.ConfigDict, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
   """Checks every field, alone and together; returns the config.
 
   Raises:
     UserError: names the field, its value, the legal values.
   """
-  for name, field in fields():
-    value = _typed(name, get(config, name), field.default)
+  for name, field in fields(schema):
+    value = _typed(name, get(config, name, schema), field.default)
     if (isinstance(value, float) and not math.isfinite(value)) or not field.rule.holds(value):
       raise UserError(f'config.{name}: {value!r} is not legal; give {field.rule.text} ({field.meaning})')
-  for wrong, message in _joint_rules(config):
+  for wrong, message in (_pretrain_rules if schema is PRETRAIN_SCHEMA else _joint_rules)(config):
     if wrong:
       raise UserError(message)
   return config
@@ -287,8 +372,9 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
   return (
       (c.molt.width % c.molt.num_heads != 0,
        f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
-      (c.dataset.name == 'table' and not c.dataset.path,
-       'config.dataset.path: empty; give the folder that holds train.csv and test.csv'),
+      (c.train.batch_size % c.train.accumulate != 0,
+       f'config.train.accumulate: {c.train.accumulate} does not divide config.train.batch_size = {c.train.batch_size}; give a divisor'),
+      _table_has_a_folder(c),
       *((not c.backbones[m].path, f'config.backbones.{m}.path: empty; give the {m} tower') for m in modalities(c)),
       (c.missing.strategy == 'translate' and c.method != 'molt',
        f"config.missing.strategy: 'translate' needs config.method='molt', not {c.method!r}: there is no common space; give robust, null or zero"),
@@ -296,6 +382,37 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
        f'config.cca.num_directions: {c.cca.num_directions} is more than config.molt.width = {c.molt.width}; give at most that'),
       (c.missing.views and c.missing.train_dropout > 0,
        f'config.missing.train_dropout: {c.missing.train_dropout} beside config.missing.views=True, which trains every absence; give one of them'),
+  )
+
+
+def _table_has_a_folder(c: ml_collections.ConfigDict) -> tuple[bool, str]:
+  return c.dataset.name == 'table' and not c.dataset.path, 'config.dataset.path: empty; give the folder that holds train.csv and test.csv'
+
+
+def _pretrain_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
+  image, text = c.backbones.image, c.backbones.text
+  rewrites = c.augment.text.delete > 0 or c.augment.text.swap > 0
+  return (
+      _table_has_a_folder(c),
+      (c.dataset.modalities != 'image,text',
+       f"config.dataset.modalities: {c.dataset.modalities!r}, but pretraining pairs images with texts; give 'image,text'"),
+      (c.train.batch_size < 2,
+       f'config.train.batch_size: {c.train.batch_size} leaves nothing to contrast a pair with; give at least 2, better hundreds'),
+      (image.freeze and text.freeze,
+       'config.backbones.image.freeze: True beside config.backbones.text.freeze=True leaves no tower to train; set one of them False'),
+      (image.pretrained and not image.path,
+       'config.backbones.image.pretrained: True without config.backbones.image.path; give the tower whose weights to start from'),
+      (not image.path and image.width % image.heads != 0,
+       f'config.backbones.image.heads: {image.heads} does not divide config.backbones.image.width = {image.width}; give a divisor'),
+      (not image.path and image.patch > image.size,
+       f'config.backbones.image.patch: {image.patch} is more than config.backbones.image.size = {image.size}; give at most that'),
+      (text.freeze and rewrites,
+       'config.augment.text: delete or swap is not 0 beside config.backbones.text.freeze=True, whose texts go through the tower once, unchanged; '
+       'set both to 0, or freeze to False'),
+      (c.objective.t2t > 0 and not rewrites,
+       f'config.objective.t2t: {c.objective.t2t} compares two views of a text, but texts are not varied; set config.augment.text.delete or swap, '
+       'or give 0'),
+      (not any(c.objective.values()), 'config.objective: every weight is 0; give at least one a weight, e.g. v2t=0.5 and t2v=0.5'),
   )
 
 
@@ -309,13 +426,13 @@ def to_json(config: ml_collections.ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2)
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
+def from_json(text: str, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
   """Reads what `to_json` wrote; fields unknown to this version are an error."""
   saved = json.loads(text)
-  config = default_config()
+  config = default_config(schema)
   for name, value in _flatten(saved):
-    set_field(config, name, _typed(name, value, get(config, name)))
-  return validate(config)
+    set_field(config, name, _typed(name, value, get(config, name, schema)))
+  return validate(config, schema)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -332,5 +449,6 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-  """Returns `name: old -> new` for every field that differs."""
-  return [f'{name}: {get(old, name)!r} -> {get(new, name)!r}' for name, _ in fields() if get(old, name) != get(new, name)]
+  """Returns `name: old -> new` for every field that differs, of two configs of one schema."""
+  before, after = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
+  return [f'{name}: {before[name]!r} -> {after[name]!r}' for name in before if before[name] != after[name]]
