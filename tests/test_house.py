@@ -15,11 +15,13 @@ ROOMS = {
     'modules': ('config', 'backbones'),
     'objectives': (),
     **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
+    'pair_metrics': ('config', 'objectives'),
     'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill'),
     'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
     'step': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
-    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step'),
+    'translate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
+    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step', 'translate'),
 }
 
 

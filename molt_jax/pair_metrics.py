@@ -1,0 +1,245 @@
+"""What a pair of an image and a text tower is worth, measured on their features alone: numpy arrays in, numbers out, whatever made the features.
+
+Zero-shot classification and retrieval (Radford et al. 2021), linear probes, modality gap (Liang et al. 2022), alignment and uniformity (Wang and
+Isola 2020). Features of a pair are brought to unit length first. Ties count against: an item ranks behind every wrong one that scores as high.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+from PIL import Image
+
+from molt_jax.config import UserError
+from molt_jax.objectives.cca_diagnostics import modality_gap
+
+TOP = (1, 3, 5)
+RECALL_AT = (1, 5, 10)
+TEMPLATES = ('{}', 'a picture of {}', 'a drawing of {}', 'an image of {}')
+# Inverse strengths of the probe's penalty that validation chooses from.
+STRENGTHS = tuple(10.0**e for e in range(-5, 3))
+BLOCK_ROWS = 1024
+
+
+def evaluate_pair(
+    image_nc: np.ndarray, text_mc: np.ndarray, *, image_of_text: Sequence[int] | None = None, texts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None, class_prompts_kpc: np.ndarray | None = None) -> dict[str, Any]:
+  """Scores the embeddings of one split.
+
+  Args:
+    image_nc: [N, C], N images.
+    text_mc: [M, C], M texts; an image can have several, or none.
+    image_of_text: [M], the row of each text's image; None: text m belongs to image m.
+    texts: the M texts themselves, so that equal ones are known as equal; None: all differ.
+    labels: [N] classes of the images, for zero-shot classification.
+    class_prompts_kpc: [K, P, C], embeddings of P prompts of each class; see `class_prompts`.
+
+  Returns:
+    {'image_to_text': {'R@1': ..}, 'text_to_image': {..}, 'modality_gap': .., 'alignment': .., 'uniformity_image': .., 'uniformity_text': ..}, with
+    labels and prompts also 'zero_shot': {'top1': ..}. Shares lie in [0, 1].
+
+  Raises:
+    UserError: fewer than two images, or zero-shot classification with fewer than two classes.
+  """
+  image_of_text = np.arange(len(text_mc)) if image_of_text is None else np.asarray(image_of_text)
+  paired_mc = np.asarray(image_nc)[image_of_text]
+  results = retrieval(image_nc, text_mc, image_of_text=image_of_text, texts=texts)
+  results |= {
+      'modality_gap': float(modality_gap(jnp.asarray(paired_mc), jnp.asarray(text_mc))),
+      'alignment': alignment(paired_mc, text_mc),
+      'uniformity_image': uniformity(image_nc),
+      'uniformity_text': uniformity(text_mc),
+  }
+  if labels is not None and class_prompts_kpc is not None:
+    results['zero_shot'] = zero_shot(image_nc, labels, class_prompts_kpc)
+  return results
+
+
+# Zero-shot classification.
+
+
+def class_prompts(class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[list[str]]:
+  """Returns P prompts of each of K classes: each template with the class's name, its - and _ as spaces, in the place of {}.
+
+  Raises:
+    UserError: no template, or one without {}.
+  """
+  wrong = [template for template in templates if template.count('{}') != 1]
+  if wrong or not templates:
+    raise UserError(f'templates: {(wrong or [""])[0]!r} is not legal; give prompts with one {{}} for the class name, such as "a picture of {{}}"')
+  return [[template.replace('{}', name.replace('-', ' ').replace('_', ' ')) for template in templates] for name in class_names]
+
+
+def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np.ndarray) -> dict[str, float]:
+  """Top-1, 3 and 5 accuracy of the class whose prompts are nearest; a class is the mean of its prompts' unit vectors (ensembling).
+
+  Raises:
+    UserError: fewer than two classes.
+  """
+  if len(class_prompts_kpc) < 2:
+    raise UserError(f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set of two classes or more')
+  class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
+  scores_nk, labels = normalise(image_nc) @ class_kc.T, np.asarray(labels)
+  true_n = scores_nk[np.arange(len(labels)), labels]
+  rank_n = np.sum(scores_nk >= true_n[:, None], axis=1) - 1
+  return {f'top{k}': float(np.mean(rank_n < k)) for k in TOP}
+
+
+# Retrieval.
+
+
+def retrieval(
+    image_nc: np.ndarray, text_mc: np.ndarray, *, image_of_text: Sequence[int] | None = None, texts: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+  """R@1, 5 and 10 both ways: the share of queries with at least one right item among the k best.
+
+  Right for an image is each of its own texts and every text equal to one of them, whichever image that came from; right for a text is every image
+  that has an equal text. So data with the same caption on many images does not punish a model for not telling apart what is the same. Images
+  without a text are no queries, but can be found. Arguments as in `evaluate_pair`.
+
+  Raises:
+    UserError: fewer than two images or texts.
+  """
+  if min(len(image_nc), len(text_mc)) < 2:
+    raise UserError(f'retrieval: {len(image_nc)} image(s) and {len(text_mc)} text(s) leave nothing to choose; give two or more of each')
+  image_nc, text_mc = normalise(image_nc), normalise(text_mc)
+  image_of_text = np.arange(len(text_mc)) if image_of_text is None else np.asarray(image_of_text)
+  kind_m = np.arange(len(text_mc)) if texts is None else np.unique(np.asarray(texts, object).astype(str), return_inverse=True)[1].reshape(-1)
+  best_m = np.full(len(text_mc), -np.inf)
+  for scores_bm, right_bm, _ in _blocks(image_nc, text_mc, image_of_text, kind_m):
+    best_m = np.maximum(best_m, np.max(scores_bm, axis=0, where=right_bm, initial=-np.inf))
+  rank_m, rank_n = np.zeros(len(text_mc), int), np.full(len(image_nc), -1)
+  for scores_bm, right_bm, rows in _blocks(image_nc, text_mc, image_of_text, kind_m):
+    rank_m += np.sum(~right_bm & (scores_bm >= best_m[None, :]), axis=0)
+    best_b = np.max(scores_bm, axis=1, where=right_bm, initial=-np.inf)
+    rank_n[rows] = np.where(right_bm.any(axis=1), np.sum(~right_bm & (scores_bm >= best_b[:, None]), axis=1), -1)
+  ranks = {'image_to_text': rank_n[rank_n >= 0], 'text_to_image': rank_m}
+  return {way: {f'R@{k}': float(np.mean(rank < k)) for k in RECALL_AT} for way, rank in ranks.items()}
+
+
+def _blocks(image_nc, text_mc, image_of_text, kind_m) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
+  """Yields (scores [b, M], right [b, M], rows) of a few images after the other."""
+  for start in range(0, len(image_nc), BLOCK_ROWS):
+    rows = slice(start, min(start + BLOCK_ROWS, len(image_nc)))
+    has_bk = np.zeros((rows.stop - start, kind_m.max() + 1), bool)
+    own_m = (image_of_text >= start) & (image_of_text < rows.stop)
+    has_bk[image_of_text[own_m] - start, kind_m[own_m]] = True
+    yield image_nc[rows] @ text_mc.T, has_bk[:, kind_m], rows
+
+
+# The shape of the common space.
+
+
+def normalise(x: np.ndarray) -> np.ndarray:
+  """Rows (last axis) at unit length, float32; a row of zeros stays zeros."""
+  x = np.asarray(x, np.float32)
+  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  return x / np.where(length > 0, length, 1)
+
+
+def alignment(x_nc: np.ndarray, y_nc: np.ndarray) -> float:
+  """Mean squared distance of the pairs (row n of both) on the unit sphere, in [0, 4]; 0 is perfect."""
+  return float(np.mean(np.sum((normalise(x_nc) - normalise(y_nc)) ** 2, axis=1)))
+
+
+def uniformity(x_nc: np.ndarray, *, sharpness: float = 2.0) -> float:
+  """log of the mean over n != m of exp(-sharpness ||x_n - x_m||^2) on the unit sphere; lower is more evenly spread, 0 is collapsed."""
+  x_nc = normalise(x_nc).astype(np.float64)
+  total = sum(
+      np.sum(np.exp(2 * sharpness * (np.minimum(x_nc[start:start + BLOCK_ROWS] @ x_nc.T, 1) - 1))) for start in range(0, len(x_nc), BLOCK_ROWS))
+  own = np.sum(np.exp(2 * sharpness * (np.minimum(np.sum(x_nc**2, axis=1), 1) - 1)))
+  return float(np.log((total - own) / (len(x_nc) * (len(x_nc) - 1))))
+
+
+# Linear probes.
+
+
+def linear_probe(
+    features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[int]], *, strengths: Sequence[float] = STRENGTHS) -> dict[str, Any]:
+  """Accuracy of multinomial logistic regression on frozen features.
+
+  Fitted on 'train' with features standardised by its means and deviations, for each C in `strengths`, which scikit-learn's LogisticRegression
+  defines: C sum_n cross-entropy_n + ||W||^2 / 2, biases free. The C of the highest accuracy on 'validation' counts (the smaller of equals); it is not
+  refitted with validation. Deterministic.
+
+  Args:
+    features: split -> [N, D]; 'train', 'validation' and whatever else is to be scored.
+    labels: split -> [N] classes.
+
+  Returns:
+    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}
+
+  Raises:
+    UserError: fewer than two classes in train, or no validation rows.
+  """
+  labels = {split: np.asarray(y, np.int32) for split, y in labels.items()}
+  if len(np.unique(labels['train'])) < 2 or not len(labels['validation']):
+    raise UserError(f'linear probe: {len(np.unique(labels["train"]))} class(es) in train and {len(labels["validation"])} validation rows; '
+                    'give at least two classes and one row')
+  mean_d, deviation_d = features['train'].mean(axis=0, dtype=np.float64), features['train'].std(axis=0, dtype=np.float64)
+  scale_d = 1 / np.where(deviation_d > 1e-6 * deviation_d.max(), deviation_d, np.inf)
+  rows = {split: ((np.asarray(x_nd) - mean_d) * scale_d).astype(np.float32) for split, x_nd in features.items()}
+  num_classes = 1 + max(int(y.max()) for y in labels.values() if len(y))
+
+  def score(weight_dk, split):
+    return float(np.mean(np.argmax(rows[split] @ weight_dk[:-1] + weight_dk[-1:], axis=1) == labels[split]))
+
+  best, by_strength, weight_dk = None, {}, np.zeros((rows['train'].shape[1] + 1, num_classes))
+  train = jnp.asarray(rows['train']), jnp.asarray(labels['train'])
+  for strength in sorted(strengths):
+    weight_dk = _fit(*train, strength, weight_dk)  # From the solution of the stronger penalty before.
+    by_strength[strength] = score(weight_dk, 'validation')
+    if best is None or by_strength[strength] > by_strength[best[0]]:
+      best = strength, weight_dk
+  return {'C': best[0], 'accuracy': {split: score(best[1], split) for split in rows}, 'validation_by_C': by_strength}
+
+
+def _fit(x_nd, label_n, strength, start_dk):
+  """L-BFGS; the last row of the weights [D + 1, K] is the bias."""
+  def loss(flat):
+    value, gradient = _probe_loss(jnp.asarray(flat.reshape(start_dk.shape), jnp.float32), x_nd, label_n, 1 / (strength * len(label_n)))
+    return float(value), np.asarray(gradient, np.float64).ravel()
+
+  found = scipy.optimize.minimize(loss, start_dk.ravel(), jac=True, method='L-BFGS-B', options={'maxiter': 300, 'ftol': 1e-7, 'gtol': 1e-6})
+  return found.x.reshape(start_dk.shape)
+
+
+@jax.jit
+@jax.value_and_grad
+def _probe_loss(weight_dk, x_nd, label_n, penalty):
+  logits_nk = jnp.matmul(x_nd, weight_dk[:-1], precision='highest') + weight_dk[-1:]
+  log_likelihood_n = jnp.take_along_axis(jax.nn.log_softmax(logits_nk), label_n[:, None], axis=1)
+  return -jnp.mean(log_likelihood_n) + 0.5 * penalty * jnp.sum(weight_dk[:-1] ** 2)
+
+
+def pixel_probe(
+    images: Mapping[str, Sequence[Image.Image]], labels: Mapping[str, Sequence[int]], *, size: int = 32, components: int = 128) -> dict[str, Any]:
+  """The probe without a tower: on raw pixels, images resized to `size` x `size` RGB, and on their leading principal components.
+
+  Args:
+    images: split -> RGB images of any size.
+    labels: split -> classes.
+
+  Returns:
+    {'pixels': .., 'pca': ..}, each as `linear_probe` returns.
+  """
+  pixels = {split: np.stack([_thumbnail(image, size) for image in batch]) for split, batch in images.items()}
+  reduced = principal_components(pixels, components)
+  return {'pixels': linear_probe(pixels, labels), 'pca': linear_probe(reduced, labels)}
+
+
+def _thumbnail(image, size):
+  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32).ravel() / 255
+
+
+def principal_components(features: Mapping[str, np.ndarray], components: int) -> dict[str, np.ndarray]:
+  """Projects every split [N, D] on the leading principal components of 'train', at most as many as it has rows or columns."""
+  mean_d = features['train'].mean(axis=0)
+  centred_nd = (features['train'] - mean_d).astype(np.float64)
+  d = centred_nd.shape[1]
+  _, axes_dk = scipy.linalg.eigh(centred_nd.T @ centred_nd, subset_by_index=(d - min(components, *centred_nd.shape), d - 1))
+  return {split: (x_nd - mean_d) @ axes_dk[:, ::-1].astype(np.float32) for split, x_nd in features.items()}
