@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import checkpoint, cli, evaluate, fill, logbook, sharding, train_state
+from molt_jax import checkpoint, cli, evaluate, fill, logbook, sharding, train_state, translate
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
@@ -27,6 +27,7 @@ from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.diagnostics import PairDiagnostics
+from molt_jax.modules.inputs import STRATEGIES
 from molt_jax.objectives import classification
 
 IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
@@ -82,8 +83,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   if saved:
     state = checkpoints.restore(state, iterator)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
-  claim_workdir(config, workdir)
   run = _Run(config, workdir, mesh, model, tx, estimator, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weights(config, data))
+  claim_workdir(config, workdir)
   with _stop_on_signals() as stop:
     state = run.loop(state, iterator, stop)
   checkpoints.close()
@@ -120,6 +121,11 @@ class _Run:
     frozen_config = ml_collections.FrozenConfigDict(config)
     self.step_fn = jax.jit(functools.partial(step_lib.train_step, model=model, tx=tx, estimator=estimator, config=frozen_config), donate_argnums=0)
     self.eval_fn = evaluate.make_eval_step(model)
+    self.translation_fit = None
+    if STRATEGIES[config.missing.strategy].translates:
+      source = data.splits['train']
+      self.translation_fit = translate.TranslationFit(
+          model, source, preprocess, present=protocol(config, source, 'train'), stored=stored['train'], config=config, mesh=mesh)
     self.schedule = train_state.make_schedule(config, plan.total)
     self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
     validation = data.splits['validation']
@@ -137,6 +143,7 @@ class _Run:
         stopping = stop() and step > start
         if step > start and (self.plan.validate_at(step) or self.plan.save_at(step) or stopping):
           watch.drain()
+          state = self._translate(state, step)
           self._validate_and_save(state, iterator, log, step, stopping)
           watch.restart_clock()
         if step == self.plan.total:
@@ -152,6 +159,11 @@ class _Run:
         bar.advance(1, watch.note)
     log.close()
     return state
+
+  def _translate(self, state, step):
+    if not (self.translation_fit and self.plan.validate_at(step)):
+      return state
+    return state.replace(statistics=self.translation_fit({'params': state.params, 'statistics': state.statistics}, self.frozen))
 
   def _validate_and_save(self, state, iterator, log, step, stopping):
     best = False

@@ -20,7 +20,7 @@ ROOMS = {
     'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill'),
     'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
     'step': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
-    'translate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
+    'translate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'step'),
     'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step', 'translate'),
 }
 

@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from molt_jax.modules.baselines import LateFusionHead
 from molt_jax.modules.fusion import CLASSIFIERS
-from molt_jax.modules.inputs import InputPair
+from molt_jax.modules.inputs import STRATEGIES, InputPair
 from molt_jax.modules.molt import MoLTHead
+from molt_jax.modules.translation import Translator
 
 
 def _inputs(config, num_layers, image_width, text_width):
@@ -28,6 +29,7 @@ def _molt(config, num_classes, image_width, text_width):
   return MoLTHead(
       inputs=_inputs(config, config.molt.num_layers, image_width, text_width),
       classifier=_classifier(config, num_classes, 'common'),
+      translator=Translator(config.molt.num_layers, config.molt.width) if STRATEGIES[config.missing.strategy].translates else None,
       width=config.molt.width,
       num_layers=config.molt.num_layers,
       num_heads=config.molt.num_heads,
@@ -51,7 +53,8 @@ def make_head(config: ml_collections.ConfigDict, *, num_classes: int, image_widt
   """The trainable head that `config.method` names.
 
   Call it as `head.apply({'params': p, 'statistics': s}, taps, present_bm, train=..., content_bm=..., row_weight_b=..., rngs={'dropout': key})`, with
-  `mutable=['statistics']` in training; it returns a `HeadOutput`. `s` is empty unless `config.molt.input_norm` is `standardize`.
+  `mutable=['statistics']` in training; it returns a `HeadOutput`. `s` is empty unless `config.molt.input_norm` is `standardize` or
+  `config.missing.strategy` is `translate`.
 
   Args:
     config: reads method, compute_dtype, molt, fusion, classifier and missing.strategy.

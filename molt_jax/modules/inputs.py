@@ -21,14 +21,17 @@ class Strategy:
   Attributes:
     stands_in: a token takes the place of the absent sequence and counts as usable; otherwise the present modality works alone.
     learned: the token is a parameter, one per layer; otherwise it is zero.
+    translates: the absent h_l of eq. 5 is predicted from the present one (`translation.Translator`); its tokens stay absent.
   """
 
   stands_in: bool
   learned: bool
+  translates: bool = False
 
 
 STRATEGIES = {
     'robust': Strategy(stands_in=False, learned=False),
+    'translate': Strategy(stands_in=False, learned=False, translates=True),
     'null': Strategy(stands_in=True, learned=True),
     'zero': Strategy(stands_in=True, learned=False),
 }

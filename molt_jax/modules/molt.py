@@ -82,6 +82,7 @@ class MoLTHead(nn.Module):
   Attributes:
     inputs: taps -> (image, text) sequences, an `InputPair`.
     classifier: a module of `fusion.CLASSIFIERS`.
+    translator: fills the absent h_l in eq. 5, a `translation.Translator`; None: H_l is of the usable ones.
     width: C (d_c).
     num_layers: L (L_s).
     num_heads: attention heads in the common space.
@@ -92,6 +93,7 @@ class MoLTHead(nn.Module):
 
   inputs: nn.Module
   classifier: nn.Module
+  translator: nn.Module | None
   width: int
   num_layers: int
   num_heads: int
@@ -109,7 +111,7 @@ class MoLTHead(nn.Module):
     image, text = self.inputs(taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b)
     usable_bm = jnp.stack([image.usable_b, text.usable_b], axis=-1)
     pooled = Translation(self.width, self.num_heads, self.cross_attention, self.dtype, name='translation')(image, text)
-    layers_lbc = usable_mean(*pooled, usable_bm)
+    layers_lbc = usable_mean(*(self.translator(*pooled, usable_bm) if self.translator else (*pooled, usable_bm)))
     if self.layer_weights:
       init = nn.with_logical_partitioning(nn.initializers.ones, ('layers',))
       layers_lbc *= self.param('layer_weights', init, (self.num_layers,), jnp.float32)[:, None, None]

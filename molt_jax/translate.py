@@ -1,0 +1,87 @@
+"""Fits the maps of `missing.strategy=translate` in one closed pass over complete training pairs; training does it at each validation.
+
+The maps belong to the encoder of that moment, so nothing is lost to sums that lag behind it; a resumed run has them in its checkpoint; and the
+training step pays nothing but their products. A pass costs the head's evaluation of up to MAX_PAIRS examples in three views and, without a feature
+store, one run of the towers over them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from molt_jax import cli, sharding
+from molt_jax import model as model_lib
+from molt_jax.config import UserError
+from molt_jax.data import missing, pipeline
+from molt_jax.data.sources import Source
+from molt_jax.modules.translation import Moments
+from molt_jax.step import VIEWS
+
+MAX_PAIRS = 16384  # 16 for each channel of the widest common space in use, d_c = 1024.
+
+
+class TranslationFit:
+  """The pairs to fit on, and the compiled pass over them."""
+
+  def __init__(
+      self, model: model_lib.Model, source: Source, preprocess: pipeline.Preprocess, *, present: np.ndarray,
+      stored: Mapping[str, pipeline.StoredTaps] | None, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+    """Chooses the pairs: all rows that are complete, or MAX_PAIRS of them by a hash of their ids.
+
+    Args:
+      model: the classifier.
+      source: the training split.
+      preprocess: how an example becomes arrays.
+      present: bool[N, 2], what the protocol leaves to each row.
+      stored: the source's taps by modality, or None.
+      config: reads seed, cca.ridge, molt, eval.batch_size, input.*.
+      mesh: where to compute.
+
+    Raises:
+      UserError: there are not two complete pairs.
+    """
+    complete = np.flatnonzero((source.present & present).all(axis=1))
+    if len(complete) < 2:
+      raise UserError(
+          f"config.missing.strategy: 'translate' learns from complete training pairs, and there are {len(complete)}; give robust, null or zero")
+    order = missing.hash_order([source.ids[row] for row in complete], seed=config.seed, name='translate')
+    rows = np.sort(complete[order[:MAX_PAIRS]])
+    self._source = missing.Part(source, tuple(rows.tolist()))
+    self._stored = stored and {m: dataclasses.replace(s, keys=[s.keys[row] for row in rows]) for m, s in stored.items()}
+    self._preprocess, self._config, self._mesh = preprocess, config, mesh
+    self._step = jax.jit(functools.partial(_update, model=model))
+
+  def __call__(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the collection `statistics` of `variables` with maps fitted to the head as it is now."""
+    c, mesh = self._config, self._mesh
+    empty = Moments.empty(c.molt.num_layers, c.molt.width)
+    moments = jax.device_put({'to_text': empty, 'to_image': empty}, sharding.replicated(mesh))
+    batches = pipeline.eval_batches(
+        self._source, self._preprocess, batch_size=c.eval.batch_size, stored=self._stored, num_threads=c.input.num_threads, prefetch=c.input.prefetch)
+    with cli.progress('fitting translation', len(self._source), 'pairs') as bar:
+      for batch in batches:
+        moments = self._step(variables, frozen, sharding.put_batch(batch, mesh), moments)
+        bar.advance(int(np.sum(batch['index'] >= 0)))
+    maps = {name: m.solve(ridge=c.cca.ridge) for name, m in jax.device_get(moments).items()}
+    old = variables['statistics']['translator']
+    new = {**maps, 'pairs': np.asarray(moments['to_text'].weight)}
+    return {**variables['statistics'], 'translator': jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, old)}
+
+
+def _update(
+    variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], moments: Mapping[str, Moments], *,
+    model: model_lib.Model) -> dict[str, Moments]:
+  """Adds a batch's pairs (alone, beside the other) in both directions."""
+  taps = model.taps(frozen, batch)
+  out_v = jax.lax.map(lambda keep_m: model.classify(variables, taps, batch['present'] & keep_m[None, :]), jnp.asarray(VIEWS))
+  image_vlbc, text_vlbc = out_v.pooled_image_lbc, out_v.pooled_text_lbc
+  pair_b = batch['weight'] * jnp.all(batch['present'], axis=-1)
+  return {
+      'to_text': moments['to_text'].update(image_vlbc[1], text_vlbc[0], pair_b),
+      'to_image': moments['to_image'].update(text_vlbc[2], image_vlbc[0], pair_b)}
