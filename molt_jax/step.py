@@ -26,24 +26,98 @@ def train_step(
   """One update of the head; `frozen` is only read. Returns the new state and metrics (scalars; `cca_...` have one value a layer)."""
   present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
   present_vbm = present_bm[None] & views(config)[:, None, :]
-  dropout_v = jax.random.split(train_state.stream(config.seed, 'dropout', state.step), len(present_vbm))
-  taps = model.taps(frozen, batch)
-
-  def loss_fn(params):
-    def view(present_bm, dropout):
-      return model.head.apply(
-          {'params': params, 'statistics': state.statistics}, taps, present_bm, train=True, content_bm=batch['present'], row_weight_b=batch['weight'],
-          mutable=['statistics'], rngs={'dropout': dropout})
-    out_v, mutated_v = jax.vmap(view)(present_vbm, dropout_v)
-    total, parts, cca = total_loss(out_v, batch, present_vbm, class_weight_k, state.cca, estimator=estimator, config=config)
-    # Statistics are of what may be read, so every view finds the same.
-    return total, (parts, cca, jax.tree.map(lambda x: x[0], mutated_v.get('statistics', {})))
-
-  (loss, (parts, cca, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  gradients = _gradients if config.train.accumulate == 1 else _accumulated_gradients
+  loss, parts, grads, statistics, cca = gradients(
+      state, frozen, batch, present_vbm, class_weight_k, train_state.stream(config.seed, 'dropout', state.step),
+      model=model, estimator=estimator, config=config)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {'loss': loss, **parts, 'grad_norm': optax.tree.norm(grads)}
   return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state, cca=cca), metrics
+
+
+def _gradients(state, frozen, batch, present_vbm, class_weight_k, key, *, model, estimator, config):
+  """Returns (loss, parts, gradients, new statistics, the estimator's new state)."""
+  taps = model.taps(frozen, batch)
+
+  def loss_fn(params):
+    out_v, statistics = _views(model, params, state.statistics, taps, batch, present_vbm, key, update=True)
+    total, parts, cca = total_loss(out_v, batch, present_vbm, class_weight_k, state.cca, estimator=estimator, config=config)
+    return total, (parts, statistics, cca)
+
+  (loss, (parts, statistics, cca)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  return loss, parts, grads, statistics, cca
+
+
+def _accumulated_gradients(state, frozen, batch, present_vbm, class_weight_k, key, *, model, estimator, config):
+  """The same, in `train.accumulate` parts one after the other, and the gradient of the whole batch, exactly.
+
+  Towers run once and their taps are kept. What is not a sum over rows comes first, by passes forward that keep nothing: the statistics of the
+  whole batch, then its pooled pairs, whose L_CCA is differentiated with respect to them. Each part's gradient is that of its rows' losses
+  (over the weight of the whole batch) plus the inner product of its pairs with that derivative.
+  """
+  count = config.train.accumulate
+  batch_a, present_avbm = _cut(batch, count), jnp.swapaxes(_cut(jnp.swapaxes(present_vbm, 0, 1), count), 1, 2)
+  parts_a = jax.lax.map(lambda part: model.taps(frozen, part), batch_a), batch_a, present_avbm, jax.random.split(key, count)
+  totals = row_weights(batch, present_vbm, class_weight_k, config=config)
+
+  def update(statistics, part):
+    return _views(model, state.params, statistics, *part, update=True)[1], None
+  statistics = jax.lax.scan(update, state.statistics, parts_a)[0] if state.statistics else state.statistics
+
+  def pairs_of(params, part):
+    return _pairs(_views(model, params, statistics, *part, update=False)[0], config)
+  pairs = jax.lax.map(lambda part: pairs_of(state.params, part), parts_a)
+  loss_cca, parts_cca, cca, slopes = jnp.zeros(()), {}, state.cca, None
+  if pairs:
+    (loss_cca, (parts_cca, cca)), slope = jax.value_and_grad(pair_loss, has_aux=True)(
+        jax.tree.map(lambda x: _join(x, 2), pairs), batch, present_vbm, state.cca, estimator=estimator, config=config)
+    slopes = jax.tree.map(lambda x: _cut(x, count, 1), slope)
+
+  def loss_fn(params, part, slope):
+    out_v = _views(model, params, statistics, *part, update=False)[0]
+    loss, parts = row_loss(out_v, part[1], part[2], class_weight_k, totals, config=config)
+    pull = sum(jnp.vdot(x, g) for x, g in zip(_pairs(out_v, config), slope, strict=True)) if slope else 0.0
+    return loss + pull, (loss, parts)
+
+  def add(so_far, part_and_slope):
+    grads, (loss, parts) = jax.grad(loss_fn, has_aux=True)(state.params, *part_and_slope)
+    return jax.tree.map(jnp.add, so_far, (grads, loss, parts)), None
+  xs = parts_a, slopes
+  nothing = jax.eval_shape(lambda x: jax.grad(loss_fn, has_aux=True)(state.params, *x), jax.tree.map(lambda x: x[0], xs))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (nothing[0], *nothing[1]))
+  (grads, loss, parts), _ = jax.lax.scan(add, zeros, xs)
+  return loss + loss_cca, parts | parts_cca, grads, statistics, cca
+
+
+def _cut(tree: Any, count: int, axis: int = 0) -> Any:
+  """Cuts an axis of B rows into [count, ..., B / count, ...], part m being rows m, m + count, ...: no row leaves its device."""
+  def cut(x):
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1:]), axis + 1, 0)
+  return jax.tree.map(cut, tree)
+
+
+def _join(x: jax.Array, axis: int) -> jax.Array:
+  """The inverse of `_cut`; `axis` is that of the rows in the parts."""
+  x = jnp.moveaxis(x, 0, axis)
+  return x.reshape(*x.shape[:axis - 1], -1, *x.shape[axis + 1:])
+
+
+def _views(model, params, statistics, taps, batch, present_vbm, key, *, update):
+  """Returns the head's output stacked over views, and the statistics (with those of these rows, or {}); each view has its own dropout."""
+  def view(present_bm, dropout):
+    return model.head.apply(
+        {'params': params, 'statistics': statistics}, taps, present_bm, train=True, content_bm=batch['present'], row_weight_b=batch['weight'],
+        mutable=['statistics'] if update else [], rngs={'dropout': dropout})
+  out_v, mutated_v = jax.vmap(view)(present_vbm, jax.random.split(key, len(present_vbm)))
+  return out_v, jax.tree.map(lambda x: x[0], mutated_v.get('statistics', {}))  # Of what may be read, so every view finds the same.
+
+
+def _pairs(out_v: HeadOutput, config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array] | None:
+  """(h_i, h_t) of the complete view, [L, B, C] each; None where there is no L_CCA."""
+  if not config.cca.weight or out_v.pooled_image_lbc is None or len(config_lib.modalities(config)) < 2:
+    return None
+  return out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0]
 
 
 def views(config: ml_collections.ConfigDict) -> np.ndarray:
@@ -76,28 +150,49 @@ def total_loss(
   Returns:
     (loss, {'loss_ce', 'loss_distill' where there are views, 'loss_cca' and 'cca_...' [L] where there is L_CCA}, the estimator's new state).
   """
+  totals = row_weights(batch, present_vbm, class_weight_k, config=config)
+  loss, parts = row_loss(out_v, batch, present_vbm, class_weight_k, totals, config=config)
+  if pairs := _pairs(out_v, config):
+    loss_cca, (parts_cca, cca_state) = pair_loss(pairs, batch, present_vbm, cca_state, estimator=estimator, config=config)
+    loss, parts = loss + loss_cca, parts | parts_cca
+  return loss, parts, cca_state
+
+
+def row_weights(batch, present_vbm, class_weight_k, *, config) -> tuple[jax.Array, jax.Array]:
+  """Returns what the sums over rows are divided by, float32[V] each: the weight of each view's cross-entropy and of its distillation."""
   kind = classification.KINDS[config.dataset.multi_label]
-  weight_vb = batch['weight'][None] * jnp.any(present_vbm, axis=-1)
+  nothing_bk = jnp.zeros((len(batch['weight']), 1 if class_weight_k is None else len(class_weight_k)))  # Weights do not depend on logits.
+  weight_vb = _row_weight(batch, present_vbm)
+  ce_v = jax.vmap(lambda weight_b: kind.cross_entropy(nothing_bk, batch['label'], weight_b, class_weight_k)[1])(weight_vb)
+  return jnp.maximum(ce_v, 1e-6), jnp.maximum(jnp.sum(weight_vb, axis=1), 1e-6)
 
-  def mean(loss_sum, weight_sum):
-    return loss_sum / jnp.maximum(weight_sum, 1e-6)
 
-  ce_v = jax.vmap(lambda logits_bk, weight_b: mean(*kind.cross_entropy(logits_bk, batch['label'], weight_b, class_weight_k)))(
-      out_v.logits_bk, weight_vb)
+def _row_weight(batch, present_vbm):
+  return batch['weight'][None] * jnp.any(present_vbm, axis=-1)
+
+
+def row_loss(out_v, batch, present_vbm, class_weight_k, totals, *, config) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The sums over rows in `total_loss`, over the weights `totals`: those of parts of a batch, over the whole batch's weights, add up to its."""
+  kind = classification.KINDS[config.dataset.multi_label]
+  weight_vb, (ce_total_v, distill_total_v) = _row_weight(batch, present_vbm), totals
+  ce_v = jax.vmap(lambda logits_bk, weight_b: kind.cross_entropy(logits_bk, batch['label'], weight_b, class_weight_k)[0])(
+      out_v.logits_bk, weight_vb) / ce_total_v
   share_v = jnp.ones_like(ce_v).at[1:].set(config.missing.view_weight)
   parts = {'loss_ce': jnp.sum(ce_v * share_v) / jnp.sum(share_v)}
   loss = config.loss.weight * parts['loss_ce']
   if len(present_vbm) > 1 and config.missing.distill_weight:
-    distill_v = jax.vmap(lambda logits_bk, weight_b: mean(*kind.distillation(
-        logits_bk, out_v.logits_bk[0], weight_b, config.missing.distill_temperature)))(out_v.logits_bk[1:], weight_vb[1:])
-    parts['loss_distill'] = jnp.mean(distill_v)
+    distill_v = jax.vmap(lambda logits_bk, weight_b: kind.distillation(
+        logits_bk, out_v.logits_bk[0], weight_b, config.missing.distill_temperature)[0])(out_v.logits_bk[1:], weight_vb[1:])
+    parts['loss_distill'] = jnp.mean(distill_v / distill_total_v[1:])
     loss += config.loss.weight * config.missing.distill_weight * parts['loss_distill']
-  if config.cca.weight and out_v.pooled_image_lbc is not None and len(config_lib.modalities(config)) == 2:
-    pair_b = batch['weight'] * jnp.all(present_vbm[0], axis=-1)
-    parts['loss_cca'], cca_state, aux = estimator.loss(cca_state, out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0], pair_b)
-    parts |= {f'cca_{name}': value_l for name, value_l in aux.items()}
-    loss += config.cca.weight * parts['loss_cca']
-  return loss, parts, cca_state
+  return loss, parts
+
+
+def pair_loss(pairs, batch, present_vbm, cca_state, *, estimator, config) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+  """alpha L_CCA of the complete rows' pairs (h_i, h_t): (loss, ({'loss_cca', 'cca_...'}, the estimator's new state))."""
+  pair_b = batch['weight'] * jnp.all(present_vbm[0], axis=-1)
+  loss, cca_state, aux = estimator.loss(cca_state, *pairs, pair_b)
+  return config.cca.weight * loss, ({'loss_cca': loss, **{f'cca_{name}': value_l for name, value_l in aux.items()}}, cca_state)
 
 
 def make_cca_estimator(config: ml_collections.ConfigDict) -> CCAEstimator:
