@@ -85,7 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   run = _Run(config, workdir, mesh, model, tx, estimator, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weights(config, data))
   claim_workdir(config, workdir)
-  with _stop_on_signals() as stop:
+  with stop_on_signals() as stop:
     state = run.loop(state, iterator, stop)
   checkpoints.close()
   record = run.test()
@@ -137,7 +137,7 @@ class _Run:
     """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact."""
     start = step = int(state.step)
     log = logbook.Logbook(self.workdir, step=start)
-    watch = _Watch(self, log, start)
+    watch = Watch(self, log, start)
     with cli.progress('training', self.plan.total, 'steps', done=start) as bar:
       while True:
         stopping = stop() and step > start
@@ -196,10 +196,11 @@ class _Run:
     return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta)
 
 
-class _Watch:
+class Watch:
   """Looks at each step's loss when it has come, two steps late so that the device never waits; stops the run on one that is not finite."""
 
-  def __init__(self, run: _Run, log: logbook.Logbook, step: int):
+  def __init__(self, run: Any, log: logbook.Logbook, step: int):
+    """`run` has config, workdir, plan, schedule (the learning rate's) and data."""
     self.run, self.log, self.note = run, log, ''
     self._flying = collections.deque()
     self.restart_clock()
@@ -253,11 +254,12 @@ class _Watch:
 # ---- Around the loop -----------------------------------------------------------------------------------------------------------------
 
 
-def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-  """Returns the folder unless it holds a run with another config."""
+def check_workdir(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, schema: Mapping[str, Any] = config_lib.SCHEMA) -> pathlib.Path:
+  """Returns the folder unless it holds a run with another config; `schema` is that of the command."""
   path = workdir / 'config.json'
   if path.exists():
-    changed = config_lib.differences(config_lib.from_json(path.read_text(encoding='utf-8')), config)
+    changed = config_lib.differences(config_lib.from_json(path.read_text(encoding='utf-8'), schema), config)
     changed = [line for line in changed if line.split(':')[0] not in FREE_ON_RESUME]
     if changed:
       raise UserError(f'--workdir: {str(workdir)!r} holds a run with another config ({"; ".join(changed)}); give another folder or that config')
@@ -320,7 +322,7 @@ def _gaps(source: Source) -> str:
   return '' if counts['both'].all() else f' ({", ".join(f"{np.sum(has_n)} {name}" for name, has_n in counts.items())})'
 
 
-class _stop_on_signals:
+class stop_on_signals:
   """Context in which SIGTERM and SIGINT only ask to stop; a second SIGINT stops at once."""
 
   def __enter__(self):
