@@ -204,7 +204,7 @@ def _row_maker(
   return functools.partial(_row, source=source, preprocess=preprocess, present_nm=present_nm)
 
 
-def _local_batches(
+def local_batches(
     rows: grain.MapDataset, *, batch_size: int, num_threads: int, prefetch: int, process_index: int, process_count: int) -> grain.IterDataset:
   """Cuts a stream of rows into batches and keeps this process's part; the parts of all processes, joined, are the batch of a single process."""
   if batch_size % process_count:
@@ -237,7 +237,7 @@ def train_iterator(
   # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second epoch of seed 0.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   rows = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map(_row_maker(source, preprocess, present, stored))
-  return iter(_local_batches(
+  return iter(local_batches(
       rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count))
 
 
@@ -253,7 +253,7 @@ def eval_batches(
   padded = -(-n // batch_size) * batch_size
   make_row = _row_maker(source, preprocess, present, stored)
   rows = grain.MapDataset.range(padded).map(lambda index: make_row(index if index < n else -1))
-  return _local_batches(
+  return local_batches(
       rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count)
 
 
