@@ -98,6 +98,7 @@ SCHEMA: dict[str, Any] = {
     'backbones': {
         'dtype': Field('bfloat16', one_of('float32', 'bfloat16'), 'Type of frozen weights and of computation in the towers.'),
         'attention': Field('xla', one_of('xla', 'cudnn'), 'Implementation of jax.nn.dot_product_attention in the towers.'),
+        'quantization': Field('none', one_of('none', 'int8', 'int4'), 'Of the matrices of the towers, when they are loaded; activations keep dtype.'),
         'text': {
             'path': Field('', ANY_STRING, 'LLaMA-family tower: Hugging Face directory or hub id, .gguf file, pkg://package/file, or random:NAME.'),
         },
@@ -189,6 +190,7 @@ PRETRAIN_SCHEMA: dict[str, Any] = {
     'input': {
         **_pick('input', 'num_threads', 'prefetch'),
         'cache': Field(True, FLAG, 'Keep the decoded pictures in memory, at most twice as large as the tower reads them.'),
+        'text_store': Field('~/.cache/molt_jax/texts', ANY_STRING, 'Folder that keeps the pooled states of frozen texts; empty: made in each run.'),
     },
     'backbones': {
         'attention': SCHEMA['backbones']['attention'],
