@@ -5,12 +5,9 @@ Every draw comes from a generator of (seed, epoch, example id, view), so it is t
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance
-
-from molt_jax.data import transforms
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -98,8 +95,3 @@ def augment_text(text: str, how: TextAugmentation, rng: np.random.Generator) -> 
       j = int(rng.integers(len(words)))
       words[i], words[j] = words[j], words[i]
   return ' '.join(words)
-
-
-def normalise(image: Image.Image, *, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-  """Returns an RGB image of the tower's size as the tower reads it, float32[size, size, 3]."""
-  return transforms.preprocess_image(image, size=image.width, mean=mean, std=std, resize='crop')
