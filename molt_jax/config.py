@@ -402,6 +402,9 @@ def _pretrain_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...
        f'config.train.batch_size: {c.train.batch_size} leaves nothing to contrast a pair with; give at least 2, better hundreds'),
       (image.freeze and text.freeze,
        'config.backbones.image.freeze: True beside config.backbones.text.freeze=True leaves no tower to train; set one of them False'),
+      *((c.backbones[m].freeze and not c.backbones[m].pretrained,
+         f'config.backbones.{m}.freeze: True beside config.backbones.{m}.pretrained=False keeps random weights; set pretrained True, or freeze False')
+        for m in ('image', 'text')),
       (image.pretrained and not image.path,
        'config.backbones.image.pretrained: True without config.backbones.image.path; give the tower whose weights to start from'),
       (not image.path and image.width % image.heads != 0,
