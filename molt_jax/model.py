@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,11 @@ from molt_jax import config as config_lib
 from molt_jax import sharding
 from molt_jax.backbones import features, weights
 from molt_jax.config import UserError
-from molt_jax.data.pipeline import Preprocess
 from molt_jax.modules.heads import make_head
 from molt_jax.modules.interface import HeadOutput
+
+if TYPE_CHECKING:
+  from molt_jax.data.pipeline import Preprocess
 
 MODALITIES = ('image', 'text')  # Columns of `present`.
 UNUSED_WIDTH = 1  # Of a modality without a tower: the head's parameters for it are there, tiny, and meet nothing.
@@ -53,7 +55,8 @@ class Model:
 
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, weights.TowerSpec]:
   """Opens the towers that `dataset.modalities` needs, without their weights: architecture, identity, tokenizer or image preprocessing."""
-  return {m: weights.describe_tower(config.backbones[m].path, kind=m) for m in config_lib.modalities(config)}
+  c = config.backbones
+  return {m: weights.describe_tower(c[m].path, kind=m, quantization=c.quantization) for m in config_lib.modalities(config)}
 
 
 def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> Model:
@@ -79,12 +82,14 @@ def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, moda
   modalities = config_lib.modalities(config) if modalities is None else modalities
   def load(modality):
     shardings = sharding.param_shardings(mesh)
-    return weights.load_tower(c[modality].path, kind=modality, dtype=c.dtype, attention=c.attention, shardings=shardings).params
+    return weights.load_tower(
+        c[modality].path, kind=modality, dtype=c.dtype, attention=c.attention, quantization=c.quantization, shardings=shardings).params
   return {m: load(m) if m in modalities else None for m in MODALITIES}
 
 
-def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> Preprocess:
+def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> 'Preprocess':
   """Returns how one example becomes arrays: the image tower's preprocessing, the text tower's tokenizer."""
+  from molt_jax.data.pipeline import Preprocess  # Reading data takes Grain and Pillow; the model itself does without.
   image = {'image_size': 1, 'mean': (0.0,) * 3, 'std': (1.0,) * 3}
   text = {'encode': lambda text, max_tokens: (), 'pad_id': 0, 'max_tokens': 1}
   if 'image' in towers:
@@ -108,5 +113,10 @@ def check_same_towers(
     old, new = saved[modality], towers[modality].identity
     if old['sha256'] != new['sha256']:
       raise UserError(
-          f'config.backbones.{modality}.path: {new["path"]!r} (sha256 {new["sha256"][:12]}) is not the tower this checkpoint was trained on, '
-          f'{old["path"]!r} (sha256 {old["sha256"][:12]}); give that tower, or another --workdir')
+          f'config.backbones.{modality}.path: {_name(new)} is not the tower this checkpoint was trained on, {_name(old)}; '
+          'give that tower, or another --workdir')
+
+
+def _name(identity: Mapping[str, str]) -> str:
+  coded = f', quantization {identity["quantization"]}' if 'quantization' in identity else ''
+  return f'{identity["path"]!r} (sha256 {identity["sha256"][:12]}{coded})'

@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import safetensors
 
-from molt_jax.backbones import gguf, tokenizer
+from molt_jax.backbones import tokenizer
 from molt_jax.backbones.architectures import ARCHITECTURES
 from molt_jax.backbones.clip import ClipVisionConfig
 from molt_jax.backbones.llama import LlamaConfig
@@ -103,13 +103,15 @@ class GgufFiles(TowerFiles):
   def __init__(self, path: str, kind: str, file: pathlib.Path):
     if kind != 'text':
       raise UserError(f'{path!r}: a GGUF file holds a text tower; the image tower is a Hugging Face directory or hub id')
+    from molt_jax.backbones import gguf  # And with it the package of that name, which only these files need.
+    self._gguf = gguf
     self._reader = gguf.Reader(file)
     super().__init__(path, kind, gguf.hf_config(self._reader), _sha256([file]))
     self._names = {gguf.hf_name(name): name for name in self._reader.tensors if name != 'rope_freqs.weight'}
     self.shapes = {name: self._reader.tensors[theirs][1] for name, theirs in self._names.items()}
 
   def read(self, name, shape):
-    return gguf.unpermute(name, self._reader.read(self._names[name]), self.architecture).reshape(shape)
+    return self._gguf.unpermute(name, self._reader.read(self._names[name]), self.architecture).reshape(shape)
 
   def tokenizer(self):
     return tokenizer.from_gguf(self._reader.metadata, vocab_size=self.architecture.vocab_size)

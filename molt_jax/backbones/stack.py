@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from molt_jax.backbones import quantize
+
 
 def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example):
   """Returns the stacked parameters of `num_layers` copies of `layer`, creating them as `module`'s parameter 'layers' on initialisation.
@@ -44,7 +46,7 @@ def run_layers(layer: nn.Module, params, h_btd: jax.Array, *args, start: int, st
   """
   def body(carry, i):
     h_btd, taps_lbtd = carry
-    one = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), params)
+    one = quantize.dequantize(jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), params))
     h_btd = layer.apply({'params': one}, h_btd, *args)
     if num_taps:
       # States that are not among the last ones land in slot 0 too, where the first wanted one overwrites them.
@@ -52,9 +54,8 @@ def run_layers(layer: nn.Module, params, h_btd: jax.Array, *args, start: int, st
       taps_lbtd = jax.lax.dynamic_update_index_in_dim(taps_lbtd, h_btd, slot, 0)
     return (h_btd, taps_lbtd), None
 
-  # Differentiation (rival methods train what they insert between frozen layers) must not keep each layer's slice of the weights as a residual:
-  # that would be a second copy of the model. Slices are read again in the backward pass, all else is kept.
-  slicing = (jax.lax.dynamic_slice_p, jax.lax.squeeze_p)
-  body = jax.checkpoint(body, prevent_cse=False, policy=lambda primitive, *_, **__: primitive not in slicing)
+  # Differentiation (rival methods train what they insert between frozen layers) must not keep each layer's slice of the weights, scaled back or not,
+  # as a residual: that would be a second copy of the model. Products are kept; slices are read again and what is cheap is computed again.
+  body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
   taps_lbtd = jnp.broadcast_to(h_btd, (num_taps, *h_btd.shape))
   return jax.lax.scan(body, (h_btd, taps_lbtd), jnp.arange(start, stop))[0]

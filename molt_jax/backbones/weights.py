@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from molt_jax.backbones import quantize
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
 from molt_jax.backbones.files import ImageSpec, TowerFiles, open_files
 from molt_jax.backbones.llama import Llama, LlamaConfig
@@ -76,7 +78,7 @@ class TowerSpec:
 
   Attributes:
     config: the architecture; `config.hidden_size` is the width of the taps.
-    identity: {'path': as given, 'sha256': of configuration and tensors}.
+    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where there is one}.
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
   """
@@ -95,12 +97,13 @@ class Tower(TowerSpec):
   params: Any
 
 
-def describe_tower(path: str, *, kind: str) -> TowerSpec:
+def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> TowerSpec:
   """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
-  return _describe(open_files(path, kind=kind))
+  return _describe(open_files(path, kind=kind), quantization)
 
 
-def load_tower(path: str, *, kind: str, dtype: Any, attention: str, shardings: Callable[[Any], Any] | None = None) -> Tower:
+def load_tower(
+    path: str, *, kind: str, dtype: Any, attention: str, quantization: str = 'none', shardings: Callable[[Any], Any] | None = None) -> Tower:
   """Loads a frozen tower.
 
   Args:
@@ -108,17 +111,19 @@ def load_tower(path: str, *, kind: str, dtype: Any, attention: str, shardings: C
     kind: 'text' or 'image'.
     dtype: of weights and computation, 'float32' or 'bfloat16'.
     attention: 'xla' or 'cudnn'.
+    quantization: 'none', 'int8' or 'int4', of the layers' matrices; each is quantised as it is read.
     shardings: maps the abstract parameters (boxed with their logical axes) to a pytree of shardings; None: the default device.
 
   Raises:
-    UserError: no such tower, a configuration that is not implemented, or tensors that do not fit it (all of them are named).
+    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it (all of them are named), or no qwix.
   """
   files = open_files(path, kind=kind)
   module = make_module(files, dtype=dtype, attention=attention)
   boxed = abstract_params(module)
-  abstract = nn.unbox(boxed)
-  places = jax.tree.map(lambda _: None, abstract) if shardings is None else shardings(boxed)
-  return Tower(**vars(_describe(files)), module=module, params=_load(files, abstract, places))
+  hows = quantize.plan(boxed, quantization)
+  final = quantize.abstract_params(boxed, quantization)
+  places = jax.tree.map(lambda _: None, nn.unbox(final)) if shardings is None else shardings(final)
+  return Tower(**vars(_describe(files, quantization)), module=module, params=_load(files, nn.unbox(boxed), nn.unbox(final), places, hows))
 
 
 def make_module(files: TowerFiles, *, dtype: Any, attention: str) -> Llama | ClipVision:
@@ -135,36 +140,56 @@ def abstract_params(module: Llama | ClipVision) -> Any:
   return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)['params']
 
 
-def _describe(files: TowerFiles) -> TowerSpec:
-  return TowerSpec(config=files.architecture, identity=files.identity,
+def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
+  identity = files.identity
+  if quantization != 'none':  # Its taps are others: a head, or a store of taps, belongs to this tower quantised in this way.
+    mixed = hashlib.sha256(f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'.encode()).hexdigest()
+    identity = {**identity, 'sha256': mixed, 'quantization': quantization}
+  return TowerSpec(config=files.architecture, identity=identity,
                    tokenizer=files.tokenizer() if files.kind == 'text' else None,
                    preprocess=files.preprocess() if files.kind == 'image' else None)
 
 
-def _load(files: TowerFiles, abstract: Any, places: Any) -> Any:
-  """Fills the parameters from disk; one tensor at a time is in host memory."""
+def _load(files: TowerFiles, abstract: Any, final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
+  """Fills the parameters from disk; one tensor at a time is in host memory, and in full precision on the device."""
   wanted = traverse_util.flatten_dict(abstract, sep='/')
+  final = traverse_util.flatten_dict(final, sep='/')
   places = traverse_util.flatten_dict(places, sep='/')
   plan = _plan(files, wanted)
   flat = {}
   for path, (names, source_shape, transform) in plan.items():
-    have = wanted[path]
     stacked = path.startswith('layers/')
-    buffer = jnp.zeros(have.shape, have.dtype, device=places[path])
-    fill = _fill(transform, stacked, places[path])
+    buffer = _zeros(final[path], places[path])
+    shape = wanted[path].shape[1:] if stacked else wanted[path].shape
+    fill = _fill(transform, shape, stacked, hows.get(path), places[path])
     for layer, name in enumerate(names):
       # Waiting keeps a single tensor alive; the buffer is donated and filled in place.
-      buffer = fill(buffer, files.read(name, source_shape), layer).block_until_ready()
-    flat[path] = buffer
+      buffer = jax.block_until_ready(fill(buffer, files.read(name, source_shape), layer))
+    flat[path] = _pack(buffer, final[path], places[path])
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
+def _zeros(abstract: Any, place: Any) -> Any:
+  """An empty parameter. Of int4 it is int8 until it is full: an update of packed numbers would unpack all of them each time."""
+  def zeros(x):
+    return jnp.zeros(x.shape, jnp.int8 if x.dtype == jnp.int4 else x.dtype)
+  return jax.jit(lambda: jax.tree.map(zeros, abstract), out_shardings=place)()
+
+
+def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
+  """The full buffer in its final types."""
+  if all(x.dtype == to.dtype for x, to in zip(jax.tree.leaves(buffer), jax.tree.leaves(abstract), strict=True)):
+    return buffer
+  return jax.jit(lambda b: jax.tree.map(lambda x, to: x.astype(to.dtype), b, abstract), out_shardings=place)(buffer)
+
+
 @functools.cache
-def _fill(transform: Transform, stacked: bool, place: Any):
-  """Compiled: (parameter, tensor, layer) -> parameter with the reordered tensor in its place."""
+def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any):
+  """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place."""
   def fill(buffer, w, layer):
-    new = transform.reorder(w).reshape(buffer.shape[1:] if stacked else buffer.shape).astype(buffer.dtype)
-    return jax.lax.dynamic_update_index_in_dim(buffer, new, layer, 0) if stacked else new
+    new = transform.reorder(w).reshape(shape)
+    new = how.quantize(new) if how else new.astype(buffer.dtype)
+    return jax.tree.map(lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0), buffer, new) if stacked else new
   return jax.jit(fill, donate_argnums=0, out_shardings=place)
 
 
