@@ -216,27 +216,13 @@ def _probe_loss(weight_dk, x_nd, label_n, penalty):
   return -jnp.mean(log_likelihood_n) + 0.5 * penalty * jnp.sum(weight_dk[:-1] ** 2)
 
 
-def pixel_probe(
-    images: Mapping[str, Sequence[Image.Image]], labels: Mapping[str, Sequence[int]], *, size: int = 32, components: int = 128) -> dict[str, Any]:
-  """The probe without a tower: on raw pixels, images resized to `size` x `size` RGB, and on their leading principal components.
-
-  Args:
-    images: split -> RGB images of any size.
-    labels: split -> classes.
-
-  Returns:
-    {'pixels': .., 'pca': ..}, each as `linear_probe` returns.
-  """
-  pixels = {split: np.stack([_thumbnail(image, size) for image in batch]) for split, batch in images.items()}
-  reduced = principal_components(pixels, components)
-  return {'pixels': linear_probe(pixels, labels), 'pca': linear_probe(reduced, labels)}
+def pixels(images: Sequence[Image.Image], *, size: int = 32) -> np.ndarray:
+  """Features without a tower: RGB images of any size, resized to `size` x `size`; float32[N, 3 size^2] in [0, 1]."""
+  resized = (image.resize((size, size), Image.Resampling.BILINEAR) for image in images)
+  return np.stack([np.asarray(image, np.float32).ravel() / 255 for image in resized])
 
 
-def _thumbnail(image, size):
-  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32).ravel() / 255
-
-
-def principal_components(features: Mapping[str, np.ndarray], components: int) -> dict[str, np.ndarray]:
+def principal_components(features: Mapping[str, np.ndarray], components: int = 128) -> dict[str, np.ndarray]:
   """Projects every split [N, D] on the leading principal components of 'train', at most as many as it has rows or columns."""
   mean_d = features['train'].mean(axis=0)
   centred_nd = (features['train'] - mean_d).astype(np.float64)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from molt_jax import pair_metrics
 from molt_jax.config import UserError
-from molt_jax.pair_metrics import class_prompts, evaluate_pair, linear_probe, pixel_probe, principal_components, retrieval, zero_shot
+from molt_jax.pair_metrics import class_prompts, evaluate_pair, linear_probe, pixels, principal_components, retrieval, zero_shot
 
 
 def rows(*shape, seed=0):
@@ -153,11 +153,13 @@ def test_principal_components_match_scikit_learn():
   assert principal_components({'train': train_nd[:4]}, 5)['train'].shape == (4, 4)
 
 
-def test_pixels_tell_colours_apart():
+def test_pixels_and_their_components_tell_colours_apart():
   rng = np.random.default_rng(0)
   colours = np.array([(200, 30, 30), (30, 180, 40), (40, 60, 210)])
   labels = {'train': np.arange(45) % 3, 'validation': np.arange(15) % 3, 'test': np.arange(30) % 3}
   images = {split: [Image.fromarray(np.clip(colours[k] + rng.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)) for k in label_n]
             for split, label_n in labels.items()}
-  results = pixel_probe(images, labels, size=8, components=4)
-  assert set(results) == {'pixels', 'pca'} and all(result['accuracy']['test'] == 1 for result in results.values())
+  features = {split: pixels(batch, size=8) for split, batch in images.items()}
+  assert features['test'].shape == (30, 192) and features['test'].min() >= 0 and features['test'].max() <= 1
+  for rows_of in (features, principal_components(features, 4)):
+    assert linear_probe(rows_of, labels)['accuracy']['test'] == 1
