@@ -104,6 +104,14 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
   return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
 
 
+def gather_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+  """Returns a function for use under jit that brings the rows of x [B] or [L, B, k], split over `data`, to every device."""
+  def gather(x):
+    split = jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim > 1), 'data')))  # Gather x, not what it is made of.
+    return jax.lax.with_sharding_constraint(split, replicated(mesh))
+  return gather
+
+
 def check_batch_size(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
   """Raises UserError unless `size` rows split evenly over the mesh's data axis."""
   data = mesh.shape['data']

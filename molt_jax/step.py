@@ -11,7 +11,7 @@ import optax
 
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
-from molt_jax import train_state
+from molt_jax import sharding, train_state
 from molt_jax.modules.interface import HeadOutput
 from molt_jax.objectives import classification
 from molt_jax.objectives.cca_estimators import CCAEstimator, make_estimator
@@ -77,7 +77,7 @@ def _accumulated_gradients(state, frozen, batch, present_vbm, class_weight_k, ke
   def loss_fn(params, part, slope):
     out_v = _views(model, params, statistics, *part, update=False)[0]
     loss, parts = row_loss(out_v, part[1], part[2], class_weight_k, totals, config=config)
-    pull = sum(jnp.vdot(x, g) for x, g in zip(_pairs(out_v, config), slope, strict=True)) if slope else 0.0
+    pull = sum(jnp.sum(x * g) for x, g in zip(_pairs(out_v, config), slope, strict=True)) if slope else 0.0
     return loss + pull, (loss, parts)
 
   def add(so_far, part_and_slope):
@@ -195,8 +195,9 @@ def pair_loss(pairs, batch, present_vbm, cca_state, *, estimator, config) -> tup
   return config.cca.weight * loss, ({'loss_cca': loss, **{f'cca_{name}': value_l for name, value_l in aux.items()}}, cca_state)
 
 
-def make_cca_estimator(config: ml_collections.ConfigDict) -> CCAEstimator:
-  """Returns the estimator of canonical correlations that `config.cca` describes."""
+def make_cca_estimator(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> CCAEstimator:
+  """Returns the estimator of canonical correlations that `config.cca` describes; on a mesh each device estimates them from all rows."""
   c = config.cca
   return make_estimator(
-      c.estimator, num_directions=c.num_directions, window=c.window, ridge=c.ridge, solver=c.solver, seed=config.seed)
+      c.estimator, num_directions=c.num_directions, window=c.window, ridge=c.ridge, solver=c.solver, seed=config.seed,
+      gather=sharding.gather_rows(mesh) if mesh else lambda x: x)

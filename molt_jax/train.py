@@ -70,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     check_same_run(saved, meta, towers)
   plan = Plan(config, len(data.splits['train']))
   tx = train_state.make_optimizer(config, plan.total)
-  estimator = step_lib.make_cca_estimator(config)
+  estimator = step_lib.make_cca_estimator(config, mesh)
   init_cca = functools.partial(estimator.init, model.num_taps, config.molt.width)
   state = train_state.create(model.init, tx, init_cca, seed=config.seed, mesh=mesh)
   introduce(config, data, towers, state, plan)

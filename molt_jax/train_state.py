@@ -67,7 +67,7 @@ def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
 def create(
     init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, init_cca: Callable[[], Any], *, seed: int,
     mesh: jax.sharding.Mesh) -> TrainState:
-  """Returns a new state, each leaf born in its own sharding.
+  """Returns a new state, born on every device of the mesh.
 
   Args:
     init: key -> Linen variables (boxed) with 'params' and perhaps 'statistics'.
@@ -82,9 +82,7 @@ def create(
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=init_cca())
 
-  key = stream(seed, 'init')
-  shardings = sharding.param_shardings(mesh)(jax.eval_shape(build, key))
-  return nn.unbox(jax.jit(build, out_shardings=shardings)(key))
+  return jax.jit(lambda: nn.unbox(build(stream(seed, 'init'))), out_shardings=sharding.replicated(mesh))()
 
 
 def count(tree: Any) -> int:

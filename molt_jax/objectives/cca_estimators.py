@@ -45,7 +45,7 @@ class Past(NamedTuple):
   remember: Callable
 
 
-def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0):
+def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0, gather=lambda x: x):
   """The `CCAEstimator` called `name`.
 
   'batch': all d directions over the current batch alone; no state. aux: 'correlation'.
@@ -63,6 +63,8 @@ def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='
     window: pairs, at least 0; 0 is the projection alone. It should be a few hundred times `num_directions`.
     ridge, solver: as for `cca_loss`.
     seed: of the random directions.
+    gather: brings rows that are split over devices to each of them, applied to weights and to what is compared (after the projection). Without
+      it the statistics are the same, by a reduction over devices in every one of them.
 
   Raises:
     ValueError: an unknown name or a size out of range.
@@ -73,19 +75,20 @@ def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='
     raise ValueError(f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and {window}')
   options = {'ridge': ridge, 'solver': solver}
   if ESTIMATORS[name] is None:
-    return _batch(options)
-  return _projected(num_directions, seed, ESTIMATORS[name](window), options)
+    return _batch(gather, options)
+  return _projected(num_directions, seed, ESTIMATORS[name](window), gather, options)
 
 
-def _batch(options):
+def _batch(gather, options):
   def loss(state, x_lbd, y_lbd, weight_b=None):
-    loss_l = cca_loss(x_lbd, y_lbd, weight_n=weight_b, **options)
+    weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(weight_b)
+    loss_l = cca_loss(gather(x_lbd), gather(y_lbd), weight_n=weight_b, **options)
     return jnp.mean(loss_l), state, {'correlation': -lax.stop_gradient(loss_l)}
 
   return CCAEstimator(lambda num_layers, width: {}, loss, lambda state: None)
 
 
-def _projected(num_directions, seed, past, options):
+def _projected(num_directions, seed, past, gather, options):
   """CCA of k directions over the batch and what `past` makes of earlier ones."""
   def init(num_layers, width):
     if num_directions > width:
@@ -95,8 +98,8 @@ def _projected(num_directions, seed, past, options):
     return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past.init(num_layers, num_directions)}
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
-    weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
-    x_lbk, y_lbk = _project(x_lbd, state['projection_x_ldk'], weight_b), _project(y_lbd, state['projection_y_ldk'], weight_b)
+    weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(lax.stop_gradient(weight_b).astype(jnp.float32))
+    x_lbk, y_lbk = (gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b)) for name, view_lbd in (('x', x_lbd), ('y', y_lbd)))
     x_lpk, y_lpk, weight_p = lax.stop_gradient(past.rows(state['past'], weight_b))
     weight_n = jnp.concatenate([weight_b, weight_p])
     gain = jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), jnp.finfo(jnp.float32).eps)
