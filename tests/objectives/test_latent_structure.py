@@ -1,6 +1,10 @@
 """The regularisers of Jiang et al. (2023) against their formulas in float64 PyTorch, value and gradients, and at the edges."""
 
 import functools
+import importlib.util
+import itertools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -131,3 +135,70 @@ def test_opposite_embeddings_have_a_finite_bridge():
   value, gradient_bc = jax.value_and_grad(latent_structure.brownian_bridge)(v_bc, -v_bc, v_bc, jnp.full(10, 0.5))
   np.testing.assert_allclose(value, 1, rtol=1e-5)
   assert np.all(np.isfinite(gradient_bc))
+
+
+# Theorem 3.1: perfectly aligned features lose at least the information gap.
+
+
+def load_experiment():
+  folder = pathlib.Path(__file__).parents[2] / 'experiments'
+  sys.path.insert(0, str(folder))
+  try:
+    spec = importlib.util.spec_from_file_location('information_gap', folder / 'information_gap.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+  finally:
+    sys.path.remove(str(folder))
+  return module
+
+
+@pytest.fixture(scope='module')
+def gap():
+  return load_experiment()
+
+
+def entropy(p):
+  p = p[p > 0]
+  return -np.sum(p * np.log(p))
+
+
+def best_aligned_loss(p_vty):
+  """Least H(Y | Z) over all pairs of features that always agree, by trying every labelling of both inputs."""
+  p_vt = p_vty.sum(axis=2)
+  values, best = range(len(p_vt)), np.inf
+  for z_v in itertools.product(values, repeat=p_vt.shape[0]):
+    for z_t in itertools.product(values, repeat=p_vt.shape[1]):
+      if all(z_v[v] == z_t[t] for v, t in zip(*np.nonzero(p_vt), strict=True)):
+        p_zy = np.stack([p_vty[np.array(z_v) == z].sum(axis=(0, 1)) for z in values])
+        best = min(best, entropy(p_zy.ravel()) - entropy(p_zy.sum(axis=1)))
+  return best
+
+
+def test_aligned_features_are_functions_of_the_common_part(gap):
+  """Exact, on random joint distributions with many impossible pairs, against enumeration; and the bound of the theorem."""
+  rng = np.random.default_rng(0)
+  strict = 0
+  for _ in range(20):
+    p_vty = rng.uniform(size=(4, 4, 3)) * (rng.uniform(size=(4, 4, 1)) < 0.35)
+    if not np.all(p_vty.sum(axis=(1, 2))):
+      continue
+    p_vty /= p_vty.sum()
+    truth = gap.exact(p_vty)
+    entropy_y = entropy(p_vty.sum(axis=(0, 1)))
+    assert truth['image'] == pytest.approx(entropy_y + entropy(p_vty.sum(axis=(1, 2))) - entropy(p_vty.sum(axis=1).ravel()))
+    assert truth['text'] == pytest.approx(entropy_y + entropy(p_vty.sum(axis=(0, 2))) - entropy(p_vty.sum(axis=0).ravel()))
+    assert truth['aligned'] == pytest.approx(best_aligned_loss(p_vty) - (entropy(p_vty.ravel()) - entropy(p_vty.sum(axis=2).ravel())), abs=1e-9)
+    assert truth['aligned'] >= truth['gap'] - 1e-9
+    strict += truth['aligned'] < entropy_y - 1e-3  # Not only because aligned features can say nothing.
+  assert strict >= 5
+
+
+def test_trained_features_lose_the_information_gap_when_aligned(gap):
+  """Known information: the text shows 3 or 1 of the label's 4 bits, or each shows 3 and 2 in common. Losses to 0.02 nats."""
+  cases = ['the text shows 3 of 4', 'the text shows 1 of 4', 'each shows 3, 2 in common']
+  truths = [gap.exact(gap.joint(*gap.CASES[name])) for name in cases]
+  np.testing.assert_allclose([truth['gap'] / np.log(2) for truth in truths], [1, 3, 0], atol=1e-9)
+  excess, distance = gap.measure_all(cases, [0.0, 300.0], [0], 600)
+  assert np.all(np.abs(excess[:, 0]) < 0.02)
+  assert np.all(distance[:, 1] < 1e-4)
+  np.testing.assert_allclose(excess[:, 1, 0], [truth['aligned'] for truth in truths], atol=0.02)
