@@ -55,7 +55,9 @@ def make_optimizer(config: ml_collections.ConfigDict, total_steps: int) -> optax
 
 
 def _is_kernel(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+  def is_kernel(path, _):
+    return [part.key for part in path if isinstance(part, jax.tree_util.DictKey)][-1].endswith('kernel')  # A boxed leaf has a further part.
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
 def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
