@@ -4,7 +4,6 @@ import functools
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -44,7 +43,7 @@ class Checkpoints:
     manager.save(step, args=ocp.args.Composite(
         model=ocp.args.StandardSave({'params': state.params, 'statistics': state.statistics}),
         optimizer=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca}),
-        data=grain.checkpoint.CheckpointSave(iterator),
+        data=ocp.args.JsonSave(iterator.get_state()),  # The same in every process, however many there are.
         meta=ocp.args.JsonSave(meta)))
 
   def restore(self, state: TrainState, iterator: Any) -> TrainState:
@@ -52,7 +51,8 @@ class Checkpoints:
     model = _abstract({'params': state.params, 'statistics': state.statistics})
     optimizer = _abstract({'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca})
     out = self._managers[LATEST].restore(self.latest_step(), args=ocp.args.Composite(
-        model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), data=grain.checkpoint.CheckpointRestore(iterator)))
+        model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), data=ocp.args.JsonRestore()))
+    iterator.set_state(out['data'])
     return TrainState(**out['model'], **out['optimizer'])
 
   def close(self) -> None:

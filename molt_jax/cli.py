@@ -91,6 +91,11 @@ def say(message: str) -> None:
 _CONSOLE = rich.console.Console(stderr=True)
 
 
+def be_silent() -> None:
+  """Turns off what `say` and `progress` print: in a run of several processes one speaks."""
+  _CONSOLE.quiet = True
+
+
 class Progress:
   """Counts work: a bar with rate and time left on a terminal, a plain line every now and then otherwise."""
 

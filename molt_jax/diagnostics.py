@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from molt_jax import processes
 from molt_jax.modules.interface import HeadOutput
 from molt_jax.objectives import cca, cca_diagnostics
 from molt_jax.objectives.cca_estimators import CCAEstimator
@@ -19,15 +20,16 @@ class PairDiagnostics:
   def __init__(self):
     self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
-  def observe(self, out: HeadOutput, complete_b: np.ndarray) -> None:
+  def observe(self, out: HeadOutput, complete_b: jax.Array) -> None:
     """Takes the complete rows of a batch, until there are MAX_PAIRS.
 
     Args:
       out: the head's output; ignored where the method pools no pairs.
-      complete_b: bool[B], rows that count and have both modalities.
+      complete_b: bool[B], rows that count and have both modalities; like `out` of the batch of all processes.
     """
     if out.pooled_image_lbc is not None and sum(x_lnc.shape[1] for x_lnc, _ in self._pairs) < MAX_PAIRS:
-      self._pairs.append((np.asarray(out.pooled_image_lbc)[:, complete_b], np.asarray(out.pooled_text_lbc)[:, complete_b]))
+      complete_b = processes.fetch(complete_b)
+      self._pairs.append((processes.fetch(out.pooled_image_lbc)[:, complete_b], processes.fetch(out.pooled_text_lbc)[:, complete_b]))
 
   def compute(self, estimator: CCAEstimator, state: Any, *, ridge: float) -> dict[str, list[float]]:
     """Returns name -> one number a layer; {} without pairs.
@@ -45,7 +47,7 @@ class PairDiagnostics:
       return {}
     pairs = tuple(np.concatenate(views, axis=1) for views in zip(*self._pairs, strict=True))
     values = _of_pairs(*pairs)
-    past = estimator.past(state)
+    past = estimator.past(state := jax.device_get(state))
     if past:
       values |= _against_past(past, (state['projection_x_ldk'], state['projection_y_ldk']), pairs, ridge)
     return {name: np.asarray(value_l).tolist() for name, value_l in values.items()}

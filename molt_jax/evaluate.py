@@ -16,7 +16,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from molt_jax import checkpoint, cli, fill, logbook, sharding
+from molt_jax import checkpoint, cli, fill, logbook, processes, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -95,14 +95,16 @@ def evaluate(
   totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), start), sharding.replicated(mesh))
   batches = pipeline.eval_batches(
       source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), stored=stored,
-      num_threads=config.input.num_threads, prefetch=config.input.prefetch)
+      pad_to_longest=config.text.padding == 'longest', num_threads=config.input.num_threads, prefetch=config.input.prefetch,
+      **sharding.data_shard(mesh))
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
-      totals, out = step(variables, frozen, sharding.put_batch(batch, mesh), totals)
+      batch = sharding.put_batch(batch, mesh)
+      totals, out = step(variables, frozen, batch, totals)
       if pairs:
         pairs.observe(out, (batch['weight'] > 0) & (batch['present'] & batch['keep'][:, 0]).all(axis=-1))
-      bar.advance(int(np.sum(batch['index'] >= 0)))
+      bar.advance(min(config.eval.batch_size, len(source) - bar.done))
   totals = jax.device_get(totals)
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
   return {name: {**total.compute(), 'num_examples': int(total.count), **dict(zip(ROWS, rows_r.tolist(), strict=True))}
@@ -138,7 +140,8 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
     same = ('split', 'step', 'config_hash', 'backbones')
     if all(old.get(key) == record[key] for key in same):
       record['results'] = {**old['results'], **record['results']}
-  logbook.write_atomically(path, json.dumps(record, indent=2) + '\n')
+  if processes.leads():
+    logbook.write_atomically(path, json.dumps(record, indent=2) + '\n')
   return record
 
 
@@ -165,6 +168,7 @@ FLAGS = (
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the module."""
+  processes.join()
   flags, _ = cli.parse('molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv)
   run(pathlib.Path(flags.workdir), split=flags.split, absent=None if flags.absent is None else _words(flags.absent),
       missing_rates=[_rate(word) for word in _words(flags.missing_rate)], missing_types=_words(flags.missing_type))
@@ -220,7 +224,8 @@ def run(
 def publish(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `evaluation.json`, prints the new results as a table, returns the file's content."""
   record = write(workdir, split=split, num_examples=num_examples, results=results, meta=meta)
-  print_table(results, f'{split} split, {num_examples} examples, checkpoint of step {meta["step"]}')
+  if processes.leads():
+    print_table(results, f'{split} split, {num_examples} examples, checkpoint of step {meta["step"]}')
   return record
 
 
@@ -238,8 +243,8 @@ def restore_variables(model: model_lib.Model, restore: Any, mesh: jax.sharding.M
   """Restores the head's variables onto the mesh."""
   boxed = jax.eval_shape(model.init, jax.random.key(0))
   boxed = {'params': boxed['params'], 'statistics': boxed.get('statistics', {})}
-  shardings = sharding.param_shardings(mesh)(boxed)
-  return restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings))
+  whole = sharding.replicated(mesh)
+  return restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), nn.unbox(boxed)))
 
 
 def _words(text: str) -> list[str]:

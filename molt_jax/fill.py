@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, sharding
+from molt_jax import cli, processes, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.backbones import store, weights
@@ -25,7 +25,6 @@ from molt_jax.config import UserError
 from molt_jax.data import pipeline, transforms
 from molt_jax.data.sources import Source
 
-SHORTEST = 8  # Tokens of the shortest batch of texts; further lengths are its doubles, so that few programs are compiled.
 SCAN_ROWS = 256  # Rows that a thread identifies at a time.
 UNITS = {'image': 'images', 'text': 'texts'}
 
@@ -67,13 +66,13 @@ def open_taps(
     shape = _largest(config, towers[modality], modality)
     kept = store.FeatureStore(config.features.store, _spec(config, towers[modality], preprocess, modality), config.features.dtype)
     unique = {x.key: x for split in wanted for x in inputs[split][modality] if x}
-    faults = _fill(kept, list(unique.values()), modality, config=config, model=model, preprocess=preprocess, mesh=mesh, shape=shape)
+    faults = _fill_together(kept, list(unique.values()), modality, config=config, model=model, preprocess=preprocess, mesh=mesh, shape=shape)
     for split, (source, _) in wanted.items():
       keys = [x.key if x else None for x in inputs[split][modality]]
       for row in (row for row, key in enumerate(keys) if key in faults):
         preprocess.report.add(source.ids[row], modality, faults[keys[row]])
         keys[row] = None
-      stored[split][modality] = pipeline.StoredTaps(keys, kept.read, shape, kept.codec.read)
+      stored[split][modality] = pipeline.StoredTaps(keys, kept.read, kept.num_tokens, shape, kept.codec.read)
   return dict.fromkeys(model_lib.MODALITIES), stored
 
 
@@ -156,6 +155,24 @@ class _Batch(NamedTuple):
   faults: dict[str, str]
 
 
+def _fill_together(kept: store.FeatureStore, inputs: Sequence[Input], modality: str, *, mesh, **how) -> dict[str, str]:
+  """`_fill`, each process of a run its part on its own devices; each looks itself at what is still not there then, which cannot be used."""
+  index, count = jax.process_index(), jax.process_count()
+  if count == 1:
+    return _fill(kept, inputs, modality, mesh=mesh, **how)
+  lacking = [x for x in inputs if x.key not in kept]
+  processes.wait('feature store: what is lacking')  # Nobody adds to it before all have looked, so that the parts cover it.
+  mesh = sharding.local_mesh(mesh)
+  if lacking and mesh is None:
+    raise UserError(
+        f'config.features.store: {len(lacking)} {UNITS[modality]} are not in it, and a model axis over several processes cannot fill it; fill it '
+        "with mesh.model = the devices of one process, or give features.store=''")
+  _fill(kept, lacking[index::count], modality, mesh=mesh, **how)
+  processes.wait('feature store: filled')
+  kept.refresh()
+  return _fill(kept, inputs, modality, mesh=mesh, **how)
+
+
 def _fill(
     kept: store.FeatureStore, inputs: Sequence[Input], modality: str, *, config, model, preprocess, mesh, shape: tuple[int, int, int]
 ) -> dict[str, str]:
@@ -228,15 +245,8 @@ def _cut_texts(inputs: Sequence[Input], size: int, max_tokens: int) -> list[list
   """Texts of about one length a batch."""
   by_length = collections.defaultdict(list)
   for x in sorted(inputs, key=lambda x: len(x.content)):
-    by_length[_padded_length(len(x.content), max_tokens)].append(x)
+    by_length[pipeline.padded_length(len(x.content), max_tokens)].append(x)
   return _shuffled([batch for group in by_length.values() for batch in _cut(group, size)])
-
-
-def _padded_length(length: int, max_tokens: int) -> int:
-  padded = SHORTEST
-  while padded < length:
-    padded *= 2
-  return min(padded, max_tokens)
 
 
 def _shuffled(batches: list[list[Input]]) -> list[list[Input]]:
@@ -262,7 +272,7 @@ def _prepare_images(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.
 
 
 def _prepare_texts(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.Preprocess) -> _Batch:
-  length = _padded_length(max(len(ids_t) for _, ids_t in inputs), preprocess.max_tokens)
+  length = pipeline.padded_length(max(len(ids_t) for _, ids_t in inputs), preprocess.max_tokens)
   padded = [transforms.pad_tokens(ids_t, max_tokens=length, pad_id=preprocess.pad_id) for _, ids_t in inputs]
   padded += [transforms.pad_tokens([], max_tokens=length, pad_id=preprocess.pad_id)] * (rows - len(inputs))
   tokens_bt, mask_bt = (np.stack(column) for column in zip(*padded, strict=True))

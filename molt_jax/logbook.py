@@ -30,6 +30,16 @@ class Logbook:
     self._events.close()
 
 
+class NoLogbook:
+  """Stands in for the logbook in processes that do not write one."""
+
+  def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
 def flatten(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
   """Yields (path, number) over nested mappings and lists."""
   items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None

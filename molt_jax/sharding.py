@@ -31,10 +31,10 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-  """Returns the ('data', 'model') mesh that `config.mesh` asks for on `config.platform`.
+  """Returns the ('data', 'model') mesh that `config.mesh` asks for on `config.platform`, over the devices of all processes.
 
   Raises:
-    UserError: the platform is not there, or the axes do not fit the number of devices.
+    UserError: the platform is not there, the axes do not fit the number of devices, or a process would be left without any.
   """
   devices = _devices(config.platform)
   _keep_compiled_programs()
@@ -48,6 +48,10 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
   if data * model == 0 or data * model > len(devices):
     raise UserError(
         f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit {len(devices)} {devices[0].platform} device(s)')
+  if jax.process_count() > 1 and data * model < len(devices):
+    raise UserError(
+        f'config.mesh: data x model = {data} x {model} leaves devices idle, and {jax.process_count()} processes have {len(devices)}; give '
+        'mesh.data=-1')
   return jax.make_mesh((data, model), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices[: data * model])
 
 
@@ -98,6 +102,31 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
   return jax.NamedSharding(mesh, jax.P())
 
 
+def data_shard(mesh: jax.sharding.Mesh) -> dict[str, int]:
+  """Returns the part of each batch that this process reads, {'process_index', 'process_count'}, as the pipeline's functions take it.
+
+  Processes along `model` read the same rows.
+
+  Raises:
+    UserError: the process's devices are no equal, unbroken part of the data axis.
+  """
+  here = [row for row, devices in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in devices)]
+  count, remainder = divmod(mesh.shape['data'], len(here))
+  if remainder or here[0] % len(here) or here != list(range(here[0], here[0] + len(here))):
+    raise UserError(
+        f'config.mesh: data x model = {mesh.shape["data"]} x {mesh.shape["model"]} gives process {jax.process_index()} the rows of devices {here}, '
+        'no equal part of the batch; give mesh.model a divisor or a multiple of the devices of a process')
+  return {'process_index': here[0] // len(here), 'process_count': count}
+
+
+def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
+  """Returns the mesh of this process's own devices, None where a model axis spans processes."""
+  if jax.process_count() == 1:
+    return mesh
+  here = [devices for devices in mesh.devices if all(d.process_index == jax.process_index() for d in devices)]
+  return jax.sharding.Mesh(np.array(here), mesh.axis_names, axis_types=mesh.axis_types) if here else None
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Returns the batch on the devices, rows split over `data`; each process gives its own rows."""
   rows = jax.NamedSharding(mesh, jax.P('data'))
@@ -112,8 +141,9 @@ def gather_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
   return gather
 
 
-def check_batch_size(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
-  """Raises UserError unless `size` rows split evenly over the mesh's data axis."""
+def check_batch_size(name: str, size: int, mesh: jax.sharding.Mesh, *, parts: int = 1) -> None:
+  """Raises UserError unless each of `parts` equal parts of `size` rows splits evenly over the mesh's data axis."""
   data = mesh.shape['data']
-  if size % data:
-    raise UserError(f'config.{name}: {size} rows do not split over {data} devices; give a multiple of {data}')
+  if size % (data * parts):
+    over = f'{data} devices' + (f' in {parts} parts (train.accumulate)' if parts > 1 else '')
+    raise UserError(f'config.{name}: {size} rows do not split over {over}; give a multiple of {data * parts}')

@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import checkpoint, cli, evaluate, fill, logbook, sharding, train_state, translate
+from molt_jax import checkpoint, cli, evaluate, fill, logbook, processes, sharding, train_state, translate
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
@@ -56,10 +56,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   """
   workdir = check_workdir(config, pathlib.Path(workdir))
   mesh = sharding.make_mesh(config)
-  for name in ('train', 'eval'):
-    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)
+  for name, parts in (('train', config.train.accumulate), ('eval', 1)):
+    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh, parts=parts)
   towers = model_lib.describe_towers(config)
-  data = datasets.load_dataset(config)
+  with processes.leader_first('data set'):
+    data = datasets.load_dataset(config)
   model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   checkpoints = checkpoint.Checkpoints(workdir)
@@ -79,15 +80,18 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
   iterator = pipeline.train_iterator(
       data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=kept['train'], stored=stored['train'],
-      num_threads=config.input.num_threads, prefetch=config.input.prefetch)
+      pad_to_longest=config.text.padding == 'longest', num_threads=config.input.num_threads, prefetch=config.input.prefetch,
+      **sharding.data_shard(mesh))
   if saved:
     state = checkpoints.restore(state, iterator)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   run = _Run(config, workdir, mesh, model, tx, estimator, data, preprocess, checkpoints, meta, plan, frozen, stored, class_weights(config, data))
-  claim_workdir(config, workdir)
+  if processes.leads():
+    claim_workdir(config, workdir)
   with stop_on_signals() as stop:
     state = run.loop(state, iterator, stop)
   checkpoints.close()
+  processes.wait('checkpoints written')
   record = run.test()
   if preprocess.report.counts():
     cli.say(preprocess.report.line())
@@ -136,11 +140,13 @@ class _Run:
   def loop(self, state, iterator, stop):
     """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact."""
     start = step = int(state.step)
-    log = logbook.Logbook(self.workdir, step=start)
+    log = logbook.Logbook(self.workdir, step=start) if processes.leads() else logbook.NoLogbook()
+    agree = processes.Agreement(self.mesh, delay=IN_FLIGHT)
     watch = Watch(self, log, start)
     with cli.progress('training', self.plan.total, 'steps', done=start) as bar:
       while True:
-        stopping = stop() and step > start
+        asked = agree(stop() or 0)
+        stopping = asked and step > start
         if step > start and (self.plan.validate_at(step) or self.plan.save_at(step) or stopping):
           watch.drain()
           state = self._translate(state, step)
@@ -148,14 +154,13 @@ class _Run:
           watch.restart_clock()
         if step == self.plan.total:
           break
-        if stop():
+        if asked:
           self.checkpoints.close()
-          raise Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', stop())
-        batch = next(iterator)
-        index = batch['index']
-        state, metrics = self.step_fn(state, self.frozen, sharding.put_batch(batch, self.mesh), self.class_weight_k)
+          raise Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', asked)
+        batch = sharding.put_batch(next(iterator), self.mesh)
+        state, metrics = self.step_fn(state, self.frozen, batch, self.class_weight_k)
         step += 1
-        watch.dispatched(step, metrics, index)
+        watch.dispatched(step, metrics, batch['index'])
         bar.advance(1, watch.note)
     log.close()
     return state
@@ -243,9 +248,10 @@ class Watch:
     self._since, self._images = time.monotonic(), 0
 
   def _not_finite(self, step, loss, index):
-    ids = [self.run.data.splits['train'].ids[i] for i in index]
+    ids = [self.run.data.splits['train'].ids[i] for i in processes.fetch(index)]
     path = self.run.workdir / 'not_finite.json'
-    logbook.write_atomically(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
+    if processes.leads():
+      logbook.write_atomically(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
     raise UserError(
         f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower '
         f'config.optimizer.learning_rate ({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
@@ -275,7 +281,9 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
 
 
 # Fields that say where and how fast to compute, not what: a resumed run may change them.
-FREE_ON_RESUME = ('platform', 'mesh.data', 'mesh.model', 'input.num_threads', 'input.prefetch', 'dataset.data_dir', 'eval.batch_size', 'eval.select')
+FREE_ON_RESUME = (
+    'platform', 'mesh.data', 'mesh.model', 'text.padding', 'input.num_threads', 'input.prefetch', 'dataset.data_dir', 'eval.batch_size',
+    'eval.select')
 
 
 def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Mapping[str, Any]) -> None:
@@ -349,6 +357,7 @@ FLAGS = (
 @cli.command
 def main(argv: Sequence[str]) -> int | None:
   """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
+  processes.join()
   flags, overrides = cli.parse('molt_jax.train', 'Train a robust image+text classifier on frozen towers.', FLAGS, argv)
   try:
     train(config_lib.load_config(flags.config, overrides), pathlib.Path(flags.workdir))

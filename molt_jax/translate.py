@@ -63,11 +63,12 @@ class TranslationFit:
     empty = Moments.empty(c.molt.num_layers, c.molt.width)
     moments = jax.device_put({'to_text': empty, 'to_image': empty}, sharding.replicated(mesh))
     batches = pipeline.eval_batches(
-        self._source, self._preprocess, batch_size=c.eval.batch_size, stored=self._stored, num_threads=c.input.num_threads, prefetch=c.input.prefetch)
+        self._source, self._preprocess, batch_size=c.eval.batch_size, stored=self._stored,
+        pad_to_longest=c.text.padding == 'longest', num_threads=c.input.num_threads, prefetch=c.input.prefetch, **sharding.data_shard(mesh))
     with cli.progress('fitting translation', len(self._source), 'pairs') as bar:
       for batch in batches:
         moments = self._step(variables, frozen, sharding.put_batch(batch, mesh), moments)
-        bar.advance(int(np.sum(batch['index'] >= 0)))
+        bar.advance(min(c.eval.batch_size, len(self._source) - bar.done))
     maps = {name: m.solve(ridge=c.cca.ridge) for name, m in jax.device_get(moments).items()}
     old = variables['statistics']['translator']
     new = {**maps, 'pairs': np.asarray(moments['to_text'].weight)}

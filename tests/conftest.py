@@ -111,7 +111,7 @@ def _final_state(workdir):
   with ocp.CheckpointManager(folder.parent, item_names=checkpoint.ITEMS) as manager:
     out = manager.restore(int(folder.name), args=ocp.args.Composite(model=ocp.args.StandardRestore(), optimizer=ocp.args.StandardRestore()))
   arrays = {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path([out['model'], out['optimizer']])}
-  position = [p.read_text() for p in sorted((folder / 'data').iterdir()) if p.suffix == '.json']
+  position = json.loads((folder / 'data' / 'metadata').read_text())
   return arrays, position
 
 

@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # Room -> rooms it may import from, beside itself.
-SERVICES = ('sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook')
+SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook')
 ROOMS = {
     '__init__': ('predict',),
     'config': (),
@@ -19,6 +19,7 @@ ROOMS = {
     'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill'),
     'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
+    'profiling': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'step'),
     'step': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'translate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'step'),
     'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step', 'translate'),

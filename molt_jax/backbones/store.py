@@ -162,6 +162,10 @@ class FeatureStore:
       raise UserError(f'{entry.shard} is damaged (the checksum of entry {key[:12]} does not fit); {ADVICE}')
     return self.codec.decode(np.frombuffer(raw, self.codec.stored).reshape(entry.shape))
 
+  def num_tokens(self, key: str) -> int:
+    """Returns T of one input without reading it."""
+    return self._entries[key].shape[1]
+
   def add(self, key: str, x_ltd: np.ndarray) -> None:
     """Takes the taps of one input; they are on disk after the next `flush`, which comes by itself every SHARD_BYTES or SHARD_SECONDS."""
     if not self._pending:

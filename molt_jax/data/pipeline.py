@@ -1,6 +1,6 @@
 """Batches with Grain: shuffled, sharded, prefetched and exactly resumable for training; in order and padded for evaluation.
 
-A batch is a dict of numpy arrays (B examples, T = max_tokens, K classes):
+A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, padded to the longest text, `padded_length` of that):
   image       float32[B, size, size, 3]   zeros where absent
   tokens      int32[B, T]                 padding where absent
   token_mask  bool[B, T]                  True on real tokens; all False where the text is absent
@@ -96,12 +96,14 @@ class StoredTaps:
   Attributes:
     keys: of each row; None where the content is not wanted or unusable.
     read: key -> [L, real tokens, D].
+    tokens: key -> real tokens, without reading them.
     shape: (L, most tokens, D).
     dtype: of what `read` returns.
   """
 
   keys: Sequence[str | None]
   read: Callable[[str], np.ndarray]
+  tokens: Callable[[str], int]
   shape: tuple[int, int, int]
   dtype: np.dtype
 
@@ -148,7 +150,18 @@ def read_example(source: Source, index: int, *, image: bool, report: DecodeRepor
     return example
 
 
-def _row(index: int, *, source: Source, preprocess: Preprocess, present_nm: np.ndarray) -> dict[str, np.ndarray]:
+SHORTEST = 16  # Tokens of the shortest batch of texts; further lengths are its doubles, so that few programs are compiled.
+
+
+def padded_length(length: int, max_tokens: int) -> int:
+  """Returns the length that a batch is padded to whose longest text has `length` tokens: the least of SHORTEST, its doubles and `max_tokens`."""
+  padded = SHORTEST
+  while padded < length:
+    padded *= 2
+  return min(padded, max_tokens)
+
+
+def _row(index: int, preprocess: Preprocess, *, source: Source, present_nm: np.ndarray) -> dict[str, np.ndarray]:
   """Makes one row of a batch; `index` -1 makes a row of padding. What is absent is neither read nor decoded."""
   content = _empty_content(preprocess)
   label = () if preprocess.multi_label else 0
@@ -172,10 +185,18 @@ def _row(index: int, *, source: Source, preprocess: Preprocess, present_nm: np.n
   }
 
 
+def _length(index: int, preprocess: Preprocess, *, source: Source, present_nm: np.ndarray) -> int:
+  """Returns the tokens of a row's text; 0 where it is absent."""
+  if index < 0 or not present_nm[index, 1]:
+    return 0
+  return len(preprocess.encode(source.read(index, image=False)['text'], preprocess.max_tokens))
+
+
 def _stored_row(
-    index: int, *, source: Source, preprocess: Preprocess, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> dict[str, np.ndarray]:
+    index: int, preprocess: Preprocess, *, source: Source, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> dict[str, np.ndarray]:
   """As `_row`, with taps for content. Nothing but taps is read."""
-  taps = {modality: np.zeros(s.shape, s.dtype) for modality, s in stored.items()}
+  most = {modality: preprocess.max_tokens if modality == 'text' else s.shape[1] for modality, s in stored.items()}
+  taps = {modality: np.zeros((s.shape[0], most[modality], s.shape[2]), s.dtype) for modality, s in stored.items()}
   length = {'image': 0, 'text': 0}
   for column, modality in enumerate(length):
     if index >= 0 and present_nm[index, column] and modality in stored and (key := stored[modality].keys[index]) is not None:
@@ -193,15 +214,35 @@ def _stored_row(
   }
 
 
-def _row_maker(
-    source: Source, preprocess: Preprocess, present: np.ndarray | None, stored: Mapping[str, StoredTaps] | None
-) -> Callable[[int], dict[str, np.ndarray]]:
+def _stored_length(index: int, preprocess: Preprocess, *, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> int:
+  if index < 0 or not present_nm[index, 1] or 'text' not in stored or (key := stored['text'].keys[index]) is None:
+    return 0
+  return stored['text'].tokens(key)
+
+
+def _batch_maker(
+    source: Source, preprocess: Preprocess, present: np.ndarray | None, stored: Mapping[str, StoredTaps] | None, *, pad_to_longest: bool,
+    batch_size: int, process_index: int, process_count: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+  """Returns a function: indices of a batch over all processes -> this process's rows, in a length that all processes find alike."""
   if present is not None and present.shape != (len(source), 2):
     raise ValueError(f'present must be bool[{len(source)}, 2], not {present.shape}')
+  if batch_size % process_count:
+    raise ValueError(f'batch_size {batch_size} is not a multiple of process_count {process_count}')
   present_nm = source.present if present is None else source.present & present
+  make_row = functools.partial(_row, source=source, present_nm=present_nm)
+  length_of = functools.partial(_length, source=source, present_nm=present_nm)
   if stored:
-    return functools.partial(_stored_row, source=source, preprocess=preprocess, present_nm=present_nm, stored=stored)
-  return functools.partial(_row, source=source, preprocess=preprocess, present_nm=present_nm)
+    make_row = functools.partial(_stored_row, source=source, present_nm=present_nm, stored=stored)
+    length_of = functools.partial(_stored_length, present_nm=present_nm, stored=stored)
+
+  def make(index_b):
+    fitted = preprocess
+    if pad_to_longest:
+      longest = max(length_of(int(index), preprocess) for index in index_b)
+      fitted = dataclasses.replace(preprocess, max_tokens=padded_length(longest, preprocess.max_tokens))
+    rows = [make_row(int(index), fitted) for index in np.split(index_b, process_count)[process_index]]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  return make
 
 
 def local_batches(
@@ -209,14 +250,17 @@ def local_batches(
   """Cuts a stream of rows into batches and keeps this process's part; the parts of all processes, joined, are the batch of a single process."""
   if batch_size % process_count:
     raise ValueError(f'batch_size {batch_size} is not a multiple of process_count {process_count}')
-  local = rows.batch(batch_size // process_count)[process_index::process_count]
-  return local.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)))
+  return _ahead(rows.batch(batch_size // process_count)[process_index::process_count], num_threads, prefetch)
+
+
+def _ahead(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.IterDataset:
+  return batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)))
 
 
 def train_iterator(
     source: Source, preprocess: Preprocess, *, batch_size: int, seed: int, present: np.ndarray | None = None,
-    stored: Mapping[str, StoredTaps] | None = None, num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+    stored: Mapping[str, StoredTaps] | None = None, pad_to_longest: bool = False, num_threads: int = 2, prefetch: int = 4,
+    process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
   """Returns an endless iterator of training batches.
 
   Epoch e is a permutation of the source, a function of (seed, e) alone. Epochs follow each other without a gap and are cut into batches
@@ -229,6 +273,7 @@ def train_iterator(
     seed: root of the order.
     present: bool[N, 2], what the protocol leaves (`missing.present_table`); combined with what the source has by nature.
     stored: taps by modality, to be read in the place of images and texts; None: images and texts.
+    pad_to_longest: pad texts to `padded_length` of the batch's longest one, not to max_tokens; which examples are in a batch does not change.
     num_threads: threads that read, decode and tokenise, one batch each.
     prefetch: batches prepared ahead.
     process_index: this process's number in [0, process_count).
@@ -236,25 +281,27 @@ def train_iterator(
   """
   # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second epoch of seed 0.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  rows = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map(_row_maker(source, preprocess, present, stored))
-  return iter(local_batches(
-      rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count))
+  make = _batch_maker(
+      source, preprocess, present, stored, pad_to_longest=pad_to_longest, batch_size=batch_size, process_index=process_index,
+      process_count=process_count)
+  order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
+  return iter(_ahead(order.batch(batch_size).map(make), num_threads, prefetch))
 
 
 def eval_batches(
     source: Source, preprocess: Preprocess, *, batch_size: int, present: np.ndarray | None = None,
-    stored: Mapping[str, StoredTaps] | None = None, num_threads: int = 2, prefetch: int = 4, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
+    stored: Mapping[str, StoredTaps] | None = None, pad_to_longest: bool = False, num_threads: int = 2, prefetch: int = 4,
+    process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
   """Returns an iterable over every example once, in order; the last batch is filled up with rows of weight 0 and index -1.
 
   Arguments are those of `train_iterator`. Every process gets the same number of batches.
   """
+  make = _batch_maker(
+      source, preprocess, present, stored, pad_to_longest=pad_to_longest, batch_size=batch_size, process_index=process_index,
+      process_count=process_count)
   n = len(source)
-  padded = -(-n // batch_size) * batch_size
-  make_row = _row_maker(source, preprocess, present, stored)
-  rows = grain.MapDataset.range(padded).map(lambda index: make_row(index if index < n else -1))
-  return local_batches(
-      rows, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=process_index, process_count=process_count)
+  order = grain.MapDataset.range(-(-n // batch_size) * batch_size).map(lambda index: index if index < n else -1)
+  return _ahead(order.batch(batch_size).map(make), num_threads, prefetch)
 
 
 def single_example(
