@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.modules.attention import attend, dense
+from molt_jax.modules.attention import LayerAffine, attend, dense
 from molt_jax.modules.interface import MODALITIES, TokenSequence, usable_mean
 
 
@@ -26,18 +26,20 @@ class Fusion(nn.Module):
   @nn.compact
   def __call__(self, joint_bc: jax.Array, image: TokenSequence, text: TokenSequence) -> jax.Array:
     """joint_bc: float32[B, C] -> float32[B, C]."""
-    query_b1c = dense(self.width, ('common', 'heads'), self.dtype, name='query')(joint_bc)[:, None, :]
-    answers = [self._answer(modality, query_b1c, sequence) for modality, sequence in zip(MODALITIES, (image, text), strict=True)]
+    query = self._map('query', ('common', 'heads'), joint_bc.shape[-1])
+    answers = [self._answer(modality, joint_bc, query, sequence) for modality, sequence in zip(MODALITIES, (image, text), strict=True)]
     return usable_mean(*answers, jnp.stack([image.usable_b, text.usable_b], axis=-1))
 
-  def _answer(self, modality, query_b1c, sequence):
-    key = dense(self.width, ('embed', 'heads'), self.dtype, name=f'{modality}_key')
-    value = dense(self.width, ('embed', 'heads'), self.dtype, name=f'{modality}_value')
-    last_btd = sequence.tokens_lbtd[-1]
-    answer_bc = attend(query_b1c, key(last_btd), value(last_btd), sequence.mask_bt, num_heads=self.num_heads)[:, 0, :]
+  def _answer(self, modality, joint_bc, query, sequence):
+    last_1btd = sequence.tokens_lbtd[-1:]
+    key, value = (self._map(f'{modality}_{role}', ('embed', 'heads'), last_1btd.shape[-1]) for role in ('key', 'value'))
+    answer_1b1c = attend(joint_bc[None, :, None, :], last_1btd, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads)
     if sequence.stand_in_l11d is not None:  # One key, so the softmax is one.
-      answer_bc = jnp.where(sequence.present_b[:, None], answer_bc, value(sequence.stand_in_l11d[-1])[:, 0, :])
-    return answer_bc.astype(jnp.float32)
+      answer_1b1c = jnp.where(sequence.present_b[None, :, None, None], answer_1b1c, value(sequence.stand_in_l11d[-1:]))
+    return answer_1b1c[0, :, 0, :].astype(jnp.float32)
+
+  def _map(self, name, axes, width):
+    return LayerAffine(1, self.width, axes, self.dtype, use_bias=not name.endswith('key'), name=name)(width)
 
 
 class Linear(nn.Module):

@@ -1,27 +1,14 @@
 """MoLT: modality latent translation (eq. 1-5), fusion (eq. 6-7) and classifier over the taps of two frozen towers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.modules.attention import LayerDense, PooledLayerNorm, attend
+from molt_jax.modules.attention import LayerAffine, PooledLayerNorm, attend
 from molt_jax.modules.fusion import Fusion
 from molt_jax.modules.interface import MODALITIES, HeadOutput, Taps, TokenSequence, usable_mean
-
-
-class Projection(nn.Module):
-  """Eq. 1 for one modality and, when asked, the Q, K and V of eq. 2, for all layers at once."""
-
-  width: int
-  attention: bool
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, tokens_lbtd: jax.Array) -> tuple[jax.Array, ...]:
-    """[L, B, T, D] -> (projected,) or (projected, query, key, value), each [L, B, T, C]."""
-    projected_lbtc = LayerDense(self.width, ('embed', 'common'), self.dtype, name='project')(tokens_lbtd)
-    roles = ('query', 'key', 'value') if self.attention else ()
-    return projected_lbtc, *(LayerDense(self.width, ('common', 'heads'), self.dtype, name=role)(projected_lbtc) for role in roles)
 
 
 class Translation(nn.Module):
@@ -39,40 +26,46 @@ class Translation(nn.Module):
   cross_attention: bool
   dtype: jnp.dtype
 
-  def setup(self):
-    self.projections = {m: Projection(self.width, self.cross_attention, self.dtype, name=m) for m in MODALITIES}
-    self.norms = {m: PooledLayerNorm(name=f'{m}_norm') for m in MODALITIES}
-
+  @nn.compact
   def __call__(self, image: TokenSequence, text: TokenSequence) -> tuple[jax.Array, jax.Array]:
     """A modality with nothing to read gives zero, and adds nothing to the other.
 
     Each row is encoded in every way that a view may ask for, whatever is present; the views differ in which of the results they take.
     """
     sequences = dict(zip(MODALITIES, (image, text), strict=True))
-    maps = {m: self.projections[m](s.tokens_lbtd) for m, s in sequences.items()}
-    stand_ins = {m: None if s.stand_in_l11d is None else self.projections[m](s.stand_in_l11d) for m, s in sequences.items()}
-    return tuple(self._encode(own, other, sequences, maps, stand_ins) for own, other in (('image', 'text'), ('text', 'image')))
+    maps = {m: self._maps(m, *s.tokens_lbtd.shape[::3]) for m, s in sequences.items()}
+    norms = {m: PooledLayerNorm(name=f'{m}_norm') for m in MODALITIES}
+    tokens = {m: maps[m]['project'](s.tokens_lbtd) for m, s in sequences.items()}
+    stand_ins = {m: None if s.stand_in_l11d is None else maps[m]['project'](s.stand_in_l11d) for m, s in sequences.items()}
+    pooled = []
+    for own, other in (('image', 'text'), ('text', 'image')):
+      ask = functools.partial(self._ask, maps[own].get('query'), maps[other].get('key'), maps[other].get('value'))
+      own_mask_bt, other_mask_bt = sequences[own].mask_bt, sequences[other].mask_bt
+      together_lbc = norms[own](ask(tokens[own], tokens[other], other_mask_bt), own_mask_bt)
+      alone_lbc = norms[own](ask(tokens[own], stand_ins[other], None), own_mask_bt)
+      absent_lbc = jnp.zeros_like(alone_lbc)
+      if stand_ins[own] is not None:
+        absent_lbc = norms[own](ask(stand_ins[own], tokens[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1]))
+      present_lbc = jnp.where(sequences[other].present_b[None, :, None], together_lbc, alone_lbc)
+      pooled.append(jnp.where(sequences[own].present_b[None, :, None], present_lbc, absent_lbc))
+    return tuple(pooled)
 
-  def _encode(self, own, other, sequences, maps, stand_ins):
-    norm, own_mask_bt, other_mask_bt = self.norms[own], sequences[own].mask_bt, sequences[other].mask_bt
-    together_lbc = norm(self._ask(maps[own], maps[other], other_mask_bt), own_mask_bt)
-    alone_lbc = norm(self._ask(maps[own], stand_ins[other], None), own_mask_bt)
-    absent_lbc = jnp.zeros_like(alone_lbc)
-    if stand_ins[own] is not None:
-      absent_lbc = norm(self._ask(stand_ins[own], maps[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1]))
-    encoded_lbc = jnp.where(sequences[other].present_b[None, :, None], together_lbc, alone_lbc)
-    return jnp.where(sequences[own].present_b[None, :, None], encoded_lbc, absent_lbc)
+  def _maps(self, modality, num_layers, width):
+    """The maps of eq. 1 and, with cross-attention, of eq. 2."""
+    axes = {'project': (width, ('embed', 'common'))}
+    axes |= {role: (self.width, ('common', 'heads')) for role in ('query', 'key', 'value') if self.cross_attention}
+    return {
+        role: LayerAffine(num_layers, self.width, names, self.dtype, use_bias=role != 'key', name=f'{modality}_{role}')(width)
+        for role, (width, names) in axes.items()}
 
-  def _ask(self, own, other, other_mask_bt):
-    """Eq. 2 and the sum of eq. 3, float32[L, B, T, C]; other_mask_bt None: `other` is one token for all rows, or nothing."""
-    residual_lbtc = own[0].astype(jnp.float32)
-    if not self.cross_attention or other is None:
+  def _ask(self, query, key, value, own_lbtc, other_lbsc, other_mask_bs):
+    """Eq. 2 and the sum of eq. 3, float32[L, B, T, C]; other_mask_bs None: `other` is one token for all rows, or nothing."""
+    residual_lbtc = own_lbtc.astype(jnp.float32)
+    if not self.cross_attention or other_lbsc is None:
       return residual_lbtc
-    query_lbtc, (key_lbsc, value_lbsc) = own[1], other[2:]
-    if other_mask_bt is None:  # The softmax over one key is one.
-      return residual_lbtc + value_lbsc.astype(jnp.float32)
-    query_lbtc = jnp.broadcast_to(query_lbtc, (query_lbtc.shape[0], key_lbsc.shape[1], *query_lbtc.shape[2:]))
-    answer_lbtc = attend(query_lbtc, key_lbsc, value_lbsc, other_mask_bt[None], num_heads=self.num_heads)
+    if other_mask_bs is None:  # The softmax over one key is one.
+      return residual_lbtc + value(other_lbsc).astype(jnp.float32)
+    answer_lbtc = attend(own_lbtc, other_lbsc, other_mask_bs, query=query, key=key, value=value, num_heads=self.num_heads)
     return residual_lbtc + answer_lbtc.astype(jnp.float32)
 
 

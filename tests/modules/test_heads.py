@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from molt_jax import config as config_lib
-from molt_jax.modules.attention import attend
+from molt_jax.modules import attention
 from molt_jax.modules.fusion import CLASSIFIERS
 from molt_jax.modules.heads import METHODS, make_head
 from molt_jax.modules.inputs import INPUT_NORMS, STRATEGIES
@@ -46,7 +46,7 @@ def test_initial_values(case):
       np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
     elif path[-1] == 'kernel':  # Fan-in is the second-last axis, one layer at a time.
       np.testing.assert_allclose(np.std(leaf), leaf.shape[-2] ** -0.5, rtol=0.5)
-  kernel_ldc = params['translation', 'image', 'project', 'kernel']
+  kernel_ldc = params['translation', 'image_project', 'kernel']
   assert not np.array_equal(kernel_ldc[0], kernel_ldc[1])
 
 
@@ -58,8 +58,8 @@ def test_size_of_the_paper_head():
   variables = nn.unbox(jax.eval_shape(lambda: head.init(jax.random.key(0), taps, np.ones((1, 2), bool), train=False)))
   c, layers = 1024, 4
   square = c * c + c
-  translation = layers * ((1024 * c + c) + (4096 * c + c) + 6 * square + 2 * 2 * c)
-  fusion = square + 2 * (1024 * c + c) + 2 * (4096 * c + c)
+  translation = layers * ((1024 * c + c) + (4096 * c + c) + 4 * square + 2 * c * c + 2 * 2 * c)  # Keys have no bias.
+  fusion = square + (2 * 1024 * c + c) + (2 * 4096 * c + c)
   assert list(variables) == ['params']
   assert sum(x.size for x in jax.tree.leaves(variables)) == translation + layers + fusion + (c + 1) * 101
 
@@ -88,21 +88,67 @@ def test_sharding_the_batch_changes_nothing(case, presence):
   jax.tree.map(functools.partial(check, 1e-5), sharded[1], single[1])  # Gradients: sums in another order, then inverse covariances.
 
 
-@pytest.mark.parametrize('num_heads', [1, 2, 4])
-def test_attention_equals_pytorch(num_heads):
+def attention_problem(*, askers=3, keys=5, width=8):
+  """Inputs and maps of `attend` in float64: L = 2, B = 3, asker and memory of different widths, at least one valid key a row."""
   rng = np.random.default_rng(0)
-  query, key, value = (rng.normal(size=(2, 3, n, 8)) for n in (4, 5, 5))
-  mask_bs = np.arange(5) < np.array([[5], [1], [3]])
-  def split(x):
-    return torch.tensor(x).unflatten(-1, (num_heads, -1)).transpose(-2, -3)
-  expected = torch.nn.functional.scaled_dot_product_attention(*map(split, (query, key, value)), attn_mask=torch.tensor(mask_bs)[None, :, None, None])
-  actual = attend(*(x.astype(np.float32) for x in (query, key, value)), mask_bs[None], num_heads=num_heads)
-  np.testing.assert_allclose(actual, expected.transpose(-2, -3).flatten(-2), rtol=1e-5, atol=1e-6)
+  draw = functools.partial(rng.normal, size=None)
+  asker_lbtc, memory_lbsd = draw(size=(2, 3, askers, 6)), draw(size=(2, 3, keys, 7))
+  maps = {'query': (draw(size=(2, 6, width)), draw(size=(2, width))), 'key': (draw(size=(2, 7, width)),),
+          'value': (draw(size=(2, 7, width)), draw(size=(2, width)))}
+  return asker_lbtc, memory_lbsd, np.arange(keys) < rng.integers(1, keys + 1, (3, 1)), maps
+
+
+def pytorch_attention(asker_lbtc, memory_lbsd, mask_bs, maps, num_heads):
+  def project(x_lbtd, kernel_ldc, bias_lc=None):
+    y_lbtc = x_lbtd @ kernel_ldc[:, None]
+    y_lbtc = y_lbtc if bias_lc is None else y_lbtc + bias_lc[:, None, None]
+    return y_lbtc.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+  projected = (project(asker_lbtc, *maps['query']), project(memory_lbsd, *maps['key']), project(memory_lbsd, *maps['value']))
+  answer = torch.nn.functional.scaled_dot_product_attention(*projected, attn_mask=torch.tensor(mask_bs)[None, :, None, None])
+  return answer.transpose(-2, -3).flatten(-2)
+
+
+@pytest.mark.parametrize('form', attention.FORMS)
+@pytest.mark.parametrize('num_heads', [1, 2, 4])
+def test_attention_and_its_gradients_equal_pytorch_in_every_form(monkeypatch, form, num_heads):
+  monkeypatch.setattr(attention, 'FORMS', {form: attention.FORMS[form]})
+  asker, memory, mask_bs, maps = attention_problem()
+  weight = np.random.default_rng(1).normal(size=(2, 3, 3, 8))
+  leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), (asker, memory, maps))
+  expected = pytorch_attention(*leaves[:2], mask_bs, leaves[2], num_heads)
+  torch.sum(expected * torch.tensor(weight)).backward()
+
+  def value(asker, memory, maps):
+    maps = {role: attention.Affine(*m) for role, m in maps.items()}
+    answer = attention.attend(asker, memory, mask_bs, **maps, num_heads=num_heads)
+    return jnp.sum(answer * weight.astype(np.float32)), answer
+  inputs = jax.tree.map(lambda x: x.astype(np.float32), (asker, memory, maps))
+  (_, actual), gradient = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
+  np.testing.assert_allclose(actual, expected.detach(), rtol=1e-5, atol=1e-5)
+  for mine, leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(leaves), strict=True):
+    np.testing.assert_allclose(mine, leaf.grad, rtol=0, atol=1e-5 * float(leaf.grad.abs().max()))
+
+
+@pytest.mark.parametrize(('askers', 'keys', 'num_heads', 'cheapest'), [
+    (1, 65, 1, '_project_asker'), (16, 65, 1, '_project_asker'), (65, 16, 1, '_project_memory'), (40, 40, 16, '_project_both')])
+def test_attention_brackets_its_products_by_their_cost(askers, keys, num_heads, cheapest):
+  asker, memory, _, maps = jax.tree.map(np.float32, attention_problem(askers=askers, keys=keys, width=64))
+  cost = {}
+  for form in attention.FORMS:
+    def run(*arrays, form=form):
+      return form(*arrays, *(attention.Affine(*maps[role]) for role in ('query', 'key', 'value')), num_heads, jax.nn.softmax)
+    cost[form.__name__] = jax.jit(run).lower(asker, memory).cost_analysis()['flops']
+  assert min(cost, key=cost.get) == cheapest
+  sizes = (askers, keys, 6, 7, 64, num_heads)
+  assert min(attention.FORMS, key=lambda form: attention.FORMS[form](*sizes)).__name__ == cheapest
 
 
 def test_attention_without_a_valid_key_is_finite():
-  x_tc = np.ones((2, 4), np.float32)
-  value, gradient = jax.value_and_grad(lambda x: attend(x, x, x, np.zeros(2, bool), num_heads=1).sum())(x_tc)
+  asker, memory, mask_bs, maps = jax.tree.map(np.float32, attention_problem())
+  maps = {role: attention.Affine(*m) for role, m in maps.items()}
+  def value(asker):
+    return attention.attend(asker, memory, np.zeros_like(mask_bs, bool), **maps, num_heads=1).sum()
+  value, gradient = jax.value_and_grad(value)(asker)
   assert np.isfinite(value) and np.isfinite(gradient).all()
 
 

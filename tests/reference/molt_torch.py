@@ -71,7 +71,7 @@ def prepare(sample, statistics, p, s, widths):
 def affine(x, p, layer=None):
   if layer is None:
     return x @ p['kernel'] + p['bias']
-  return x @ p['kernel'][layer] + p['bias'][layer]
+  return x @ p['kernel'][layer] + (p['bias'][layer] if 'bias' in p else 0)
 
 
 def attention(q, k, v, num_heads):
@@ -91,13 +91,13 @@ def layer_norm(x, p, layer=None):
 
 def translate(x, p, s, layer):
   """Eq. 1-3 and the mean over tokens: {'image': [C] or None, 'text': [C] or None}."""
-  projected = {m: affine(x[m][layer], p[m]['project'], layer) for m in OTHER if x[m] is not None}
+  projected = {m: affine(x[m][layer], p[f'{m}_project'], layer) for m in OTHER if x[m] is not None}
   pooled = dict.fromkeys(OTHER)
   for m, own in projected.items():
     h = torch.zeros_like(own)
     if s.cross_attention and OTHER[m] in projected:
-      other, q = projected[OTHER[m]], affine(own, p[m]['query'], layer)
-      k, v = (affine(other, p[OTHER[m]][role], layer) for role in ('key', 'value'))
+      other, q = projected[OTHER[m]], affine(own, p[f'{m}_query'], layer)
+      k, v = (affine(other, p[f'{OTHER[m]}_{role}'], layer) for role in ('key', 'value'))
       h = attention(q, k, v, s.num_heads)
     pooled[m] = layer_norm(h + own, p[f'{m}_norm'], layer).mean(0)
   return pooled
@@ -123,8 +123,9 @@ def molt(x, p, s):
   if not s.fusion_attention:
     return classify(joint, p['classifier'], s), pooled
   f = p['fusion']
-  query = affine(joint, f['query'])[None]
-  answers = [attention(query, affine(x[m][-1], f[f'{m}_key']), affine(x[m][-1], f[f'{m}_value']), s.num_heads)[0] for m in OTHER if x[m] is not None]
+  query = affine(joint, f['query'], 0)[None]
+  memories = [[affine(x[m][-1], f[f'{m}_{role}'], 0) for role in ('key', 'value')] for m in OTHER if x[m] is not None]
+  answers = [attention(query, key, value, s.num_heads)[0] for key, value in memories]
   return classify(mean_of(answers) + (joint if s.fusion_residual else 0), p['classifier'], s), pooled
 
 
