@@ -22,7 +22,9 @@ ROOMS = {
     'profiling': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'step'),
     'step': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'translate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'step'),
+    'dual': ('config', 'data', 'backbones', 'objectives', *SERVICES),
     'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step', 'translate'),
+    'pretrain': ('config', 'data', 'backbones', 'objectives', *SERVICES, 'dual', 'pair_metrics', 'train'),
 }
 
 

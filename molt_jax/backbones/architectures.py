@@ -17,6 +17,14 @@ def _clip(hidden_size, num_hidden_layers, num_attention_heads, image_size, patch
   }
 
 
+def _clip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
+  return {
+      'model_type': 'clip_text_model', 'vocab_size': 49408, 'hidden_size': hidden_size, 'intermediate_size': 4 * hidden_size,
+      'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads, 'max_position_embeddings': 77,
+      'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'eos_token_id': 49407, 'projection_dim': hidden_size, **overrides,
+  }
+
+
 ARCHITECTURES = {
     'text': {
         'llama-7b': _llama(4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6),  # LLaMA 1, the paper's text tower.
@@ -24,6 +32,11 @@ ARCHITECTURES = {
         'llama-70b': _llama(8192, 28672, 80, 64, 8),  # LLaMA 2.
         'smollm2-135m': _llama(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0),
         'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
+    },
+    'clip_text': {
+        'clip-text-b': _clip_text(512, 12, 8),
+        'clip-text-l': _clip_text(768, 12, 12),
+        'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=258, eos_token_id=257),  # Bytes, begin, end.
     },
     'image': {
         'clip-vit-b-32': _clip(768, 12, 12, 224, 32),

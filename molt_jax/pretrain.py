@@ -1,0 +1,339 @@
+"""Pretrains an image tower and a text tower on pairs: `python -m molt_jax.pretrain --config=configs/pretrain_openmoji.py --workdir=DIR`.
+
+DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/ and, at the end, tower/: the image tower as a
+Hugging Face directory, for `backbones.image.path` and `transformers.CLIPVisionModel`. The same command goes on where a run stopped, bit for bit.
+"""
+
+import functools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from molt_jax import checkpoint, cli, dual, logbook, pair_metrics, sharding, train_state
+from molt_jax import config as config_lib
+from molt_jax import model as model_lib
+from molt_jax import train as train_lib
+from molt_jax.backbones import export
+from molt_jax.config import UserError
+from molt_jax.data import augment, datasets, pairs, pipeline
+from molt_jax.data.sources import Dataset, Source
+from molt_jax.objectives import contrastive
+
+SPLITS = ('train', 'validation')
+
+# ---- The step ------------------------------------------------------------------------------------------------------------------------
+
+
+def pretrain_step(
+    state: train_state.TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], *, model: dual.DualModel,
+    tx: optax.GradientTransformation, config: ml_collections.ConfigDict) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+  """One update of all that is trained; `frozen` (towers by parameter name) is only read. Returns the new state and metrics (scalars)."""
+  key = train_state.stream(config.seed, 'objective', state.step)
+
+  def loss_fn(params):
+    variables = {'params': {**params, **frozen}, 'statistics': state.statistics}
+    scale = jnp.exp(params['log_scale'])
+    return contrastive.pair_loss(model.embed_batch(variables, batch), dual.objectives(config), scale, key)
+
+  (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  params = {**params, 'log_scale': jnp.minimum(params['log_scale'], math.log(config.temperature.max_scale))}
+  metrics = {
+      'loss': loss, **{f'loss_{name}': value for name, value in parts.items()}, 'grad_norm': optax.tree.norm(grads),
+      'scale': jnp.exp(state.params['log_scale'])}
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+# ---- The loop ------------------------------------------------------------------------------------------------------------------------
+
+
+def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+  """Trains (or goes on training) a pair of towers in `workdir`, then writes the image tower.
+
+  Args:
+    config: a validated config of `config.PRETRAIN_SCHEMA`.
+    workdir: the run's folder; made if need be.
+
+  Returns:
+    The folder of the image tower, `workdir`/tower; None if it was frozen.
+
+  Raises:
+    UserError: a mistake of the user's, or a loss that is not finite.
+    train.Interrupted: SIGTERM or SIGINT; the state is saved.
+  """
+  workdir = train_lib.check_workdir(config, pathlib.Path(workdir), schema=config_lib.PRETRAIN_SCHEMA)
+  mesh = sharding.make_mesh(config)
+  for name in ('train', 'eval'):
+    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)
+  towers = dual.describe_towers(config)
+  data = datasets.load_dataset(config)
+  _check_pairs(config, data)
+  model = dual.make_model(config, towers)
+  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
+  checkpoints = checkpoint.Checkpoints(workdir)
+  saved = checkpoints.meta()
+  meta = {
+      'config': config.to_dict(), 'backbones': model_lib.identities(towers), 'class_names': list(data.class_names), 'score': None, 'step': 0}
+  if saved:
+    train_lib.check_same_run(saved, meta, towers)
+  plan = train_lib.Plan(config, len(pairs.complete_rows(data.splits['train'])))
+  tx = train_state.make_optimizer(config, plan.total)
+  pooled = _pool_frozen_texts(config, model, towers, data, preprocess, mesh)
+  frozen = {'image_tower': dual.load_weights(config, mesh, 'image', config.compute_dtype)} if 'image' in model.frozen else {}
+  state = _new_state(config, model, tx, _statistics(data, pooled), mesh, resumed=bool(saved))
+  _introduce(config, data, towers, model, state, plan)
+  iterator = pairs.train_iterator(
+      data.splits['train'], preprocess, _views(config), batch_size=config.train.batch_size, seed=config.seed,
+      text_pooled_nd=pooled.get('train'), num_threads=config.input.num_threads, prefetch=config.input.prefetch)
+  if saved:
+    state = checkpoints.restore(state, iterator)
+    cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
+  train_lib.claim_workdir(config, workdir)
+  run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, pooled)
+  with train_lib.stop_on_signals() as stop:
+    run.loop(state, iterator, stop)
+  checkpoints.close()
+  if preprocess.report.counts():
+    cli.say(preprocess.report.line())
+  return write_tower(workdir)
+
+
+class _Run:
+  """One run: everything that stays the same from step to step. `train.Watch` reads config, workdir, plan, schedule and data."""
+
+  def __init__(self, config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, pooled):
+    self.config, self.workdir, self.mesh, self.data, self.preprocess = config, workdir, mesh, data, preprocess
+    self.checkpoints, self.meta, self.plan, self.frozen, self.pooled = checkpoints, meta, plan, frozen, pooled
+    frozen_config = ml_collections.FrozenConfigDict(config)
+    self.step_fn = jax.jit(functools.partial(pretrain_step, model=model, tx=tx, config=frozen_config), donate_argnums=0)
+    self.embed_fn = jax.jit(model.embed_batch)
+    self.schedule = train_state.make_schedule(config, plan.total)
+    self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
+
+  def loop(self, state, iterator, stop):
+    """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact."""
+    start = step = int(state.step)
+    rows = self.config.train.batch_size
+    log = logbook.Logbook(self.workdir, step=start)
+    watch = train_lib.Watch(self, log, start)
+    clock = _Clock()
+    with cli.progress('pretraining', self.plan.total * rows, 'images', done=start * rows) as bar:
+      while True:
+        stopping = stop() and step > start
+        if step > start and (self.plan.validate_at(step) or self.plan.save_at(step) or stopping):
+          watch.drain()
+          self._validate_and_save(state, iterator, log, step, stopping, epoch_seconds=clock.seconds(step) * self.plan.per_epoch)
+          watch.restart_clock()
+          clock = _Clock()
+        if step == self.plan.total:
+          break
+        if stop():
+          self.checkpoints.close()
+          raise train_lib.Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', stop())
+        batch = next(iterator)
+        index = batch['index']
+        state, metrics = self.step_fn(state, self.frozen, sharding.put_batch(batch, self.mesh))
+        step += 1
+        watch.dispatched(step, metrics, index)
+        clock.start(step)
+        bar.advance(rows, f'epoch {step / self.plan.per_epoch:.1f}, {watch.note}')
+    log.close()
+
+  def _validate_and_save(self, state, iterator, log, step, stopping, *, epoch_seconds):
+    best = False
+    if self.plan.validate_at(step):
+      results = self._validate({'params': {**state.params, **self.frozen}, 'statistics': state.statistics})
+      score = float(np.mean([results[way]['R@10'] for way in ('image_to_text', 'text_to_image')]))
+      log.write('validation', step, {**results, 'score': score, 'epoch_seconds': round(epoch_seconds, 2)})
+      cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} (R@10, mean of both ways), {epoch_seconds:.0f} s an epoch')
+      best = score > self.best
+      self.best = max(score, self.best)
+      self.meta = {**self.meta, 'score': score}
+    meta = {**self.meta, 'step': step}
+    if best:
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint.BEST)
+    if best or stopping or self.plan.save_at(step):
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint.LATEST)
+
+  def _validate(self, variables):
+    """Scores the pairs of the validation split that have both modalities."""
+    source = self.data.splits['validation']
+    images, texts, rows = [], [], []
+    for batch in pipeline.eval_batches(
+        source, self.preprocess, batch_size=self.config.eval.batch_size, num_threads=self.config.input.num_threads,
+        prefetch=self.config.input.prefetch):
+      if self.pooled:
+        batch['text_pooled'] = self.pooled['validation'][batch['index']]  # Padding has index -1 and is dropped.
+      embeddings = self.embed_fn(variables, sharding.put_batch(batch, self.mesh))
+      complete_b = batch['present'].all(axis=-1)
+      images.append(np.asarray(embeddings.image_bc)[complete_b])
+      texts.append(np.asarray(embeddings.text_bc)[complete_b])
+      rows.append(batch['index'][complete_b])
+    written = [source.read(int(row), image=False)['text'] for row in np.concatenate(rows)]
+    return pair_metrics.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
+
+
+# ---- Around the loop -----------------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+  """Seconds a step; the first step after a pause (compilation, validation) starts it and is not counted."""
+
+  def __init__(self):
+    self._since = None
+
+  def start(self, step: int) -> None:
+    self._since = self._since or (time.monotonic(), step)
+
+  def seconds(self, step: int) -> float:
+    began, first = self._since or (time.monotonic(), step)
+    return (time.monotonic() - began) / max(step - first, 1)
+
+
+def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
+  """Refuses splits without enough complete pairs."""
+  counts = {split: len(pairs.complete_rows(data.splits[split])) for split in SPLITS}
+  for split, count in counts.items():
+    if count < 2:
+      raise UserError(f'config.dataset: the {split} split has {count} example(s) with image and text, which leaves nothing to contrast; give more')
+  if config.train.batch_size > counts['train']:
+    raise UserError(
+        f'config.train.batch_size: {config.train.batch_size} is more than the {counts["train"]} examples with image and text, so that a pair would '
+        'be its own negative; give at most that')
+
+
+def _texts(source: Source) -> list[str]:
+  return [source.read(int(row), image=False)['text'] for row in pairs.complete_rows(source)]
+
+
+def _pool_frozen_texts(config, model, towers, data, preprocess, mesh) -> dict[str, np.ndarray]:
+  """Returns split -> float32[N, D], the pooled text of each row (zeros where it is not used); {} if the text tower is trained."""
+  if 'text' not in model.frozen:
+    return {}
+  texts = {split: _texts(data.splits[split]) for split in SPLITS}
+
+  def compute():
+    params = {'text_tower': dual.load_weights(config, mesh, 'text', config.compute_dtype)}
+    return dual.pool_texts(
+        model, {'params': params, 'statistics': {}}, preprocess, sum(texts.values(), []), batch_size=config.eval.batch_size, mesh=mesh)
+
+  both_nd = dual.stored_texts(config, towers['text'], sum(texts.values(), []), compute)
+  pooled, start = {}, 0
+  for split, own in texts.items():
+    pooled[split] = np.zeros((len(data.splits[split]), both_nd.shape[1]), np.float32)
+    pooled[split][pairs.complete_rows(data.splits[split])] = both_nd[start:start + len(own)]
+    start += len(own)
+  return pooled
+
+
+def _statistics(data: Dataset, pooled: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return dual.statistics(pooled['train'][pairs.complete_rows(data.splits['train'])]) if pooled else {}
+
+
+def _views(config: ml_collections.ConfigDict) -> pairs.PairViews:
+  """Returns what the objectives need to see of each pair."""
+  a = config.augment
+  second = any('augmented' in field for name in dual.objectives(config) for field in contrastive.NEEDS[name])
+  text = augment.TextAugmentation(delete=a.text.delete, swap=a.text.swap)
+  return pairs.PairViews(
+      image=augment.ImageAugmentation(min_area=a.image.min_area, max_aspect=a.image.max_aspect, flip=a.image.flip, color=a.image.color),
+      text=text, num_views={'image': 1 + second, 'text': 1 + (second and text.changes)}, keep=config.input.cache)
+
+
+def _new_state(config, model, tx, statistics, mesh, *, resumed) -> train_state.TrainState:
+  """Returns the state before the first step; a run that goes on takes its weights from the checkpoint."""
+  state = train_state.create(functools.partial(model.init, text_statistics=statistics), tx, lambda: (), seed=config.seed, mesh=mesh)
+  pretrained = [t for t in dual.TOWERS if config.backbones[t].pretrained and t not in model.frozen]
+  if resumed or not pretrained:
+    return state
+  loaded = {f'{t}_tower': dual.load_weights(config, mesh, t, 'float32') for t in pretrained}
+  placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, {name: state.params[name] for name in loaded})
+  return state.replace(params={**state.params, **placed})
+
+
+def _introduce(config, data, towers, model, state, plan) -> None:
+  """Says in a few lines what is about to be trained."""
+  cli.say(f'data: {data.name}, ' + ', '.join(f'{len(pairs.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS))
+  for name, tower in towers.items():
+    start = 'frozen' if name in model.frozen else 'trained on' if config.backbones[name].pretrained else 'trained from scratch'
+    cli.say(f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width {tower.config.hidden_size}, {start}')
+  cli.say(f'{train_state.count(state.params):,} parameters to train; {plan.total} steps of {config.train.batch_size} pairs')
+
+
+# ---- What comes out --------------------------------------------------------------------------------------------------------------------
+
+
+def _open(workdir: pathlib.Path):
+  """Returns (config, class names, towers, model, the trained variables, mesh) of a run."""
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise UserError(f'--workdir: no run in {str(workdir)!r} (config.json is not there); give the --workdir of a run of python -m molt_jax.pretrain')
+  config = config_lib.from_json(path.read_text(encoding='utf-8'), config_lib.PRETRAIN_SCHEMA)
+  meta, restore = checkpoint.load_model(workdir, config.eval.select)
+  towers = dual.describe_towers(config)
+  model_lib.check_same_towers(meta['backbones'], towers)
+  model, mesh = dual.make_model(config, towers), sharding.make_mesh(config)
+  width = towers['text'].config.hidden_size
+  standardised = {name: np.zeros(width, np.float32) for name in ('mean', 'deviation')} if 'text' in model.frozen else {}
+  abstract = nn.unbox(jax.eval_shape(functools.partial(model.init, text_statistics=standardised), jax.random.key(0)))
+  place = sharding.replicated(mesh)
+  variables = restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract))
+  return config, meta['class_names'], towers, model, variables, mesh
+
+
+def load_pair(workdir: pathlib.Path) -> dual.TowerPair:
+  """Opens the checkpoint of a run that `eval.select` names, with its frozen towers.
+
+  Raises:
+    UserError: there is no run, or a tower is not the one it was trained with.
+  """
+  config, class_names, towers, model, variables, mesh = _open(pathlib.Path(workdir))
+  frozen = {f'{t}_tower': dual.load_weights(config, mesh, t, config.compute_dtype) for t in model.frozen}
+  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(class_names))
+  variables = {**variables, 'params': {**variables['params'], **frozen}}
+  return dual.TowerPair(model, variables, preprocess, config.eval.batch_size, mesh)
+
+
+def write_tower(workdir: pathlib.Path) -> pathlib.Path | None:
+  """Writes the trained image tower of a run to `workdir`/tower; one that was frozen is where it was (None)."""
+  config, _, towers, model, variables, _ = _open(workdir)
+  if 'image' in model.frozen:
+    return None
+  folder = export.save_image_tower(
+      workdir / 'tower', variables['params']['image_tower'], towers['image'].config, towers['image'].preprocess, dtype=config.export.dtype)
+  cli.say(f'image tower: {folder} ({sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB)')
+  return folder
+
+
+FLAGS = (
+    cli.Flag('config', 'preset, e.g. configs/pretrain_openmoji.py', required=True),
+    cli.Flag('workdir', 'folder of the run', required=True),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> int | None:
+  """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
+  flags, overrides = cli.parse('molt_jax.pretrain', 'Train an image tower and a text tower on pairs.', FLAGS, argv)
+  try:
+    pretrain(config_lib.load_config(flags.config, overrides, schema=config_lib.PRETRAIN_SCHEMA), pathlib.Path(flags.workdir))
+  except train_lib.Interrupted as stopped:
+    message, number = stopped.args
+    cli.say(message)
+    return 128 + number
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
