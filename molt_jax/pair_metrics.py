@@ -43,7 +43,7 @@ def evaluate_pair(
     labels and prompts also 'zero_shot': {'top1': ..}. Shares lie in [0, 1].
 
   Raises:
-    UserError: fewer than two images, or zero-shot classification with fewer than two classes.
+    UserError: fewer than two images with a text, or zero-shot classification with fewer than two classes.
   """
   image_of_text = np.arange(len(text_mc)) if image_of_text is None else np.asarray(image_of_text)
   paired_mc = np.asarray(image_nc)[image_of_text]
@@ -99,25 +99,25 @@ def retrieval(
 
   Right for an image is each of its own texts and every text equal to one of them, whichever image that came from; right for a text is every image
   that has an equal text. So data with the same caption on many images does not punish a model for not telling apart what is the same. Images
-  without a text are no queries, but can be found. Arguments as in `evaluate_pair`.
+  without a text take no part. Arguments as in `evaluate_pair`.
 
   Raises:
-    UserError: fewer than two images or texts.
+    UserError: fewer than two images with a text.
   """
-  if min(len(image_nc), len(text_mc)) < 2:
-    raise UserError(f'retrieval: {len(image_nc)} image(s) and {len(text_mc)} text(s) leave nothing to choose; give two or more of each')
-  image_nc, text_mc = normalise(image_nc), normalise(text_mc)
-  image_of_text = np.arange(len(text_mc)) if image_of_text is None else np.asarray(image_of_text)
+  used, image_of_text = np.unique(np.arange(len(text_mc)) if image_of_text is None else image_of_text, return_inverse=True)
+  if len(used) < 2:
+    raise UserError(f'retrieval: {len(used)} image(s) with a text leave nothing to choose; give two or more')
+  image_nc, text_mc = normalise(np.asarray(image_nc)[used]), normalise(text_mc)
   kind_m = np.arange(len(text_mc)) if texts is None else np.unique(np.asarray(texts, object).astype(str), return_inverse=True)[1].reshape(-1)
   best_m = np.full(len(text_mc), -np.inf)
   for scores_bm, right_bm, _ in _blocks(image_nc, text_mc, image_of_text, kind_m):
     best_m = np.maximum(best_m, np.max(scores_bm, axis=0, where=right_bm, initial=-np.inf))
-  rank_m, rank_n = np.zeros(len(text_mc), int), np.full(len(image_nc), -1)
+  rank_m, rank_n = np.zeros(len(text_mc), int), np.zeros(len(image_nc), int)
   for scores_bm, right_bm, rows in _blocks(image_nc, text_mc, image_of_text, kind_m):
     rank_m += np.sum(~right_bm & (scores_bm >= best_m[None, :]), axis=0)
     best_b = np.max(scores_bm, axis=1, where=right_bm, initial=-np.inf)
-    rank_n[rows] = np.where(right_bm.any(axis=1), np.sum(~right_bm & (scores_bm >= best_b[:, None]), axis=1), -1)
-  ranks = {'image_to_text': rank_n[rank_n >= 0], 'text_to_image': rank_m}
+    rank_n[rows] = np.sum(~right_bm & (scores_bm >= best_b[:, None]), axis=1)
+  ranks = {'image_to_text': rank_n, 'text_to_image': rank_m}
   return {way: {f'R@{k}': float(np.mean(rank < k)) for k in RECALL_AT} for way, rank in ranks.items()}
 
 

@@ -54,13 +54,13 @@ def assert_close(got, want, tolerance=1e-6):
     np.testing.assert_allclose(np.asarray(g, np.float64), w, atol=tolerance * max(1.0, np.abs(w).max()), rtol=0)
 
 
-@pytest.mark.parametrize('scale', [1.0, 14.3, 100.0])
-@pytest.mark.parametrize('block', [1024, 8, 5])
-def test_value_and_gradients_match_float64(scale, block, monkeypatch):
+@pytest.mark.parametrize('block', [1024, 5])
+def test_value_and_gradients_match_float64(block, monkeypatch):
+  """In one block, and in five of which the last is not full."""
   monkeypatch.setattr(pairwise, 'BLOCK_COLUMNS', block)
-  e = embeddings(24, 8)
-  got = jax.jit(jax.value_and_grad(info_nce, argnums=(0, 1, 2)))(e.image_bc, e.text_bc, scale)
-  assert_close(got, oracle(e.image_bc, e.text_bc, scale), 3e-6)
+  e, compute = embeddings(24, 8), jax.jit(jax.value_and_grad(info_nce, argnums=(0, 1, 2)))
+  for scale in (1.0, 14.3, 100.0):
+    assert_close(compute(e.image_bc, e.text_bc, scale), oracle(e.image_bc, e.text_bc, scale), 3e-6)
 
 
 def test_gradient_of_a_block_of_absent_rows_is_zero(monkeypatch):
@@ -92,7 +92,7 @@ def test_no_rows_cost_nothing_and_one_row_has_no_rival():
 def test_a_weight_is_a_multiplicity():
   e, times_b = embeddings(10, 8), np.arange(10) % 4
   repeated = [np.repeat(x_bc, times_b, axis=0) for x_bc in (e.image_bc, e.text_bc)]
-  np.testing.assert_allclose(info_nce(e.image_bc, e.text_bc, 5.0, weight_b=times_b), info_nce(*repeated, 5.0), rtol=1e-6)
+  np.testing.assert_allclose(info_nce(e.image_bc, e.text_bc, 5.0, weight_b=times_b), oracle(*repeated, 5.0)[0], rtol=1e-6)
 
 
 def test_uninformative_embeddings_cost_the_logarithm_of_the_batch():
