@@ -219,7 +219,11 @@ class TowerPair:
     return self._images(images, jax.jit(lambda variables, image_bhwc: self.model.embed_images(variables, image_bhwc)[0]))
 
   def image_features(self, images: Sequence[Any], *, num_layers: int = 4) -> np.ndarray:
-    """What a linear probe reads: the mean over all tokens of each of the tower's last layers, side by side, float32[N, num_layers * D]."""
+    """What a linear probe reads: class token and mean patch token of each of the tower's last layers, side by side.
+
+    Returns:
+      float32[N, num_layers * 2 * D].
+    """
     return self._images(images, jax.jit(lambda variables, image_bhwc: self.model(variables, 'image_features', image_bhwc, num_layers)))
 
   def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

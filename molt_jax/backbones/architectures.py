@@ -21,7 +21,8 @@ def _clip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides)
   return {
       'model_type': 'clip_text_model', 'vocab_size': 49408, 'hidden_size': hidden_size, 'intermediate_size': 4 * hidden_size,
       'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads, 'max_position_embeddings': 77,
-      'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'eos_token_id': 49407, 'projection_dim': hidden_size, **overrides,
+      'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'projection_dim': hidden_size, **overrides,
+      'eos_token_id': 2,  # The end of a text is its largest id: that of random towers' tokenizer.
   }
 
 
@@ -36,7 +37,7 @@ ARCHITECTURES = {
     'clip_text': {
         'clip-text-b': _clip_text(512, 12, 8),
         'clip-text-l': _clip_text(768, 12, 12),
-        'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=258, eos_token_id=257),  # Bytes, begin, end.
+        'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=259),
     },
     'image': {
         'clip-vit-b-32': _clip(768, 12, 12, 224, 32),

@@ -77,9 +77,10 @@ class DualEncoder(nn.Module):
     return jnp.sum(h_btd, axis=1, where=mask_bt[:, :, None]) / jnp.maximum(jnp.sum(mask_bt, axis=1), 1)[:, None]
 
   def image_features(self, image_bhwc, num_layers: int):
-    """The mean over all tokens of each of the image tower's last layers, side by side, float32[B, num_layers * D_i]."""
-    mean_lbd = jnp.mean(self.image_tower(image_bhwc, num_taps=num_layers).astype(jnp.float32), axis=2)
-    return jnp.moveaxis(mean_lbd, 0, 1).reshape(mean_lbd.shape[1], -1)
+    """Class token and mean patch token of each of the image tower's last layers, side by side, float32[B, num_layers * 2 * D_i]."""
+    taps_lbid = self.image_tower(image_bhwc, num_taps=num_layers).astype(jnp.float32)
+    both_lbd = jnp.concatenate([taps_lbid[:, :, 0], jnp.mean(taps_lbid[:, :, 1:], axis=2)], axis=-1)
+    return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
 
   def project_image(self, pooled_bd):
     """Returns (embeddings, independent features or None), each float32[B, C] with rows of length one."""

@@ -95,7 +95,7 @@ class RandomFiles(TowerFiles):
     return draw / np.float32(math.prod(shape[1:]) ** 0.5)  # Variance 1 / fan-in; shapes are [out, in...].
 
   def tokenizer(self):
-    return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size)
+    return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=self.kind == 'clip_text')
 
 
 class GgufFiles(TowerFiles):

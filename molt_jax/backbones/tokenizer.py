@@ -81,13 +81,13 @@ def _convert(path: pathlib.Path, vocab_size: int) -> Tokenizer:
   return _wrap(fast.backend_tokenizer, bos=fast.bos_token, eos=fast.eos_token, pad=fast.pad_token, vocab_size=vocab_size)
 
 
-def byte_tokenizer(*, vocab_size: int) -> Tokenizer:
-  """One token a byte after a begin token: what models of random weights read."""
+def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
+  """One token a byte after a begin token, and before an end token of the largest id: what models of random weights read."""
   backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens(['<s>', '<pad>'])
-  _add_bos_eos(backend, '<s>', None)
+  backend.add_special_tokens(['<s>', '<pad>', '</s>'][:2 + with_end])
+  _add_bos_eos(backend, '<s>', '</s>' if with_end else None)
   return _wrap(backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size)
 
 
