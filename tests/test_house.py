@@ -25,6 +25,7 @@ ROOMS = {
     'dual': ('config', 'data', 'backbones', 'objectives', *SERVICES),
     'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step', 'translate'),
     'pretrain': ('config', 'data', 'backbones', 'objectives', *SERVICES, 'dual', 'pair_metrics', 'train'),
+    'pair_evaluation': ('config', 'data', 'backbones', 'objectives', *SERVICES, 'dual', 'pair_metrics', 'pretrain'),
 }
 
 
