@@ -30,8 +30,9 @@ def train_step(
   loss, parts, grads, statistics, cca = gradients(
       state, frozen, batch, present_vbm, class_weight_k, train_state.stream(config.seed, 'dropout', state.step),
       model=model, estimator=estimator, config=config)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope('optimizer'):  # The scopes are what a profile is split by.
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   metrics = {'loss': loss, **parts, 'grad_norm': optax.tree.norm(grads)}
   return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state, cca=cca), metrics
 
@@ -191,7 +192,8 @@ def row_loss(out_v, batch, present_vbm, class_weight_k, totals, *, config) -> tu
 def pair_loss(pairs, batch, present_vbm, cca_state, *, estimator, config) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
   """alpha L_CCA of the complete rows' pairs (h_i, h_t): (loss, ({'loss_cca', 'cca_...'}, the estimator's new state))."""
   pair_b = batch['weight'] * jnp.all(present_vbm[0], axis=-1)
-  loss, cca_state, aux = estimator.loss(cca_state, *pairs, pair_b)
+  with jax.named_scope('cca'):
+    loss, cca_state, aux = estimator.loss(cca_state, *pairs, pair_b)
   return config.cca.weight * loss, ({'loss_cca': loss, **{f'cca_{name}': value_l for name, value_l in aux.items()}}, cca_state)
 
 

@@ -1,0 +1,139 @@
+"""FLOP counts against closed forms and XLA, the split of a step, and the tools that report them; on a machine without data packages too."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from molt_jax import profiling
+from molt_jax.config import default_config, validate
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def workload():
+  config = default_config()
+  config.dataset.path = 'unread'
+  config.text.max_tokens, config.train.batch_size, config.mesh.data = 8, 8, 1
+  config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
+  config.backbones.dtype = config.compute_dtype = 'float32'
+  config.molt.width = config.classifier.hidden = 32
+  return profiling.Workload.open(validate(config), num_classes=5)
+
+
+def test_products_are_counted_as_often_as_they_run():
+  a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 7))
+  def f(a, b):
+    once = jnp.einsum('bij,bjk->bik', a, b)
+    looped = jax.lax.scan(lambda c, _: (c @ jnp.ones((7, 7)), None), once[0], None, length=11)[0]
+    branched = jax.lax.cond(looped.sum() > 0, lambda x: x @ jnp.ones((7, 2)), lambda x: x[:, :2], looped)
+    return jax.jit(jnp.sum)(branched)
+  assert profiling.matmul_flops(f, a, b) == 2 * (3 * 4 * 5 * 7 + 11 * 4 * 7 * 7 + 4 * 7 * 2)
+  # A product and its gradient are three products.
+  gradient = jax.grad(lambda w, x: (x @ w).sum(), argnums=(0, 1))
+  assert profiling.matmul_flops(gradient, jnp.ones((5, 7)), jnp.ones((4, 5))) == 3 * 2 * 4 * 5 * 7
+
+
+@pytest.mark.parametrize('rows, tokens', [(8, 8), (2, 5)])
+def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
+  llama, clip = workload.model.text_tower, workload.model.image_tower
+  _, frozen, _ = workload.shapes()
+  text = (jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows, tokens), bool))
+  image = jax.ShapeDtypeStruct((rows, 64, 64, 3), jnp.float32)
+  assert profiling.matmul_flops(lambda p, *x: llama.apply({'params': p}, *x, num_taps=4), frozen['text'], *text) == \
+      profiling.llama_flops(llama.config, rows, tokens)
+  assert profiling.matmul_flops(lambda p, x: clip.apply({'params': p}, x, num_taps=4), frozen['image'], image) == \
+      profiling.clip_flops(clip.config, rows)
+
+
+def test_llama_7b_takes_two_flops_a_weight_and_token():
+  from molt_jax.backbones.architectures import ARCHITECTURES
+  from molt_jax.backbones.llama import LlamaConfig
+  config = LlamaConfig.from_hf(ARCHITECTURES['text']['llama-7b'])
+  matrices, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 128
+  attention = 32 * 4 * tokens * tokens * 4096  # Q K' and A V, over all pairs.
+  assert profiling.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
+
+
+def test_xla_counts_the_same_where_no_loop_hides_it(workload):
+  """One layer, so that counting a loop's body once is counting it right; XLA adds elementwise work."""
+  from molt_jax.backbones.llama import Llama, LlamaConfig
+  from molt_jax.backbones.weights import abstract_params, nn
+  config = LlamaConfig.from_hf({'vocab_size': 64, 'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 1, 'num_attention_heads': 4})
+  module = Llama(config, jnp.dtype('float32'), 'xla')
+  shapes = nn.unbox(abstract_params(module)), jax.ShapeDtypeStruct((4, 32), jnp.int32), jax.ShapeDtypeStruct((4, 32), bool)
+  counted = jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=1)).lower(*shapes).compile().cost_analysis()['flops']
+  assert 1.0 < counted / profiling.llama_flops(config, 4, 32) < 1.1
+
+
+def test_random_towers_keep_states_near_one(workload):
+  batch = workload.batch()
+  taps = jax.jit(workload.model.taps)(workload.frozen(), batch)
+  for x_lbnd in (taps.image_lbid, taps.text_lbtd):
+    assert 0.3 < float(jnp.std(x_lbnd)) < 10
+
+
+PRESET = """
+from molt_jax.config import default_config
+def get_config():
+  config = default_config()
+  config.dataset.path = 'unread'
+  config.text.max_tokens, config.train.batch_size, config.mesh.data = 8, 8, 1
+  config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
+  config.backbones.dtype = config.compute_dtype = 'float32'
+  config.molt.width, config.cca.estimator, config.missing.views = 32, 'batch', False
+  return config
+"""
+BARE = """
+import runpy, sys
+class Lacking:
+  def find_spec(self, name, path=None, target=None):
+    if name.split('.')[0] in ('ml_collections', 'grain', 'tensorflow_datasets', 'array_record', 'gguf', 'qwix', 'PIL', 'tensorboardX'):
+      raise ModuleNotFoundError(name, name=name)
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == 'ml_collections' else find(name, *a)
+sys.meta_path.insert(0, Lacking())
+sys.path.insert(0, sys.argv[1] + '/tools')
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_the_tool_runs_on_noise_without_any_data_package(tmp_path):
+  (tmp_path / 'tiny.py').write_text(PRESET)
+  command = [sys.executable, '-c', BARE, str(ROOT), str(ROOT / 'tools/profile_step.py'), f'--config={tmp_path}/tiny.py', '--rounds=2', '--json',
+             f'--trace={tmp_path}/trace', '--config.train.batch_size=4']
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
+  report = json.loads(out.stdout)
+  assert report['batch_size'] == 4 and report['step_seconds']['median'] > 0 and report['mfu'] is None
+  assert set(report['parts']) == {'image_tower', 'text_tower', 'head', 'cca', 'optimizer'}
+  assert 0.3 < report['parts_over_step'] < 3  # On a busy machine; they add up to about 1 on an idle one.
+  towers = sum(report['parts'][name]['flops'] for name in ('image_tower', 'text_tower'))
+  assert towers == report['flops']['towers_closed_form']
+  assert report['flops']['step'] == sum(part['flops'] for part in report['parts'].values())
+  assert report['flops']['xla_counting_loops_once'] < report['flops']['step']
+  busy = report['trace']['busy_seconds']
+  assert all(busy[name] > 0 for name in report['parts']) and busy['unknown'] < 0.3 * sum(busy.values())
+  assert list((tmp_path / 'trace').rglob('*.xplane.pb'))
+  memory = report['memory']
+  assert memory['step'] == memory['argument'] + memory['temp'] + memory['output'] - memory['alias'] > 0
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (['--rounds=none'], '--rounds'), (['--data=more'], '--data'), (['--config.molt.wdth=3'], 'molt.width'), (['--traces=x'], 'did you mean --trace')])
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
+  (tmp_path / 'tiny.py').write_text(PRESET)
+  monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+  import profile_step
+  assert profile_step.main([f'--config={tmp_path}/tiny.py', *arguments]) == 2
+  err = capsys.readouterr().err
+  assert says in err and err.count('\n') == 1

@@ -1,0 +1,185 @@
+"""Where the time and memory of a training step go: `python tools/profile_step.py --config=configs/quickstart.py [--json] [--config.FIELD=VALUE]`.
+
+Compiles the config's live step (towers included) and runs it on noise: compile time, seconds a step, FLOPs, FLOP/s and, on known devices, MFU
+(model FLOPs utilisation), memory, and the split over towers, head, CCA and optimiser, twice: from parts that are compiled on their own, and from
+a trace of the whole step, which is kept for XProf (`xprof TRACE`). With --data=dataset it also trains on the real input pipeline and says how
+long a step waits for it.
+
+`random:NAME` towers are drawn on the device (molt_jax/backbones/architectures.py has the names), so full-size models need no files:
+
+  python tools/profile_step.py --config=configs/quickstart.py --config.backbones.text.path=random:llama-7b \
+    --config.backbones.image.path=random:clip-vit-l-14 --config.backbones.dtype=bfloat16 --config.compute_dtype=bfloat16 \
+    --config.text.max_tokens=128 --config.train.batch_size=32 --config.molt.width=1024
+
+With noise for data, neither Grain nor TensorFlow Datasets nor ml_collections need be installed.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import attribute_dict  # noqa: F401 (before the package: it may stand in for ml_collections)
+import jax
+
+from molt_jax import cli, profiling, sharding
+from molt_jax import config as config_lib
+from molt_jax.config import UserError
+
+FLAGS = (
+    cli.Flag('config', 'preset', required=True),
+    cli.Flag('rounds', 'timed steps', '10'),
+    cli.Flag('data', "noise, or dataset: the config's own, through the input pipeline", 'noise'),
+    cli.Flag('classes', 'number of classes, for noise', '101'),
+    cli.Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+)
+TRACED = 3  # Steps in the trace.
+
+
+class Stepper:
+  """The compiled step and the state it goes on from."""
+
+  def __init__(self, workload: profiling.Workload):
+    start = time.perf_counter()
+    self.compiled = workload.step().lower(*workload.shapes(), None).compile()
+    self.compile_seconds = time.perf_counter() - start
+    self.frozen, self._state = workload.frozen(), workload.state()
+
+  def __call__(self, batch):
+    self._state, metrics = self.compiled(self._state, self.frozen, batch, None)
+    return metrics
+
+
+def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path) -> dict:
+  """Returns what the tool prints, as a dict."""
+  workload = profiling.Workload.open(config, num_classes=classes)
+  stepper = Stepper(workload)
+  host = workload.batch()
+  batch = sharding.put_batch(host, workload.mesh)
+  parts = profiling.Parts(workload, stepper.frozen, batch)
+  calls = parts.calls()
+  taken = profiling.seconds_in_turn({
+      'step': lambda: stepper(batch), 'transfer': lambda: sharding.put_batch(host, workload.mesh),
+      **{name: functools.partial(call, *arguments) for name, (call, arguments) in calls.items()}}, rounds=rounds)
+  median = {name: statistics.median(values) for name, values in taken.items()}
+  step = median['step']
+  split = {name: {'seconds': median[name], 'share': median[name] / step, 'flops': profiling.matmul_flops(call, *arguments)}
+           for name, (call, arguments) in calls.items()}
+  device = jax.devices()[0]
+  flops = profiling.matmul_flops(workload.step(), *workload.shapes(), None)
+  peak = profiling.PEAK_FLOPS.get(device.device_kind)
+  peak = peak and peak * workload.mesh.size
+  return {
+      'device': {'kind': device.device_kind, 'platform': device.platform, 'used': workload.mesh.size, 'load_average': os.getloadavg()[0]},
+      'batch_size': config.train.batch_size, 'max_tokens': config.text.max_tokens, 'quantization': config.backbones.quantization,
+      'attention': config.backbones.attention, 'backbones': {m: config.backbones[m].path for m in config_lib.modalities(config)},
+      'compile_seconds': stepper.compile_seconds, 'step_seconds': profiling.spread(taken['step']),
+      'examples_per_second': config.train.batch_size / step,
+      'parts': split, 'parts_over_step': sum(part['seconds'] for part in split.values()) / step,
+      'trace': _traced(stepper, batch, trace) | {'folder': str(trace)},
+      'flops': {'step': flops, 'towers_closed_form': _closed_form(workload), 'xla_counting_loops_once': _xla_flops(stepper.compiled)},
+      'flops_per_second': flops / step, 'peak_flops_per_second': peak, 'mfu': peak and flops / step / peak,
+      'memory': _memory(stepper.compiled, device),
+      'input': _pipeline(config, workload, stepper, rounds) if data == 'dataset' else {'data': 'noise', 'transfer_seconds': median['transfer']},
+      'versions': {'jax': jax.__version__},
+  }
+
+
+def _xla_flops(compiled):
+  return (compiled.cost_analysis() or {}).get('flops')
+
+
+def _closed_form(workload):
+  rows, tokens = workload.config.train.batch_size, workload.config.text.max_tokens
+  image, text = workload.model.image_tower, workload.model.text_tower
+  return (profiling.clip_flops(image.config, rows) if image else 0) + (profiling.llama_flops(text.config, rows, tokens) if text else 0)
+
+
+def _traced(stepper, batch, folder):
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level, options.host_tracer_level = 0, 2
+  with jax.profiler.trace(str(folder), profiler_options=options):
+    for i in range(TRACED):
+      with jax.profiler.StepTraceAnnotation('train', step_num=i):
+        jax.block_until_ready(stepper(batch))
+  busy = profiling.trace_parts(folder, stepper.compiled.as_text(), steps=TRACED)
+  total = sum(busy.values())
+  return {'busy_seconds': busy, 'share': {name: value / total if total else None for name, value in busy.items()}}
+
+
+def _memory(compiled, device):
+  m = compiled.memory_analysis()
+  bytes_of = {name: getattr(m, f'{name}_size_in_bytes') for name in ('argument', 'temp', 'output', 'alias')}
+  peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
+  return {**bytes_of, 'step': bytes_of['argument'] + bytes_of['temp'] + bytes_of['output'] - bytes_of['alias'], 'peak_of_the_process': peak}
+
+
+def _pipeline(config, workload, stepper, rounds):
+  from molt_jax import model as model_lib
+  from molt_jax.data import datasets, pipeline
+  data = datasets.load_dataset(config)
+  preprocess = model_lib.make_preprocess(config, model_lib.describe_towers(config), num_classes=workload.num_classes)
+  iterator = pipeline.train_iterator(
+      data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, num_threads=config.input.num_threads,
+      prefetch=config.input.prefetch)
+  waits, metrics = [], None
+  begin = time.perf_counter()
+  for _ in range(rounds + 1):
+    start = time.perf_counter()
+    batch = next(iterator)
+    waits.append(time.perf_counter() - start)
+    jax.block_until_ready(metrics)  # One step is in flight while the next batch is fetched.
+    metrics = stepper(sharding.put_batch({name: x for name, x in batch.items() if name != 'index'}, workload.mesh))
+  jax.block_until_ready(metrics)
+  total = time.perf_counter() - begin
+  return {'data': config.dataset.name, 'wait_seconds': profiling.spread(waits[1:]), 'wait_share': sum(waits[1:]) / total}
+
+
+@cli.command
+def main(argv: Sequence[str]) -> None:
+  """Command line."""
+  as_json = '--json' in argv
+  flags, overrides = cli.parse('tools.profile_step', 'Where the time and memory of a training step go.', FLAGS, [a for a in argv if a != '--json'])
+  for name in ('rounds', 'classes'):
+    if not getattr(flags, name).isdigit() or not int(getattr(flags, name)):
+      raise UserError(f'--{name}: {getattr(flags, name)!r} is not a positive number')
+  if flags.data not in ('noise', 'dataset'):
+    raise UserError(f'--data: {flags.data!r} is not legal; give noise or dataset')
+  config = config_lib.load_config(flags.config, overrides)
+  classes = _classes(config) if flags.data == 'dataset' else int(flags.classes)
+  trace = pathlib.Path(flags.trace or tempfile.mkdtemp(prefix='molt_jax_trace_'))
+  result = measure(config, rounds=int(flags.rounds), classes=classes, data=flags.data, trace=trace)
+  if as_json:
+    print(json.dumps(result))
+  else:
+    print('\n'.join(_lines(result)))
+
+
+def _classes(config):
+  from molt_jax.data import datasets
+  return len(datasets.load_dataset(config).class_names)
+
+
+def _lines(r):
+  yield f'{r["device"]["used"]} x {r["device"]["kind"]}, batch {r["batch_size"]} x {r["max_tokens"]} tokens; compiled in {r["compile_seconds"]:.1f} s'
+  mfu = f', {100 * r["mfu"]:.1f} % of peak' if r['mfu'] else ''
+  yield (f'step {1e3 * r["step_seconds"]["median"]:.2f} ms, {r["examples_per_second"]:.1f} examples/s, {r["flops"]["step"] / 1e12:.3f} TFLOP, '
+         f'{r["flops_per_second"] / 1e12:.3f} TFLOP/s{mfu}')
+  yield f'memory of the step {r["memory"]["step"] / 1e9:.2f} GB, of which {r["memory"]["temp"] / 1e9:.2f} GB temporary'
+  yield f'{"part":12} {"on its own":>14} {"share":>7} {"in the trace":>14}'
+  for name, busy in r['trace']['share'].items():
+    part = r['parts'].get(name)
+    own = f'{1e3 * part["seconds"]:11.2f} ms {100 * part["share"]:5.1f} %' if part else ' ' * 22
+    yield f'{name:12} {own} {100 * (busy or 0):12.1f} %'
+  yield f'parts on their own: {100 * r["parts_over_step"]:.0f} % of the step; trace: {r["trace"]["folder"]}'
+  if 'wait_share' in r['input']:
+    yield f'input: a step waits {1e3 * r["input"]["wait_seconds"]["median"]:.2f} ms for its batch, {100 * r["input"]["wait_share"]:.1f} % of the time'
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
