@@ -44,7 +44,7 @@ RATES = (1e-3, 3e-3)
 
 def eckart_young_estimator(seed):
   """(-2 tr C + tr V V) / k with C the symmetrised cross-covariance and V the mean covariance: no inverse, least value -sum rho^2 / k."""
-  base = make_estimator('memory', num_directions=NUM_DIRECTIONS, window=0, seed=seed)
+  base = make_estimator('moving_average', num_directions=NUM_DIRECTIONS, window=0, seed=seed)
 
   def loss(state, x_lbd, y_lbd, weight_b):
     del weight_b
@@ -59,10 +59,9 @@ def eckart_young_estimator(seed):
 
 CANDIDATES = {
   'batch': lambda seed: make_estimator('batch'),
-  'projection alone': lambda seed: make_estimator('memory', num_directions=NUM_DIRECTIONS, window=0, seed=seed),
+  'projection alone': lambda seed: make_estimator('moving_average', num_directions=NUM_DIRECTIONS, window=0, seed=seed),
   'moving average (default)': lambda seed: make_estimator('moving_average', num_directions=NUM_DIRECTIONS, window=WINDOW, seed=seed),
   'moving average over 1024': lambda seed: make_estimator('moving_average', num_directions=NUM_DIRECTIONS, window=1024, seed=seed),
-  'memory': lambda seed: make_estimator('memory', num_directions=NUM_DIRECTIONS, window=WINDOW, seed=seed),
   'Eckart-Young': eckart_young_estimator,
 }
 
@@ -151,7 +150,7 @@ def achieve(seeds, steps):
     tried = {rate: trainer(PLANTED, rate, 100, steps)['held_out_sum'] for rate in RATES}
     rate = max(tried, key=tried.get)
     results[name] = {'rate': rate, 'selection': tried, 'planted': [trainer(PLANTED, rate, seed, steps) for seed in seeds]}
-    if name in ('batch', 'projection alone', 'moving average (default)', 'memory'):
+    if name in ('batch', 'projection alone', 'moving average (default)'):
       results[name]['independent'] = [trainer(PLANTED[:0], rate, seed, steps) for seed in seeds]
     sums = [run['held_out_sum'] for run in results[name]['planted']]
     print(f'{name}: rate {rate}, held-out sum {np.mean(sums):.3f} of {PLANTED.sum():.2f}, {time.perf_counter() - start:.0f} s', flush=True)
@@ -187,7 +186,7 @@ def write_table(path, results, seeds, steps):
     claimed = [run['correlation'] for run in result.get('independent', [])]
     unseen = [run['held_out_correlation'] for run in result.get('independent', []) if 'held_out_correlation' in run]
     claim = f'{np.mean(claimed):.3f}' if claimed else ''
-    if name in ('memory', 'moving average (default)'):
+    if name == 'moving average (default)':
       claim += f' (held-out {np.mean(unseen):.3f})'
     share = np.mean(sums) / PLANTED.sum()
     lines.append(f'| {name} | {result["rate"]} | {np.mean(sums):.3f} ({min(sums):.3f}, {max(sums):.3f}) | {share:.1%} | {claim} |')

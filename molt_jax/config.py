@@ -145,7 +145,7 @@ SCHEMA: dict[str, Any] = {
     'cca': {
         'weight': Field(0.1, at_least(0), 'alpha of eq. 8; 0 leaves L_CCA out (second ablation of Table 2).'),
         'ridge': Field(1e-3, more_than(0), 'Ridge of each covariance, relative to its mean eigenvalue trace/d.'),
-        'estimator': Field('moving_average', one_of('moving_average', 'memory', 'batch'), 'The past beside the batch: its moments, its pairs, none.'),
+        'estimator': Field('moving_average', one_of('moving_average', 'batch'), 'moving_average: beside the batch, the moments of the past.'),
         'num_directions': Field(16, at_least(1), 'Random directions compared, at most molt.width; batch compares all.'),
         'window': Field(8192, at_least(0), 'Past pairs that count.'),
         'solver': Field('eigh', one_of('eigh', 'newton_schulz'), 'newton_schulz: matrix products only, for accelerators where eigh is slow.'),

@@ -47,7 +47,7 @@ class Setup:
 
 @pytest.mark.parametrize('fields', [
     {},
-    {'missing.views': False, 'missing.train_dropout': 0.4, 'cca.estimator': 'memory', 'missing.strategy': 'null'},
+    {'missing.views': False, 'missing.train_dropout': 0.4, 'cca.estimator': 'batch', 'missing.strategy': 'null'},
     {'method': 'late_fusion', 'dataset.multi_label': True, 'cca.weight': 0.0},
 ], ids=['defaults', 'dropped modalities', 'multi-label without pairs'])
 def test_accumulation_is_the_whole_batch(tiny_config, fields):

@@ -173,7 +173,7 @@ def main(argv):
         ms, ratio, finite = (rows[-1][key] for key in ('seconds', 'ratio', 'finite'))
         cells = (f'{ms[name] * 1e3:.2f} ms x{ratio.get(name, 1):.1f}{"" if finite[name] else " NaN"}' for name in callers)
         print(f'{n:>5} {d:>5} {layers:>2}  ' + '  '.join(f'{cell:>22}' for cell in cells), flush=True)
-  estimators = [estimator_step(name) for name in ('moving_average', 'memory')]
+  estimators = [estimator_step(name) for name in ('moving_average', 'batch')]
   for step in estimators:
     print(f'{step["name"]}, 4 layers, batch 64, width 1024: {step["seconds"] * 1e3:.2f} ms, {step["flops"] / 1e6:.0f} MFLOP')
   if JSON.value:

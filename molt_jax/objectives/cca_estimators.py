@@ -1,8 +1,8 @@
 """Estimators of canonical correlation that carry signal when the batch is smaller than the width.
 
 With n <= d the canonical correlations of a batch are 1 whatever the data, and with any d those of independent views read about 0.85 sqrt(d / n).
-`moving_average` and `memory` compare k random directions instead of all d, over the current batch and the past: 0.04 on independent views with
-the sizes below. `experiments/cca_study.py` compares them with each other, with the projection alone and with the Eckart-Young loss.
+`moving_average` compares k random directions instead of all d, over the current batch and the past: 0.04 on independent views with the sizes
+below. `experiments/cca_study.py` compares it with the batch, with the projection alone and with the Eckart-Young loss.
 
 What an estimator remembers is an explicit pytree that belongs into the train state, so that a resumed run goes on exactly.
 """
@@ -33,32 +33,18 @@ class CCAEstimator(NamedTuple):
   past: Callable
 
 
-class Past(NamedTuple):
-  """How the past is kept.
-
-  init(num_layers, k) -> state. rows(state, weight_b) -> (x_lpk, y_lpk, weight_p), rows that stand for the past beside a batch of these weights.
-  remember(state, x_lbk, y_lbk, weight_b) -> state.
-  """
-
-  init: Callable
-  rows: Callable
-  remember: Callable
-
-
 def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0, gather=lambda x: x):
   """The `CCAEstimator` called `name`.
 
   'batch': all d directions over the current batch alone; no state. aux: 'correlation'.
-  'moving_average', 'memory': `num_directions` random orthonormal directions of each view (those of `seed`, fixed), over the current batch and the
-    past: means and covariances that decay by 1 - (weight of the batch) / window at each step, or the last `window` pairs themselves. The past is
-    a value; the gradient flows through the current rows, scaled by all weight over current weight, so that its size is that of the gradient
-    through every row. aux: 'correlation', and 'held_out_correlation', the mean correlation of the current batch along directions fitted on
-    the past alone, which is 0 on average for independent views.
-
-  Both reach the same correlations; the moving average keeps (2 k)^2 numbers a layer and costs a fraction of the memory's time.
+  'moving_average': `num_directions` random orthonormal directions of each view (those of `seed`, fixed), over the current batch and the past: means
+    and covariances that decay by 1 - (weight of the batch) / window at each step. The past is a value; the gradient flows through the current
+    rows, scaled by all weight over current weight, so that its size is that of the gradient through every row. aux: 'correlation', and
+    'held_out_correlation', the mean correlation of the current batch along directions fitted on the past alone, which is 0 on average for
+    independent views.
 
   Args:
-    name: 'batch', 'moving_average' or 'memory'.
+    name: 'batch' or 'moving_average'.
     num_directions: k, at least 1; no more than the width.
     window: pairs, at least 0; 0 is the projection alone. It should be a few hundred times `num_directions`.
     ridge, solver: as for `cca_loss`.
@@ -73,13 +59,12 @@ def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='
     raise ValueError(f'cca: estimator {name!r} is not one of {tuple(ESTIMATORS)}')
   if num_directions < 1 or window < 0:
     raise ValueError(f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and {window}')
-  options = {'ridge': ridge, 'solver': solver}
-  if ESTIMATORS[name] is None:
-    return _batch(gather, options)
-  return _projected(num_directions, seed, ESTIMATORS[name](window), gather, options)
+  return ESTIMATORS[name](num_directions, window, seed, gather, {'ridge': ridge, 'solver': solver})
 
 
-def _batch(gather, options):
+def _batch(num_directions, window, seed, gather, options):
+  del num_directions, window, seed
+
   def loss(state, x_lbd, y_lbd, weight_b=None):
     weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(weight_b)
     loss_l = cca_loss(gather(x_lbd), gather(y_lbd), weight_n=weight_b, **options)
@@ -88,83 +73,66 @@ def _batch(gather, options):
   return CCAEstimator(lambda num_layers, width: {}, loss, lambda state: None)
 
 
-def _projected(num_directions, seed, past, gather, options):
-  """CCA of k directions over the batch and what `past` makes of earlier ones."""
+def _moving_average(num_directions, window, seed, gather, options):
+  """Keeps weight, mean and scatter of all earlier pairs (both views side by side, j = 2 k), each weighted by its decay since."""
   def init(num_layers, width):
     if num_directions > width:
       raise ValueError(f'cca: num_directions must be at most the width {width}, got {num_directions}')
     rng = np.random.default_rng(seed)
     x_ldk, y_ldk = (jnp.asarray(np.linalg.qr(rng.normal(size=(num_layers, width, num_directions)))[0], jnp.float32) for _ in range(2))
-    return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past.init(num_layers, num_directions)}
+    j = 2 * num_directions
+    past = {'weight': jnp.zeros(()), 'mean_lj': jnp.zeros((num_layers, j)), 'scatter_ljj': jnp.zeros((num_layers, j, j))}
+    return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past}
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
     weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(lax.stop_gradient(weight_b).astype(jnp.float32))
     x_lbk, y_lbk = (gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b)) for name, view_lbd in (('x', x_lbd), ('y', y_lbd)))
-    x_lpk, y_lpk, weight_p = lax.stop_gradient(past.rows(state['past'], weight_b))
+    decay = jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
+    x_lpk, y_lpk, weight_p = lax.stop_gradient(_points(state['past'], decay))
     weight_n = jnp.concatenate([weight_b, weight_p])
-    gain = jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), jnp.finfo(jnp.float32).eps)
+    gain = jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), _EPS)
     x_lnk, y_lnk = (jnp.concatenate([_with_gain(now, gain), then], axis=1) for now, then in ((x_lbk, x_lpk), (y_lbk, y_lpk)))
     loss_l = cca_loss(x_lnk, y_lnk, weight_n=weight_n, **options)
     aux = {'correlation': -loss_l, 'held_out_correlation': _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, options['ridge'])}
-    kept = past.remember(state['past'], x_lbk, y_lbk, weight_b)
+    kept = _merge(state['past'], decay, jnp.concatenate([x_lbk, y_lbk], axis=2), weight_b)
     return jnp.mean(loss_l), lax.stop_gradient(state | {'past': kept}), lax.stop_gradient(aux)
 
-  return CCAEstimator(init, loss, lambda state: past.rows(state['past'], jnp.zeros(1)))
+  return CCAEstimator(init, loss, lambda state: _points(state['past'], 1.0))
 
 
-def _memory(window):
-  """The last `window` pairs, newest first; absent rows take a slot of weight 0."""
-  def init(num_layers, k):
-    return {'x_lmk': jnp.zeros((num_layers, window, k)), 'y_lmk': jnp.zeros((num_layers, window, k)), 'weight_m': jnp.zeros(window)}
-
-  def remember(state, x_lbk, y_lbk, weight_b):
-    return {
-      'x_lmk': jnp.concatenate([x_lbk, state['x_lmk']], axis=1)[:, :window],
-      'y_lmk': jnp.concatenate([y_lbk, state['y_lmk']], axis=1)[:, :window],
-      'weight_m': jnp.concatenate([weight_b, state['weight_m']])[:window],
-    }
-
-  return Past(init, lambda state, weight_b: (state['x_lmk'], state['y_lmk'], state['weight_m']), remember)
+ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
+_EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-def _moving_average(window):
-  """Weight, mean and scatter of all earlier pairs, each weighted by its decay since."""
-  def decay(weight_b):
-    return jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
+def _points(past, decay):
+  """Rows that stand for the past: 4 k points with its mean and covariance C = L L', namely mean +- sqrt(2 k) L_i."""
+  num_points = 2 * past['mean_lj'].shape[1]
+  deviation_lj = jnp.sqrt(jnp.diagonal(past['scatter_ljj'], axis1=1, axis2=2))
+  unit_lj = jnp.where(deviation_lj > 0, 1 / jnp.where(deviation_lj > 0, deviation_lj, 1.0), 0.0)
+  correlation_ljj = past['scatter_ljj'] * unit_lj[:, :, None] * unit_lj[:, None, :]
+  # One layer after the other, and a little more than float32's rounding on the diagonal, for a Cholesky factor that always exists.
+  root_ljj = lax.map(lambda c_jj: jnp.linalg.cholesky(c_jj + 1e-5 * jnp.eye(len(c_jj))), correlation_ljj)
+  scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(past['weight'], _EPS))
+  offset_lpj = jnp.swapaxes(root_ljj * scale_lj[:, :, None], 1, 2)
+  points_lpj = past['mean_lj'][:, None, :] + jnp.concatenate([offset_lpj, -offset_lpj], axis=1)
+  return *jnp.split(points_lpj, 2, axis=2), jnp.full(num_points, decay * past['weight'] / num_points)
 
-  def init(num_layers, k):
-    return {'weight': jnp.zeros(()), 'mean_lj': jnp.zeros((num_layers, 2 * k)), 'scatter_ljj': jnp.zeros((num_layers, 2 * k, 2 * k))}
 
-  def rows(state, weight_b):
-    """4 k points with this mean and covariance C = L L', namely mean +- sqrt(2 k) L_i."""
-    weight = decay(weight_b) * state['weight']
-    num_points = 2 * state['mean_lj'].shape[1]
-    deviation_lj = jnp.sqrt(jnp.diagonal(state['scatter_ljj'], axis1=1, axis2=2))
-    unit_lj = jnp.where(deviation_lj > 0, 1 / jnp.where(deviation_lj > 0, deviation_lj, 1.0), 0.0)
-    correlation_ljj = state['scatter_ljj'] * unit_lj[:, :, None] * unit_lj[:, None, :]
-    # One layer after the other, and a little more than float32's rounding on the diagonal, for a Cholesky factor that always exists.
-    root_ljj = lax.map(lambda c_jj: jnp.linalg.cholesky(c_jj + 1e-5 * jnp.eye(len(c_jj))), correlation_ljj)
-    scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(state['weight'], jnp.finfo(jnp.float32).eps))
-    offset_lpj = jnp.swapaxes(root_ljj * scale_lj[:, :, None], 1, 2)
-    points_lpj = state['mean_lj'][:, None, :] + jnp.concatenate([offset_lpj, -offset_lpj], axis=1)
-    return *jnp.split(points_lpj, 2, axis=2), jnp.full(num_points, weight / num_points)
-
-  def remember(state, x_lbk, y_lbk, weight_b):
-    z_lbj, old, new = jnp.concatenate([x_lbk, y_lbk], axis=2), decay(weight_b) * state['weight'], jnp.sum(weight_b)
-    share_b = weight_b / jnp.maximum(new, jnp.finfo(jnp.float32).eps)
-    mean_lj = jnp.einsum('b,lbj->lj', share_b, z_lbj, precision='highest')
-    centred_lbj = (z_lbj - mean_lj[:, None, :]) * jnp.sqrt(weight_b)[None, :, None]
-    step_lj = mean_lj - state['mean_lj']
-    total = jnp.maximum(old + new, jnp.finfo(jnp.float32).eps)
-    between_ljj = (old * new / total) * step_lj[:, :, None] * step_lj[:, None, :]
-    within_ljj = jnp.einsum('lbi,lbj->lij', centred_lbj, centred_lbj, precision='highest')
-    return {
-      'weight': old + new,
-      'mean_lj': state['mean_lj'] + new / total * step_lj,
-      'scatter_ljj': decay(weight_b) * state['scatter_ljj'] + within_ljj + between_ljj,
-    }
-
-  return Past(init, rows, remember)
+def _merge(past, decay, z_lbj, weight_b):
+  """The past after one more batch: the pairwise update of Chan, Golub and LeVeque (1979) with decay."""
+  old, new = decay * past['weight'], jnp.sum(weight_b)
+  share_b = weight_b / jnp.maximum(new, _EPS)
+  mean_lj = jnp.einsum('b,lbj->lj', share_b, z_lbj, precision='highest')
+  centred_lbj = (z_lbj - mean_lj[:, None, :]) * jnp.sqrt(weight_b)[None, :, None]
+  step_lj = mean_lj - past['mean_lj']
+  total = jnp.maximum(old + new, _EPS)
+  between_ljj = (old * new / total) * step_lj[:, :, None] * step_lj[:, None, :]
+  within_ljj = jnp.einsum('lbi,lbj->lij', centred_lbj, centred_lbj, precision='highest')
+  return {
+    'weight': old + new,
+    'mean_lj': past['mean_lj'] + new / total * step_lj,
+    'scatter_ljj': decay * past['scatter_ljj'] + within_ljj + between_ljj,
+  }
 
 
 def _project(view_lbd, projection_ldk, weight_b):
@@ -185,9 +153,4 @@ def _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, ridge):
     directions = fit_directions(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
     return jnp.mean(held_out_correlations(directions, x_bk, y_bk, weight_n=weight_b))
 
-  if not weight_p.size:
-    return jnp.zeros(x_lbk.shape[0])
   return lax.map(one_layer, lax.stop_gradient((x_lpk, y_lpk, x_lbk, y_lbk)))
-
-
-ESTIMATORS = {'batch': None, 'moving_average': _moving_average, 'memory': _memory}

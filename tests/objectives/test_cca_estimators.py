@@ -1,4 +1,4 @@
-"""Estimators: what the memory counts, how its gradient flows, that its state is exact, and that it learns planted correlations."""
+"""Estimators: what the moving average counts, how its gradient flows, that its state is exact, and that it learns planted correlations."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,9 @@ from molt_jax.objectives import cca_diagnostics
 from molt_jax.objectives.cca import canonical_correlations, cca_loss
 from molt_jax.objectives.cca_estimators import make_estimator
 
-LAYERS, BATCH, WIDTH, K, SLOTS = 2, 8, 12, 3, 40
-ESTIMATORS = {name: make_estimator(name, num_directions=K, window=SLOTS) for name in ('memory', 'moving_average')}
-STEPS = {name: jax.jit(estimator.loss) for name, estimator in ESTIMATORS.items()}
-both = pytest.mark.parametrize('name', ESTIMATORS)
+LAYERS, BATCH, WIDTH, K, WINDOW = 2, 8, 12, 3, 40
+ESTIMATOR = make_estimator('moving_average', num_directions=K, window=WINDOW)
+STEP = jax.jit(ESTIMATOR.loss)
 fit_directions, held_out_correlations, effective_rank, modality_gap = map(
   jax.jit, (cca_diagnostics.fit_directions, cca_diagnostics.held_out_correlations, cca_diagnostics.effective_rank, cca_diagnostics.modality_gap)
 )
@@ -27,10 +26,10 @@ def batch(seed, n=BATCH):
   return x_lbd, (x_lbd + y_lbd).astype(np.float32), (np.arange(n) != seed % n).astype(np.float32)
 
 
-def run(name, steps, state=None):
-  state = ESTIMATORS[name].init(LAYERS, WIDTH) if state is None else state
+def run(steps, state=None):
+  state = ESTIMATOR.init(LAYERS, WIDTH) if state is None else state
   for seed in steps:
-    loss, state, aux = STEPS[name](state, *batch(seed))
+    loss, state, aux = STEP(state, *batch(seed))
   return loss, state, aux
 
 
@@ -38,73 +37,60 @@ def project(state, name, view_lbd):
   return jnp.einsum('lbd,ldk->lbk', view_lbd, state[f'projection_{name}_ldk'], precision='highest')
 
 
-@both
-def test_is_the_cca_of_everything_it_has_seen(name):
-  """All rows alike in the memory; weights decayed by 1 - 7/40 a step in the moving average."""
-  loss, state, aux = run(name, range(4))
+def test_is_the_cca_of_everything_it_has_seen():
+  """With weights that decay by 1 - 7/40 a step."""
+  loss, state, aux = run(range(4))
   x_lnd, y_lnd, weight_n = (np.concatenate(parts, axis=0 if i == 2 else 1) for i, parts in enumerate(zip(*map(batch, range(4)), strict=True)))
-  if name == 'moving_average':
-    weight_n = weight_n * np.repeat((1 - (BATCH - 1) / SLOTS) ** np.arange(3, -1, -1), BATCH)
+  weight_n = weight_n * np.repeat((1 - (BATCH - 1) / WINDOW) ** np.arange(3, -1, -1), BATCH)
   expected_l = jax.jit(cca_loss)(project(state, 'x', x_lnd), project(state, 'y', y_lnd), weight_n=weight_n)
   np.testing.assert_allclose(loss, expected_l.mean(), rtol=1e-4)
   np.testing.assert_allclose(aux['correlation'], -expected_l, rtol=1e-4)
 
 
-def test_oldest_pairs_leave_first():
-  long, short = (run('memory', steps)[1]['past'] for steps in (range(12), range(7, 12)))
-  jax.tree.map(np.testing.assert_array_equal, long, short)
+def test_resumed_state_goes_on_bit_for_bit():
+  whole = run(range(9))
+  first = jax.tree.map(lambda array: jnp.asarray(np.array(array)), run(range(4))[1])
+  jax.tree.map(np.testing.assert_array_equal, whole, run(range(4, 9), first))
 
 
-@both
-def test_resumed_state_goes_on_bit_for_bit(name):
-  whole = run(name, range(9))
-  first = jax.tree.map(lambda array: jnp.asarray(np.array(array)), run(name, range(4))[1])
-  jax.tree.map(np.testing.assert_array_equal, whole, run(name, range(4, 9), first))
-
-
-@both
-def test_absent_rows_are_not_read_and_do_not_count(name):
-  _, state, _ = run(name, range(3))
+def test_absent_rows_are_not_read_and_do_not_count():
+  _, state, _ = run(range(3))
   x_lbd, y_lbd, weight_b = batch(3)
   x_lbd[:, weight_b == 0], y_lbd[:, weight_b == 0] = np.nan, np.inf
-  jax.tree.map(np.testing.assert_array_equal, STEPS[name](state, x_lbd, y_lbd, weight_b), STEPS[name](state, *batch(3)))
-  loss, after, _ = STEPS[name](state, x_lbd, y_lbd, np.zeros(BATCH, np.float32))
+  jax.tree.map(np.testing.assert_array_equal, STEP(state, x_lbd, y_lbd, weight_b), STEP(state, *batch(3)))
+  loss, after, _ = STEP(state, x_lbd, y_lbd, np.zeros(BATCH, np.float32))
   assert np.isfinite(loss)
-  weight = 'weight_m' if name == 'memory' else 'weight'
-  assert after['past'][weight].sum() == state['past'][weight].sum()
+  assert after['past']['weight'] == state['past']['weight']
 
 
-@both
-def test_identical_zero_and_badly_scaled_views_stay_finite(name):
+def test_identical_zero_and_badly_scaled_views_stay_finite():
   x_lbd, _, weight_b = batch(0)
   for views in ((x_lbd, x_lbd), (0 * x_lbd, x_lbd), (1e-9 * x_lbd, 1e9 * x_lbd)):
-    state = ESTIMATORS[name].init(LAYERS, WIDTH)
+    state = ESTIMATOR.init(LAYERS, WIDTH)
     for _ in range(3):
-      loss, state, aux = STEPS[name](state, *views, weight_b)
+      loss, state, aux = STEP(state, *views, weight_b)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((loss, state, aux)))
 
 
-@both
-def test_gradient_is_that_of_the_current_rows_times_all_over_current_weight(name):
+def test_gradient_is_that_of_the_current_rows_times_all_over_current_weight():
   """Against central differences of the loss that counts the batch's rows alone, times the gain."""
-  _, state, _ = run(name, range(3))
+  _, state, _ = run(range(3))
   x_lbd, y_lbd, weight_b = batch(3)
-  past_weight = 3 * (BATCH - 1) if name == 'memory' else (1 - 7 / SLOTS) * float(state['past']['weight'])
+  past_weight = (1 - 7 / WINDOW) * float(state['past']['weight'])
   gain = (past_weight + weight_b.sum()) / weight_b.sum()
   direction_lbd = np.random.default_rng(0).normal(size=x_lbd.shape).astype(np.float32)
-  plus, minus = (STEPS[name](state, x_lbd + step * direction_lbd, y_lbd, weight_b)[0] for step in (1e-2, -1e-2))
-  gradient_lbd = jax.jit(jax.grad(lambda x: ESTIMATORS[name].loss(state, x, y_lbd, weight_b)[0]))(x_lbd)
+  plus, minus = (STEP(state, x_lbd + step * direction_lbd, y_lbd, weight_b)[0] for step in (1e-2, -1e-2))
+  gradient_lbd = jax.jit(jax.grad(lambda x: ESTIMATOR.loss(state, x, y_lbd, weight_b)[0]))(x_lbd)
   assert float(jnp.sum(gradient_lbd * direction_lbd)) == pytest.approx(gain * float(plus - minus) / 2e-2, rel=2e-2)
 
 
-@both
-def test_sharded_batch_gives_the_single_device_result(name):
+def test_sharded_batch_gives_the_single_device_result():
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
   x_lbd, y_lbd, weight_b = batch(3)
   place = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))  # noqa: E731
-  _, state, _ = run(name, range(3))
-  got = STEPS[name](place(state), place(x_lbd, None, 'data'), place(y_lbd, None, 'data'), place(weight_b, 'data'))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, STEPS[name](state, x_lbd, y_lbd, weight_b))
+  _, state, _ = run(range(3))
+  got = STEP(place(state), place(x_lbd, None, 'data'), place(y_lbd, None, 'data'), place(weight_b, 'data'))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, STEP(state, x_lbd, y_lbd, weight_b))
 
 
 def test_batch_estimator_is_the_plain_loss():
@@ -115,12 +101,12 @@ def test_batch_estimator_is_the_plain_loss():
   assert state == {} and aux['correlation'].shape == (LAYERS,)
 
 
-@pytest.mark.parametrize('arguments', [('mean', {}), ('memory', {'num_directions': 0}), ('memory', {'window': -1})], ids=str)
+@pytest.mark.parametrize('arguments', [('mean', {}), ('moving_average', {'num_directions': 0}), ('moving_average', {'window': -1})], ids=str)
 def test_mistakes_are_named(arguments):
   with pytest.raises(ValueError, match=r'^cca: '):
     make_estimator(arguments[0], **arguments[1])
   with pytest.raises(ValueError, match='at most the width 12'):
-    make_estimator('memory').init(1, WIDTH)
+    make_estimator('moving_average').init(1, WIDTH)
 
 
 # Signal.
@@ -133,9 +119,8 @@ def sample(key, n, width, rho_1k):
   return a_nd, rho_1d * a_nd + jnp.sqrt(1 - rho_1d**2) * e_nd
 
 
-@both
-def test_independent_views_read_near_zero_where_the_batch_reads_one(name):
-  estimator = make_estimator(name)
+def test_independent_views_read_near_zero_where_the_batch_reads_one():
+  estimator = make_estimator('moving_average')
   step = jax.jit(estimator.loss)
   state = estimator.init(1, 256)
   held_out = []
@@ -148,11 +133,10 @@ def test_independent_views_read_near_zero_where_the_batch_reads_one(name):
   assert jax.jit(cca_loss)(x_nd[:64], y_nd[:64]) < -0.99
 
 
-@both
-def test_linear_encoders_find_planted_directions(name):
+def test_linear_encoders_find_planted_directions():
   """Batch 64 in width 96: the estimator reaches the population's sum, which the batch alone never sees."""
   width, rho_1k, steps = 96, jnp.asarray([[0.9, 0.7, 0.5]]), 700
-  estimator = make_estimator(name, num_directions=4, window=2048)
+  estimator = make_estimator('moving_average', num_directions=4, window=2048)
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
   def step(carry, i):
