@@ -68,6 +68,7 @@ METHODS = {
   'MoLT + views': VIEWS,
   DEFAULT: {},
   'MoLT, default, no CCA': {'cca.weight': 0.0},
+  'MoLT, default, CCA of the batch': {'cca.estimator': 'batch'},
   'MoLT, default, translate': {'missing.strategy': 'translate'},
   'MoLT, default, null': {'missing.strategy': 'null'},
   'MoLT, default, zero': {'missing.strategy': 'zero'},
