@@ -14,7 +14,7 @@ PRESET = str(ROOT / 'configs' / 'quickstart.py')
 
 @pytest.mark.parametrize('preset', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
 def test_every_preset_is_valid(preset):
-  config_lib.load_config(str(preset))
+  config_lib.load_config(str(preset), schema=config_lib.PRETRAIN_SCHEMA if preset.stem.startswith('pretrain') else config_lib.SCHEMA)
 
 
 @pytest.mark.parametrize('overrides, words', [
@@ -89,6 +89,12 @@ def _attributes_read():
   return names
 
 
-def test_every_field_is_read_by_some_module():
+@pytest.mark.parametrize('schema', [config_lib.SCHEMA, config_lib.PRETRAIN_SCHEMA], ids=['train', 'pretrain'])
+def test_every_field_is_read_by_some_module(schema):
   read = _attributes_read()
-  assert [name for name, _ in config_lib.fields() if name.split('.')[-1] not in read] == []
+  assert [name for name, _ in config_lib.fields(schema) if name.split('.')[-1] not in read and not name.startswith('objective.')] == []
+
+
+def test_the_objectives_are_those_that_can_be_computed():
+  from molt_jax.objectives import contrastive
+  assert set(config_lib.PRETRAIN_SCHEMA['objective']) == set(contrastive.OBJECTIVES) == set(contrastive.NEEDS)
