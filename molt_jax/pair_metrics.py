@@ -232,6 +232,10 @@ def principal_components(features: Mapping[str, np.ndarray], components: int = 1
   """Projects every split [N, D] on the leading principal components of 'train', at most as many as it has rows or columns."""
   mean_d = features['train'].mean(axis=0)
   centred_nd = (features['train'] - mean_d).astype(np.float64)
-  d = centred_nd.shape[1]
-  _, axes_dk = scipy.linalg.eigh(centred_nd.T @ centred_nd, subset_by_index=(d - min(components, *centred_nd.shape), d - 1))
-  return {split: (x_nd - mean_d) @ axes_dk[:, ::-1].astype(np.float32) for split, x_nd in features.items()}
+  wide = centred_nd.shape[0] < centred_nd.shape[1]
+  gram = centred_nd @ centred_nd.T if wide else centred_nd.T @ centred_nd
+  count = min(components, len(gram))
+  _, axes = scipy.linalg.eigh(gram, subset_by_index=(len(gram) - count, len(gram) - 1))
+  axes_dk = centred_nd.T @ axes if wide else axes
+  axes_dk = axes_dk[:, ::-1] / np.maximum(np.linalg.norm(axes_dk[:, ::-1], axis=0), 1e-12)
+  return {split: (x_nd - mean_d) @ axes_dk.astype(np.float32) for split, x_nd in features.items()}

@@ -144,8 +144,10 @@ def test_probe_chooses_on_validation_and_repeats_itself():
   assert linear_probe(features, labels)['validation_by_C'] == by_strength
 
 
-def test_principal_components_match_scikit_learn():
-  train_nd, test_nd = rows(40, 12) * np.linspace(1, 4, 12, dtype=np.float32), rows(9, 12, seed=1)
+@pytest.mark.parametrize('count', [40, 9])
+def test_principal_components_match_scikit_learn(count):
+  """More rows than columns, and fewer."""
+  train_nd, test_nd = rows(count, 12) * np.linspace(1, 4, 12, dtype=np.float32), rows(7, 12, seed=1)
   reference = sklearn.decomposition.PCA(5, svd_solver='full').fit(train_nd)
   got = principal_components({'train': train_nd, 'test': test_nd}, 5)
   np.testing.assert_allclose(np.abs(got['test']), np.abs(reference.transform(test_nd)), atol=1e-4)
