@@ -31,7 +31,7 @@ def save_image_tower(directory: pathlib.Path, params: Any, config: ClipVisionCon
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   tensors = {f'vision_model.{name}': w.astype(np.dtype(dtype)) for name, w in weights.hugging_face_tensors(params, kind='image').items()}
-  safetensors.numpy.save_file(tensors, temporary / 'model.safetensors', metadata={'format': 'pt'})
+  (temporary / 'model.safetensors').write_bytes(safetensors.numpy.save(tensors, metadata={'format': 'pt'}))
   for name, content in (('config.json', _config(config)), ('preprocessor_config.json', _preprocessor(preprocess))):
     (temporary / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
   shutil.rmtree(directory, ignore_errors=True)
