@@ -63,7 +63,7 @@ class Workload:
     mesh = sharding.make_mesh(config)
     sharding.check_batch_size('train.batch_size', config.train.batch_size, mesh)
     model = model_lib.make_model(config, model_lib.describe_towers(config), num_classes=num_classes)
-    return cls(config, num_classes, mesh, model, train_state.make_optimizer(config, 1000), step_lib.make_cca_estimator(config))
+    return cls(config, num_classes, mesh, model, train_state.make_optimizer(config, 1000), step_lib.make_cca_estimator(config, mesh))
 
   def step(self, **changes: Any) -> Callable[..., Any]:
     """The jitted `step.train_step`, (state, frozen, batch, class weights or None) -> (state, metrics); `changes` replace what it is made of."""

@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 from flax import linen as nn
 
-from molt_jax import sharding
+from molt_jax import profiling, sharding
 from molt_jax.backbones import weights
 from molt_jax.config import UserError, default_config
 
@@ -17,12 +17,13 @@ SIZES = {'llama-7b': 6_607_343_616, 'llama-13b': 12_852_024_320, 'llama-70b': 68
 
 SCRIPT = """
 import sys, jax
-from molt_jax import sharding
+from molt_jax import profiling, sharding
 from molt_jax.backbones import weights
 from molt_jax.config import default_config
 config = default_config()
 config.mesh.data, config.mesh.model = 1, -1
 mesh = sharding.make_mesh(config)
+assert jax.config.jax_compilation_cache_dir.startswith('/tmp/.cache/molt_jax'), 'compiled programs are kept'
 for name, kind in (('llama-7b', 'text'), ('llama-13b', 'text'), ('llama-70b', 'text'), ('clip-vit-l-14', 'image')):
   files = weights.open_files(f'random:{name}', kind=kind)
   module = weights.make_module(files, dtype='bfloat16', attention='xla')
@@ -44,6 +45,33 @@ def test_published_sizes_build_and_split_over_devices(devices):
   assert {name: int(total) for name, total, _ in lines} == SIZES
   for name, _, share in lines:  # Norms, biases and position tables stay whole; they are a sliver.
     assert float(share) < 1.03 / devices, name
+
+
+def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
+  config = default_config()
+  config.mesh.data = config.mesh.model = 2
+  config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
+  config.backbones.dtype = config.compute_dtype = 'float32'
+  config.molt.num_layers, config.molt.width, config.classifier.hidden, config.text.max_tokens, config.train.batch_size = 2, 32, 48, 24, 16
+  work = profiling.Workload.open(config, num_classes=5)
+  state, frozen, batch = work.shapes()
+  found = sharding.compiled_collectives(work.step().lower(state, frozen, batch, None).compile().as_text())
+  listed = sharding.collectives(work.model, state, config=config, mesh=work.mesh)
+
+  towers = [x for x in found if 'Llama' in x[2] or 'ClipVision' in x[2]]
+  assert all(kind == 'all-reduce' for kind, _, _ in towers), 'a weight of a tower moved'
+  in_loops = [(size, name) for _, size, name in towers if 'while' in name]
+  model_axis = [x for x in listed if x.axis == 'model']
+  # A loop's operation is there once and runs once a layer. The image tower has three heads, which do not split: one all-reduce a layer.
+  depth = {'image': work.model.image_tower.config.num_layers, 'text': work.model.text_tower.config.num_layers}
+  expected = [(x.bytes, x.times // depth[x.what.split()[0]]) for x in model_axis if 'layers' in x.what]
+  assert sorted(size for size, _ in in_loops) == sorted(size for size, times in expected for _ in range(times))
+  assert [size for _, size, name in towers if 'while' not in name] == [x.bytes for x in model_axis if 'embedding' in x.what]
+
+  rest = [x for x in found if x not in towers]
+  assert {kind for kind, _, _ in rest} == {'all-reduce', 'all-gather'}
+  for kind, spare in (('all-gather', 0), ('all-reduce', 128)):  # The losses' sums are some ten numbers.
+    assert 0 <= sum(size for k, size, _ in rest if k == kind) - sum(x.bytes for x in listed if x.axis == 'data' and x.kind == kind) <= spare
 
 
 def _mesh(data, model):

@@ -10,8 +10,9 @@ import pytest
 
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
-from molt_jax import sharding, train_state
+from molt_jax import profiling, sharding, train, train_state
 from molt_jax import step as step_lib
+from molt_jax.backbones import architectures
 
 
 def _batch(rows, *, size, tokens, seed=0):
@@ -81,3 +82,55 @@ def test_the_parts_of_a_batch_are_strided_and_join_again():
   parts = step_lib._cut({'x': x}, 3, 1)['x']
   assert parts.shape == (3, 2, 4) and parts[1].tolist() == x[:, 1::3].tolist()
   np.testing.assert_array_equal(step_lib._join(parts, 2), x)
+
+
+# ---- As compiled ------------------------------------------------------------------------------------------------------------------------
+
+
+def _compiled(tiny_config, monkeypatch, layers):
+  """The step with towers of that many layers under a head that is cheap to compile."""
+  for modality, name in (('text', 'llama-tiny'), ('image', 'clip-vit-tiny')):
+    architecture = {**architectures.ARCHITECTURES[modality][name], 'num_hidden_layers': layers}
+    monkeypatch.setitem(architectures.ARCHITECTURES[modality], 'deep', architecture)
+    tiny_config.backbones[modality].path = 'random:deep'
+  tiny_config.method, tiny_config.missing.views = 'late_fusion', False
+  work = profiling.Workload.open(tiny_config, num_classes=3)
+  return work.step().lower(*work.shapes(), None).compile(), work.shapes()
+
+
+def test_depth_costs_no_compilation_and_towers_keep_nothing_for_a_way_back(tiny_config, monkeypatch):
+  (shallow, _), (deep, (state, frozen, _)) = (_compiled(tiny_config, monkeypatch, layers) for layers in (2, 8))
+  instructions = [program.as_text().count(' = ') for program in (shallow, deep)]
+  assert abs(instructions[1] - instructions[0]) <= 0.01 * instructions[0]
+  temporary = [program.memory_analysis().temp_size_in_bytes for program in (shallow, deep)]
+  one_layer = 4 * 12 * 64 * 4  # Hidden states of the text tower, float32.
+  assert temporary[1] - temporary[0] < one_layer
+  memory = deep.memory_analysis()
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+  # Nothing of a tower's shape comes out, and the state is updated in place.
+  assert memory.output_size_in_bytes < size(state) + 1024 < size(frozen)
+  assert memory.alias_size_in_bytes >= size(state) - 1024
+
+
+class _Late:
+  """A number on the device; says when it is looked at."""
+
+  def __init__(self, step, looked):
+    self.step, self.looked = step, looked
+
+  def __float__(self):
+    self.looked.append(self.step)
+    return 1.0
+
+
+def test_the_loop_looks_at_a_loss_two_steps_late():
+  config = config_lib.default_config()
+  config.train.log_every = 1000
+  run = type('Run', (), {'config': config, 'plan': type('Plan', (), {'total': 1000})})()
+  looked = []
+  watch = train.Watch(run, log=None, step=0)
+  for step in range(1, 10):
+    watch.dispatched(step, {'loss': _Late(step, looked), 'grad_norm': _Late(step, looked)}, np.arange(4))
+    assert max(looked, default=0) == max(step - train.IN_FLIGHT, 0)
+  watch.drain()
+  assert sorted(set(looked)) == list(range(1, 10))

@@ -73,6 +73,36 @@ def test_batch_size_must_divide_among_processes(make_source, make_preprocess):
     pipeline.train_iterator(make_source(9), make_preprocess(), batch_size=6, seed=0, process_count=4)
 
 
+@pytest.mark.parametrize('length,padded', [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (65, 100), (100, 100)])
+def test_lengths_that_batches_are_padded_to(length, padded):
+  assert pipeline.padded_length(length, 100) == padded
+  assert pipeline.padded_length(length, 8) == 8
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_padding_to_the_longest_text_changes_nothing_else(make_source, make_preprocess, count):
+  rng = np.random.default_rng(0)
+  texts = ['x' * int(n) for n in rng.integers(1, 20, 24)]
+  texts[3], texts[5] = 'y' * 70, None
+  source, preprocess = make_source(24, texts=texts), make_preprocess(max_tokens=64)
+  make = lambda **o: pipeline.train_iterator(source, preprocess, batch_size=4, seed=1, **o)  # noqa: E731
+  parts = [make(pad_to_longest=True, process_index=p, process_count=count) for p in range(count)]
+  lengths, whole = [], make()
+  for _ in range(12):
+    want, got = next(whole), [next(part) for part in parts]
+    length, = {part['tokens'].shape[1] for part in got}  # All processes agree.
+    lengths.append(length)
+    assert length == pipeline.padded_length(want['token_mask'].sum(axis=1).max(), 64)
+    for name in want:
+      joined = np.concatenate([part[name] for part in got])
+      np.testing.assert_array_equal(joined, want[name][:, :length] if name in ('tokens', 'token_mask') else want[name])
+    assert not want['token_mask'][:, length:].any()
+  assert len(set(lengths)) == 3 and lengths.count(64) == 2
+  resumed, part = make(pad_to_longest=True, process_index=0, process_count=count), parts[0]
+  resumed.set_state(part.get_state())
+  assert_same(next(resumed), next(part))
+
+
 def test_content_of_a_batch(make_source, make_preprocess):
   source, preprocess = make_source(4), make_preprocess()
   batch, = pipeline.eval_batches(source, preprocess, batch_size=4)
