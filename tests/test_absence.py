@@ -305,7 +305,7 @@ def test_where_the_answer_needs_both_an_absence_falls_to_what_the_other_modality
     drawn[split] = colour_n, word_n
   config = tiny_config
   config.dataset.path, config.train.batch_size, config.train.epochs, config.eval.batch_size = str(tmp_path), 32, 15.0, 64
-  config.train.eval_every = 60
+  config.train.eval_every = 180  # Once, at the end.
   results = train.train(config, tmp_path / 'run')['results']
 
   def oracle(modality):
