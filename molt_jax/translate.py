@@ -55,7 +55,7 @@ class TranslationFit:
     self._source = missing.Part(source, tuple(rows.tolist()))
     self._stored = stored and {m: dataclasses.replace(s, keys=[s.keys[row] for row in rows]) for m, s in stored.items()}
     self._preprocess, self._config, self._mesh = preprocess, config, mesh
-    self._step = jax.jit(functools.partial(_update, model=model))
+    self._step = jax.jit(functools.partial(_update, model=model), out_shardings=sharding.replicated(mesh))
 
   def __call__(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the collection `statistics` of `variables` with maps fitted to the head as it is now."""
