@@ -90,8 +90,8 @@ MARGIN = 0.005  # What one model may lose against a specialist.
 
 def make_config(data, method, seed):
   """The config of one run; `data` is as on the command line."""
-  name, _, folder = data.partition('=')
-  preset = pathlib.Path(__file__).parents[1] / 'configs' / ('table.py' if folder else f'{ {"openmoji": "quickstart"}[name]}.py')
+  folder = data.partition('=')[2]
+  preset = pathlib.Path(__file__).parents[1] / 'configs' / ('table.py' if folder else 'quickstart.py')
   given = dict(item.split('=', 1) for item in SET.value) | ({'dataset.path': folder} if folder else {})
   return runs.override(config_lib.load_config(str(preset), given), METHODS[method] | {'seed': seed})
 
