@@ -62,7 +62,8 @@ def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
   """Negative mean canonical correlation of two views.
 
   Computed in float32 at the highest matrix precision whatever the input type. Batched over leading axes: [L, n, d] gives [L]. Under `jit` on a
-  sharded batch the statistics are those of the global batch. First derivatives only; `weight_n` and `ridge` get none.
+  sharded batch the statistics are those of the global batch, to rounding; a gradient that equals one device's to the bit takes rows that were
+  brought together (`with_sharding_constraint`) first. First derivatives only; `weight_n` and `ridge` get none.
 
   Args:
     x_nd: [..., n, d1] samples of one view.
