@@ -24,7 +24,8 @@ from molt_jax.config import UserError
 #                  all-reduce   sums for the statistics of the taps (standardize)      2 L (D_i + D_t) float32
 #                  all-reduce   sums of losses and of their weights                    some ten numbers
 #                  all-gather   the pairs of L_CCA, projected, and their weights       2 L B k + B float32 (k = d_c with cca.estimator=batch)
-# `collectives` counts them, and a test finds these and no others in the compiled program.
+# `collectives` counts them, and a test finds these and no others in the compiled program (where gradients of parameters that two branches share
+# may be reduced once for each).
 RULES: dict[str, str | None] = {
     'batch': 'data',
     'layers': None,

@@ -70,8 +70,10 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
 
   rest = [x for x in found if x not in towers]
   assert {kind for kind, _, _ in rest} == {'all-reduce', 'all-gather'}
-  for kind, spare in (('all-gather', 0), ('all-reduce', 128)):  # The losses' sums are some ten numbers.
-    assert 0 <= sum(size for k, size, _ in rest if k == kind) - sum(x.bytes for x in listed if x.axis == 'data' and x.kind == kind) <= spare
+  # Beside the losses' sums, some ten numbers: XLA may reduce the gradient of what two branches share (the fusion's query) before it adds them.
+  for kind, spare in (('all-gather', 0.0), ('all-reduce', 0.05)):
+    wanted = sum(x.bytes for x in listed if x.axis == 'data' and x.kind == kind)
+    assert wanted <= sum(size for k, size, _ in rest if k == kind) <= (1 + spare) * wanted
 
 
 def _mesh(data, model):

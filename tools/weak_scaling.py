@@ -1,7 +1,7 @@
 """Weak scaling on paper: FLOPs and collectives of a training step on 1 ... 64 devices, `python tools/weak_scaling.py [--check=8]`.
 
 Prints a Markdown table. Nothing is allocated or run: FLOPs are those of the traced step's matrix products, bytes those of `sharding.collectives`.
-With --check the step is also compiled for that many virtual CPU devices, and the bytes in the compiled program must be these.
+With --check the step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are printed beside these.
 """
 
 import sys
@@ -23,7 +23,7 @@ FLAGS = (
     cli.Flag('link', 'bytes/s each way of a device to those of its node (H100 SXM, NVLink 4: 450e9)', '450e9'),
     cli.Flag('network', 'bytes/s each way of a device to other nodes (one 400 Gb/s port a GPU: 50e9)', '50e9'),
     cli.Flag('node', 'devices a node', '8'),
-    cli.Flag('check', 'compile for this many devices too, with model=1 and model=2, and compare the bytes; 0: do not', '0'),
+    cli.Flag('check', 'compile for this many devices too, with model=1 and model=2, and print the bytes found; 0: do not', '0'),
 )
 
 
@@ -58,7 +58,7 @@ def seconds_of(collective: sharding.Collective, work: profiling.Workload, flags)
 
 
 def check(flags, devices: int, model: int) -> None:
-  """Compiles the step and compares its bytes; in float32, which is what a CPU computes in."""
+  """Compiles the step and counts its bytes; in float32, which is what a CPU computes in."""
   work = open_work(flags, devices, model, 'float32')
   found = sharding.compiled_collectives(work.step().lower(*work.shapes(), None).compile().as_text())
   depth = {'Llama': work.model.text_tower.config.num_layers, 'ClipVision': work.model.image_tower.config.num_layers}
@@ -68,8 +68,7 @@ def check(flags, devices: int, model: int) -> None:
     total['model' if tower else 'data'] += size * (depth[tower] if tower and 'while' in name else 1)
   for axis, size in total.items():
     wanted = sum(x.times * x.bytes for x in listed(work) if x.axis == axis)
-    verdict = 'as listed' if 0 <= size - wanted <= 256 else f'BUT LISTED ARE {wanted:,}'
-    cli.say(f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, {verdict}')
+    cli.say(f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, {wanted:,} listed')
 
 
 @cli.command
