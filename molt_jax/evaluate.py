@@ -216,8 +216,8 @@ def run(
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
   results = evaluate(
       model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}', stored=stored[split])
-  if preprocess.report.counts():
-    cli.say(preprocess.report.line())
+  for line in processes.lines_of_all(preprocess.report.line()):
+    cli.say(line)
   return publish(workdir, split=split, num_examples=len(source), results=results, meta=meta)
 
 

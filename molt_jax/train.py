@@ -93,8 +93,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   checkpoints.close()
   processes.wait('checkpoints written')
   record = run.test()
-  if preprocess.report.counts():
-    cli.say(preprocess.report.line())
+  for line in processes.lines_of_all(preprocess.report.line()):
+    cli.say(line)
   return record
 
 

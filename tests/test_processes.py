@@ -1,0 +1,212 @@
+"""One device, several, and several processes: the same run, checkpoints that go from one to the other, no example lost or seen twice."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from molt_jax import config as config_lib
+from molt_jax import logbook, processes, sharding, train
+from molt_jax.config import UserError
+
+STEPS = 6  # An epoch.
+# Trains as the command line does, notes the indices of the rows it is given, and may send itself SIGTERM when it gets batch number `stop_at`.
+TRAIN = """
+import json, pathlib, signal, sys
+from molt_jax import sharding, train
+preset, note, workdir, stop_at = sys.argv[1:]
+put, seen = sharding.put_batch, []
+def noted(batch, mesh):
+  if 'index' in batch and 'keep' not in batch:
+    seen.append(batch['index'].tolist())
+    if len(seen) == int(stop_at):
+      signal.raise_signal(signal.SIGTERM)
+  return put(batch, mesh)
+sharding.put_batch = noted
+code = train.main([f'--config={preset}', f'--workdir={workdir}'])
+pathlib.Path(note).write_text(json.dumps(seen))
+sys.exit(code)
+"""
+# Fills a feature store; notes the inputs it computed itself, those it finds, and what it finds unusable.
+FILL = """
+import json, pathlib, sys
+from molt_jax import config, fill, model, processes, sharding
+from molt_jax.backbones import store
+from molt_jax.data import datasets
+preset, note = sys.argv[1:]
+processes.join()
+config = config.load_config(preset)
+mesh, towers, data = sharding.make_mesh(config), model.describe_towers(config), datasets.load_dataset(config)
+net = model.make_model(config, towers, num_classes=3)
+preprocess = model.make_preprocess(config, towers, num_classes=3)
+add, added = store.FeatureStore.add, []
+store.FeatureStore.add = lambda self, key, x: (added.append(key), add(self, key, x))
+wanted = {split: (source, source.present) for split, source in data.splits.items()}
+_, stored = fill.open_taps(config, wanted, model=net, towers=towers, preprocess=preprocess, mesh=mesh)
+found = {split: {m: s.keys for m, s in taps.items()} for split, taps in stored.items()}
+pathlib.Path(note).write_text(json.dumps([added, found, preprocess.report.line()]))
+"""
+
+
+def _config(make_tiny_config, data, model):
+  config = make_tiny_config()
+  config.mesh.data, config.mesh.model = data, model
+  config.train.batch_size, config.train.epochs, config.train.eval_every, config.train.log_every = 8, 1.0, 3, 1
+  config.text.max_tokens = 24
+  return config
+
+
+def _start_two(script, config, folder, *arguments):
+  """Runs a script in two processes with two devices each, as script(preset, note, *arguments of its own); returns [(exit code, stderr, note)]."""
+  folder.mkdir()
+  (folder / 'config.json').write_text(config_lib.to_json(config))
+  (folder / 'preset.py').write_text(
+      'import pathlib\nfrom molt_jax.config import from_json\n'
+      'def get_config():\n  return from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n')
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  started, notes = [], [folder / f'{index}.json' for index in range(2)]
+  for index, note in enumerate(notes):
+    env = os.environ | {
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2', processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)}
+    argv = [sys.executable, '-c', script, folder / 'preset.py', note, *(str(argument[index]) for argument in arguments)]
+    started.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+  try:
+    errors = [process.communicate(timeout=900)[1] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  assert all(note.exists() for note in notes), errors
+  return [(process.returncode, error, json.loads(note.read_text())) for process, error, note in zip(started, errors, notes, strict=True)]
+
+
+def _stop_after(monkeypatch, steps):
+  """Sends SIGTERM to this process when it takes training batch number `steps`."""
+  put, seen = sharding.put_batch, []
+  def noted(batch, mesh):
+    seen.append(1)
+    if len(seen) == steps:
+      signal.raise_signal(signal.SIGTERM)
+    return put(batch, mesh)
+  monkeypatch.setattr(sharding, 'put_batch', noted)
+
+
+def _assert_as(workdir: pathlib.Path, whole: pathlib.Path, final_state):
+  """The same losses at every step, the same validations, final state and scores, to float32's rounding."""
+  lines = [[line for line in logbook.read(folder) if line['kind'] == 'train'] for folder in (workdir, whole)]
+  assert [line['step'] for line in lines[0]] == list(range(1, STEPS + 1))
+  for name in ('loss', 'loss_ce', 'loss_distill', 'loss_cca', 'grad_norm'):
+    np.testing.assert_allclose(*([line[name] for line in run] for run in lines), rtol=1e-5, atol=1e-5, err_msg=name)
+  states = [final_state(folder)[0] for folder in (workdir, whole)]
+  assert states[0].keys() == states[1].keys() and final_state(workdir)[1] == final_state(whole)[1]
+  for name in states[0]:
+    if 'params' in name:
+      np.testing.assert_allclose(*(np.frombuffer(state[name], np.float32) for state in states), rtol=1e-3, atol=1e-4, err_msg=name)
+  results = [json.loads((folder / 'evaluation.json').read_text())['results'] for folder in (workdir, whole)]
+  for name in results[0]:
+    assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, make_tiny_config):
+  """The folder of a run on one device."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  train.train(_config(make_tiny_config, 1, 1), workdir)
+  return workdir
+
+
+@pytest.mark.parametrize('data, model', [(1, 2), (2, 2)])
+def test_more_devices_are_the_same_run(whole, make_tiny_config, data, model, tmp_path, final_state):
+  train.train(_config(make_tiny_config, data, model), tmp_path / 'run')
+  _assert_as(tmp_path / 'run', whole, final_state)
+
+
+def test_processes_are_the_same_run_and_go_on_from_each_other(whole, make_tiny_config, tmp_path, monkeypatch, final_state):
+  """Two processes until one of them gets a signal, then one device; and the other way round."""
+  two, one = _config(make_tiny_config, 2, 2), _config(make_tiny_config, 1, 1)
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  stopped = _start_two(TRAIN, two, tmp_path / 'a', (first, first), (0, 2))
+  assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
+  assert 'stopped at step 4 of 6, saved' in stopped[0][1] and 'stopped' not in stopped[1][1], 'one speaks'
+  assert [line['step'] for line in logbook.read(first) if line['kind'] == 'train'] == [1, 2, 3, 4]
+  train.train(one, first)
+  _assert_as(first, whole, final_state)
+
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 2)
+    with pytest.raises(train.Interrupted):
+      train.train(one, second)
+  finished = _start_two(TRAIN, two, tmp_path / 'b', (second, second), (0, 0))
+  assert [code for code, _, _ in finished] == [0, 0], finished
+  _assert_as(second, whole, final_state)
+
+  # Steps 1 and 2 of the first and 3 to 6 of the second: an epoch, every row once.
+  consumed = [batches[:2] for _, _, batches in stopped] + [batches for _, _, batches in finished]
+  assert sorted(row for batches in consumed for rows in batches for row in rows) == list(range(48))
+
+
+def test_two_processes_fill_one_store_together(make_tiny_config, tmp_path):
+  config = _config(make_tiny_config, 2, 2)
+  config.features.store, config.dataset.path = str(tmp_path / 'store'), str(tmp_path / 'table')
+  shutil.copytree(make_tiny_config().dataset.path, config.dataset.path)
+  (tmp_path / 'table' / 'images' / 'train_0.png').write_bytes(b'broken')
+  filled = _start_two(FILL, config, tmp_path / 'fill')
+  assert [code for code, _, _ in filled] == [0, 0], filled
+  (added_0, found_0, report_0), (added_1, found_1, report_1) = (note for _, _, note in filled)
+  assert added_0 and added_1 and not set(added_0) & set(added_1), 'nothing is computed twice'
+  assert found_0 == found_1 and {key for split in found_0.values() for keys in split.values() for key in keys if key} == {*added_0, *added_1}
+  assert report_0 == report_1 and report_0.startswith('1 unusable image') and found_0['train']['image'][0] is None
+
+
+# ---- The parts ------------------------------------------------------------------------------------------------------------------------
+
+
+class _Device:
+  def __init__(self, process_index):
+    self.process_index = process_index
+
+
+class _Mesh:
+  """Devices by process index, [data][model]."""
+
+  def __init__(self, rows):
+    self.devices = np.array([[_Device(p) for p in row] for row in rows])
+    self.shape = dict(zip(('data', 'model'), self.devices.shape, strict=True))
+
+
+@pytest.mark.parametrize('rows, parts', [
+    ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
+    ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),
+    ([[0, 1]], [(0, 1), (0, 1)]),
+    ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+])
+def test_each_process_reads_the_rows_of_its_devices(rows, parts, monkeypatch):
+  for process, part in enumerate(parts):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    assert tuple(sharding.data_shard(_Mesh(rows)).values()) == part
+
+
+def test_devices_that_are_no_equal_part_are_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  with pytest.raises(UserError, match='no equal part of the batch'):
+    sharding.data_shard(_Mesh([[0, 0], [0, 1], [1, 1]]))
+
+
+def test_lines_are_said_once():
+  assert processes.lines_of_all('2 unusable images: é') == ['2 unusable images: é'] and processes.lines_of_all('') == []
+
+
+def test_an_incomplete_description_of_the_processes_is_refused(monkeypatch, capsys):
+  monkeypatch.setenv(processes.ADDRESS, '127.0.0.1:1')
+  monkeypatch.setenv(processes.COUNT, '2')
+  assert train.main(['--config=x', '--workdir=y']) == 2
+  assert "JAX_PROCESS_ID is ''" in capsys.readouterr().err
