@@ -103,6 +103,21 @@ def test_padding_to_the_longest_text_changes_nothing_else(make_source, make_prep
   assert_same(next(resumed), next(part))
 
 
+def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess):
+  rng = np.random.default_rng(0)
+  taps = {f'k{n}': rng.normal(size=(2, 1 + 5 * n, 3)).astype(np.float32) for n in range(8)}
+  keys = [*taps][:7] + [None]
+  stored = {'text': pipeline.StoredTaps(keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 40, 3), np.dtype(np.float32))}
+  source, preprocess = make_source(8), make_preprocess(max_tokens=40)
+  whole, fitted = (list(pipeline.eval_batches(source, preprocess, batch_size=4, stored=stored, pad_to_longest=pad)) for pad in (False, True))
+  assert [batch['text_taps'].shape for batch in whole] == [(4, 2, 40, 3)] * 2
+  assert [batch['text_taps'].shape[2] for batch in fitted] == [batch['token_mask'].shape[1] for batch in fitted] == [16, 32]
+  for want, got in zip(whole, fitted, strict=True):
+    length = got['token_mask'].shape[1]
+    assert not want['text_taps'][:, :, length:].any() and not want['token_mask'][:, length:].any()
+    assert_same(got, {**want, 'text_taps': want['text_taps'][:, :, :length], 'token_mask': want['token_mask'][:, :length]})
+
+
 def test_content_of_a_batch(make_source, make_preprocess):
   source, preprocess = make_source(4), make_preprocess()
   batch, = pipeline.eval_batches(source, preprocess, batch_size=4)
