@@ -35,7 +35,7 @@ WORKDIR = flags.DEFINE_string('workdir', 'runs/latent_structure', 'Folder of the
 OUT = flags.DEFINE_string('out', 'experiments/results/latent_structure', 'Folder of the results.')
 
 # L_Con: the two directions of CLIP and the two views of the image. The paper leaves the weights of the regularisers open; geometric consistency has
-# that of CyCLIP (Goel et al. 2022), the others bring their terms to the size of the contrastive ones at the start.
+# that of CyCLIP (Goel et al. 2022), the others are such that no term outweighs the contrastive ones at the start.
 CLIP = {'v2t': 0.5, 't2v': 0.5}
 CON = {**CLIP, 'v2v': 0.5}
 SEP = {'orthogonality': 1.0, 'contrastive_separation': 0.5, 'uniformity': 0.1}
@@ -121,8 +121,12 @@ def without_tower(data):
   """Probes on pixels and on their principal components: data set -> name -> split -> accuracy."""
   found = {}
   for name, examples, _ in data:
-    labels = {split: part.labels for split, part in examples.items()}
-    found[name] = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels)['accuracy'] for probe in ('pixels', 'pca')}
+    path, counts = pathlib.Path(WORKDIR.value) / f'without_tower_{name}.json', {split: len(part.labels) for split, part in examples.items()}
+    if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
+      labels = {split: part.labels for split, part in examples.items()}
+      fits = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
+      logbook.write_atomically(path, json.dumps({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
+    found[name] = json.loads(path.read_text(encoding='utf-8'))['accuracy']
   return found
 
 
@@ -199,7 +203,10 @@ def main(argv):
       results[variant][seed] = run(variant, int(seed), data, pooled)
       print(f'{variant}, seed {seed}: {results[variant][seed]["seconds"]}', flush=True)
   references, datasets = without_tower(data), [name for name, *_ in data]
-  about = runs.provenance() | {
+  about = runs.provenance()
+  if SHIFTED.value:  # Where it lies is nobody's business.
+    about['command'] = about['command'].replace(SHIFTED.value, 'FOLDER')
+  about |= {
       'seeds': SEEDS.value, 'overrides': OVERRIDE.value, 'objectives': {variant: OBJECTIVES[variant] for variant in results},
       'seconds': sum(sum(result['seconds'].values()) for by_seed in results.values() for result in by_seed.values())}
   scores = {variant: {seed: result['scores'] for seed, result in by_seed.items()} for variant, by_seed in results.items()}
