@@ -55,9 +55,9 @@ COLUMNS = {
     'top-3': ('zero_shot', 'top3'),
     'top-5': ('zero_shot', 'top5'),
     'image to text R@1': ('image_to_text', 'R@1'),
-    'R@10': ('image_to_text', 'R@10'),
+    'image to text R@10': ('image_to_text', 'R@10'),
     'text to image R@1': ('text_to_image', 'R@1'),
-    'R@10 ': ('text_to_image', 'R@10'),
+    'text to image R@10': ('text_to_image', 'R@10'),
     'probe, tower': ('linear_probe', 'tower', 'accuracy'),
     'probe, embedding': ('linear_probe', 'embedding', 'accuracy'),
 }
@@ -173,7 +173,7 @@ def shape(results, dataset, split):
 
 
 def plot(results, datasets, path):
-  shown = ('zero-shot top-1', 'image to text R@1', 'probe, tower', 'probe, embedding')
+  shown = ('zero-shot top-1', 'image to text R@10', 'probe, tower', 'probe, embedding')
   figure, axes = plt.subplots(len(datasets), len(shown), figsize=(3.2 * len(shown), 2.9 * len(datasets)), squeeze=False)
   for row, dataset in zip(axes, datasets, strict=True):
     for axis, column in zip(row, shown, strict=True):
@@ -204,7 +204,7 @@ def main(argv):
       print(f'{variant}, seed {seed}: {results[variant][seed]["seconds"]}', flush=True)
   references, datasets = without_tower(data), [name for name, *_ in data]
   about = runs.provenance()
-  if SHIFTED.value:  # Where it lies is nobody's business.
+  if SHIFTED.value:  # Results do not say where it lies.
     about['command'] = about['command'].replace(SHIFTED.value, 'FOLDER')
   about |= {
       'seeds': SEEDS.value, 'overrides': OVERRIDE.value, 'objectives': {variant: OBJECTIVES[variant] for variant in results},
