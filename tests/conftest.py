@@ -109,7 +109,8 @@ def _final_state(workdir):
 
   from molt_jax import checkpoint
   with ocp.CheckpointManager(folder.parent, item_names=checkpoint.ITEMS) as manager:
-    out = manager.restore(int(folder.name), args=ocp.args.Composite(model=ocp.args.StandardRestore(), optimizer=ocp.args.StandardRestore()))
+    here = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))  # For one of other processes.
+    out = manager.restore(int(folder.name), args=ocp.args.Composite(model=here, optimizer=here))
   arrays = {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path([out['model'], out['optimizer']])}
   position = json.loads((folder / 'data' / 'metadata').read_text())
   return arrays, position

@@ -124,28 +124,22 @@ def whole(tmp_path_factory, make_tiny_config):
   return workdir
 
 
-@pytest.mark.parametrize('data, model', [(1, 2), (2, 2)])
-def test_more_devices_are_the_same_run(whole, make_tiny_config, data, model, tmp_path, final_state):
-  train.train(_config(make_tiny_config, data, model), tmp_path / 'run')
-  _assert_as(tmp_path / 'run', whole, final_state)
-
-
-def test_processes_are_the_same_run_and_go_on_from_each_other(whole, make_tiny_config, tmp_path, monkeypatch, final_state):
-  """Two processes until one of them gets a signal, then one device; and the other way round."""
-  two, one = _config(make_tiny_config, 2, 2), _config(make_tiny_config, 1, 1)
+def test_one_two_and_four_devices_and_two_processes_are_the_same_run(whole, make_tiny_config, tmp_path, monkeypatch, final_state):
+  """Two processes of two devices until one of them gets a signal, then one process of two devices; one process of four, then two processes."""
+  four, two = _config(make_tiny_config, 2, 2), _config(make_tiny_config, 1, 2)
   first, second = tmp_path / 'first', tmp_path / 'second'
-  stopped = _start_two(TRAIN, two, tmp_path / 'a', (first, first), (0, 2))
+  stopped = _start_two(TRAIN, four, tmp_path / 'a', (first, first), (0, 2))
   assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
   assert 'stopped at step 4 of 6, saved' in stopped[0][1] and 'stopped' not in stopped[1][1], 'one speaks'
   assert [line['step'] for line in logbook.read(first) if line['kind'] == 'train'] == [1, 2, 3, 4]
-  train.train(one, first)
+  train.train(two, first)
   _assert_as(first, whole, final_state)
 
   with monkeypatch.context() as patch:
     _stop_after(patch, 2)
     with pytest.raises(train.Interrupted):
-      train.train(one, second)
-  finished = _start_two(TRAIN, two, tmp_path / 'b', (second, second), (0, 0))
+      train.train(four, second)
+  finished = _start_two(TRAIN, four, tmp_path / 'b', (second, second), (0, 0))
   assert [code for code, _, _ in finished] == [0, 0], finished
   _assert_as(second, whole, final_state)
 
