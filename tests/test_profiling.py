@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from molt_jax import profiling
@@ -137,3 +138,117 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
   assert profile_step.main([f'--config={tmp_path}/tiny.py', *arguments]) == 2
   err = capsys.readouterr().err
   assert says in err and err.count('\n') == 1
+
+
+# ---- The rival -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def tools():
+  sys.path.insert(0, str(ROOT / 'tools'))
+  import bench_train
+  import rival_torch
+  yield bench_train, rival_torch
+  sys.path.remove(str(ROOT / 'tools'))
+
+
+def copy_head(head, params):
+  """Our head's parameters into the rival's."""
+  import torch
+  params = jax.tree.map(np.asarray, params)
+
+  def put(module, kernel, bias):
+    module.weight.data, module.bias.data = torch.tensor(kernel.T.copy()), torch.tensor(np.array(bias))
+
+  def put_map(module, ours, layer):  # A bias of keys moves all scores of a query alike: we have none.
+    kernel = ours['kernel'][layer]
+    put(module, kernel, ours['bias'][layer] if 'bias' in ours else np.zeros_like(kernel[0]))
+  translation, fusion, logits = params['translation'], params['fusion'], params['classifier']['logits']
+  head.layer_weights.data = torch.tensor(params['layer_weights'].copy())
+  for k, layer in enumerate(head.layers):
+    for m in ('image', 'text'):
+      for role in ('project', 'query', 'key', 'value'):
+        put_map(getattr(layer, role)[m], translation[f'{m}_{role}'], k)
+      layer.norm[m].weight.data = torch.tensor(translation[f'{m}_norm']['scale'][k].copy())
+      layer.norm[m].bias.data = torch.tensor(translation[f'{m}_norm']['bias'][k].copy())
+  put_map(head.query, fusion['query'], 0)
+  for m in ('image', 'text'):
+    put_map(head.key[m], fusion[f'{m}_key'], 0)
+    put_map(head.value[m], fusion[f'{m}_value'], 0)
+  put(head.classifier, logits['kernel'], logits['bias'])
+
+
+def test_the_rival_computes_what_our_paper_preset_does(tools):
+  """Same weights, same batch, more rows than directions: the same losses, and the same cross-entropy after a step of either."""
+  import torch
+
+  from molt_jax.backbones.architectures import ARCHITECTURES
+  from molt_jax.backbones.weights import hugging_face_tensors
+  bench_train, rival_torch = tools
+  sizes = ['--text=llama-tiny', '--image=clip-vit-tiny', '--tokens=6', '--classes=5', '--batch=24', '--width=8', '--preset=paper']
+  flags = bench_train.cli.parse('bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,rival', '--rounds=2'])[0]
+  config = bench_train.make_config(flags, batch=24, width=8, preset='paper')
+  ours = bench_train.Ours(config, 5, None)
+  ours.host['token_mask'][1:5, 3:] = False
+  ours.host['label'] = np.arange(24, dtype=np.int32) % 5
+  rival = rival_torch.Rival(ARCHITECTURES['text']['llama-tiny'], ARCHITECTURES['image']['clip-vit-tiny'], rival_torch.Settings(8, 4, 5))
+  for tower, kind in ((rival.text, 'text'), (rival.image, 'image')):
+    tensors = {name: torch.tensor(np.array(x)) for name, x in hugging_face_tensors(ours.frozen[kind], kind=kind).items()}
+    missing, unexpected = tower.load_state_dict(tensors, strict=False)
+    assert not unexpected and all('post_layernorm' in name for name in missing)
+  state = ours.workload.state()
+  copy_head(rival.head, state.params)
+  theirs = rival_torch.make_batch(ours.host)
+  step = ours.workload.step()
+  for _ in range(2):
+    with torch.no_grad():
+      loss, ce, cca = (float(x) for x in rival.loss(theirs))
+    rival.step(theirs)
+    state, metrics = step(state, ours.frozen, ours.host, None)
+    assert float(metrics['loss_ce']) == pytest.approx(ce, rel=1e-4)
+    assert float(metrics['loss_cca']) == pytest.approx(cca, rel=1e-3)
+    assert float(metrics['loss']) == pytest.approx(loss, rel=1e-3)
+  report = bench_train.measure(flags)
+  assert set(report['cases'][0]['speedup']) == {'live_over_rival'} and report['cases'][0]['seconds']['rival']['median'] > 0
+
+
+def test_the_rival_survives_the_gradient_of_small_batches(tools):
+  import torch
+  rival_torch = tools[1]
+  x, y = (torch.randn(6, 16, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(2))
+  loss = rival_torch.cca_loss(x, y, 1e-3)
+  loss.backward()
+  assert -1.01 < loss.item() < -0.5 and x.grad.isfinite().all() and y.grad.isfinite().all()
+
+
+def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
+  import profile_step
+  bench_train = tools[0]
+  fake = tmp_path / 'python'
+  fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\necho "{{}}"\n')
+  fake.chmod(0o755)
+  environment = {**os.environ, 'OUT': str(tmp_path / 'out'), 'PYTHON': str(fake)}
+  subprocess.run(['bash', str(ROOT / 'tools/bench_gpu.sh')], env=environment, check=True, capture_output=True)
+  names = {'rival', 'profile', 'flash', 'compiled', 'batches', 'int8'}
+  assert {path.stem for path in (tmp_path / 'out').glob('*.json')} == names
+  commands = [line.split() for line in (tmp_path / 'commands').read_text().splitlines()]
+  assert len(commands) == len(names)
+  for script, *arguments in commands:
+    tool = {'tools/bench_train.py': bench_train, 'tools/profile_step.py': profile_step}[script]
+    flags, overrides = tool.cli.parse('x', '', tool.FLAGS, [a for a in arguments if a != '--json'])
+    if tool is profile_step:
+      config = tool.config_lib.load_config(str(ROOT / flags.config), overrides)
+      assert (config.train.batch_size, config.text.max_tokens, config.molt.width) == (32, 128, 1024)
+    else:
+      for preset in flags.preset.split(','):
+        config = bench_train.make_config(flags, batch=32, width=int(flags.width), preset=preset)
+    assert config.backbones.text.path == 'random:llama-7b' and config.backbones.dtype == config.compute_dtype == 'bfloat16'
+
+
+def test_the_gpu_benchmark_runs_with_tiny_shapes(tmp_path):
+  environment = {**os.environ, 'OUT': str(tmp_path), 'PYTHON': sys.executable}
+  out = subprocess.run(['bash', str(ROOT / 'tools/bench_gpu.sh'), '--small', 'int8'], env=environment, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stdout + (tmp_path / 'log.txt').read_text()
+  assert {path.stem for path in tmp_path.glob('*.json')} == {'int8'}
+  report = json.loads((tmp_path / 'int8.json').read_text())
+  assert report['quantization'] == 'int8' and report['cases'][0]['seconds']['live']['median'] > 0

@@ -1,0 +1,203 @@
+"""Our training step against PyTorch's (`tools/rival_torch.py`) on noise: `python tools/bench_train.py [--json] [--out=FILE]`.
+
+Every case trains the same head on the same architectures, batch and sizes. Contestants take turns within a case, so that other work on the machine
+weighs on all of them (on an idle machine the ratios are steadier, and PyTorch's threads do not spin against ours: OMP_WAIT_POLICY=PASSIVE).
+
+  paper    our step with the paper's settings: one view, no normalisation of taps, linear classifier, CCA over the batch: what the rival computes
+  robust   our default step, three views of each example with distillation, normalised taps, MLP classifier: the rival computes less
+
+`live` runs the towers, `store` reads their taps from a batch, as training does from the second epoch on (`features.store`). The default is a CPU's
+size: SmolLM2-135M and a small vision tower. `tools/bench_gpu.sh` calls this with LLaMA-7B and CLIP ViT-L/14.
+"""
+
+import functools
+import gc
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+
+import attribute_dict  # noqa: F401 (before the package: it may stand in for ml_collections)
+import jax
+
+from molt_jax import cli, profiling, sharding
+from molt_jax.backbones.architectures import ARCHITECTURES
+from molt_jax.config import UserError, default_config, validate
+
+FLAGS = (
+    cli.Flag('text', 'text architecture', 'smollm2-135m'),
+    cli.Flag('image', 'image architecture', 'clip-vit-tiny'),
+    cli.Flag('tokens', 'tokens of each text', '16'),
+    cli.Flag('batch', 'batch sizes, comma-separated', '32,64'),
+    cli.Flag('width', 'd_c, comma-separated', '128,1024'),
+    cli.Flag('preset', 'paper, robust or both', 'paper,robust'),
+    cli.Flag('contestants', 'of live, store, rival, rival_compiled', 'live,store,rival'),
+    cli.Flag('dtype', 'float32 or bfloat16, of towers and head', 'float32'),
+    cli.Flag('attention', 'xla or cudnn, in our towers', 'xla'),
+    cli.Flag('quantization', 'none, int8 or int4, of our towers', 'none'),
+    cli.Flag('solver', 'eigh or newton_schulz, of our CCA', 'eigh'),
+    cli.Flag('classes', 'number of classes', '101'),
+    cli.Flag('rounds', 'timed steps of each contestant', '5'),
+    cli.Flag('out', 'file to write the JSON to', ''),
+)
+PAPER = {
+    'molt.input_norm': 'none', 'fusion.residual': False, 'classifier.kind': 'linear', 'classifier.dropout': 0.0, 'missing.views': False,
+    'cca.estimator': 'batch', 'optimizer.schedule': 'constant'}
+PRESETS = {'paper': PAPER, 'robust': {}}
+
+
+def make_config(flags, *, batch: int, width: int, preset: str):
+  """The config of a case."""
+  config = default_config()
+  values = {
+      'dataset.path': 'unread', 'text.max_tokens': int(flags.tokens), 'train.batch_size': batch, 'molt.width': width,
+      'backbones.text.path': f'random:{flags.text}', 'backbones.image.path': f'random:{flags.image}', 'backbones.dtype': flags.dtype,
+      'compute_dtype': flags.dtype, 'backbones.attention': flags.attention, 'backbones.quantization': flags.quantization,
+      'cca.solver': flags.solver, 'cca.num_directions': min(16, width), 'mesh.data': 1, **PRESETS[preset]}
+  for name, value in values.items():
+    *parents, leaf = name.split('.')
+    functools.reduce(lambda c, part: c[part], parents, config)[leaf] = value
+  return validate(config)
+
+
+class Ours:
+  """Steps of one case; towers are shared between cases."""
+
+  def __init__(self, config, classes, frozen):
+    self.workload = profiling.Workload.open(config, num_classes=classes)
+    self.host = self.workload.batch()
+    self._batch = sharding.put_batch(self.host, self.workload.mesh)
+    self.frozen = frozen or self.workload.frozen()
+
+  def runs(self, wanted):
+    """Contestant -> a function that does one step."""
+    runs = {}
+    if 'live' in wanted:
+      runs['live'] = self._stepper(self.frozen, self._batch)
+    if 'store' in wanted:
+      runs['store'] = self._stepper(dict.fromkeys(self.frozen), profiling.Parts(self.workload, self.frozen, self._batch).stored_batch())
+    return runs
+
+  def _stepper(self, frozen, batch):
+    step, state = self.workload.step(), self.workload.state()
+
+    def run():
+      nonlocal state
+      state, metrics = step(state, frozen, batch, None)
+      return metrics
+    return run
+
+
+class Theirs:
+  """Steps of the rival; towers are shared between cases."""
+
+  def __init__(self, flags):
+    import rival_torch
+    import torch
+    self._lib, self._torch, self._flags = rival_torch, torch, flags
+    self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    self._shapes = ARCHITECTURES['text'][flags.text], ARCHITECTURES['image'][flags.image]
+    self._towers = rival_torch.make_towers(*self._shapes, self.device)
+
+  def runs(self, wanted, config, host):
+    """Contestant -> a function that does one step; its loss waits for the device."""
+    settings = self._lib.Settings(
+        width=config.molt.width, num_layers=config.molt.num_layers, num_classes=int(self._flags.classes), ridge=config.cca.ridge)
+    batch = self._lib.make_batch(host, self.device)
+    rivals = {name: self._lib.Rival(*self._shapes, settings, device=self.device, compiled=name == 'rival_compiled', towers=self._towers)
+              for name in ('rival', 'rival_compiled') if name in wanted}
+    return {name: functools.partial(rival.step, batch) for name, rival in rivals.items()}
+
+  def versions(self):
+    return {'torch': self._torch.__version__, 'torch_threads': self._torch.get_num_threads(), 'rival_device': self.device}
+
+  def forget_peak(self):
+    if self.device == 'cuda':
+      self._torch.cuda.empty_cache()
+      self._torch.cuda.reset_peak_memory_stats()
+
+  def peak(self):
+    return self._torch.cuda.max_memory_allocated() if self.device == 'cuda' else None
+
+
+def measure(flags) -> dict:
+  """Returns the report; every case is said on stderr as it is done."""
+  wanted = _choices('contestants', flags.contestants, ('live', 'store', 'rival', 'rival_compiled'))
+  presets = _choices('preset', flags.preset, tuple(PRESETS))
+  theirs = Theirs(flags) if any(name.startswith('rival') for name in wanted) else None
+  frozen, cases = None, []
+  for batch, width, preset in itertools.product(_numbers('batch', flags.batch), _numbers('width', flags.width), presets):
+    config = make_config(flags, batch=batch, width=width, preset=preset)
+    ours = Ours(config, int(flags.classes), frozen)
+    frozen = ours.frozen
+    runs = ours.runs(wanted)
+    if theirs:
+      theirs.forget_peak()
+      runs |= theirs.runs(wanted, config, ours.host)
+    taken = profiling.seconds_in_turn(runs, rounds=int(flags.rounds))
+    cases.append(_case(batch, width, preset, taken, theirs))
+    cli.say(_line(cases[-1]))
+    del runs, ours
+    gc.collect()
+  return {
+      'text': flags.text, 'image': flags.image, 'tokens': int(flags.tokens), 'classes': int(flags.classes), 'dtype': flags.dtype,
+      'attention': flags.attention, 'quantization': flags.quantization, 'solver': flags.solver, 'rounds': int(flags.rounds), 'cases': cases,
+      'device': jax.devices()[0].device_kind, 'cpus': os.cpu_count(), 'load_average': os.getloadavg()[0],
+      'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
+      'versions': {'python': platform.python_version(), 'jax': jax.__version__, **(theirs.versions() if theirs else {})}}
+
+
+def _case(batch, width, preset, taken, theirs):
+  case = {'batch': batch, 'width': width, 'preset': preset, 'seconds': {name: profiling.spread(values) for name, values in taken.items()}}
+  rivals = [name for name in taken if name.startswith('rival')]
+  case['speedup'] = {  # Medians over rounds of the ratio within a round.
+      f'{ours}_over_{rival}': statistics.median(b / a for a, b in zip(taken[ours], taken[rival], strict=True))
+      for ours in ('live', 'store') if ours in taken for rival in rivals}
+  case['examples_per_second'] = {name: batch / statistics.median(values) for name, values in taken.items()}
+  stats = jax.devices()[0].memory_stats() or {}
+  case['peak_bytes'] = {'ours_so_far': stats.get('peak_bytes_in_use'), 'rival': theirs.peak() if theirs else None}
+  return case
+
+
+def _line(case):
+  seconds = ', '.join(f'{name} {1e3 * s["median"]:.1f} ms' for name, s in case['seconds'].items())
+  ratios = ', '.join(f'{name.replace("_over_", " ")} {ratio:.2f}x' for name, ratio in case['speedup'].items())
+  return f'batch {case["batch"]}, width {case["width"]}, {case["preset"]}: {seconds}' + (f'; {ratios}' if ratios else '')
+
+
+def _numbers(name, text):
+  if not all(x.isdigit() and int(x) > 0 for x in text.split(',')):
+    raise UserError(f'--{name}: {text!r} is not a list of positive numbers such as 32,64')
+  return [int(x) for x in text.split(',')]
+
+
+def _choices(name, text, legal):
+  if wrong := [x for x in text.split(',') if x not in legal]:
+    raise UserError(f'--{name}: {wrong[0]!r} is not legal; give some of {",".join(legal)}')
+  return text.split(',')
+
+
+@cli.command
+def main(argv: Sequence[str]) -> None:
+  """Command line."""
+  as_json = '--json' in argv
+  flags, _ = cli.parse('tools.bench_train', "Our training step against PyTorch's.", FLAGS, [a for a in argv if a != '--json'])
+  for name, legal in (('text', ARCHITECTURES['text']), ('image', ARCHITECTURES['image'])):
+    _choices(name, getattr(flags, name), tuple(legal))
+  _numbers('rounds', flags.rounds)
+  report = json.dumps(measure(flags), indent=2)
+  if flags.out:
+    path = pathlib.Path(flags.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix('.tmp').write_text(report + '\n')
+    path.with_suffix('.tmp').replace(path)
+  if as_json:
+    print(report)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
