@@ -1,5 +1,6 @@
 """Pretraining of a tower pair: the step, the loop, resuming, what comes out, what is refused. Tiny towers; oracles are Hugging Face and NumPy."""
 
+import configparser
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from molt_jax.backbones import weights
 from molt_jax.config import PRETRAIN_SCHEMA, UserError
 from molt_jax.data import datasets, pipeline, transforms
 
+ROOT = pathlib.Path(__file__).parents[1]
 VARYING = ('images_per_second', 'epoch_seconds')
 FROM_PRETRAIN = 'import sys; from molt_jax import pretrain; sys.exit(pretrain.main(sys.argv[1:]))'
 
@@ -222,8 +224,9 @@ def _batch(rows, rng, *, pooled=None, vocab=300):
   return batch
 
 
-def _gradient(config, mesh, batch, seed=0):
-  """Returns (metrics, the gradient): what one step of plain descent with rate one takes away."""
+def _make_gradient(config):
+  """Returns a function of a batch: (metrics, the gradient, which is what one step of plain descent with rate one takes away)."""
+  mesh = sharding.make_mesh(config)
   towers = dual.describe_towers(config)
   model = dual.make_model(config, towers)
   tx = optax.sgd(1.0)
@@ -232,19 +235,22 @@ def _gradient(config, mesh, batch, seed=0):
 
   def init(key):
     return model.init(key, statistics)
-  state = train_state.create(init, tx, lambda: (), seed=seed, mesh=mesh)
+  state = train_state.create(init, tx, lambda: (), seed=0, mesh=mesh)
   step = jax.jit(lambda state, batch: pretrain.pretrain_step(state, {}, batch, model=model, tx=tx, config=config))
-  after, metrics = step(state, sharding.put_batch(batch, mesh))
-  gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, after.params)
-  return {name: float(x) for name, x in metrics.items()}, gradient
+
+  def gradient(batch):
+    after, metrics = step(state, sharding.put_batch(batch, mesh))
+    taken = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, after.params)
+    return {name: float(x) for name, x in metrics.items()}, taken
+  return gradient
 
 
 def test_four_devices_take_the_step_of_one(make_config):
   batch = _batch(16, np.random.default_rng(0), pooled=32)
   config = make_config()
-  one = _gradient(config, sharding.make_mesh(config), batch)
+  one = _make_gradient(config)(batch)
   config.mesh.data = 4
-  four = _gradient(config, sharding.make_mesh(config), batch)
+  four = _make_gradient(config)(batch)
   for name, value in one[0].items():
     assert value == pytest.approx(four[0][name], rel=1e-6, abs=1e-6), name
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(a).max())), one[1], four[1])
@@ -256,9 +262,7 @@ def test_a_picture_that_cannot_be_read_counts_for_nothing(make_config):
   other = {name: x.copy() for name, x in batch.items()}
   for name in ('image', 'image_augmented', 'text_pooled'):
     other[name][3] = 5.0
-  config = make_config()
-  mesh = sharding.make_mesh(config)
-  (_, one), (_, two) = _gradient(config, mesh, batch), _gradient(config, mesh, other)
+  (_, one), (_, two) = map(_make_gradient(make_config()), (batch, other))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, two)
 
 
@@ -267,7 +271,7 @@ def test_a_clip_text_tower_trains_jointly(make_config):
   config = make_config(**{
       'backbones.text.kind': 'clip', 'backbones.text.path': 'random:clip-text-tiny', 'backbones.text.pretrained': False,
       'backbones.text.freeze': False, 'augment.text.delete': 0.2, 'objective.t2t': 0.3, 'temperature.init': 0.011, 'temperature.max_scale': 90.0})
-  metrics, gradient = _gradient(config, sharding.make_mesh(config), _batch(8, np.random.default_rng(0), vocab=258))
+  metrics, gradient = _make_gradient(config)(_batch(8, np.random.default_rng(0), vocab=258))
   assert {'loss_v2t', 'loss_t2v', 'loss_v2v', 'loss_t2t', 'loss_uniformity'} <= set(metrics)
   assert {name for name, g in gradient.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(g))} == {
       'image_tower', 'text_tower', 'image_head', 'text_head', 'image_independent', 'text_independent', 'log_scale'}
@@ -294,8 +298,7 @@ def test_bfloat16_is_near_float32(make_config):
   batch = _batch(8, np.random.default_rng(0), pooled=32)
   results = []
   for dtype in ('float32', 'bfloat16'):
-    config = make_config(compute_dtype=dtype)
-    metrics, gradient = _gradient(config, sharding.make_mesh(config), batch)
+    metrics, gradient = _make_gradient(make_config(compute_dtype=dtype))(batch)
     assert all(g.dtype == np.float32 for g in jax.tree.leaves(gradient))
     results.append(metrics['loss'])
   assert results[0] == pytest.approx(results[1], rel=0.02) and results[0] != results[1]
@@ -333,10 +336,9 @@ def test_too_few_pairs_are_refused(make_config, tmp_path):
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys):
-  root = pathlib.Path(__file__).parents[1]
-  assert pretrain.main([f'--config={root}/configs/quickstart.py', f'--workdir={tmp_path}']) == 2
+  assert pretrain.main([f'--config={ROOT}/configs/quickstart.py', f'--workdir={tmp_path}']) == 2
   assert 'preset of another command' in capsys.readouterr().err
-  preset = f'--config={root}/configs/pretrain_openmoji.py'
+  preset = f'--config={ROOT}/configs/pretrain_openmoji.py'
   assert pretrain.main([preset, f'--workdir={tmp_path}', '--config.train.batch_size=1']) == 2
   message = capsys.readouterr().err
   assert message.startswith('error: config.train.batch_size: 1') and message.count('\n') == 1
@@ -347,3 +349,46 @@ def test_every_field_of_the_schema_survives_json(make_config):
   assert config_lib.from_json(config_lib.to_json(config), PRETRAIN_SCHEMA) == config
   assert json.loads(config_lib.to_json(config))['objective']['v2v'] == 0.3
   assert model_lib.identities(dual.describe_towers(config))['image']['path'] == dual.SCRATCH
+
+
+# ---- The shipped tower -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_tower_is_small_whole_and_packaged():
+  folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
+  assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
+  readme = (folder / 'README.md').read_text()
+  for words in ('CC BY-SA 4.0', 'OpenMoji', 'python -m molt_jax.pretrain --config=configs/pretrain_openmoji.py'):
+    assert words in readme
+  packaging = configparser.ConfigParser()
+  packaging.read(ROOT / 'setup.cfg')
+  patterns = [pattern.strip() for pattern in packaging['options.package_data']['molt_jax'].split(',')]
+  for file in folder.iterdir():
+    assert any(pattern == f'**/*{file.suffix}' for pattern in patterns), file
+  tower = weights.load_tower('pkg://molt_jax/towers/openmoji', kind='image', dtype='float32', attention='xla', with_pool=True)
+  config = config_lib.load_config(str(ROOT / 'configs' / 'pretrain_openmoji.py'), schema=PRETRAIN_SCHEMA).backbones.image
+  architecture = tower.config
+  assert (architecture.image_size, architecture.patch_size, architecture.hidden_size, architecture.num_layers, architecture.num_heads) == (
+      config.size, config.patch, config.width, config.layers, config.heads)
+
+
+def test_transformers_reads_the_shipped_tower():
+  folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
+  model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
+  assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+  tower = weights.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
+  size = tower.config.image_size
+  image_bhwc = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
+  with torch.inference_mode():
+    theirs = model.eval()(torch.tensor(image_bhwc).permute(0, 3, 1, 2), output_hidden_states=True)
+  bound = tower.module.bind({'params': tower.params})
+  ours = jax.jit(lambda x: bound(x, num_taps=tower.config.num_layers + 1))(image_bhwc)
+  for a, b in zip(ours, theirs.hidden_states, strict=True):
+    np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize('preset', ['quickstart', 'table'])
+def test_presets_use_the_shipped_tower(preset):
+  overrides = {'dataset.path': 'FOLDER'} if preset == 'table' else {}
+  config = config_lib.load_config(str(ROOT / 'configs' / f'{preset}.py'), overrides)
+  assert config.backbones.image.path == 'pkg://molt_jax/towers/openmoji'
