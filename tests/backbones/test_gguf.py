@@ -197,5 +197,5 @@ def test_damaged_files_are_refused(tmp_path):
   (tmp_path / 'other.gguf').write_bytes(b'PK\x03\x04')
   with pytest.raises(UserError, match='not a GGUF file'):
     load(str(tmp_path / 'other.gguf'))
-  with pytest.raises(UserError, match='image tower is a Hugging Face directory'):
+  with pytest.raises(UserError, match='a CLIP tower is a Hugging Face directory'):
     weights.load_tower(str(whole), kind='image', dtype='float32', attention='xla')
