@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -62,6 +63,6 @@ def spread(values: Iterable[float], *, scale: float = 100.0, digits: int = 1) ->
 
 
 def provenance() -> dict[str, Any]:
-  """Returns the command and versions that results are published with."""
+  """Returns the command, with FOLDER for absolute paths, and versions that results are published with."""
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {'python': platform.python_version()}
-  return {'command': ' '.join(['python', *sys.argv]), 'versions': versions}
+  return {'command': ' '.join(['python', *(re.sub(r'(^|=)/\S*', r'\1FOLDER', word) for word in sys.argv)]), 'versions': versions}
