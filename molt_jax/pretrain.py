@@ -8,7 +8,6 @@ import functools
 import math
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +18,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from molt_jax import checkpoint, cli, dual, logbook, pair_metrics, sharding, train_state
+from molt_jax import checkpoint, cli, dual, loop, pair_metrics, sharding, train_state
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
-from molt_jax import train as train_lib
 from molt_jax.backbones import export
 from molt_jax.config import UserError
 from molt_jax.data import augment, datasets, pairs, pipeline
@@ -70,9 +68,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathli
 
   Raises:
     UserError: a mistake of the user's, or a loss that is not finite.
-    train.Interrupted: SIGTERM or SIGINT; the state is saved.
+    loop.Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  workdir = train_lib.check_workdir(config, pathlib.Path(workdir), schema=config_lib.PRETRAIN_SCHEMA)
+  workdir = loop.check_workdir(config, pathlib.Path(workdir), schema=config_lib.PRETRAIN_SCHEMA)
   mesh = sharding.make_mesh(config)
   for name in ('train', 'eval'):
     sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)
@@ -86,8 +84,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathli
   meta = {
       'config': config.to_dict(), 'backbones': model_lib.identities(towers), 'class_names': list(data.class_names), 'score': None, 'step': 0}
   if saved:
-    train_lib.check_same_run(saved, meta, towers)
-  plan = train_lib.Plan(config, len(pairs.complete_rows(data.splits['train'])))
+    loop.check_same_run(saved, meta, towers)
+  plan = loop.Plan(config, len(pairs.complete_rows(data.splits['train'])))
   tx = train_state.make_optimizer(config, plan.total)
   pooled = _pool_frozen_texts(config, model, towers, data, preprocess, mesh)
   frozen = {'image_tower': dual.load_weights(config, mesh, 'image', config.compute_dtype)} if 'image' in model.frozen else {}
@@ -99,74 +97,37 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathli
   if saved:
     state = checkpoints.restore(state, iterator)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
-  train_lib.claim_workdir(config, workdir)
-  run = _Run(config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, pooled)
-  with train_lib.stop_on_signals() as stop:
-    run.loop(state, iterator, stop)
-  checkpoints.close()
+  loop.claim_workdir(config, workdir)
+  run = _Run(
+      config, workdir, mesh, data, checkpoints, meta, plan, model=model, tx=tx, preprocess=preprocess, frozen=frozen, pooled=pooled)
+  run.run(state, iterator)
   if preprocess.report.counts():
     cli.say(preprocess.report.line())
   return write_tower(workdir)
 
 
-class _Run:
-  """One run: everything that stays the same from step to step. `train.Watch` reads config, workdir, plan, schedule and data."""
+class _Run(loop.Loop):
+  """A run of a pair of towers."""
 
-  def __init__(self, config, workdir, mesh, model, tx, data, preprocess, checkpoints, meta, plan, frozen, pooled):
-    self.config, self.workdir, self.mesh, self.data, self.preprocess = config, workdir, mesh, data, preprocess
-    self.checkpoints, self.meta, self.plan, self.frozen, self.pooled = checkpoints, meta, plan, frozen, pooled
+  title, unit = 'pretraining', 'images'
+
+  def __init__(self, config, workdir, mesh, data, checkpoints, meta, plan, *, model, tx, preprocess, frozen, pooled):
+    super().__init__(config, workdir, mesh, data, checkpoints, meta, plan)
+    self.preprocess, self.frozen, self.pooled = preprocess, frozen, pooled
     frozen_config = ml_collections.FrozenConfigDict(config)
     self.step_fn = jax.jit(functools.partial(pretrain_step, model=model, tx=tx, config=frozen_config), donate_argnums=0)
     self.embed_fn = jax.jit(model.embed_batch)
-    self.schedule = train_state.make_schedule(config, plan.total)
-    self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
 
-  def loop(self, state, iterator, stop):
-    """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact."""
-    start = step = int(state.step)
-    rows = self.config.train.batch_size
-    log = logbook.Logbook(self.workdir, step=start)
-    watch = train_lib.Watch(self, log, start)
-    clock = _Clock()
-    with cli.progress('pretraining', self.plan.total * rows, 'images', done=start * rows) as bar:
-      while True:
-        stopping = stop() and step > start
-        if step > start and (self.plan.validate_at(step) or self.plan.save_at(step) or stopping):
-          watch.drain()
-          self._validate_and_save(state, iterator, log, step, stopping, epoch_seconds=clock.seconds(step) * self.plan.per_epoch)
-          watch.restart_clock()
-          clock = _Clock()
-        if step == self.plan.total:
-          break
-        if stop():
-          self.checkpoints.close()
-          raise train_lib.Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', stop())
-        batch = next(iterator)
-        index = batch['index']
-        state, metrics = self.step_fn(state, self.frozen, sharding.put_batch(batch, self.mesh))
-        step += 1
-        watch.dispatched(step, metrics, index)
-        clock.start(step)
-        bar.advance(rows, f'epoch {step / self.plan.per_epoch:.1f}, {watch.note}')
-    log.close()
+  def step(self, state, batch):
+    return self.step_fn(state, self.frozen, batch)
 
-  def _validate_and_save(self, state, iterator, log, step, stopping, *, epoch_seconds):
-    best = False
-    if self.plan.validate_at(step):
-      results = self._validate({'params': {**state.params, **self.frozen}, 'statistics': state.statistics})
-      score = float(np.mean([results[way]['R@10'] for way in ('image_to_text', 'text_to_image')]))
-      log.write('validation', step, {**results, 'score': score, 'epoch_seconds': round(epoch_seconds, 2)})
-      cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} (R@10, mean of both ways), {epoch_seconds:.0f} s an epoch')
-      best = score > self.best
-      self.best = max(score, self.best)
-      self.meta = {**self.meta, 'score': score}
-    meta = {**self.meta, 'step': step}
-    if best:
-      self.checkpoints.save(state, iterator, meta, kind=checkpoint.BEST)
-    if best or stopping or self.plan.save_at(step):
-      self.checkpoints.save(state, iterator, meta, kind=checkpoint.LATEST)
+  def validate(self, state, watch):
+    results = self._scores({'params': {**state.params, **self.frozen}, 'statistics': state.statistics})
+    score = float(np.mean([results[way]['R@10'] for way in ('image_to_text', 'text_to_image')]))
+    seconds = watch.epoch_seconds
+    return {**results, 'score': score, 'epoch_seconds': round(seconds, 2)}, f'R@10, mean of both ways; {seconds:.0f} s an epoch'
 
-  def _validate(self, variables):
+  def _scores(self, variables):
     """Scores the pairs of the validation split that have both modalities."""
     source = self.data.splits['validation']
     images, texts, rows = [], [], []
@@ -182,23 +143,6 @@ class _Run:
       rows.append(batch['index'][complete_b])
     written = [source.read(int(row), image=False)['text'] for row in np.concatenate(rows)]
     return pair_metrics.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
-
-
-# ---- Around the loop -----------------------------------------------------------------------------------------------------------------
-
-
-class _Clock:
-  """Seconds a step; the first step after a pause (compilation, validation) starts it and is not counted."""
-
-  def __init__(self):
-    self._since = None
-
-  def start(self, step: int) -> None:
-    self._since = self._since or (time.monotonic(), step)
-
-  def seconds(self, step: int) -> float:
-    began, first = self._since or (time.monotonic(), step)
-    return (time.monotonic() - began) / max(step - first, 1)
 
 
 def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
@@ -326,13 +270,9 @@ FLAGS = (
 def main(argv: Sequence[str]) -> int | None:
   """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
   flags, overrides = cli.parse('molt_jax.pretrain', 'Train an image tower and a text tower on pairs.', FLAGS, argv)
-  try:
+  def work():
     pretrain(config_lib.load_config(flags.config, overrides, schema=config_lib.PRETRAIN_SCHEMA), pathlib.Path(flags.workdir))
-  except train_lib.Interrupted as stopped:
-    message, number = stopped.args
-    cli.say(message)
-    return 128 + number
-  return 0
+  return loop.exit_code(work)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import molt_jax
-from molt_jax import checkpoint, evaluate, sharding, train, train_state
+from molt_jax import checkpoint, evaluate, loop, sharding, train, train_state
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
@@ -188,7 +188,7 @@ def test_the_maps_are_in_the_checkpoint_and_a_resumed_run_is_the_same_bit_for_bi
       signal.raise_signal(signal.SIGTERM)
     return put(batch, mesh)
   monkeypatch.setattr(sharding, 'put_batch', put_and_stop)
-  with pytest.raises(train.Interrupted, match='step 4 of 6'):
+  with pytest.raises(loop.Interrupted, match='step 4 of 6'):
     train.train(translate_config(make_tiny_config), tmp_path / 'run')
   monkeypatch.undo()
   stopped = statistics(tmp_path / 'run')

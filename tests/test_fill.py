@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from molt_jax import config as config_lib
-from molt_jax import evaluate, fill, logbook, sharding, train
+from molt_jax import evaluate, fill, logbook, loop, sharding, train
 from molt_jax import model as model_lib
 from molt_jax.backbones import features
 from molt_jax.backbones import store as store_lib
@@ -99,7 +99,7 @@ def test_sigterm_and_resume_from_a_full_store_bit_for_bit_and_no_tower_is_loaded
     return put(batch, mesh)
   with monkeypatch.context() as patch:
     patch.setattr(sharding, 'put_batch', put_and_stop)
-    with pytest.raises(train.Interrupted, match='step 2 of 6'):
+    with pytest.raises(loop.Interrupted, match='step 2 of 6'):
       train.train(six_steps(), tmp_path / 'run')
   train.train(six_steps(), tmp_path / 'run')
   same_run(store_run, tmp_path / 'run')

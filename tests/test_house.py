@@ -16,6 +16,7 @@ ROOMS = {
     'objectives': (),
     **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
     'pair_metrics': ('config', 'objectives'),
+    'loop': ('config', *SERVICES),
     'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'evaluate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill'),
     'predict': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'evaluate'),
@@ -23,8 +24,8 @@ ROOMS = {
     'step': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),
     'translate': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'step'),
     'dual': ('config', 'data', 'backbones', 'objectives', *SERVICES),
-    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'fill', 'evaluate', 'step', 'translate'),
-    'pretrain': ('config', 'data', 'backbones', 'objectives', *SERVICES, 'dual', 'pair_metrics', 'train'),
+    'train': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES, 'loop', 'fill', 'evaluate', 'step', 'translate'),
+    'pretrain': ('config', 'data', 'backbones', 'objectives', *SERVICES, 'loop', 'dual', 'pair_metrics'),
     'pair_evaluation': ('config', 'data', 'backbones', 'objectives', *SERVICES, 'dual', 'pair_metrics', 'pretrain'),
 }
 

@@ -18,9 +18,8 @@ import torch
 import transformers
 
 from molt_jax import config as config_lib
-from molt_jax import dual, logbook, pair_metrics, pretrain, sharding, train_state
+from molt_jax import dual, logbook, loop, pair_metrics, pretrain, sharding, train_state
 from molt_jax import model as model_lib
-from molt_jax import train as train_lib
 from molt_jax.backbones import weights
 from molt_jax.config import PRETRAIN_SCHEMA, UserError
 from molt_jax.data import datasets, pipeline, transforms
@@ -192,7 +191,7 @@ def test_kill_and_signal_lose_nothing(whole, make_config, tmp_path, final_state,
       os.kill(os.getpid(), signal.SIGTERM)
     return put_batch(batch, mesh)
   monkeypatch.setattr(sharding, 'put_batch', put_and_signal)
-  with pytest.raises(train_lib.Interrupted, match='the same command goes on'):
+  with pytest.raises(loop.Interrupted, match='the same command goes on'):
     pretrain.pretrain(make_config(), workdir)
   monkeypatch.undo()
   pretrain.pretrain(make_config(**{'input.num_threads': 1}), workdir)

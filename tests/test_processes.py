@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from molt_jax import config as config_lib
-from molt_jax import logbook, processes, sharding, train
+from molt_jax import logbook, loop, processes, sharding, train
 from molt_jax.config import UserError
 
 STEPS = 6  # An epoch.
@@ -137,7 +137,7 @@ def test_one_two_and_four_devices_and_two_processes_are_the_same_run(whole, make
 
   with monkeypatch.context() as patch:
     _stop_after(patch, 2)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(loop.Interrupted):
       train.train(four, second)
   finished = _start_two(TRAIN, four, tmp_path / 'b', (second, second), (0, 0))
   assert [code for code, _, _ in finished] == [0, 0], finished

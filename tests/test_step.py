@@ -10,7 +10,7 @@ import pytest
 
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
-from molt_jax import profiling, sharding, train, train_state
+from molt_jax import loop, profiling, sharding, train_state
 from molt_jax import step as step_lib
 from molt_jax.backbones import architectures
 
@@ -127,9 +127,9 @@ def test_the_loop_looks_at_a_loss_two_steps_late():
   config.train.log_every = 1000
   run = type('Run', (), {'config': config, 'plan': type('Plan', (), {'total': 1000})})()
   looked = []
-  watch = train.Watch(run, log=None, step=0)
+  watch = loop.Watch(run, log=None, step=0)
   for step in range(1, 10):
     watch.dispatched(step, {'loss': _Late(step, looked), 'grad_norm': _Late(step, looked)}, np.arange(4))
-    assert max(looked, default=0) == max(step - train.IN_FLIGHT, 0)
+    assert max(looked, default=0) == max(step - loop.IN_FLIGHT, 0)
   watch.drain()
   assert sorted(set(looked)) == list(range(1, 10))

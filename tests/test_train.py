@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from molt_jax import checkpoint, cli, evaluate, logbook, sharding, train, train_state
+from molt_jax import checkpoint, cli, evaluate, logbook, loop, sharding, train, train_state
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
@@ -97,7 +97,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(six_step_run, si
       signal.raise_signal(signal.SIGTERM)
     return put(batch, mesh)
   monkeypatch.setattr(sharding, 'put_batch', put_and_stop)
-  with pytest.raises(train.Interrupted, match='step 2 of 6'):
+  with pytest.raises(loop.Interrupted, match='step 2 of 6'):
     train.train(six_steps, workdir)
   monkeypatch.undo()
   assert step_lib.train_step is step_fn

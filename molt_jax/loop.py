@@ -1,0 +1,248 @@
+"""What training commands share: the order of a run, its numbers, what is watched, and how it stops and goes on."""
+
+import abc
+import collections
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from molt_jax import checkpoint, cli, logbook, processes, sharding, train_state
+from molt_jax import config as config_lib
+from molt_jax import model as model_lib
+from molt_jax.config import UserError
+
+IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop; its state is saved. Arguments: what to tell the user, the signal's number."""
+
+
+def exit_code(run: Callable[[], Any]) -> int:
+  """Runs a training command's work: 0 when it is done, 130 or 143 when a signal stopped it, saved."""
+  try:
+    run()
+  except Interrupted as stopped:
+    message, number = stopped.args
+    cli.say(message)
+    return 128 + number
+  return 0
+
+
+class Plan:
+  """The run's step numbers: total steps, and when validation and saving are due."""
+
+  def __init__(self, config: ml_collections.ConfigDict, num_examples: int):
+    self.per_epoch = num_examples / config.train.batch_size
+    self.total = max(1, math.ceil(config.train.epochs * self.per_epoch))
+    self._eval_every = config.train.eval_every or max(1, round(self.per_epoch))
+    self._save_every = config.train.save_every or self._eval_every
+
+  def validate_at(self, step: int) -> bool:
+    return step == self.total or step % self._eval_every == 0
+
+  def save_at(self, step: int) -> bool:
+    return step == self.total or step % self._save_every == 0
+
+
+class Loop(abc.ABC):
+  """One run: everything that stays the same from step to step."""
+
+  title: str  # Of the progress bar,
+  unit: str  # and what it counts.
+
+  def __init__(self, config, workdir, mesh, data, checkpoints, meta, plan):
+    self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
+    self.checkpoints, self.meta, self.plan = checkpoints, meta, plan
+    self.schedule = train_state.make_schedule(config, plan.total)
+    self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
+
+  @abc.abstractmethod
+  def step(self, state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+    """One update: (the new state, metrics)."""
+
+  @abc.abstractmethod
+  def validate(self, state: Any, watch: 'Watch') -> tuple[dict[str, Any], str]:
+    """Scores the validation split: (the record to log, with its 'score', what to say of it)."""
+
+  def refresh(self, state: Any) -> Any:
+    """Returns the state with what is fitted anew before each validation."""
+    return state
+
+  def run(self, state: Any, iterator: Any) -> Any:
+    """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact. Returns the last state.
+
+    Raises:
+      Interrupted: SIGTERM or SIGINT; the state is saved.
+      UserError: a loss that is not finite.
+    """
+    start = step = int(state.step)
+    log = logbook.Logbook(self.workdir, step=start) if processes.leads() else logbook.NoLogbook()
+    agree = processes.Agreement(self.mesh, delay=IN_FLIGHT)
+    watch = Watch(self, log, start)
+    count = self.config.train.batch_size if self.unit == 'images' else 1
+    with stop_on_signals() as stop, cli.progress(self.title, self.plan.total * count, self.unit, done=start * count) as bar:
+      while True:
+        asked = agree(stop() or 0)
+        stopping = asked and step > start
+        if step > start and (self.plan.validate_at(step) or self.plan.save_at(step) or stopping):
+          watch.drain()
+          state = self._validate_and_save(state, iterator, log, watch, step, stopping)
+          watch.restart_clock()
+        if step == self.plan.total:
+          break
+        if asked:
+          self.checkpoints.close()
+          raise Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', asked)
+        batch = sharding.put_batch(next(iterator), self.mesh)
+        state, metrics = self.step(state, batch)
+        step += 1
+        watch.dispatched(step, metrics, batch['index'])
+        bar.advance(count, f'epoch {step / self.plan.per_epoch:.1f}, {watch.note}')
+    log.close()
+    self.checkpoints.close()
+    processes.wait('checkpoints written')
+    return state
+
+  def _validate_and_save(self, state, iterator, log, watch, step, stopping):
+    best = False
+    if self.plan.validate_at(step):
+      state = self.refresh(state)
+      record, said = self.validate(state, watch)
+      score = record['score']
+      log.write('validation', step, record)
+      cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} ({said})')
+      best = score > self.best
+      self.best = max(score, self.best)
+      self.meta = {**self.meta, 'score': score}
+    meta = {**self.meta, 'step': step}
+    if best:
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint.BEST)
+    if best or stopping or self.plan.save_at(step):
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint.LATEST)
+    return state
+
+
+class Watch:
+  """Looks at each step's loss when it has come, two steps late so that the device never waits; stops the run on one that is not finite."""
+
+  def __init__(self, run: Loop, log: logbook.Logbook, step: int):
+    self.run, self.log, self.note = run, log, ''
+    self._flying = collections.deque()
+    self.restart_clock()
+
+  def restart_clock(self):
+    self._since = self._began = None
+    self._images = self._steps = 0
+
+  @property
+  def epoch_seconds(self) -> float:
+    """Seconds of an epoch at the speed since the last pause, of the steps that have landed."""
+    return (time.monotonic() - self._began) / max(self._steps, 1) * self.run.plan.per_epoch
+
+  def dispatched(self, step, metrics, index):
+    self._flying.append((step, metrics, index))
+    if len(self._flying) > IN_FLIGHT:
+      self._land()
+
+  def drain(self):
+    while self._flying:
+      self._land()
+
+  def _land(self):
+    step, metrics, index = self._flying.popleft()
+    loss = float(metrics['loss'])
+    if not (math.isfinite(loss) and math.isfinite(float(metrics['grad_norm']))):
+      self._not_finite(step, loss, index)
+    self.note = f'loss {loss:.4f}'
+    self._count(len(index))
+    if step % self.run.config.train.log_every == 0 or step == self.run.plan.total:
+      self._write(step, jax.device_get(metrics))
+
+  def _count(self, images):
+    if self._since is None:  # The first step after a pause (compilation, validation) starts the clock and is not counted.
+      self._since = self._began = time.monotonic()
+    else:
+      self._images += images
+      self._steps += 1
+
+  def _write(self, step, metrics):
+    seconds = time.monotonic() - self._since
+    values = {name: value.tolist() for name, value in metrics.items()}
+    values |= {'learning_rate': float(self.run.schedule(step - 1)), 'epoch': round(step / self.run.plan.per_epoch, 4)}
+    if self._images:
+      values['images_per_second'] = round(self._images / seconds, 2)
+    self.log.write('train', step, values)
+    self._since, self._images = time.monotonic(), 0
+
+  def _not_finite(self, step, loss, index):
+    ids = [self.run.data.splits['train'].ids[i] for i in processes.fetch(index)]
+    path = self.run.workdir / 'not_finite.json'
+    if processes.leads():
+      logbook.write_atomically(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
+    raise UserError(
+        f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower '
+        f'config.optimizer.learning_rate ({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
+
+
+# ---- Around the loop -----------------------------------------------------------------------------------------------------------------
+
+
+def check_workdir(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, schema: Mapping[str, Any] = config_lib.SCHEMA) -> pathlib.Path:
+  """Returns the folder unless it holds a run with another config; `schema` is that of the command."""
+  path = workdir / 'config.json'
+  if path.exists():
+    changed = config_lib.differences(config_lib.from_json(path.read_text(encoding='utf-8'), schema), config)
+    changed = [line for line in changed if line.split(':')[0] not in FREE_ON_RESUME]
+    if changed:
+      raise UserError(f'--workdir: {str(workdir)!r} holds a run with another config ({"; ".join(changed)}); give another folder or that config')
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f'--workdir: {str(workdir)!r} is a file; give a folder')
+  return workdir
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Makes the folder and writes config.json; called when nothing is left that the user could have to mend first."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  logbook.write_atomically(workdir / 'config.json', config_lib.to_json(config) + '\n')
+
+
+# Fields that say where and how fast to compute, not what: a resumed run may change them.
+FREE_ON_RESUME = (
+    'platform', 'mesh.data', 'mesh.model', 'text.padding', 'input.num_threads', 'input.prefetch', 'dataset.data_dir', 'eval.batch_size',
+    'eval.select')
+
+
+def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Mapping[str, Any]) -> None:
+  """Raises UserError unless the checkpoint belongs to these towers and these classes."""
+  model_lib.check_same_towers(saved['backbones'], towers)
+  if saved['class_names'] != meta['class_names']:
+    raise UserError(
+        f'config.dataset: the checkpoint in --workdir knows {len(saved["class_names"])} classes, the data now has {len(meta["class_names"])} '
+        'or other names; give the data it was trained on, or another --workdir')
+
+
+class stop_on_signals:
+  """Context in which SIGTERM and SIGINT only ask to stop; a second SIGINT stops at once."""
+
+  def __enter__(self):
+    self._asked = None
+    self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return lambda: self._asked
+
+  def _ask(self, number, frame):
+    if self._asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._asked = number
+
+  def __exit__(self, *exc):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
