@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from molt_jax import config as config_lib
-from molt_jax import model as model_lib
 from molt_jax import loop, profiling, sharding, train_state
+from molt_jax import model as model_lib
 from molt_jax import step as step_lib
 from molt_jax.backbones import architectures
 
