@@ -1,13 +1,12 @@
 """What the CCA of two views looks like: directions fitted on one set and measured on another, effective rank, modality gap."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from molt_jax.objectives.cca import centre, weigh_rows, whiten
+from molt_jax.objectives.cca import centre, cross, weigh_rows, whiten
 
 
 class Directions(NamedTuple):
@@ -32,8 +31,8 @@ def fit_directions(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
     rows = weigh_rows(jnp.ones(x_nd.shape[0]) if weight_n is None else weight_n.astype(jnp.float32))
     view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
     x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
-    p_ks, _, q_sj = jnp.linalg.svd(x.t_nk.T @ y.t_nk, full_matrices=False)
-    x_kd, y_kd = (functools.reduce(jnp.matmul, factor.back, turn) for factor, turn in ((x, p_ks.T), (y, q_sj)))
+    p_ks, _, q_sj = jnp.linalg.svd(cross(x, y), full_matrices=False)
+    x_kd, y_kd = (jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj)))
   return lax.stop_gradient(Directions(view_x.mean_d, view_y.mean_d, x_kd.T * view_x.inverse_norm, y_kd.T * view_y.inverse_norm))
 
 
