@@ -62,16 +62,24 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
     parser.add_argument(f'--{flag.name}', default=flag.default, required=flag.required, help=flag.meaning)
   takes_config = any(flag.name == 'config' for flag in flags)
   if takes_config:
-    parser.epilog = 'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: molt_jax/config.py).'
+    parser.epilog = (
+        'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: molt_jax/config.py). '
+        f'{", ".join(SHORTHANDS)}: the field of that name.')
   known, rest = parser.parse_known_args(list(argv))
   names = [f'--{flag.name}' for flag in flags]
   return known, dict(_overrides(rest, names, takes_config))
+
+
+# Flags that stand for a field of the config; without a value they set it.
+SHORTHANDS = {'--allow_count_mismatch': '--config.dataset.allow_count_mismatch'}
 
 
 def _overrides(rest: Sequence[str], names: Sequence[str], takes_config: bool) -> Iterator[tuple[str, str]]:
   words = iter(rest)
   for word in words:
     name, equals, value = word.partition('=')
+    if takes_config and name in SHORTHANDS:
+      name, equals, value = SHORTHANDS[name], '=', value or 'true'
     if not (takes_config and name.startswith('--config.')):
       near = difflib.get_close_matches(name, names, n=1)
       hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(names)}' + (', --config.FIELD=VALUE' if takes_config else '')

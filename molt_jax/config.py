@@ -78,12 +78,17 @@ SCHEMA: dict[str, Any] = {
         'model': Field(1, AXIS, 'Devices along the model axis (weights are split over them).'),
     },
     'dataset': {
-        'name': Field('table', one_of('table', 'openmoji'), 'table is your own folder of CSV or JSONL files and images.'),
-        'path': Field('', ANY_STRING, 'table: the folder that holds train.csv (or .jsonl) and test.csv.'),
+        'name': Field('table', one_of('table', 'openmoji', 'mm_imdb'), 'table is your own folder of CSV or JSONL files and images.'),
+        'path': Field('', ANY_STRING, 'table: the folder that holds train.csv (or .jsonl) and test.csv; the published sets: as they are unpacked.'),
         'data_dir': Field('~/.cache/molt_jax/datasets', NON_EMPTY, 'Where prepared data sets are kept.'),
         'multi_label': Field(False, FLAG, 'Whether an example can have several labels (joined by | in a table).'),
         'modalities': Field('image,text', one_of('image,text', 'image', 'text'), 'What is used at all; one alone makes a specialist.'),
         'validation_fraction': Field(0.1, inside(0, 1), 'Share of train set aside when there is no validation file.'),
+        'allow_count_mismatch': Field(False, FLAG, 'Go on where a published data set has other counts than published (or --allow_count_mismatch).'),
+        'mm_imdb': {
+            'text': Field('longest', one_of('longest', 'outline', 'first', 'all'), 'Which plot; outline: else the first; all: one example a plot.'),
+            'genres': Field('all', one_of('all', 'paper'), 'paper: leave out the 71 movies with a genre beside the 23, as the paper counts.'),
+        },
     },
     'image': {
         'resize': Field('crop', one_of('crop', 'letterbox'), 'crop: shortest side to size, centre crop; letterbox: longest side to size, padded.'),
@@ -377,7 +382,7 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
        f'config.molt.num_heads: {c.molt.num_heads} does not divide config.molt.width = {c.molt.width}; give a divisor'),
       (c.train.batch_size % c.train.accumulate != 0,
        f'config.train.accumulate: {c.train.accumulate} does not divide config.train.batch_size = {c.train.batch_size}; give a divisor'),
-      _table_has_a_folder(c),
+      _has_a_folder(c),
       *((not c.backbones[m].path, f'config.backbones.{m}.path: empty; give the {m} tower') for m in modalities(c)),
       (c.missing.strategy == 'translate' and c.method != 'molt',
        f"config.missing.strategy: 'translate' needs config.method='molt', not {c.method!r}: there is no common space; give robust, null or zero"),
@@ -388,15 +393,16 @@ def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
   )
 
 
-def _table_has_a_folder(c: ml_collections.ConfigDict) -> tuple[bool, str]:
-  return c.dataset.name == 'table' and not c.dataset.path, 'config.dataset.path: empty; give the folder that holds train.csv and test.csv'
+def _has_a_folder(c: ml_collections.ConfigDict) -> tuple[bool, str]:
+  held = 'train.csv and test.csv' if c.dataset.name == 'table' else f'{c.dataset.name} as it is unpacked'
+  return c.dataset.name != 'openmoji' and not c.dataset.path, f'config.dataset.path: empty; give the folder that holds {held}'
 
 
 def _pretrain_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:
   image, text = c.backbones.image, c.backbones.text
   rewrites = c.augment.text.delete > 0 or c.augment.text.swap > 0
   return (
-      _table_has_a_folder(c),
+      _has_a_folder(c),
       (c.dataset.modalities != 'image,text',
        f"config.dataset.modalities: {c.dataset.modalities!r}, but pretraining pairs images with texts; give 'image,text'"),
       (c.train.batch_size < 2,
@@ -425,6 +431,11 @@ def _pretrain_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...
 def modalities(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Returns the modalities that are used at all, in the order of the columns of `present`."""
   return tuple(config.dataset.modalities.split(','))
+
+
+def data_choices(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns the choices of a published data set that change scores, by name; {} where it has none."""
+  return config.dataset[config.dataset.name].to_dict() if config.dataset.name in config.dataset else {}
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

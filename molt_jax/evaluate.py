@@ -134,6 +134,7 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
   config = config_lib.from_json(json.dumps(meta['config']))
   record = {
       'split': split, 'num_examples': num_examples, 'step': meta['step'], 'results': dict(results), 'config_hash': config_lib.config_hash(config),
+      'dataset': {'name': config.dataset.name, **config_lib.data_choices(config)},
       'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
   if path.exists():
     old = json.loads(path.read_text(encoding='utf-8'))

@@ -217,8 +217,8 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
 
 # Fields that say where and how fast to compute, not what: a resumed run may change them.
 FREE_ON_RESUME = (
-    'platform', 'mesh.data', 'mesh.model', 'text.padding', 'input.num_threads', 'input.prefetch', 'dataset.data_dir', 'eval.batch_size',
-    'eval.select')
+    'platform', 'mesh.data', 'mesh.model', 'text.padding', 'input.num_threads', 'input.prefetch', 'dataset.data_dir',
+    'dataset.allow_count_mismatch', 'eval.batch_size', 'eval.select')
 
 
 def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Mapping[str, Any]) -> None:

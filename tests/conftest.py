@@ -143,3 +143,26 @@ def final_state():
 def same_run():
   """Function of two runs' folders: asserts equal parameters, moments, metrics, data position and results, bit for bit."""
   return _assert_same_run
+
+
+@pytest.fixture(scope='session')
+def make_fixture():
+  """The tool that writes miniatures of the published data sets."""
+  import sys
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tools'))
+  import make_fixture
+  sys.path.remove(str(pathlib.Path(__file__).parents[1] / 'tools'))
+  return make_fixture
+
+
+@pytest.fixture(scope='session')
+def miniature(make_fixture, tmp_path_factory):
+  """Function (data set, layout=None) -> a folder with its miniature, each written once; tests that change one copy it first."""
+  folders = {}
+
+  def get(dataset, layout=None):
+    if (dataset, layout) not in folders:
+      folders[dataset, layout] = tmp_path_factory.mktemp(dataset) / 'source'
+      make_fixture.make(dataset, folders[dataset, layout], layout=layout)
+    return folders[dataset, layout]
+  return get

@@ -10,6 +10,7 @@ SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'mo
 ROOMS = {
     '__init__': ('predict',),
     'config': (),
+    'presets': ('config',),
     'data': ('config', 'cli'),
     'backbones': ('config',),
     'modules': ('config', 'backbones'),

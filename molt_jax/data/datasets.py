@@ -1,6 +1,8 @@
 """The table of data sets. To add one: write a function `config -> Dataset`, give it a row here, and its name to `dataset.name` in `config.SCHEMA`."""
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 from molt_jax.config import modalities
@@ -8,14 +10,15 @@ from molt_jax.data import missing, table
 from molt_jax.data.sources import Dataset
 
 
-def _openmoji(config: Any) -> Dataset:
-  from molt_jax.data.builders import openmoji  # Imports TFDS, which costs a second.
-  return openmoji.load(config)
+def _builder(name: str) -> Callable[[Any], Dataset]:
+  def load(config):
+    return importlib.import_module(f'molt_jax.data.builders.{name}').load(config)  # Imports TFDS, which costs a second.
+  return load
 
 
 DATASETS = {
     'table': table.load,
-    'openmoji': _openmoji,
+    **{name: _builder(name) for name in ('openmoji', 'mm_imdb')},
 }
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from molt_jax.config import UserError
-from molt_jax.data.missing import hash_order
 from molt_jax.data.sources import Dataset
+from molt_jax.data.splits import set_aside
 
 COLUMNS = ('image', 'text', 'label')
 _FORMATS = ('.csv', '.jsonl')
@@ -89,19 +89,8 @@ def load(config: Any) -> Dataset:
 
 
 def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-  """Sets a share of the rows aside, stratified, as a pure function of the seed and the set of rows; returns (rest, aside), in their order.
-
-  Rows are lined up by labels, then by a keyed hash of their id, and evenly spaced ones are taken, so that every set of labels gives its
-  share to within one row. A label keeps at least one row in the rest.
-  """
-  lined_up = sorted(hash_order([row.id for row in rows], seed=seed, name='validation'), key=lambda n: rows[n].labels)
-  count = max(1, round(fraction * len(rows)))
-  aside = {lined_up[int((k + 0.5) * len(rows) / count)] for k in range(count)}
-  kept_labels = {label for n, row in enumerate(rows) if n not in aside for label in row.labels}
-  for n in [n for n in lined_up if n in aside]:
-    if not kept_labels.issuperset(rows[n].labels):
-      aside.discard(n)
-      kept_labels.update(rows[n].labels)
+  """Sets a share of the rows aside, stratified (`splits.set_aside`); returns (rest, aside), in their order."""
+  aside = set_aside([row.id for row in rows], [row.labels for row in rows], fraction=fraction, seed=seed)
   return [row for n, row in enumerate(rows) if n not in aside], [row for n, row in enumerate(rows) if n in aside]
 
 

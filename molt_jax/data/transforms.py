@@ -1,8 +1,9 @@
 """From bytes to arrays, with numpy and Pillow alone. Pixels come out as Hugging Face's CLIP image processor makes them."""
 
+import contextlib
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,11 +26,26 @@ def decode(data: bytes) -> Image.Image:
   Raises:
     DecodeError: empty, truncated, of an unknown format, or of more than MAX_PIXELS pixels.
   """
+  with _opened(data) as image:
+    return as_rgb(image)
+
+
+def check(data: bytes) -> None:
+  """Raises DecodeError where `decode` would; cheaper, since a JPEG is read to its end but decoded at its smallest scale."""
+  with _opened(data) as image:
+    _bound_pixels(image)
+    image.draft(None, (1, 1))
+    image.load()
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+  """Opens an image file for the block; what goes wrong inside is a DecodeError."""
   if not data:
     raise DecodeError('the file is empty')
   try:
     with Image.open(io.BytesIO(data)) as image:
-      return as_rgb(image)
+      yield image
   except DecodeError:
     raise
   except Image.UnidentifiedImageError as error:
@@ -46,14 +62,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
   Raises:
     DecodeError: its pixels cannot be read or are more than MAX_PIXELS.
   """
-  width, height = image.size
-  if width * height > MAX_PIXELS:
-    raise DecodeError(f'{width} x {height} pixels, more than {MAX_PIXELS}')
+  _bound_pixels(image)
   try:
     image.load()
     return _to_rgb(_upright(image))
-  except Exception as error:  # As in `decode`.
+  except Exception as error:  # As in `_opened`.
     raise DecodeError(_reason(error)) from error
+
+
+def _bound_pixels(image: Image.Image) -> None:
+  width, height = image.size
+  if width * height > MAX_PIXELS:
+    raise DecodeError(f'{width} x {height} pixels, more than {MAX_PIXELS}')
 
 
 def _reason(error: Exception) -> str:

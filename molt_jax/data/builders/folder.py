@@ -1,0 +1,461 @@
+"""What the builders of published data sets share: a user points at the folder as it is unpacked; it is checked, counted and prepared once.
+
+A prepared data set is one TFDS folder (array_record) under `dataset.data_dir`, named by data set, choices and source folder. Its split `images` has
+each image once, the file's own bytes; rows of the other splits name their image by its position there, since rows share images (SNLI-VE has 565,286
+rows on 31,783). Beside them lie `rows.npz` (ids, labels, what each row has), so that opening it reads no example, and `metadata.json` (`Facts`).
+
+Memory stays bounded whatever the size: the folder is walked twice, to count and check and then to write, and TFDS holds at most 1 GB back. The
+prepared folder appears in one rename when it is complete.
+"""
+
+import abc
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from molt_jax import cli
+from molt_jax import config as config_lib
+from molt_jax.config import UserError
+from molt_jax.data import missing, transforms
+from molt_jax.data.sources import Dataset
+from molt_jax.data.splits import set_aside
+
+IMAGES = 'images'
+LISTED = 100  # Rows left out that are printed one by one.
+_SHOWN = 5
+ROWS, METADATA = 'rows.npz', 'metadata.json'
+_KEYS = 1 << 127  # TFDS sorts by keys of 128 bits in buckets of equal range; keys that are spread over it keep each bucket small.
+_COLUMNS = {'ids': None, 'labels': np.int16, 'label_counts': np.int16, 'images': np.int32, 'texts': bool}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+  """One example. `image` is the path of its file, whether or not that is there; None: it has none. An `extra` row does not count as published."""
+
+  id: str
+  image: str | None
+  text: str
+  labels: tuple[int, ...]
+  extra: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeftOut:
+  """A row that is not used: because something is wrong with it, or `by_rule` of a choice."""
+
+  id: str
+  reason: str
+  by_rule: bool = False
+
+
+class Folder(abc.ABC):
+  """A data set as it is unpacked.
+
+  Attributes:
+    class_names: in the order of labels.
+    index_files: those that say which examples there are.
+    splits: at least 'train' and 'test'.
+  """
+
+  class_names: Sequence[str]
+  index_files: Sequence[pathlib.Path]
+  splits: Sequence[str] = ('train', 'validation', 'test')
+
+  @abc.abstractmethod
+  def rows(self, split: str) -> Iterator[Row | LeftOut]:
+    """Yields what the split lists, always in the same order."""
+
+
+@dataclasses.dataclass
+class Facts:
+  """What is known of a prepared data set beside its examples; `metadata.json`.
+
+  Attributes:
+    dataset, choices: its name and what it was prepared with.
+    class_names: in the order of labels.
+    counts: of 'classes' and of each split, as `published` has them.
+    left_out: [split, id, reason] of each row in which something is wrong.
+    left_out_by_rule: reason -> how many.
+    repeated: [id, split, split where it came first]; every row is kept, the later one under another id.
+    lost_images: name of the file -> why it cannot be used; its rows have a text alone.
+    index_files: name -> size in bytes.
+  """
+
+  dataset: str
+  choices: dict[str, str]
+  class_names: list[str]
+  published: dict[str, int]
+  counts: dict[str, int]
+  left_out: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+  left_out_by_rule: dict[str, int] = dataclasses.field(default_factory=dict)
+  repeated: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+  lost_images: dict[str, str] = dataclasses.field(default_factory=dict)
+  index_files: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def differences(self) -> list[str]:
+    """Returns one line for each count that is not the published one."""
+    return [f'{name}: {self.counts.get(name, 0):,} here, {number:,} published ({self.counts.get(name, 0) - number:+,})'
+            for name, number in self.published.items() if self.counts.get(name, 0) != number]
+
+  def check_counts(self, *, allowed: bool) -> None:
+    """Prints every difference from the published counts, and the rows that were left out.
+
+    Raises:
+      UserError: there is a difference and it is not allowed.
+    """
+    differences = self.differences()
+    if not differences:
+      return
+    rows = [f'{split} {row_id} left out: {reason}' for split, row_id, reason in self.left_out]
+    rows += [f'{split} {row_id} comes again, first in {first}' for row_id, split, first in self.repeated]
+    more = [f'... and {len(rows) - LISTED:,} more such rows'] if len(rows) > LISTED else []
+    for line in [*differences, *rows[:LISTED], *more]:
+      cli.say(f'{self.dataset} {line}')
+    if not allowed:
+      raise UserError(
+          f'config.dataset.path: {len(differences)} counts of {self.dataset} are not the published ones (see above); complete the folder, or go on '
+          'with --allow_count_mismatch')
+
+  def lines(self) -> list[str]:
+    """Returns what the user should know in each run, a line each."""
+    lines = []
+    if self.differences():
+      lines.append(f'{self.dataset}: counts are not the published ones ({"; ".join(self.differences())})')
+    if self.lost_images:
+      named = [f'{name} ({reason})' for name, reason in self.lost_images.items()]
+      lines.append(f'{self.dataset}: {len(named):,} images cannot be used, their examples have a text alone: {_some(named)}')
+    if self.repeated:
+      named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
+      lines.append(f'{self.dataset}: {len(named):,} ids come more than once, all rows are kept: {_some(named)}')
+    return lines
+
+
+def _some(words: Sequence[str]) -> str:
+  return ', '.join(words[:_SHOWN]) + (f' and {len(words) - _SHOWN:,} more' if len(words) > _SHOWN else '')
+
+
+@dataclasses.dataclass(eq=False)
+class Choices(tfds.core.BuilderConfig):
+  """What a data set is prepared with: values that change scores, by name."""
+
+  values: dict[str, str] = dataclasses.field(default_factory=dict)
+  allow_count_mismatch: bool = False
+
+
+class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """TFDS builder of a data set that lies in `manual_dir`; a subclass knows its layouts and published counts.
+
+  Attributes:
+    LAYOUTS: the paths that are looked for, for the error when none fits.
+    DESCRIPTION, HOMEPAGE: of the data set.
+    MULTI_LABEL: whether an example can have several labels.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  MULTI_LABEL = False
+  LAYOUTS: str
+  DESCRIPTION: str
+  HOMEPAGE: str
+
+  @classmethod
+  @abc.abstractmethod
+  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Folder | None:
+    """Returns the data set in `folder`; None where no layout fits."""
+
+  @classmethod
+  @abc.abstractmethod
+  def published(cls, choices: Mapping[str, str]) -> dict[str, int]:
+    """Returns the published number of 'classes' and of each split's examples."""
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=self.DESCRIPTION,
+        homepage=self.HOMEPAGE,
+        disable_shuffling=True,
+        metadata=tfds.core.MetadataDict(),
+        features=tfds.features.FeaturesDict({
+            'id': tfds.features.Text(),
+            'image': tfds.features.Text(),  # Bytes of the file in `images`, else empty. TFDS's Image would want files of one kind.
+            'image_number': np.int64,  # Position in `images`; -1: none.
+            'text': tfds.features.Text(),
+            'labels': tfds.features.Sequence(np.int64),  # Positions in the metadata's class_names.
+        }))
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    folder = open_folder(type(self), pathlib.Path(dl_manager.manual_dir), self.builder_config.values)
+    facts, sizes, files = self._scan(folder)
+    facts.check_counts(allowed=self.builder_config.allow_count_mismatch)
+    if not files or not all(sizes.values()):
+      found = ', '.join(f'{size:,} {split} examples' for split, size in sizes.items())
+      raise UserError(f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; expected {self.LAYOUTS}')
+    self._facts = dataclasses.replace(self._no_facts(folder), lost_images=facts.lost_images)
+    self._numbers: dict[str, int] = {}
+    self._table: dict[str, np.ndarray] = {}
+    seen: dict[str, str] = {}
+    return {IMAGES: self._generate_images(files), **{split: self._generate_examples(folder, split, size, seen) for split, size in sizes.items()}}
+
+  def _no_facts(self, folder: Folder) -> Facts:
+    choices = self.builder_config.values
+    sizes = {file.name: file.stat().st_size for file in folder.index_files}
+    counts = {**dict.fromkeys(folder.splits, 0), 'classes': len(folder.class_names)}
+    return Facts(self.name, choices, list(folder.class_names), self.published(choices), counts, index_files=sizes)
+
+  def _scan(self, folder: Folder) -> tuple[Facts, dict[str, int], list[str]]:
+    """Walks the folder without opening images: (facts, rows of each split, image files that are there, each once)."""
+    facts, exists, seen = self._no_facts(folder), {}, {}
+
+    def is_there(image):
+      if image not in exists and not exists.setdefault(image, os.path.isfile(image)):
+        facts.lost_images[os.path.basename(image)] = 'no such file'
+      return exists[image]
+    sizes = dict.fromkeys(folder.splits, 0)
+    for split in sizes:
+      for row in _walk(folder, split, facts, seen, is_there):
+        sizes[split] += 1
+        if row.image:
+          is_there(row.image)
+    return facts, sizes, [image for image, there in exists.items() if there]
+
+  def _generate_images(self, files: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with cli.progress(f'preparing {self.name}', len(files), 'images') as bar:
+      for file in files:
+        bar.advance()
+        try:
+          data = pathlib.Path(file).read_bytes()
+          transforms.check(data)
+        except (OSError, transforms.DecodeError) as error:
+          self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)
+          continue
+        number = self._numbers[file] = len(self._numbers)
+        yield number * (_KEYS // len(files)), {
+            'id': os.path.basename(file), 'image': data, 'image_number': number, 'text': '', 'labels': []}
+
+  def _generate_examples(self, folder: Folder, split: str, size: int, seen: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = {name: [] for name in _COLUMNS}
+    with cli.progress(f'preparing {self.name} {split}', size, 'examples') as bar:
+      for position, row in enumerate(_walk(folder, split, self._facts, seen, self._numbers.__contains__)):
+        bar.advance()
+        number = self._numbers.get(row.image, -1)
+        values = row.id.encode(), len(row.labels), number, bool(row.text)
+        for name, value in zip(('ids', 'label_counts', 'images', 'texts'), values, strict=True):
+          columns[name].append(value)
+        columns['labels'].extend(row.labels)
+        yield position * (_KEYS // size), {'id': row.id, 'image': b'', 'image_number': number, 'text': row.text, 'labels': row.labels}
+    self._table |= {f'{split}_{name}': np.array(values, _COLUMNS[name]) for name, values in columns.items()}
+
+  def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+    super()._download_and_prepare(*args, **kwargs)
+    np.savez(pathlib.Path(self.data_dir) / ROWS, **self._table)
+    for name, value in dataclasses.asdict(self._facts).items():
+      self.info.metadata[name] = value
+
+
+def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_image: Callable[[str], bool]) -> Iterator[Row]:
+  """Yields the rows of a split that are used, with unique ids, and keeps `facts`; `seen` is id -> split of all before."""
+  for row in folder.rows(split):
+    if isinstance(row, Row) and not row.text and not (row.image and has_image(row.image)):
+      row = LeftOut(row.id, 'neither an image nor a text')
+    if isinstance(row, LeftOut):
+      if row.by_rule:
+        facts.left_out_by_rule[row.reason] = facts.left_out_by_rule.get(row.reason, 0) + 1
+      else:
+        facts.left_out.append((split, row.id, row.reason))
+      continue
+    if row.id in seen:
+      facts.repeated.append((row.id, split, seen[row.id]))
+      row = dataclasses.replace(row, id=f'{row.id}#{len(facts.repeated)}')
+    seen[row.id] = split
+    facts.counts[split] += not row.extra
+    yield row
+
+
+# ---- Preparing and opening ------------------------------------------------------------------------------------------------------------
+
+
+def open_folder(builder: type[FolderBuilder], folder: pathlib.Path, choices: Mapping[str, str]) -> Folder:
+  """Finds the data set in `folder` or in one of its subfolders.
+
+  Raises:
+    UserError: no layout fits.
+  """
+  if not folder.is_dir():
+    raise UserError(f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds {builder.LAYOUTS}')
+  for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+    if (found := builder.open(root, choices)) is not None:
+      return found
+  raise UserError(f'config.dataset.path: {str(folder)!r} does not hold {builder.name}; expected {builder.LAYOUTS}')
+
+
+def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
+  """Writes the data set under `dataset.data_dir` unless it is there; returns its folder.
+
+  One process at a time prepares; what an interrupted one left is removed.
+
+  Raises:
+    UserError: the source folder is not as it must be, its counts are not the published ones, or the prepared data cannot be written.
+  """
+  source = pathlib.Path(config.dataset.path).expanduser()
+  choices = config_lib.data_choices(config)
+  key = '-'.join([*(f'{name}_{value}' for name, value in choices.items()), hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:8]])
+  data_dir = pathlib.Path(config.dataset.data_dir).expanduser()
+  folder = data_dir / builder.name / key / str(builder.VERSION)
+  if (folder / METADATA).is_file():
+    return folder
+  open_folder(builder, source, choices)
+  what = ', '.join(f'{name}={value}' for name, value in choices.items())
+  builder_config = Choices(name=key, description=what, values=choices, allow_count_mismatch=config.dataset.allow_count_mismatch)
+  try:
+    with _alone(folder.parent):
+      for left_over in folder.parent.glob('incomplete.*'):
+        shutil.rmtree(left_over)
+      with _quiet_tfds():
+        builder(config=builder_config, data_dir=data_dir, file_format='array_record').download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=source))
+  except OSError as error:
+    raise UserError(f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}: {error.strerror or error}') from error
+  cli.say(f'{builder.name} is prepared in {folder}')
+  return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  """Holds a lock on the folder, which ends with the process that holds it, however it ends."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / '.lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      cli.say(f'another process prepares {folder}; waiting for it')
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+  """TFDS announces downloads of unknown size on stdout, warns of custom configs, and draws bars of its own."""
+  tfds.disable_progress_bar()
+  level = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(level)
+
+
+def load(builder: type[FolderBuilder], config: Any) -> Dataset:
+  """Opens a data set, preparing it the first time; where it has no validation split, one is set aside from train by seed.
+
+  Raises:
+    UserError: as `prepare`; the source has changed since; `dataset.multi_label` is not the data set's.
+  """
+  if config.dataset.multi_label != builder.MULTI_LABEL:
+    raise UserError(f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; give {builder.MULTI_LABEL}')
+  folder = prepare(builder, config)
+  facts = Facts(**json.loads((folder / METADATA).read_text('utf-8')))
+  _check_unchanged(builder, config, folder, facts)
+  if not config.dataset.allow_count_mismatch:
+    facts.check_counts(allowed=False)
+  for line in facts.lines():
+    cli.say(line)
+  splits = {split: PreparedSource(str(folder), split, builder.MULTI_LABEL) for split in facts.counts if split != 'classes'}
+  if 'validation' not in splits:
+    splits = _with_validation(splits, fraction=config.dataset.validation_fraction, seed=config.seed)
+  return Dataset(name=builder.name, class_names=tuple(facts.class_names), multi_label=builder.MULTI_LABEL, splits=splits)
+
+
+def _check_unchanged(builder, config, folder, facts) -> None:
+  source = pathlib.Path(config.dataset.path).expanduser()
+  if not source.is_dir():  # What is prepared is all that is needed.
+    return
+  now = {file.name: file.stat().st_size for file in open_folder(builder, source, facts.choices).index_files}
+  if now != facts.index_files:
+    changed = [name for name in sorted({*now, *facts.index_files}) if now.get(name) != facts.index_files.get(name)]
+    raise UserError(
+        f'config.dataset.path: {", ".join(changed)} in {str(source)!r} changed since it was prepared; remove {folder} to prepare it anew')
+
+
+def _with_validation(splits: dict[str, 'PreparedSource'], *, fraction: float, seed: int) -> dict[str, Any]:
+  train = splits['train']
+  labels = train.labels if train.multi_label else [(label,) for label in train.labels]
+  aside = set_aside(train.ids, labels, fraction=fraction, seed=seed)
+  rest = [row for row in range(len(train)) if row not in aside]
+  return {'train': missing.Part(train, rest), 'validation': missing.Part(train, sorted(aside)), 'test': splits['test']}
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+  """A split of a prepared data set; a `Source`. Ids, labels and presence come from the table beside it, so no example is read for them."""
+
+  folder: str
+  split: str
+  multi_label: bool
+
+  def __reduce__(self):
+    return PreparedSource, (self.folder, self.split, self.multi_label)
+
+  @functools.cached_property
+  def _table(self) -> dict[str, np.ndarray]:
+    with np.load(pathlib.Path(self.folder) / ROWS) as table:
+      return {name: table[f'{self.split}_{name}'] for name in _COLUMNS}
+
+  @functools.cached_property
+  def _records(self) -> dict[str, Sequence[dict[str, Any]]]:
+    builder = tfds.builder_from_directory(self.folder)
+    return {split: builder.as_data_source(split) for split in (IMAGES, self.split)}
+
+  @functools.cached_property
+  def ids(self) -> list[str]:
+    return [name.decode() for name in self._table['ids'].tolist()]
+
+  @functools.cached_property
+  def labels(self) -> list[Any]:
+    flat, ends = self._table['labels'].tolist(), np.cumsum(self._table['label_counts']).tolist()
+    return [tuple(flat[start:end]) for start, end in zip([0, *ends], ends, strict=False)] if self.multi_label else flat
+
+  @functools.cached_property
+  def present(self) -> np.ndarray:
+    return np.stack([self._table['images'] >= 0, self._table['texts']], axis=1)
+
+  def __len__(self) -> int:
+    return len(self._table['ids'])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.read(index, image=True)
+
+  def read(self, index: int, *, image: bool) -> dict[str, Any]:
+    number = int(self._table['images'][index])
+    data = self._records[IMAGES][number]['image'] if image and number >= 0 else None
+    text = self._records[self.split][index]['text'].decode() if self._table['texts'][index] else None
+    return {'id': self.ids[index], 'image': data, 'text': text, 'label': self.labels[index]}
+
+
+# ---- Reading what folders hold --------------------------------------------------------------------------------------------------------
+
+
+def read_text(file: pathlib.Path) -> str:
+  """Reads an index file, which must be UTF-8.
+
+  Raises:
+    UserError: it is not, or cannot be read.
+  """
+  try:
+    return file.read_text('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise UserError(f'config.dataset.path: {file} is not UTF-8 (byte {error.start}); save it as UTF-8') from error
+  except OSError as error:
+    raise UserError(f'config.dataset.path: {file} cannot be read: {error.strerror}') from error
