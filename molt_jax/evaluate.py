@@ -95,7 +95,7 @@ def evaluate(
   totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), start), sharding.replicated(mesh))
   batches = pipeline.eval_batches(
       source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), stored=stored,
-      pad_to_longest=config.text.padding == 'longest', num_threads=config.input.num_threads, prefetch=config.input.prefetch,
+      pack=sharding.packing(config, mesh), num_threads=config.input.num_threads, prefetch=config.input.prefetch,
       **sharding.data_shard(mesh))
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:

@@ -22,7 +22,7 @@ from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.backbones import store, weights
 from molt_jax.config import UserError
-from molt_jax.data import pipeline, transforms
+from molt_jax.data import packing, pipeline, transforms
 from molt_jax.data.sources import Source
 
 SCAN_ROWS = 256  # Rows that a thread identifies at a time.
@@ -181,7 +181,7 @@ def _fill(
   size, faults, frozen = config.eval.batch_size, {}, None
   cut, prepare = _PREPARE[modality]
   step = jax.jit(functools.partial(_run_tower, model=model, modality=modality, dtype=kept.codec.read))
-  prepare = functools.partial(prepare, rows=size, preprocess=preprocess)
+  prepare = functools.partial(prepare, rows=size, preprocess=preprocess, shards=mesh.shape['data'] if mesh else 1)
   with cli.progress(f'filling the feature store, {UNITS[modality]}', len(missing), UNITS[modality]) as bar:
     try:
       for batch in _ahead(prepare, _lacking(kept, cut(missing, size, preprocess.max_tokens), bar), config.input.num_threads):
@@ -242,10 +242,10 @@ def _cut_images(inputs: Sequence[Input], size: int, max_tokens: int) -> list[lis
 
 
 def _cut_texts(inputs: Sequence[Input], size: int, max_tokens: int) -> list[list[Input]]:
-  """Texts of about one length a batch."""
+  """Texts that are padded to one length, in batches of about as many tokens, so that few programs are compiled."""
   by_length = collections.defaultdict(list)
-  for x in sorted(inputs, key=lambda x: len(x.content)):
-    by_length[pipeline.padded_length(len(x.content), max_tokens)].append(x)
+  for x in inputs:
+    by_length[packing.padded_length(len(x.content), max_tokens)].append(x)
   return _shuffled([batch for group in by_length.values() for batch in _cut(group, size)])
 
 
@@ -254,7 +254,7 @@ def _shuffled(batches: list[list[Input]]) -> list[list[Input]]:
   return batches
 
 
-def _prepare_images(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.Preprocess) -> _Batch:
+def _prepare_images(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.Preprocess, shards: int) -> _Batch:
   image_bhwc = np.zeros((rows, preprocess.image_size, preprocess.image_size, 3), np.float32)
   keys, faults = [], {}
   for key, (source, row) in inputs:
@@ -271,12 +271,13 @@ def _prepare_images(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.
   return _Batch(keys, [None] * len(keys), arrays, faults)
 
 
-def _prepare_texts(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.Preprocess) -> _Batch:
-  length = pipeline.padded_length(max(len(ids_t) for _, ids_t in inputs), preprocess.max_tokens)
+def _prepare_texts(inputs: Sequence[Input], *, rows: int, preprocess: pipeline.Preprocess, shards: int) -> _Batch:
+  length = packing.padded_length(max(len(ids_t) for _, ids_t in inputs), preprocess.max_tokens)
   padded = [transforms.pad_tokens(ids_t, max_tokens=length, pad_id=preprocess.pad_id) for _, ids_t in inputs]
   padded += [transforms.pad_tokens([], max_tokens=length, pad_id=preprocess.pad_id)] * (rows - len(inputs))
   tokens_bt, mask_bt = (np.stack(column) for column in zip(*padded, strict=True))
   arrays = {'tokens': tokens_bt, 'token_mask': mask_bt, 'present': np.tile([False, True], (rows, 1))}
+  arrays |= packing.token_positions(mask_bt, packing.groups(rows, (shards, 1)))
   return _Batch([key for key, _ in inputs], [len(ids_t) for _, ids_t in inputs], arrays, {})
 
 

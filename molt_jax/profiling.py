@@ -29,6 +29,7 @@ from molt_jax import step as step_lib
 from molt_jax.backbones import quantize, weights
 from molt_jax.backbones.clip import ClipVisionConfig
 from molt_jax.backbones.llama import LlamaConfig
+from molt_jax.data import packing
 from molt_jax.objectives.cca_estimators import CCAEstimator
 
 # Dense bfloat16 (TPU v6e and GPUs: with float32 accumulation) FLOP/s of one device by `jax.Device.device_kind`, from the makers' data sheets.
@@ -81,8 +82,8 @@ class Workload:
     drawn = {m: random_params(boxed, sharding.param_shardings(self.mesh)(boxed)) for m, boxed in self._boxed().items() if m in random}
     return loaded | drawn
 
-  def batch(self, seed: int = 0) -> dict[str, np.ndarray]:
-    """A complete batch of noise on the host: full-length texts, every modality there."""
+  def batch(self, seed: int = 0, length_b: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """A complete batch of noise on the host, every modality there; texts have `length_b` tokens, or all have text.max_tokens."""
     rng = np.random.default_rng(seed)
     def draw(x):
       if x.dtype == bool:
@@ -90,7 +91,13 @@ class Workload:
       if x.dtype == np.int32:
         return rng.integers(0, 2 if x.ndim == 1 else self._vocabulary(), x.shape).astype(np.int32)
       return rng.standard_normal(x.shape, np.float32)
-    return {name: draw(x) for name, x in self._batch_shapes().items()} | {'weight': np.ones(self.config.train.batch_size, np.float32)}
+    batch = {name: draw(x) for name, x in self._batch_shapes().items()} | {'weight': np.ones(self.config.train.batch_size, np.float32)}
+    if length_b is None:
+      return batch
+    length = packing.padded_length(length_b.max(), self.config.text.max_tokens)
+    batch |= {'tokens': batch['tokens'][:, :length], 'token_mask': np.arange(length)[None, :] < length_b[:, None]}
+    pack = sharding.packing(self.config, self.mesh, parts=self.config.train.accumulate)
+    return batch | (packing.token_positions(batch['token_mask'], packing.groups(len(length_b), pack)) if pack else {})
 
   def shapes(self) -> tuple[Any, Any, Any]:
     """(state, frozen, batch) as shapes with their shardings: `step().lower(*shapes(), None)` allocates nothing."""
@@ -249,7 +256,7 @@ class Parts:
     w = self._w
     taps = jax.jit(w.model.taps)(self._frozen, self._batch)
     found = {'image_taps': taps.image_lbid, 'text_taps': taps.text_lbtd}
-    rest = {name: x for name, x in self._batch.items() if name not in ('image', 'tokens')}
+    rest = {name: x for name, x in self._batch.items() if name not in ('image', 'tokens', 'token_position')}
     return rest | {name: jnp.moveaxis(x, 0, 1) for name, x in found.items() if x is not None}
 
   def _alone(self, modality):

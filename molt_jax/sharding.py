@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax.config import UserError
+from molt_jax.config import UserError, modalities
 
 # Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the hidden layer of the MLP over `model`, so that a
 # layer needs two all-reduces of its activations and its weights never move. The head is small (megabytes) and every device holds it whole.
@@ -130,6 +130,11 @@ def data_shard(mesh: jax.sharding.Mesh) -> dict[str, int]:
         f'config.mesh: data x model = {mesh.shape["data"]} x {mesh.shape["model"]} gives process {jax.process_index()} the rows of devices {here}, '
         'no equal part of the batch; give mesh.model a divisor or a multiple of the devices of a process')
   return {'process_index': here[0] // len(here), 'process_count': count}
+
+
+def packing(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, *, parts: int = 1) -> tuple[int, int] | None:
+  """Returns how the pipeline packs texts, (devices that rows are split over, parts that each works its rows through in), or None: padded."""
+  return (mesh.shape['data'], parts) if config.text.padding == 'packed' and 'text' in modalities(config) else None
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:

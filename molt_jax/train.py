@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
   iterator = pipeline.train_iterator(
       data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=kept['train'], stored=stored['train'],
-      pad_to_longest=config.text.padding == 'longest', num_threads=config.input.num_threads, prefetch=config.input.prefetch,
+      pack=sharding.packing(config, mesh, parts=config.train.accumulate), num_threads=config.input.num_threads, prefetch=config.input.prefetch,
       **sharding.data_shard(mesh))
   if saved:
     state = checkpoints.restore(state, iterator)

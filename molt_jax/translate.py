@@ -64,7 +64,7 @@ class TranslationFit:
     moments = jax.device_put({'to_text': empty, 'to_image': empty}, sharding.replicated(mesh))
     batches = pipeline.eval_batches(
         self._source, self._preprocess, batch_size=c.eval.batch_size, stored=self._stored,
-        pad_to_longest=c.text.padding == 'longest', num_threads=c.input.num_threads, prefetch=c.input.prefetch, **sharding.data_shard(mesh))
+        pack=sharding.packing(c, mesh), num_threads=c.input.num_threads, prefetch=c.input.prefetch, **sharding.data_shard(mesh))
     with cli.progress('fitting translation', len(self._source), 'pairs') as bar:
       for batch in batches:
         moments = self._step(variables, frozen, sharding.put_batch(batch, mesh), moments)

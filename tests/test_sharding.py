@@ -5,6 +5,7 @@ import sys
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -74,6 +75,26 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
   for kind, spare in (('all-gather', 0.0), ('all-reduce', 0.05)):
     wanted = sum(x.bytes for x in listed if x.axis == 'data' and x.kind == kind)
     assert wanted <= sum(size for k, size, _ in rest if k == kind) <= (1 + spare) * wanted
+
+
+def test_packed_texts_stay_on_their_device():
+  """Each of two shards packs its own rows: the taps are those of padded texts, and only the weights' axis is summed over."""
+  config = default_config()
+  config.mesh.data = config.mesh.model = 2
+  config.backbones.text.path = 'random:llama-tiny'
+  config.backbones.dtype, config.dataset.modalities = 'float32', 'text'
+  config.molt.num_layers, config.text.max_tokens, config.train.batch_size = 2, 24, 8
+  work = profiling.Workload.open(config, num_classes=5)
+  batch = work.batch(length_b=np.array([3, 24, 1, 7, 20, 2, 9, 1]))
+  assert batch['token_position'].shape == (2, 40)
+  taps, frozen = jax.jit(work.model.taps), work.frozen()
+  packed, padded = (sharding.put_batch({k: x for k, x in batch.items() if k not in left_out}, work.mesh) for left_out in ((), ('token_position',)))
+  program = taps.lower(frozen, packed).compile()
+  assert {kind for kind, _, _ in sharding.compiled_collectives(program.as_text())} == {'all-reduce'}
+  assert len(sharding.compiled_collectives(program.as_text())) == len(sharding.compiled_collectives(taps.lower(frozen, padded).compile().as_text()))
+  mask_bt = batch['token_mask']
+  np.testing.assert_allclose(
+      taps(frozen, packed).text_lbtd[:, mask_bt], taps(frozen, padded).text_lbtd[:, mask_bt], rtol=1e-5, atol=1e-5)
 
 
 def _mesh(data, model):

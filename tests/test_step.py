@@ -13,6 +13,7 @@ from molt_jax import loop, profiling, sharding, train_state
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
 from molt_jax.backbones import architectures
+from molt_jax.data import packing
 
 
 def _batch(rows, *, size, tokens, seed=0):
@@ -62,7 +63,9 @@ def test_accumulation_is_the_whole_batch(tiny_config, fields):
     frozen, state, step = model_lib.load_frozen(tiny_config, setup.mesh), setup.state(), setup.step()
     seen = []
     for seed in range(2):  # The second step has a past and statistics to add to.
-      batch = _batch(16, size=16, tokens=6, seed=seed)
+      batch = _batch(16, size=16, tokens=12, seed=seed)
+      if accumulate > 1:
+        batch |= packing.token_positions(batch['token_mask'], packing.groups(16, (1, accumulate)), size=44)
       if tiny_config.dataset.multi_label:
         batch['label'] = np.eye(3, dtype=np.float32)[batch['label']]
       state, metrics = step(state, frozen, batch, class_weight_k)

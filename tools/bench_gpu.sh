@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times LLaMA-7B + CLIP ViT-L/14 (random weights, bfloat16, 32 x 128 tokens) on one GPU of 80 GB, in under nine minutes: our step and its split, against
-# the PyTorch rival with and without torch.compile, with flash attention, over batch sizes, and with int8 towers.
+# the PyTorch rival with and without torch.compile, with flash attention, over batch sizes, with texts of about 48 tokens, and with int8 towers.
 #
 #   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh                   # one JSON file a measurement, in FOLDER or experiments/results/gpu
 #   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh [--small] [NAME]  # --small: tiny shapes, on a CPU too; NAME: that measurement only
@@ -49,7 +49,7 @@ measure() {
 bench() {
   local name=$1
   shift
-  measure "$name" tools/bench_train.py --json --text=$text --image=$image --tokens=$tokens --width=$width --dtype=$dtype --rounds=$rounds "$@"
+  measure "$name" tools/bench_train.py --json --text=$text --image=$image --tokens=$tokens --lengths=full --width=$width --dtype=$dtype --rounds=$rounds "$@"
 }
 
 failed=0
@@ -61,6 +61,7 @@ measure profile tools/profile_step.py --json --config=configs/quickstart.py --ro
   --config.features.store= --config.classifier.hidden=512
 bench flash --batch=$batch --preset=robust --contestants=live --attention=$flash
 bench int8 --batch=$batch --preset=robust --contestants=live --quantization=int8
+bench texts --batch=$batch --preset=robust --contestants=live,live_padded,rival --lengths=$((tokens * 3 / 8)),$((tokens / 5))
 bench batches --batch=$sweep --preset=robust --contestants=live
 echo "$((SECONDS)) s in all; results in $out"
 exit $failed

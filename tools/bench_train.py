@@ -6,36 +6,45 @@ weighs on all of them (on an idle machine the ratios are steadier, and PyTorch's
   paper    our step with the paper's settings: one view, no normalisation of taps, linear classifier, CCA over the batch: what the rival computes
   robust   our default step, three views of each example with distillation, normalised taps, MLP classifier: the rival computes less
 
-`live` runs the towers, `store` reads their taps from a batch, as training does from the second epoch on (`features.store`). The default is a CPU's
-size: SmolLM2-135M and a small vision tower. `tools/bench_gpu.sh` calls this with LLaMA-7B and CLIP ViT-L/14.
+`live` runs the towers, `store` reads their taps from a batch, as training does from the second epoch on (`features.store`). Texts have the lengths
+that --lengths says: our text tower computes their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the longest of the
+batch. The defaults are the quickstart's: SmolLM2-135M, the shipped vision tower, batches of 64, texts of 6 +- 3.6 tokens, at most 16 (--width=128
+--preset=robust is its head). `tools/bench_gpu.sh` calls this with LLaMA-7B and CLIP ViT-L/14.
 """
 
 import functools
 import gc
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Sequence
 
 import attribute_dict  # noqa: F401 (before the package: it may stand in for ml_collections)
 import jax
+import numpy as np
 
+import molt_jax
 from molt_jax import cli, profiling, sharding
 from molt_jax.backbones.architectures import ARCHITECTURES
 from molt_jax.config import UserError, default_config, validate
 
+SHIPPED = 'openmoji'
+CONTESTANTS = ('live', 'live_padded', 'store', 'rival', 'rival_compiled')
 FLAGS = (
     cli.Flag('text', 'text architecture', 'smollm2-135m'),
-    cli.Flag('image', 'image architecture', 'clip-vit-tiny'),
-    cli.Flag('tokens', 'tokens of each text', '16'),
-    cli.Flag('batch', 'batch sizes, comma-separated', '32,64'),
+    cli.Flag('image', f'image architecture, or {SHIPPED}: the shipped tower', SHIPPED),
+    cli.Flag('tokens', 'most tokens of a text', '16'),
+    cli.Flag('lengths', 'of texts: mean,deviation in tokens (log-normal), or full: all have --tokens', '6,3.6'),
+    cli.Flag('batch', 'batch sizes, comma-separated', '64'),
     cli.Flag('width', 'd_c, comma-separated', '128,1024'),
     cli.Flag('preset', 'paper, robust or both', 'paper,robust'),
-    cli.Flag('contestants', 'of live, store, rival, rival_compiled', 'live,store,rival'),
+    cli.Flag('contestants', f'of {", ".join(CONTESTANTS)}', 'live,live_padded,store,rival'),
     cli.Flag('dtype', 'float32 or bfloat16, of towers and head', 'float32'),
     cli.Flag('attention', 'xla or cudnn, in our towers', 'xla'),
     cli.Flag('quantization', 'none, int8 or int4, of our towers', 'none'),
@@ -50,12 +59,30 @@ PAPER = {
 PRESETS = {'paper': PAPER, 'robust': {}}
 
 
+def shape_of(kind: str, name: str) -> dict:
+  """The Hugging Face configuration of a tower."""
+  if name == SHIPPED:
+    return json.loads((pathlib.Path(molt_jax.__file__).parent / 'towers' / SHIPPED / 'config.json').read_text())
+  return ARCHITECTURES[kind][name]
+
+
+def lengths(flags, rows: int) -> np.ndarray:
+  """Tokens of each text, as --lengths says; the same for all contestants."""
+  if flags.lengths == 'full':
+    return np.full(rows, int(flags.tokens))
+  mean, deviation = map(float, flags.lengths.split(','))
+  spread = math.sqrt(math.log1p((deviation / mean) ** 2))
+  drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, rows)
+  return np.clip(np.rint(drawn), 1, int(flags.tokens)).astype(int)
+
+
 def make_config(flags, *, batch: int, width: int, preset: str):
   """The config of a case."""
   config = default_config()
   values = {
       'dataset.path': 'unread', 'text.max_tokens': int(flags.tokens), 'train.batch_size': batch, 'molt.width': width,
-      'backbones.text.path': f'random:{flags.text}', 'backbones.image.path': f'random:{flags.image}', 'backbones.dtype': flags.dtype,
+      'backbones.text.path': f'random:{flags.text}', 'backbones.image.path': f'pkg://molt_jax/towers/{SHIPPED}' if flags.image == SHIPPED else
+      f'random:{flags.image}', 'classifier.hidden': min(512, 2 * width), 'backbones.dtype': flags.dtype,
       'compute_dtype': flags.dtype, 'backbones.attention': flags.attention, 'backbones.quantization': flags.quantization,
       'cca.solver': flags.solver, 'cca.num_directions': min(16, width), 'mesh.data': 1, **PRESETS[preset]}
   for name, value in values.items():
@@ -67,9 +94,9 @@ def make_config(flags, *, batch: int, width: int, preset: str):
 class Ours:
   """Steps of one case; towers are shared between cases."""
 
-  def __init__(self, config, classes, frozen):
+  def __init__(self, config, classes, frozen, length_b):
     self.workload = profiling.Workload.open(config, num_classes=classes)
-    self.host = self.workload.batch()
+    self.host = self.workload.batch(length_b=length_b)
     self._batch = sharding.put_batch(self.host, self.workload.mesh)
     self.frozen = frozen or self.workload.frozen()
 
@@ -78,6 +105,8 @@ class Ours:
     runs = {}
     if 'live' in wanted:
       runs['live'] = self._stepper(self.frozen, self._batch)
+    if 'live_padded' in wanted:
+      runs['live_padded'] = self._stepper(self.frozen, {name: x for name, x in self._batch.items() if name != 'token_position'})
     if 'store' in wanted:
       runs['store'] = self._stepper(dict.fromkeys(self.frozen), profiling.Parts(self.workload, self.frozen, self._batch).stored_batch())
     return runs
@@ -100,7 +129,7 @@ class Theirs:
     import torch
     self._lib, self._torch, self._flags = rival_torch, torch, flags
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    self._shapes = ARCHITECTURES['text'][flags.text], ARCHITECTURES['image'][flags.image]
+    self._shapes = shape_of('text', flags.text), shape_of('image', flags.image)
     self._towers = rival_torch.make_towers(*self._shapes, self.device)
 
   def runs(self, wanted, config, host):
@@ -126,26 +155,27 @@ class Theirs:
 
 def measure(flags) -> dict:
   """Returns the report; every case is said on stderr as it is done."""
-  wanted = _choices('contestants', flags.contestants, ('live', 'store', 'rival', 'rival_compiled'))
+  wanted = _choices('contestants', flags.contestants, CONTESTANTS)
   presets = _choices('preset', flags.preset, tuple(PRESETS))
   theirs = Theirs(flags) if any(name.startswith('rival') for name in wanted) else None
   frozen, cases = None, []
   for batch, width, preset in itertools.product(_numbers('batch', flags.batch), _numbers('width', flags.width), presets):
     config = make_config(flags, batch=batch, width=width, preset=preset)
-    ours = Ours(config, int(flags.classes), frozen)
+    ours = Ours(config, int(flags.classes), frozen, lengths(flags, batch))
     frozen = ours.frozen
     runs = ours.runs(wanted)
     if theirs:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
     taken = profiling.seconds_in_turn(runs, rounds=int(flags.rounds))
-    cases.append(_case(batch, width, preset, taken, theirs))
+    cases.append(_case(batch, width, preset, taken, theirs) | {'real_tokens': int(ours.host['token_mask'].sum())})
     cli.say(_line(cases[-1]))
     del runs, ours
     gc.collect()
   return {
-      'text': flags.text, 'image': flags.image, 'tokens': int(flags.tokens), 'classes': int(flags.classes), 'dtype': flags.dtype,
-      'attention': flags.attention, 'quantization': flags.quantization, 'solver': flags.solver, 'rounds': int(flags.rounds), 'cases': cases,
+      'text': flags.text, 'image': flags.image, 'tokens': int(flags.tokens), 'lengths': flags.lengths, 'classes': int(flags.classes),
+      'dtype': flags.dtype, 'attention': flags.attention, 'quantization': flags.quantization, 'solver': flags.solver,
+      'rounds': int(flags.rounds), 'cases': cases,
       'device': jax.devices()[0].device_kind, 'cpus': os.cpu_count(), 'load_average': os.getloadavg()[0],
       'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
       'versions': {'python': platform.python_version(), 'jax': jax.__version__, **(theirs.versions() if theirs else {})}}
@@ -156,7 +186,7 @@ def _case(batch, width, preset, taken, theirs):
   rivals = [name for name in taken if name.startswith('rival')]
   case['speedup'] = {  # Medians over rounds of the ratio within a round.
       f'{ours}_over_{rival}': statistics.median(b / a for a, b in zip(taken[ours], taken[rival], strict=True))
-      for ours in ('live', 'store') if ours in taken for rival in rivals}
+      for ours in CONTESTANTS[:3] if ours in taken for rival in rivals}
   case['examples_per_second'] = {name: batch / statistics.median(values) for name, values in taken.items()}
   stats = jax.devices()[0].memory_stats() or {}
   case['peak_bytes'] = {'ours_so_far': stats.get('peak_bytes_in_use'), 'rival': theirs.peak() if theirs else None}
@@ -186,8 +216,10 @@ def main(argv: Sequence[str]) -> None:
   """Command line."""
   as_json = '--json' in argv
   flags, _ = cli.parse('tools.bench_train', "Our training step against PyTorch's.", FLAGS, [a for a in argv if a != '--json'])
-  for name, legal in (('text', ARCHITECTURES['text']), ('image', ARCHITECTURES['image'])):
+  for name, legal in (('text', ARCHITECTURES['text']), ('image', (*ARCHITECTURES['image'], SHIPPED))):
     _choices(name, getattr(flags, name), tuple(legal))
+  if flags.lengths != 'full' and not re.fullmatch(r'[\d.]+,[\d.]+', flags.lengths):
+    raise UserError(f'--lengths: {flags.lengths!r} is not legal; give full, or mean,deviation such as 6,3.6')
   _numbers('rounds', flags.rounds)
   report = json.dumps(measure(flags), indent=2)
   if flags.out:

@@ -70,6 +70,7 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
   step = median['step']
   split = {name: {'seconds': median[name], 'share': median[name] / step, 'flops': profiling.matmul_flops(call, *arguments)}
            for name, (call, arguments) in calls.items()}
+  rest = step - sum(part['seconds'] for part in split.values())
   device = jax.devices()[0]
   flops = profiling.matmul_flops(workload.step(), *workload.shapes(), None)
   peak = profiling.PEAK_FLOPS.get(device.device_kind)
@@ -80,7 +81,7 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
       'attention': config.backbones.attention, 'backbones': {m: config.backbones[m].path for m in config_lib.modalities(config)},
       'compile_seconds': stepper.compile_seconds, 'step_seconds': profiling.spread(taken['step']),
       'examples_per_second': config.train.batch_size / step,
-      'parts': split, 'parts_over_step': sum(part['seconds'] for part in split.values()) / step,
+      'parts': split, 'rest': {'seconds': rest, 'share': rest / step},
       'trace': _traced(stepper, batch, trace) | {'folder': str(trace)},
       'flops': {'step': flops, 'towers_closed_form': _closed_form(workload), 'xla_counting_loops_once': _xla_flops(stepper.compiled)},
       'flops_per_second': flops / step, 'peak_flops_per_second': peak, 'mfu': peak and flops / step / peak,
@@ -172,11 +173,12 @@ def _lines(r):
          f'{r["flops_per_second"] / 1e12:.3f} TFLOP/s{mfu}')
   yield f'memory of the step {r["memory"]["step"] / 1e9:.2f} GB, of which {r["memory"]["temp"] / 1e9:.2f} GB temporary'
   yield f'{"part":12} {"on its own":>14} {"share":>7} {"in the trace":>14}'
-  for name, busy in r['trace']['share'].items():
-    part = r['parts'].get(name)
+  parts = r['parts'] | {'rest': r['rest']}
+  for name in (*r['trace']['share'], 'rest'):
+    part, busy = parts.get(name), r['trace']['share'].get(name)
     own = f'{1e3 * part["seconds"]:11.2f} ms {100 * part["share"]:5.1f} %' if part else ' ' * 22
     yield f'{name:12} {own} {100 * (busy or 0):12.1f} %'
-  yield f'parts on their own: {100 * r["parts_over_step"]:.0f} % of the step; trace: {r["trace"]["folder"]}'
+  yield f'rest: what the parts cost more (or less) together than one after the other; trace: {r["trace"]["folder"]}'
   if 'wait_share' in r['input']:
     yield f'input: a step waits {1e3 * r["input"]["wait_seconds"]["median"]:.2f} ms for its batch, {100 * r["input"]["wait_share"]:.1f} % of the time'
 

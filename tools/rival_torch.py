@@ -1,7 +1,8 @@
 """MoLT as the paper prints it, the way one would write it in PyTorch: what `tools/bench_train.py` measures molt_jax against.
 
-Transformers towers under no_grad with SDPA, a head of plain modules layer by layer, bfloat16 autocast on a GPU and float32 on a CPU, CCA as public
-DCCA code has it (eigh of d x d covariances, differentiated by autograd), Adam. Nothing here is slow on purpose, and nothing is tuned.
+Transformers towers under no_grad with SDPA, texts padded to the longest of the batch, a head of plain modules layer by layer, bfloat16 autocast on a
+GPU and float32 on a CPU, CCA as public DCCA code has it (eigh of d x d covariances, differentiated by autograd), Adam. Nothing here is slow on
+purpose, and nothing is tuned.
 """
 
 import dataclasses
@@ -158,7 +159,8 @@ def make_towers(text, image, device):
 
 def make_batch(batch, device='cpu'):
   """The dict of NumPy arrays that molt_jax trains on -> the rival's tensors."""
+  longest = batch['token_mask'].sum(axis=1).max()
   tensors = {
-      'image': torch.tensor(batch['image']).permute(0, 3, 1, 2).contiguous(), 'tokens': torch.tensor(batch['tokens'], dtype=torch.long),
-      'mask': torch.tensor(batch['token_mask']), 'label': torch.tensor(batch['label'], dtype=torch.long)}
+      'image': torch.tensor(batch['image']).permute(0, 3, 1, 2).contiguous(), 'tokens': torch.tensor(batch['tokens'][:, :longest], dtype=torch.long),
+      'mask': torch.tensor(batch['token_mask'][:, :longest]), 'label': torch.tensor(batch['label'], dtype=torch.long)}
   return {name: tensor.to(device) for name, tensor in tensors.items()}

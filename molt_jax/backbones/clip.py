@@ -208,8 +208,7 @@ class ClipVision(nn.Module):
       UserError: more taps than hidden states, or images of another size.
     """
     c = self.config
-    if not 1 <= num_taps <= c.num_layers + 1:
-      raise UserError(f'{num_taps} tapped layers of a CLIP tower with {c.num_layers} layers: choose from 1 to {c.num_layers + 1} (molt.num_layers)')
+    stack.check_taps(num_taps, c.num_layers, 'CLIP tower')
     h_bid, taps_lbid = stack.run_layers(self.layer, self.layers, self.embed(image_bhwc), start=0, stop=c.num_layers, num_taps=num_taps)
     if self.with_pool and self.is_initializing():
       self.post_norm(h_bid)
@@ -280,8 +279,7 @@ class ClipText(nn.Module):
       UserError: more taps than hidden states, or more tokens than the model has positions.
     """
     c = self.config
-    if not 1 <= num_taps <= c.num_layers + 1:
-      raise UserError(f'{num_taps} tapped layers of a CLIP text tower with {c.num_layers} layers: choose from 1 to {c.num_layers + 1}')
+    stack.check_taps(num_taps, c.num_layers, 'CLIP text tower')
     if tokens_bt.shape[1] > c.max_positions:
       raise UserError(f'{tokens_bt.shape[1]} tokens for a CLIP text tower with {c.max_positions} positions: lower text.max_tokens')
     h_btd, taps_lbtd = stack.run_layers(

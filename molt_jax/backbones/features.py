@@ -33,7 +33,8 @@ def extract(image_tower: ClipVision | None, text_tower: Llama | None, frozen: Ma
   Args:
     image_tower, text_tower: modules; a tower whose parameters are None may be None.
     frozen: {'image': parameters or None, 'text': parameters or None}; a tower without parameters is not run.
-    batch: image float32[B, H, W, 3], tokens int32[B, T], token_mask bool[B, T], present bool[B, 2] (column 0 image, 1 text).
+    batch: image float32[B, H, W, 3], tokens int32[B, T], token_mask bool[B, T], present bool[B, 2] (column 0 image, 1 text); with
+      token_position int32[G, N] the text tower computes real tokens alone.
     num_taps: L_s, how many of the last hidden states.
 
   Returns:
@@ -47,5 +48,5 @@ def extract(image_tower: ClipVision | None, text_tower: Llama | None, frozen: Ma
     image_lbid = image_tower.apply({'params': frozen['image']}, image_bhwc, num_taps=num_taps)
   if frozen['text'] is not None:
     tokens_bt = jnp.where(text_mask_bt, batch['tokens'], 0)
-    text_lbtd = text_tower.apply({'params': frozen['text']}, tokens_bt, text_mask_bt, num_taps=num_taps)
+    text_lbtd = text_tower.apply({'params': frozen['text']}, tokens_bt, text_mask_bt, batch.get('token_position'), num_taps=num_taps)
   return jax.lax.stop_gradient(Taps(image_lbid=image_lbid, text_lbtd=text_lbtd, text_mask_bt=text_mask_bt))

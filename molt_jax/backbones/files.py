@@ -1,5 +1,6 @@
 """Where a tower's files are: Hugging Face directory or hub id, GGUF file, file of an installed package, or nothing but a name (random weights)."""
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -42,7 +43,7 @@ class ImageSpec:
   resample: int = 3
 
 
-class TowerFiles:
+class TowerFiles(abc.ABC):
   """Files of one tower.
 
   Attributes:
@@ -62,13 +63,13 @@ class TowerFiles:
     """The configuration as our modules take it."""
     return CONFIGS[self.kind].from_hf(self.config)
 
+  @abc.abstractmethod
   def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Reads one tensor, by Hugging Face name and in Hugging Face's orientation; `shape` is the one it is known to have."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def tokenizer(self) -> tokenizer.Tokenizer:
     """The text tower's tokenizer."""
-    raise NotImplementedError
 
   def preprocess(self) -> ImageSpec:
     """What the image tower wants to see."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from molt_jax.backbones import stack
+from molt_jax.backbones import packing, stack
 from molt_jax.config import UserError
 
 # What Hugging Face reads where a config.json is silent (older files omit these).
@@ -122,22 +122,22 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
   return keep * freq + (1 - keep) * freq / s.factor
 
 
-def rotate(x_btnh: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
-  """Rotates the pairs (x_j, x_{j + H/2}) by the angle of their position, in float32. cos, sin: [T, H / 2]."""
+def rotate(x_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Array:
+  """Rotates the pairs (x_j, x_{j + H/2}) by the angle of their position, in float32. cos, sin: [B or 1, T, H / 2]."""
   a, b = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos_th[None, :, None, :], sin_th[None, :, None, :]
+  cos, sin = cos_bth[:, :, None, :], sin_bth[:, :, None, :]
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_btnh.dtype)
 
 
 class LlamaLayer(nn.Module):
-  """One decoder layer: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+  """One decoder layer: x + attention(norm(x)), then x + SwiGLU(norm(x)). With a packing, of packed tokens [G, N, D] in the place of [B, T, D]."""
 
   config: LlamaConfig
   dtype: Any
   attention: str
 
   @nn.compact
-  def __call__(self, h_btd, cos_th, sin_th, lengths_b):
+  def __call__(self, h_btd, cos_bth, sin_bth, lengths_b, packing=None):
     c = self.config
 
     def norm(name):
@@ -155,9 +155,11 @@ class LlamaLayer(nn.Module):
     q_btnh = dense('q_proj', (c.num_heads, c.head_dim), ('embed', 'heads', 'head_dim'), use_bias=c.attention_bias)(x_btd)
     k_btkh = dense('k_proj', (c.num_kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), use_bias=c.attention_bias)(x_btd)
     v_btkh = dense('v_proj', (c.num_kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), use_bias=c.attention_bias)(x_btd)
-    a_btnh = jax.nn.dot_product_attention(
-        rotate(q_btnh, cos_th, sin_th), rotate(k_btkh, cos_th, sin_th), v_btkh,
-        is_causal=True, key_value_seq_lengths=lengths_b, implementation=self.attention)
+    qkv = rotate(q_btnh, cos_bth, sin_bth), rotate(k_btkh, cos_bth, sin_bth), v_btkh
+    if packing:
+      qkv = [packing.unpack(x, len(lengths_b)) for x in qkv]
+    a_btnh = jax.nn.dot_product_attention(*qkv, is_causal=True, key_value_seq_lengths=lengths_b, implementation=self.attention)
+    a_btnh = packing.pack(a_btnh) if packing else a_btnh
     h_btd += dense('o_proj', c.hidden_size, ('heads', 'head_dim', 'embed'), axis=(-2, -1), use_bias=c.attention_bias)(a_btnh)
 
     x_btd = norm('mlp_norm')(h_btd)
@@ -187,17 +189,19 @@ class Llama(nn.Module):
     table = nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed'))
     self.embedding = self.param('embedding', table, (c.vocab_size, c.hidden_size), self.dtype)
     self.layer = LlamaLayer(c, self.dtype, self.attention, parent=None)
-    example = (jnp.zeros((1, 1, c.hidden_size), self.dtype), *self._angles(jnp.arange(1)), jnp.ones(1, jnp.int32))
+    example = (jnp.zeros((1, 1, c.hidden_size), self.dtype), *self._angles(jnp.zeros((1, 1))), jnp.ones(1, jnp.int32))
     self.layers = stack.layer_params(self, self.layer, c.num_layers, *example)
     self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, dtype=self.dtype, param_dtype=self.dtype,
                            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)))
 
-  def __call__(self, tokens_bt, mask_bt, *, num_taps: int):
+  def __call__(self, tokens_bt, mask_bt, position_gn=None, *, num_taps: int):
     """Returns the last `num_taps` hidden states, as Hugging Face's `output_hidden_states` numbers them.
 
     Args:
       tokens_bt: int32[B, T].
       mask_bt: bool[B, T], True for valid tokens, right-padded.
+      position_gn: int32[G, N], where the valid tokens are (`packing.Packing`): padding then costs attention alone. None: every position is
+        computed.
       num_taps: 1 to num_layers + 1; the last state is the one after the final norm.
 
     Returns:
@@ -207,12 +211,18 @@ class Llama(nn.Module):
       UserError: more taps than hidden states, or more tokens than the model has positions.
     """
     c = self.config
-    if not 1 <= num_taps <= c.num_layers + 1:
-      raise UserError(f'{num_taps} tapped layers of a LLaMA with {c.num_layers} layers: choose from 1 to {c.num_layers + 1} (molt.num_layers)')
+    stack.check_taps(num_taps, c.num_layers, 'LLaMA')
     if tokens_bt.shape[1] > c.max_positions:
       raise UserError(f'{tokens_bt.shape[1]} tokens for a LLaMA with {c.max_positions} positions: lower text.max_tokens')
-    h_btd, taps_lbtd = self._run(self.embed(tokens_bt), mask_bt, start=0, stop=c.num_layers, num_taps=num_taps)
-    return taps_lbtd.at[-1].set(self.final_norm(h_btd))
+    if position_gn is None:
+      h_btd, taps_lbtd = self._run(self.embed(tokens_bt), mask_bt, start=0, stop=c.num_layers, num_taps=num_taps)
+      return taps_lbtd.at[-1].set(self.final_norm(h_btd))
+    packed = packing.Packing.of(position_gn, tokens_bt.shape)
+    h_gnd, taps_lgnd = self._run(
+        self.embed(packed.pack(tokens_bt)), mask_bt, start=0, stop=c.num_layers, num_taps=num_taps, positions_bt=position_gn % tokens_bt.shape[1],
+        packing=packed)
+    taps_lgnd = taps_lgnd.at[-1].set(self.final_norm(h_gnd))
+    return jax.vmap(lambda x_gnd: packed.unpack(x_gnd, len(tokens_bt)))(taps_lgnd)
 
   def embed(self, tokens_bt):
     """Token embeddings, dtype[B, T, D]: the first hidden state."""
@@ -230,17 +240,18 @@ class Llama(nn.Module):
     Returns:
       dtype[B, T, D].
     """
-    return self._run(hidden_btd, mask_bt, start=start, stop=stop, positions_t=positions_t)[0]
+    positions_t = jnp.arange(hidden_btd.shape[1]) if positions_t is None else jnp.asarray(positions_t)
+    return self._run(hidden_btd, mask_bt, start=start, stop=stop, positions_bt=positions_t[None])[0]
 
   def final_norm(self, hidden_btd):
     """The norm after the last layer, dtype[B, T, D]."""
     return self.norm(hidden_btd)
 
-  def _run(self, hidden_btd, mask_bt, *, start, stop, positions_t=None, num_taps=0):
-    angles = self._angles(jnp.arange(hidden_btd.shape[1]) if positions_t is None else positions_t)
+  def _run(self, hidden_btd, mask_bt, *, start, stop, positions_bt=None, num_taps=0, packing=None):
+    angles = self._angles(jnp.arange(hidden_btd.shape[1])[None] if positions_bt is None else positions_bt)
     lengths_b = jnp.maximum(mask_bt.sum(axis=1, dtype=jnp.int32), 1)  # A row without tokens attends to its first position and stays finite.
-    return stack.run_layers(self.layer, self.layers, hidden_btd, *angles, lengths_b, start=start, stop=stop, num_taps=num_taps)
+    return stack.run_layers(self.layer, self.layers, hidden_btd, *angles, lengths_b, packing, start=start, stop=stop, num_taps=num_taps)
 
-  def _angles(self, positions_t):
-    angle_th = positions_t.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(self.config), jnp.float32)[None, :]
-    return jnp.cos(angle_th), jnp.sin(angle_th)
+  def _angles(self, positions_bt):
+    angle_bth = positions_bt.astype(jnp.float32)[:, :, None] * jnp.asarray(rope_frequencies(self.config), jnp.float32)[None, None, :]
+    return jnp.cos(angle_bth), jnp.sin(angle_bth)

@@ -10,6 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from molt_jax.backbones import quantize
+from molt_jax.config import UserError
+
+
+def check_taps(num_taps: int, num_layers: int, tower: str) -> None:
+  """Raises UserError unless a tower of `num_layers` layers has that many hidden states, which are one more."""
+  if not 1 <= num_taps <= num_layers + 1:
+    raise UserError(f'{num_taps} tapped layers of a {tower} with {num_layers} layers: choose from 1 to {num_layers + 1} (molt.num_layers)')
 
 
 def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example):

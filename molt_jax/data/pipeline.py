@@ -1,6 +1,6 @@
 """Batches with Grain: shuffled, sharded, prefetched and exactly resumable for training; in order and padded for evaluation.
 
-A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, padded to the longest text, `padded_length` of that):
+A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, with packed texts, `packing.padded_length` of the batch's longest one):
   image       float32[B, size, size, 3]   zeros where absent
   tokens      int32[B, T]                 padding where absent
   token_mask  bool[B, T]                  True on real tokens; all False where the text is absent
@@ -8,6 +8,7 @@ A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, pad
   label       int32[B], or float32[B, K] of zeros and ones when multi-label
   weight      float32[B]                  0 on a row that has neither modality left and on padding, else 1
   index       int32[B]                    position in the source (`source.ids[index]`), -1 on padding
+  token_position  int32[G, N]             packed texts only: where the real tokens are in each group of rows, laid end to end (`packing.py`)
 
 With stored taps, these stand in the place of image and tokens (L layers; I tokens of an image):
   image_taps  [B, L, I, D_i]              zeros where absent; not there when no row wants an image
@@ -28,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from molt_jax.config import UserError
-from molt_jax.data import transforms
+from molt_jax.data import packing, transforms
 from molt_jax.data.sources import Source
 
 
@@ -150,17 +151,6 @@ def read_example(source: Source, index: int, *, image: bool, report: DecodeRepor
     return example
 
 
-SHORTEST = 16  # Tokens of the shortest batch of texts; further lengths are its doubles, so that few programs are compiled.
-
-
-def padded_length(length: int, max_tokens: int) -> int:
-  """Returns the length that a batch is padded to whose longest text has `length` tokens: the least of SHORTEST, its doubles and `max_tokens`."""
-  padded = SHORTEST
-  while padded < length:
-    padded *= 2
-  return min(padded, max_tokens)
-
-
 def _row(index: int, preprocess: Preprocess, *, source: Source, present_nm: np.ndarray) -> dict[str, np.ndarray]:
   """Makes one row of a batch; `index` -1 makes a row of padding. What is absent is neither read nor decoded."""
   content = _empty_content(preprocess)
@@ -221,9 +211,9 @@ def _stored_length(index: int, preprocess: Preprocess, *, present_nm: np.ndarray
 
 
 def _batch_maker(
-    source: Source, preprocess: Preprocess, present: np.ndarray | None, stored: Mapping[str, StoredTaps] | None, *, pad_to_longest: bool,
+    source: Source, preprocess: Preprocess, present: np.ndarray | None, stored: Mapping[str, StoredTaps] | None, *, pack: tuple[int, int] | None,
     batch_size: int, process_index: int, process_count: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-  """Returns a function: indices of a batch over all processes -> this process's rows, in a length that all processes find alike."""
+  """Returns a function: indices of a batch over all processes -> this process's rows, in sizes that all processes find alike."""
   if present is not None and present.shape != (len(source), 2):
     raise ValueError(f'present must be bool[{len(source)}, 2], not {present.shape}')
   if batch_size % process_count:
@@ -237,11 +227,15 @@ def _batch_maker(
 
   def make(index_b):
     fitted = preprocess
-    if pad_to_longest:
-      longest = max(length_of(int(index), preprocess) for index in index_b)
-      fitted = dataclasses.replace(preprocess, max_tokens=padded_length(longest, preprocess.max_tokens))
+    if pack:
+      length_b = np.array([length_of(int(index), preprocess) for index in index_b])
+      fitted = dataclasses.replace(preprocess, max_tokens=packing.padded_length(length_b.max(), preprocess.max_tokens))
     rows = [make_row(int(index), fitted) for index in np.split(index_b, process_count)[process_index]]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    if pack and 'tokens' in batch:
+      size = packing.packed_size(length_b[packing.groups(batch_size, pack)].sum(axis=1).max())
+      batch |= packing.token_positions(batch['token_mask'], packing.groups(len(rows), (pack[0] // process_count, pack[1])), size)
+    return batch
   return make
 
 
@@ -259,7 +253,7 @@ def _ahead(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.
 
 def train_iterator(
     source: Source, preprocess: Preprocess, *, batch_size: int, seed: int, present: np.ndarray | None = None,
-    stored: Mapping[str, StoredTaps] | None = None, pad_to_longest: bool = False, num_threads: int = 2, prefetch: int = 4,
+    stored: Mapping[str, StoredTaps] | None = None, pack: tuple[int, int] | None = None, num_threads: int = 2, prefetch: int = 4,
     process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
   """Returns an endless iterator of training batches.
 
@@ -273,7 +267,8 @@ def train_iterator(
     seed: root of the order.
     present: bool[N, 2], what the protocol leaves (`missing.present_table`); combined with what the source has by nature.
     stored: taps by modality, to be read in the place of images and texts; None: images and texts.
-    pad_to_longest: pad texts to `padded_length` of the batch's longest one, not to max_tokens; which examples are in a batch does not change.
+    pack: (shards, parts), see `packing.groups`: pad texts to `padded_length` of the batch's longest one, not to max_tokens, and say where the
+      real tokens are. Which examples are in a batch does not change.
     num_threads: threads that read, decode and tokenise, one batch each.
     prefetch: batches prepared ahead.
     process_index: this process's number in [0, process_count).
@@ -282,7 +277,7 @@ def train_iterator(
   # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second epoch of seed 0.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   make = _batch_maker(
-      source, preprocess, present, stored, pad_to_longest=pad_to_longest, batch_size=batch_size, process_index=process_index,
+      source, preprocess, present, stored, pack=pack, batch_size=batch_size, process_index=process_index,
       process_count=process_count)
   order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
   return iter(_ahead(order.batch(batch_size).map(make), num_threads, prefetch))
@@ -290,14 +285,14 @@ def train_iterator(
 
 def eval_batches(
     source: Source, preprocess: Preprocess, *, batch_size: int, present: np.ndarray | None = None,
-    stored: Mapping[str, StoredTaps] | None = None, pad_to_longest: bool = False, num_threads: int = 2, prefetch: int = 4,
+    stored: Mapping[str, StoredTaps] | None = None, pack: tuple[int, int] | None = None, num_threads: int = 2, prefetch: int = 4,
     process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
   """Returns an iterable over every example once, in order; the last batch is filled up with rows of weight 0 and index -1.
 
   Arguments are those of `train_iterator`. Every process gets the same number of batches.
   """
   make = _batch_maker(
-      source, preprocess, present, stored, pad_to_longest=pad_to_longest, batch_size=batch_size, process_index=process_index,
+      source, preprocess, present, stored, pack=pack, batch_size=batch_size, process_index=process_index,
       process_count=process_count)
   n = len(source)
   order = grain.MapDataset.range(-(-n // batch_size) * batch_size).map(lambda index: index if index < n else -1)

@@ -14,6 +14,7 @@ from molt_jax.backbones import weights
 from molt_jax.backbones.architectures import ARCHITECTURES
 from molt_jax.backbones.llama import Llama, LlamaConfig, RopeScaling
 from molt_jax.config import UserError
+from molt_jax.data import packing
 
 LLAMA3 = {
     'rope_type': 'llama3', 'rope_theta': 100.0, 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
@@ -94,6 +95,17 @@ def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, taps, ba
   assert not np.array_equal(first, second)
   np.testing.assert_array_equal(first[:, mask_bt], second[:, mask_bt])
   assert np.isfinite(first).all() and np.isfinite(second).all()
+
+
+@pytest.mark.parametrize('shards, size', [(1, 30), (2, 20)])
+def test_packed_tokens_are_the_padded_ones(hf, plain, taps, relative_error, batch, shards, size):
+  tokens_bt, mask_bt = batch
+  model, tower = plain
+  position_gn = packing.token_positions(mask_bt, packing.groups(len(mask_bt), (shards, 1)), size=size)['token_position']
+  packed = apply(tower, None, tokens_bt, mask_bt, position_gn, num_taps=4)
+  assert relative_error(packed, hf.text_states(model, tokens_bt, mask_bt), mask_bt).max() <= 1e-4
+  np.testing.assert_allclose(packed[:, mask_bt], taps(tower, tokens_bt, mask_bt)[:, mask_bt], rtol=1e-5, atol=1e-5)
+  assert np.isfinite(packed).all()
 
 
 def test_runs_of_layers_compose(plain, taps, batch):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from molt_jax.config import UserError
-from molt_jax.data import pipeline, transforms
+from molt_jax.data import packing, pipeline, transforms
 
 
 def indices(iterator, count):
@@ -73,32 +73,29 @@ def test_batch_size_must_divide_among_processes(make_source, make_preprocess):
     pipeline.train_iterator(make_source(9), make_preprocess(), batch_size=6, seed=0, process_count=4)
 
 
-@pytest.mark.parametrize('length,padded', [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (65, 100), (100, 100)])
-def test_lengths_that_batches_are_padded_to(length, padded):
-  assert pipeline.padded_length(length, 100) == padded
-  assert pipeline.padded_length(length, 8) == 8
-
-
 @pytest.mark.parametrize('count', [1, 2])
-def test_padding_to_the_longest_text_changes_nothing_else(make_source, make_preprocess, count):
+def test_packing_changes_the_padding_alone(make_source, make_preprocess, count):
   rng = np.random.default_rng(0)
   texts = ['x' * int(n) for n in rng.integers(1, 20, 24)]
   texts[3], texts[5] = 'y' * 70, None
   source, preprocess = make_source(24, texts=texts), make_preprocess(max_tokens=64)
-  make = lambda **o: pipeline.train_iterator(source, preprocess, batch_size=4, seed=1, **o)  # noqa: E731
-  parts = [make(pad_to_longest=True, process_index=p, process_count=count) for p in range(count)]
+  make = lambda **o: pipeline.train_iterator(source, preprocess, batch_size=8, seed=1, **o)  # noqa: E731
+  parts = [make(pack=(2, 2), process_index=p, process_count=count) for p in range(count)]
   lengths, whole = [], make()
-  for _ in range(12):
+  for _ in range(6):
     want, got = next(whole), [next(part) for part in parts]
     length, = {part['tokens'].shape[1] for part in got}  # All processes agree.
     lengths.append(length)
-    assert length == pipeline.padded_length(want['token_mask'].sum(axis=1).max(), 64)
+    assert length == packing.padded_length(want['token_mask'].sum(axis=1).max(), 64)
+    position_gn = np.concatenate([part.pop('token_position') for part in got])
+    for position_n, rows in zip(position_gn, ([0, 2], [1, 3], [4, 6], [5, 7]), strict=True):  # Two devices, two parts of each one's rows.
+      np.testing.assert_array_equal(position_n[position_n < 2 * length], np.flatnonzero(want['token_mask'][rows, :length]))
     for name in want:
       joined = np.concatenate([part[name] for part in got])
       np.testing.assert_array_equal(joined, want[name][:, :length] if name in ('tokens', 'token_mask') else want[name])
     assert not want['token_mask'][:, length:].any()
-  assert len(set(lengths)) == 3 and lengths.count(64) == 2
-  resumed, part = make(pad_to_longest=True, process_index=0, process_count=count), parts[0]
+  assert set(lengths) == {32, 64} and lengths.count(64) == 2
+  resumed, part = make(pack=(2, 2), process_index=0, process_count=count), parts[0]
   resumed.set_state(part.get_state())
   assert_same(next(resumed), next(part))
 
@@ -109,7 +106,7 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
   keys = [*taps][:7] + [None]
   stored = {'text': pipeline.StoredTaps(keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 40, 3), np.dtype(np.float32))}
   source, preprocess = make_source(8), make_preprocess(max_tokens=40)
-  whole, fitted = (list(pipeline.eval_batches(source, preprocess, batch_size=4, stored=stored, pad_to_longest=pad)) for pad in (False, True))
+  whole, fitted = (list(pipeline.eval_batches(source, preprocess, batch_size=4, stored=stored, pack=pack)) for pack in (None, (1, 1)))
   assert [batch['text_taps'].shape for batch in whole] == [(4, 2, 40, 3)] * 2
   assert [batch['text_taps'].shape[2] for batch in fitted] == [batch['token_mask'].shape[1] for batch in fitted] == [16, 32]
   for want, got in zip(whole, fitted, strict=True):
