@@ -1,4 +1,6 @@
-"""Peak memory and CPU seconds of `molt_jax.evaluate` with each modality absent: `python tools/bench_evaluate.py --workdir=DIR [--split=test] [--json]`.
+"""Peak memory and CPU seconds of `molt_jax.evaluate` with each modality absent.
+
+  python tools/bench_evaluate.py --workdir=DIR [--split=test] [--absent=none,text,image] [--json]
 
 Each condition is a process of its own, so loading and compiling count too. What the run's `features.store` holds is read and not computed: to see
 the towers, give a run that was trained with --config.features.store= (none). DIR/evaluation.json gets the scores, as from any evaluation.
