@@ -78,8 +78,9 @@ SCHEMA: dict[str, Any] = {
         'model': Field(1, AXIS, 'Devices along the model axis (weights are split over them).'),
     },
     'dataset': {
-        'name': Field('table', one_of('table', 'openmoji', 'mm_imdb'), 'table is your own folder of CSV or JSONL files and images.'),
-        'path': Field('', ANY_STRING, 'table: the folder that holds train.csv (or .jsonl) and test.csv; the published sets: as they are unpacked.'),
+        'name': Field('table', one_of('table', 'openmoji', 'mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes'),
+                      'table is your own folder of CSV or JSONL files and images; snli_ve and the like: published sets, as they are unpacked.'),
+        'path': Field('', ANY_STRING, 'The folder of the data set; table: it holds train.csv (or .jsonl) and test.csv.'),
         'data_dir': Field('~/.cache/molt_jax/datasets', NON_EMPTY, 'Where prepared data sets are kept.'),
         'multi_label': Field(False, FLAG, 'Whether an example can have several labels (joined by | in a table).'),
         'modalities': Field('image,text', one_of('image,text', 'image', 'text'), 'What is used at all; one alone makes a specialist.'),
@@ -88,6 +89,12 @@ SCHEMA: dict[str, Any] = {
         'mm_imdb': {
             'text': Field('longest', one_of('longest', 'outline', 'first', 'all'), 'Which plot; outline: else the first; all: one example a plot.'),
             'genres': Field('all', one_of('all', 'paper'), 'paper: leave out the 71 movies with a genre beside the 23, as the paper counts.'),
+        },
+        'upmc_food101': {
+            'text': Field('title', one_of('title', 'page'), 'The title of the page that an image is from, or the whole page: two tasks.'),
+        },
+        'snli_ve': {
+            'neutral': Field('original', one_of('original', 'relabelled'), 'relabelled: validation and test labels collected anew for e-SNLI-VE.'),
         },
     },
     'image': {

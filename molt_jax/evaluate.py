@@ -23,13 +23,13 @@ from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Source
 from molt_jax.diagnostics import PairDiagnostics
-from molt_jax.metrics import ClassificationMetrics
+from molt_jax.metrics import ClassificationMetrics, Ranking
 from molt_jax.modules.interface import HeadOutput
 
 # What each named absence keeps: columns image, text.
 KEPT = {'none': (True, True), 'text': (True, False), 'image': (False, True)}
 ROWS = ('both', 'image_only', 'text_only')  # What a row that counts can have.
-COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'loss')
+COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'auroc', 'loss')
 LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -46,12 +46,12 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
 
 def eval_step(
     variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: tuple[ClassificationMetrics, jax.Array], *,
-    model: model_lib.Model) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput]:
+    model: model_lib.Model) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput, tuple[jax.Array, jax.Array]]:
   """Adds one batch to the totals (metrics; int32[conditions, 3], rows of each kind of ROWS), one for each condition of batch['keep'] bool[B,
   conditions, 2].
 
-  The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there. Returns the new totals, and the
-  head's output in the first condition.
+  The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there. Returns the new totals, the head's
+  output in the first condition, and the logits [conditions, B, K] and weights [conditions, B] in all.
   """
   metrics_c, rows_cr = totals
   taps = model.taps(frozen, batch)
@@ -62,7 +62,7 @@ def eval_step(
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
-  return (metrics_c, rows_cr), jax.tree.map(lambda x: x[0], out_c)
+  return (metrics_c, rows_cr), jax.tree.map(lambda x: x[0], out_c), (out_c.logits_bk, weight_cb)
 
 
 def evaluate(
@@ -86,7 +86,8 @@ def evaluate(
     pairs: collects the pooled pairs of the first condition.
 
   Returns:
-    name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only.
+    name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only; auroc where the
+    data are multi-label or of two classes and examples of both kinds are there.
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
@@ -97,17 +98,22 @@ def evaluate(
       source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), stored=stored,
       pack=sharding.packing(config, mesh), num_threads=config.input.num_threads, prefetch=config.input.prefetch,
       **sharding.data_shard(mesh))
+  ranking = Ranking(multi_label=config.dataset.multi_label) if config.dataset.multi_label or preprocess.num_classes == 2 else None
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
       batch = sharding.put_batch(batch, mesh)
-      totals, out = step(variables, frozen, batch, totals)
+      totals, out, (logits_cbk, weight_cb) = step(variables, frozen, batch, totals)
+      if ranking:
+        ranking.observe(logits_cbk, batch['label'], weight_cb)
       if pairs:
         pairs.observe(out, (batch['weight'] > 0) & (batch['present'] & batch['keep'][:, 0]).all(axis=-1))
       bar.advance(min(config.eval.batch_size, len(source) - bar.done))
   totals = jax.device_get(totals)
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
-  return {name: {**total.compute(), 'num_examples': int(total.count), **dict(zip(ROWS, rows_r.tolist(), strict=True))}
+  areas = dict(zip(conditions, ranking.compute() if ranking else [None] * len(conditions), strict=True))
+  return {name: {**total.compute(), **({} if areas[name] is None else {'auroc': areas[name]}), 'num_examples': int(total.count),
+                 **dict(zip(ROWS, rows_r.tolist(), strict=True))}
           for name, (total, rows_r) in by_condition.items()}
 
 
@@ -149,10 +155,11 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
 def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
   """Prints one row a condition: how many examples had what, then scores in percent (the loss as it is)."""
   table = rich.table.Table(title=title)
-  for name in ('condition', *ROWS, *COLUMNS):
+  columns = [name for name in COLUMNS if any(name in result for result in results.values())]
+  for name in ('condition', *ROWS, *columns):
     table.add_column(name.replace('_', ' '), justify='left' if name == 'condition' else 'right', no_wrap=True)
   for name, result in results.items():
-    cells = [f'{result[c]:.3f}' if c == 'loss' else f'{100 * result[c]:.1f}' for c in COLUMNS]
+    cells = ['' if c not in result else f'{result[c]:.3f}' if c == 'loss' else f'{100 * result[c]:.1f}' for c in columns]
     table.add_row(name.replace('_', ' '), *(str(result[r]) for r in ROWS), *cells)
   rich.console.Console(width=None if sys.stdout.isatty() else 130).print(table)
 

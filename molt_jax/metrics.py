@@ -1,10 +1,12 @@
-"""Classification metrics as sums and counts: they add up over batches, shards and hosts to the numbers of the whole split."""
+"""Classification metrics as sums and counts: they add up over batches, shards and hosts to the numbers of the whole split. AUROC does not."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from flax import struct
 
+from molt_jax import processes
 from molt_jax.objectives.classification import sigmoid_cross_entropy, softmax_cross_entropy
 
 
@@ -94,6 +96,47 @@ class ClassificationMetrics:
         'f1_weighted': float(_ratio(np.sum(f1_k * m.support_k), m.support_k.sum())),
         'loss': float(_ratio(m.loss_sum, m.weight_sum)),
     }
+
+
+def auroc(score_nk: np.ndarray, true_nk: np.ndarray) -> float | None:
+  """Area under the ROC curve, averaged over the classes that some examples have and some have not; None where there is no such class.
+
+  The same as scikit-learn's `roc_auc_score(..., average='macro')` over those classes; ties count half.
+
+  Args:
+    score_nk: [N, K], larger for more likely. Of one class against the others these are probabilities, of labels on their own logits do.
+    true_nk: bool[N, K].
+  """
+  positive_k, count = true_nk.sum(axis=0), len(true_nk)
+  defined_k = (positive_k > 0) & (positive_k < count)
+  if not defined_k.any():
+    return None
+  true_nk, positive_k = true_nk[:, defined_k], positive_k[defined_k].astype(np.float64)
+  rank_nk = scipy.stats.rankdata(score_nk[:, defined_k], axis=0)
+  above_k = (rank_nk * true_nk).sum(axis=0) - positive_k * (positive_k + 1) / 2  # Pairs of a positive above a negative (Mann and Whitney).
+  return float(np.mean(above_k / (positive_k * (count - positive_k))))
+
+
+class Ranking:
+  """Collects the scores of an evaluation under C conditions for AUROC: of two classes, or of the labels of a multi-label data set."""
+
+  def __init__(self, *, multi_label: bool):
+    self._multi_label = multi_label
+    self._batches: list[tuple[jax.Array, ...]] = []
+
+  def observe(self, logits_cbk: jax.Array, label: jax.Array, weight_cb: jax.Array) -> None:
+    """Adds a batch; rows of weight zero do not count. Nothing is fetched from the device yet."""
+    self._batches.append((logits_cbk, label, weight_cb))
+
+  def compute(self) -> list[float | None]:
+    """Returns the AUROC of each condition; all processes call it together."""
+    logits, labels, weights = ([processes.fetch(x) for x in column] for column in zip(*self._batches, strict=True))
+    logits_cnk, label, weight_cn = np.concatenate(logits, axis=1), np.concatenate(labels), np.concatenate(weights, axis=1)
+    if self._multi_label:
+      score_cnk, true_nk = logits_cnk, label == 1
+    else:
+      score_cnk, true_nk = np.diff(logits_cnk, axis=-1), label[:, None] == 1
+    return [auroc(score_nk[weight_n > 0], true_nk[weight_n > 0]) for score_nk, weight_n in zip(score_cnk, weight_cn, strict=True)]
 
 
 def _ratio(numerator, denominator):

@@ -12,6 +12,7 @@ ROOMS = {
     'config': (),
     'presets': ('config',),
     'data': ('config', 'cli'),
+    'data.describe': ('config', 'data', 'backbones', *SERVICES),
     'backbones': ('config',),
     'modules': ('config', 'backbones'),
     'objectives': (),
@@ -32,7 +33,8 @@ ROOMS = {
 
 
 def _room(path: pathlib.Path) -> str:
-  return path.relative_to(ROOT).parts[0].removesuffix('.py')
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts) if '.'.join(parts) in ROOMS else parts[0]
 
 
 def _imported_rooms(path):

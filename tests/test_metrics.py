@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from molt_jax.metrics import ClassificationMetrics
+from molt_jax.metrics import ClassificationMetrics, Ranking, auroc
 
 
 def accumulate(logits_nk, label, *, multi_label, weight_n=None, batch_size=7):
@@ -74,3 +74,45 @@ def test_rows_of_weight_zero_do_not_count_and_batches_add_up(multi_label):
 
 def test_no_example_gives_zeros():
   assert set(ClassificationMetrics.empty(num_classes=3, multi_label=False).compute().values()) == {0.0}
+
+
+def expected_auroc(score_nk, true_nk):
+  """scikit-learn's, class by class, where it is defined."""
+  areas = [roc_auc_score(true_nk[:, k], score_nk[:, k]) for k in range(true_nk.shape[1]) if 0 < true_nk[:, k].sum() < len(true_nk)]
+  return pytest.approx(np.mean(areas), rel=1e-9) if areas else None
+
+
+@pytest.mark.parametrize('n, k, rate', [(1, 3, 0.5), (50, 4, 0.3), (40, 6, 0.05), (10, 3, 0.0), (10, 3, 1.0)])
+@pytest.mark.parametrize('seed', range(3))
+def test_auroc_of_labels_equals_scikit_learn(n, k, rate, seed):
+  rng = np.random.default_rng(seed)
+  score_nk, true_nk = rng.normal(size=(n, k)).round(1), rng.random((n, k)) < rate  # Rounded: there are ties.
+  assert auroc(score_nk, true_nk) == expected_auroc(score_nk, true_nk)
+  if n == 50:
+    assert auroc(score_nk, true_nk) == pytest.approx(roc_auc_score(true_nk, score_nk, average='macro'), rel=1e-9)
+
+
+@pytest.mark.parametrize('k', [3, 20])
+def test_auroc_of_classes_equals_scikit_learn(k):
+  rng = np.random.default_rng(0)
+  label_n, logits_nk = rng.integers(0, k - (k > 3), 60), rng.normal(size=(60, k))  # Of 20 classes the last is unseen.
+  probability_nk = np.exp(logits_nk) / np.exp(logits_nk).sum(axis=1, keepdims=True)
+  true_nk = label_n[:, None] == np.arange(k)
+  assert auroc(probability_nk, true_nk) == expected_auroc(probability_nk, true_nk)
+  if k == 3:
+    assert auroc(probability_nk, true_nk) == pytest.approx(roc_auc_score(label_n, probability_nk, multi_class='ovr'), rel=1e-9)
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_a_ranking_is_that_of_all_batches_and_of_the_rows_that_count(multi_label):
+  rng = np.random.default_rng(0)
+  logits_cnk, weight_cn = rng.normal(size=(2, 30, 4 if multi_label else 2)), (rng.random((2, 30)) < 0.7).astype(np.float32)
+  label = rng.integers(0, 2, (30, 4) if multi_label else 30)
+  ranking = Ranking(multi_label=multi_label)
+  for part in (slice(12), slice(12, 30)):
+    ranking.observe(logits_cnk[:, part], label[part], weight_cn[:, part])
+  wanted = []
+  for logits_nk, weight_n in zip(logits_cnk, weight_cn, strict=True):
+    live = weight_n > 0
+    wanted.append(roc_auc_score(label[live], logits_nk[live] if multi_label else logits_nk[live, 1] - logits_nk[live, 0]))
+  assert ranking.compute() == pytest.approx(wanted, rel=1e-9)

@@ -18,7 +18,7 @@ def _builder(name: str) -> Callable[[Any], Dataset]:
 
 DATASETS = {
     'table': table.load,
-    **{name: _builder(name) for name in ('openmoji', 'mm_imdb')},
+    **{name: _builder(name) for name in ('openmoji', 'mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes')},
 }
 
 

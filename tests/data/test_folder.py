@@ -1,5 +1,6 @@
 """Preparing published data sets: the same files twice, nothing half done, nothing lost silently, counts asserted."""
 
+import csv
 import hashlib
 import io
 import json
@@ -95,12 +96,99 @@ def test_the_papers_genre_filter_leaves_out_movies_with_another_genre(miniature,
   assert sum((15552, 2608, 7799)) - sum((15510, 2599, 7779)) == 64 + 4 + 2 + 1
 
 
+# ---- UPMC-Food101 ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('layout', ['titles', 'flat'])
+def test_food101_titles_have_no_header_and_validation_is_set_aside_by_seed(miniature, tmp_path, layout):
+  source = miniature('upmc_food101', layout)
+  dataset = load('upmc_food101', source, tmp_path, seed=1)
+  with open(source / 'texts/train_titles.csv', encoding='utf-8', newline='') as file:
+    rows = {name: (title, label) for name, title, label in csv.reader(file)}
+  train = examples(dataset, 'train') | examples(dataset, 'validation')
+  assert len(rows) == len(dataset.splits['train']) + len(dataset.splits['validation']) == 24 and len(dataset.splits['test']) == 12
+  assert {name: (x['text'] or '', dataset.class_names[x['label']]) for name, x in train.items()} == rows
+  assert train['cheese_plate_1-2.jpg']['image'] == next(source.rglob('cheese_plate_1-2.jpg')).read_bytes()
+  assert {name for name, x in train.items() if x['image'] is None} == {'pizza_2.jpg', 'apple_pie_3.jpg'} == set(facts_of(tmp_path)['lost_images'])
+  again, other = (load('upmc_food101', source, tmp_path, seed=seed).splits['validation'].ids for seed in (1, 2))
+  assert again == dataset.splits['validation'].ids != other
+
+
+def test_food101_pages_leave_out_what_has_none(miniature, tmp_path):
+  source = miniature('upmc_food101', 'pages')
+  dataset = load('upmc_food101', source, tmp_path, **{'dataset.upmc_food101.text': 'page'})
+  train = examples(dataset, 'train') | examples(dataset, 'validation')
+  assert len(train) == 22 and 'pizza_5.jpg' not in train and facts_of(tmp_path)['left_out_by_rule'] == {'no page': 2}
+  page = (source / 'texts_txt/apple_pie/apple_pie_0.txt').read_bytes()
+  assert train['apple_pie_0.jpg']['text'] == page.replace(b'\r\n', b'\n').decode('utf-8', 'replace') and '\ufffd' in train['apple_pie_0.jpg']['text']
+  with pytest.raises(UserError, match='does not hold upmc_food101; expected .* text=page'):
+    load('upmc_food101', miniature('upmc_food101', 'flat'), tmp_path, **{'dataset.upmc_food101.text': 'page'})
+
+
+# ---- SNLI-VE --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('layout, suffix', [('flickr30k_images', ''), ('Flickr30K', '.jpg')])
+def test_snli_ve_reads_the_hypothesis_alone_and_ids_with_and_without_suffix(miniature, tmp_path, layout, suffix):
+  source = miniature('snli_ve', layout)
+  dataset = load('snli_ve', source, tmp_path)
+  records = [json.loads(line) for line in (source / 'snli_ve_test.jsonl').read_text('utf-8').splitlines()]
+  assert {record['Flickr30K_ID'].endswith('.jpg') for record in records} == {suffix == '.jpg'}
+  test = examples(dataset, 'test')
+  assert {name: (x['text'], dataset.class_names[x['label']]) for name, x in test.items()} == {
+      record['pairID']: (record['sentence2'], record['gold_label']) for record in records}
+  for record in records:
+    file = next(source.rglob(record['Flickr30K_ID'].removesuffix('.jpg') + '.jpg'))
+    assert test[record['pairID']]['image'] == file.read_bytes()
+  facts = facts_of(tmp_path)
+  assert facts['left_out'] == [['train', '200017.jpg#2r1n', "gold label '-'"]] and facts['repeated'] == [['17.jpg#0r1e', 'train', 'train']]
+  assert examples(dataset, 'train')['200017.jpg#1r1e']['image'] is None
+  splits = json.loads(next(tmp_path.rglob('dataset_info.json')).read_text())['splits']
+  images = next(int(split['shardLengths'][0]) for split in splits if split['name'] == 'images')
+  assert images == len(list(source.rglob('*.jpg'))) - 1  # Each once, whatever the number of its hypotheses; one is cut short.
+
+
+def test_snli_ve_takes_the_new_labels_of_validation_and_test(miniature, tmp_path):
+  source = miniature('snli_ve')
+  choice = {'dataset.snli_ve.neutral': 'relabelled'}
+  old, new = load('snli_ve', source, tmp_path / 'old'), load('snli_ve', source, tmp_path / 'new', **choice)
+  for split, file in (('validation', 'dev'), ('test', 'test')):
+    with open(source / f'esnlive_{file}.csv', encoding='utf-8', newline='') as stream:
+      labels = {row['pairID']: row['gold_label'] for row in csv.DictReader(stream)}
+    before, after = examples(old, split), examples(new, split)
+    assert {name: new.class_names[x['label']] for name, x in after.items()} == {
+        name: labels.get(name, old.class_names[x['label']]) for name, x in before.items()}
+    changed = sum(before[name]['label'] != after[name]['label'] for name in before)
+    assert changed == facts_of(tmp_path / 'new')['notes'][f'{split} labels replaced'] > 0
+  assert new.splits['train'].labels == old.splits['train'].labels
+  with pytest.raises(UserError, match="'relabelled' needs esnlive_dev.csv and esnlive_test.csv"):
+    load('snli_ve', miniature('snli_ve', 'Flickr30K'), tmp_path, **choice)
+
+
+# ---- Hateful Memes --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('layout', ['root', 'data'])
+def test_hateful_memes_reads_the_test_that_has_labels(miniature, tmp_path, layout):
+  source = miniature('hateful_memes', layout)
+  dataset = load('hateful_memes', source, tmp_path)
+  records = [json.loads(line) for line in next(source.rglob('test_seen.jsonl')).read_text('utf-8').splitlines()]
+  test = examples(dataset, 'test')
+  assert {name: (x['text'] or '', x['label']) for name, x in test.items()} == {f'{r["id"]:05d}': (r['text'], r['label']) for r in records}
+  assert test['01270']['image'] == next(source.rglob('img/01270.png')).read_bytes() and dataset.class_names == ('not hateful', 'hateful')
+  shutil.copytree(source, tmp_path / 'unlabelled')
+  next((tmp_path / 'unlabelled').rglob('test_seen.jsonl')).unlink()
+  with pytest.raises(UserError, match='test.jsonl, which has no labels; add test_seen.jsonl'):
+    load('hateful_memes', tmp_path / 'unlabelled', tmp_path)
+
+
 # ---- All data sets --------------------------------------------------------------------------------------------------------------------
 
 
-def test_preparing_twice_gives_the_same_files(miniature, tmp_path):
+@pytest.mark.parametrize('dataset', ['mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes'])
+def test_preparing_twice_gives_the_same_files(miniature, tmp_path, dataset):
   for name in ('one', 'two'):
-    load('mm_imdb', miniature('mm_imdb'), tmp_path / name)
+    load(dataset, miniature(dataset), tmp_path / name)
   assert files_of(tmp_path / 'one') == files_of(tmp_path / 'two') != {}
 
 
@@ -111,7 +199,7 @@ def test_one_corrupt_image_loses_only_that_image_and_says_so(miniature, tmp_path
   file.write_bytes(file.read_bytes()[:200])
   capsys.readouterr()
   damaged = load('mm_imdb', tmp_path / 'source', tmp_path / 'damaged')
-  assert '3 images cannot be used' in (said := capsys.readouterr().err) and '0001063.jpeg (' in said
+  assert 'images that cannot be used (their examples have a text alone): 3, ' in (said := capsys.readouterr().err) and '0001063.jpeg (' in said
   for split in whole.splits:
     before, after = examples(whole, split), examples(damaged, split)
     assert [row for row in before if before[row] != after[row]] == (['0001063'] if split == 'train' else [])

@@ -68,11 +68,16 @@ class Folder(abc.ABC):
     class_names: in the order of labels.
     index_files: those that say which examples there are.
     splits: at least 'train' and 'test'.
+    notes: what `rows` counts beside examples, by name; complete when all splits have been walked.
   """
 
   class_names: Sequence[str]
   index_files: Sequence[pathlib.Path]
   splits: Sequence[str] = ('train', 'validation', 'test')
+
+  @functools.cached_property
+  def notes(self) -> dict[str, int]:
+    return {}
 
   @abc.abstractmethod
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
@@ -92,6 +97,7 @@ class Facts:
     repeated: [id, split, split where it came first]; every row is kept, the later one under another id.
     lost_images: name of the file -> why it cannot be used; its rows have a text alone.
     index_files: name -> size in bytes.
+    notes: other counts, by name.
   """
 
   dataset: str
@@ -104,6 +110,7 @@ class Facts:
   repeated: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
   lost_images: dict[str, str] = dataclasses.field(default_factory=dict)
   index_files: dict[str, int] = dataclasses.field(default_factory=dict)
+  notes: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def differences(self) -> list[str]:
     """Returns one line for each count that is not the published one."""
@@ -136,10 +143,10 @@ class Facts:
       lines.append(f'{self.dataset}: counts are not the published ones ({"; ".join(self.differences())})')
     if self.lost_images:
       named = [f'{name} ({reason})' for name, reason in self.lost_images.items()]
-      lines.append(f'{self.dataset}: {len(named):,} images cannot be used, their examples have a text alone: {_some(named)}')
+      lines.append(f'{self.dataset}: images that cannot be used (their examples have a text alone): {len(named):,}, {_some(named)}')
     if self.repeated:
       named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
-      lines.append(f'{self.dataset}: {len(named):,} ids come more than once, all rows are kept: {_some(named)}')
+      lines.append(f'{self.dataset}: rows that repeat an id (all are kept): {len(named):,}, {_some(named)}')
     return lines
 
 
@@ -212,7 +219,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     choices = self.builder_config.values
     sizes = {file.name: file.stat().st_size for file in folder.index_files}
     counts = {**dict.fromkeys(folder.splits, 0), 'classes': len(folder.class_names)}
-    return Facts(self.name, choices, list(folder.class_names), self.published(choices), counts, index_files=sizes)
+    return Facts(self.name, choices, list(folder.class_names), self.published(choices), counts, index_files=sizes, notes=folder.notes)
 
   def _scan(self, folder: Folder) -> tuple[Facts, dict[str, int], list[str]]:
     """Walks the folder without opening images: (facts, rows of each split, image files that are there, each once)."""
@@ -459,3 +466,25 @@ def read_text(file: pathlib.Path) -> str:
     raise UserError(f'config.dataset.path: {file} is not UTF-8 (byte {error.start}); save it as UTF-8') from error
   except OSError as error:
     raise UserError(f'config.dataset.path: {file} cannot be read: {error.strerror}') from error
+
+
+def json_lines(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  """Yields (line number, what the line holds, None where it is not JSON); blank lines are skipped.
+
+  Raises:
+    UserError: the file is not UTF-8.
+  """
+  try:
+    with open(file, encoding='utf-8-sig') as stream:
+      for number, line in enumerate(stream, start=1):
+        if line.strip():
+          yield number, _json(line)
+  except UnicodeDecodeError as error:
+    raise UserError(f'config.dataset.path: {file} is not UTF-8 (byte {error.start}); copy it again') from error
+
+
+def _json(line: str) -> Any:
+  try:
+    return json.loads(line)
+  except ValueError:
+    return None

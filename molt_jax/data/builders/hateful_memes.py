@@ -1,0 +1,71 @@
+"""Hateful Memes (Kiela et al. 2020): memes and the text on them, hateful or not. Scored by AUROC.
+
+test.jsonl of the first phase has no labels; the test split is test_seen.jsonl, the validation split dev_seen.jsonl (the same as dev.jsonl of old).
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from molt_jax.config import UserError
+from molt_jax.data.builders import folder as folder_lib
+from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
+from molt_jax.data.sources import Dataset
+
+CLASSES = ('not hateful', 'hateful')
+PUBLISHED = {'train': 8500, 'validation': 500, 'test': 1000, 'classes': 2}
+_FILES = {'train': ('train.jsonl',), 'validation': ('dev_seen.jsonl', 'dev.jsonl'), 'test': ('test_seen.jsonl',)}
+
+
+@dataclasses.dataclass
+class Memes(folder_lib.Folder):
+  """`root` holds img/ and the .jsonl `files` of the splits."""
+
+  root: pathlib.Path
+  files: Mapping[str, pathlib.Path]
+
+  class_names = CLASSES
+
+  def __post_init__(self):
+    self.index_files = list(self.files.values())
+
+  def rows(self, split: str) -> Iterator[Row | LeftOut]:
+    for number, record in folder_lib.json_lines(self.files[split]):
+      if not isinstance(record, dict) or 'id' not in record:
+        yield LeftOut(f'line {number}', 'not JSON with an id')
+        continue
+      name = str(record['id']).zfill(5)
+      if record.get('label') not in (0, 1):
+        yield LeftOut(name, f'label {record.get("label")!r}')
+        continue
+      text = str(record.get('text') or '')
+      image = os.path.join(self.root, *pathlib.PurePosixPath(str(record.get('img') or f'img/{name}.png')).parts)
+      yield Row(name, image, text if text.strip() else '', (int(record['label']),))
+
+
+class HatefulMemes(FolderBuilder):
+  """TFDS builder of Hateful Memes."""
+
+  name = 'hateful_memes'
+  LAYOUTS = 'train.jsonl, dev_seen.jsonl (or dev.jsonl) and test_seen.jsonl beside img/ID.png'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = f'Get the data set of the Hateful Memes challenge, with the labels of its first test; expected: {LAYOUTS}.'
+  DESCRIPTION = 'Memes and their texts, hateful or not (Kiela et al. 2020, "The Hateful Memes Challenge").'
+  HOMEPAGE = 'https://hatefulmemeschallenge.com'
+
+  @classmethod
+  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Memes | None:
+    files = {split: next((folder / name for name in names if (folder / name).is_file()), None) for split, names in _FILES.items()}
+    if files['train'] and not files['test'] and (folder / 'test.jsonl').is_file():
+      raise UserError(f'config.dataset.path: {folder} has test.jsonl, which has no labels; add test_seen.jsonl, which has them')
+    return Memes(folder, files) if all(files.values()) and (folder / 'img').is_dir() else None
+
+  @classmethod
+  def published(cls, choices: Mapping[str, str]) -> dict[str, int]:
+    return PUBLISHED
+
+
+def load(config: Any) -> Dataset:
+  """Opens Hateful Memes; see `folder.load`."""
+  return folder_lib.load(HatefulMemes, config)

@@ -1,0 +1,111 @@
+"""SNLI-VE (Xie et al. 2019): does the image entail the hypothesis, contradict it, or neither? 565,286 hypotheses on the 31,783 images of Flickr30k.
+
+The text is the hypothesis (`sentence2`) alone. `sentence1` is a caption of the image: whoever feeds it has another, easier task.
+
+About 9 % of labels are wrong, most of them neutral. With `dataset.snli_ve.neutral=relabelled` those of validation and test are replaced by the ones
+that were collected anew for e-SNLI-VE (Kayser et al. 2021: 1,665 and 1,631 differ), from its esnlive_dev.csv and esnlive_test.csv beside the .jsonl
+files.
+"""
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from molt_jax.config import UserError
+from molt_jax.data.builders import folder as folder_lib
+from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
+from molt_jax.data.sources import Dataset
+
+CLASSES = ('entailment', 'neutral', 'contradiction')
+PUBLISHED = {'train': 529527, 'validation': 17858, 'test': 17901, 'classes': 3}
+_FILES = {'train': 'train', 'validation': 'dev', 'test': 'test'}
+# Where the .jsonl files lie below the folder, and where the images.
+_TEXTS = ('', 'snli_ve', 'SNLI-VE', 'data', 'annotations')
+_IMAGES = (
+    'flickr30k_images', 'flickr30k_images/flickr30k_images', 'Flickr30K/flickr30k_images', 'Flickr30k/flickr30k_images', 'flickr30k/flickr30k_images',
+    'flickr30k-images', 'Flickr30K', 'Flickr30k', 'flickr30k/images', 'flickr30k', 'images', 'Images')
+
+
+@dataclasses.dataclass
+class Pairs(folder_lib.Folder):
+  """`texts` holds snli_ve_*.jsonl (and esnlive_*.csv if relabelled), `images` ID.jpg."""
+
+  texts: pathlib.Path
+  images: pathlib.Path
+  relabelled: bool
+
+  class_names = CLASSES
+
+  def __post_init__(self):
+    new = [self._new_labels_file(split) for split in ('validation', 'test')] if self.relabelled else []
+    if missing := [file.name for file in new if not file.is_file()]:
+      raise UserError(f"config.dataset.snli_ve.neutral: 'relabelled' needs {' and '.join(missing)} of e-SNLI-VE in {self.texts}; or give 'original'")
+    self.index_files = [*(self._file(split) for split in _FILES), *new]
+
+  def _file(self, split: str) -> pathlib.Path:
+    return self.texts / f'snli_ve_{_FILES[split]}.jsonl'
+
+  def _new_labels_file(self, split: str) -> pathlib.Path:
+    return self.texts / f'esnlive_{_FILES[split]}.csv'
+
+  def rows(self, split: str) -> Iterator[Row | LeftOut]:
+    new_labels, replaced = self._new_labels(split), 0
+    for number, record in folder_lib.json_lines(self._file(split)):
+      if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ('gold_label', 'sentence2')):
+        yield LeftOut(f'line {number}', 'not JSON with gold_label and sentence2')
+        continue
+      name = str(record.get('pairID', f'line {number}'))
+      label = new_labels.get(name, record['gold_label'])
+      if label in CLASSES:
+        replaced += label != record['gold_label']
+        image = str(record.get('Flickr30K_ID', '')).removesuffix('.jpg')
+        text = record['sentence2']
+        yield Row(name, os.path.join(self.images, f'{image}.jpg') if image else None, text if text.strip() else '', (CLASSES.index(label),))
+      else:
+        yield LeftOut(name, f'gold label {label!r}')
+    if self.relabelled:
+      self.notes[f'{split} labels replaced'] = replaced
+
+  def _new_labels(self, split: str) -> dict[str, str]:
+    if not self.relabelled or split == 'train':
+      return {}
+    file = self._new_labels_file(split)
+    try:
+      with open(file, encoding='utf-8-sig', newline='') as stream:
+        return {row['pairID']: row['gold_label'] for row in csv.DictReader(stream)}
+    except (UnicodeDecodeError, csv.Error, KeyError) as error:
+      raise UserError(f'config.dataset.path: {file} is not a CSV file with the columns pairID and gold_label; copy it again') from error
+
+
+class SnliVe(FolderBuilder):
+  """TFDS builder of SNLI-VE."""
+
+  name = 'snli_ve'
+  LAYOUTS = 'snli_ve_{train,dev,test}.jsonl beside flickr30k_images/ID.jpg (or Flickr30K/flickr30k_images/ID.jpg)'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+      'Make the .jsonl files as https://github.com/necla-ml/SNLI-VE says; ask for the images at https://shannon.cs.illinois.edu/DenotationGraph; '
+      f'expected: {LAYOUTS}.')
+  DESCRIPTION = 'Visual entailment: an image as the premise, a hypothesis, and their relation (Xie et al. 2019, "Visual Entailment").'
+  HOMEPAGE = 'https://github.com/necla-ml/SNLI-VE'
+
+  @classmethod
+  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Pairs | None:
+    texts = next((folder / name for name in _TEXTS if all((folder / name / f'snli_ve_{file}.jsonl').is_file() for file in _FILES.values())), None)
+    images = next((folder / name for name in _IMAGES if _holds_images(folder / name)), None)
+    return Pairs(texts, images, choices['neutral'] == 'relabelled') if texts and images else None
+
+  @classmethod
+  def published(cls, choices: Mapping[str, str]) -> dict[str, int]:
+    return PUBLISHED
+
+
+def _holds_images(folder: pathlib.Path) -> bool:
+  return folder.is_dir() and any(entry.name.endswith('.jpg') for entry in os.scandir(folder))
+
+
+def load(config: Any) -> Dataset:
+  """Opens SNLI-VE; see `folder.load`."""
+  return folder_lib.load(SnliVe, config)

@@ -1,0 +1,61 @@
+"""The published data sets end to end on miniatures: prepare, load, train, evaluate."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score, roc_auc_score
+
+from molt_jax import metrics, train
+from molt_jax.data import datasets
+
+CHOICES = {
+    'mm_imdb': {'text': 'longest', 'genres': 'all'}, 'upmc_food101': {'text': 'title'}, 'snli_ve': {'neutral': 'original'}, 'hateful_memes': {}}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+  """The last evaluation's (logits [C, N, K], labels [N, ...], weights [C, N]), if it was ranked."""
+  batches, computed, observe, compute = [], {}, metrics.Ranking.observe, metrics.Ranking.compute
+
+  def observed(self, *batch):
+    batches.append([np.asarray(x) for x in batch])
+    observe(self, *batch)
+
+  def done(self):
+    computed.update(logits=np.concatenate([b[0] for b in batches], 1), label=np.concatenate([b[1] for b in batches]),
+                    weight=np.concatenate([b[2] for b in batches], 1))
+    batches.clear()
+    return compute(self)
+  monkeypatch.setattr(metrics.Ranking, 'observe', observed)
+  monkeypatch.setattr(metrics.Ranking, 'compute', done)
+  return computed
+
+
+@pytest.mark.parametrize('name', CHOICES)
+def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_scores(make_tiny_config, miniature, tmp_path, seen, name):
+  config = make_tiny_config()
+  config.dataset.name, config.dataset.path, config.dataset.data_dir = name, str(miniature(name)), str(tmp_path / 'data')
+  config.dataset.allow_count_mismatch, config.dataset.multi_label = True, name == 'mm_imdb'
+  config.loss.class_weights = 'balanced'
+  config.method, config.missing.views, config.classifier.kind = 'late_fusion', False, 'linear'  # Few programs, soon compiled.
+  config.train.batch_size = config.eval.batch_size = 12
+  config.train.log_every = 1
+  config.train.epochs = 2 * 12 / len(datasets.load_dataset(config).splits['train'])
+  record = train.train(config, tmp_path / 'run')
+  lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  losses = [line['loss'] for line in lines if line['kind'] == 'train']
+  assert len(losses) == 2 and np.isfinite(losses).all()
+  assert record == json.loads((tmp_path / 'run' / 'evaluation.json').read_text()) and record['dataset'] == {'name': name, **CHOICES[name]}
+  assert bool(seen) == (name in ('mm_imdb', 'hateful_memes'))
+  for c, result in enumerate(record['results'].values() if seen else ()):
+    live = seen['weight'][c] > 0
+    logits_nk, label = seen['logits'][c][live], seen['label'][live]
+    assert result['num_examples'] == len(label)
+    if name == 'hateful_memes':
+      assert result['auroc'] == pytest.approx(roc_auc_score(label, logits_nk[:, 1] - logits_nk[:, 0]), rel=1e-6)
+      continue
+    for average in ('micro', 'macro', 'samples', 'weighted'):
+      assert result[f'f1_{average}'] == pytest.approx(f1_score(label, logits_nk > 0, average=average, zero_division=0), rel=1e-6)
+    there_k = label.any(axis=0)  # Most of the 23 genres are not in the miniature.
+    assert result['auroc'] == pytest.approx(roc_auc_score(label[:, there_k], logits_nk[:, there_k], average='macro'), rel=1e-6)

@@ -1,0 +1,163 @@
+"""Does the input pipeline keep ahead of training? `python tools/bench_pipeline.py [--config=configs/quickstart.py] [--json] [--out=FILE]`.
+
+Times the pipeline alone (read, decode, resize to `--size` pixels, normalise, tokenise, batch) with several numbers of workers, which are threads
+(`input.num_threads`), on the config's data set and on made-up JPEG photographs; and the config's training step on a batch that is there, `live`
+(towers run) and `stored` (their taps come with the batch, as with `features.store`). All take turns within a round, so that other work on the machine
+weighs on all of them; numbers are medians over rounds. A ratio above 1 means that the pipeline keeps ahead of that step.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from PIL import Image
+
+from molt_jax import cli, logbook, profiling, sharding
+from molt_jax import config as config_lib
+from molt_jax import model as model_lib
+from molt_jax.config import UserError
+from molt_jax.data import datasets, pipeline
+
+FLAGS = (
+    cli.Flag('config', 'preset whose data set, tokenizer and training step are measured', 'configs/quickstart.py'),
+    cli.Flag('workers', 'numbers of threads, comma-separated', '1,2'),
+    cli.Flag('size', 'side of the images that come out, pixels', '224'),
+    cli.Flag('photos', 'WIDTHxHEIGHT of the made-up photographs', '500x375'),
+    cli.Flag('rounds', 'rounds of turns', '5'),
+    cli.Flag('batches', 'batches a turn', '4'),
+    cli.Flag('out', 'file to write the JSON to', ''),
+)
+DISTINCT = 16  # Photographs that are made; decoding does not know that they come again.
+
+
+class Photographs:
+  """JPEG photographs of smooth noise with the texts and labels of another source."""
+
+  def __init__(self, source, width: int, height: int):
+    self._source, self.ids, self.labels = source, source.ids, source.labels
+    self.present = np.stack([np.ones(len(source), bool), source.present[:, 1]], axis=1)
+    rng = np.random.default_rng(0)
+    self._files = [_photograph(rng, width, height) for _ in range(DISTINCT)]
+    self.mean_bytes = statistics.mean(map(len, self._files))
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    return self.read(index, image=True)
+
+  def read(self, index, *, image):
+    return {**self._source.read(index, image=False), 'image': self._files[index % DISTINCT] if image else None}
+
+
+def _photograph(rng, width, height) -> bytes:
+  """Noise at several scales, which compresses about as photographs do."""
+  layers = [Image.fromarray(rng.integers(0, 256, (max(2, height // s), max(2, width // s), 3), np.uint8)).resize(
+      (width, height), Image.Resampling.BICUBIC) for s in (128, 32, 8, 2)]
+  mixed = sum(weight * np.asarray(layer, np.float32) for weight, layer in zip((0.5, 0.25, 0.15, 0.1), layers, strict=True))
+  buffer = io.BytesIO()
+  Image.fromarray(mixed.astype(np.uint8)).save(buffer, 'JPEG', quality=90)
+  return buffer.getvalue()
+
+
+def _loader(source, preprocess, config, threads: int, batches: int) -> Callable[[], float]:
+  """Returns a function that gives images/s over some batches, made by as many threads."""
+  def images_per_second():
+    iterator = pipeline.train_iterator(
+        source, preprocess, batch_size=config.train.batch_size, seed=0, num_threads=threads, prefetch=threads)
+    next(iterator)
+    start = time.perf_counter()
+    for _ in range(batches):
+      next(iterator)
+    return batches * config.train.batch_size / (time.perf_counter() - start)
+  return images_per_second
+
+
+def _steppers(config, num_classes: int, batches: int) -> dict[str, Callable[[], float]]:
+  """Returns name -> a function that gives images/s of some training steps on a batch that is there."""
+  workload = profiling.Workload.open(config, num_classes=num_classes)
+  frozen, batch = workload.frozen(), sharding.put_batch(workload.batch(), workload.mesh)
+  stored = profiling.Parts(workload, frozen, batch).stored_batch()
+  return {name: _stepper(workload, *inputs, batches) for name, inputs in {'live': (frozen, batch), 'stored': (dict.fromkeys(frozen), stored)}.items()}
+
+
+def _stepper(workload, frozen, batch, batches) -> Callable[[], float]:
+  step, state = workload.step(), workload.state()
+
+  def images_per_second():
+    nonlocal state
+    start = time.perf_counter()
+    for _ in range(batches):
+      state, metrics = step(state, frozen, batch, None)
+    jax.block_until_ready(metrics)
+    return batches * workload.config.train.batch_size / (time.perf_counter() - start)
+  return images_per_second
+
+
+def measure(flags, config) -> dict:
+  """Returns the report."""
+  data = datasets.load_dataset(config)
+  preprocess = model_lib.make_preprocess(config, model_lib.describe_towers(config), num_classes=len(data.class_names))
+  preprocess = dataclasses.replace(preprocess, image_size=_positive('size', flags.size))
+  width, height = _sides(flags.photos)
+  photographs = Photographs(data.splits['train'], width, height)
+  batches = _positive('batches', flags.batches)
+  turns = {
+      f'{name}, {threads} worker{"s" if threads > 1 else ""}': _loader(source, preprocess, config, threads, batches)
+      for name, source in ((data.name, data.splits['train']), (f'photographs {flags.photos}', photographs))
+      for threads in (_positive('workers', word) for word in flags.workers.split(','))}
+  steps = _steppers(config, len(data.class_names), batches)
+  for run in steps.values():
+    run()  # Compiles.
+  rates = {name: [] for name in (*turns, *steps)}
+  for number in range(_positive('rounds', flags.rounds)):
+    for name, run in (turns | steps).items():
+      rates[name].append(run())
+    cli.say(f'round {number + 1}: ' + ', '.join(f'{name} {values[-1]:.0f}/s' for name, values in rates.items()))
+  median = {name: statistics.median(values) for name, values in rates.items()}
+  return {
+      'config': flags.config, 'size': preprocess.image_size, 'batch_size': config.train.batch_size, 'photograph_bytes': photographs.mean_bytes,
+      'cores': len(os.sched_getaffinity(0)), 'images_per_second': median, 'all_rounds': rates,
+      'ratio': {name: {step: median[name] / median[step] for step in steps} for name in turns}}
+
+
+def _positive(name: str, text: str) -> int:
+  if not text.isdigit() or not int(text):
+    raise UserError(f'--{name}: {text!r} is not legal; give a number >= 1')
+  return int(text)
+
+
+def _sides(text: str) -> tuple[int, int]:
+  words = text.split('x')
+  if len(words) != 2:
+    raise UserError(f'--photos: {text!r} is not legal; give WIDTHxHEIGHT such as 500x375')
+  return _positive('photos', words[0]), _positive('photos', words[1])
+
+
+@cli.command
+def main(argv: Sequence[str]) -> None:
+  """Command line of the tool."""
+  as_json = '--json' in argv
+  flags, overrides = cli.parse('tools.bench_pipeline', 'Input pipeline against training step.', FLAGS, [a for a in argv if a != '--json'])
+  report = measure(flags, config_lib.load_config(flags.config, overrides))
+  text = json.dumps(report, indent=2)
+  if flags.out:
+    logbook.write_atomically(pathlib.Path(flags.out), text + '\n')
+  if as_json:
+    print(text)
+    return
+  for name, rate in report['images_per_second'].items():
+    ratios = ', '.join(f'{value:.2f} x the {step} step' for step, value in report['ratio'].get(name, {}).items())
+    print(f'{name}: {rate:.0f} images/s' + (f', {ratios}' if ratios else ''))
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
