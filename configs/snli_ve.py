@@ -11,7 +11,6 @@ def get_config(variants=''):
   config.dataset.snli_ve.neutral = 'original'
 
   # Our reading from here on.
-  config.text.max_tokens = 64
-  config.text.padding = 'longest'  # Hypotheses have 7 words, the longest 56.
+  config.text.max_tokens = 64  # Hypotheses have 7 words, the longest 56.
   config.train.epochs = 3.0
   return presets.vary(config, variants)

@@ -12,7 +12,6 @@ def get_config(variants=''):
   # Our reading from here on. The paper's counts are those of the title files, less the row that a reader took for a header.
   config.dataset.upmc_food101.text = 'title'
   config.dataset.validation_fraction = 0.1
-  config.text.max_tokens = 64
-  config.text.padding = 'longest'  # Titles have 7 words, the longest 135.
+  config.text.max_tokens = 64  # Titles have 7 words, the longest 135.
   config.train.epochs = 10.0
   return presets.vary(config, variants)

@@ -1,16 +1,36 @@
 """The published data sets end to end on miniatures: prepare, load, train, evaluate."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
+from molt_jax import config as config_lib
 from molt_jax import metrics, train
 from molt_jax.data import datasets
 
 CHOICES = {
     'mm_imdb': {'text': 'longest', 'genres': 'all'}, 'upmc_food101': {'text': 'title'}, 'snli_ve': {'neutral': 'original'}, 'hateful_memes': {}}
+
+
+@pytest.mark.parametrize('name', CHOICES)
+def test_presets_are_the_papers_setting_and_have_variants(name):
+  file = str(pathlib.Path(__file__).parents[1] / 'configs' / f'{name}.py')
+  paper, small, robust, both = (config_lib.load_config(file + variant) for variant in ('', ':small', ':robust', ':small,robust'))
+  printed = {
+      'molt.width': 1024, 'molt.num_layers': 4, 'cca.weight': 0.1, 'loss.weight': 0.9, 'optimizer.learning_rate': 4e-4,
+      'backbones.dtype': 'bfloat16', 'compute_dtype': 'bfloat16', 'missing.views': False, 'molt.input_norm': 'none', 'fusion.residual': False}
+  assert {field: config_lib.get(paper, field) for field in printed} == printed
+  assert 'llama-7b' in paper.backbones.text.path and 'clip-vit-large-patch14' in paper.backbones.image.path
+  assert all(config.backbones.text.path.startswith('pkg://') and config.train.epochs == 1 for config in (small, both))
+  default = config_lib.default_config()
+  for field in ('missing', 'cca', 'fusion'):
+    assert robust[field] == both[field] == default[field] and small[field] == paper[field]
+  assert both.backbones == small.backbones and robust.backbones == paper.backbones
+  with pytest.raises(config_lib.UserError, match="no variant 'tiny' after the colon; give one of small, robust"):
+    config_lib.load_config(file + ':tiny')
 
 
 @pytest.fixture

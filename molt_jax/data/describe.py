@@ -6,6 +6,9 @@ pictures with their texts. Counts are of all examples; lengths, sizes and the le
 """
 
 import collections
+import contextlib
+import functools
+import importlib.util
 import io
 import json
 import pathlib
@@ -18,7 +21,7 @@ import ml_collections
 import numpy as np
 import rich.console
 import rich.table
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from molt_jax import cli, logbook
 from molt_jax import config as config_lib
@@ -148,10 +151,9 @@ def contact_sheet(dataset: Dataset, split: str, count: int) -> Image.Image:
 
 def _draw(sheet, corner, example, names) -> None:
   left, top = corner
-  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+  draw, font = ImageDraw.Draw(sheet), _font()
   try:
-    picture = transforms.decode(example['image'] or b'')
-    picture.thumbnail((_CELL, _CELL))
+    picture = ImageOps.contain(transforms.decode(example['image'] or b''), (_CELL, _CELL))
     sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
   except transforms.DecodeError as error:
     draw.rectangle((left, top, left + _CELL, top + _CELL), outline='grey')
@@ -159,6 +161,17 @@ def _draw(sheet, corner, example, names) -> None:
   text = ' '.join((example['text'] or '(no text)').split())
   for line, (words, colour) in enumerate([(names, 'firebrick'), *((part, 'black') for part in _wrapped(text, draw, font))][:_LINES]):
     draw.text((left, top + _CELL + 2 + line * _LINE), next(_wrapped(words, draw, font), ''), colour, font)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+  """DejaVu Sans, from the system or from matplotlib, has most alphabets; Pillow's own font has no accents even."""
+  matplotlib = importlib.util.find_spec('matplotlib')
+  folder = pathlib.Path(matplotlib.origin).parent / 'mpl-data/fonts/ttf' if matplotlib else pathlib.Path()
+  for file in ('DejaVuSans.ttf', str(folder / 'DejaVuSans.ttf')):
+    with contextlib.suppress(OSError):
+      return ImageFont.truetype(file, 11)
+  return ImageFont.load_default(12)
 
 
 def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> Iterator[str]:
