@@ -108,11 +108,10 @@ def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str
   return splits
 
 
-def render(svg_file: pathlib.Path) -> bytes:
-  """Renders a drawing to an RGB PNG file of SIZE x SIZE pixels on BACKGROUND."""
+def render(**svg: str) -> bytes:
+  """Renders a drawing, `svg_path` or `svg_string`, to an RGB PNG file of SIZE x SIZE pixels on BACKGROUND."""
   import resvg_py
-  rgba = Image.open(io.BytesIO(resvg_py.svg_to_bytes(
-      svg_path=str(svg_file), width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True)))
+  rgba = Image.open(io.BytesIO(resvg_py.svg_to_bytes(**svg, width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True)))
   buffer = io.BytesIO()
   rgba.convert('RGB').save(buffer, 'PNG')
   return buffer.getvalue()
@@ -120,7 +119,7 @@ def render(svg_file: pathlib.Path) -> bytes:
 
 def picture(emoji: str) -> bytes:
   """Returns the PNG file of one emoji, as it is in the data set."""
-  return render(_svg_file(_drawings(), emoji))
+  return render(svg_path=str(_svg_file(_drawings(), emoji)))
 
 
 def _drawings() -> pathlib.Path:
@@ -178,7 +177,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     del dl_manager
     folder = _drawings()
-    rows = [row | {'png': render(_svg_file(folder, row['character']))} for row in _progress(_metadata(), 'rendering OpenMoji')]
+    rows = [row | {'png': render(svg_path=str(_svg_file(folder, row['character'])))} for row in _progress(_metadata(), 'rendering OpenMoji')]
     return {split: self._generate_examples(part) for split, part in split_emoji(rows).items()}
 
   def _generate_examples(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -220,6 +219,10 @@ def load(config: Any) -> Dataset:
   """
   if config.dataset.multi_label:
     raise UserError('dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an emoji: leave it False')
-  folder = prepare(config.dataset.data_dir)
+  return open_prepared(prepare(config.dataset.data_dir))
+
+
+def open_prepared(folder: pathlib.Path) -> Dataset:
+  """Opens the folder that `prepare` returned."""
   class_names = tfds.builder_from_directory(folder).info.features['label'].names
   return Dataset(name='openmoji', class_names=tuple(class_names), multi_label=False, splits={s: TfdsSource(str(folder), s) for s in SHARES})
