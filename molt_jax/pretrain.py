@@ -192,7 +192,7 @@ def _views(config: ml_collections.ConfigDict) -> pairs.PairViews:
   text = augment.TextAugmentation(delete=a.text.delete, swap=a.text.swap)
   return pairs.PairViews(
       image=augment.ImageAugmentation(min_area=a.image.min_area, max_aspect=a.image.max_aspect, flip=a.image.flip, color=a.image.color),
-      text=text, num_views={'image': 1 + second, 'text': 1 + (second and text.changes)}, keep=config.input.cache)
+      text=text, num_views={'image': 1 + second, 'text': 1 + (second and text.changes)}, across=a.image.across, keep=config.input.cache)
 
 
 def _new_state(config, model, tx, statistics, mesh, *, resumed) -> train_state.TrainState:

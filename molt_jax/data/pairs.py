@@ -2,7 +2,7 @@
 
 A batch is a dict of numpy arrays (B pairs, S image size, T = max_tokens):
   image                 float32[B, S, S, 3]  a random view of the picture; zeros where it cannot be decoded
-  image_augmented       float32[B, S, S, 3]  another one, with two views of images
+  image_augmented       float32[B, S, S, 3]  another one, with two views of images: of the same picture, or of any with the same text
   tokens, token_mask    int32, bool[B, T]    of the text, varied at random
   tokens_augmented, token_mask_augmented     of another variation, with two views of texts
   text_pooled           float32[B, D]        in the place of all tokens, where the text tower is frozen
@@ -10,6 +10,7 @@ A batch is a dict of numpy arrays (B pairs, S image size, T = max_tokens):
   index                 int32[B]             position in the source
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -33,12 +34,14 @@ class PairViews:
     image: how images are varied.
     text: how texts are varied.
     num_views: {'image': 1 or 2, 'text': 1 or 2}.
+    across: whether the second view of an image is of any picture with the same text (perhaps the same picture), not only of the same one.
     keep: whether decoded pictures stay in memory.
   """
 
   image: augment.ImageAugmentation
   text: augment.TextAugmentation
   num_views: Mapping[str, int]
+  across: bool
   keep: bool
 
 
@@ -107,23 +110,33 @@ def train_iterator(
   rows = complete_rows(source)
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   make = functools.partial(
-      _pair, rows=rows, source=source, pictures=_Pictures(source, preprocess, keep=views.keep), preprocess=preprocess, views=views, seed=seed,
-      text_pooled_nd=text_pooled_nd)
+      _pair, rows=rows, siblings=_siblings(source, rows) if views.across and views.num_views['image'] == 2 else None, source=source,
+      pictures=_Pictures(source, preprocess, keep=views.keep), preprocess=preprocess, views=views, seed=seed, text_pooled_nd=text_pooled_nd)
   stream = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat().map_with_index(make)
   return iter(pipeline.local_batches(
       stream, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=0, process_count=1))
 
 
+def _siblings(source: Source, rows: np.ndarray) -> dict[int, np.ndarray]:
+  """Returns row -> the rows with the same text, itself among them."""
+  by_text = collections.defaultdict(list)
+  for row in rows.tolist():
+    by_text[source.read(row, image=False)['text']].append(row)
+  return {row: np.array(same) for same in by_text.values() for row in same}
+
+
 def _pair(
-    position: int, row: int, *, rows: np.ndarray, source: Source, pictures: _Pictures, preprocess: pipeline.Preprocess, views: PairViews, seed: int,
-    text_pooled_nd: np.ndarray | None) -> dict[str, np.ndarray]:
+    position: int, row: int, *, rows: np.ndarray, siblings: Mapping[int, np.ndarray] | None, source: Source, pictures: _Pictures,
+    preprocess: pipeline.Preprocess, views: PairViews, seed: int, text_pooled_nd: np.ndarray | None) -> dict[str, np.ndarray]:
   """Makes one row of a batch: `position` in the endless stream tells the epoch, `row` which of the complete rows."""
   index, epoch = int(rows[row]), position // len(rows)
   draw = functools.partial(augment.generator, seed, epoch, source.ids[index])
   image = pictures.get(index)
   pair = {'weight': np.float32(image is not None), 'index': np.int32(index)}
   for view in VIEWS[:views.num_views['image']]:
-    pair['image' + view] = _image(image, preprocess, views.image, draw('image' + view))
+    rng = draw('image' + view)
+    seen = pictures.get(int(rng.choice(siblings[index]))) if view and siblings else image
+    pair['image' + view] = _image(image if seen is None else seen, preprocess, views.image, rng)
   if text_pooled_nd is not None:
     return pair | {'text_pooled': text_pooled_nd[index]}
   text = source.read(index, image=False)['text']

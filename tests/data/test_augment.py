@@ -94,8 +94,8 @@ def test_rates_of_deletion_and_of_swaps():
   assert augment.augment_text('two  spaces', AS_IS, np.random.default_rng(0)) == 'two  spaces'
 
 
-def iterate(source, preprocess, *, image=SOME, text=AS_IS, views=1, batch_size=2, seed=0, threads=2, pooled=None, keep=True):
-  how = pairs.PairViews(image=image, text=text, num_views={'image': views, 'text': views}, keep=keep)
+def iterate(source, preprocess, *, image=SOME, text=AS_IS, views=1, batch_size=2, seed=0, threads=2, pooled=None, keep=True, across=False):
+  how = pairs.PairViews(image=image, text=text, num_views={'image': views, 'text': views}, across=across, keep=keep)
   return pairs.train_iterator(
       source, preprocess, how, batch_size=batch_size, seed=seed, text_pooled_nd=pooled, num_threads=threads, prefetch=2)
 
@@ -169,3 +169,15 @@ def test_pooled_texts_stand_for_tokens(make_source, make_preprocess):
   for index, rows in examples(iterate(source, make_preprocess(), pooled=pooled_nd), 6).items():
     np.testing.assert_array_equal(rows[0]['text_pooled'], pooled_nd[index])
     assert 'tokens' not in rows[0]
+
+
+def test_second_view_across_pictures_is_of_each_picture_with_that_text_and_of_no_other(make_source, make_preprocess):
+  colors = ['red', 'red', 'lime', 'blue', 'lime', 'red']
+  grays = [40 * k + 20 for k in range(6)]
+  source = make_source(6, images=[png_of(Image.new('RGB', (20, 20), (g, g, g))) for g in grays], texts=colors)
+  preprocess = make_preprocess(max_tokens=4)
+  plain = {index: rows[0]['image'][0, 0, 0] for index, rows in examples(iterate(source, preprocess, image=NOTHING), 6).items()}
+  rows_of = examples(iterate(source, preprocess, image=NOTHING, views=2, across=True), 300)
+  for index, rows in rows_of.items():
+    assert {row['image'][0, 0, 0] for row in rows} == {plain[index]}
+    assert {row['image_augmented'][0, 0, 0] for row in rows} == {plain[k] for k in range(6) if colors[k] == colors[index]}
