@@ -37,11 +37,13 @@ OUT = flags.DEFINE_string('out', 'experiments/results/absence', 'Folder of the r
 
 COMPLETE_ONLY = {'missing.views': False}
 DROPOUT = {'missing.views': False, 'missing.train_dropout': 0.3}
-VIEWS = {'missing.views': True, 'missing.distill_weight': 0.0}
+VIEWS = {'missing.views': True}
+DISTILLATION = {'missing.distill_weight': 1.0}
+ONE = {'classifier.per_pattern': False}
 LATE_FUSION = {'method': 'late_fusion'}
 PAPER = {
   'molt.input_norm': 'none', 'fusion.residual': False, 'classifier.kind': 'linear', 'classifier.dropout': 0.0, 'cca.estimator': 'batch',
-  **COMPLETE_ONLY}
+  **ONE, **COMPLETE_ONLY}
 STANDARDIZED = PAPER | {'molt.input_norm': 'standardize'}
 RESIDUAL = STANDARDIZED | {'fusion.residual': True, 'classifier.kind': 'mlp', 'classifier.dropout': 0.3}
 WINDOW = RESIDUAL | {'cca.estimator': 'moving_average'}
@@ -54,7 +56,7 @@ METHODS = {
   'late fusion': LATE_FUSION | COMPLETE_ONLY,
   'late fusion + modality dropout': LATE_FUSION | DROPOUT,
   'late fusion + views': LATE_FUSION | VIEWS,
-  'late fusion + views + distillation': LATE_FUSION,
+  'late fusion + views + distillation': LATE_FUSION | VIEWS | DISTILLATION,
   'MoLT as printed': PAPER,
   'MoLT as printed, no CCA': PAPER | {'cca.weight': 0.0},
   'MoLT as printed, translate': PAPER | {'missing.strategy': 'translate'},
@@ -65,17 +67,16 @@ METHODS = {
   'MoLT + CCA over a window, translate': WINDOW | {'missing.strategy': 'translate'},
   'MoLT + modality dropout': WINDOW | DROPOUT,
   'MoLT + modality dropout, translate': WINDOW | DROPOUT | {'missing.strategy': 'translate'},
-  'MoLT + views': VIEWS,
+  'MoLT + views': VIEWS | ONE,
+  'MoLT + views + distillation': VIEWS | ONE | DISTILLATION,
   DEFAULT: {},
   'MoLT, default, no CCA': {'cca.weight': 0.0},
   'MoLT, default, CCA of the batch': {'cca.estimator': 'batch'},
   'MoLT, default, translate': {'missing.strategy': 'translate'},
   'MoLT, default, null': {'missing.strategy': 'null'},
   'MoLT, default, zero': {'missing.strategy': 'zero'},
-  'MoLT, default, distillation x 0.5': {'missing.distill_weight': 0.5},
-  'MoLT, default, distillation x 2': {'missing.distill_weight': 2.0},
-  'MoLT, default, temperature 1': {'missing.distill_temperature': 1.0},
-  'MoLT, default, temperature 4': {'missing.distill_temperature': 4.0},
+  'MoLT, default, distillation': DISTILLATION,
+  'MoLT, default, distillation x 0.3': {'missing.distill_weight': 0.3},
   'MoLT, default, last checkpoint': {'eval.select': 'latest'},
 }
 

@@ -154,9 +154,9 @@ class Watch:
 
   def drain(self):
     while self._flying:
-      self._land()
+      self._land(timed=False)
 
-  def _land(self):
+  def _land(self, *, timed=True):
     step, metrics, index = self._flying.popleft()
     loss = float(metrics['loss'])
     if not (math.isfinite(loss) and math.isfinite(float(metrics['grad_norm']))):
@@ -164,7 +164,7 @@ class Watch:
     self.note = f'loss {loss:.4f}'
     self._count(len(index))
     if step % self.run.config.train.log_every == 0 or step == self.run.plan.total:
-      self._write(step, jax.device_get(metrics))
+      self._write(step, jax.device_get(metrics), timed=timed)
 
   def _count(self, images):
     if self._since is None:  # The first step after a pause (compilation, validation) starts the clock and is not counted.
@@ -173,11 +173,11 @@ class Watch:
       self._images += images
       self._steps += 1
 
-  def _write(self, step, metrics):
+  def _write(self, step, metrics, *, timed):
     seconds = time.monotonic() - self._since
     values = {name: value.tolist() for name, value in metrics.items()}
     values |= {'learning_rate': float(self.run.schedule(step - 1)), 'epoch': round(step / self.run.plan.per_epoch, 4)}
-    if self._images:
+    if self._images and timed:  # Steps that have been waiting to be looked at take no time.
       values['images_per_second'] = round(self._images / seconds, 2)
     self.log.write('train', step, values)
     self._since, self._images = time.monotonic(), 0

@@ -18,6 +18,7 @@ PAPER = {
     'fusion.residual': False,
     'classifier.kind': 'linear',
     'classifier.dropout': 0.0,
+    'classifier.per_pattern': False,
     'missing.views': False,
     'cca.estimator': 'batch',
     # Our reading where the paper is silent: no schedule, batches that two GPUs of 24 GB hold.
@@ -32,6 +33,7 @@ ROBUST = {
     'classifier.kind': 'mlp',
     'classifier.hidden': 256,
     'classifier.dropout': 0.3,
+    'classifier.per_pattern': True,
     'missing.views': True,
     'cca.estimator': 'moving_average',
     'optimizer.schedule': 'cosine',

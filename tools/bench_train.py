@@ -4,7 +4,7 @@ Every case trains the same head on the same architectures, batch and sizes. Cont
 weighs on all of them (on an idle machine the ratios are steadier, and PyTorch's threads do not spin against ours: OMP_WAIT_POLICY=PASSIVE).
 
   paper    our step with the paper's settings: one view, no normalisation of taps, linear classifier, CCA over the batch: what the rival computes
-  robust   our default step, three views of each example with distillation, normalised taps, MLP classifier: the rival computes less
+  robust   our default step, three views of each example, normalised taps, MLP classifiers: the rival computes less
 
 `live` runs the towers, `store` reads their taps from a batch, as training does from the second epoch on (`features.store`). Texts have the lengths
 that --lengths says: our text tower computes their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the longest of the

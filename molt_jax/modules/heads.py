@@ -9,6 +9,7 @@ from flax import linen as nn
 from molt_jax.modules.baselines import LateFusionHead
 from molt_jax.modules.fusion import CLASSIFIERS
 from molt_jax.modules.inputs import STRATEGIES, InputPair
+from molt_jax.modules.interface import MODALITIES
 from molt_jax.modules.molt import MoLTHead
 from molt_jax.modules.translation import Translator
 
@@ -25,10 +26,17 @@ def _classifier(config, num_classes, axis):
       axis=axis, dtype=jnp.dtype(config.compute_dtype))
 
 
+def _alone(config, num_classes):
+  """Classifiers of lone modalities; none where training shows no such rows, as one that has learned nothing would answer them."""
+  shown = config.missing.views or config.missing.train_dropout > 0
+  return {m: _classifier(config, num_classes, 'common') for m in MODALITIES} if config.classifier.per_pattern and shown else None
+
+
 def _molt(config, num_classes, image_width, text_width):
   return MoLTHead(
       inputs=_inputs(config, config.molt.num_layers, image_width, text_width),
       classifier=_classifier(config, num_classes, 'common'),
+      alone=_alone(config, num_classes),
       translator=Translator(config.molt.num_layers, config.molt.width) if STRATEGIES[config.missing.strategy].translates else None,
       width=config.molt.width,
       num_layers=config.molt.num_layers,

@@ -1,6 +1,7 @@
 """MoLT: modality latent translation (eq. 1-5), fusion (eq. 6-7) and classifier over the taps of two frozen towers."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,7 @@ class MoLTHead(nn.Module):
   Attributes:
     inputs: taps -> (image, text) sequences, an `InputPair`.
     classifier: a module of `fusion.CLASSIFIERS`.
+    alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None: the same one reads all rows.
     translator: fills the absent h_l in eq. 5, a `translation.Translator`; None: H_l is of the usable ones.
     width: C (d_c).
     num_layers: L (L_s).
@@ -86,6 +88,7 @@ class MoLTHead(nn.Module):
 
   inputs: nn.Module
   classifier: nn.Module
+  alone: Mapping[str, nn.Module] | None
   translator: nn.Module | None
   width: int
   num_layers: int
@@ -113,4 +116,10 @@ class MoLTHead(nn.Module):
     if self.fusion_attention:
       features_bc = Fusion(self.width, self.num_heads, self.dtype, name='fusion')(joint_bc, image, text)
       features_bc += joint_bc if self.fusion_residual else 0.0
-    return HeadOutput(self.classifier(features_bc, train=train), *pooled)
+    return HeadOutput(self._logits(features_bc, image.present_b, text.present_b, train=train), *pooled)
+
+  def _logits(self, features_bc, image_b, text_b, *, train):
+    logits_bk = self.classifier(features_bc, train=train)
+    for modality, alone_b in (('image', image_b & ~text_b), ('text', text_b & ~image_b)) if self.alone else ():
+      logits_bk = jnp.where(alone_b[:, None], self.alone[modality](features_bc, train=train), logits_bk)
+    return logits_bk

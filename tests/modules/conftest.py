@@ -28,7 +28,8 @@ PRESENCE = {'mixed': MIXED, 'no_text': np.tile([True, False], (BATCH, 1)), 'no_i
 
 CASES = {
     'default': {},
-    'paper': {'molt.input_norm': 'none', 'fusion.residual': False, 'classifier.kind': 'linear', 'molt.width': 32},
+    'paper': {
+        'molt.input_norm': 'none', 'fusion.residual': False, 'classifier.kind': 'linear', 'classifier.per_pattern': False, 'molt.width': 32},
     'null_two_heads': {'missing.strategy': 'null', 'molt.input_norm': 'rms', 'molt.num_heads': 2},
     'zero_multi_label': {'missing.strategy': 'zero', 'dataset.multi_label': True, 'classifier.kind': 'linear'},
     'no_cross_attention': {'molt.cross_attention': False},

@@ -21,7 +21,8 @@ def truth(oracle, presence):
     settings = oracle.Settings(
         method=config.method, strategy=config.missing.strategy, input_norm=config.molt.input_norm, num_heads=config.molt.num_heads,
         cross_attention=config.molt.cross_attention, layer_weights=config.molt.layer_weights, fusion_attention=config.fusion.attention,
-        fusion_residual=config.fusion.residual, classifier=config.classifier.kind)
+        fusion_residual=config.fusion.residual, classifier=config.classifier.kind,
+        per_pattern=config.classifier.per_pattern)
     arrays = {'image': taps.image_lbid, 'text': taps.text_lbtd}
     params = jax.tree.map(lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True), case.variables['params'])
     samples = oracle.samples_of(arrays, taps.text_mask_bt, present_bm)

@@ -52,7 +52,7 @@ def test_initial_values(case):
 
 def test_size_of_the_paper_head():
   config = config_lib.default_config()
-  config.fusion.residual, config.classifier.kind, config.molt.input_norm = False, 'linear', 'none'
+  config.fusion.residual, config.classifier.kind, config.molt.input_norm, config.classifier.per_pattern = False, 'linear', 'none', False
   head = make_head(config, num_classes=101, image_width=1024, text_width=4096)
   taps = type('Taps', (), {'image_lbid': None, 'text_lbtd': None, 'text_mask_bt': None})
   variables = nn.unbox(jax.eval_shape(lambda: head.init(jax.random.key(0), taps, np.ones((1, 2), bool), train=False)))

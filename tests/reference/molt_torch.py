@@ -24,6 +24,7 @@ class Settings:
   fusion_attention: bool
   fusion_residual: bool
   classifier: str
+  per_pattern: bool
 
 
 def samples_of(taps, mask, present):
@@ -114,19 +115,20 @@ def classify(x, p, s):
   return affine(x, p['logits'])
 
 
-def molt(x, p, s):
+def molt(x, p, s, there):
   """Eq. 1-7 for one prepared sample: (logits [K], [{'image': [C], 'text': [C]} per layer])."""
   num_layers = len(next(v for v in x.values() if v is not None))
+  last = p[f'alone_{there[0]}'] if s.per_pattern and len(there) == 1 else p['classifier']
   pooled = [translate(x, p['translation'], s, layer) for layer in range(num_layers)]
   weights = p['layer_weights'] if s.layer_weights else torch.ones(num_layers, dtype=torch.float64)
   joint = sum(weights[k] * mean_of(h.values()) for k, h in enumerate(pooled)) / num_layers
   if not s.fusion_attention:
-    return classify(joint, p['classifier'], s), pooled
+    return classify(joint, last, s), pooled
   f = p['fusion']
   query = affine(joint, f['query'], 0)[None]
   memories = [[affine(x[m][-1], f[f'{m}_{role}'], 0) for role in ('key', 'value')] for m in OTHER if x[m] is not None]
   answers = [attention(query, key, value, s.num_heads)[0] for key, value in memories]
-  return classify(mean_of(answers) + (joint if s.fusion_residual else 0), p['classifier'], s), pooled
+  return classify(mean_of(answers) + (joint if s.fusion_residual else 0), last, s), pooled
 
 
 def late_fusion(x, p, s, widths):
@@ -141,7 +143,8 @@ def head(samples, p, s, widths, statistics):
     samples = [{m: None if x[m] is None else x[m][-1:] for m in OTHER} for x in samples]
     statistics = {m: v[-1:] for m, v in statistics.items()}
   prepared = [prepare(x, statistics, p, s, widths) for x in samples]
-  outputs = [late_fusion(x, p, s, widths) if s.method == 'late_fusion' else molt(x, p, s) for x in prepared]
+  outputs = [late_fusion(x, p, s, widths) if s.method == 'late_fusion' else molt(x, p, s, [m for m in OTHER if sample[m] is not None])
+             for x, sample in zip(prepared, samples, strict=True)]
   return torch.stack([logits for logits, _ in outputs]), [pooled for _, pooled in outputs]
 
 
