@@ -20,12 +20,13 @@ PLAIN_LINE_SECONDS = 15.0
 
 
 class Flag(NamedTuple):
-  """One command-line flag `--name`; a flag without default is required."""
+  """One command-line flag `--name`. `many`: its value is a list, of several words, words joined by commas, or the flag given again."""
 
   name: str
   meaning: str
   default: str | None = None
   required: bool = False
+  many: bool = False
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str]], int]:
@@ -59,19 +60,29 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
   """
   parser = _Parser(prog=f'python -m {prog}', description=purpose, allow_abbrev=False)
   for flag in flags:
-    parser.add_argument(f'--{flag.name}', default=flag.default, required=flag.required, help=flag.meaning)
+    how = {'nargs': '+', 'action': 'extend'} if flag.many else {}
+    parser.add_argument(f'--{flag.name}', default=flag.default, required=flag.required, help=flag.meaning, **how)
   takes_config = any(flag.name == 'config' for flag in flags)
   if takes_config:
     parser.epilog = (
         'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: molt_jax/config.py). '
         f'{", ".join(SHORTHANDS)}: the field of that name.')
-  known, rest = parser.parse_known_args(list(argv))
+  many = [flag.name for flag in flags if flag.many]
+  known, rest = parser.parse_known_args([part for word in argv for part in _apart(word, many)])
+  for name in many:
+    setattr(known, name, [part for word in getattr(known, name) or () for part in word.split(',') if part])
   names = [f'--{flag.name}' for flag in flags]
   return known, dict(_overrides(rest, names, takes_config))
 
 
 # Flags that stand for a field of the config; without a value they set it.
 SHORTHANDS = {'--allow_count_mismatch': '--config.dataset.allow_count_mismatch'}
+
+
+def _apart(word: str, many: Sequence[str]) -> list[str]:
+  """Takes --name=VALUE apart where more values may follow; argparse would end the list there."""
+  name, equals, value = word.partition('=')
+  return [name, value] if equals and name.removeprefix('--') in many else [word]
 
 
 def _overrides(rest: Sequence[str], names: Sequence[str], takes_config: bool) -> Iterator[tuple[str, str]]:

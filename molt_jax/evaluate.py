@@ -22,7 +22,7 @@ from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Source
-from molt_jax.diagnostics import PairDiagnostics
+from molt_jax.diagnostics import Observer, PredictionRecorder
 from molt_jax.metrics import ClassificationMetrics, Ranking
 from molt_jax.modules.interface import HeadOutput
 
@@ -46,12 +46,12 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
 
 def eval_step(
     variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: tuple[ClassificationMetrics, jax.Array], *,
-    model: model_lib.Model) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput, tuple[jax.Array, jax.Array]]:
+    model: model_lib.Model) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput, jax.Array]:
   """Adds one batch to the totals (metrics; int32[conditions, 3], rows of each kind of ROWS), one for each condition of batch['keep'] bool[B,
   conditions, 2].
 
   The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there. Returns the new totals, the head's
-  output in the first condition, and the logits [conditions, B, K] and weights [conditions, B] in all.
+  output with a leading axis of conditions, and the weights [conditions, B].
   """
   metrics_c, rows_cr = totals
   taps = model.taps(frozen, batch)
@@ -62,13 +62,13 @@ def eval_step(
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
-  return (metrics_c, rows_cr), jax.tree.map(lambda x: x[0], out_c), (out_c.logits_bk, weight_cb)
+  return (metrics_c, rows_cr), out_c, weight_cb
 
 
 def evaluate(
     model: model_lib.Model, variables: Mapping[str, Any], frozen: Mapping[str, Any], source: Source, preprocess: pipeline.Preprocess,
     conditions: Mapping[str, np.ndarray], *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, title: str = 'evaluating',
-    step=None, stored: Mapping[str, pipeline.StoredTaps] | None = None, pairs: PairDiagnostics | None = None) -> dict[str, dict[str, float]]:
+    step=None, stored: Mapping[str, pipeline.StoredTaps] | None = None, observers: Sequence[Observer] = ()) -> dict[str, dict[str, float]]:
   """Scores `source` under every condition in one pass.
 
   Args:
@@ -83,7 +83,7 @@ def evaluate(
     title: what the progress bar says.
     step: a jitted `eval_step`, to compile once for many calls.
     stored: the source's taps by modality, in the place of images, texts and towers.
-    pairs: collects the pooled pairs of the first condition.
+    observers: look at each batch too.
 
   Returns:
     name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only; auroc where the
@@ -103,11 +103,11 @@ def evaluate(
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
       batch = sharding.put_batch(batch, mesh)
-      totals, out, (logits_cbk, weight_cb) = step(variables, frozen, batch, totals)
+      totals, out_c, weight_cb = step(variables, frozen, batch, totals)
       if ranking:
-        ranking.observe(logits_cbk, batch['label'], weight_cb)
-      if pairs:
-        pairs.observe(out, (batch['weight'] > 0) & (batch['present'] & batch['keep'][:, 0]).all(axis=-1))
+        ranking.observe(out_c.logits_bk, batch['label'], weight_cb)
+      for observer in observers:
+        observer.observe(batch, out_c)
       bar.advance(min(config.eval.batch_size, len(source) - bar.done))
   totals = jax.device_get(totals)
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
@@ -222,17 +222,25 @@ def run(
   variables = restore_variables(model, restore, mesh)
   wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
+  recorder = None
+  if list(absent) == absence_names(config):  # A part of the conditions leaves an earlier record of all as it is.
+    recorder = PredictionRecorder(source, meta['class_names'], [f'{name}_absent' for name in absent], multi_label=config.dataset.multi_label)
   results = evaluate(
-      model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}', stored=stored[split])
+      model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}', stored=stored[split],
+      observers=[recorder] if recorder else [])
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
-  return publish(workdir, split=split, num_examples=len(source), results=results, meta=meta)
+  return publish(workdir, split=split, num_examples=len(source), results=results, meta=meta, recorder=recorder)
 
 
-def publish(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes `evaluation.json`, prints the new results as a table, returns the file's content."""
+def publish(
+    workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any],
+    recorder: PredictionRecorder | None) -> dict[str, Any]:
+  """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns the content of the first."""
   record = write(workdir, split=split, num_examples=num_examples, results=results, meta=meta)
   if processes.leads():
+    if recorder:
+      recorder.write(workdir, split=split, step=meta['step'], config_hash=record['config_hash'], seed=meta['config']['seed'])
     print_table(results, f'{split} split, {num_examples} examples, checkpoint of step {meta["step"]}')
   return record
 

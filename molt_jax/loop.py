@@ -2,12 +2,15 @@
 
 import abc
 import collections
+import contextlib
 import json
 import math
 import pathlib
+import resource
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -228,6 +231,31 @@ def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Ma
     raise UserError(
         f'config.dataset: the checkpoint in --workdir knows {len(saved["class_names"])} classes, the data now has {len(meta["class_names"])} '
         'or other names; give the data it was trained on, or another --workdir')
+
+
+@contextlib.contextmanager
+def accounted(workdir: pathlib.Path, facts: Mapping[str, Any], *, step: int) -> Iterator[None]:
+  """Writes DIR/run.json after the block, however it ends: facts, device, and the seconds and peak memory of each call that worked on the run.
+
+  Args:
+    workdir: the run's folder.
+    facts: what to say of the run beside.
+    step: where this call begins; what an earlier call did after it was lost, and done again.
+  """
+  path, start = workdir / 'run.json', time.monotonic()
+  earlier = json.loads(path.read_text(encoding='utf-8'))['calls'] if path.exists() else []
+  try:
+    yield
+  finally:
+    device = jax.local_devices()[0]
+    on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')  # None on a CPU.
+    unit = 1 if sys.platform == 'darwin' else 1024
+    call = {
+        'from_step': step, 'seconds': round(time.monotonic() - start, 1), 'peak_device_bytes': on_device,
+        'peak_host_bytes': unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if processes.leads():
+      devices = {'device': device.device_kind, 'devices': jax.device_count(), 'processes': jax.process_count()}
+      logbook.write_atomically(path, json.dumps({**facts, **devices, 'calls': [*earlier, call]}, indent=1) + '\n')
 
 
 class stop_on_signals:

@@ -1,7 +1,7 @@
 """Trains a robust classifier: `python -m molt_jax.train --config=configs/quickstart.py --workdir=DIR`.
 
-DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/ and, at the end, evaluation.json. The same command
-goes on where a run stopped, bit for bit.
+DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/ and, at the end, evaluation.json, run.json (data,
+device, seconds, memory) and what `molt_jax/records.py` describes. The same command goes on where a run stopped, bit for bit.
 """
 
 import functools
@@ -14,13 +14,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import checkpoint, cli, evaluate, fill, loop, processes, sharding, train_state, translate
+from molt_jax import checkpoint, cli, evaluate, fill, loop, processes, records, sharding, train_state, translate
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Dataset, Source
-from molt_jax.diagnostics import PairDiagnostics
+from molt_jax.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
 from molt_jax.modules.inputs import STRATEGIES
 from molt_jax.objectives import classification
 
@@ -75,8 +75,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
       stored=stored, class_weight_k=class_weights(config, data))
   if processes.leads():
     loop.claim_workdir(config, workdir)
-  run.run(state, iterator)
-  record = run.test()
+  facts = {'examples': {split: len(source) for split, source in data.splits.items()}, 'parameters': train_state.count(state.params)}
+  with loop.accounted(workdir, facts, step=int(state.step)):
+    run.run(state, iterator)
+    record = run.test()
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
   return record
@@ -115,24 +117,44 @@ class _Run(loop.Loop):
 
   def validate(self, state, watch):
     pairs = PairDiagnostics()
-    results = self._evaluate(_variables(state), 'validation', self.conditions, title='validating', pairs=pairs)
+    results = self._evaluate(
+        _variables(state), self.data.splits['validation'], self.stored['validation'], self.conditions, title='validating', observers=[pairs])
     score = evaluate.score(results, multi_label=self.config.dataset.multi_label)
     diagnostics = pairs.compute(self.estimator, state.cca, ridge=self.config.cca.ridge)
     return {**results, 'score': score, 'pairs': diagnostics}, f'mean over {", ".join(name.replace("_", " ") for name in results)}'
 
   def test(self):
-    """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json."""
+    """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json and what a report shows."""
     _, meta, restore = evaluate.open_run(self.workdir)
     source = self.data.splits['test']
     conditions = evaluate.absences(evaluate.absence_names(self.config), len(source))
     variables = evaluate.restore_variables(self.model, restore, self.mesh)
-    results = self._evaluate(variables, 'test', conditions, title='evaluating test')
-    return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta)
+    pairs, recorder = PairDiagnostics(), PredictionRecorder(
+        source, self.data.class_names, list(conditions), multi_label=self.config.dataset.multi_label)
+    results = self._evaluate(variables, source, self.stored['test'], conditions, title='evaluating test', observers=[pairs, recorder])
+    self._record_pairs(variables, pairs, meta['step'])
+    return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta, recorder=recorder)
 
-  def _evaluate(self, variables, split, conditions, **how):
+  def _record_pairs(self, variables, pairs, step):
+    """Writes pairs.npz: the pairs of the test split beside up to MAX_PAIRS of the training split."""
+    if pairs.pairs is None:
+      return
+    source, stored = translate.complete_pairs(
+        self.data.splits['train'], self.stored['train'], protocol(self.config, self.data.splits['train'], 'train'), limit=MAX_PAIRS,
+        seed=self.config.seed, name='pairs')
+    training, everything = PairDiagnostics(), evaluate.absences(evaluate.absence_names(self.config), len(source))
+    if len(source):
+      self._evaluate(variables, source, stored, everything, title='reading training pairs', observers=[training])
+    shown = pairs.picture(
+        training, batch_size=self.config.train.batch_size, ridge=self.config.cca.ridge, split='test', step=step,
+        layer_weights_l=variables['params'].get('layer_weights'))
+    if shown and processes.leads():
+      shown.save(self.workdir / records.PAIRS)
+
+  def _evaluate(self, variables, source, stored, conditions, **how):
     return evaluate.evaluate(
-        self.model, variables, self.frozen, self.data.splits[split], self.preprocess, conditions, config=self.config, mesh=self.mesh,
-        step=self.eval_fn, stored=self.stored[split], **how)
+        self.model, variables, self.frozen, source, self.preprocess, conditions, config=self.config, mesh=self.mesh,
+        step=self.eval_fn, stored=stored, **how)
 
 
 def _variables(state):

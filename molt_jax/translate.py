@@ -5,7 +5,6 @@ training step pays nothing but their products. A pass costs the head's evaluatio
 store, one run of the towers over them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -46,14 +45,10 @@ class TranslationFit:
     Raises:
       UserError: there are not two complete pairs.
     """
-    complete = np.flatnonzero((source.present & present).all(axis=1))
-    if len(complete) < 2:
+    self._source, self._stored = complete_pairs(source, stored, present, limit=MAX_PAIRS, seed=config.seed, name='translate')
+    if len(self._source) < 2:
       raise UserError(
-          f"config.missing.strategy: 'translate' learns from complete training pairs, and there are {len(complete)}; give robust, null or zero")
-    order = missing.hash_order([source.ids[row] for row in complete], seed=config.seed, name='translate')
-    rows = np.sort(complete[order[:MAX_PAIRS]])
-    self._source = missing.Part(source, tuple(rows.tolist()))
-    self._stored = stored and {m: dataclasses.replace(s, keys=[s.keys[row] for row in rows]) for m, s in stored.items()}
+          f"config.missing.strategy: 'translate' learns from complete training pairs, and there are {len(self._source)}; give robust, null or zero")
     self._preprocess, self._config, self._mesh = preprocess, config, mesh
     self._step = jax.jit(functools.partial(_update, model=model), out_shardings=sharding.replicated(mesh))
 
@@ -73,6 +68,23 @@ class TranslationFit:
     old = variables['statistics']['translator']
     new = {**maps, 'pairs': np.asarray(moments['to_text'].weight)}
     return {**variables['statistics'], 'translator': jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, old)}
+
+
+def complete_pairs(
+    source: Source, stored: Mapping[str, pipeline.StoredTaps] | None, present: np.ndarray, *, limit: int, seed: int, name: str
+) -> tuple[Source, dict[str, pipeline.StoredTaps] | None]:
+  """Returns the rows that are complete, or `limit` of them by a hash of their ids, in the split's order, and their taps.
+
+  Args:
+    source: the split.
+    stored: its taps by modality, or None.
+    present: bool[N, 2], what the protocol leaves to each row.
+    limit: most rows.
+    seed, name: of the draw.
+  """
+  complete = np.flatnonzero((source.present & present).all(axis=1))
+  order = missing.hash_order([source.ids[row] for row in complete], seed=seed, name=name)
+  return pipeline.take(source, stored, np.sort(complete[order[:limit]]).tolist())
 
 
 def _update(

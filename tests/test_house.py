@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # Room -> rooms it may import from, beside itself.
-SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook')
+SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook', 'records')
 ROOMS = {
     '__init__': ('predict',),
     'config': (),
@@ -17,6 +17,8 @@ ROOMS = {
     'modules': ('config', 'backbones'),
     'objectives': (),
     **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
+    'records': ('data', 'logbook'),
+    'report': ('config', 'cli', 'data', 'logbook', 'records'),
     'pair_metrics': ('config', 'objectives'),
     'loop': ('config', *SERVICES),
     'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),

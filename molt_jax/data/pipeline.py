@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from molt_jax.config import UserError
-from molt_jax.data import packing, transforms
+from molt_jax.data import missing, packing, transforms
 from molt_jax.data.sources import Source
 
 
@@ -107,6 +107,13 @@ class StoredTaps:
   tokens: Callable[[str], int]
   shape: tuple[int, int, int]
   dtype: np.dtype
+
+
+def take(
+    source: Source, stored: Mapping[str, StoredTaps] | None, rows: Sequence[int]) -> tuple[Source, dict[str, StoredTaps] | None]:
+  """Returns these rows of a source, and of its taps where it has them."""
+  part = missing.Part(source, tuple(rows))
+  return part, stored and {m: dataclasses.replace(s, keys=[s.keys[row] for row in rows]) for m, s in stored.items()}
 
 
 def _empty_content(preprocess: Preprocess) -> dict[str, np.ndarray]:

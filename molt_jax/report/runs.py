@@ -1,0 +1,141 @@
+"""What a report reads of a run: files in its folder."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from molt_jax import config as config_lib
+from molt_jax import logbook, records
+from molt_jax.config import UserError
+
+LABELS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run of `python -m molt_jax.train`.
+
+  Attributes:
+    name: short, unlike those of the runs beside it.
+    folder: where it is.
+    config: resolved.
+    evaluation: evaluation.json.
+    log: lines of metrics.jsonl.
+    about: run.json; {} where it is not there.
+    predictions, mistakes, pairs: see `molt_jax.records`; None where they are not there or belong to another evaluation.
+  """
+
+  name: str
+  folder: pathlib.Path
+  config: ml_collections.ConfigDict
+  evaluation: dict[str, Any]
+  log: list[dict[str, Any]]
+  about: dict[str, Any]
+  predictions: records.Predictions | None
+  mistakes: dict[str, Any] | None
+  pairs: records.Pairs | None
+
+  @property
+  def metric(self) -> str:
+    """Key of the headline score."""
+    return 'f1_micro' if self.config.dataset.multi_label else 'accuracy'
+
+  @property
+  def conditions(self) -> list[str]:
+    """The absences that were evaluated, in the order of LABELS."""
+    return [name for name in LABELS if name in self.evaluation['results']]
+
+  @property
+  def is_baseline(self) -> bool:
+    """Whether this is the paper's baseline: no MoLT."""
+    return self.config.method == 'late_fusion'
+
+  def score(self, condition: str) -> float:
+    """Returns the headline score of a condition."""
+    return self.evaluation['results'][condition][self.metric]
+
+  def error(self, condition: str) -> float | None:
+    """Returns the standard error of that score over examples; None without predictions."""
+    return None if self.predictions is None else _standard_error(self.predictions.influence(condition))
+
+  def difference(self, other: 'Run', condition: str) -> tuple[float, float | None]:
+    """Returns this run's score minus the other's, and its standard error: paired where both saw the same examples, None where it is unknown."""
+    value = self.score(condition) - other.score(condition)
+    if self.predictions is None or other.predictions is None:
+      return value, None
+    one, two = self.predictions.influence(condition), other.predictions.influence(condition)
+    if list(self.predictions.ids) == list(other.predictions.ids):
+      return value, _standard_error(one - two)
+    return value, float(np.hypot(_standard_error(one), _standard_error(two)))
+
+  def lines(self, kind: str) -> list[dict[str, Any]]:
+    """Returns the lines of one kind, 'train' or 'validation'."""
+    return [line for line in self.log if line['kind'] == kind]
+
+
+def _standard_error(influence_n):
+  return float(np.std(influence_n, ddof=1) / np.sqrt(len(influence_n))) if len(influence_n) > 1 else 0.0
+
+
+def read(folders: Sequence[pathlib.Path]) -> list[Run]:
+  """Opens runs, in this order.
+
+  Raises:
+    UserError: a folder holds no run of molt_jax.train, or one that is not finished; a folder is named twice.
+  """
+  paths = [folder.resolve() for folder in folders]
+  for path, folder in zip(paths, folders, strict=True):
+    if paths.count(path) > 1:
+      raise UserError(f'--workdir: {str(folder)!r} is named twice; name each run once')
+  return [_read(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+  """The last parts of the paths, as many as tell them apart, less what all share at the end."""
+  if len(paths) == 1:
+    return [paths[0].name]
+  parts = [path.parts[len(pathlib.Path(os.path.commonpath(paths)).parts):] for path in paths]
+  while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+    parts = [part[:-1] for part in parts]
+  for count in range(1, max(map(len, parts)) + 1):
+    names = ['/'.join(part[-count:]) or path.name for part, path in zip(parts, paths, strict=True)]
+    if len(set(names)) == len(names):
+      break
+  return names
+
+
+def _read(folder: pathlib.Path, name: str) -> Run:
+  config_path, evaluation_path = folder / 'config.json', folder / 'evaluation.json'
+  if not config_path.is_file():
+    raise UserError(f'--workdir: no run in {str(folder)!r} (config.json is not there); give the --workdir of a run of python -m molt_jax.train')
+  try:
+    config = config_lib.from_json(config_path.read_text(encoding='utf-8'))
+  except (UserError, ValueError) as error:
+    raise UserError(f'--workdir: {str(folder)!r} holds no run of python -m molt_jax.train ({error})') from error
+  log = logbook.read(folder)
+  if not evaluation_path.is_file():
+    raise UserError(
+        f'--workdir: the run in {str(folder)!r} is not finished (evaluation.json is not there; last logged step: {log[-1]["step"] if log else 0}); '
+        f'run its train command again, or python -m molt_jax.evaluate --workdir={folder}')
+  evaluation = json.loads(evaluation_path.read_text(encoding='utf-8'))
+  if not set(LABELS) & set(evaluation['results']):
+    raise UserError(f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m molt_jax.evaluate --workdir={folder}')
+  predictions, pairs = records.Predictions.load(folder / records.PREDICTIONS), records.Pairs.load(folder / records.PAIRS)
+  if predictions and any(getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash')):
+    predictions = None
+  mistakes = _json(folder / records.MISTAKES) if predictions else None
+  if mistakes and (mistakes['split'], mistakes['step']) != (predictions.split, predictions.step):
+    mistakes = None
+  if pairs and pairs.step != evaluation['step']:
+    pairs = None
+  return Run(name, folder, config, evaluation, log, _json(folder / 'run.json') or {}, predictions, mistakes, pairs)
+
+
+def _json(path):
+  return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
