@@ -67,10 +67,13 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
     parser.epilog = (
         'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: molt_jax/config.py). '
         f'{", ".join(SHORTHANDS)}: the field of that name.')
-  many = [flag.name for flag in flags if flag.many]
-  known, rest = parser.parse_known_args([part for word in argv for part in _apart(word, many)])
-  for name in many:
-    setattr(known, name, [part for word in getattr(known, name) or () for part in word.split(',') if part])
+  many = [flag for flag in flags if flag.many]
+  known, rest = parser.parse_known_args([part for word in argv for part in _apart(word, [flag.name for flag in many])])
+  for flag in many:
+    values = [part for word in getattr(known, flag.name) or () for part in word.split(',') if part]
+    if flag.required and not values:
+      raise UserError(f'--{flag.name}: empty; give {flag.meaning}')
+    setattr(known, flag.name, values)
   names = [f'--{flag.name}' for flag in flags]
   return known, dict(_overrides(rest, names, takes_config))
 

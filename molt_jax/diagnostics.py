@@ -123,11 +123,11 @@ def _against_past(past, projections, pairs, ridge) -> dict[str, Any]:
 
 def _spectra(x_nc, y_nc, x_mc, y_mc, ridge, *, count, batch):
   """One layer's (batch [k], fitted [k], held out [k]); m are training pairs, n those that are measured."""
-  batch_k = np.asarray(cca.canonical_correlations(x_mc[:batch], y_mc[:batch], ridge=ridge))[:count]
+  batch_k = np.asarray(cca.canonical_correlations(x_mc[:batch], y_mc[:batch], ridge=ridge))[: min(count, batch - 1)]
   axes_x_ck, axes_y_ck = (_principal_axes(view_mc, count) for view_mc in (x_mc, y_mc))
   fitted = x_mc @ axes_x_ck, y_mc @ axes_y_ck
   held_out_k = cca_diagnostics.held_out_correlations(cca_diagnostics.fit_directions(*fitted, ridge=ridge), x_nc @ axes_x_ck, y_nc @ axes_y_ck)
-  pad = count - len(batch_k)  # A batch of fewer pairs than that has no more correlations.
+  pad = count - len(batch_k)  # Centred, n pairs have n - 1 correlations.
   return np.pad(batch_k, (0, pad), constant_values=np.nan), np.asarray(cca.canonical_correlations(*fitted, ridge=ridge)), np.asarray(held_out_k)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import molt_jax
-from molt_jax import evaluate, predict, train
+from molt_jax import evaluate, predict, records, report, train
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets
@@ -51,6 +51,25 @@ def test_missing_rate_zero_is_none_absent_and_one_of_text_is_text_absent(run):
       assert got == pytest.approx(results(run)[same], rel=1e-5)
     else:  # The protocol never takes a row's only modality; --absent does.
       assert got['num_examples'] == 14 and got['num_examples'] >= results(run)[same]['num_examples']
+
+
+def test_recorded_predictions_give_the_scores_of_every_condition(run):
+  assert evaluate.main([f'--workdir={run}', '--missing_rate=0.3,1', '--missing_type=text,both']) == 0
+  recorded, wanted = records.Predictions.load(run / records.PREDICTIONS), results(run)
+  for name, result in wanted.items():
+    kind, _, rate = name.removeprefix('missing_').partition('_')
+    got = recorded.scores(name) if name in recorded.conditions else recorded.missing_rate(float(rate), kind)
+    assert got == pytest.approx({key: result[key] for key in got}), name
+  assert list(recorded.conditions) == list(records.CONDITIONS) and len(wanted) > 6
+
+
+def test_a_run_leaves_a_report_s_material(run):
+  pairs = records.Pairs.load(run / records.PAIRS)
+  assert pairs.plane_lnmp.shape[::2] == (2, 2) and pairs.held_out_lk.shape == (2, 16)
+  assert np.all(pairs.fitted_lk <= 1) and np.all(np.abs(pairs.held_out_lk) <= 1 + 1e-5) and np.nanmin(pairs.batch_lk) > 0.9  # 4 pairs.
+  assert not np.all(pairs.layer_weights_l == 1)
+  page = report.write([run]).read_text()
+  assert 'Not recorded' not in page and 'Nothing to show' not in page
 
 
 def test_predict_agrees_with_evaluate_row_by_row(run):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained and evaluated classifier: environment, data, training, evaluation with each modality absent, predictions.
+# From a fresh machine to a trained and evaluated classifier: environment, data, training, evaluation with each modality absent, predictions, report.
 # Usage: bash tools/quickstart.sh [WORKDIR]      (PYTHON=python3.12 bash tools/quickstart.sh picks another interpreter)
 set -euo pipefail
 workdir="${1:-runs/quickstart}"
@@ -16,4 +16,6 @@ echo "A picture without a text, the emoji of a clock ($workdir/clock.png):"
 python tools/save_emoji.py '🕐' "$workdir/clock.png"
 python -m molt_jax.predict --workdir="$workdir" --image="$workdir/clock.png" --top_k=3
 echo
-echo "Results: $workdir/evaluation.json. Use it: python -m molt_jax.predict --workdir=$workdir [--image=FILE] [--text=STRING]"
+echo "Use it: python -m molt_jax.predict --workdir=$workdir [--image=FILE] [--text=STRING]"
+echo "Scores: $workdir/evaluation.json. Report, to open in a browser:"
+python -m molt_jax.report --workdir="$workdir"

@@ -19,16 +19,13 @@ def write(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path | None
     out: the page; default: report.html in the folder of one run, comparison.html in the first folder of several.
 
   Raises:
-    UserError: no run there, an unfinished one, or a page that cannot be written.
+    UserError: no run there, an unfinished one, runs on other data, or a page that cannot be written.
   """
-  try:
-    from molt_jax.report import page  # Matplotlib takes a second to import; a mistake in the arguments is said before.
-  except ImportError as error:
-    raise UserError(f'molt_jax.report: {error.name} is not installed; pip install {error.name}') from error
   runs = read([pathlib.Path(workdir) for workdir in workdirs])
   out = pathlib.Path(out) if out else runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
   if not out.parent.is_dir() or out.is_dir():
     raise UserError(f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file')
+  from molt_jax.report import page  # Matplotlib takes a second to import; a mistake in the arguments is said before.
   logbook.write_atomically(out, page.render(runs))
   return out
 

@@ -165,7 +165,8 @@ def robustness(page):
   """Score against the share of rows that lack a modality."""
   runs = [run for run in page.runs if run.predictions and len(run.predictions.conditions) == len(LABELS)]
   if not runs:
-    return _missing(page, 'evaluate --workdir=DIR')
+    alone = any(len(config_lib.modalities(run.config)) == 1 for run in page.runs)
+    return '<p class="none">Nothing to show: one modality alone.</p>' if alone else _missing(page, 'evaluate --workdir=DIR')
   curves = {kind: {run.name: [100 * run.predictions.missing_rate(rate, kind)[run.metric] for rate in RATES] for run in runs} for kind in KINDS}
   values = [value for of_kind in curves.values() for curve in of_kind.values() for value in curve]
   axes = {'x': 'rows that lack it, %', 'y': f'{metric_name(runs[0])}, %', 'marker': True, 'ylim': (min(values) - 3, max(values) + 3)}

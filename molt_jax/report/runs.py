@@ -87,13 +87,23 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   """Opens runs, in this order.
 
   Raises:
-    UserError: a folder holds no run of molt_jax.train, or one that is not finished; a folder is named twice.
+    UserError: a folder holds no run of molt_jax.train, or one that is not finished; a folder is named twice; the data are not the same.
   """
   paths = [folder.resolve() for folder in folders]
   for path, folder in zip(paths, folders, strict=True):
     if paths.count(path) > 1:
       raise UserError(f'--workdir: {str(folder)!r} is named twice; name each run once')
-  return [_read(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
+  runs = [_read(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
+  first = runs[0]
+  for run in runs[1:]:
+    if _data(run) != _data(first) or (run.predictions and first.predictions and run.predictions.class_names != first.predictions.class_names):
+      one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
+      raise UserError(f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one data set')
+  return runs
+
+
+def _data(run: Run) -> tuple[str, ...]:
+  return run.config.dataset.name, run.config.dataset.path, run.evaluation['split']
 
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
