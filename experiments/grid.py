@@ -1,0 +1,206 @@
+"""What the paper's tables and figures share: data sets x methods x seeds. Each run is made once, in a folder named by its config.
+
+A table's methods are names and the fields of the data set's preset that they change. Whoever asks for the same config gets the same run, so the
+tables share theirs. A call that was cut off goes on; a finished run is read.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import runs
+from absl import app, flags, logging
+
+from molt_jax import config as config_lib
+from molt_jax import logbook, loop, presets, records
+from molt_jax.config import UserError
+
+DATA = flags.DEFINE_multi_string('data', ['openmoji'], 'openmoji, NAME=FOLDER of a table, or NAME=PRESET.py[:VARIANTS]; may be repeated.')
+SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of parameters, data order, dropout and absence draws.')
+ONLY = flags.DEFINE_string('methods', '', 'Regular expression: what to train in this call; the report is on all that is finished.')
+SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the config, for every run.')
+RUNS = flags.DEFINE_string('runs', 'runs/experiments', 'Folder of the runs.')
+OUT = flags.DEFINE_string('out', None, 'Folder of the results; default: experiments/results/ and the name of the script.')
+
+CONDITIONS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
+
+# What a method changes in a preset. `PRINTED`: the equations and the training as printed, at the preset's width, schedule and batch size.
+COMPLETE_ONLY = {'missing.views': False}
+PRINTED = {name: presets.PAPER[name] for name in (
+  'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'missing.views', 'cca.estimator')}
+DEFAULT = {}
+BASELINE = {'method': 'late_fusion', **COMPLETE_ONLY}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """A finished run: its folder, its scores (`result.json`) and its predictions on the test split."""
+
+  folder: pathlib.Path
+  result: dict[str, Any]
+
+  @functools.cached_property
+  def predictions(self) -> records.Predictions:
+    return records.Predictions.load(self.folder / records.PREDICTIONS)
+
+  def score(self, condition: str, metric: str) -> float:
+    return self.result['test'][condition][metric]
+
+
+Table = Mapping[str, Mapping[int, Made]]  # Method -> seed -> run.
+
+
+def name_of(data: str) -> str:
+  """The name of a data set as it is given on the command line."""
+  return data.partition('=')[0]
+
+
+def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collections.ConfigDict:
+  """Returns the config of one run.
+
+  Raises:
+    UserError: no such data set, preset or field.
+  """
+  name, equals, where = data.partition('=')
+  configs = pathlib.Path(__file__).parents[1] / 'configs'
+  given = dict(_assignment(item) for item in SET.value)
+  if not equals and name == 'openmoji':
+    preset = str(configs / 'quickstart.py')
+  elif where.partition(':')[0].endswith('.py'):
+    preset = where
+  elif pathlib.Path(where).is_dir() and name:
+    preset, given = str(configs / 'table.py'), given | {'dataset.path': where}
+  else:
+    raise UserError(f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) nor NAME=PRESET.py')
+  return runs.override(config_lib.load_config(preset, given), {**changes, 'seed': seed})
+
+
+def _assignment(item):
+  field, equals, value = item.partition('=')
+  if not equals:
+    raise UserError(f'--set: {item!r} has no value; write FIELD=VALUE, e.g. train.epochs=2')
+  return field, value
+
+
+def seeds() -> list[int]:
+  """The seeds asked for."""
+  if not SEEDS.value or not all(seed.isdigit() for seed in SEEDS.value):
+    raise UserError(f'--seeds: {",".join(SEEDS.value)!r} is not legal; give whole numbers, e.g. 0,1,2')
+  return [int(seed) for seed in SEEDS.value]
+
+
+def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
+  """Makes or reads every run of these methods; returns data set -> method -> seed -> run, without methods that nobody asked for and none finished."""
+  made = {}
+  for data in DATA.value:
+    name = name_of(data)
+    table = collections.defaultdict(dict)
+    for seed in seeds():
+      for method, changes in methods.items():
+        config = make_config(data, changes, seed)
+        folder = pathlib.Path(RUNS.value) / name / config_lib.config_hash(config)
+        if re.search(ONLY.value, method) or (folder / 'result.json').exists():
+          table[method][seed] = Made(folder, runs.run(config, folder))
+          scores = ', '.join(f'{label} {100 * table[method][seed].score(c, metric(config)):.1f}' for c, label in CONDITIONS.items())
+          print(f'{name}, seed {seed}, {method}: {scores}', flush=True)
+    made[name] = {method: table[method] for method in methods if table[method]}
+    if not made[name]:
+      raise UserError(f'--methods: {ONLY.value!r} matches none of {", ".join(methods)}')
+  return made
+
+
+def metric(config: ml_collections.ConfigDict) -> str:
+  """Key of the headline score."""
+  return 'f1_micro' if config.dataset.multi_label else 'accuracy'
+
+
+def metric_of(table: Table) -> str:
+  """The same, of runs."""
+  made = next(iter(next(iter(table.values())).values()))
+  return 'f1_micro' if made.predictions.multi_label else 'accuracy'
+
+
+def values(table: Table, method: str, condition: str, key: str) -> list[float]:
+  """One score a seed."""
+  return [made.score(condition, key) for made in table[method].values()]
+
+
+def paired(table: Table, method: str, reference: str, condition: str, key: str) -> list[float]:
+  """Score of `method` minus that of `reference`, seed by seed."""
+  return [made.score(condition, key) - table[reference][seed].score(condition, key)
+          for seed, made in table[method].items() if seed in table[reference]]
+
+
+def signed(differences: Sequence[float]) -> str:
+  """'+1.2 ± 0.3', in points."""
+  return ('+' if np.mean(differences) >= 0 else '') + runs.spread(differences) if differences else '-'
+
+
+def seconds(table: Table, method: str) -> float:
+  """Mean seconds of training, over seeds."""
+  return float(np.mean([made.result['seconds'] for made in table[method].values()]))
+
+
+def numbers(table: Table) -> dict[str, Any]:
+  """What the JSON file keeps of runs."""
+  def of(made):
+    return {'seconds': made.result['seconds'], 'validation': made.result['validation']['score'], 'test': made.result['test']}
+  return {method: {str(seed): of(made) for seed, made in by_seed.items()} for method, by_seed in table.items()}
+
+
+def folder_of(script: str) -> pathlib.Path:
+  """The folder of a script's results, made."""
+  folder = pathlib.Path(OUT.value) if OUT.value else pathlib.Path(__file__).parent / 'results' / script
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start: float) -> None:
+  """Writes NAME.json and NAME.md, with command, versions, seeds, device and seconds, and prints the second."""
+  folder = folder_of(script)
+  meta = runs.provenance() | {
+    'seeds': seeds(), 'device': jax.devices()[0].device_kind, 'seconds_of_this_call': round(time.monotonic() - start, 1), 'set': SET.value}
+  versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
+  foot = (f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; {meta["seconds_of_this_call"]:.0f} s in this '
+          'call (runs that were finished before are read).')
+  logbook.write_atomically(folder / f'{script}.json', json.dumps(meta | dict(content), indent=1) + '\n')
+  logbook.write_atomically(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
+  print('\n'.join([*lines, '', foot]))
+
+
+def start(main: Callable[[], None]) -> None:
+  """Runs a script; a mistake of the user's is one line and exit code 2, a signal 130 or 143."""
+  app.run(functools.partial(_run, main), flags_parser=_parse)
+
+
+def _parse(argv):
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    print(f'error: {" ".join(str(error).split())}; see --help', file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(main, argv):
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise UserError(f'unknown argument {argv[1]!r}; see --help')
+    main()
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except loop.Interrupted as stopped:
+    print(f'{stopped.args[0]} (the run that was at work)', file=sys.stderr)
+    return 128 + stopped.args[1]
+  return 0
