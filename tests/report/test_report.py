@@ -1,10 +1,10 @@
 """The report: complete, self-contained, right numbers, mistakes in one line; and in a browser: nothing overflows, no resource is missing."""
 
 import dataclasses
+import functools
 import html
 import html.parser
 import json
-import pathlib
 import re
 import shutil
 import subprocess
@@ -13,31 +13,10 @@ import numpy as np
 import pytest
 
 from molt_jax import cli, config, records, report
-from molt_jax.config import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CONDITIONS = list(records.CONDITIONS)
 PIXEL = 'data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7'
-LONG = 'extraordinarily_long_class_name_without_a_single_space_in_it'
-
-
-def make_predictions(*, classes=5, rows=60, multi_label=False, conditions=CONDITIONS, seed=0):
-  """Random predictions that are right about half of the time; some rows lack a modality."""
-  rng = np.random.default_rng(seed)
-  names = [LONG, *(f'class <{k}> & "{k}"' for k in range(1, classes))]
-  label = rng.random((rows, classes)) < 0.4 if multi_label else rng.integers(0, classes, rows).astype(np.int32)
-  hot = label if multi_label else label[:, None] == np.arange(classes)
-  logits = rng.normal(0, 1.5, (len(conditions), rows, classes)) + 2.0 * hot
-  probability = 1 / (1 + np.exp(-logits)) if multi_label else np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  present = np.ones((rows, 2), bool)
-  present[::9, 0] = present[4::9, 1] = False
-  keeps = np.array([[True, True], [True, False], [False, True]])[: len(conditions)]
-  counted = (present[None] & keeps[:, None]).any(-1)
-  right = np.where(hot[None], probability, 1 - probability) if multi_label else probability[:, np.arange(rows), label][..., None]
-  return records.Predictions(
-      split='test', step=40, config_hash='', seed=0, of=rows, conditions=list(conditions), class_names=names, ids=[f'id{n}' for n in range(rows)],
-      label=label, present_nm=present, counted_cn=counted, probability_cnk=probability.astype(np.float32),
-      loss_cn=-np.log(right).mean(-1).astype(np.float32))
 
 
 def make_pairs(rng, layers=4):
@@ -48,8 +27,13 @@ def make_pairs(rng, layers=4):
       held_out_lk=spectrum - 0.1, layer_weights_l=np.linspace(-0.2, 1.2, layers))
 
 
-def make_run(folder, *, method='molt', pairs=True, seed=0, **how):
-  """A folder as a finished run leaves it."""
+@pytest.fixture(scope='session')
+def make_run(make_predictions):
+  """A function that makes a folder as a finished run leaves it."""
+  return functools.partial(_make_run, make_predictions)
+
+
+def _make_run(make_predictions, folder, *, method='molt', pairs=True, seed=0, **how):
   rng = np.random.default_rng(seed)
   folder.mkdir(parents=True)
   chosen = config.default_config()
@@ -80,7 +64,7 @@ def make_run(folder, *, method='molt', pairs=True, seed=0, **how):
 
 
 @pytest.fixture(scope='module')
-def pages(tmp_path_factory):
+def pages(tmp_path_factory, make_run):
   """name -> page: one run; three side by side, one of them the baseline; many labels; a specialist, whose absences are one."""
   root = tmp_path_factory.mktemp('report')
   runs = [make_run(root / name / '0', seed=i, method=method, pairs=method == 'molt') for i, (name, method) in enumerate(
@@ -156,7 +140,7 @@ def test_the_headline_is_the_evaluation_and_differences_are_paired(pages):
 
 
 @pytest.mark.parametrize('multi_label', [False, True])
-def test_scores_and_calibration_agree_with_scikit_learn_and_with_formulas(multi_label):
+def test_scores_and_calibration_agree_with_scikit_learn_and_with_formulas(make_predictions, multi_label):
   from sklearn import metrics
   p = make_predictions(multi_label=multi_label, rows=200)
   for c, condition in enumerate(p.conditions):
@@ -179,7 +163,7 @@ def test_scores_and_calibration_agree_with_scikit_learn_and_with_formulas(multi_
       assert p.calibration(condition)['ece'] == pytest.approx(ece, abs=1e-6)
 
 
-def test_the_error_of_micro_f1_is_that_of_resampling():
+def test_the_error_of_micro_f1_is_that_of_resampling(make_predictions):
   p = make_predictions(multi_label=True, rows=400)
   rng, c = np.random.default_rng(0), 0
   hits = 2 * np.sum(p.label & p.predicted[c], axis=1)
@@ -188,7 +172,7 @@ def test_the_error_of_micro_f1_is_that_of_resampling():
   assert np.std(p.influence('none_absent')) / 20 == pytest.approx(np.std(hits[draws].sum(1) / both[draws].sum(1)), rel=0.05)
 
 
-def test_at_missing_rate_one_every_complete_row_is_as_without_the_modality():
+def test_at_missing_rate_one_every_complete_row_is_as_without_the_modality(make_predictions):
   p = make_predictions(rows=120)
   complete = p.present_nm.all(axis=1)
   right = np.where(complete, p.right_cn[1], p.right_cn[0])
@@ -202,7 +186,7 @@ def test_runs_can_be_named_in_any_way(spelled):
   assert (flags.workdir, flags.out) == (['a', 'b', 'c'], 'z')
 
 
-def test_mistakes_are_one_line(pages, tmp_path, capsys):
+def test_mistakes_are_one_line(pages, make_run, tmp_path, capsys):
   root = pages['one'].parent
   unfinished = make_run(tmp_path / 'unfinished')
   (unfinished / 'evaluation.json').unlink()
@@ -219,17 +203,12 @@ def test_mistakes_are_one_line(pages, tmp_path, capsys):
     assert error.count('\n') == 1 and expected in error, (line, error)
 
 
-def test_without_what_newer_runs_record_the_page_says_so(tmp_path):
+def test_without_what_newer_runs_record_the_page_says_so(make_run, tmp_path):
   folder = make_run(tmp_path / 'old')
   for name in (records.PREDICTIONS, records.MISTAKES, records.PAIRS, 'run.json'):
     (folder / name).unlink()
   text = report.write([folder]).read_text(encoding='utf-8')
   assert text.count('Not recorded') == 4 and 'svg' in text
-
-
-def test_an_unknown_method_of_reading_is_an_error():
-  with pytest.raises(UserError, match='workdir'):
-    report.read([pathlib.Path('nowhere')])
 
 
 HARNESS = """<!DOCTYPE html><body style="margin:0"><iframe src="PAGE" style="border:0;width:WIDTHpx;height:2000px"></iframe><pre id="found"></pre>

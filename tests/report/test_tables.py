@@ -1,0 +1,166 @@
+"""The paper's tables and figures (experiments/) on made-up runs: every file, every number from the runs, nothing trained twice, mistakes in one line."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from molt_jax import config as config_lib
+from molt_jax import records
+from molt_jax.config import UserError
+from molt_jax.data import datasets
+
+FOLDER = pathlib.Path(__file__).parents[2] / 'experiments'
+PRESET = """from molt_jax.config import default_config
+def get_config():
+  config = default_config()
+  config.dataset.path = {path!r}
+  config.backbones.text.path = config.backbones.image.path = 'random:tower'
+  return config
+"""
+
+
+@pytest.fixture(scope='module')
+def scripts():
+  sys.path.insert(0, str(FOLDER))
+  try:
+    found = {name: importlib.import_module(name) for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2')}
+  finally:
+    sys.path.remove(str(FOLDER))
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['test'])
+  return found
+
+
+@pytest.fixture
+def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
+  """Runs a script's main() over two data sets and two seeds; returns (its JSON, its Markdown, its folder, how many runs were made so far)."""
+  preset = tmp_path / 'preset.py'
+  preset.write_text(PRESET.format(path=str(tiny_table)))
+  made = []
+
+  def train(config, folder):
+    made.append(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    p = make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=14, classes=3)
+    p = dataclasses.replace(p, ids=list(datasets.load_dataset(config).splits['test'].ids))
+    p.save(folder / records.PREDICTIONS)
+    scores = {c: p.scores(c) for c in p.conditions}
+    result = {'config_hash': config_lib.config_hash(config), 'test': scores, 'validation': {'score': 0.5}, 'seconds': 7.0}
+    (folder / 'result.json').write_text(json.dumps(result))
+    return result
+
+  real = scripts['runs'].run
+  monkeypatch.setattr(
+      scripts['runs'], 'run', lambda config, folder: real(config, folder) if (folder / 'result.json').exists() else train(config, folder))
+
+  def run(script, **given):
+    out = tmp_path / script
+    chosen = {'data': [f'one={preset}', f'two={preset}'], 'seeds': ['0', '1'], 'runs': str(tmp_path / 'runs'), 'out': str(out)} | given
+    with flagsaver.flagsaver(**chosen):
+      scripts[script].main()
+    return json.loads((out / f'{script}.json').read_text()), (out / f'{script}.md').read_text(), out, len(made)
+  return run
+
+
+def picture(path):
+  """Its pixels; a figure that shows nothing is one colour."""
+  pixels = np.asarray(Image.open(path).convert('L'))
+  assert pixels.std() > 1
+  return pixels
+
+
+def test_table1_has_every_method_and_reads_what_is_finished(study):
+  from molt_jax.modules import heads
+  content, text, out, count = study('table1')
+  assert count == 2 * 2 * len(content['methods'])
+  assert all(method in content['methods'] for method in heads.METHODS if method != 'molt')
+  again, same, _, still = study('table1')
+  assert still == count and again['data'] == content['data'] and same.split('`python')[0] == text.split('`python')[0]
+  for data in ('one', 'two'):
+    for method, by_seed in content['data'][data].items():
+      accuracies = [100 * by_seed[seed]['test']['text_absent']['accuracy'] for seed in ('0', '1')]
+      line = next(line for line in text.splitlines() if line.startswith(f'| text absent | {method} |'))
+      assert f'{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}' in line
+  for printed in ('64.9 / 59.0', '92.12', '75.10', '59.0 / 51.2', '88.9', '71.0', '73.45'):
+    assert printed in text
+  assert {'command', 'versions', 'seeds', 'device', 'seconds_of_this_call'} <= set(content) and str(out.parent) not in text
+  picture(out / 'table1.png')
+
+
+def test_table2_has_the_paper_s_five_rows_and_each_part_alone(study):
+  content, text, out, count = study('table2')
+  assert count == 2 * 2 * 2 * 10
+  assert content['methods']['default: all'] == {} and content['methods']['default: without M'] == {'molt.layer_weights': False}
+  alone = content['methods']['printed: L_CCA alone']
+  assert 'cca.weight' not in alone and {'molt.cross_attention', 'molt.layer_weights', 'fusion.attention'} <= set(alone)
+  assert text.count('| 69.6 |') == text.count('| 73.45 |') == 4  # Two data sets, two recipes.
+  row = next(line for line in text.splitlines() if line.startswith('| without L_CCA'))
+  assert row.split(' | ')[1:5] == ['✓', '', '✓', '✓']
+  picture(out / 'table2.png')
+
+
+def test_robustness_begins_complete_and_ends_as_without_the_modality(study):
+  content, text, out, _ = study('robustness')
+  for by_method in content['curves'].values():
+    assert len(by_method) == 6
+  methods = content['methods']
+  assert methods['MoLT, default, trained at 70 %']['missing.train_rate'] == 0.7 and 'missing.train_rate' not in methods['MoLT, default, trained at 0 %']
+  curve = content['curves']['one']['MoLT, default, trained at 0 %']['text']['0']
+  scores = content['data']['one']['MoLT, default, trained at 0 %']['0']['test']
+  assert len(curve) == 11 and curve[0] == pytest.approx(scores['none_absent']['accuracy'])
+  assert 'half text, half image' in text
+  picture(out / 'robustness_one.png')
+  picture(out / 'robustness_two.png')
+
+
+def test_figure2_counts_both_ways(study):
+  content, text, out, _ = study('figure2')
+  for by_condition in content['counts'].values():
+    for condition, by_rival in by_condition.items():
+      for by_seed in by_rival.values():
+        for numbers in by_seed.values():
+          total = sum(numbers[name] for name in ('ours only', 'theirs only', 'both', 'neither'))
+          assert total == 14 or condition != 'none_absent'
+  assert 'MoLT alone right' in text and 'rival alone right' in text
+  assert len(content['shown']['one']) == 1 + 2 * 2
+  picture(out / 'figure2_one.png')
+
+
+@pytest.mark.parametrize(('wins', 'losses'), [(0, 0), (5, 5), (9, 1), (3, 20), (60, 40)])
+def test_the_sign_test_is_the_binomial_one(scripts, wins, losses):
+  from scipy import stats
+  expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+  assert scripts['figure2'].sign_test(wins, losses) == pytest.approx(expected)
+
+
+def test_only_what_is_asked_for_or_finished_is_reported(study):
+  content, text, _, count = study('table1', methods='default$')
+  assert count == 4 and list(content['data']['one']) == ['MoLT, default'] and '| complete | late_fusion |' not in text
+  with pytest.raises(UserError, match='figure needs'):
+    study('figure2', methods='default$')
+  with pytest.raises(UserError, match='matches none'):
+    study('table1', methods='nonsense', runs='elsewhere')
+
+
+@pytest.mark.parametrize(('wrong', 'expected'), [
+    ({'data': ['usda']}, '--data'), ({'data': ['x=nowhere']}, '--data'), ({'data': ['x=preset.py']}, 'preset.py'), ({'seeds': ['one']}, '--seeds'),
+    ({'set': ['train.epochs']}, '--set'), ({'set': ['train.epoch=1']}, 'train.epoch'), ({'recipes': ['paper']}, '--recipes')])
+def test_a_mistake_is_named(study, wrong, expected):
+  with pytest.raises(UserError, match=expected):
+    study('table2', **wrong)
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
+  command = [sys.executable, str(FOLDER / 'table1.py'), '--sedes=1']
+  done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {'PYTHONPATH': str(FOLDER.parent)})
+  assert (done.returncode, done.stdout) == (2, '') and done.stderr.count('\n') == 1 and 'sedes' in done.stderr
