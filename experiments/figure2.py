@@ -19,7 +19,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 BASELINE, TRAINED, OURS = 'late_fusion', 'late_fusion, trained for absence', 'MoLT, default'
-METHODS = {BASELINE: grid.BASELINE, TRAINED: {'method': 'late_fusion'}, OURS: grid.DEFAULT}
+METHODS = {BASELINE: grid.BASELINE, TRAINED: grid.DEFAULT | {'method': 'late_fusion'}, OURS: grid.DEFAULT}
 ABSENT = ('text_absent', 'image_absent')
 SHOWN = 4  # Of each kind and absence.
 RED, GREEN = '#d55e00', '#009e73'

@@ -34,12 +34,13 @@ OUT = flags.DEFINE_string('out', None, 'Folder of the results; default: experime
 
 CONDITIONS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
 
-# What a method changes in a preset. `PRINTED`: the equations and the training as printed, at the preset's width, schedule and batch size.
+# What a method changes in a preset, whatever the preset has: the equations and the training as printed or our defaults, at its width, schedule
+# and batch size; the baseline without MoLT has the inputs and the classifier of our defaults.
 COMPLETE_ONLY = {'missing.views': False}
 PRINTED = {name: presets.PAPER[name] for name in (
   'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'missing.views', 'cca.estimator')}
-DEFAULT = {}
-BASELINE = {'method': 'late_fusion', **COMPLETE_ONLY}
+DEFAULT = {name: config_lib.get(config_lib.default_config(), name) for name in PRINTED}
+BASELINE = DEFAULT | {'method': 'late_fusion'} | COMPLETE_ONLY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 RIVALS = [method for method in heads.METHODS if method != 'molt']
 PRINTED, DEFAULT = 'MoLT, as printed', 'MoLT, default'
 METHODS = {
-  **{method: {'method': method, **grid.COMPLETE_ONLY} for method in RIVALS},
-  **{f'{method}, trained for absence': {'method': method} for method in RIVALS},
+  **{method: grid.BASELINE | {'method': method} for method in RIVALS},
+  **{f'{method}, trained for absence': grid.DEFAULT | {'method': method} for method in RIVALS},
   PRINTED: grid.PRINTED,
   DEFAULT: grid.DEFAULT,
 }
