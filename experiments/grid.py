@@ -38,7 +38,7 @@ CONDITIONS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_ab
 # and batch size; the baseline without MoLT has the inputs and the classifier of our defaults.
 COMPLETE_ONLY = {'missing.views': False}
 PRINTED = {name: presets.PAPER[name] for name in (
-  'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'missing.views', 'cca.estimator')}
+  'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'classifier.per_pattern', 'missing.views', 'cca.estimator')}
 DEFAULT = {name: config_lib.get(config_lib.default_config(), name) for name in PRINTED}
 BASELINE = DEFAULT | {'method': 'late_fusion'} | COMPLETE_ONLY
 
@@ -79,7 +79,7 @@ def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collecti
     preset = str(configs / 'quickstart.py')
   elif where.partition(':')[0].endswith('.py'):
     preset = where
-  elif pathlib.Path(where).is_dir() and name:
+  elif equals and name and pathlib.Path(where).is_dir():
     preset, given = str(configs / 'table.py'), given | {'dataset.path': where}
   else:
     raise UserError(f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) nor NAME=PRESET.py')
