@@ -82,7 +82,7 @@ def make_tiny_config(tiny_towers, tiny_table):
   def make():
     config = default_config()
     config.dataset.path = str(tiny_table)
-    config.text.max_tokens = 12
+    config.text.max_tokens, config.text.padding = 12, 'max_tokens'  # Batches this small would be packed in many sizes, each to be compiled.
     config.backbones.text.path, config.backbones.image.path = tiny_towers['text'], tiny_towers['image']
     config.backbones.dtype = config.compute_dtype = 'float32'
     config.mesh.data = 1

@@ -17,7 +17,7 @@ from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
 from molt_jax.config import UserError
-from molt_jax.data import datasets, missing, pipeline
+from molt_jax.data import datasets, missing, packing, pipeline
 from molt_jax.metrics import ClassificationMetrics
 
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
@@ -37,9 +37,10 @@ LEAK_CASES = {
 def make_batch(rng):
   """ROWS examples; a third of them lack the image, a third the text."""
   present = np.array([[True, True], [False, True], [True, False]])[rng.integers(0, 3, ROWS)]
-  return {
+  token_mask = np.arange(6) < rng.integers(1, 7, (ROWS, 1))
+  return packing.token_positions(token_mask & present[:, 1:], packing.groups(ROWS, (1, 1))) | {
       'image': rng.normal(size=(ROWS, 16, 16, 3)).astype(np.float32), 'tokens': rng.integers(2, 200, (ROWS, 6)).astype(np.int32),
-      'token_mask': np.arange(6) < rng.integers(1, 7, (ROWS, 1)), 'present': present, 'label': rng.integers(0, 3, ROWS).astype(np.int32),
+      'token_mask': token_mask, 'present': present, 'label': rng.integers(0, 3, ROWS).astype(np.int32),
       'weight': np.ones(ROWS, np.float32), 'keep': np.array([[[True, True], [True, False], [False, True]]]).repeat(ROWS, 0)}
 
 

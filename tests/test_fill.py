@@ -22,7 +22,7 @@ from molt_jax.data import datasets, pipeline
 def _six_steps(make_tiny_config, store='', dtype='float32'):
   config = make_tiny_config()
   config.train.epochs, config.train.eval_every, config.train.log_every = 0.5, 3, 1
-  config.features.store, config.features.dtype = str(store), dtype
+  config.features.store, config.features.dtype, config.text.padding = str(store), dtype, 'packed'
   return config
 
 
