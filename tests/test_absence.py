@@ -1,6 +1,5 @@
 """Absence end to end: leaks, the protocol whatever the machine, translation through a resume, specialists, data whose answer needs both."""
 
-import functools
 import json
 import shutil
 import signal
@@ -20,7 +19,6 @@ from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, packing, pipeline
 from molt_jax.metrics import ClassificationMetrics
 
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
 ROWS = 2_500  # Of each case: more than 10,000 samples in all.
 LEAK_CASES = {
     'robust': {'missing.strategy': 'robust'},
@@ -75,7 +73,7 @@ def test_content_under_an_absent_modality_changes_no_bit_of_training_evaluation_
   empty = ClassificationMetrics.empty(num_classes=3, multi_label=False)
   totals = jax.tree.map(lambda x: jnp.stack([x] * 3), (empty, jnp.zeros(3, jnp.int32)))
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   def everything(batch):
     """The new state holds the gradients, in Adam's first moments."""
     trained = step_lib.train_step(state, frozen, batch, None, model=model, tx=tx, estimator=estimator, config=config)

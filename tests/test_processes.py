@@ -77,7 +77,8 @@ def _start_two(script, config, folder, *arguments):
   started, notes = [], [folder / f'{index}.json' for index in range(2)]
   for index, note in enumerate(notes):
     env = os.environ | {
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2', processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)}
+        'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=4', 'device_count=2'),
+        processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)}
     argv = [sys.executable, '-c', script, folder / 'preset.py', note, *(str(argument[index]) for argument in arguments)]
     started.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
   try:

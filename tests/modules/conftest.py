@@ -20,7 +20,6 @@ from molt_jax.objectives import cca, classification
 
 WIDTHS = {'image': 11, 'text': 10}
 LAYERS, BATCH, IMAGE_TOKENS, TEXT_TOKENS, CLASSES = 2, 24, 4, 5, 3
-FAST_COMPILE = {'xla_backend_optimization_level': 0}  # Thrice as fast to compile; the arithmetic is the same.
 
 # Eighteen complete rows, three without text, three without an image.
 MIXED = np.array([[True, True]] * 18 + [[True, False]] * 3 + [[False, True]] * 3)[np.random.default_rng(7).permutation(BATCH)]
@@ -99,9 +98,9 @@ class Case:
     self.head = make_head(self.config, num_classes=CLASSES, image_width=WIDTHS['image'], text_width=WIDTHS['text'])
     self.batch = make_batch(self.config.dataset.multi_label)
     self.variables = random_variables(self.head, self.batch)
-    self.step = jax.jit(self._step, compiler_options=FAST_COMPILE)
-    self.predict = jax.jit(functools.partial(self.head.apply, train=False), compiler_options=FAST_COMPILE)
-    self.init = jax.jit(functools.partial(self.head.init, train=False), compiler_options=FAST_COMPILE)
+    self.step = jax.jit(self._step)
+    self.predict = jax.jit(functools.partial(self.head.apply, train=False))
+    self.init = jax.jit(functools.partial(self.head.init, train=False))
 
   @property
   def statistics(self):
