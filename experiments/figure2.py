@@ -73,8 +73,8 @@ def lines(found):
         p = max(numbers['p'] for numbers in by_seed.values())
         yield f'| {grid.CONDITIONS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p:.2g} |'
     yield f'\n![examples on which one of the two is right](figure2_{data}.png)\n'
-  yield (f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the id among all such cases. What is greyed or '
-         'crossed out was there and was not fed.')
+  yield (f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the id among all such cases. What is greyed was '
+         'there and was not fed.')
 
 
 def choose(predictions, rows):
@@ -123,24 +123,27 @@ def draw_image(ax, example, *, absent):
 
 def draw_words(ax, example, row, condition, ours, theirs):
   """The text, the label and both answers with their probabilities."""
-  text = ' '.join((example['text'] or 'no text').split())
-  text = text if len(text) <= 48 else text[:47] + '…'
+  text = _short(' '.join((example['text'] or 'no text').split()), 46)
   absent = condition == 'text_absent'
-  ax.text(0, 0.86, text, fontsize=9, color='0.6' if absent else 'black', transform=ax.transAxes)
-  if absent:  # Text extents are known only when drawn; a line of the text's usual width says the same.
-    ax.plot([0, min(1, 0.021 * len(text))], [0.89, 0.89], color=RED, linewidth=0.8, transform=ax.transAxes)
+  ax.text(0, 0.86, f'(not fed: {text})' if absent else text, fontsize=9, color='0.55' if absent else 'black', transform=ax.transAxes)
   c = ours.conditions.index(condition)
   truth = _names(ours, ours.label[row])
   ax.text(0, 0.6, f'label: {truth}', fontsize=9, weight='bold', transform=ax.transAxes)
   for line, (who, p) in enumerate((('MoLT', ours), ('baseline', theirs))):
     answer, right = _names(p, p.predicted[c, row]), bool(p.right_cn[c, row])
     own = _probability(p, c, row, p.predicted[c, row])
-    note = '' if right else f'; the label {_probability(p, c, row, p.label[row])}'
-    ax.text(0, 0.34 - 0.26 * line, f'{who}: {answer}, {own}{note}', fontsize=9, color=GREEN if right else RED, transform=ax.transAxes)
+    note = '' if right else f' (label: {_probability(p, c, row, p.label[row])})'
+    ax.text(0, 0.34 - 0.26 * line, f'{"✓" if right else "✗"} {who}: {answer}, {own}{note}', fontsize=9, color=GREEN if right else RED,
+            transform=ax.transAxes)
 
 
 def _names(predictions, label):
-  return ', '.join(predictions.class_names[k] for k in (np.flatnonzero(label) if predictions.multi_label else [int(label)])) or 'none'
+  chosen = np.flatnonzero(label) if predictions.multi_label else [int(label)]
+  return _short(', '.join(predictions.class_names[k] for k in chosen) or 'none', 40)
+
+
+def _short(text, most):
+  return text if len(text) <= most else text[:most - 1] + '…'
 
 
 def _probability(predictions, c, row, label):

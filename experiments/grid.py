@@ -144,7 +144,7 @@ def paired(table: Table, method: str, reference: str, condition: str, key: str) 
 
 def signed(differences: Sequence[float]) -> str:
   """'+1.2 ± 0.3', in points."""
-  return ('+' if np.mean(differences) >= 0 else '') + runs.spread(differences) if differences else '-'
+  return ('+' if 100 * np.mean(differences) > -0.05 else '') + runs.spread(differences).replace('-0.0', '0.0') if differences else '-'
 
 
 def seconds(table: Table, method: str) -> float:

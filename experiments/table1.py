@@ -113,7 +113,7 @@ def figure(made, path):
     ax.set(title=data, xlabel=f'test {grid.metric_of(table).replace("f1_", "F1 ")}, %', yticks=range(len(table)), yticklabels=list(table))
     ax.invert_yaxis()
     ax.grid(axis='x', alpha=0.4)
-  axes[0][0].legend(loc='best')
+  fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
   fig.savefig(path, dpi=130)
   plt.close(fig)
 

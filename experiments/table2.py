@@ -94,7 +94,7 @@ def figure(made, path):
     ax.grid(axis='x', alpha=0.4)
   axes[0][0].set_yticks(range(len(names)), names)
   axes[0][0].invert_yaxis()
-  axes[0][0].legend(loc='best')
+  fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
   fig.savefig(path, dpi=130)
   plt.close(fig)
 
