@@ -140,7 +140,7 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
   config = config_lib.from_json(json.dumps(meta['config']))
   record = {
       'split': split, 'num_examples': num_examples, 'step': meta['step'], 'results': dict(results), 'config_hash': config_lib.config_hash(config),
-      'dataset': {'name': config.dataset.name, **config_lib.data_choices(config)},
+      'dataset': _data(config),
       'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
   if path.exists():
     old = json.loads(path.read_text(encoding='utf-8'))
@@ -150,6 +150,12 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
   if processes.leads():
     logbook.write_atomically(path, json.dumps(record, indent=2) + '\n')
   return record
+
+
+def _data(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What the examples were, of all that changes scores."""
+  mismatch = {'allow_count_mismatch': True} if config.dataset.allow_count_mismatch else {}
+  return {'name': config.dataset.name, **config_lib.data_choices(config), **mismatch}
 
 
 def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:

@@ -102,31 +102,27 @@ def _stepper(workload, frozen, batch, batches) -> Callable[[], float]:
   return images_per_second
 
 
-def measure(flags, config) -> dict:
+def measure(config, *, name: str, workers: Sequence[int], size: int, sides: tuple[int, int], rounds: int, batches: int) -> dict:
   """Returns the report."""
   data = datasets.load_dataset(config)
   preprocess = model_lib.make_preprocess(config, model_lib.describe_towers(config), num_classes=len(data.class_names))
-  preprocess = dataclasses.replace(preprocess, image_size=_positive('size', flags.size))
-  width, height = _sides(flags.photos)
-  photographs = Photographs(data.splits['train'], width, height)
-  batches = _positive('batches', flags.batches)
-  turns = {
-      f'{name}, {threads} worker{"s" if threads > 1 else ""}': _loader(source, preprocess, config, threads, batches)
-      for name, source in ((data.name, data.splits['train']), (f'photographs {flags.photos}', photographs))
-      for threads in (_positive('workers', word) for word in flags.workers.split(','))}
+  preprocess = dataclasses.replace(preprocess, image_size=size)
+  sources = {data.name: data.splits['train'], 'photographs': Photographs(data.splits['train'], *sides)}
+  turns = {f'{what}, {threads} worker{"s" if threads > 1 else ""}': _loader(source, preprocess, config, threads, batches)
+           for what, source in sources.items() for threads in workers}
   steps = _steppers(config, len(data.class_names), batches)
   for run in steps.values():
     run()  # Compiles.
-  rates = {name: [] for name in (*turns, *steps)}
-  for number in range(_positive('rounds', flags.rounds)):
-    for name, run in (turns | steps).items():
-      rates[name].append(run())
-    cli.say(f'round {number + 1}: ' + ', '.join(f'{name} {values[-1]:.0f}/s' for name, values in rates.items()))
-  median = {name: statistics.median(values) for name, values in rates.items()}
+  rates = {what: [] for what in (*turns, *steps)}
+  for number in range(rounds):
+    for what, run in (turns | steps).items():
+      rates[what].append(run())
+    cli.say(f'round {number + 1}: ' + ', '.join(f'{what} {values[-1]:.0f}/s' for what, values in rates.items()))
+  median = {what: statistics.median(values) for what, values in rates.items()}
   return {
-      'config': flags.config, 'size': preprocess.image_size, 'batch_size': config.train.batch_size, 'photograph_bytes': photographs.mean_bytes,
+      'config': name, 'size': size, 'batch_size': config.train.batch_size, 'photograph': {'sides': sides, 'bytes': sources['photographs'].mean_bytes},
       'cores': len(os.sched_getaffinity(0)), 'images_per_second': median, 'all_rounds': rates,
-      'ratio': {name: {step: median[name] / median[step] for step in steps} for name in turns}}
+      'ratio': {what: {step: median[what] / median[step] for step in steps} for what in turns}}
 
 
 def _positive(name: str, text: str) -> int:
@@ -147,7 +143,10 @@ def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
   as_json = '--json' in argv
   flags, overrides = cli.parse('tools.bench_pipeline', 'Input pipeline against training step.', FLAGS, [a for a in argv if a != '--json'])
-  report = measure(flags, config_lib.load_config(flags.config, overrides))
+  report = measure(
+      config_lib.load_config(flags.config, overrides), name=flags.config, workers=[_positive('workers', word) for word in flags.workers.split(',')],
+      size=_positive('size', flags.size), sides=_sides(flags.photos), rounds=_positive('rounds', flags.rounds),
+      batches=_positive('batches', flags.batches))
   text = json.dumps(report, indent=2)
   if flags.out:
     logbook.write_atomically(pathlib.Path(flags.out), text + '\n')

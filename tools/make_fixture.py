@@ -234,7 +234,10 @@ def make(dataset: str, out: pathlib.Path, *, layout: str | None = None, examples
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f'--out: {str(out)!r} is there and not an empty folder; give another one')
   write, options = layouts[layout]
-  write(out, Studio(seed), examples, **options)
+  try:
+    write(out, Studio(seed), examples, **options)
+  except OSError as error:
+    raise UserError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from error
 
 
 def _integers(flags) -> Iterator[int]:

@@ -206,6 +206,16 @@ def test_one_corrupt_image_loses_only_that_image_and_says_so(miniature, tmp_path
   assert after.keys() == before.keys() and examples(damaged, 'train')['0001063'] == examples(whole, 'train')['0001063'] | {'image': None}
 
 
+def test_half_a_surrogate_pair_is_replaced(miniature, tmp_path):
+  shutil.copytree(miniature('hateful_memes'), tmp_path / 'source')
+  file = tmp_path / 'source/test_seen.jsonl'
+  first, rest = file.read_text('utf-8').split('\n', 1)
+  file.write_text(json.dumps(json.loads(first) | {'text': 'half \ud83d of it'}) + '\nno JSON\n' + rest, 'utf-8')
+  dataset = load('hateful_memes', tmp_path / 'source', tmp_path / 'data')
+  assert dataset.splits['test'][0]['text'] == 'half ? of it'
+  assert facts_of(tmp_path / 'data')['left_out'] == [['test', 'line 2', 'not JSON with an id']]
+
+
 @pytest.mark.parametrize('data', [b'', b'no image', 'truncated', 'cmyk', 'png', 'huge'])
 def test_what_is_checked_fast_is_what_decodes(data):
   image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3)).astype(np.uint8))
@@ -308,6 +318,11 @@ def without_images(folder):
     path.unlink()
 
 
+def broken_images(folder):
+  for path in folder.rglob('*.jpeg'):
+    path.write_bytes(b'<html>404</html>')
+
+
 def other_split(folder):
   next(folder.rglob('split.json')).write_text('{"train": 3}')
 
@@ -316,6 +331,7 @@ def other_split(folder):
     (shutil.rmtree, {}, 'is not a folder; give the one that holds split.json with'),
     (empty, {}, 'does not hold mm_imdb; expected split.json with'),
     (without_images, {}, '0 images of mm_imdb are there; expected split.json'),
+    (broken_images, {}, 'none of the 47 images of mm_imdb can be decoded'),
     (other_split, {}, 'split.json is not JSON with lists of ids'),
     (lambda folder: None, {'dataset.multi_label': False}, 'give True'),
     (lambda folder: None, {'dataset.data_dir': '/dev/null/x'}, 'cannot be prepared in /dev/null/x'),

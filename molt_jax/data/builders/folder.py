@@ -43,7 +43,9 @@ _COLUMNS = {'ids': None, 'labels': np.int16, 'label_counts': np.int16, 'images':
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-  """One example. `image` is the path of its file, whether or not that is there; None: it has none. An `extra` row does not count as published."""
+  """One example. `image` is the path of its file, whether or not that is there; None: it has none. A blank `text` is none. An `extra` row does not
+  count as published.
+  """
 
   id: str
   image: str | None
@@ -250,6 +252,8 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         number = self._numbers[file] = len(self._numbers)
         yield number * (_KEYS // len(files)), {
             'id': os.path.basename(file), 'image': data, 'image_number': number, 'text': '', 'labels': []}
+    if not self._numbers:
+      raise UserError(f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, e.g. {file}; unpack them again')
 
   def _generate_examples(self, folder: Folder, split: str, size: int, seen: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     columns = {name: [] for name in _COLUMNS}
@@ -274,6 +278,8 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_image: Callable[[str], bool]) -> Iterator[Row]:
   """Yields the rows of a split that are used, with unique ids, and keeps `facts`; `seen` is id -> split of all before."""
   for row in folder.rows(split):
+    if isinstance(row, Row):
+      row = dataclasses.replace(row, id=_encodable(row.id), text=_encodable(row.text) if row.text.strip() else '')
     if isinstance(row, Row) and not row.text and not (row.image and has_image(row.image)):
       row = LeftOut(row.id, 'neither an image nor a text')
     if isinstance(row, LeftOut):
@@ -288,6 +294,11 @@ def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_im
     seen[row.id] = split
     facts.counts[split] += not row.extra
     yield row
+
+
+def _encodable(text: str) -> str:
+  """Replaces halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+  return text.encode('utf-8', 'replace').decode('utf-8')
 
 
 # ---- Preparing and opening ------------------------------------------------------------------------------------------------------------
@@ -333,7 +344,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
         builder(config=builder_config, data_dir=data_dir, file_format='array_record').download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=source))
   except OSError as error:
-    raise UserError(f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}: {error.strerror or error}') from error
+    raise UserError(f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}: {error}') from error
   cli.say(f'{builder.name} is prepared in {folder}')
   return folder
 
@@ -387,9 +398,10 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
 
 def _check_unchanged(builder, config, folder, facts) -> None:
   source = pathlib.Path(config.dataset.path).expanduser()
-  if not source.is_dir():  # What is prepared is all that is needed.
+  try:
+    now = {file.name: file.stat().st_size for file in open_folder(builder, source, facts.choices).index_files}
+  except UserError:  # It is gone; what is prepared is all that is needed.
     return
-  now = {file.name: file.stat().st_size for file in open_folder(builder, source, facts.choices).index_files}
   if now != facts.index_files:
     changed = [name for name in sorted({*now, *facts.index_files}) if now.get(name) != facts.index_files.get(name)]
     raise UserError(

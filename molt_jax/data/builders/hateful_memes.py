@@ -40,9 +40,8 @@ class Memes(folder_lib.Folder):
       if record.get('label') not in (0, 1):
         yield LeftOut(name, f'label {record.get("label")!r}')
         continue
-      text = str(record.get('text') or '')
       image = os.path.join(self.root, *pathlib.PurePosixPath(str(record.get('img') or f'img/{name}.png')).parts)
-      yield Row(name, image, text if text.strip() else '', (int(record['label']),))
+      yield Row(name, image, str(record.get('text') or ''), (int(record['label']),))
 
 
 class HatefulMemes(FolderBuilder):

@@ -82,7 +82,7 @@ class Movies(folder_lib.Folder):
       return
     labels = tuple(k for k, genre in enumerate(GENRES) if genre in genres)
     for number, text in enumerate(texts):
-      yield Row(f'{name}/{number}' if number else name, self._poster(name), text if text.strip() else '', labels, extra=number > 0)
+      yield Row(f'{name}/{number}' if number else name, self._poster(name), text, labels, extra=number > 0)
 
   def _poster(self, name: str) -> str:
     paths = [os.path.join(self.posters, name + suffix) for suffix in ('.jpeg', '.jpg')]

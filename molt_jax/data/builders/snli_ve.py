@@ -62,8 +62,8 @@ class Pairs(folder_lib.Folder):
       if label in CLASSES:
         replaced += label != record['gold_label']
         image = str(record.get('Flickr30K_ID', '')).removesuffix('.jpg')
-        text = record['sentence2']
-        yield Row(name, os.path.join(self.images, f'{image}.jpg') if image else None, text if text.strip() else '', (CLASSES.index(label),))
+        path = os.path.join(self.images, f'{image}.jpg') if image else None
+        yield Row(name, path, record['sentence2'], (CLASSES.index(label),))
       else:
         yield LeftOut(name, f'gold label {label!r}')
     if self.relabelled:

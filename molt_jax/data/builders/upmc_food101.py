@@ -46,7 +46,7 @@ class Titles(folder_lib.Folder):
     for number, (name, title, label) in self._rows(split):
       if label:
         folder = self.flat or self.root / 'images' / split / label
-        yield Row(name, os.path.join(folder, name), title if title.strip() else '', (index[label],))
+        yield Row(name, os.path.join(folder, name), title, (index[label],))
       else:
         yield LeftOut(f'row {number}', 'not FILE,TITLE,CLASS')
 
@@ -85,8 +85,7 @@ class Pages(folder_lib.Folder):
           continue
         page = self.root / 'texts_txt' / label / (name.rpartition('.')[0] + '.txt')
         if page.is_file():
-          text = page.read_text('utf-8', errors='replace')
-          yield Row(name, os.path.join(folder, name), text if text.strip() else '', (k,))
+          yield Row(name, os.path.join(folder, name), page.read_text('utf-8', errors='replace'), (k,))
         else:
           yield LeftOut(name, 'no page', by_rule=True)
 
