@@ -1,11 +1,11 @@
 """What the builders of published data sets share: a user points at the folder as it is unpacked; it is checked, counted and prepared once.
 
-A prepared data set is one TFDS folder (array_record) under `dataset.data_dir`, named by data set, choices and source folder. Its split `images` has
-each image once, the file's own bytes; rows of the other splits name their image by its position there, since rows share images (SNLI-VE has 565,286
-rows on 31,783). Beside them lie `rows.npz` (ids, labels, what each row has), so that opening it reads no example, and `metadata.json` (`Facts`).
+A prepared data set is one TFDS folder (array_record) under `dataset.data_dir`, named by data set, choices and source folder. Rows name their image by
+its position in `images.array_record`, which has each image once, the file's own bytes: rows share images (SNLI-VE has 565,286 on 31,783). Beside them
+lie `rows.npz` (ids, labels, what each row has), so that opening it reads no example, and `metadata.json` (`Facts`).
 
-Memory stays bounded whatever the size: the folder is walked twice, to count and check and then to write, and TFDS holds at most 1 GB back. The
-prepared folder appears in one rename when it is complete.
+The folder is walked to count and check, and then to write. Images go by one at a time; the rows of a split, texts and all, are held in memory until
+they are written. The prepared folder appears in one rename when it is complete.
 """
 
 import abc
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from array_record.python import array_record_data_source, array_record_module
+from tensorflow_datasets.core import shuffle
 
 from molt_jax import cli
 from molt_jax import config as config_lib
@@ -33,11 +36,10 @@ from molt_jax.data import missing, transforms
 from molt_jax.data.sources import Dataset
 from molt_jax.data.splits import set_aside
 
-IMAGES = 'images'
+IMAGES = 'images.array_record'
 LISTED = 100  # Rows left out that are printed one by one.
 _SHOWN = 5
 ROWS, METADATA = 'rows.npz', 'metadata.json'
-_KEYS = 1 << 127  # TFDS sorts by keys of 128 bits in buckets of equal range; keys that are spread over it keep each bucket small.
 _COLUMNS = {'ids': None, 'labels': np.int16, 'label_counts': np.int16, 'images': np.int32, 'texts': bool}
 
 
@@ -198,8 +200,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         metadata=tfds.core.MetadataDict(),
         features=tfds.features.FeaturesDict({
             'id': tfds.features.Text(),
-            'image': tfds.features.Text(),  # Bytes of the file in `images`, else empty. TFDS's Image would want files of one kind.
-            'image_number': np.int64,  # Position in `images`; -1: none.
+            'image_number': np.int64,  # Position in IMAGES; -1: none.
             'text': tfds.features.Text(),
             'labels': tfds.features.Sequence(np.int64),  # Positions in the metadata's class_names.
         }))
@@ -212,10 +213,10 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       found = ', '.join(f'{size:,} {split} examples' for split, size in sizes.items())
       raise UserError(f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; expected {self.LAYOUTS}')
     self._facts = dataclasses.replace(self._no_facts(folder), lost_images=facts.lost_images)
-    self._numbers: dict[str, int] = {}
+    self._numbers = self._write_images(files)
     self._table: dict[str, np.ndarray] = {}
     seen: dict[str, str] = {}
-    return {IMAGES: self._generate_images(files), **{split: self._generate_examples(folder, split, size, seen) for split, size in sizes.items()}}
+    return {split: self._generate_examples(folder, split, size, seen) for split, size in sizes.items()}
 
   def _no_facts(self, folder: Folder) -> Facts:
     choices = self.builder_config.values
@@ -239,8 +240,11 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           is_there(row.image)
     return facts, sizes, [image for image, there in exists.items() if there]
 
-  def _generate_images(self, files: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with cli.progress(f'preparing {self.name}', len(files), 'images') as bar:
+  def _write_images(self, files: Sequence[str]) -> dict[str, int]:
+    """Writes each file that decodes; returns file -> its number."""
+    numbers: dict[str, int] = {}
+    writer = array_record_module.ArrayRecordWriter(str(pathlib.Path(self.data_dir) / IMAGES), 'group_size:1,uncompressed')
+    with cli.progress(f'preparing {self.name}', len(files), 'images') as bar, contextlib.closing(writer):
       for file in files:
         bar.advance()
         try:
@@ -249,11 +253,11 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         except (OSError, transforms.DecodeError) as error:
           self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)
           continue
-        number = self._numbers[file] = len(self._numbers)
-        yield number * (_KEYS // len(files)), {
-            'id': os.path.basename(file), 'image': data, 'image_number': number, 'text': '', 'labels': []}
-    if not self._numbers:
+        numbers[file] = len(numbers)
+        writer.write(data)
+    if not numbers:
       raise UserError(f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, e.g. {file}; unpack them again')
+    return numbers
 
   def _generate_examples(self, folder: Folder, split: str, size: int, seen: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     columns = {name: [] for name in _COLUMNS}
@@ -265,7 +269,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for name, value in zip(('ids', 'label_counts', 'images', 'texts'), values, strict=True):
           columns[name].append(value)
         columns['labels'].extend(row.labels)
-        yield position * (_KEYS // size), {'id': row.id, 'image': b'', 'image_number': number, 'text': row.text, 'labels': row.labels}
+        yield position, {'id': row.id, 'image_number': number, 'text': row.text, 'labels': row.labels}
     self._table |= {f'{split}_{name}': np.array(values, _COLUMNS[name]) for name, values in columns.items()}
 
   def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -340,7 +344,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
     with _alone(folder.parent):
       for left_over in folder.parent.glob('incomplete.*'):
         shutil.rmtree(left_over)
-      with _quiet_tfds():
+      with _tfds_alone():
         builder(config=builder_config, data_dir=data_dir, file_format='array_record').download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=source))
   except OSError as error:
@@ -363,16 +367,20 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-  """TFDS announces downloads of unknown size on stdout, warns of custom configs, and draws bars of its own."""
+def _tfds_alone() -> Iterator[None]:
+  """Keeps TFDS from announcing downloads of unknown size on stdout, warning of custom configs, drawing bars of its own, and from spilling what is
+  more than 1 GB to disk, which takes TensorFlow.
+  """
   tfds.disable_progress_bar()
-  level = logging.get_verbosity()
+  level, most = logging.get_verbosity(), shuffle.MAX_MEM_BUFFER_SIZE
   logging.set_verbosity(logging.ERROR)
+  shuffle.MAX_MEM_BUFFER_SIZE = math.inf
   try:
     with contextlib.redirect_stdout(io.StringIO()):
       yield
   finally:
     logging.set_verbosity(level)
+    shuffle.MAX_MEM_BUFFER_SIZE = most
 
 
 def load(builder: type[FolderBuilder], config: Any) -> Dataset:
@@ -433,9 +441,12 @@ class PreparedSource:
       return {name: table[f'{self.split}_{name}'] for name in _COLUMNS}
 
   @functools.cached_property
-  def _records(self) -> dict[str, Sequence[dict[str, Any]]]:
-    builder = tfds.builder_from_directory(self.folder)
-    return {split: builder.as_data_source(split) for split in (IMAGES, self.split)}
+  def _rows(self) -> Sequence[dict[str, Any]]:
+    return tfds.builder_from_directory(self.folder).as_data_source(self.split)
+
+  @functools.cached_property
+  def _images(self) -> Sequence[bytes]:
+    return array_record_data_source.ArrayRecordDataSource([str(pathlib.Path(self.folder) / IMAGES)])
 
   @functools.cached_property
   def ids(self) -> list[str]:
@@ -458,8 +469,8 @@ class PreparedSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     number = int(self._table['images'][index])
-    data = self._records[IMAGES][number]['image'] if image and number >= 0 else None
-    text = self._records[self.split][index]['text'].decode() if self._table['texts'][index] else None
+    data = self._images[number] if image and number >= 0 else None
+    text = self._rows[index]['text'].decode() if self._table['texts'][index] else None
     return {'id': self.ids[index], 'image': data, 'text': text, 'label': self.labels[index]}
 
 
