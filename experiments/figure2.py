@@ -64,7 +64,7 @@ def lines(found):
          f'seeds. MoLT is `{OURS}`. `{BASELINE}` is the baseline of the paper, trained on complete examples alone; the other rival is trained for '
          'absence in the same way as MoLT.\n')
   for data, by_condition in found.items():
-    yield f'## {data}\n'
+    yield f'## {data}, {max(len(by_seed) for by_rival in by_condition.values() for by_seed in by_rival.values())} seed(s)\n'
     yield '| inference | rival | MoLT alone right | rival alone right | both right | both wrong | p |'
     yield '|---|---|--:|--:|--:|--:|--:|'
     for condition, by_rival in by_condition.items():

@@ -63,7 +63,7 @@ def lines(made):
   """Markdown: a row a condition and method, a column a data set, in the order of the paper; then what MoLT adds; then the paper's."""
   methods = [method for method in METHODS if any(method in table for table in made.values())]
   yield '# Table 1: with everything there, and with a modality absent\n'
-  yield 'Test score in percent (accuracy; with several labels F1 micro / macro), mean ± standard deviation over seeds.\n'
+  yield 'Test score in percent (accuracy; with several labels F1 micro / macro), mean ± standard deviation over seeds; without ±: one seed.\n'
   yield '| inference | method | ' + ' | '.join(f'{data}{_seeds(table)}' for data, table in made.items()) + ' |'
   yield '|---|---|' + '--:|' * len(made)
   for condition, label in grid.CONDITIONS.items():
