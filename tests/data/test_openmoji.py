@@ -129,11 +129,11 @@ def test_content_of_an_example(small, tmp_path):
 def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(small, tmp_path, monkeypatch):
   render, calls = openmoji.render, []
 
-  def interrupted(file):
-    calls.append(file)
+  def interrupted(**svg):
+    calls.append(svg)
     if len(calls) == 5:
       raise KeyboardInterrupt
-    return render(file)
+    return render(**svg)
   monkeypatch.setattr(openmoji, 'render', interrupted)
   with pytest.raises(KeyboardInterrupt):
     datasets.load_dataset(config_for(tmp_path))
