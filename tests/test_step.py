@@ -136,3 +136,18 @@ def test_the_loop_looks_at_a_loss_two_steps_late():
     assert max(looked, default=0) == max(step - loop.IN_FLIGHT, 0)
   watch.drain()
   assert sorted(set(looked)) == list(range(1, 10))
+
+
+def test_speed_is_that_of_steps_that_were_waited_for(monkeypatch):
+  config = config_lib.default_config()
+  config.train.log_every, lines, now = 1, {}, [0.0]
+  monkeypatch.setattr(loop.time, 'monotonic', lambda: now[0])
+  run = type('Run', (), {
+      'config': config, 'plan': type('Plan', (), {'total': 9, 'per_epoch': 3}), 'schedule': staticmethod(lambda step: 0.1)})()
+  log = type('Log', (), {'write': staticmethod(lambda kind, step, values: lines.__setitem__(step, values))})
+  watch = loop.Watch(run, log, step=0)
+  for step in range(1, 10):
+    now[0] = 0.5 * step
+    watch.dispatched(step, {'loss': np.float32(1), 'grad_norm': np.float32(1)}, np.arange(4))
+  watch.drain()  # The last two have been computed long before they are looked at.
+  assert {step: line.get('images_per_second') for step, line in lines.items()} == {1: None, **dict.fromkeys(range(2, 8), 8.0), 8: None, 9: None}
