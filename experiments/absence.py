@@ -29,6 +29,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 DATA = flags.DEFINE_multi_string('data', ['openmoji'], 'openmoji, or NAME=FOLDER of a table.')
+flags.register_validator(
+  'data', lambda given: all(d == 'openmoji' or pathlib.Path(d.partition('=')[2] or '/no folder').is_dir() for d in given),
+  message='each is openmoji, or NAME=FOLDER with a folder that is there')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of parameters, data order, dropout and absence draws.')
 ONLY = flags.DEFINE_string('methods', '', 'Regular expression: rows to train in this call; the report is on what is finished.')
 SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the config, for every row.')
