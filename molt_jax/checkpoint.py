@@ -62,7 +62,9 @@ class Checkpoints:
 
 
 def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+  # Both kinds may save the same step at once: without names of their own, one's processes could pass the other's barriers and wait for ever.
+  named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind)
+  options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True, multiprocessing_options=named)
   return ocp.CheckpointManager((workdir / 'checkpoints' / kind).absolute(), options=options, item_names=ITEMS)
 
 

@@ -86,7 +86,8 @@ def _start_two(script, config, folder, *arguments):
   finally:
     for process in started:
       process.kill()
-  assert all(note.exists() for note in notes), errors
+  if not all(note.exists() for note in notes):
+    pytest.fail('\n\n'.join(errors), pytrace=False)
   return [(process.returncode, error, json.loads(note.read_text())) for process, error, note in zip(started, errors, notes, strict=True)]
 
 
