@@ -112,7 +112,8 @@ def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
         folder = pathlib.Path(RUNS.value) / name / config_lib.config_hash(config)
         if re.search(ONLY.value, method) or (folder / 'result.json').exists():
           table[method][seed] = Made(folder, runs.run(config, folder))
-          scores = ', '.join(f'{label} {100 * table[method][seed].score(c, metric(config)):.1f}' for c, label in CONDITIONS.items())
+          scores = ', '.join(f'{label} {100 * table[method][seed].score(c, metric(config)):.1f}' for c, label in CONDITIONS.items()
+                             if c in table[method][seed].result['test'])
           print(f'{name}, seed {seed}, {method}: {scores}', flush=True)
     made[name] = {method: table[method] for method in methods if table[method]}
     if not made[name]:

@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment quickstart,test
 
 ruff check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist=loadfile "$@"

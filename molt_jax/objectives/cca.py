@@ -30,6 +30,7 @@ _EPS = float(jnp.finfo(jnp.float32).eps)
 _JITTER = 16 * _EPS  # Relative to each diagonal entry of a matrix to be factored; divided out again.
 _MIN_SPREAD = 1e-30  # A view that deviates from its mean by less counts as constant; its gradient, 1 / spread, would leave float32.
 _NEARLY_ORTHOGONAL = 0.1  # ||A'A - I||_F below which the iteration without an SVD has converged in float32.
+_WELL_CONDITIONED = 200.0  # Bound of a condition number up to which Cholesky needs no graded basis.
 _MIN_ROWS = 3  # Two samples always correlate perfectly.
 
 
@@ -244,7 +245,38 @@ def whiten(x_nd, rows, ridge, solver):
 
 
 def _whiten_gram_eigh(x_nd, k_nn, r, rows):
-  """In the eigenvectors U of K the view is graded, G = U'X with nearly orthogonal rows, and Cholesky is accurate relative to each row.
+  """In a basis U of the rows in which the view is graded, G = U'X, Cholesky is accurate relative to each row.
+
+  A well-conditioned K is so in any basis whose vectors span its known null space: a reflection does it. Any other takes the eigenvectors of K.
+  """
+  simple, fits = _reflected(x_nd, k_nn, r, rows)
+  u_nn, g_nd, m_nn, inverse_l_nn, is_resolved_n = lax.cond(fits, lambda *_: simple, _in_eigenvectors, x_nd, k_nn, r, rows)
+  j_nn = inverse_l_nn.T @ inverse_l_nn
+  r_nn = j_nn @ m_nn
+  r_nn = (r_nn + r_nn.T) / (2 + 2 * _JITTER)
+  root_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)))
+  back = solve_triangular(root_nn, j_nn, lower=True), g_nd
+  return Factor((u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0),), back, r * (u_nn @ j_nn @ u_nn.T))
+
+
+def _reflected(x_nd, k_nn, r, rows):
+  """The basis of the reflection that takes the mean to one row, all absent rows being known: what `_in_eigenvectors` returns, and whether it fits."""
+  n = k_nn.shape[0]
+  at = jnp.argmax(rows.unit_n)
+  v_n = rows.unit_n + jax.nn.one_hot(at, n)
+  h_nn = jnp.eye(n) - (2 / (v_n @ v_n)) * v_n[:, None] * v_n[None, :]
+  is_resolved_n = (rows.root_weight_n > 0) & (jnp.arange(n) != at)
+  twice = is_resolved_n[:, None] & is_resolved_n[None, :]
+  g_nd = jnp.where(is_resolved_n[:, None], x_nd - (2 / (v_n @ v_n)) * v_n[:, None] * (v_n @ x_nd)[None, :], 0.0)
+  m_nn = jnp.where(twice, h_nn @ k_nn @ h_nn, 0.0)
+  unit = jnp.trace(m_nn) / n
+  whole_nn = m_nn + jnp.diag(jnp.where(is_resolved_n, r, unit))
+  inverse_l_nn = _inverse_cholesky(whole_nn)
+  return (h_nn, g_nd, m_nn, inverse_l_nn, is_resolved_n), _is_well_conditioned(whole_nn, inverse_l_nn)
+
+
+def _in_eigenvectors(x_nd, k_nn, r, rows):
+  """The eigenvectors U of K as basis: (U, G = U'X, M = G G', the inverse of the Cholesky factor of M + r, which rows of G are no noise).
 
   What lies in the known null space is moved to a negative eigenvalue, well apart from small true ones. Singular values are read from G and not
   from eigh: their squares then carry noise eps^2 instead of eps, which decides whether duplicated rows look like a direction of their own.
@@ -256,24 +288,37 @@ def _whiten_gram_eigh(x_nd, k_nn, r, rows):
   is_resolved_n = _is_resolved(jnp.sum(g_nd * g_nd, axis=1), r, max(x_nd.shape))
   g_nd = jnp.where(is_resolved_n[:, None], g_nd, 0.0)
   m_nn = g_nd @ g_nd.T
-  inverse_l_nn = _inverse_cholesky(m_nn + r * jnp.eye(n))
-  j_nn = inverse_l_nn.T @ inverse_l_nn
-  r_nn = j_nn @ m_nn
-  r_nn = (r_nn + r_nn.T) / (2 + 2 * _JITTER)
-  root_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)))
-  back = solve_triangular(root_nn, j_nn, lower=True), g_nd
-  return Factor((u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0),), back, r * (u_nn @ j_nn @ u_nn.T))
+  return u_nn, g_nd, m_nn, _inverse_cholesky(m_nn + r * jnp.eye(n)), is_resolved_n
 
 
 def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
-  """The same in the eigenvectors of the covariance. Any square root whitens: with S + r = L L', T = X L^(-T) and B = L^(-1)."""
+  """The same with the covariance: as it is where it is well-conditioned, else in its eigenvectors.
+
+  Any square root whitens: with S + r = L L', T = X L^(-T) and B = L^(-1).
+  """
   del rows
-  _, v_dd = jnp.linalg.eigh(s_dd)
-  g_nd = x_nd @ v_dd
-  is_resolved_d = _is_resolved(jnp.sum(g_nd * g_nd, axis=0), r, max(x_nd.shape))
-  g_nd = jnp.where(is_resolved_d[None, :], g_nd, 0.0)
-  inverse_l_dd = _inverse_cholesky(_turned(g_nd) @ g_nd + r * jnp.eye(s_dd.shape[0]))
-  return Factor((g_nd, inverse_l_dd.T), (inverse_l_dd, jnp.where(is_resolved_d[:, None], v_dd.T, 0.0)), None)
+  whole_dd = s_dd + r * jnp.eye(s_dd.shape[0])
+  inverse_l_dd = _inverse_cholesky(whole_dd)
+
+  def in_eigenvectors(x_nd, inverse_l_dd):
+    del inverse_l_dd
+    _, v_dd = jnp.linalg.eigh(s_dd)
+    g_nd = x_nd @ v_dd
+    is_resolved_d = _is_resolved(jnp.sum(g_nd * g_nd, axis=0), r, max(x_nd.shape))
+    g_nd = jnp.where(is_resolved_d[None, :], g_nd, 0.0)
+    inverse_l_dd = _inverse_cholesky(_turned(g_nd) @ g_nd + r * jnp.eye(s_dd.shape[0]))
+    return g_nd, inverse_l_dd, inverse_l_dd @ jnp.where(is_resolved_d[:, None], v_dd.T, 0.0)
+
+  g_nd, inverse_l_dd, back_dd = lax.cond(
+      _is_well_conditioned(whole_dd, inverse_l_dd), lambda x_nd, inverse_l_dd: (x_nd, inverse_l_dd, inverse_l_dd), in_eigenvectors,
+      x_nd, inverse_l_dd)
+  return Factor((g_nd, inverse_l_dd.T), (back_dd,), None)
+
+
+def _is_well_conditioned(a_kk, inverse_l_kk):
+  """Whether Cholesky lost no more than a few bits: the condition number is at most the product of the largest row sums of A and its inverse."""
+  size, inverse_size = (jnp.max(jnp.sum(jnp.abs(m_kk), axis=1)) for m_kk in (a_kk, inverse_l_kk.T @ inverse_l_kk))
+  return size * inverse_size < _WELL_CONDITIONED  # Not so for NaN, of a Cholesky factor that is not there.
 
 
 def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):

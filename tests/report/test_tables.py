@@ -33,7 +33,7 @@ def get_config():
 def scripts():
   sys.path.insert(0, str(FOLDER))
   try:
-    found = {name: importlib.import_module(name) for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2')}
+    found = {name: importlib.import_module(name) for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2', 'absence')}
   finally:
     sys.path.remove(str(FOLDER))
   if not flags.FLAGS.is_parsed():
@@ -51,8 +51,8 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
   def train(config, folder):
     made.append(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    p = make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=14, classes=3)
-    p = dataclasses.replace(p, ids=list(datasets.load_dataset(config).splits['test'].ids))
+    ids = list(datasets.load_dataset(config).splits['test'].ids)
+    p = dataclasses.replace(make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=len(ids), classes=3), ids=ids)
     p.save(folder / records.PREDICTIONS)
     scores = {c: p.scores(c) for c in p.conditions}
     result = {'config_hash': config_lib.config_hash(config), 'test': scores, 'validation': {'score': 0.5}, 'seconds': 7.0}
@@ -95,6 +95,20 @@ def test_table1_has_every_method_and_reads_what_is_finished(study):
     assert printed in text
   assert {'command', 'versions', 'seeds', 'device', 'seconds_of_this_call'} <= set(content) and str(out.parent) not in text
   picture(out / 'table1.png')
+
+
+def test_absence_compares_one_model_with_specialists_and_says_what_is_missed(study, monkeypatch, scripts):
+  monkeypatch.setattr(scripts['absence'], 'head_milliseconds', lambda data, method: 1.25)
+  content, text, out, _ = study('absence')
+  ours, image, text_alone = (content['data']['one'][method] for method in ('MoLT, default', 'image specialist', 'text specialist'))
+  for label, condition, rival in (('text absent', 'text_absent', image), ('image absent', 'image_absent', text_alone)):
+    difference = np.mean([ours[seed]['test'][condition]['accuracy'] - rival[seed]['test'][condition]['accuracy'] for seed in ('0', '1')])
+    line = next(line for line in text.splitlines() if line.startswith(f'- {label}:'))
+    assert line.endswith('reached' if difference >= -0.005 else 'MISSED') and f'{100 * difference:+.1f}' in line
+  cells = next(line for line in text.splitlines() if line.startswith('| image specialist |')).split(' | ')
+  assert cells[3] == cells[4] == '-' and cells[1] != '-' != cells[2], 'a specialist has no second modality to lose'
+  assert content['methods']['image specialist']['dataset.modalities'] == 'image' and '1.2' in text
+  picture(out / 'absence_one.png')
 
 
 def test_table2_has_the_paper_s_five_rows_and_each_part_alone(study):
