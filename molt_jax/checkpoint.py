@@ -53,7 +53,7 @@ class Checkpoints:
     out = self._managers[LATEST].restore(self.latest_step(), args=ocp.args.Composite(
         model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), data=ocp.args.JsonRestore()))
     iterator.set_state(out['data'])
-    return TrainState(**out['model'], **out['optimizer'])
+    return TrainState(**out['model'], **out['optimizer'], seed=state.seed)
 
   def close(self) -> None:
     """Waits until everything is written."""

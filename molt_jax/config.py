@@ -71,7 +71,7 @@ FLAG = Rule('True or False', lambda v: True)
 AXIS = Rule('a positive number of devices, or -1 for all that remain', lambda v: v == -1 or v > 0)
 
 SCHEMA: dict[str, Any] = {
-    'seed': Field(0, at_least(0), 'Root of every random stream: parameters, data order, dropout, missing-modality draws.'),
+    'seed': Field(0, between(0, 2**32 - 1), 'Root of every random stream: parameters, data order, dropout, missing-modality draws.'),
     'platform': Field('auto', one_of('auto', 'cpu', 'gpu', 'tpu'), 'Where to compute; auto takes the best that JAX finds.'),
     'mesh': {
         'data': Field(-1, AXIS, 'Devices along the data axis (the batch is split over them).'),

@@ -39,6 +39,7 @@ ROBUST = {
     'optimizer.schedule': 'cosine',
     'optimizer.learning_rate': 1e-3,
     'train.batch_size': 64,
+    'eval.select': 'latest',
 }
 # A trial on a laptop: towers that pip installs, one epoch.
 SMALL = {

@@ -36,7 +36,7 @@ def pretrain_step(
     state: train_state.TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], *, model: dual.DualModel,
     tx: optax.GradientTransformation, config: ml_collections.ConfigDict) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """One update of all that is trained; `frozen` (towers by parameter name) is only read. Returns the new state and metrics (scalars)."""
-  key = train_state.stream(config.seed, 'objective', state.step)
+  key = train_state.stream(state.seed, 'objective', state.step)
 
   def loss_fn(params):
     variables = {'params': {**params, **frozen}, 'statistics': state.statistics}

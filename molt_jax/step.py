@@ -24,17 +24,17 @@ def train_step(
     model: model_lib.Model, tx: optax.GradientTransformation, estimator: CCAEstimator, config: ml_collections.ConfigDict
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """One update of the head; `frozen` is only read. Returns the new state and metrics (scalars; `cca_...` have one value a layer)."""
-  present_bm = drop_modality(train_state.stream(config.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
+  present_bm = drop_modality(train_state.stream(state.seed, 'modality_dropout', state.step), batch['present'], rate=config.missing.train_dropout)
   present_vbm = present_bm[None] & views(config)[:, None, :]
   gradients = _gradients if config.train.accumulate == 1 else _accumulated_gradients
   loss, parts, grads, statistics, cca = gradients(
-      state, frozen, batch, present_vbm, class_weight_k, train_state.stream(config.seed, 'dropout', state.step),
+      state, frozen, batch, present_vbm, class_weight_k, train_state.stream(state.seed, 'dropout', state.step),
       model=model, estimator=estimator, config=config)
   with jax.named_scope('optimizer'):  # The scopes are what a profile is split by.
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
   metrics = {'loss': loss, **parts, 'grad_norm': optax.tree.norm(grads)}
-  return train_state.TrainState(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state, cca=cca), metrics
+  return state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state, cca=cca), metrics
 
 
 def _gradients(state, frozen, batch, present_vbm, class_weight_k, key, *, model, estimator, config):

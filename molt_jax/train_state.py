@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from molt_jax import sharding
@@ -24,6 +25,7 @@ class TrainState:
     statistics: the head's streamed tap statistics (empty unless `molt.input_norm` is standardize).
     opt_state: the optimiser's moments.
     cca: what the CCA estimator remembers.
+    seed: uint32 scalar, root of the random streams; never changes. An array, so that runs that differ in nothing else share compiled programs.
   """
 
   step: jax.Array
@@ -31,6 +33,7 @@ class TrainState:
   statistics: Any
   opt_state: Any
   cca: Any
+  seed: jax.Array
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -60,7 +63,7 @@ def _is_kernel(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
-def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
+def stream(seed: int | jax.Array, name: str, step: jax.Array | int = 0) -> jax.Array:
   """Returns the key of the named random stream at a step; nothing random is ever stored."""
   key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
   return jax.random.fold_in(key, step)
@@ -78,13 +81,13 @@ def create(
     seed: root of the random streams; parameters use the stream 'init'.
     mesh: where the state lives.
   """
-  def build(key):
-    variables = init(key)
+  def build(seed, cca):
+    variables = init(stream(seed, 'init'))
     params = variables['params']
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=init_cca())
+    return nn.unbox(TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=cca, seed=seed))
 
-  return jax.jit(lambda: nn.unbox(build(stream(seed, 'init'))), out_shardings=sharding.replicated(mesh))()
+  return jax.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed), jax.tree.map(np.asarray, init_cca()))
 
 
 def count(tree: Any) -> int:

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 import molt_jax
-from molt_jax import cli, profiling, sharding
+from molt_jax import cli, presets, profiling, sharding
 from molt_jax.backbones.architectures import ARCHITECTURES
 from molt_jax.config import UserError, default_config, validate
 
@@ -53,9 +53,9 @@ FLAGS = (
     cli.Flag('rounds', 'timed steps of each contestant', '5'),
     cli.Flag('out', 'file to write the JSON to', ''),
 )
-PAPER = {
-    'molt.input_norm': 'none', 'fusion.residual': False, 'classifier.kind': 'linear', 'classifier.dropout': 0.0, 'missing.views': False,
-    'cca.estimator': 'batch', 'optimizer.schedule': 'constant'}
+PAPER = {name: presets.PAPER[name] for name in (
+    'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'classifier.per_pattern', 'missing.views', 'cca.estimator',
+    'optimizer.schedule')}
 PRESETS = {'paper': PAPER, 'robust': {}}
 
 
