@@ -20,14 +20,14 @@ def get_config():
   config.augment.image.min_area = 0.4
   config.augment.image.max_aspect = 1.4
   config.augment.image.across = True  # With drawings of other hands (tools/emoji_styles.py), one emoji has several pictures.
-  config.objective.contrastive_separation = 1.0  # Two pictures of one emoji, through a head of their own.
+  config.objective.v2v = 1.0
 
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 80
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = 1.0
   config.train.batch_size = 128
-  config.train.epochs = 26
+  config.train.epochs = 32
   config.train.eval_every = 200
   config.train.save_every = 100
   config.eval.select = 'latest'

@@ -27,6 +27,7 @@ DEFAULT = 'MoLT, default'
 CHANGES = {
   'one classifier for all': {'classifier.per_pattern': False},
   'modality dropout in place of views': DROPOUT,
+  'views of one modality x 2': {'missing.view_weight': 2.0},
   'taps as they are': {'molt.input_norm': 'none'},
   'fusion without residual': {'fusion.residual': False},
   'distillation': {'missing.distill_weight': 1.0},

@@ -85,7 +85,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathli
       'config': config.to_dict(), 'backbones': model_lib.identities(towers), 'class_names': list(data.class_names), 'score': None, 'step': 0}
   if saved:
     loop.check_same_run(saved, meta, towers)
-  plan = loop.Plan(config, _count(config, data, 'train'))
+  plan = loop.Plan(config, len(pairs.complete_rows(data.splits['train'])))
   tx = train_state.make_optimizer(config, plan.total)
   pooled = _pool_frozen_texts(config, model, towers, data, preprocess, mesh)
   frozen = {'image_tower': dual.load_weights(config, mesh, 'image', config.compute_dtype)} if 'image' in model.frozen else {}
@@ -145,14 +145,9 @@ class _Run(loop.Loop):
     return pair_metrics.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
 
 
-def _count(config: ml_collections.ConfigDict, data: Dataset, split: str) -> int:
-  """Returns how many pairs an epoch of the split has."""
-  return len(pairs.training_rows(data.splits[split], across=config.augment.image.across and split == 'train'))
-
-
 def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
   """Refuses splits without enough complete pairs."""
-  counts = {split: _count(config, data, split) for split in SPLITS}
+  counts = {split: len(pairs.complete_rows(data.splits[split])) for split in SPLITS}
   for split, count in counts.items():
     if count < 2:
       raise UserError(f'config.dataset: the {split} split has {count} example(s) with image and text, which leaves nothing to contrast; give more')
@@ -213,7 +208,7 @@ def _new_state(config, model, tx, statistics, mesh, *, resumed) -> train_state.T
 
 def _introduce(config, data, towers, model, state, plan) -> None:
   """Says in a few lines what is about to be trained."""
-  cli.say(f'data: {data.name}, ' + ', '.join(f'{_count(config, data, split)} pairs in {split}' for split in SPLITS))
+  cli.say(f'data: {data.name}, ' + ', '.join(f'{len(pairs.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS))
   for name, tower in towers.items():
     start = 'frozen' if name in model.frozen else 'trained on' if config.backbones[name].pretrained else 'trained from scratch'
     cli.say(f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width {tower.config.hidden_size}, {start}')

@@ -1,13 +1,13 @@
 """Batches of augmented pairs for pretraining, with Grain: shuffled, prefetched, exactly resumable.
 
 A batch is a dict of numpy arrays (B pairs, S image size, T = max_tokens):
-  image                 float32[B, S, S, 3]  a random view of a picture; zeros where it cannot be decoded
+  image                 float32[B, S, S, 3]  a random view of the picture; zeros where it cannot be decoded
   image_augmented       float32[B, S, S, 3]  another one, with two views of images: of the same picture, or of any with the same text
   tokens, token_mask    int32, bool[B, T]    of the text, varied at random
   tokens_augmented, token_mask_augmented     of another variation, with two views of texts
   text_pooled           float32[B, D]        in the place of all tokens, where the text tower is frozen
   weight                float32[B]           0 where the picture cannot be decoded, else 1
-  index                 int32[B]             position of the (first) picture in the source
+  index                 int32[B]             position in the source
 """
 
 import collections
@@ -34,7 +34,7 @@ class PairViews:
     image: how images are varied.
     text: how texts are varied.
     num_views: {'image': 1 or 2, 'text': 1 or 2}.
-    across: whether an epoch is of different texts, each with views of any pictures of it, instead of all pictures.
+    across: whether the second view of an image is of any picture with the same text (perhaps the same picture), not only of the same one.
     keep: whether decoded pictures stay in memory.
   """
 
@@ -90,26 +90,12 @@ def complete_rows(source: Source) -> np.ndarray:
   return np.flatnonzero(source.present.all(axis=1))
 
 
-def training_rows(source: Source, *, across: bool) -> dict[int, np.ndarray]:
-  """Returns what an epoch goes through: row -> the rows whose pictures its views are of.
-
-  That is each complete row with itself; `across` pictures, the first row of each different text with all rows of that text.
-  """
-  complete = complete_rows(source)
-  if not across:
-    return {row: np.array([row]) for row in complete.tolist()}
-  by_text = collections.defaultdict(list)
-  for row in complete.tolist():
-    by_text[source.read(row, image=False)['text']].append(row)
-  return {rows[0]: np.array(rows) for rows in by_text.values()}
-
-
 def train_iterator(
     source: Source, preprocess: pipeline.Preprocess, views: PairViews, *, batch_size: int, seed: int, text_pooled_nd: np.ndarray | None,
     num_threads: int, prefetch: int) -> grain.DatasetIterator:
   """Returns an endless iterator of batches of pairs; `get_state` and `set_state` resume exactly.
 
-  Epoch e is a permutation of `training_rows`, a function of (seed, e); a view is a function of (seed, e, id of the example).
+  Epoch e is a permutation of the complete rows, a function of (seed, e); a view is a function of (seed, e, id of the example).
 
   Args:
     source: the training split; rows that lack a modality are left out.
@@ -121,32 +107,39 @@ def train_iterator(
     num_threads: threads that make batches.
     prefetch: batches prepared ahead.
   """
-  pictures_of = training_rows(source, across=views.across)
+  rows = complete_rows(source)
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   make = functools.partial(
-      _pair, rows=list(pictures_of), pictures_of=pictures_of, source=source, pictures=_Pictures(source, preprocess, keep=views.keep),
-      preprocess=preprocess, views=views, seed=seed, text_pooled_nd=text_pooled_nd)
-  stream = grain.MapDataset.range(len(pictures_of)).shuffle(seed=shuffle_seed).repeat().map_with_index(make)
+      _pair, rows=rows, siblings=_siblings(source, rows) if views.across and views.num_views['image'] == 2 else None, source=source,
+      pictures=_Pictures(source, preprocess, keep=views.keep), preprocess=preprocess, views=views, seed=seed, text_pooled_nd=text_pooled_nd)
+  stream = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat().map_with_index(make)
   return iter(pipeline.local_batches(
       stream, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=0, process_count=1))
 
 
+def _siblings(source: Source, rows: np.ndarray) -> dict[int, np.ndarray]:
+  """Returns row -> the rows with the same text, itself among them."""
+  by_text = collections.defaultdict(list)
+  for row in rows.tolist():
+    by_text[source.read(row, image=False)['text']].append(row)
+  return {row: np.array(same) for same in by_text.values() for row in same}
+
+
 def _pair(
-    position: int, row: int, *, rows: Sequence[int], pictures_of: Mapping[int, np.ndarray], source: Source, pictures: _Pictures,
+    position: int, row: int, *, rows: np.ndarray, siblings: Mapping[int, np.ndarray] | None, source: Source, pictures: _Pictures,
     preprocess: pipeline.Preprocess, views: PairViews, seed: int, text_pooled_nd: np.ndarray | None) -> dict[str, np.ndarray]:
-  """Makes one row of a batch: `position` in the endless stream tells the epoch, `row` which of an epoch's rows."""
-  drawn, epoch = rows[row], position // len(rows)
-  draw = functools.partial(augment.generator, seed, epoch, source.ids[drawn])
-  pair, image = {}, None
+  """Makes one row of a batch: `position` in the endless stream tells the epoch, `row` which of the complete rows."""
+  index, epoch = int(rows[row]), position // len(rows)
+  draw = functools.partial(augment.generator, seed, epoch, source.ids[index])
+  image = pictures.get(index)
+  pair = {'weight': np.float32(image is not None), 'index': np.int32(index)}
   for view in VIEWS[:views.num_views['image']]:
     rng = draw('image' + view)
-    index = int(rng.choice(pictures_of[drawn]))
-    image = seen if (seen := pictures.get(index)) is not None else image  # A second picture that cannot be decoded: the first one again.
-    pair = {'weight': np.float32(image is not None), 'index': np.int32(index)} | pair
-    pair['image' + view] = _image(image, preprocess, views.image, rng)
+    seen = pictures.get(int(rng.choice(siblings[index]))) if view and siblings else image
+    pair['image' + view] = _image(image if seen is None else seen, preprocess, views.image, rng)
   if text_pooled_nd is not None:
-    return pair | {'text_pooled': text_pooled_nd[drawn]}
-  text = source.read(drawn, image=False)['text']
+    return pair | {'text_pooled': text_pooled_nd[index]}
+  text = source.read(index, image=False)['text']
   for view in VIEWS[:views.num_views['text']]:
     ids = preprocess.encode(augment.augment_text(text, views.text, draw('text' + view)), preprocess.max_tokens)
     tokens_t, mask_t = transforms.pad_tokens(ids, max_tokens=preprocess.max_tokens, pad_id=preprocess.pad_id)
