@@ -11,6 +11,7 @@ writes the same file. Files appear whole, by renaming; there is no other index. 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -221,7 +222,7 @@ class FeatureStore:
     return {key: _Entry(path, len(head) + e['data_offsets'][0], tuple(e['shape']), crc32[key]) for key, e in header.items()}
 
   def _length(self, entry: _Entry) -> int:
-    return int(np.prod(entry.shape)) * self.codec.stored.itemsize
+    return math.prod(entry.shape) * self.codec.stored.itemsize
 
 
 def _header_bytes(head: bytes) -> int:
