@@ -49,7 +49,8 @@ def lines(made):
   """Markdown: a table a data set and recipe."""
   yield '# Table 2: what each part of MoLT brings\n'
   yield ('C.A.: cross-attention (eq. 2). L_CCA: eq. 4. M: learned layer weights (eq. 5). Fusion: eq. 6 and 7; without it the classifier reads H_r '
-         'alone. Test score in percent, mean ± standard deviation over seeds; in brackets the difference from the full model, paired by seed.\n')
+         'alone. Test score in percent, mean ± standard deviation over seeds (without ±: one seed); in brackets the difference from the full '
+         'model, paired by seed.\n')
   for data, table in made.items():
     for recipe in RECIPES.value:
       if any(method.startswith(f'{recipe}:') for method in table):
