@@ -3,7 +3,7 @@
   python experiments/table1.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2] [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
 
 Rows: every registered method without MoLT, trained on complete examples alone (`late_fusion` is the paper's baseline) and in our default way; MoLT as
-printed; MoLT in our default way. Test split, the checkpoint that the preset selects, mean and sample standard deviation over seeds. Absent is never fed.
+printed; MoLT in our default way. Test split, the checkpoint that `eval.select` names, mean and standard deviation over seeds. Absent is never fed.
 """
 
 import time
