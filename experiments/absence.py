@@ -159,7 +159,7 @@ def figure(data, table, path):
       bars.axvline(100 * np.mean(values(table, SPECIALISTS[column], column)), color=f'C{offset}', linestyle=':')
   bars.set(yticks=range(len(table)), yticklabels=list(table), xlabel='test accuracy, %', title=f'{data} (dotted: specialists)')
   bars.invert_yaxis()
-  bars.legend()
+  fig.legend(*bars.get_legend_handles_labels(), loc='outside lower left', ncols=3, frameon=False)
   for method in (m for m in CURVES if m in table):
     curve_sr = [[made.predictions.missing_rate(rate, 'both')['accuracy'] for rate in RATES] for made in table[method].values()]
     curves.plot(RATES, 100 * np.mean(curve_sr, axis=0), marker='o', label=method)
