@@ -81,13 +81,14 @@ def create(
     seed: root of the random streams; parameters use the stream 'init'.
     mesh: where the state lives.
   """
-  def build(seed, cca):
+  def build(seed):
     variables = init(stream(seed, 'init'))
     params = variables['params']
     return nn.unbox(TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=cca, seed=seed))
+        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=init_cca(),
+        seed=seed))
 
-  return jax.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed), jax.tree.map(np.asarray, init_cca()))
+  return jax.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
 
 
 def count(tree: Any) -> int:
