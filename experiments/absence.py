@@ -3,7 +3,8 @@
   python experiments/absence.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2] [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
 
 Specialists of each modality (the same head, trained on that modality alone), late fusion trained in three ways, MoLT as printed, our default, and the
-default with one thing changed at a time. Accuracy on the test split, mean and sample standard deviation over seeds; differences are paired by seed.
+default with one thing changed at a time. Accuracy (with several labels F1 micro) on the test split, mean and sample standard deviation over seeds;
+differences are paired by seed.
 """
 
 import time
@@ -48,9 +49,7 @@ METHODS = {
   **{f'{DEFAULT}, {name}': grid.DEFAULT | change for name, change in CHANGES.items()},
 }
 
-HALF_AND_HALF = '70 % both'
-COLUMNS = (*grid.CONDITIONS, HALF_AND_HALF)
-LABELS = grid.CONDITIONS | {HALF_AND_HALF: HALF_AND_HALF}
+COLUMNS = grid.CONDITIONS | {name: name for name in grid.MISSING}
 RATES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 CURVES = ('late fusion', 'late fusion + views', 'MoLT, as printed', DEFAULT)
 MARGIN = 0.005  # What one model may lose against a specialist.
@@ -61,18 +60,12 @@ def has(method, column):
   return method not in SPECIALISTS.values() or column in ('none_absent', *(c for c, name in SPECIALISTS.items() if name == method))
 
 
-def score(made, column):
-  return made.predictions.missing_rate(0.7, 'both')['accuracy'] if column == HALF_AND_HALF else made.score(column, 'accuracy')
-
-
 def values(table, method, column):
-  """One score a seed."""
-  return [score(made, column) for made in table[method].values()]
+  return grid.values(table, method, column, grid.metric_of(table))
 
 
 def paired(table, method, reference, column):
-  """Score of `method` minus that of `reference`, seed by seed."""
-  return [score(made, column) - score(table[reference][seed], column) for seed, made in table[method].items() if seed in table[reference]]
+  return grid.paired(table, method, reference, column, grid.metric_of(table))
 
 
 def validation(table, method):
@@ -110,13 +103,13 @@ def target(table, method):
   goals = [(column, name, -MARGIN) for column, name in SPECIALISTS.items() if name in table] + ([('none_absent', best, 0.0)] if best else [])
   for column, rival, least in goals:
     differences = paired(table, method, rival, column)
-    yield (f'{LABELS[column]}: {runs.spread(values(table, method, column))} against {runs.spread(values(table, rival, column))} ({rival}), '
+    yield (f'{COLUMNS[column]}: {runs.spread(values(table, method, column))} against {runs.spread(values(table, rival, column))} ({rival}), '
            f'paired difference {grid.signed(differences)}, allowed {100 * least:.1f}: {"reached" if np.mean(differences) >= least else "MISSED"}')
 
 
 def scores(table, costs):
   """Markdown: a row a method."""
-  yield '| method | ' + ' | '.join(LABELS[c] for c in COLUMNS) + ' | validation | seeds | train, s | train, examples/s | head, ms |'
+  yield '| method | ' + ' | '.join(COLUMNS.values()) + ' | validation | seeds | train, s | train, examples/s | head, ms |'
   yield '|---|' + '--:|' * (len(COLUMNS) + 5)
   for method, by_seed in table.items():
     cells = [runs.spread(values(table, method, c)) if has(method, c) else '-' for c in COLUMNS]
@@ -128,7 +121,7 @@ def scores(table, costs):
 
 def differences(table):
   """Markdown: each method minus the default, in points, seed by seed."""
-  yield f'| minus {DEFAULT} | ' + ' | '.join(LABELS[c] for c in COLUMNS) + ' |'
+  yield f'| minus {DEFAULT} | ' + ' | '.join(COLUMNS.values()) + ' |'
   yield '|---|' + '--:|' * len(COLUMNS)
   for method in table:
     if method != DEFAULT:
@@ -138,14 +131,14 @@ def differences(table):
 
 def report(data, table, costs):
   """Markdown of one data set."""
-  yield f'## {data}: test accuracy in percent\n'
+  yield f'## {data}: test score in percent\n'
   yield from scores(table, costs)
   if DEFAULT in table:
     yield '\nOne model instead of three?\n'
     yield from (f'- {line}' for line in target(table, DEFAULT))
     yield '\nPaired differences in points, mean ± standard deviation over seeds:\n'
     yield from differences(table)
-  yield f'\n![accuracy by condition and by missing rate](absence_{data}.png)\n'
+  yield f'\n![score by condition and by missing rate](absence_{data}.png)\n'
 
 
 def figure(data, table, path):
@@ -157,13 +150,13 @@ def figure(data, table, path):
               xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in rows])
     if SPECIALISTS.get(column) in table:
       bars.axvline(100 * np.mean(values(table, SPECIALISTS[column], column)), color=f'C{offset}', linestyle=':')
-  bars.set(yticks=range(len(table)), yticklabels=list(table), xlabel='test accuracy, %', title=f'{data} (dotted: specialists)')
+  bars.set(yticks=range(len(table)), yticklabels=list(table), xlabel='test score, %', title=f'{data} (dotted: specialists)')
   bars.invert_yaxis()
   fig.legend(*bars.get_legend_handles_labels(), loc='outside lower left', ncols=3, frameon=False)
   for method in (m for m in CURVES if m in table):
-    curve_sr = [[made.predictions.missing_rate(rate, 'both')['accuracy'] for rate in RATES] for made in table[method].values()]
+    curve_sr = [[made.predictions.missing_rate(rate, 'both')[grid.metric_of(table)] for rate in RATES] for made in table[method].values()]
     curves.plot(RATES, 100 * np.mean(curve_sr, axis=0), marker='o', label=method)
-  curves.set(xlabel='missing rate (half text, half image)', ylabel='test accuracy, %')
+  curves.set(xlabel='missing rate (half text, half image)', ylabel='test score, %')
   curves.legend()
   fig.savefig(path, dpi=120)
   plt.close(fig)

@@ -33,6 +33,7 @@ RUNS = flags.DEFINE_string('runs', 'runs/experiments', 'Folder of the runs.')
 OUT = flags.DEFINE_string('out', None, 'Folder of the results; default: experiments/results/ and the name of the script.')
 
 CONDITIONS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
+MISSING = {'70 % both': (0.7, 'both')}  # Further conditions, of the missing-rate protocol: rate and kind.
 
 # What a method changes in a preset, whatever the preset has: the equations and the training as printed or our defaults, at its width, schedule
 # and batch size; the baseline without MoLT has the inputs and the classifier of our defaults.
@@ -55,7 +56,8 @@ class Made:
     return records.Predictions.load(self.folder / records.PREDICTIONS)
 
   def score(self, condition: str, metric: str) -> float:
-    return self.result['test'][condition][metric]
+    scores = self.predictions.missing_rate(*MISSING[condition]) if condition in MISSING else self.result['test'][condition]
+    return scores[metric]
 
 
 Table = Mapping[str, Mapping[int, Made]]  # Method -> seed -> run.
