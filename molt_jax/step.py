@@ -141,7 +141,7 @@ def total_loss(
 
   Args:
     out_v: the head's output, stacked over views; the first view is the complete one, and L_CCA is its.
-    batch: reads label and weight.
+    batch: reads label (negative: not known, the row takes part in L_CCA alone) and weight.
     present_vbm: bool[V, B, 2], the modalities of each row in each view; a row that a view leaves with nothing does not count there.
     class_weight_k: weights of classes (multi-label: of positives), or None.
     cca_state: what the estimator remembers.
@@ -169,7 +169,8 @@ def row_weights(batch, present_vbm, class_weight_k, *, config) -> tuple[jax.Arra
 
 
 def _row_weight(batch, present_vbm):
-  return batch['weight'][None] * jnp.any(present_vbm, axis=-1)
+  labelled_b = jnp.all(batch['label'].reshape(len(batch['weight']), -1) >= 0, axis=-1)
+  return (batch['weight'] * labelled_b)[None] * jnp.any(present_vbm, axis=-1)
 
 
 def row_loss(out_v, batch, present_vbm, class_weight_k, totals, *, config) -> tuple[jax.Array, dict[str, jax.Array]]:

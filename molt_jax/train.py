@@ -19,7 +19,7 @@ from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
 from molt_jax.data import datasets, missing, pipeline
-from molt_jax.data.sources import Dataset, Source
+from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
 from molt_jax.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
 from molt_jax.modules.inputs import STRATEGIES
 from molt_jax.objectives import classification
@@ -173,7 +173,7 @@ def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarra
   if config.loss.class_weights == 'none':
     return None
   labels = data.splits['train'].labels
-  count_k = np.bincount(np.concatenate([np.atleast_1d(label) for label in labels]).astype(int), minlength=len(data.class_names))
+  count_k = np.bincount([k for label in labels for k in classes_of(label)], minlength=len(data.class_names))
   if config.dataset.multi_label:
     return classification.balanced_positive_weights(count_k, num_examples=len(labels))
   return classification.balanced_class_weights(count_k)
@@ -190,10 +190,13 @@ def introduce(config, data, towers, state, plan) -> None:
 
 
 def _gaps(source: Source) -> str:
-  """Says how many rows lack a modality by nature; nothing where none does."""
+  """Says how many rows lack a modality or their label by nature; nothing where none does."""
   image_n, text_n = source.present.T
   counts = {'both': image_n & text_n, 'image only': image_n & ~text_n, 'text only': text_n & ~image_n}
-  return '' if counts['both'].all() else f' ({", ".join(f"{np.sum(has_n)} {name}" for name, has_n in counts.items())})'
+  said = [] if counts['both'].all() else [f'{np.sum(has_n)} {name}' for name, has_n in counts.items()]
+  unlabelled = sum(isinstance(label, int) and label == UNLABELLED for label in source.labels)
+  said += [f'{unlabelled} without a label'] if unlabelled else []
+  return f' ({", ".join(said)})' if said else ''
 
 
 FLAGS = (

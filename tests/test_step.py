@@ -14,6 +14,7 @@ from molt_jax import model as model_lib
 from molt_jax import step as step_lib
 from molt_jax.backbones import architectures
 from molt_jax.data import packing
+from molt_jax.data.sources import UNLABELLED
 
 
 def _batch(rows, *, size, tokens, seed=0):
@@ -86,6 +87,20 @@ def test_accumulation_is_the_whole_batch(tiny_config, fields):
     # Directions fitted on a few past pairs amplify rounding; that number is only logged.
     tolerance = 1e-3 if 'held_out' in path else 2e-6
     np.testing.assert_allclose(four, one, rtol=2e-5, atol=tolerance * max(1.0, float(np.max(np.abs(one), initial=0))), err_msg=path)
+
+
+def test_a_row_without_a_label_takes_part_in_cca_alone(tiny_config):
+  tiny_config.molt.input_norm, tiny_config.classifier.dropout = 'none', 0.0  # So that the cross-entropy knows the other rows by nothing else.
+  setup = Setup(tiny_config)
+  frozen, step = model_lib.load_frozen(tiny_config, setup.mesh), setup.step()
+  labelled = _batch(16, size=16, tokens=12)
+  some = np.arange(16) % 3 == 0
+  blank = labelled | {'label': np.where(some, labelled['label'], UNLABELLED).astype(np.int32)}
+  fewer = labelled | {'weight': labelled['weight'] * some}
+  seen = {name: step(setup.state(), frozen, batch, None)[1] for name, batch in (('all', labelled), ('blank', blank), ('fewer', fewer))}
+  np.testing.assert_allclose(seen['blank']['loss_ce'], seen['fewer']['loss_ce'], rtol=1e-6)
+  np.testing.assert_allclose(seen['blank']['loss_cca'], seen['all']['loss_cca'], rtol=1e-6)
+  assert abs(seen['all']['loss_ce'] - seen['fewer']['loss_ce']) > 1e-4 and abs(seen['all']['loss_cca'] - seen['fewer']['loss_cca']) > 1e-4
 
 
 def test_the_parts_of_a_batch_are_strided_and_join_again():

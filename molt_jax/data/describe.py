@@ -28,7 +28,7 @@ from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, pipeline, transforms
-from molt_jax.data.sources import Dataset, Source
+from molt_jax.data.sources import Dataset, Source, classes_of
 
 FLAGS = (
     cli.Flag('config', 'preset, e.g. configs/mm_imdb.py:small', required=True),
@@ -66,12 +66,12 @@ def describe(dataset: Dataset, *, encode: Callable[[str, int], Sequence[int]] | 
 def _presence(source: Source) -> dict[str, int]:
   image_n, text_n = source.present.T
   values = {'examples': len(source), 'both': image_n & text_n, 'image_only': image_n & ~text_n, 'text_only': ~image_n & text_n}
-  unlabelled = sum(isinstance(label, tuple) and not label for label in source.labels)
+  unlabelled = sum(not classes_of(label) for label in source.labels)
   return {name: int(np.sum(value)) for name, value in values.items()} | {'without_label': unlabelled}
 
 
 def _class_counts(dataset: Dataset, source: Source) -> np.ndarray:
-  labels = [k for label in source.labels for k in (label if isinstance(label, tuple) else (label,))]
+  labels = [k for label in source.labels for k in classes_of(label)]
   return np.bincount(np.array(labels, int), minlength=len(dataset.class_names))
 
 
@@ -89,7 +89,7 @@ def _sampled(dataset, source, encode, max_tokens, sample, bar) -> dict[str, Any]
     if example['text'] is not None:
       words.append(len(example['text'].split()))
       tokens += [len(encode(example['text'], MANY))] if encode else []
-      named.append(names_a_class(example['text'], [dataset.class_names[k] for k in np.atleast_1d(example['label']).astype(int)]))
+      named.append(names_a_class(example['text'], [dataset.class_names[k] for k in classes_of(example['label'])]))
     if example['image'] is not None:
       formats[_look(example, report, sizes)] += 1
   return {
@@ -144,7 +144,7 @@ def contact_sheet(dataset: Dataset, split: str, count: int) -> Image.Image:
   for cell, n in enumerate(rows):
     corner = _MARGIN + cell % columns * (_CELL + _MARGIN), _MARGIN + cell // columns * height
     example = pipeline.read_example(source, n, image=True, report=pipeline.DecodeReport())
-    names = ', '.join(dataset.class_names[k] for k in np.atleast_1d(example['label']).astype(int)) or '(no label)'
+    names = ', '.join(dataset.class_names[k] for k in classes_of(example['label'])) or '(no label)'
     _draw(sheet, corner, example, names)
   return sheet
 

@@ -7,13 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+UNLABELLED = -1  # In place of a class index: the example's label is not known.
+
 
 class Source(Protocol):
   """One split. Random access, thread-safe, picklable; nothing is decoded and no image file is read before it is asked for.
 
   Attributes:
     ids: names of the N examples, unique within the data set.
-    labels: class indices, an int an example, or a sorted tuple of ints where the data set is multi-label.
+    labels: class indices, an int an example (`UNLABELLED` where there is none), or a sorted tuple of ints where the data set is multi-label.
     present: bool[N, 2], what the example naturally has; column 0 = image, column 1 = text. Never False in both.
   """
 
@@ -29,6 +31,13 @@ class Source(Protocol):
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     """Returns the same as `self[index]`; with `image=False` its image is None and is not read."""
+
+
+def classes_of(label: int | tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the class indices in a label of either kind; none where it is unlabelled."""
+  if isinstance(label, tuple):
+    return label
+  return () if label == UNLABELLED else (label,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Your own data: a folder with train.csv, validation.csv (optional), test.csv, or .jsonl, and image files.
 
 Columns: `image` (path relative to the file, may be empty), `text` (may be empty), `label` (several joined by `|` when `dataset.multi_label`; a
-list in .jsonl works too). An empty cell is an absent modality. Other columns are ignored. CSV as in RFC 4180, with a header line, in UTF-8.
+list in .jsonl works too). An empty cell is an absent modality, and in train.csv, unless `dataset.multi_label`, an unknown label: such a row takes
+part in L_CCA and in the statistics of the taps alone. Other columns are ignored. CSV as in RFC 4180, with a header line, in UTF-8.
 
 Rows are numbered as a spreadsheet numbers them: the header of a CSV file is row 1; in a .jsonl file the first line is row 1. The id of an
 example is `FILE:ROW`. Classes are ordered by name.
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from molt_jax.config import UserError
-from molt_jax.data.sources import Dataset
+from molt_jax.data.sources import UNLABELLED, Dataset
 from molt_jax.data.splits import set_aside
 
 COLUMNS = ('image', 'text', 'label')
@@ -75,7 +76,7 @@ def load(config: Any) -> Dataset:
   if not config.dataset.path or not folder.is_dir():
     raise UserError(f'dataset.path {config.dataset.path!r} is not a folder: give the folder that holds train.csv and test.csv')
   files = {split: _find(folder, split, required=split != 'validation') for split in ('train', 'validation', 'test')}
-  tables = {split: _read_table(file, multi_label) for split, file in files.items() if file}
+  tables = {split: _read_table(file, multi_label, unlabelled=split == 'train') for split, file in files.items() if file}
   class_names = _class_names(files['train'], tables['train'])
   for split in ('validation', 'test'):
     if split in tables:
@@ -89,15 +90,16 @@ def load(config: Any) -> Dataset:
 
 
 def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-  """Sets a share of the rows aside, stratified (`splits.set_aside`); returns (rest, aside), in their order."""
-  aside = set_aside([row.id for row in rows], [row.labels for row in rows], fraction=fraction, seed=seed)
-  return [row for n, row in enumerate(rows) if n not in aside], [row for n, row in enumerate(rows) if n in aside]
+  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`); returns (rest, aside), in their order."""
+  labelled = [row for row in rows if row.labels]
+  aside = {labelled[n].id for n in set_aside([row.id for row in labelled], [row.labels for row in labelled], fraction=fraction, seed=seed)}
+  return [row for row in rows if row.id not in aside], [row for row in rows if row.id in aside]
 
 
 def _source(rows: Sequence[Row], class_names: Sequence[str], multi_label: bool) -> TableSource:
   index = {name: k for k, name in enumerate(class_names)}
   labels = [tuple(index[name] for name in row.labels) for row in rows]
-  return TableSource(tuple(rows), tuple(labels if multi_label else (label[0] for label in labels)))
+  return TableSource(tuple(rows), tuple(labels if multi_label else (label[0] if label else UNLABELLED for label in labels)))
 
 
 def _find(folder: pathlib.Path, split: str, *, required: bool) -> pathlib.Path | None:
@@ -109,8 +111,8 @@ def _find(folder: pathlib.Path, split: str, *, required: bool) -> pathlib.Path |
   return found[0] if found else None
 
 
-def _read_table(file: pathlib.Path, multi_label: bool) -> list[Row]:
-  """Reads and checks one file; every kind of mistake is reported with the first rows that have it."""
+def _read_table(file: pathlib.Path, multi_label: bool, *, unlabelled: bool) -> list[Row]:
+  """Reads and checks one file; every kind of mistake is reported with the first rows that have it. `unlabelled`: rows may have no label."""
   records = list(_READERS[file.suffix](file))
   if not records:
     raise UserError(f'{file.name} has no rows: it needs the columns {", ".join(COLUMNS)} and at least one row')
@@ -123,9 +125,9 @@ def _read_table(file: pathlib.Path, multi_label: bool) -> list[Row]:
   empty = [number for number, row in zip(numbers, rows, strict=True) if row.image is None and row.text is None]
   if empty:
     raise UserError(f'{file.name} {_rows(empty)}: both image and text are empty; fill one in or remove the row')
-  unlabelled = [number for number, row in zip(numbers, rows, strict=True) if not row.labels]
-  if unlabelled:
-    raise UserError(f'{file.name} {_rows(unlabelled)}: label is empty; fill it in or remove the row')
+  blank = [number for number, row in zip(numbers, rows, strict=True) if not row.labels]
+  if blank and (multi_label or not unlabelled or len(blank) == len(rows)):
+    raise UserError(f'{file.name} {_rows(blank)}: label is empty; fill it in or remove the row')
   _check_images(file, numbers, rows)
   return rows
 

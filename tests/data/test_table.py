@@ -11,6 +11,7 @@ from PIL import Image
 
 from molt_jax import config as config_lib
 from molt_jax.data import datasets, table
+from molt_jax.data.sources import UNLABELLED
 
 HEADER = 'image,text,label\n'
 GOOD = HEADER + 'a.png,first,cat\nb.png,,dog\n,third,cat\n'
@@ -70,6 +71,19 @@ def test_multi_label(folder):
   dataset = load(folder, multi_label=True)
   assert dataset.multi_label and dataset.class_names == ('a', 'b', 'c') and list(dataset.splits['train'].labels) == [(0, 1), (2,)]
   assert load(folder).class_names == ('b | a |b', 'c')
+
+
+def test_rows_of_train_may_lack_a_label(folder):
+  blank = ',unknown,\n' * 30
+  (folder / 'train.csv').write_text(HEADER + ',x,cat\n,y,dog\n' * 10 + blank)
+  (folder / 'validation.csv').unlink()
+  splits = load(folder).splits
+  assert sorted(splits['train'].labels).count(UNLABELLED) == 30 and len(splits['train']) + len(splits['validation']) == 50
+  assert set(splits['validation'].labels) == {0, 1}  # Nothing is scored on what nobody knows.
+  (folder / 'train.csv').write_text(HEADER + blank)
+  check_one_line(folder, 'train.csv rows 2, 3, 4, 5, 6 and 25 more: label is empty')
+  (folder / 'train.csv').write_text(HEADER + ',x,cat\n,y,dog\n' + blank)
+  check_one_line(folder, 'label is empty', multi_label=True)
 
 
 MISTAKES = {
@@ -133,9 +147,9 @@ def test_no_folder(tmp_path):
   check_one_line(tmp_path / 'nowhere', 'is not a folder')
 
 
-def check_one_line(folder, message):
+def check_one_line(folder, message, **fields):
   with pytest.raises(config_lib.UserError) as error:
-    load(folder)
+    load(folder, **fields)
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
