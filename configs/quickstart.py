@@ -19,6 +19,7 @@ def get_config():
   config.classifier.hidden = 256
 
   config.optimizer.learning_rate = 1e-3
+  config.optimizer.weight_decay = 3.0  # Of a few thousand examples the head learns too much by heart without.
   config.train.batch_size = 64
   config.train.epochs = 10
   config.eval.select = 'latest'  # The rate ends at zero; the best of ten on a few hundred rows is chosen by luck.

@@ -22,7 +22,7 @@ from molt_jax.config import UserError
 from molt_jax.data import datasets, missing
 from molt_jax.data.sources import UNLABELLED
 
-TO = flags.DEFINE_string('to', None, 'Folder of the new table; must not exist.', required=True)
+TO = flags.DEFINE_string('to', '', 'Folder of the new table; must not be there yet.')
 LABELLED = flags.DEFINE_float('labelled', 1.0, 'Share of the training rows that keep their label.', lower_bound=0, upper_bound=1)
 PIXEL_NOISE = flags.DEFINE_float('pixel_noise', 0.0, 'Standard deviation, of colours from 0 to 1.', lower_bound=0)
 LETTER_NOISE = flags.DEFINE_float('letter_noise', 0.0, 'Share of characters replaced.', lower_bound=0, upper_bound=1)
@@ -72,8 +72,10 @@ def write(source, split, class_names, folder, bar):
 
 def main():
   folder = pathlib.Path(TO.value)
-  if len(grid.DATA.value) > 1 or folder.exists():
-    raise UserError(f'--data must be one data set, and --to={TO.value} a folder that is not there yet')
+  if not TO.value or folder.exists():
+    raise UserError(f'--to: {TO.value!r} is not legal; give a folder that is not there yet')
+  if len(grid.DATA.value) > 1:
+    raise UserError('--data: give one data set')
   data = datasets.load_dataset(grid.make_config(grid.DATA.value[0], {}, SEED.value))
   if data.multi_label:
     raise UserError(f'--data: {data.name} has several labels a row, which this does not know')

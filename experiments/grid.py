@@ -39,8 +39,9 @@ MISSING = {'70 % both': (0.7, 'both')}  # Further conditions, of the missing-rat
 # and batch size; the baseline without MoLT has the inputs and the classifier of our defaults.
 COMPLETE_ONLY = {'missing.views': False}
 PRINTED = {name: presets.PAPER[name] for name in (
-  'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'classifier.per_pattern', 'missing.views', 'cca.estimator')}
-DEFAULT = {name: config_lib.get(config_lib.default_config(), name) for name in PRINTED}
+  'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'classifier.per_pattern', 'missing.views', 'cca.estimator',
+  'optimizer.weight_decay')}
+DEFAULT = {name: presets.ROBUST[name] for name in PRINTED}
 BASELINE = DEFAULT | {'method': 'late_fusion'} | COMPLETE_ONLY
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from molt_jax import config as config_lib
 from molt_jax import records
 from molt_jax.config import UserError
 from molt_jax.data import datasets
+from molt_jax.data.sources import UNLABELLED
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'experiments'
 PRESET = """from molt_jax.config import default_config
@@ -33,7 +35,7 @@ def get_config():
 def scripts():
   sys.path.insert(0, str(FOLDER))
   try:
-    found = {name: importlib.import_module(name) for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2', 'absence')}
+    found = {name: importlib.import_module(name) for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2', 'absence', 'derive')}
   finally:
     sys.path.remove(str(FOLDER))
   if not flags.FLAGS.is_parsed():
@@ -179,3 +181,32 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
   command = [sys.executable, str(FOLDER / 'table1.py'), '--sedes=1']
   done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {'PYTHONPATH': str(FOLDER.parent)})
   assert (done.returncode, done.stdout) == (2, '') and done.stderr.count('\n') == 1 and 'sedes' in done.stderr
+
+
+# ---- derive --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_with_few_labels_and_noise(scripts, tmp_path, tiny_table):
+  def derive(name, **changes):
+    with flagsaver.flagsaver(data=[f'tiny={tiny_table}'], to=str(tmp_path / name), **changes):
+      scripts['derive'].main()
+    config = config_lib.default_config()
+    with config.unlocked():
+      config.dataset.update(name='table', path=str(tmp_path / name))
+    return datasets.load_dataset(config)
+
+  same, few, noisy = derive('same'), derive('few', labelled=0.0), derive('noisy', pixel_noise=0.1, letter_noise=0.5)
+  train, blank = same.splits['train'], few.splits['train']
+  kept = [label for label in blank.labels if label != UNLABELLED]
+  assert sorted(kept) == sorted(set(train.labels)) and len(blank) == len(train)  # One of each class is left.
+  assert [x if x == UNLABELLED else y for x, y in zip(blank.labels, train.labels, strict=True)] == list(blank.labels)
+  assert list(few.splits['test'].labels) == list(same.splits['test'].labels) == list(noisy.splits['test'].labels)
+  n = next(n for n in range(len(train)) if train.present[n].all())
+  before, after = (np.asarray(Image.open(io.BytesIO(d.splits['train'][n]['image'])).convert('RGB'), float) for d in (same, noisy))
+  inside = (before > 64) & (before < 192)  # Nothing is clipped there.
+  assert before.shape == after.shape and inside.sum() > 50 and 0.08 < (after - before)[inside].std() / 255 < 0.12
+  texts = [[d.splits['train'][m]['text'] or '' for m in range(len(train))] for d in (same, noisy)]
+  pairs = [(a, b) for one, two in zip(*texts, strict=True) for a, b in zip(one, two, strict=True)]
+  assert 0.3 < np.mean([a != b for a, b in pairs]) < 0.6
+  with pytest.raises(UserError, match='not there yet'):
+    derive('same')
