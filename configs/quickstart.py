@@ -16,7 +16,6 @@ def get_config():
 
   config.compute_dtype = 'float32'
   config.molt.width = 128
-  config.classifier.hidden = 256
 
   config.optimizer.learning_rate = 1e-3
   config.optimizer.weight_decay = 3.0  # Of a few thousand examples the head learns too much by heart without.

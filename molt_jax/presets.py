@@ -32,7 +32,7 @@ ROBUST = {
     'molt.input_norm': 'standardize',
     'fusion.residual': True,
     'classifier.kind': 'mlp',
-    'classifier.hidden': 256,
+    'classifier.hidden': 512,
     'classifier.dropout': 0.3,
     'classifier.per_pattern': True,
     'missing.views': True,
