@@ -1,7 +1,8 @@
 """Weak scaling on paper: FLOPs and collectives of a training step on 1 ... 64 devices, `python tools/weak_scaling.py [--check=8]`.
 
-Prints a Markdown table. Nothing is allocated or run: FLOPs are those of the traced step's matrix products, bytes those of `sharding.collectives`.
-With --check the step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are printed beside these.
+Prints a Markdown table, and what L_CCA takes of the FLOPs. Nothing is allocated or run: FLOPs are those of the traced step's matrix products, bytes
+those of `sharding.collectives`. With --check the step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are
+printed beside these.
 """
 
 import sys
@@ -27,12 +28,13 @@ FLAGS = (
 )
 
 
-def open_work(flags, devices: int, model: int, dtype: str = 'bfloat16') -> profiling.Workload:
-  """The step on that many devices, every one with its share of rows."""
+def open_work(flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True) -> profiling.Workload:
+  """The step on that many devices, every one with its share of rows; without `cca` it has no L_CCA."""
   config = config_lib.default_config()
   config.platform, config.mesh.data, config.mesh.model = 'cpu', devices // model, model
   config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = flags.text, flags.image, dtype
   config.text.max_tokens, config.train.batch_size = int(flags.tokens), int(flags.rows) * devices
+  config.cca.weight *= cca
   return profiling.Workload.open(config, num_classes=101)
 
 
@@ -41,12 +43,13 @@ def listed(work: profiling.Workload) -> list[sharding.Collective]:
   return sharding.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
 
 
-def flops_of(flags) -> tuple[float, float]:
-  """FLOPs of one device's rows: (both towers, head)."""
-  work = open_work(flags, 1, 1)
-  rows = int(flags.rows)
-  towers = profiling.llama_flops(work.model.text_tower.config, rows, int(flags.tokens)) + profiling.clip_flops(work.model.image_tower.config, rows)
-  return towers, profiling.matmul_flops(work.step(), *work.shapes(), None) - towers
+def flops_of(flags) -> tuple[float, float, float]:
+  """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
+  whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
+  rows, model = int(flags.rows), whole.model
+  towers = profiling.llama_flops(model.text_tower.config, rows, int(flags.tokens)) + profiling.clip_flops(model.image_tower.config, rows)
+  step, rest = (profiling.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
+  return towers, step - towers, step - rest
 
 
 def seconds_of(collective: sharding.Collective, work: profiling.Workload, flags) -> float:
@@ -77,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
   flags, _ = cli.parse('tools.weak_scaling', 'Weak scaling of a training step on paper.', FLAGS, argv)
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', max(DEVICES))
-  towers, head = flops_of(flags)
+  towers, head, cca = flops_of(flags)
   alone = (towers + head) / (float(flags.flops) * float(flags.mfu))
   print('| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | collectives ms | efficiency |')
   print('|--:|:-:|--:|--:|--:|--:|--:|--:|')
@@ -91,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
       megabytes = [sum(x.times * x.bytes for x in listed(work) if x.axis == axis) / 1e6 for axis in ('model', 'data')]
       print(f'| {devices} | {devices // model} x {model} | {(towers + head * model) / 1e12:.1f} | {megabytes[0]:,.0f} | {megabytes[1]:,.0f} '
             f'| {1e3 * compute:.1f} | {1e3 * sent:.1f} | {100 * alone / (compute + sent):.0f} % |')
+  print(f'L_CCA takes {cca / 1e6:.1f} MFLOP of a step, {cca / (towers + head):.1e} of it.')
   if int(flags.check):
     for model in (1, 2):
       check(flags, int(flags.check), model)
