@@ -136,8 +136,8 @@ def report(data, table, costs):
   yield f'## {data}: test score in percent\n'
   yield from scores(table, costs)
   if DEFAULT in table:
-    yield '\nOne model instead of three?\n'
-    yield from (f'- {line}' for line in target(table, DEFAULT))
+    goals = [f'- {line}' for line in target(table, DEFAULT)]
+    yield from ['\nOne model instead of three?\n', *goals] if goals else []
     yield '\nPaired differences in points, mean ± standard deviation over seeds:\n'
     yield from differences(table)
   yield f'\n![score by condition and by missing rate](absence_{data}.png)\n'
