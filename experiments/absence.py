@@ -33,7 +33,6 @@ CHANGES = {
   'fusion without residual': {'fusion.residual': False},
   'distillation': {'missing.distill_weight': 1.0},
   'no CCA': {'cca.weight': 0.0},
-  'CCA x 10': {'cca.weight': 1.0},
   'CCA of the batch': {'cca.estimator': 'batch'},
   'translate': {'missing.strategy': 'translate'},
   'translate, no CCA': {'missing.strategy': 'translate', 'cca.weight': 0.0},

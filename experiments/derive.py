@@ -4,12 +4,13 @@
 
 --labelled: share of the training rows that keep their label, drawn by a hash of their ids, one of each class at least; the others' cells are empty.
 --pixel_noise: standard deviation of Gaussian noise on every colour channel, where black is 0 and white 1. --letter_noise: chance that a character of
-a text is replaced by a random letter. Noise is on all three splits, labels are taken from train alone.
+a text is replaced by a random letter. Noise is on all three splits, labels are taken away from train alone.
 """
 
 import csv
 import io
 import pathlib
+import shutil
 import string
 
 import grid
@@ -20,7 +21,7 @@ from PIL import Image
 from molt_jax import cli
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing
-from molt_jax.data.sources import UNLABELLED
+from molt_jax.data.sources import classes_of
 
 TO = flags.DEFINE_string('to', '', 'Folder of the new table; must not be there yet.')
 LABELLED = flags.DEFINE_float('labelled', 1.0, 'Share of the training rows that keep their label.', lower_bound=0, upper_bound=1)
@@ -47,10 +48,10 @@ def noisy_text(text, rng):
 
 def labelled(source):
   """Returns the rows that keep their label: a share of all, and at least one of each class."""
-  order = missing.hash_order(source.ids, seed=SEED.value, name='labelled')
+  order = [n for n in missing.hash_order(source.ids, seed=SEED.value, name='labelled') if classes_of(source.labels[n])]
   first = dict(reversed([(source.labels[n], n) for n in order]))
   rest = [n for n in order if n != first[source.labels[n]]]
-  return {*first.values(), *rest[:max(0, round(LABELLED.value * len(order)) - len(first))]}
+  return {*first.values(), *rest[:max(0, round(LABELLED.value * len(source)) - len(first))]}
 
 
 def write(source, split, class_names, folder, bar):
@@ -66,7 +67,7 @@ def write(source, split, class_names, folder, bar):
         name = f'images/{split}_{n}'
         (folder / name).write_bytes(noisy_picture(example['image'], rng) if PIXEL_NOISE.value else example['image'])
       text = noisy_text(example['text'] or '', rng)
-      rows.writerow((name, text, class_names[example['label']] if n in known and example['label'] != UNLABELLED else ''))
+      rows.writerow((name, text, class_names[example['label']] if n in known else ''))
       bar.advance()
 
 
@@ -79,10 +80,13 @@ def main():
   data = datasets.load_dataset(grid.make_config(grid.DATA.value[0], {}, SEED.value))
   if data.multi_label:
     raise UserError(f'--data: {data.name} has several labels a row, which this does not know')
-  (folder / 'images').mkdir(parents=True)
+  half = folder.with_name(f'{folder.name}.part')
+  shutil.rmtree(half, ignore_errors=True)
+  (half / 'images').mkdir(parents=True)
   with cli.progress('writing', sum(map(len, data.splits.values())), 'rows') as bar:
     for split, source in data.splits.items():
-      write(source, split, data.class_names, folder, bar)
+      write(source, split, data.class_names, half, bar)
+  half.rename(folder)
 
 
 if __name__ == '__main__':

@@ -32,7 +32,6 @@ ROBUST = {
     'molt.input_norm': 'standardize',
     'fusion.residual': True,
     'classifier.kind': 'mlp',
-    'classifier.hidden': 512,
     'classifier.dropout': 0.3,
     'classifier.per_pattern': True,
     'missing.views': True,

@@ -194,7 +194,7 @@ def _gaps(source: Source) -> str:
   image_n, text_n = source.present.T
   counts = {'both': image_n & text_n, 'image only': image_n & ~text_n, 'text only': text_n & ~image_n}
   said = [] if counts['both'].all() else [f'{np.sum(has_n)} {name}' for name, has_n in counts.items()]
-  unlabelled = sum(isinstance(label, int) and label == UNLABELLED for label in source.labels)
+  unlabelled = sum(label == UNLABELLED for label in source.labels)
   said += [f'{unlabelled} without a label'] if unlabelled else []
   return f' ({", ".join(said)})' if said else ''
 
