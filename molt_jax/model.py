@@ -45,7 +45,7 @@ class Model:
     if stored:
       layers_first = {m: jnp.moveaxis(x_blnd, 1, 0) for m, x_blnd in stored.items()}
       text_mask_bt = batch['token_mask'] & batch['present'][:, 1:]
-      return features.Taps(image_lbid=layers_first.get('image'), text_lbtd=layers_first.get('text'), text_mask_bt=text_mask_bt)
+      return features.Taps(layers_first.get('image'), layers_first.get('text'), text_mask_bt, batch.get('token_position'))
     return features.extract(self.image_tower, self.text_tower, frozen, batch, num_taps=self.num_taps)
 
   def classify(self, variables: Mapping[str, Any], taps: features.Taps, present_bm: jax.Array) -> HeadOutput:

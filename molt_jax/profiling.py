@@ -256,7 +256,7 @@ class Parts:
     w = self._w
     taps = jax.jit(w.model.taps)(self._frozen, self._batch)
     found = {'image_taps': taps.image_lbid, 'text_taps': taps.text_lbtd}
-    rest = {name: x for name, x in self._batch.items() if name not in ('image', 'tokens', 'token_position')}
+    rest = {name: x for name, x in self._batch.items() if name not in ('image', 'tokens')}
     return rest | {name: jnp.moveaxis(x, 0, 1) for name, x in found.items() if x is not None}
 
   def _alone(self, modality):

@@ -19,11 +19,13 @@ class Taps:
     image_lbid: [num_taps, B, I, D_i], or None where the image tower was not run. Rows without an image hold the states of a blank one.
     text_lbtd: [num_taps, B, T, D_t], or None where the text tower was not run. Padded positions hold finite numbers without meaning.
     text_mask_bt: bool[B, T], True at valid tokens; all False in rows without text.
+    token_position_gn: int32[G, N], where the valid tokens are (`packing.Packing`), for a head to leave out padding; None: not known.
   """
 
   image_lbid: jax.Array | None
   text_lbtd: jax.Array | None
   text_mask_bt: jax.Array
+  token_position_gn: jax.Array | None = None
 
 
 def extract(image_tower: ClipVision | None, text_tower: Llama | None, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], *,
@@ -49,4 +51,4 @@ def extract(image_tower: ClipVision | None, text_tower: Llama | None, frozen: Ma
   if frozen['text'] is not None:
     tokens_bt = jnp.where(text_mask_bt, batch['tokens'], 0)
     text_lbtd = text_tower.apply({'params': frozen['text']}, tokens_bt, text_mask_bt, batch.get('token_position'), num_taps=num_taps)
-  return jax.lax.stop_gradient(Taps(image_lbid=image_lbid, text_lbtd=text_lbtd, text_mask_bt=text_mask_bt))
+  return jax.lax.stop_gradient(Taps(image_lbid, text_lbtd, text_mask_bt, batch.get('token_position')))

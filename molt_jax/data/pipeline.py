@@ -8,7 +8,8 @@ A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, wit
   label       int32[B], or float32[B, K] of zeros and ones when multi-label
   weight      float32[B]                  0 on a row that has neither modality left and on padding, else 1
   index       int32[B]                    position in the source (`source.ids[index]`), -1 on padding
-  token_position  int32[G, N]             packed texts only: where the real tokens are in each group of rows, laid end to end (`packing.py`)
+  token_position  int32[G, N]             packed texts only, and where that is less than B T: where the real tokens are in each group of rows, laid
+                                          end to end (`packing.py`)
 
 With stored taps, these stand in the place of image and tokens (L layers; I tokens of an image):
   image_taps  [B, L, I, D_i]              zeros where absent; not there when no row wants an image
@@ -18,6 +19,7 @@ With stored taps, these stand in the place of image and tokens (L layers; I toke
 import collections
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import threading
@@ -232,6 +234,10 @@ def _batch_maker(
     make_row = functools.partial(_stored_row, source=source, present_nm=present_nm, stored=stored)
     length_of = functools.partial(_stored_length, present_nm=present_nm, stored=stored)
 
+  usual = 0
+  if pack and stored and 'text' in stored:  # Lengths are known without reading, so nearly all batches can be of one size.
+    usual = packing.usual_size([length_of(index, preprocess) for index in range(len(source))], batch_size // math.prod(pack))
+
   def make(index_b):
     fitted = preprocess
     if pack:
@@ -239,8 +245,8 @@ def _batch_maker(
       fitted = dataclasses.replace(preprocess, max_tokens=packing.padded_length(length_b.max(), preprocess.max_tokens))
     rows = [make_row(int(index), fitted) for index in np.split(index_b, process_count)[process_index]]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    if pack and 'tokens' in batch:
-      size = packing.packed_size(length_b[packing.groups(batch_size, pack)].sum(axis=1).max())
+    if pack and {'tokens', 'text_taps'} & batch.keys():
+      size = max(usual, packing.packed_size(length_b[packing.groups(batch_size, pack)].sum(axis=1).max()))
       batch |= packing.token_positions(batch['token_mask'], packing.groups(len(rows), (pack[0] // process_count, pack[1])), size)
     return batch
   return make

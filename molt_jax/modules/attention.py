@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from molt_jax.modules.interface import Tokens, pool
+
 
 class Affine(NamedTuple):
   """x W + b of each of L layers; called on [L, B, T, D] it gives [L, B, T, C]. Without `bias_lc` it is linear."""
@@ -48,8 +50,7 @@ class LayerAffine(nn.Module):
     return Affine(kernel_ldc, bias_lc)
 
 
-def attend(
-    asker_lbtc: jax.Array, memory_lbsd: jax.Array, mask_bs: jax.Array, *, query: Affine, key: Affine, value: Affine, num_heads: int) -> jax.Array:
+def attend(asker: Tokens, memory: Tokens, mask_bs: jax.Array, *, query: Affine, key: Affine, value: Affine, num_heads: int) -> Tokens:
   """SoftMax(Q K' / sqrt(H)) V over the valid keys, eq. 2 and 6, with Q = query(asker), K = key(memory), V = value(memory); H = width / N.
 
   Matrix products may be bracketed as one likes, (x W_q)(m W_k)' = (x W_q W_k') m' for instance; the bracketing with the fewest multiplications
@@ -57,8 +58,8 @@ def attend(
   of a query alike, which the softmax does not see.
 
   Args:
-    asker_lbtc: [L, B, T, C], or [L, 1, T, C] to ask for every row alike.
-    memory_lbsd: [L, B, S, D].
+    asker: [L, B, T, C], or [L, 1, T, C] to ask for every row alike; padded or packed.
+    memory: [L, B, S, D]; padded or packed.
     mask_bs: bool[B, S]. Where no key is valid the result is finite but means nothing.
     query: from C to the width.
     key: from D to the width, without bias.
@@ -66,52 +67,58 @@ def attend(
     num_heads: N; must divide the width.
 
   Returns:
-    [L, B, T, width], the heads side by side.
+    [L, B, T, width], the heads side by side; as the asker is, padded or packed.
   """
-  width = query.kernel_ldc.shape[-1]
-  asker_lbtc, memory_lbsd = asker_lbtc.astype(query.kernel_ldc.dtype), memory_lbsd.astype(key.kernel_ldc.dtype)
-  asker_lbtc = jnp.broadcast_to(asker_lbtc, (*memory_lbsd.shape[:2], *asker_lbtc.shape[2:]))
-  sizes = (asker_lbtc.shape[2], memory_lbsd.shape[2], asker_lbtc.shape[3], memory_lbsd.shape[3], width, num_heads)
+  rows, width = len(mask_bs), query.kernel_ldc.shape[-1]
+  asker, memory = asker.map(lambda x: x.astype(query.kernel_ldc.dtype)), memory.map(lambda x: x.astype(key.kernel_ldc.dtype))
+  if not asker.packing:
+    asker = asker.map(lambda x: jnp.broadcast_to(x, (len(x), rows, *x.shape[2:])))
+  places = [math.prod(tokens.x_lbtd.shape[1:3]) / rows for tokens in (asker, memory)]
+  length = asker.packing.slot_gm.size // rows if asker.packing else asker.x_lbtd.shape[2]
+  sizes = (*places, length * mask_bs.shape[1], asker.x_lbtd.shape[3], memory.x_lbtd.shape[3], width, num_heads)
   form = min(FORMS, key=lambda form: FORMS[form](*sizes))
   def softmax(scores_lbnts):
     scores_lbnts = jnp.where(mask_bs[None, :, None, None, :], scores_lbnts * (width // num_heads) ** -0.5, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores_lbnts, axis=-1).astype(value.kernel_ldc.dtype)
-  return form(asker_lbtc, memory_lbsd, query, key, value, num_heads, softmax)
+  return form(asker, memory, rows, query, key, value, num_heads, softmax)
 
 
 _scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _project_both(asker_lbtc, memory_lbsd, query, key, value, num_heads, softmax):
+def _project_both(asker, memory, rows, query, key, value, num_heads, softmax):
   """The textbook order."""
-  query_lbtnh, key_lbsnh, value_lbsnh = (_split(x, num_heads) for x in (query(asker_lbtc), key(memory_lbsd), value(memory_lbsd)))
+  query_lbtnh, key_lbsnh, value_lbsnh = (
+      _split(x.padded(rows), num_heads) for x in (asker.map(query), memory.map(key), memory.map(value)))
   weights_lbnts = softmax(_scores('lbtnh,lbsnh->lbnts', query_lbtnh, key_lbsnh))
-  return _join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh))
+  return asker.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh)))
 
 
-def _project_asker(asker_lbtc, memory_lbsd, query, key, value, num_heads, softmax):
+def _project_asker(asker, memory, rows, query, key, value, num_heads, softmax):
   """W_k goes to the queries and W_v to the weighted mean of the memory, whose tokens are never projected: for few askers."""
   key_ldnh, value_ldnh = (_split(m.kernel_ldc, num_heads) for m in (key, value))
-  query_lbntd = jnp.einsum('lbtnh,ldnh->lbntd', _split(query(asker_lbtc), num_heads), key_ldnh)
-  weights_lbnts = softmax(_scores('lbntd,lbsd->lbnts', query_lbntd, memory_lbsd))
-  mean_lbntd = jnp.einsum('lbnts,lbsd->lbntd', weights_lbnts, memory_lbsd)
-  return _join(jnp.einsum('lbntd,ldnh->lbtnh', mean_lbntd, value_ldnh)) + value.bias_lc[:, None, None, :]
+  memory_lbsd = memory.padded(rows)
+  query = asker.map(lambda x_lbtc: jnp.einsum('lbtnh,ldnh->lbtnd', _split(query(x_lbtc), num_heads), key_ldnh))
+  weights_lbnts = softmax(_scores('lbtnd,lbsd->lbnts', query.padded(rows), memory_lbsd))
+  mean = asker.like(jnp.einsum('lbnts,lbsd->lbtnd', weights_lbnts, memory_lbsd))
+  return mean.map(lambda mean_lbtnd: _join(jnp.einsum('lbtnd,ldnh->lbtnh', mean_lbtnd, value_ldnh)) + value.bias_lc[:, None, None, :])
 
 
-def _project_memory(asker_lbtc, memory_lbsd, query, key, value, num_heads, softmax):
+def _project_memory(asker, memory, rows, query, key, value, num_heads, softmax):
   """W_q goes to the keys, and the askers' tokens are never projected: for a short memory."""
-  key_lbsnh, value_lbsnh = _split(key(memory_lbsd), num_heads), _split(value(memory_lbsd), num_heads)
-  key_lbnsc = jnp.einsum('lbsnh,lcnh->lbnsc', key_lbsnh, _split(query.kernel_ldc, num_heads))
-  bias_lbns = _scores('lbsnh,lnh->lbns', key_lbsnh, _split(query.bias_lc, num_heads))
-  weights_lbnts = softmax(_scores('lbtc,lbnsc->lbnts', asker_lbtc, key_lbnsc) + bias_lbns[:, :, :, None, :])
-  return _join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh))
+  keys = memory.map(lambda x_lbsd: _split(key(x_lbsd), num_heads))
+  key_lbsnc = keys.map(lambda x_lbsnh: jnp.einsum('lbsnh,lcnh->lbsnc', x_lbsnh, _split(query.kernel_ldc, num_heads))).padded(rows)
+  bias_lbsn = keys.map(lambda x_lbsnh: _scores('lbsnh,lnh->lbsn', x_lbsnh, _split(query.bias_lc, num_heads))).padded(rows)
+  value_lbsnh = _split(memory.map(value).padded(rows), num_heads)
+  scores_lbnts = _scores('lbtc,lbsnc->lbnts', asker.padded(rows), key_lbsnc) + jnp.moveaxis(bias_lbsn, 3, 2)[:, :, :, None, :]
+  return asker.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', softmax(scores_lbnts), value_lbsnh)))
 
 
-# Multiplications for T askers of width C and S tokens of memory of width D, heads side by side W wide, N heads.
-FORMS: dict[Callable[..., jax.Array], Callable[..., int]] = {
-    _project_both: lambda t, s, c, d, w, n: t * c * w + 2 * s * d * w + 2 * t * s * w,
-    _project_asker: lambda t, s, c, d, w, n: t * c * w + 2 * t * d * w + 2 * t * s * d * n,
-    _project_memory: lambda t, s, c, d, w, n: 2 * s * d * w + s * c * w + t * s * (c * n + w),
+# Multiplications a row for askers and memory in T and S places, TS pairs of tokens, widths C and D, heads side by side W wide, N heads.
+FORMS: dict[Callable[..., Tokens], Callable[..., float]] = {
+    _project_both: lambda t, s, ts, c, d, w, n: t * c * w + 2 * s * d * w + 2 * ts * w,
+    _project_asker: lambda t, s, ts, c, d, w, n: t * c * w + 2 * t * d * w + 2 * ts * d * n,
+    _project_memory: lambda t, s, ts, c, d, w, n: 2 * s * d * w + s * c * w + ts * (c * n + w),
 }
 
 
@@ -124,7 +131,7 @@ def _join(x_lbtnh: jax.Array) -> jax.Array:
 
 
 class PooledLayerNorm(nn.Module):
-  """Mean over the valid tokens of a LayerNorm with its own scale and bias for each of L layers: [L, B, T, C] -> float32[L, B, C].
+  """Mean over a row's valid tokens of a LayerNorm with its own scale and bias for each of L layers, float32[L, B, C].
 
   The mean over tokens is taken before scale and bias, and with each token's inverse deviation as its weight: the normalised tokens, T times larger
   than the result, are never written. Zero where no token is valid; tokens that are not valid must be finite.
@@ -133,15 +140,15 @@ class PooledLayerNorm(nn.Module):
   epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x_lbtc: jax.Array, mask_bt: jax.Array) -> jax.Array:
+  def __call__(self, tokens: Tokens, mask_bt: jax.Array) -> jax.Array:
+    """tokens: [L, B, T, C], padded or packed; mask_bt: bool[B, T], which are valid."""
+    x_lbtc = tokens.x_lbtd.astype(jnp.float32)
     shape_lc = (x_lbtc.shape[0], x_lbtc.shape[-1])
     scale_lc = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('layers', 'common')), shape_lc, jnp.float32)
     bias_lc = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('layers', 'common')), shape_lc, jnp.float32)
-    x_lbtc = x_lbtc.astype(jnp.float32)
     x_lbtc -= jnp.mean(x_lbtc, axis=-1, keepdims=True)
-    share_bt = mask_bt / jnp.maximum(jnp.sum(mask_bt, axis=-1, keepdims=True), 1).astype(jnp.float32)
-    weight_lbt = jax.lax.rsqrt(jnp.mean(jnp.square(x_lbtc), axis=-1) + self.epsilon) * share_bt[None]
-    pooled_lbc = jnp.einsum('lbt,lbtc->lbc', weight_lbt, x_lbtc, precision='highest')
+    weight_lbt = jax.lax.rsqrt(jnp.mean(jnp.square(x_lbtc), axis=-1) + self.epsilon)
+    pooled_lbc = pool(tokens.replace(x_lbtd=x_lbtc), mask_bt, weight_lbt)
     return jnp.where(jnp.any(mask_bt, axis=-1)[None, :, None], pooled_lbc * scale_lc[:, None, :] + bias_lc[:, None, :], 0.0)
 
 

@@ -32,4 +32,4 @@ class LateFusionHead(nn.Module):
 
 def _pooled(sequence):
   absent = 0.0 if sequence.stand_in_l11d is None else sequence.stand_in_l11d[-1, 0].astype(jnp.float32)
-  return jnp.where(sequence.present_b[:, None], pool(sequence.tokens_lbtd, sequence.mask_bt)[-1], absent)
+  return jnp.where(sequence.present_b[:, None], pool(sequence.tokens, sequence.mask_bt)[-1], absent)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from molt_jax.modules.attention import LayerAffine, attend, dense
-from molt_jax.modules.interface import MODALITIES, TokenSequence, usable_mean
+from molt_jax.modules.interface import MODALITIES, Tokens, TokenSequence, usable_mean
 
 
 class Fusion(nn.Module):
@@ -31,9 +31,10 @@ class Fusion(nn.Module):
     return usable_mean(*answers, jnp.stack([image.usable_b, text.usable_b], axis=-1))
 
   def _answer(self, modality, joint_bc, query, sequence):
-    last_1btd = sequence.tokens_lbtd[-1:]
-    key, value = (self._map(f'{modality}_{role}', ('embed', 'heads'), last_1btd.shape[-1]) for role in ('key', 'value'))
-    answer_1b1c = attend(joint_bc[None, :, None, :], last_1btd, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads)
+    last = sequence.tokens.map(lambda x_lbtd: x_lbtd[-1:])
+    key, value = (self._map(f'{modality}_{role}', ('embed', 'heads'), last.x_lbtd.shape[-1]) for role in ('key', 'value'))
+    asker = Tokens(joint_bc[None, :, None, :])
+    answer_1b1c = attend(asker, last, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads).x_lbtd
     if sequence.stand_in_l11d is not None:  # One key, so the softmax is one.
       answer_1b1c = jnp.where(sequence.present_b[None, :, None, None], answer_1b1c, value(sequence.stand_in_l11d[-1:]))
     return answer_1b1c[0, :, 0, :].astype(jnp.float32)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.modules.interface import MODALITIES, Taps, TokenSequence
+from molt_jax.backbones.packing import Packing
+from molt_jax.modules.interface import MODALITIES, Taps, Tokens, TokenSequence
 
 _CONSTANT = 1e-5  # A channel whose deviation is below this share of its mean is constant: float32 sums resolve no less.
 
@@ -116,21 +117,22 @@ class Inputs(nn.Module):
   @nn.compact
   def __call__(
       self, taps_lbtd: jax.Array | None, mask_bt: jax.Array, present_b: jax.Array, counted_b: jax.Array, *, train: bool,
-      content_b: jax.Array | None = None) -> TokenSequence:
+      content_b: jax.Array | None = None, position_gn: jax.Array | None = None) -> TokenSequence:
     """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt is bool[B, 1] of False).
 
     present_b: bool[B]; content_b: bool[B], rows whose taps may be read (default: present_b, which must be among them); counted_b: bool[B], rows
-    that enter the statistics if they may be read.
+    that enter the statistics if they may be read; position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
     """
     content_b = present_b if content_b is None else content_b
     if taps_lbtd is None:
-      taps_lbtd = jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype)
+      taps_lbtd, position_gn = jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype), None
+    packing = None if position_gn is None else Packing.of(position_gn, mask_bt.shape)
+    placed = packing.pack if packing else lambda x_bt: x_bt
     valid_bt = mask_bt & content_b[:, None]
-    valid = valid_bt[None, :, :, None]
+    valid, counted_bt = placed(valid_bt)[None, :, :, None], placed(valid_bt & counted_b[:, None])
     norm = INPUT_NORMS[self.norm](name='norm')
-    tokens_lbtd = norm(jnp.where(valid, taps_lbtd, 0), valid_bt & counted_b[:, None], train=train)
-    tokens_lbtd = jnp.where(valid, tokens_lbtd, 0).astype(self.dtype)
-    return TokenSequence(tokens_lbtd, valid_bt, present_b, self._stand_in())
+    x_lbtd = norm(jnp.where(valid, jax.vmap(placed)(taps_lbtd), 0), counted_bt, train=train)
+    return TokenSequence(Tokens(jnp.where(valid, x_lbtd, 0).astype(self.dtype), packing), valid_bt, present_b, self._stand_in())
 
   def _stand_in(self):
     strategy = STRATEGIES[self.strategy]
@@ -167,12 +169,15 @@ class InputPair(nn.Module):
         jnp.ones((present_bm.shape[0], _length(taps.image_lbid)), bool),
         jnp.zeros((present_bm.shape[0], 1), bool) if taps.text_lbtd is None else taps.text_mask_bt.astype(bool),
     )
+    columns = zip(
+        MODALITIES, (self.image_width, self.text_width), (taps.image_lbid, taps.text_lbtd), masks, (None, taps.token_position_gn), content_bm.T,
+        present_bm.T, strict=True)
     return tuple(
         Inputs(self.num_layers, width, self.norm, self.strategy, self.dtype, name=name)(
             None if tapped is None else tapped[-self.num_layers:], mask_bt,
-            present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None), counted_b, train=train, content_b=content_b)
-        for name, width, tapped, mask_bt, content_b, present_b in zip(
-            MODALITIES, (self.image_width, self.text_width), (taps.image_lbid, taps.text_lbtd), masks, content_bm.T, present_bm.T, strict=True))
+            present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None), counted_b, train=train, content_b=content_b,
+            position_gn=position_gn)
+        for name, width, tapped, mask_bt, position_gn, content_b, present_b in columns)
 
 
 def _length(taps_lbtd):

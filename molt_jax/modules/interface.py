@@ -4,11 +4,14 @@ A head is a Linen module called as `head(taps, present_bm, train=..., row_weight
 a modality whose taps are None was not run because it is absent in every row. Column 0 of `present_bm` is the image, column 1 the text.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from molt_jax.backbones.packing import Packing
 
 MODALITIES = ('image', 'text')
 
@@ -19,6 +22,32 @@ class Taps(Protocol):
   image_lbid: jax.Array | None
   text_lbtd: jax.Array | None
   text_mask_bt: jax.Array
+  token_position_gn: jax.Array | None
+
+
+@struct.dataclass
+class Tokens:
+  """Vectors of the tokens of B rows: padded, or packed, so that what is done token by token costs nothing for padding.
+
+  Attributes:
+    x_lbtd: [L, B, T, D], or with a packing [L, G, N, D].
+    packing: where the N tokens of each group belong.
+  """
+
+  x_lbtd: jax.Array
+  packing: Packing | None = None
+
+  def map(self, function: Callable[[jax.Array], jax.Array]) -> 'Tokens':
+    """Applies what keeps the first three axes."""
+    return self.replace(x_lbtd=function(self.x_lbtd))
+
+  def padded(self, rows: int) -> jax.Array:
+    """[L, B, T, ...], B = `rows`; zero where there was nothing to pack."""
+    return jax.vmap(lambda x_gn: self.packing.unpack(x_gn, rows))(self.x_lbtd) if self.packing else self.x_lbtd
+
+  def like(self, x_lbtd: jax.Array) -> 'Tokens':
+    """Other vectors of the same tokens, given padded."""
+    return self.replace(x_lbtd=jax.vmap(self.packing.pack)(x_lbtd) if self.packing else x_lbtd)
 
 
 @struct.dataclass
@@ -28,13 +57,13 @@ class TokenSequence:
   Only `present_b` differs between the views of a batch, so that what is computed from the tokens alone is computed once for all views.
 
   Attributes:
-    tokens_lbtd: [L, B, T, D] in the compute dtype, finite everywhere.
+    tokens: in the compute dtype, finite everywhere.
     mask_bt: bool[B, T], which tokens are valid and may be read.
     present_b: bool[B], whether the row has the modality.
     stand_in_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the other modality works alone.
   """
 
-  tokens_lbtd: jax.Array
+  tokens: Tokens
   mask_bt: jax.Array
   present_b: jax.Array
   stand_in_l11d: jax.Array | None = None
@@ -60,11 +89,15 @@ class HeadOutput:
   pooled_text_lbc: jax.Array | None = None
 
 
-def pool(x_lbtc: jax.Array, mask_bt: jax.Array) -> jax.Array:
-  """Mean over the valid tokens, [L, B, T, C] -> float32[L, B, C]; zero where no token is valid."""
-  count_b = jnp.maximum(jnp.sum(mask_bt, axis=-1), 1).astype(jnp.float32)
-  total_lbc = jnp.sum(x_lbtc.astype(jnp.float32), axis=-2, where=mask_bt[None, :, :, None])
-  return total_lbc / count_b[None, :, None]
+def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None) -> jax.Array:
+  """Mean of a row's valid tokens, each times its weight (placed as the tokens are), float32[L, B, C]; zero where no token is valid."""
+  share_bt = mask_bt / jnp.maximum(jnp.sum(mask_bt, axis=-1, keepdims=True), 1).astype(jnp.float32)
+  x_lbtc, packing = tokens.x_lbtd.astype(jnp.float32), tokens.packing
+  share_bt = packing.pack(share_bt) if packing else share_bt
+  weight_lbt = (jnp.ones_like(x_lbtc[..., 0]) if weight_lbt is None else weight_lbt) * share_bt[None]
+  if packing:
+    return packing.sum_rows(weight_lbt[..., None] * x_lbtc, len(mask_bt))
+  return jnp.einsum('lbt,lbtc->lbc', weight_lbt, x_lbtc, precision='highest')
 
 
 def usable_mean(image: jax.Array, text: jax.Array, usable_bm: jax.Array) -> jax.Array:

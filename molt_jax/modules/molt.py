@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from molt_jax.modules.attention import LayerAffine, PooledLayerNorm, attend
 from molt_jax.modules.fusion import Fusion
-from molt_jax.modules.interface import MODALITIES, HeadOutput, Taps, TokenSequence, usable_mean
+from molt_jax.modules.interface import MODALITIES, HeadOutput, Taps, Tokens, TokenSequence, usable_mean
 
 
 class Translation(nn.Module):
@@ -34,10 +34,10 @@ class Translation(nn.Module):
     Each row is encoded in every way that a view may ask for, whatever is present; the views differ in which of the results they take.
     """
     sequences = dict(zip(MODALITIES, (image, text), strict=True))
-    maps = {m: self._maps(m, *s.tokens_lbtd.shape[::3]) for m, s in sequences.items()}
+    maps = {m: self._maps(m, *s.tokens.x_lbtd.shape[::3]) for m, s in sequences.items()}
     norms = {m: PooledLayerNorm(name=f'{m}_norm') for m in MODALITIES}
-    tokens = {m: maps[m]['project'](s.tokens_lbtd) for m, s in sequences.items()}
-    stand_ins = {m: None if s.stand_in_l11d is None else maps[m]['project'](s.stand_in_l11d) for m, s in sequences.items()}
+    tokens = {m: s.tokens.map(maps[m]['project']) for m, s in sequences.items()}
+    stand_ins = {m: None if s.stand_in_l11d is None else Tokens(maps[m]['project'](s.stand_in_l11d)) for m, s in sequences.items()}
     pooled = []
     for own, other in (('image', 'text'), ('text', 'image')):
       ask = functools.partial(self._ask, maps[own].get('query'), maps[other].get('key'), maps[other].get('value'))
@@ -59,15 +59,15 @@ class Translation(nn.Module):
         role: LayerAffine(num_layers, self.width, names, self.dtype, use_bias=role != 'key', name=f'{modality}_{role}')(width)
         for role, (width, names) in axes.items()}
 
-  def _ask(self, query, key, value, own_lbtc, other_lbsc, other_mask_bs):
-    """Eq. 2 and the sum of eq. 3, float32[L, B, T, C]; other_mask_bs None: `other` is one token for all rows, or nothing."""
-    residual_lbtc = own_lbtc.astype(jnp.float32)
-    if not self.cross_attention or other_lbsc is None:
-      return residual_lbtc
+  def _ask(self, query, key, value, own, other, other_mask_bs):
+    """Eq. 2 and the sum of eq. 3, float32 Tokens; other_mask_bs None: `other` is one token for all rows, or nothing."""
+    residual = own.map(lambda x: x.astype(jnp.float32))
+    if not self.cross_attention or other is None:
+      return residual
     if other_mask_bs is None:  # The softmax over one key is one.
-      return residual_lbtc + value(other_lbsc).astype(jnp.float32)
-    answer_lbtc = attend(own_lbtc, other_lbsc, other_mask_bs, query=query, key=key, value=value, num_heads=self.num_heads)
-    return residual_lbtc + answer_lbtc.astype(jnp.float32)
+      return residual.map(lambda x: x + value(other.x_lbtd).astype(jnp.float32))
+    answer = attend(own, other, other_mask_bs, query=query, key=key, value=value, num_heads=self.num_heads)
+    return residual.map(lambda x: x + answer.x_lbtd.astype(jnp.float32))
 
 
 class MoLTHead(nn.Module):

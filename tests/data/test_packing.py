@@ -18,6 +18,15 @@ def test_sizes_of_packed_batches_are_few_and_near():
   assert sorted(set(sizes))[:9] == [16, 20, 24, 28, 32, 40, 48, 56, 64] and len(set(sizes)) == 33
 
 
+def test_nearly_every_batch_keeps_to_the_usual_size():
+  rng = np.random.default_rng(0)
+  lengths_n = np.minimum(1 + rng.geometric(0.2, 3000), 16)
+  usual = packing.usual_size(lengths_n, 64)
+  assert usual == packing.packed_size(usual) < 0.6 * 16 * 64
+  assert np.mean([lengths_n[rng.choice(3000, 64, replace=False)].sum() <= usual for _ in range(2000)]) > 0.995
+  assert packing.usual_size([], 64) == packing.usual_size([0, 0], 64) == 16
+
+
 def test_groups_are_the_rows_that_a_device_takes_at_once():
   assert packing.groups(8, (1, 1)).tolist() == [list(range(8))]
   assert packing.groups(8, (2, 1)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -115,6 +115,18 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
     assert_same(got, {**want, 'text_taps': want['text_taps'][:, :, :length], 'token_mask': want['token_mask'][:, :length]})
 
 
+def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_number(make_source, make_preprocess):
+  taps = {f'k{n}': np.ones((2, n, 3), np.float32) for n in (2, 3, 16)}
+  keys = ['k16', *['k2', 'k3'] * 31, None]
+  stored = {'text': pipeline.StoredTaps(keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 16, 3), np.dtype(np.float32))}
+  batches = list(pipeline.eval_batches(make_source(64), make_preprocess(max_tokens=16), batch_size=16, stored=stored, pack=(2, 2)))
+  # Four rows of a device and part: 16 and three times 2 or 3 tokens are more than usual.
+  assert [batch['token_position'].shape for batch in batches] == [(4, 28)] + [(4, 24)] * 3
+  for batch in batches:
+    for position_n, rows in zip(batch['token_position'], packing.groups(16, (2, 2)), strict=True):
+      np.testing.assert_array_equal(position_n[position_n < 64], np.flatnonzero(batch['token_mask'][rows]))
+
+
 def test_content_of_a_batch(make_source, make_preprocess):
   source, preprocess = make_source(4), make_preprocess()
   batch, = pipeline.eval_batches(source, preprocess, batch_size=4)

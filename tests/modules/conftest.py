@@ -44,6 +44,7 @@ class Taps:
   image_lbid: jax.Array | None
   text_lbtd: jax.Array | None
   text_mask_bt: jax.Array
+  token_position_gn: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

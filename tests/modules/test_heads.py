@@ -12,10 +12,13 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from molt_jax import config as config_lib
+from molt_jax.backbones.packing import Packing
+from molt_jax.data import packing
 from molt_jax.modules import attention
 from molt_jax.modules.fusion import CLASSIFIERS
 from molt_jax.modules.heads import METHODS, make_head
 from molt_jax.modules.inputs import INPUT_NORMS, STRATEGIES
+from molt_jax.modules.interface import Tokens
 
 AXES = {'layers', 'embed', 'common', 'heads', 'mlp', 'classes'}
 TABLES = {'method': METHODS, 'molt.input_norm': INPUT_NORMS, 'missing.strategy': STRATEGIES, 'classifier.kind': CLASSIFIERS}
@@ -54,7 +57,7 @@ def test_size_of_the_paper_head():
   config = config_lib.default_config()
   config.fusion.residual, config.classifier.kind, config.molt.input_norm, config.classifier.per_pattern = False, 'linear', 'none', False
   head = make_head(config, num_classes=101, image_width=1024, text_width=4096)
-  taps = type('Taps', (), {'image_lbid': None, 'text_lbtd': None, 'text_mask_bt': None})
+  taps = type('Taps', (), {'image_lbid': None, 'text_lbtd': None, 'text_mask_bt': None, 'token_position_gn': None})
   variables = nn.unbox(jax.eval_shape(lambda: head.init(jax.random.key(0), taps, np.ones((1, 2), bool), train=False)))
   c, layers = 1024, 4
   square = c * c + c
@@ -108,23 +111,36 @@ def pytorch_attention(asker_lbtc, memory_lbsd, mask_bs, maps, num_heads):
   return answer.transpose(-2, -3).flatten(-2)
 
 
+def packed(x_lbtd, keep_bt):
+  """The kept tokens alone, in three places more than they need."""
+  flat = np.flatnonzero(keep_bt)
+  position_gn = np.append(flat, [keep_bt.size] * 3).astype(np.int32)[None]
+  places = Packing.of(position_gn, keep_bt.shape)
+  return Tokens(jax.vmap(places.pack)(x_lbtd), places)
+
+
 @pytest.mark.parametrize('form', attention.FORMS)
-@pytest.mark.parametrize('num_heads', [1, 2, 4])
-def test_attention_and_its_gradients_equal_pytorch_in_every_form(monkeypatch, form, num_heads):
+@pytest.mark.parametrize('num_heads, pack', [(1, ''), (2, ''), (4, ''), (2, 'asker'), (2, 'memory')])
+def test_attention_and_its_gradients_equal_pytorch_in_every_form(monkeypatch, form, num_heads, pack):
   monkeypatch.setattr(attention, 'FORMS', {form: attention.FORMS[form]})
   asker, memory, mask_bs, maps = attention_problem()
   weight = np.random.default_rng(1).normal(size=(2, 3, 3, 8))
   leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), (asker, memory, maps))
   expected = pytorch_attention(*leaves[:2], mask_bs, leaves[2], num_heads)
+  keep_bt = np.arange(3) < np.array([[2], [3], [1]])
+  weight *= 1 if pack != 'asker' else keep_bt[None, :, :, None]
   torch.sum(expected * torch.tensor(weight)).backward()
 
   def value(asker, memory, maps):
     maps = {role: attention.Affine(*m) for role, m in maps.items()}
-    answer = attention.attend(asker, memory, mask_bs, **maps, num_heads=num_heads)
+    asker = packed(asker, keep_bt) if pack == 'asker' else Tokens(asker)
+    memory = packed(memory, mask_bs) if pack == 'memory' else Tokens(memory)
+    answer = attention.attend(asker, memory, mask_bs, **maps, num_heads=num_heads).padded(3)
     return jnp.sum(answer * weight.astype(np.float32)), answer
   inputs = jax.tree.map(lambda x: x.astype(np.float32), (asker, memory, maps))
   (_, actual), gradient = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
-  np.testing.assert_allclose(actual, expected.detach(), rtol=1e-5, atol=1e-5)
+  asked_bt = keep_bt if pack == 'asker' else np.ones_like(keep_bt)
+  np.testing.assert_allclose(actual[:, asked_bt], expected.detach().numpy()[:, asked_bt], rtol=1e-5, atol=1e-5)
   for mine, leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(leaves), strict=True):
     np.testing.assert_allclose(mine, leaf.grad, rtol=0, atol=1e-5 * float(leaf.grad.abs().max()))
 
@@ -136,10 +152,11 @@ def test_attention_brackets_its_products_by_their_cost(askers, keys, num_heads, 
   cost = {}
   for form in attention.FORMS:
     def run(*arrays, form=form):
-      return form(*arrays, *(attention.Affine(*maps[role]) for role in ('query', 'key', 'value')), num_heads, jax.nn.softmax)
+      maps_of = (attention.Affine(*maps[role]) for role in ('query', 'key', 'value'))
+      return form(*map(Tokens, arrays), 3, *maps_of, num_heads, jax.nn.softmax).x_lbtd
     cost[form.__name__] = jax.jit(run).lower(asker, memory).cost_analysis()['flops']
   assert min(cost, key=cost.get) == cheapest
-  sizes = (askers, keys, 6, 7, 64, num_heads)
+  sizes = (askers, keys, askers * keys, 6, 7, 64, num_heads)
   assert min(attention.FORMS, key=lambda form: attention.FORMS[form](*sizes)).__name__ == cheapest
 
 
@@ -147,9 +164,23 @@ def test_attention_without_a_valid_key_is_finite():
   asker, memory, mask_bs, maps = jax.tree.map(np.float32, attention_problem())
   maps = {role: attention.Affine(*m) for role, m in maps.items()}
   def value(asker):
-    return attention.attend(asker, memory, np.zeros_like(mask_bs, bool), **maps, num_heads=1).sum()
+    return attention.attend(Tokens(asker), Tokens(memory), np.zeros_like(mask_bs, bool), **maps, num_heads=1).x_lbtd.sum()
   value, gradient = jax.value_and_grad(value)(asker)
   assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('name', ['default', 'null_two_heads', 'no_cross_attention', 'late_fusion'])
+def test_texts_without_their_padding_are_the_padded_ones(case, presence, name):
+  """Loss, outputs, statistics and gradients, rows packed in two groups with places left over; nothing comes of what is not valid."""
+  case = case(name)
+  taps = case.batch.taps
+  rows = packing.groups(len(taps.text_mask_bt), (2, 1))
+  positions = packing.token_positions(taps.text_mask_bt, rows, size=48)['token_position']
+  junk = np.where(taps.text_mask_bt[None, :, :, None], taps.text_lbtd, np.nan)
+  actual, expected = case.run(presence['mixed'], taps.replace(text_lbtd=junk, token_position_gn=positions)), case.run(presence['mixed'])
+  def check(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
+  jax.tree.map(check, actual, expected)
 
 
 @pytest.mark.parametrize('kind', CLASSIFIERS)
