@@ -38,6 +38,9 @@ CHANGES = {
   'translate, no CCA': {'missing.strategy': 'translate', 'cca.weight': 0.0},
   'null': {'missing.strategy': 'null'},
   'zero': {'missing.strategy': 'zero'},
+  'towers in int8': {'backbones.quantization': 'int8'},
+  'towers in int4': {'backbones.quantization': 'int4'},
+  'stored taps in int8': {'features.dtype': 'int8'},
 }
 METHODS = {
   **{name: grid.DEFAULT | {'dataset.modalities': name.split()[0]} for name in SPECIALISTS.values()},

@@ -102,7 +102,7 @@ SCHEMA: dict[str, Any] = {
     },
     'text': {
         'max_tokens': Field(64, at_least(1), 'Tokens kept of each text.'),
-        'padding': Field('packed', one_of('packed', 'max_tokens'), 'packed: the text tower computes real tokens alone; max_tokens: padding too.'),
+        'padding': Field('packed', one_of('packed', 'max_tokens'), 'packed: text tower and head compute real tokens alone; max_tokens: padding too.'),
     },
     'input': {
         'num_threads': Field(2, at_least(1), 'Threads that decode images and tokenise.'),

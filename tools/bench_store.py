@@ -1,7 +1,7 @@
 """Live training steps against steps from the feature store, and the cost of filling it: `python tools/bench_store.py [--json]`.
 
-The steps are those of `molt_jax.train`, batches and transfers included: live, live with the text tower computing padding too (what packing saves is
-no merit of the store, and makes `speedup` smaller than `speedup_over_padded`), and stored. They take turns, so that other work on the machine
+The steps are those of `molt_jax.train`, batches and transfers included: live and stored, and each with padding computed too (what packing saves is
+no merit of the store, and makes `speedup` smaller than `speedup_over_padded`). They take turns, so that other work on the machine
 weighs on all. Filling is timed between two live forward passes over the same rows; loading the towers, which a live run does too, is taken
 off for their ratio. Programs are compiled, or in the cache, before the clock starts.
 """
@@ -125,9 +125,11 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   stored, fill_seconds = bench.fill()
   forward.append(bench.forward())
   _, again = bench.fill()
+  nothing = dict.fromkeys(model_lib.MODALITIES)
   lanes = {'live': [bench.state(), bench.frozen, bench.batches(None), 1, []],
            'live_padded': [bench.state(), bench.frozen, bench.batches(None, padded=True), 1, []],
-           'store': [bench.state(), dict.fromkeys(model_lib.MODALITIES), bench.batches(stored), STORED_PER_LIVE, []]}
+           'store_padded': [bench.state(), nothing, bench.batches(stored, padded=True), STORED_PER_LIVE, []],
+           'store': [bench.state(), nothing, bench.batches(stored), STORED_PER_LIVE, []]}
   for batch in one_of_each_size(itertools.islice(bench.batches(None), rounds + 1)):
     bench.step(bench.state(), bench.frozen, sharding.put_batch(batch, bench.mesh), None)
   for turn in range(rounds + 1):
@@ -139,18 +141,18 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   state, head = lanes['store'][0], []
   for _ in range(rounds * STORED_PER_LIVE):
     start = time.perf_counter()
-    state, metrics = bench.step(state, lanes['store'][1], on_device, None)
+    state, metrics = bench.step(state, nothing, on_device, None)
     jax.block_until_ready(metrics)
     head.append(time.perf_counter() - start)
   taken = {name: lane[4] for name, lane in lanes.items()}
-  live, padded, store = map(statistics.median, taken.values())
+  step_seconds = {f'{name}_step_seconds': statistics.median(seconds) for name, seconds in taken.items()}
   speedup, over_padded = (
       statistics.median(a / b for a, b in zip(taken[name], taken['store'], strict=True)) for name in ('live', 'live_padded'))
   size = sum(path.stat().st_size for path in _files(config))
   return {
-      'rows': len(bench.source), 'batch_size': config.train.batch_size, 'dtype': config.features.dtype, 'live_step_seconds': live,
-      'live_padded_step_seconds': padded, 'store_step_seconds': store, 'head_step_seconds': statistics.median(head),
-      'live_images_per_second': config.train.batch_size / live, 'store_images_per_second': config.train.batch_size / store,
+      'rows': len(bench.source), 'batch_size': config.train.batch_size, 'dtype': config.features.dtype, **step_seconds,
+      'head_step_seconds': statistics.median(head),
+      **{f'{name}_images_per_second': config.train.batch_size / step_seconds[f'{name}_step_seconds'] for name in ('live', 'store')},
       'speedup': speedup, 'speedup_over_padded': over_padded,
       'load_seconds': bench.load_seconds, 'fill_seconds': fill_seconds, 'forward_seconds': float(np.mean(forward)),
       'fill_over_forward': (fill_seconds - bench.load_seconds) / float(np.mean(forward)),

@@ -1,4 +1,4 @@
-"""Where the real tokens of a batch of texts are, so that the text tower can leave out padding; sizes come from short lists, for few programs."""
+"""Where the real tokens of a batch of texts are, so that text tower and head can leave out padding; sizes come from short lists, for few programs."""
 
 from collections.abc import Sequence
 
