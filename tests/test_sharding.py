@@ -93,8 +93,11 @@ def test_packed_texts_stay_on_their_device():
   assert {kind for kind, _, _ in sharding.compiled_collectives(program.as_text())} == {'all-reduce'}
   assert len(sharding.compiled_collectives(program.as_text())) == len(sharding.compiled_collectives(taps.lower(frozen, padded).compile().as_text()))
   mask_bt = batch['token_mask']
-  np.testing.assert_allclose(
-      taps(frozen, packed).text_lbtd[:, mask_bt], taps(frozen, padded).text_lbtd[:, mask_bt], rtol=1e-5, atol=1e-5)
+  found = taps(frozen, packed)
+  np.testing.assert_allclose(found.text_lbtd[:, mask_bt], taps(frozen, padded).text_lbtd[:, mask_bt], rtol=1e-5, atol=1e-5)
+  state = work.state()
+  head = jax.jit(work.model.classify).lower({'params': state.params, 'statistics': state.statistics}, found, packed['present'])
+  assert found.token_position_gn is not None and not sharding.compiled_collectives(head.compile().as_text())
 
 
 def _mesh(data, model):
