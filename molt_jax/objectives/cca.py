@@ -254,9 +254,8 @@ def _whiten_gram_eigh(x_nd, k_nn, r, rows):
   j_nn = inverse_l_nn.T @ inverse_l_nn
   r_nn = j_nn @ m_nn
   r_nn = (r_nn + r_nn.T) / (2 + 2 * _JITTER)
-  root_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)))
-  back = solve_triangular(root_nn, j_nn, lower=True), g_nd
-  return Factor((u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0),), back, r * (u_nn @ j_nn @ u_nn.T))
+  root_nn, back_nn = _root_and_solution(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)), j_nn)
+  return Factor((u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0),), (back_nn, g_nd), r * (u_nn @ j_nn @ u_nn.T))
 
 
 def _reflected(x_nd, k_nn, r, rows):
@@ -288,7 +287,7 @@ def _in_eigenvectors(x_nd, k_nn, r, rows):
   is_resolved_n = _is_resolved(jnp.sum(g_nd * g_nd, axis=1), r, max(x_nd.shape))
   g_nd = jnp.where(is_resolved_n[:, None], g_nd, 0.0)
   m_nn = g_nd @ g_nd.T
-  return u_nn, g_nd, m_nn, _inverse_cholesky(m_nn + r * jnp.eye(n)), is_resolved_n
+  return u_nn, g_nd, m_nn, _inverse_root(m_nn + r * jnp.eye(n)), is_resolved_n
 
 
 def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
@@ -306,7 +305,7 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
     g_nd = x_nd @ v_dd
     is_resolved_d = _is_resolved(jnp.sum(g_nd * g_nd, axis=0), r, max(x_nd.shape))
     g_nd = jnp.where(is_resolved_d[None, :], g_nd, 0.0)
-    inverse_l_dd = _inverse_cholesky(_turned(g_nd) @ g_nd + r * jnp.eye(s_dd.shape[0]))
+    inverse_l_dd = _inverse_root(_turned(g_nd) @ g_nd + r * jnp.eye(s_dd.shape[0]))
     return g_nd, inverse_l_dd, inverse_l_dd @ jnp.where(is_resolved_d[:, None], v_dd.T, 0.0)
 
   g_nd, inverse_l_dd, back_dd = lax.cond(
@@ -353,6 +352,33 @@ def _is_resolved(w_k, r, size):
 
 def _inverse_cholesky(a_kk):
   return solve_triangular(jnp.linalg.cholesky(a_kk), jnp.eye(a_kk.shape[0]), lower=True)
+
+
+def _inverse_root(a_kk):
+  """W with W'W = A^(-1)."""
+  return _root_and_solution(a_kk, jnp.eye(a_kk.shape[0]))[1]
+
+
+def _root_and_solution(a_kk, b_kj):
+  """(L, L^(-1) B) with L L' = A, a graded matrix without negative eigenvalues but for rounding.
+
+  By Cholesky. Eigenvectors in float32 can leave a direction that is not there (of duplicate rows) nearly parallel to one that is, though far shorter;
+  rounding may then take a pivot below zero. L is then read from the eigenvectors of A with unit diagonal, and L^(-1) leaves out what is rounding.
+  """
+  def by_eigenvectors(a_kk, b_kj):
+    scale_k = jnp.sqrt(jnp.maximum(jnp.diag(a_kk), jnp.finfo(jnp.float32).tiny))
+    e_k, v_kk = jnp.linalg.eigh(a_kk / (scale_k[:, None] * scale_k[None, :]))
+    is_there_k = e_k > 2 * len(a_kk) * _EPS
+    root_k = jnp.where(is_there_k, jnp.sqrt(jnp.maximum(e_k, 0.0)), 0.0)
+    inverse_k = jnp.where(is_there_k, lax.rsqrt(jnp.maximum(e_k, _EPS)), 0.0)
+    return scale_k[:, None] * v_kk * root_k[None, :], inverse_k[:, None] * (v_kk.T @ (b_kj / scale_k[:, None]))
+
+  l_kk = jnp.linalg.cholesky(a_kk)
+  def by_cholesky(a_kk, b_kj):
+    del a_kk
+    return l_kk, solve_triangular(l_kk, b_kj, lower=True)
+
+  return lax.cond(jnp.all(jnp.isfinite(l_kk)), by_cholesky, by_eigenvectors, a_kk, b_kj)
 
 
 def _polar_svd(a_kj):
