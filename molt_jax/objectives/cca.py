@@ -374,11 +374,8 @@ def _root_and_solution(a_kk, b_kj):
     return scale_k[:, None] * v_kk * root_k[None, :], inverse_k[:, None] * (v_kk.T @ (b_kj / scale_k[:, None]))
 
   l_kk = jnp.linalg.cholesky(a_kk)
-  def by_cholesky(a_kk, b_kj):
-    del a_kk
-    return l_kk, solve_triangular(l_kk, b_kj, lower=True)
-
-  return lax.cond(jnp.all(jnp.isfinite(l_kk)), by_cholesky, by_eigenvectors, a_kk, b_kj)
+  by_cholesky = l_kk, solve_triangular(l_kk, b_kj, lower=True)
+  return lax.cond(jnp.all(jnp.isfinite(l_kk)), lambda *_: by_cholesky, by_eigenvectors, a_kk, b_kj)
 
 
 def _polar_svd(a_kj):
