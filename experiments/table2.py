@@ -54,7 +54,7 @@ def lines(made):
   for data, table in made.items():
     for recipe in RECIPES.value:
       if any(method.startswith(f'{recipe}:') for method in table):
-        yield f'## {data}, {recipe} recipe, {_seeds(table)} seed(s)\n'
+        yield f'## {data}, {recipe} recipe, up to {_seeds(table, recipe)} seed(s)\n'
         yield '| parts | C.A. | L_CCA | M | fusion | ' + ' | '.join(grid.CONDITIONS.values()) + ' | the paper, SNLI-VE |'
         yield '|---|:-:|:-:|:-:|:-:|' + '--:|' * (len(grid.CONDITIONS) + 1)
         for name, parts in PARTS.items():
@@ -67,8 +67,8 @@ def lines(made):
   yield CAVEAT
 
 
-def _seeds(table):
-  return max(len(by_seed) for by_seed in table.values())
+def _seeds(table, recipe):
+  return max(len(by_seed) for method, by_seed in table.items() if method.startswith(f'{recipe}:'))
 
 
 def _cell(table, recipe, name, condition):
