@@ -8,8 +8,7 @@ A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, wit
   label       int32[B], or float32[B, K] of zeros and ones when multi-label
   weight      float32[B]                  0 on a row that has neither modality left and on padding, else 1
   index       int32[B]                    position in the source (`source.ids[index]`), -1 on padding
-  token_position  int32[G, N]             packed texts only, and where that is less than B T: where the real tokens are in each group of rows, laid
-                                          end to end (`packing.py`)
+  token_position  int32[G, N]             packed texts only: where the real tokens are in each group of rows (`packing.py`); not there if N is no less
 
 With stored taps, these stand in the place of image and tokens (L layers; I tokens of an image):
   image_taps  [B, L, I, D_i]              zeros where absent; not there when no row wants an image
