@@ -78,6 +78,14 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
   return known, dict(_overrides(rest, names, takes_config))
 
 
+def whole_number(flags: argparse.Namespace, name: str) -> int:
+  """Returns a flag's value as an int >= 1, or raises UserError."""
+  value = getattr(flags, name)
+  if not value.isdecimal() or not int(value):
+    raise UserError(f'--{name}: {value!r} is not legal; give a whole number >= 1')
+  return int(value)
+
+
 # Flags that stand for a field of the config; without a value they set it.
 SHORTHANDS = {'--allow_count_mismatch': '--config.dataset.allow_count_mismatch'}
 

@@ -136,11 +136,10 @@ FLAGS = (
 def main(argv: Sequence[str]) -> None:
   """Command line of the module: prints one JSON object."""
   flags, _ = cli.parse('molt_jax.predict', 'Classify an image, a text, or both.', FLAGS, argv)
-  if not flags.top_k.isdigit() or flags.top_k == '0':
-    raise UserError(f'--top_k: {flags.top_k!r} is not legal; give a whole number >= 1')
+  top_k = cli.whole_number(flags, 'top_k')
   if flags.image is None and flags.text is None:
     raise UserError('--image and --text are both absent; give at least one of them')
-  print(json.dumps(load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=int(flags.top_k)), ensure_ascii=False))
+  print(json.dumps(load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=top_k), ensure_ascii=False))
 
 
 if __name__ == '__main__':

@@ -168,10 +168,11 @@ def main(argv: Sequence[str]) -> None:
   """Command line."""
   as_json = '--json' in argv
   flags, overrides = cli.parse('tools.bench_store', 'Live steps against steps from the store.', FLAGS, [a for a in argv if a != '--json'])
+  rows, rounds = (cli.whole_number(flags, name) for name in ('rows', 'rounds'))
   with contextlib.ExitStack() as stack:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='molt_jax_store_'))
     config = config_lib.load_config(flags.config, {**overrides, 'features.store': f'{directory}/store', 'features.dtype': flags.dtype})
-    result = measure(config, int(flags.rows), int(flags.rounds))
+    result = measure(config, rows, rounds)
   if as_json:
     print(json.dumps(result))
   else:

@@ -69,18 +69,18 @@ def shape_of(kind: str, name: str) -> dict:
 def lengths(flags, rows: int) -> np.ndarray:
   """Tokens of each text, as --lengths says; the same for all contestants."""
   if flags.lengths == 'full':
-    return np.full(rows, int(flags.tokens))
+    return np.full(rows, cli.whole_number(flags, 'tokens'))
   mean, deviation = map(float, flags.lengths.split(','))
   spread = math.sqrt(math.log1p((deviation / mean) ** 2))
   drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, rows)
-  return np.clip(np.rint(drawn), 1, int(flags.tokens)).astype(int)
+  return np.clip(np.rint(drawn), 1, cli.whole_number(flags, 'tokens')).astype(int)
 
 
 def make_config(flags, *, batch: int, width: int, preset: str):
   """The config of a case."""
   config = default_config()
   values = {
-      'dataset.path': 'unread', 'text.max_tokens': int(flags.tokens), 'train.batch_size': batch, 'molt.width': width,
+      'dataset.path': 'unread', 'text.max_tokens': cli.whole_number(flags, 'tokens'), 'train.batch_size': batch, 'molt.width': width,
       'backbones.text.path': f'random:{flags.text}', 'backbones.image.path': f'pkg://molt_jax/towers/{SHIPPED}' if flags.image == SHIPPED else
       f'random:{flags.image}', 'classifier.hidden': min(512, 2 * width), 'backbones.dtype': flags.dtype,
       'compute_dtype': flags.dtype, 'backbones.attention': flags.attention, 'backbones.quantization': flags.quantization,
@@ -161,13 +161,13 @@ def measure(flags) -> dict:
   frozen, cases = None, []
   for batch, width, preset in itertools.product(_numbers('batch', flags.batch), _numbers('width', flags.width), presets):
     config = make_config(flags, batch=batch, width=width, preset=preset)
-    ours = Ours(config, int(flags.classes), frozen, lengths(flags, batch))
+    ours = Ours(config, cli.whole_number(flags, 'classes'), frozen, lengths(flags, batch))
     frozen = ours.frozen
     runs = ours.runs(wanted)
     if theirs:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
-    taken = profiling.seconds_in_turn(runs, rounds=int(flags.rounds))
+    taken = profiling.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
     cases.append(_case(batch, width, preset, taken, theirs) | {'real_tokens': int(ours.host['token_mask'].sum())})
     cli.say(_line(cases[-1]))
     del runs, ours
@@ -175,7 +175,7 @@ def measure(flags) -> dict:
   return {
       'text': flags.text, 'image': flags.image, 'tokens': int(flags.tokens), 'lengths': flags.lengths, 'classes': int(flags.classes),
       'dtype': flags.dtype, 'attention': flags.attention, 'quantization': flags.quantization, 'solver': flags.solver,
-      'rounds': int(flags.rounds), 'cases': cases,
+      'rounds': cli.whole_number(flags, 'rounds'), 'cases': cases,
       'device': jax.devices()[0].device_kind, 'cpus': os.cpu_count(), 'load_average': os.getloadavg()[0],
       'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
       'versions': {'python': platform.python_version(), 'jax': jax.__version__, **(theirs.versions() if theirs else {})}}
