@@ -389,8 +389,18 @@ def _polar_svd(a_kj):
 
 
 def _polar_by_svd(a_kj):
+  """Divide and conquer (LAPACK's gesdd) can fail to converge on a finite matrix, rarely and on a CPU; all it returns is then NaN."""
   p_ks, s_s, q_sj = jnp.linalg.svd(a_kj, full_matrices=False)
-  return jnp.sum(s_s), (p_ks * (s_s > 8 * _EPS)[None, :]) @ q_sj
+  found = jnp.sum(s_s), (p_ks * (s_s > 8 * _EPS)[None, :]) @ q_sj
+  return lax.cond(jnp.all(jnp.isfinite(s_s)), lambda _: found, _polar_by_eigenvectors, a_kj)
+
+
+def _polar_by_eigenvectors(a_kj):
+  """The same from the eigenvectors V of A'A: singular values are the lengths of the columns of A V, so that those near 0 are not noise of A'A."""
+  _, v_jj = jnp.linalg.eigh(a_kj.T @ a_kj)
+  g_kj = a_kj @ v_jj
+  s_j = jnp.linalg.norm(g_kj, axis=0)
+  return jnp.sum(s_j), (g_kj * jnp.where(s_j > 8 * _EPS, 1 / jnp.maximum(s_j, _EPS), 0.0)[None, :]) @ v_jj.T
 
 
 def _polar_of_nearly_orthogonal(a_kj):

@@ -27,7 +27,8 @@ def oracle(x_nd, y_nd, ridge, weight_n=None):
   (a_nd, p_dd), (b_nd, q_dd) = views
   u_dk, s_k, v_kd = np.linalg.svd(p_dd @ a_nd.T @ b_nd @ q_dd, full_matrices=False)
   k = min(int((w_n1 > 0).sum()) - 1, x_nd.shape[1], y_nd.shape[1])
-  u_dk, s_k, v_kd = u_dk[:, :k], s_k[:k], v_kd[:k]
+  there_k = (s_k > 1e-9) & (np.arange(len(s_k)) < k)  # Directions without correlation get no gradient.
+  u_dk, s_k, v_kd = u_dk[:, there_k], s_k[there_k], v_kd[there_k]
 
   def gradient(one_nd, other_nd, p_dd, q_dd, u_dk, v_dk):
     inner_dd = -0.5 * (p_dd @ u_dk * s_k) @ (p_dd @ u_dk).T
@@ -304,11 +305,25 @@ def test_eigenvectors_as_inaccurate_as_float32_leaves_them(monkeypatch, angle):
 
   monkeypatch.setattr(jnp.linalg, 'eigh', inaccurate)
   for seed in range(4):
-    x_nd, y_nd = pair(32, 256, 200, seed=seed)
+    x_nd, y_nd = pair(30, 256, 200, seed=seed)  # A shape of its own: `lax.cond` keeps what it has traced.
     x_nd[1] = x_nd[0]
     loss, gradients = jax.value_and_grad(cca_loss, argnums=(0, 1))(x_nd, y_nd)
     assert relative(loss, oracle(x_nd, y_nd, 1e-3)[0]) <= 1e-5
     assert all(bool(jnp.isfinite(g_nd).all()) for g_nd in gradients)
+
+
+@pytest.mark.parametrize('shape', [(24, 40, 36), (90, 20, 16)], ids=str)  # Of no other test: `lax.cond` keeps what it has traced.
+def test_a_decomposition_that_fails(monkeypatch, shape):
+  """As LAPACK's divide and conquer now and then does on a matrix like any other: all it returns is NaN."""
+  svd = jnp.linalg.svd
+  monkeypatch.setattr(jnp.linalg, 'svd', lambda a_kj, **how: jax.tree.map(lambda m: m * jnp.nan, svd(a_kj, **how)))
+  x_nd, y_nd = pair(*shape)
+  x_nd[1::2], y_nd[1::3] = x_nd[::2], y_nd[:1]  # Duplicates: singular values of 0 among those of 1.
+  loss, gradients = jax.value_and_grad(cca_loss, argnums=(0, 1))(x_nd, y_nd)
+  want_loss, *want_gradients = oracle(x_nd, y_nd, 1e-3)
+  assert relative(loss, want_loss) <= 1e-5
+  for got_nd, want_nd in zip(gradients, want_gradients, strict=True):
+    assert relative(got_nd, want_nd) <= 1e-3
 
 
 def test_identical_views_correlate_fully():
