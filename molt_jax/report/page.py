@@ -178,6 +178,9 @@ def robustness(page):
       'influence each other, so each point is put together from the recorded predictions of every row under each absence.'))
 
 
+CHECKPOINTS = {'best': 'the checkpoint of the best mean validation score over the absences', 'latest': 'the latest checkpoint'}  # By `eval.select`.
+
+
 def training(page):
   """Loss, validation scores, canonical correlations over steps."""
   runs = [run for run in page.runs if run.lines('train')]
@@ -198,9 +201,13 @@ def training(page):
   graphs += _correlation_curves(runs)
   size = figures.SMALL if len(graphs) % 4 == 0 else {}
   return page.figure([page.draw(graph, 'a curve over training steps', **size) for graph in graphs], (
-      'Logged while training. The checkpoint that is evaluated is the one of the best mean validation score over the absences'
-      f' (step {", ".join(str(run.evaluation["step"]) for run in runs)}). Canonical correlations are means over the directions that L_CCA compares: '
-      'of its own estimate, and held out, on validation pairs along directions fitted in training.'))
+      f'Logged while training. Evaluated is {_evaluated(runs)}. Canonical correlations are means over the directions that L_CCA compares: of its own '
+      'estimate, and held out, on validation pairs along directions fitted in training.'))
+
+
+def _evaluated(runs):
+  steps = {select: [str(run.evaluation['step']) for run in runs if run.config.eval.select == select] for select in CHECKPOINTS}
+  return ' and '.join(f'{CHECKPOINTS[select]} (step {", ".join(found)})' for select, found in steps.items() if found)
 
 
 def _series(lines, key):

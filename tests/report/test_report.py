@@ -33,12 +33,13 @@ def make_run(make_predictions):
   return functools.partial(_make_run, make_predictions)
 
 
-def _make_run(make_predictions, folder, *, method='molt', pairs=True, seed=0, **how):
+def _make_run(make_predictions, folder, *, method='molt', pairs=True, seed=0, select='best', **how):
   rng = np.random.default_rng(seed)
   folder.mkdir(parents=True)
   chosen = config.default_config()
   chosen.backbones.image.path = chosen.backbones.text.path = 'a/tower'
   chosen.dataset.path, chosen.method, chosen.dataset.multi_label = 'a/table', method, how.get('multi_label', False)
+  chosen.eval.select = select
   (folder / 'config.json').write_text(config.to_json(chosen))
   p = make_predictions(seed=seed, **how)
   p = dataclasses.replace(p, config_hash=config.config_hash(chosen))
@@ -121,6 +122,12 @@ def test_a_page_is_whole_and_needs_nothing_from_elsewhere(pages, name):
   assert set(titles) <= set(tags.text)
   assert not re.search(r'\b(nan|inf|None)\b', ' '.join(tags.text))
   assert 'class <1> & "1"' in ' '.join(tags.text) or name == 'several'  # Names are data, not markup.
+
+
+def test_which_checkpoint_was_evaluated_is_said(pages, make_run, tmp_path):
+  assert 'Evaluated is the checkpoint of the best mean validation score over the absences (step 40).' in pages['one'].read_text()
+  latest = [make_run(tmp_path / name, select='latest') for name in ('a', 'b')]
+  assert 'Evaluated is the latest checkpoint (step 40, 40).' in report.write(latest, tmp_path / 'two.html').read_text()
 
 
 def test_the_headline_is_the_evaluation_and_differences_are_paired(pages):
