@@ -190,26 +190,39 @@ def _length(index: int, preprocess: Preprocess, *, source: Source, present_nm: n
   return len(preprocess.encode(source.read(index, image=False)['text'], preprocess.max_tokens))
 
 
-def _stored_row(
-    index: int, preprocess: Preprocess, *, source: Source, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> dict[str, np.ndarray]:
-  """As `_row`, with taps for content. Nothing but taps is read."""
-  most = {modality: preprocess.max_tokens if modality == 'text' else s.shape[1] for modality, s in stored.items()}
-  taps = {modality: np.zeros((s.shape[0], most[modality], s.shape[2]), s.dtype) for modality, s in stored.items()}
-  length = {'image': 0, 'text': 0}
-  for column, modality in enumerate(length):
-    if index >= 0 and present_nm[index, column] and modality in stored and (key := stored[modality].keys[index]) is not None:
-      x_ltd = stored[modality].read(key)
-      length[modality] = x_ltd.shape[1]
-      taps[modality][:, :length[modality]] = x_ltd
-  present = np.array([length['image'] > 0, length['text'] > 0])
+def _rows(index_b: np.ndarray, preprocess: Preprocess, **how: Any) -> dict[str, np.ndarray]:
+  rows = [_row(int(index), preprocess, **how) for index in index_b]
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _stored_rows(
+    index_b: np.ndarray, preprocess: Preprocess, *, source: Source, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]
+) -> dict[str, np.ndarray]:
+  """As `_rows`, with taps for content. Nothing but taps is read."""
+  batch, length_bm = {}, np.zeros((len(index_b), 2), int)
+  for column, (modality, most) in enumerate((('image', None), ('text', preprocess.max_tokens))):
+    if modality in stored:
+      batch[f'{modality}_taps'], length_bm[:, column] = _read_taps(stored[modality], index_b, present_nm[:, column], most)
   empty = () if preprocess.multi_label else 0
-  return {f'{modality}_taps': x_lnd for modality, x_lnd in taps.items()} | {
-      'token_mask': np.arange(preprocess.max_tokens) < length['text'],
-      'present': present,
-      'label': _label(preprocess, source.labels[index] if index >= 0 else empty),
-      'weight': np.float32(present.any()),
-      'index': np.int32(index),
+  return batch | {
+      'token_mask': np.arange(preprocess.max_tokens)[None, :] < length_bm[:, 1:],
+      'present': length_bm > 0,
+      'label': np.stack([_label(preprocess, source.labels[index] if index >= 0 else empty) for index in index_b]),
+      'weight': (length_bm > 0).any(axis=1).astype(np.float32),
+      'index': np.asarray(index_b, np.int32),
   }
+
+
+def _read_taps(stored: StoredTaps, index_b: np.ndarray, present_n: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (taps [B, L, `most` tokens, D], zeros where absent; real tokens int[B]); each is read into its place."""
+  layers, all_tokens, width = stored.shape
+  taps_blnd, length_b = np.zeros((len(index_b), layers, most or all_tokens, width), stored.dtype), np.zeros(len(index_b), int)
+  for row, index in enumerate(index_b):
+    if index >= 0 and present_n[index] and (key := stored.keys[index]) is not None:
+      x_lnd = stored.read(key)
+      length_b[row] = x_lnd.shape[1]
+      taps_blnd[row, :, :length_b[row]] = x_lnd
+  return taps_blnd, length_b
 
 
 def _stored_length(index: int, preprocess: Preprocess, *, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> int:
@@ -227,10 +240,10 @@ def _batch_maker(
   if batch_size % process_count:
     raise ValueError(f'batch_size {batch_size} is not a multiple of process_count {process_count}')
   present_nm = source.present if present is None else source.present & present
-  make_row = functools.partial(_row, source=source, present_nm=present_nm)
+  make_rows = functools.partial(_rows, source=source, present_nm=present_nm)
   length_of = functools.partial(_length, source=source, present_nm=present_nm)
   if stored:
-    make_row = functools.partial(_stored_row, source=source, present_nm=present_nm, stored=stored)
+    make_rows = functools.partial(_stored_rows, source=source, present_nm=present_nm, stored=stored)
     length_of = functools.partial(_stored_length, present_nm=present_nm, stored=stored)
 
   usual = 0
@@ -242,11 +255,10 @@ def _batch_maker(
     if pack:
       length_b = np.array([length_of(int(index), preprocess) for index in index_b])
       fitted = dataclasses.replace(preprocess, max_tokens=packing.padded_length(length_b.max(), preprocess.max_tokens))
-    rows = [make_row(int(index), fitted) for index in np.split(index_b, process_count)[process_index]]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = make_rows(np.split(index_b, process_count)[process_index], fitted)
     if pack and {'tokens', 'text_taps'} & batch.keys():
       size = max(usual, packing.packed_size(length_b[packing.groups(batch_size, pack)].sum(axis=1).max()))
-      batch |= packing.token_positions(batch['token_mask'], packing.groups(len(rows), (pack[0] // process_count, pack[1])), size)
+      batch |= packing.token_positions(batch['token_mask'], packing.groups(len(batch['index']), (pack[0] // process_count, pack[1])), size)
     return batch
   return make
 
