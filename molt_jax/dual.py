@@ -63,36 +63,37 @@ class DualModel:
     params = {name: p for name, p in {**params, **cast}.items() if name != 'log_scale'}
     return self.encoder.apply({'params': params}, *args, method=method)
 
-  def embed_images(self, variables: Mapping[str, Any], image_bhwc: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Returns (embeddings float32[B, C] of length one, independent features or None)."""
-    return self(variables, 'project_image', self(variables, 'pool_image', image_bhwc))
+  def embed_images(self, variables: Mapping[str, Any], image_bhwc: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Returns (embeddings float32[B, C] of length one, independent features or None, errors of decoding the images float32[B] or None)."""
+    pooled_bd, error_b = self(variables, 'pool_image', image_bhwc)
+    return *self(variables, 'project_image', pooled_bd), error_b
 
   def embed_pooled_texts(self, variables: Mapping[str, Any], pooled_bd: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """As `embed_images`, of what `pool_text` returned."""
+    """Returns (embeddings float32[B, C] of length one, independent features or None) of what `pool_text` returned."""
     if statistics := variables['statistics']:
       pooled_bd = (pooled_bd - statistics['mean'][None]) / statistics['deviation'][None]
     return self(variables, 'project_text', pooled_bd)
 
   def embed_texts(self, variables: Mapping[str, Any], tokens_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """As `embed_images`, of token ids."""
+    """As `embed_pooled_texts`, of token ids."""
     return self.embed_pooled_texts(variables, self(variables, 'pool_text', tokens_bt, mask_bt))
 
   def embed_batch(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> contrastive.PairEmbeddings:
     """Embeds what a batch of `data.pairs` has."""
-    image_bc, image_own_bc = self.embed_images(variables, batch['image'])
+    image_bc, image_own_bc, image_error_b = self.embed_images(variables, batch['image'])
     if 'text_pooled' in batch:
       text_bc, text_own_bc = self.embed_pooled_texts(variables, batch['text_pooled'])
     else:
       text_bc, text_own_bc = self.embed_texts(variables, batch['tokens'], batch['token_mask'])
     image_augmented_bc = image_own_augmented_bc = text_augmented_bc = text_own_augmented_bc = None
     if 'image_augmented' in batch:
-      image_augmented_bc, image_own_augmented_bc = self.embed_images(variables, batch['image_augmented'])
+      image_augmented_bc, image_own_augmented_bc, _ = self.embed_images(variables, batch['image_augmented'])
     if 'tokens_augmented' in batch:
       text_augmented_bc, text_own_augmented_bc = self.embed_texts(variables, batch['tokens_augmented'], batch['token_mask_augmented'])
     return contrastive.PairEmbeddings(
         image_bc=image_bc, text_bc=text_bc, image_augmented_bc=image_augmented_bc, text_augmented_bc=text_augmented_bc,
         image_independent_bc=image_own_bc, text_independent_bc=text_own_bc, image_independent_augmented_bc=image_own_augmented_bc,
-        text_independent_augmented_bc=text_own_augmented_bc, weight_b=batch['weight'])
+        text_independent_augmented_bc=text_own_augmented_bc, image_error_b=image_error_b, weight_b=batch['weight'])
 
 
 def text_kind(config: ml_collections.ConfigDict) -> str:
@@ -123,7 +124,8 @@ def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.T
         image_tower=ClipVision(towers['image'].config, dtype, attention, with_pool=True),
         text_tower=weights.MODULES[text_kind(config)](towers['text'].config, dtype, attention),
         width=config.projection.width, dtype=jnp.dtype(config.compute_dtype),
-        independent=any('independent' in field for name in objectives(config) for field in contrastive.NEEDS[name]))
+        independent=any('independent' in field for name in objectives(config) for field in contrastive.NEEDS[name]),
+        reconstruct='reconstruction' in objectives(config))
   frozen = tuple(t for t in TOWERS if config.backbones[t].freeze)
   dtype = jnp.dtype(config.compute_dtype)
   return DualModel(
@@ -225,6 +227,14 @@ class TowerPair:
       float32[N, num_layers * 2 * D].
     """
     return self._images(images, jax.jit(lambda variables, image_bhwc: self.model(variables, 'image_features', image_bhwc, num_layers)))
+
+  def image_tokens(self, images: Sequence[Any]) -> np.ndarray:
+    """Every token of the tower's last layer, laid flat: what it knows of places, which the means of `image_features` lose.
+
+    Returns:
+      float32[N, I * D], I = 1 + number of patches.
+    """
+    return self._images(images, jax.jit(lambda variables, image_bhwc: self.model(variables, 'image_tokens', image_bhwc)))
 
   def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts. Returns float32[N, C], rows of length one."""

@@ -73,6 +73,7 @@ _PIXELS = _each_split(lambda pair, images: pair_metrics.pixels(images))
 # Name -> function(pair, examples by split) -> features by split, [N, D] each.
 PROBES: dict[str, Callable] = {
     'tower': _each_split(_tower_features),
+    'tokens': _each_split(lambda pair, images: pair.image_tokens(images)),
     'embedding': _each_split(lambda pair, images: pair.embed_images(images)),
     'pixels': _PIXELS,
     'pca': lambda pair, examples: pair_metrics.principal_components(_PIXELS(pair, examples)),

@@ -24,6 +24,9 @@ class ColourPair:
     assert num_layers == 1
     return np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) for image in images])
 
+  def image_tokens(self, images):
+    return self.image_features(images)
+
   def embed_images(self, images):
     return np.eye(3, dtype=np.float32)[self.image_features(images)[:, ::-1].argmax(axis=1)]
 
@@ -88,13 +91,13 @@ def trained(tmp_path_factory, tiny_towers, tiny_table):
 
 
 def test_the_command_writes_what_it_prints(trained, capsys):
-  argv = [f'--workdir={trained}', '--templates={}|a {} square', '--probes=tower,pixels']
+  argv = [f'--workdir={trained}', '--templates={}|a {} square', '--probes=tower,tokens,pixels']
   assert pair_evaluation.main(argv) == 0 and pair_evaluation.main([*argv[:2], '--probes=', '--split=validation']) == 0
   out = capsys.readouterr().out
   records = json.loads((trained / 'pair_evaluation.json').read_text())
   assert {record['split'] for record in records.values()} == {'test', 'validation'}
   scores = next(record for record in records.values() if record['split'] == 'test')['results']
-  assert set(scores['linear_probe']) == {'tower', 'pixels'}
+  assert set(scores['linear_probe']) == {'tower', 'tokens', 'pixels'}
   assert f'{100 * scores["zero_shot"]["top1"]:.1f} %' in out and f'{scores["modality_gap"]:.3f}' in out
   pair = pretrain.load_pair(trained)
   examples = pair_evaluation.read_dataset(pair_evaluation.open_dataset(
@@ -105,7 +108,7 @@ def test_the_command_writes_what_it_prints(trained, capsys):
 
 @pytest.mark.parametrize('argument, said', [
     ('--split=dev', "--split: 'dev' is not legal; give train, validation, test"),
-    ('--probes=tower,knn', "--probes: 'knn' is not legal; give tower, embedding, pixels, pca"),
+    ('--probes=tower,knn', "--probes: 'knn' is not legal; give tower, tokens, embedding, pixels, pca"),
     ('--templates=a picture', "templates: 'a picture' is not legal"),
     ('--table=/nowhere', "'/nowhere' is not a folder"),
 ])

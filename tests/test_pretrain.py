@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from molt_jax import model as model_lib
 from molt_jax.backbones import weights
 from molt_jax.config import PRETRAIN_SCHEMA, UserError
 from molt_jax.data import datasets, pipeline, transforms
+from molt_jax.objectives import contrastive
 
 ROOT = pathlib.Path(__file__).parents[1]
 VARYING = ('images_per_second', 'epoch_seconds')
@@ -106,6 +108,15 @@ def test_the_written_preprocessing_is_that_of_training(whole):
 @pytest.fixture(scope='module')
 def pair(whole):
   return pretrain.load_pair(whole)
+
+
+def test_tokens_laid_flat_are_the_last_hidden_state(whole, pair):
+  images = [np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8) for seed in range(3)]
+  model = transformers.CLIPVisionModel.from_pretrained(whole / 'tower').eval()
+  processor = transformers.CLIPImageProcessor.from_pretrained(whole / 'tower')
+  with torch.inference_mode():
+    wanted_bid = model(processor(images, return_tensors='pt')['pixel_values']).last_hidden_state.numpy()
+  np.testing.assert_allclose(pair.image_tokens(images), wanted_bid.reshape(3, -1), atol=2e-5)
 
 
 def test_a_loaded_pair_scores_as_the_last_validation_did(whole, pair, make_config):
@@ -244,9 +255,30 @@ def _make_gradient(config):
   return gradient
 
 
+def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
+  """Against loops over patches in float64; the picture of weight 0 does not count."""
+  config = make_config(**{'objective.reconstruction': 2.0})
+  model = dual.make_model(config, dual.describe_towers(config))
+  variables = flax.linen.unbox(model.init(jax.random.key(0), {}))
+  batch = _batch(4, np.random.default_rng(0), pooled=32)
+  tokens_bid = np.asarray(model(variables, 'image_tokens', batch['image']), np.float64).reshape(4, 5, 16)
+  kernel_dx, bias_x = (np.asarray(variables['params']['image_decoder'][name], np.float64) for name in ('kernel', 'bias'))
+  wanted_b = np.zeros(4)
+  for b in range(4):
+    for row in range(2):
+      for column in range(2):
+        patch = batch['image'][b, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
+        wanted_b[b] += np.mean((tokens_bid[b, 1 + 2 * row + column] @ kernel_dx + bias_x - patch.ravel()) ** 2) / 4
+  embeddings = model.embed_batch(variables, batch)
+  np.testing.assert_allclose(embeddings.image_error_b, wanted_b, rtol=1e-5)
+  loss, parts = contrastive.pair_loss(embeddings, {'reconstruction': 2.0}, 1.0, jax.random.key(0))
+  assert float(parts['reconstruction']) == pytest.approx(wanted_b[:3].mean(), rel=1e-5)
+  assert float(loss) == pytest.approx(2 * wanted_b[:3].mean(), rel=1e-5)
+
+
 def test_four_devices_take_the_step_of_one(make_config):
   batch = _batch(16, np.random.default_rng(0), pooled=32)
-  config = make_config()
+  config = make_config(**{'objective.reconstruction': 0.2})
   one = _make_gradient(config)(batch)
   config.mesh.data = 4
   four = _make_gradient(config)(batch)
@@ -256,12 +288,12 @@ def test_four_devices_take_the_step_of_one(make_config):
 
 
 def test_a_picture_that_cannot_be_read_counts_for_nothing(make_config):
-  rng = np.random.default_rng(0)
+  rng, config = np.random.default_rng(0), make_config(**{'objective.reconstruction': 0.2})
   batch = _batch(8, rng, pooled=32)
   other = {name: x.copy() for name, x in batch.items()}
   for name in ('image', 'image_augmented', 'text_pooled'):
     other[name][3] = 5.0
-  (_, one), (_, two) = map(_make_gradient(make_config()), (batch, other))
+  (_, one), (_, two) = map(_make_gradient(config), (batch, other))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, two)
 
 

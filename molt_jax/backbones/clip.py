@@ -214,9 +214,13 @@ class ClipVision(nn.Module):
       self.post_norm(h_bid)
     return taps_lbid
 
+  def pool(self, hidden_bid):
+    """The class token of the last hidden states after the final norm, dtype[B, D]: Hugging Face's `pooler_output`. Only with `with_pool`."""
+    return self.post_norm(hidden_bid[:, 0])
+
   def pooled(self, image_bhwc):
-    """The class token after the final norm, dtype[B, D]: Hugging Face's `pooler_output`. Only with `with_pool`."""
-    return self.post_norm(self(image_bhwc, num_taps=1)[0, :, 0])
+    """Runs the tower and pools, dtype[B, D]."""
+    return self.pool(self(image_bhwc, num_taps=1)[0])
 
   def embed(self, image_bhwc):
     """Class token and patch embeddings with positions, after the first norm, dtype[B, I, D]: the first hidden state."""

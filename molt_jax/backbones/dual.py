@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.backbones.clip import ClipText, ClipVision
+from molt_jax.backbones.clip import ClipText, ClipVision, patches
 from molt_jax.backbones.llama import Llama
 
 TOWERS = ('image', 'text')
@@ -38,7 +38,8 @@ class Projection(nn.Module):
 class DualEncoder(nn.Module):
   """An image tower and a text tower, each with a projection head; parameters: {image,text}_tower, {image,text}_head.
 
-  With `independent`, each tower has one more head, {image,text}_independent, for deep feature separation.
+  With `independent`, each tower has one more head, {image,text}_independent, for deep feature separation; with `reconstruct`, the image tower has a
+  linear decoder of pixels, image_decoder.
 
   Attributes:
     image_tower: a ClipVision with its final norm.
@@ -46,6 +47,7 @@ class DualEncoder(nn.Module):
     width: C, of the common space.
     dtype: of computation in the heads.
     independent: whether to project into independent features too.
+    reconstruct: whether to decode each image from its patch tokens too.
   """
 
   image_tower: ClipVision
@@ -53,21 +55,33 @@ class DualEncoder(nn.Module):
   width: int
   dtype: Any
   independent: bool
+  reconstruct: bool
 
   def setup(self):
     self.image_head, self.text_head = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
     if self.independent:
       self.image_independent, self.text_independent = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
+    if self.reconstruct:
+      self.image_decoder = nn.Dense(
+          3 * self.image_tower.config.patch_size ** 2, dtype=self.dtype, kernel_init=nn.with_logical_partitioning(
+              nn.initializers.lecun_normal(), ('embed', 'patch')), bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('patch',)))
 
   def __call__(self, image_bhwc, tokens_bt, mask_bt):
     """Makes every parameter; used for initialisation alone."""
-    return self.project_image(self.pool_image(image_bhwc)), self.project_text(self.pool_text(tokens_bt, mask_bt))
+    return self.project_image(self.pool_image(image_bhwc)[0]), self.project_text(self.pool_text(tokens_bt, mask_bt))
 
   def pool_image(self, image_bhwc):
-    """One vector an image, [B, D_i]: what the image head reads."""
-    if self.is_initializing():
-      self.image_tower(image_bhwc, num_taps=1)
-    return self.image_tower.pooled(image_bhwc)
+    """Returns (one vector an image, [B, D_i], that the image head reads; the error of decoding the image, float32[B], or None).
+
+    The error: mean square over pixels and channels (normalised, so about 1 for a decoder that knows their mean alone) between the image and what
+    one linear map makes of each of its patch tokens in the last layer.
+    """
+    hidden_bid = self.image_tower(image_bhwc, num_taps=1)[0]
+    return self.image_tower.pool(hidden_bid), self._decoding_error(hidden_bid[:, 1:], image_bhwc) if self.reconstruct else None
+
+  def _decoding_error(self, tokens_bpd, image_bhwc):
+    decoded_bpx = self.image_decoder(tokens_bpd).astype(jnp.float32)
+    return jnp.mean(jnp.square(decoded_bpx - patches(image_bhwc, self.image_tower.config.patch_size)), axis=(1, 2))
 
   def pool_text(self, tokens_bt, mask_bt):
     """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised, where it is)."""
@@ -81,6 +95,10 @@ class DualEncoder(nn.Module):
     taps_lbid = self.image_tower(image_bhwc, num_taps=num_layers).astype(jnp.float32)
     both_lbd = jnp.concatenate([taps_lbid[:, :, 0], jnp.mean(taps_lbid[:, :, 1:], axis=2)], axis=-1)
     return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
+
+  def image_tokens(self, image_bhwc):
+    """Every token of the image tower's last layer, laid flat, float32[B, I * D_i]: what `image_features` averages over places."""
+    return self.image_tower(image_bhwc, num_taps=1)[0].astype(jnp.float32).reshape(len(image_bhwc), -1)
 
   def project_image(self, pooled_bd):
     """Returns (embeddings, independent features or None), each float32[B, C] with rows of length one."""

@@ -24,6 +24,7 @@ class PairEmbeddings:
 
   Augmented: of another view of the same input. None for a tower whose input is not augmented.
   Independent: z^i of deep feature separation, from a projection layer of its own beside the embedding's, normalised too.
+  Error: of decoding the image from the tower's patch tokens, [B].
   weight_b: [B], how often a row counts; rows of weight 0 (padding) drop out as if never there. None: every row once.
   """
 
@@ -35,6 +36,7 @@ class PairEmbeddings:
   text_independent_bc: jax.Array | None = None
   image_independent_augmented_bc: jax.Array | None = None
   text_independent_augmented_bc: jax.Array | None = None
+  image_error_b: jax.Array | None = None
   weight_b: jax.Array | None = None
 
 
@@ -71,6 +73,12 @@ def _each_modality(loss, *kinds):
   return total
 
 
+def _mean(value_b, weight_b):
+  """The mean over present rows."""
+  weight_b, value_b1 = present_rows(weight_b, value_b[:, None])
+  return weighted_mean(value_b1[:, 0], weight_b)
+
+
 def _or(augmented_bc, original_bc):
   """A tower whose input is not augmented sees the same input twice."""
   return original_bc if augmented_bc is None else augmented_bc
@@ -90,6 +98,7 @@ OBJECTIVES: dict[str, Callable] = {
     'geometric_original': lambda e, scale, key: latent_structure.geometric_original(e.image_bc, e.text_bc, weight_b=e.weight_b),
     'geometric_augmented': lambda e, scale, key: latent_structure.geometric_augmented(
         e.image_bc, e.text_bc, _or(e.image_augmented_bc, e.image_bc), _or(e.text_augmented_bc, e.text_bc), weight_b=e.weight_b),
+    'reconstruction': lambda e, scale, key: _mean(e.image_error_b, e.weight_b),
 }
 
 # Name -> fields of PairEmbeddings of which at least one must be there.
@@ -104,6 +113,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     'brownian_bridge': ('image_augmented_bc',),
     'geometric_original': ('image_bc',),
     'geometric_augmented': ('image_augmented_bc', 'text_augmented_bc'),
+    'reconstruction': ('image_error_b',),
 }
 
 

@@ -139,7 +139,7 @@ def test_what_cannot_be_computed_is_refused():
   with pytest.raises(ValueError, match='no objective i2t; known: v2t'):
     pair_loss(e, {'i2t': 1}, 1.0, jax.random.key(0))
   needy = {name: fields for name, fields in NEEDS.items() if 'image_bc' not in fields}
-  assert set(NEEDS) == set(OBJECTIVES) and len(needy) == 7
+  assert set(NEEDS) == set(OBJECTIVES) and len(needy) == 8
   for name, fields in needy.items():
     with pytest.raises(ValueError, match=f'{name} needs {fields[0]}'):
       pair_loss(e, {name: 1}, 1.0, jax.random.key(0))
