@@ -434,6 +434,9 @@ def _pretrain_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...
       (c.objective.t2t > 0 and not rewrites,
        f'config.objective.t2t: {c.objective.t2t} compares two views of a text, but texts are not varied; set config.augment.text.delete or swap, '
        'or give 0'),
+      (c.objective.reconstruction > 0 and image.freeze,
+       f'config.objective.reconstruction: {c.objective.reconstruction} is for an image tower that learns, which '
+       'config.backbones.image.freeze=True prevents; give 0, or set freeze False'),
       (not any(c.objective.values()), 'config.objective: every weight is 0; give at least one a weight, e.g. v2t=0.5 and t2v=0.5'),
   )
 

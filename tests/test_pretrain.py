@@ -344,6 +344,8 @@ def test_bfloat16_is_near_float32(make_config):
      ['image.freeze', 'text.freeze', 'no tower to train']),
     ({'augment.text.delete': 0.1}, ['config.augment.text', 'backbones.text.freeze', 'once']),
     ({'objective.t2t': 0.5}, ['config.objective.t2t', 'augment.text.delete']),
+    ({'objective.reconstruction': 1.0, 'backbones.image.path': 'random:clip-vit-tiny', 'backbones.image.pretrained': True,
+      'backbones.image.freeze': True, 'backbones.text.freeze': False}, ['config.objective.reconstruction: 1.0', 'image.freeze', 'give 0']),
     ({'objective.v2t': 0.0, 'objective.t2v': 0.0, 'objective.v2v': 0.0, 'objective.uniformity': 0.0}, ['every weight is 0']),
     ({'backbones.image.freeze': True, 'backbones.text.freeze': False}, ['random weights', 'pretrained']),
     ({'backbones.image.pretrained': True}, ['config.backbones.image.path']),
