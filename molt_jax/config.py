@@ -257,7 +257,7 @@ PRETRAIN_SCHEMA: dict[str, Any] = {
         'brownian_bridge': _objective(0.0, 'the augmented image on the bridge between image and text'),
         'geometric_original': _objective(0.0, 'geometric consistency within and across the modalities'),
         'geometric_augmented': _objective(0.0, 'geometric consistency of the originals and the other views'),
-        'reconstruction': _objective(0.0, 'a linear decoder finds the pixels of each patch in its token, so that the tower keeps what they show'),
+        'reconstruction': _objective(0.0, 'finding the pixels of each patch in its token by a linear map, so that the tower keeps what they show'),
     },
     'optimizer': SCHEMA['optimizer'],
     'train': _pick('train', 'batch_size', 'epochs', 'log_every', 'eval_every', 'save_every'),

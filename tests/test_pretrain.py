@@ -90,7 +90,7 @@ def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype)
   with torch.inference_mode():
     theirs = model.eval()(torch.tensor(image_bhwc).permute(0, 3, 1, 2), output_hidden_states=True)
   bound = tower.module.bind({'params': tower.params})
-  ours, pooled = jax.jit(lambda x: (bound(x, num_taps=3), bound.pooled(x)))(image_bhwc)
+  ours, pooled = jax.jit(lambda x: (bound(x, num_taps=3), bound.pool(bound(x, num_taps=1)[0])))(image_bhwc)
   np.testing.assert_allclose(ours, np.stack([h.numpy() for h in theirs.hidden_states]), atol=2e-5)
   np.testing.assert_allclose(pooled, theirs.pooler_output.numpy(), atol=2e-5)
 

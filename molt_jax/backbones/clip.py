@@ -170,7 +170,7 @@ class ClipVision(nn.Module):
     config: the architecture.
     dtype: of weights and computation; norms and softmax are float32.
     attention: implementation of `jax.nn.dot_product_attention`, 'xla' or 'cudnn' (GPU, bfloat16).
-    with_pool: whether it has the final norm, which only `pooled` reads.
+    with_pool: whether it has the final norm, which only `pool` reads.
   """
 
   config: ClipVisionConfig
@@ -217,10 +217,6 @@ class ClipVision(nn.Module):
   def pool(self, hidden_bid):
     """The class token of the last hidden states after the final norm, dtype[B, D]: Hugging Face's `pooler_output`. Only with `with_pool`."""
     return self.post_norm(hidden_bid[:, 0])
-
-  def pooled(self, image_bhwc):
-    """Runs the tower and pools, dtype[B, D]."""
-    return self.pool(self(image_bhwc, num_taps=1)[0])
 
   def embed(self, image_bhwc):
     """Class token and patch embeddings with positions, after the first norm, dtype[B, I, D]: the first hidden state."""
