@@ -121,7 +121,8 @@ def test_the_text_half_of_a_whole_clip(hf, tmp_path):
   pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
   with torch.inference_mode():
     expected = model.vision_model(pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)).pooler_output.numpy()
-  ours = jax.jit(lambda p: image.module.apply({'params': p}, pixels, method='pooled'))(image.params)
+  bound = image.module.bind({'params': image.params})
+  ours = jax.jit(lambda x: bound.pool(bound(x, num_taps=1)[0]))(pixels)
   np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
