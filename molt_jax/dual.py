@@ -63,9 +63,14 @@ class DualModel:
     params = {name: p for name, p in {**params, **cast}.items() if name != 'log_scale'}
     return self.encoder.apply({'params': params}, *args, method=method)
 
-  def embed_images(self, variables: Mapping[str, Any], image_bhwc: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Returns (embeddings float32[B, C] of length one, independent features or None, errors of decoding the images float32[B] or None)."""
-    pooled_bd, error_b = self(variables, 'pool_image', image_bhwc)
+  def embed_images(
+      self, variables: Mapping[str, Any], image_bhwc: jax.Array, key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Returns (embeddings float32[B, C] of length one, independent features or None, errors of decoding the images float32[B] or None).
+
+    With a key, patches are left out at random, as `augment.image.kept` says.
+    """
+    pooled_bd, error_b = self(variables, 'pool_image', image_bhwc, key)
     return *self(variables, 'project_image', pooled_bd), error_b
 
   def embed_pooled_texts(self, variables: Mapping[str, Any], pooled_bd: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -78,16 +83,17 @@ class DualModel:
     """As `embed_pooled_texts`, of token ids."""
     return self.embed_pooled_texts(variables, self(variables, 'pool_text', tokens_bt, mask_bt))
 
-  def embed_batch(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> contrastive.PairEmbeddings:
-    """Embeds what a batch of `data.pairs` has."""
-    image_bc, image_own_bc, image_error_b = self.embed_images(variables, batch['image'])
+  def embed_batch(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> contrastive.PairEmbeddings:
+    """Embeds what a batch of `data.pairs` has; with a key (in training), without the patches that `augment.image.kept` leaves out."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    image_bc, image_own_bc, image_error_b = self.embed_images(variables, batch['image'], keys[0])
     if 'text_pooled' in batch:
       text_bc, text_own_bc = self.embed_pooled_texts(variables, batch['text_pooled'])
     else:
       text_bc, text_own_bc = self.embed_texts(variables, batch['tokens'], batch['token_mask'])
     image_augmented_bc = image_own_augmented_bc = text_augmented_bc = text_own_augmented_bc = None
     if 'image_augmented' in batch:
-      image_augmented_bc, image_own_augmented_bc, _ = self.embed_images(variables, batch['image_augmented'])
+      image_augmented_bc, image_own_augmented_bc, _ = self.embed_images(variables, batch['image_augmented'], keys[1])
     if 'tokens_augmented' in batch:
       text_augmented_bc, text_own_augmented_bc = self.embed_texts(variables, batch['tokens_augmented'], batch['token_mask_augmented'])
     return contrastive.PairEmbeddings(
@@ -125,7 +131,7 @@ def make_model(config: ml_collections.ConfigDict, towers: Mapping[str, weights.T
         text_tower=weights.MODULES[text_kind(config)](towers['text'].config, dtype, attention),
         width=config.projection.width, dtype=jnp.dtype(config.compute_dtype),
         independent=any('independent' in field for name in objectives(config) for field in contrastive.NEEDS[name]),
-        reconstruct='reconstruction' in objectives(config))
+        reconstruct='reconstruction' in objectives(config), kept=config.augment.image.kept)
   frozen = tuple(t for t in TOWERS if config.backbones[t].freeze)
   dtype = jnp.dtype(config.compute_dtype)
   return DualModel(

@@ -36,12 +36,12 @@ def pretrain_step(
     state: train_state.TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], *, model: dual.DualModel,
     tx: optax.GradientTransformation, config: ml_collections.ConfigDict) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """One update of all that is trained; `frozen` (towers by parameter name) is only read. Returns the new state and metrics (scalars)."""
-  key = train_state.stream(state.seed, 'objective', state.step)
+  key, patches_key = (train_state.stream(state.seed, name, state.step) for name in ('objective', 'patches'))
 
   def loss_fn(params):
     variables = {'params': {**params, **frozen}, 'statistics': state.statistics}
     scale = jnp.exp(params['log_scale'])
-    return contrastive.pair_loss(model.embed_batch(variables, batch), dual.objectives(config), scale, key)
+    return contrastive.pair_loss(model.embed_batch(variables, batch, patches_key), dual.objectives(config), scale, key)
 
   (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -1,6 +1,7 @@
 """Pretraining of a tower pair: the step, the loop, resuming, what comes out, what is refused. Tiny towers; oracles are Hugging Face and NumPy."""
 
 import configparser
+import itertools
 import json
 import os
 import pathlib
@@ -276,9 +277,43 @@ def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
   assert float(loss) == pytest.approx(2 * wanted_b[:3].mean(), rel=1e-5)
 
 
+def test_views_keep_a_share_of_their_patches(make_config):
+  """Each embedding and each error of decoding is that of one choice of two of the four patches; the choices differ; without a key all are there."""
+  config = make_config(**{'objective.reconstruction': 2.0, 'augment.image.kept': 0.5})
+  model = dual.make_model(config, dual.describe_towers(config))
+  variables = flax.linen.unbox(model.init(jax.random.key(0), {}))
+  image_bhwc = jnp.asarray(_batch(16, np.random.default_rng(0), pooled=32)['image'])
+  tower = model.encoder.image_tower.bind({'params': variables['params']['image_tower']})
+  decoder = variables['params']['image_decoder']
+  # The token of a patch that is not kept is cut out of what enters the first layer.
+  entering_bid, choices = tower.embed(image_bhwc), list(itertools.combinations(range(4), 2))
+  wanted = {}
+  for chosen in choices:
+    hidden_bid = tower.run(entering_bid[:, jnp.array([0, *(1 + p for p in chosen)])], start=0, stop=2)
+    cut = np.stack([image_bhwc[:, 8 * (p // 2):8 * (p // 2) + 8, 8 * (p % 2):8 * (p % 2) + 8] for p in chosen], axis=1).reshape(16, 2, -1)
+    decoded_bkx = np.asarray(hidden_bid[:, 1:], np.float64) @ np.asarray(decoder['kernel'], np.float64) + np.asarray(decoder['bias'])
+    wanted[chosen] = np.asarray(tower.pool(hidden_bid)), ((decoded_bkx - cut) ** 2).mean(axis=(1, 2))
+
+  def chosen_of_each(key):
+    pooled_bd, error_b = model(variables, 'pool_image', image_bhwc, key)
+    distance_bc = np.stack([np.abs(pooled_bd - wanted[chosen][0]).max(axis=1) for chosen in choices], axis=1)
+    found_b = distance_bc.argmin(axis=1)
+    assert (distance_bc.min(axis=1) < 1e-5).all() and (np.sort(distance_bc, axis=1)[:, 1] > 1e-3).all()
+    np.testing.assert_allclose(error_b, [wanted[choices[c]][1][b] for b, c in enumerate(found_b)], rtol=1e-4)
+    return found_b.tolist()
+
+  one, again, other = (chosen_of_each(jax.random.key(seed)) for seed in (0, 0, 1))
+  assert one == again != other and len(set(one)) > 3
+  same = _batch(16, np.random.default_rng(0), pooled=32) | {'image': image_bhwc, 'image_augmented': image_bhwc}
+  views = model.embed_batch(variables, same, jax.random.key(0))
+  assert np.abs(views.image_bc - views.image_augmented_bc).max() > 1e-3
+  whole = model(variables, 'pool_image', image_bhwc)[0]
+  np.testing.assert_allclose(whole, tower.pool(tower(image_bhwc, num_taps=1)[0]), atol=1e-6)
+
+
 def test_four_devices_take_the_step_of_one(make_config):
   batch = _batch(16, np.random.default_rng(0), pooled=32)
-  config = make_config(**{'objective.reconstruction': 0.2})
+  config = make_config(**{'objective.reconstruction': 0.2, 'augment.image.kept': 0.5})
   one = _make_gradient(config)(batch)
   config.mesh.data = 4
   four = _make_gradient(config)(batch)

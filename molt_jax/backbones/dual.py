@@ -48,6 +48,7 @@ class DualEncoder(nn.Module):
     dtype: of computation in the heads.
     independent: whether to project into independent features too.
     reconstruct: whether to decode each image from its patch tokens too.
+    kept: share of the patches of an image that `pool_image` keeps when it is given a key, in (0, 1].
   """
 
   image_tower: ClipVision
@@ -56,6 +57,7 @@ class DualEncoder(nn.Module):
   dtype: Any
   independent: bool
   reconstruct: bool
+  kept: float
 
   def setup(self):
     self.image_head, self.text_head = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
@@ -70,18 +72,29 @@ class DualEncoder(nn.Module):
     """Makes every parameter; used for initialisation alone."""
     return self.project_image(self.pool_image(image_bhwc)[0]), self.project_text(self.pool_text(tokens_bt, mask_bt))
 
-  def pool_image(self, image_bhwc):
+  def pool_image(self, image_bhwc, key=None):
     """Returns (one vector an image, [B, D_i], that the image head reads; the error of decoding the image, float32[B], or None).
 
     The error: mean square over pixels and channels (normalised, so about 1 for a decoder that knows their mean alone) between the image and what
-    one linear map makes of each of its patch tokens in the last layer.
+    one linear map makes of each of its patch tokens in the last layer. With a key, patches are left out of each image at random, the same number
+    of each, and neither computed nor decoded (FLIP: Li et al., CVPR 2023).
     """
-    hidden_bid = self.image_tower(image_bhwc, num_taps=1)[0]
-    return self.image_tower.pool(hidden_bid), self._decoding_error(hidden_bid[:, 1:], image_bhwc) if self.reconstruct else None
+    hidden_bid, patches_bpx = self.image_tower.embed(image_bhwc), patches(image_bhwc, self.image_tower.config.patch_size)
+    if key is not None and self.kept < 1:
+      hidden_bid, patches_bpx = self._thin_out(hidden_bid, patches_bpx, key)
+    hidden_bid = self.image_tower.run(hidden_bid, start=0, stop=self.image_tower.config.num_layers)
+    return self.image_tower.pool(hidden_bid), self._decoding_error(hidden_bid[:, 1:], patches_bpx) if self.reconstruct else None
 
-  def _decoding_error(self, tokens_bpd, image_bhwc):
-    decoded_bpx = self.image_decoder(tokens_bpd).astype(jnp.float32)
-    return jnp.mean(jnp.square(decoded_bpx - patches(image_bhwc, self.image_tower.config.patch_size)), axis=(1, 2))
+  def _thin_out(self, hidden_bid, patches_bpx, key):
+    """Keeps the class token and a random choice of patches, in their order."""
+    b, p = patches_bpx.shape[:2]
+    order_bp = jnp.argsort(jax.random.uniform(key, (b, p)), axis=1)
+    chosen_bk1 = jnp.sort(order_bp[:, :max(1, round(self.kept * p))], axis=1)[:, :, None]
+    tokens_bkd = jnp.take_along_axis(hidden_bid[:, 1:], chosen_bk1, axis=1)
+    return jnp.concatenate([hidden_bid[:, :1], tokens_bkd], axis=1), jnp.take_along_axis(patches_bpx, chosen_bk1, axis=1)
+
+  def _decoding_error(self, tokens_bpd, patches_bpx):
+    return jnp.mean(jnp.square(self.image_decoder(tokens_bpd).astype(jnp.float32) - patches_bpx), axis=(1, 2))
 
   def pool_text(self, tokens_bt, mask_bt):
     """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised, where it is)."""
