@@ -15,6 +15,7 @@ import scipy.optimize
 from PIL import Image
 
 from molt_jax.config import UserError
+from molt_jax.data.sources import UNLABELLED
 from molt_jax.objectives.cca_diagnostics import modality_gap
 
 TOP = (1, 3, 5)
@@ -79,13 +80,16 @@ def class_prompts(class_names: Sequence[str], templates: Sequence[str] = TEMPLAT
 def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np.ndarray) -> dict[str, float]:
   """Top-1, 3 and 5 accuracy of the class whose prompts are nearest; a class is the mean of its prompts' unit vectors (ensembling).
 
+  Images without a label (`sources.UNLABELLED`) do not count.
+
   Raises:
     UserError: fewer than two classes.
   """
   if len(class_prompts_kpc) < 2:
     raise UserError(f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set of two classes or more')
   class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
-  scores_nk, labels = normalise(image_nc) @ class_kc.T, np.asarray(labels)
+  labelled_n = np.asarray(labels) != UNLABELLED
+  scores_nk, labels = normalise(image_nc[labelled_n]) @ class_kc.T, np.asarray(labels)[labelled_n]
   true_n = scores_nk[np.arange(len(labels)), labels]
   rank_n = np.sum(scores_nk >= true_n[:, None], axis=1) - 1
   return {f'top{k}': float(np.mean(rank_n < k)) for k in TOP}
@@ -166,7 +170,8 @@ def linear_probe(
 
   Fitted on 'train' with features standardised by its means and deviations, for each C in `strengths` in ascending order, until `PATIENCE` in a row
   are no better; C as scikit-learn's LogisticRegression defines it: C sum_n cross-entropy_n + ||W||^2 / 2, biases free. The C of the highest accuracy
-  on 'validation' counts (the smaller of equals); it is not refitted with validation. Deterministic.
+  on 'validation' counts (the smaller of equals); it is not refitted with validation. Rows without a label (`sources.UNLABELLED`) are left out.
+  Deterministic.
 
   Args:
     features: split -> [N, D]; 'train', 'validation' and whatever else is to be scored.
@@ -179,12 +184,14 @@ def linear_probe(
     UserError: fewer than two classes in train, or no validation rows.
   """
   labels = {split: np.asarray(y, np.int32) for split, y in labels.items()}
+  features = {split: np.asarray(x_nd)[labels[split] != UNLABELLED] for split, x_nd in features.items()}
+  labels = {split: y[y != UNLABELLED] for split, y in labels.items()}
   if len(np.unique(labels['train'])) < 2 or not len(labels['validation']):
     raise UserError(f'linear probe: {len(np.unique(labels["train"]))} class(es) in train and {len(labels["validation"])} validation rows; '
                     'give at least two classes and one row')
   mean_d, deviation_d = features['train'].mean(axis=0, dtype=np.float64), features['train'].std(axis=0, dtype=np.float64)
   scale_d = 1 / np.where(deviation_d > 1e-6 * deviation_d.max(), deviation_d, np.inf)
-  rows = {split: ((np.asarray(x_nd) - mean_d) * scale_d).astype(np.float32) for split, x_nd in features.items()}
+  rows = {split: ((x_nd - mean_d) * scale_d).astype(np.float32) for split, x_nd in features.items()}
   num_classes = 1 + max(int(y.max()) for y in labels.values() if len(y))
 
   def score(weight_dk, split):

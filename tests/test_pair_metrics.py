@@ -10,6 +10,7 @@ from PIL import Image
 
 from molt_jax import pair_metrics
 from molt_jax.config import UserError
+from molt_jax.data.sources import UNLABELLED
 from molt_jax.pair_metrics import class_prompts, evaluate_pair, linear_probe, pixels, principal_components, retrieval, zero_shot
 
 
@@ -142,6 +143,16 @@ def test_probe_chooses_on_validation_and_repeats_itself():
   assert linear_probe(features, labels) == got
   labels['test'] = (labels['test'] + 1) % 4  # Nothing is chosen on test.
   assert linear_probe(features, labels)['validation_by_C'] == by_strength
+
+
+def test_rows_without_a_label_do_not_count():
+  splits = {split: classes(n, seed) for seed, (split, n) in enumerate({'train': 60, 'validation': 150, 'test': 200}.items())}
+  features, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
+  more = {split: np.insert(x_nd, [0, 7], 1e3, axis=0) for split, x_nd in features.items()}
+  known = {split: np.insert(label_n, [0, 7], UNLABELLED) for split, label_n in labels.items()}
+  assert linear_probe(more, known) == linear_probe(features, labels)
+  image_nc, prompts_kpc = rows(60, 8), rows(4, 3, 8, seed=1)
+  assert zero_shot(np.insert(image_nc, [0, 7], 1, axis=0), known['train'], prompts_kpc) == zero_shot(image_nc, labels['train'], prompts_kpc)
 
 
 @pytest.mark.parametrize('count', [40, 9])
