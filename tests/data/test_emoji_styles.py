@@ -103,6 +103,23 @@ def test_training_emoji_are_drawn_in_each_hand_that_has_them_and_no_other_emoji(
   assert (tmp_path / 'out' / 'LICENSES.md').read_text(encoding='utf-8').count('| MIT |') == 2
 
 
+def test_icons_go_to_train_with_their_names_and_no_label(tool, archives, emoji, tmp_path):
+  icons = tmp_path / 'icons'
+  icons.mkdir()
+  names = ('house-bold-24', 'Dog-Face-outline', 'pirate-flag', 'route-66', 'bold', 'dog-faces')
+  write_archive(icons / 'iconify-json-any-1.2.3.tgz', icons={name: square('red') for name in names})
+  write_archive(icons / 'iconify-json-ph-1.2.3.tgz', icons={name: square('blue') for name in ('house', 'house-fill', 'house-thin', 'dog-duotone')})
+  assert tool.main([f'--archives={archives}', f'--icons={icons}', f'--out={tmp_path / "out"}']) == 0
+  train = [tuple(row.values()) for row in rows(tmp_path / 'out', 'train')]
+  assert [row[0].split('/')[1] for row in train].index('any') == 8  # After the eight drawings of emoji.
+  assert train[8:] == [
+      ('images/any/house-bold-24.png', 'house', ''), ('images/any/pirate-flag.png', 'pirate flag', ''),  # A name of train.
+      ('images/any/route-66.png', 'route', ''), ('images/any/bold.png', 'bold', ''), ('images/any/dog-faces.png', 'dog faces', ''),
+      ('images/ph/house-fill.png', 'house', '')]  # One rendering of a thing; 'dog' and 'dog face' are emoji of test and validation.
+  assert len(rows(tmp_path / 'out', 'validation')) == len(rows(tmp_path / 'out', 'test')) == 1
+  assert (tmp_path / 'out' / 'LICENSES.md').read_text(encoding='utf-8').count('| MIT |') == 4
+
+
 def test_mistakes_are_one_line(tool, archives, emoji, tmp_path, capsys):
   def complaint(**flags):
     assert tool.main([f'--{name}={value}' for name, value in flags.items()]) == 2
@@ -110,6 +127,7 @@ def test_mistakes_are_one_line(tool, archives, emoji, tmp_path, capsys):
 
   (tmp_path / 'empty').mkdir()
   assert 'no *.tgz' in complaint(archives=tmp_path / 'empty', out=tmp_path / 'out')
+  assert '--icons: no *.tgz' in complaint(archives=archives, icons=tmp_path / 'empty', out=tmp_path / 'out')
   assert 'exists' in complaint(archives=archives, out=tmp_path / 'empty')
   with tarfile.open(tmp_path / 'empty' / 'other-1.0.0.tgz', 'w:gz'):
     pass
