@@ -15,7 +15,6 @@ import scipy.optimize
 from PIL import Image
 
 from molt_jax.config import UserError
-from molt_jax.data.sources import UNLABELLED
 from molt_jax.objectives.cca_diagnostics import modality_gap
 
 TOP = (1, 3, 5)
@@ -80,7 +79,7 @@ def class_prompts(class_names: Sequence[str], templates: Sequence[str] = TEMPLAT
 def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np.ndarray) -> dict[str, float]:
   """Top-1, 3 and 5 accuracy of the class whose prompts are nearest; a class is the mean of its prompts' unit vectors (ensembling).
 
-  Images without a label (`sources.UNLABELLED`) do not count.
+  Images of a negative label, which is none, do not count.
 
   Raises:
     UserError: fewer than two classes.
@@ -88,7 +87,7 @@ def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np
   if len(class_prompts_kpc) < 2:
     raise UserError(f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set of two classes or more')
   class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
-  labelled_n = np.asarray(labels) != UNLABELLED
+  labelled_n = np.asarray(labels) >= 0
   scores_nk, labels = normalise(image_nc[labelled_n]) @ class_kc.T, np.asarray(labels)[labelled_n]
   true_n = scores_nk[np.arange(len(labels)), labels]
   rank_n = np.sum(scores_nk >= true_n[:, None], axis=1) - 1
@@ -170,7 +169,7 @@ def linear_probe(
 
   Fitted on 'train' with features standardised by its means and deviations, for each C in `strengths` in ascending order, until `PATIENCE` in a row
   are no better; C as scikit-learn's LogisticRegression defines it: C sum_n cross-entropy_n + ||W||^2 / 2, biases free. The C of the highest accuracy
-  on 'validation' counts (the smaller of equals); it is not refitted with validation. Rows without a label (`sources.UNLABELLED`) are left out.
+  on 'validation' counts (the smaller of equals); it is not refitted with validation. Rows of a negative label, which is none, are left out.
   Deterministic.
 
   Args:
@@ -184,8 +183,8 @@ def linear_probe(
     UserError: fewer than two classes in train, or no validation rows.
   """
   labels = {split: np.asarray(y, np.int32) for split, y in labels.items()}
-  features = {split: np.asarray(x_nd)[labels[split] != UNLABELLED] for split, x_nd in features.items()}
-  labels = {split: y[y != UNLABELLED] for split, y in labels.items()}
+  features = {split: np.asarray(x_nd)[labels[split] >= 0] for split, x_nd in features.items()}
+  labels = {split: y[y >= 0] for split, y in labels.items()}
   if len(np.unique(labels['train'])) < 2 or not len(labels['validation']):
     raise UserError(f'linear probe: {len(np.unique(labels["train"]))} class(es) in train and {len(labels["validation"])} validation rows; '
                     'give at least two classes and one row')
