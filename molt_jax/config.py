@@ -239,7 +239,7 @@ PRETRAIN_SCHEMA: dict[str, Any] = {
             'max_aspect': Field(1.2, between(1, 4), 'Largest ratio of the sides of a crop.'),
             'flip': Field(0.5, between(0, 1), 'Chance of a horizontal flip.'),
             'color': Field(0.1, below(0, 1), 'Brightness, contrast and saturation change by up to this share; mild, or the tower ignores colour.'),
-            'kept': Field(1.0, between(0.05, 1), 'Share of its patches that a view keeps in training, at random (FLIP); the rest costs no time.'),
+            'kept': Field(1.0, between(0.05, 1), 'Share of its patches that a view keeps in training, at random (FLIP); layers compute no others.'),
             'across': Field(False, FLAG, 'Second view of an image (v2v and others): of any picture with the same text, not only of the same one.'),
         },
         'text': {

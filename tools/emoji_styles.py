@@ -8,7 +8,8 @@ FOLDER gets the own-data layout: train.csv (OpenMoji's training split, and each 
 test.csv (OpenMoji alone), images/. No emoji of the validation and test splits is drawn in any style, so a tower that is pretrained on FOLDER has not
 seen them. A collection is an archive of Iconify: SVG drawings with names; those without a table of code points are matched by the names that the
 others give to the same code points. ICONS is a folder with more archives, of icons: each drawing in them becomes a row of train.csv with its name
-and an empty label, unless its name is that of an emoji of validation or test. LICENSES.md lists the collections, their authors and licences.
+and an empty label, unless its name is that of an emoji of validation or test; the same thing by another name stays.
+LICENSES.md lists the collections, their authors and licences.
 """
 
 import csv

@@ -77,7 +77,7 @@ class DualEncoder(nn.Module):
 
     The error: mean square over pixels and channels (normalised, so about 1 for a decoder that knows their mean alone) between the image and what
     one linear map makes of each of its patch tokens in the last layer. With a key, patches are left out of each image at random, the same number
-    of each, and neither computed nor decoded (FLIP: Li et al., CVPR 2023).
+    of each, before the first layer, and are not decoded (FLIP: Li et al., CVPR 2023).
     """
     hidden_bid, patches_bpx = self.image_tower.embed(image_bhwc), patches(image_bhwc, self.image_tower.config.patch_size)
     if key is not None and self.kept < 1:
