@@ -1,26 +1,38 @@
 """Every test runs on four virtual CPU devices, offline, with rank promotion an error."""
 
+import hashlib
+import importlib.metadata
 import os
-import tempfile
+import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['OPENBLAS_NUM_THREADS'] = '1'
-# Many tests compile the same tiny programs, some in processes of their own; pytest's workers share what the first process set.
+JAXLIB = importlib.metadata.version('jaxlib')
+# Unoptimised machine code takes a fifth of the time to make, and these programs hardly run; the
+# arithmetic is the same.
+XLA_FLAGS = [
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+    '--xla_force_host_platform_device_count=4',
+]
+# XLA aborts the process on a flag it does not know, and later releases have no such flag.
+if JAXLIB.startswith('0.10.'):
+  XLA_FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join(XLA_FLAGS)
+# Many tests compile the same tiny programs, some in processes of their own. Compiled programs
+# outlive the session, so that only the first one on a machine compiles them.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='molt_jax_xla_')
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
-# Machine code that is not optimised takes a fifth of the time to make, and these programs hardly run; the arithmetic is the same.
-os.environ['XLA_FLAGS'] = ' '.join([
-    '--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true', '--xla_cpu_use_fusion_emitters=false',
-    '--xla_force_host_platform_device_count=4'])
+  _flags = hashlib.sha256(os.environ['XLA_FLAGS'].encode()).hexdigest()[:12]
+  _cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_cache / f'molt_jax/tests/{JAXLIB}-{_flags}')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 import json  # noqa: E402
-import pathlib  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -171,3 +183,17 @@ def miniature(make_fixture, tmp_path_factory):
       make_fixture.make(dataset, folders[dataset, layout], layout=layout)
     return folders[dataset, layout]
   return get
+
+
+@pytest.fixture(scope='session')
+def fuzz():
+  """Function (generator, count=, seed=) of `tools/fuzz.py`: runs trials, asserts that none failed, returns the outcomes."""
+  import sys
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tools'))
+  import fuzz as tool
+
+  def run(name, *, count, seed=0):
+    result = tool.fuzz(name, count=count, seed=seed)
+    assert result['num_failures'] == 0, result['failures'][:3]
+    return result
+  return run

@@ -1,0 +1,1 @@
+"""Generators of hostile inputs, see ../fuzz.py."""
