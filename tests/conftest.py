@@ -28,7 +28,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_cache / f'molt_jax/tests/{JAXLIB}-{_flags}')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
