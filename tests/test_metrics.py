@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import torch
+from optional_torch import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from molt_jax.metrics import ClassificationMetrics, Ranking, auroc

@@ -5,7 +5,7 @@ import pytest
 import sklearn.decomposition
 import sklearn.linear_model
 import sklearn.metrics
-import torch
+from optional_torch import torch
 from PIL import Image
 
 from molt_jax import pair_metrics

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 import transformers
+from optional_torch import needs_torch, torch
 
 from molt_jax import config as config_lib
 from molt_jax import dual, logbook, loop, pair_metrics, pretrain, sharding, train_state
@@ -76,6 +76,7 @@ def test_the_log_tells_losses_speed_and_validation(whole):
   assert all(line['epoch_seconds'] > 0 and 0 <= line['text_to_image']['R@1'] <= 1 for line in validated)
 
 
+@needs_torch
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype):
   from molt_jax.backbones import export
@@ -111,6 +112,7 @@ def pair(whole):
   return pretrain.load_pair(whole)
 
 
+@needs_torch
 def test_tokens_laid_flat_are_the_last_hidden_state(whole, pair):
   images = [np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8) for seed in range(3)]
   model = transformers.CLIPVisionModel.from_pretrained(whole / 'tower').eval()
@@ -133,6 +135,7 @@ def test_a_loaded_pair_scores_as_the_last_validation_did(whole, pair, make_confi
   np.testing.assert_allclose(np.linalg.norm(images_nc, axis=1), 1, rtol=1e-5)
 
 
+@needs_torch
 def test_embedded_texts_are_hugging_faces_mean_states_standardised_and_projected(pair, tiny_towers, make_config):
   texts = ['a red square', 'the blue one, number 3', 'green']
   model = transformers.LlamaModel.from_pretrained(tiny_towers['text']).eval()
@@ -319,7 +322,10 @@ def test_four_devices_take_the_step_of_one(make_config):
   four = _make_gradient(config)(batch)
   for name, value in one[0].items():
     assert value == pytest.approx(four[0][name], rel=1e-6, abs=1e-6), name
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(a).max())), one[1], four[1])
+
+  def close(a, b):  # Float32 sums over 16 rows or 4: XLA takes other kernels for other shapes.
+    np.testing.assert_allclose(a, b, atol=5e-6 * max(1, np.abs(a).max()))
+  jax.tree.map(close, one[1], four[1])
 
 
 def test_a_picture_that_cannot_be_read_counts_for_nothing(make_config):
@@ -440,6 +446,7 @@ def test_the_shipped_tower_is_small_whole_and_packaged():
       config.size, config.patch, config.width, config.layers, config.heads)
 
 
+@needs_torch
 def test_transformers_reads_the_shipped_tower():
   folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)

@@ -145,6 +145,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
 
 @pytest.fixture(scope='module')
 def tools():
+  pytest.importorskip('torch', reason='the rival is written in PyTorch, which is not installed')
   sys.path.insert(0, str(ROOT / 'tools'))
   import bench_train
   import rival_torch

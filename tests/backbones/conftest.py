@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
+import tiny_models
 import tokenizers
-import torch
 import transformers
+from optional_torch import torch
 
 from molt_jax.backbones import weights
 
@@ -20,25 +21,20 @@ TINY_CLIP = {
 
 
 class HuggingFace:
-  """Makes models, reads their hidden states."""
+  """Makes models, reads their hidden states (which needs PyTorch)."""
 
   def llama(self, head=False, **overrides):
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**TINY_LLAMA, **overrides})
-    return self._randomise((transformers.LlamaForCausalLM if head else transformers.LlamaModel)(config))
+    architecture = 'LlamaForCausalLM' if head else 'LlamaModel'
+    return tiny_models.make(architecture, config, vector_noise=0.3)
 
   def clip(self, **overrides):
-    torch.manual_seed(0)
-    return self._randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{**TINY_CLIP, **overrides})))
+    config = transformers.CLIPVisionConfig(**{**TINY_CLIP, **overrides})
+    return tiny_models.make('CLIPVisionModel', config, vector_noise=0.3)
 
-  def _randomise(self, model):
-    """Norms and biases start as ones and zeros, which would hide a wrong mapping."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-      for p in model.parameters():
-        if p.ndim == 1:
-          p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return model.eval()
+  def clip_text(self, **overrides):
+    config = transformers.CLIPTextConfig(**overrides)
+    return tiny_models.make('CLIPTextModelWithProjection', config, vector_noise=0.3)
 
   def save(self, model, path, **options):
     """Writes the model as users have it, with a tokenizer of a few words."""

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import linen as nn
+from optional_torch import torch
 
 from molt_jax.backbones import weights
 from molt_jax.backbones.architectures import ARCHITECTURES

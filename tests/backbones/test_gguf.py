@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-import torch
 import transformers
+from optional_torch import torch
 
 from molt_jax.backbones import weights
 from molt_jax.config import UserError

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
+from optional_torch import torch
 
 from molt_jax import sharding
 from molt_jax.backbones import files, quantize, weights

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import transformers
 from flax import linen as nn
+from optional_torch import needs_torch
 
 from molt_jax.backbones import files, weights
 from molt_jax.config import UserError
@@ -58,6 +59,7 @@ def test_shards_prefixes_and_heads_load_alike(text_dir, tmp_path):
   assert same(load(bare).params, reference.params)
 
 
+@needs_torch
 def test_a_whole_clip_model_loads_its_vision_tower(image_dir, tmp_path):
   part = transformers.CLIPVisionModel.from_pretrained(image_dir)
   text = {'hidden_size': 16, 'num_attention_heads': 2, 'num_hidden_layers': 1, 'vocab_size': 9, 'bos_token_id': 1, 'eos_token_id': 2}

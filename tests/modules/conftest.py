@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import struct
+from optional_torch import torch
 
 from molt_jax import config as config_lib
 from molt_jax.modules.heads import make_head

@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-import torch
 from flax.traverse_util import flatten_dict
+from optional_torch import torch
 
 TOLERANCE = 1e-5
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from optional_torch import torch
 
 from molt_jax import config as config_lib
 from molt_jax.backbones.packing import Packing

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from optional_torch import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from molt_jax.objectives import classification as c

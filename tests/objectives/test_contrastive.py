@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optional_torch import torch
 
 from molt_jax.objectives import pairwise
 from molt_jax.objectives.contrastive import NEEDS, OBJECTIVES, PairEmbeddings, info_nce, pair_loss

@@ -1,0 +1,140 @@
+"""Tiny random models in Hugging Face's layout, written with NumPy alone.
+
+Tests that need a model's files thus run without PyTorch. Where PyTorch is installed, transformers
+reads the same files, and refuses them if a name or a shape were not its own.
+"""
+
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import safetensors.numpy
+import transformers
+from optional_torch import Absent, torch
+
+
+class Files(Absent):
+  """A model without PyTorch: its configuration and tensors; any other use skips the test."""
+
+  def __init__(self, config, tensors):
+    self.config, self.tensors = config, tensors
+
+  def save_pretrained(self, folder):
+    write(self.config, self.tensors, pathlib.Path(folder))
+
+
+def _linear(name, shape_oi, *, bias):
+  yield f'{name}.weight', shape_oi
+  if bias:
+    yield f'{name}.bias', shape_oi[:1]
+
+
+def _norm(name, width):
+  return _linear(name, (width,), bias=True)
+
+
+def _llama(c):
+  d, hidden = c.hidden_size, c.intermediate_size
+  heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+  attention = {'q': (heads, d), 'k': (kv_heads, d), 'v': (kv_heads, d), 'o': (d, heads)}
+  mlp = {'gate': (hidden, d), 'up': (hidden, d), 'down': (d, hidden)}
+  yield 'embed_tokens.weight', (c.vocab_size, d)
+  for i in range(c.num_hidden_layers):
+    yield f'layers.{i}.input_layernorm.weight', (d,)
+    yield f'layers.{i}.post_attention_layernorm.weight', (d,)
+    for name, shape in attention.items():
+      yield from _linear(f'layers.{i}.self_attn.{name}_proj', shape, bias=c.attention_bias)
+    for name, shape in mlp.items():
+      yield from _linear(f'layers.{i}.mlp.{name}_proj', shape, bias=c.mlp_bias)
+  yield 'norm.weight', (d,)
+
+
+def _causal_lm(c):
+  for name, shape in _llama(c):
+    yield f'model.{name}', shape
+  if not c.tie_word_embeddings:
+    yield 'lm_head.weight', (c.vocab_size, c.hidden_size)
+
+
+def _clip_layers(c):
+  d = c.hidden_size
+  for i in range(c.num_hidden_layers):
+    layer = f'encoder.layers.{i}'
+    yield from _norm(f'{layer}.layer_norm1', d)
+    yield from _norm(f'{layer}.layer_norm2', d)
+    for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
+      yield from _linear(f'{layer}.self_attn.{name}', (d, d), bias=True)
+    yield from _linear(f'{layer}.mlp.fc1', (c.intermediate_size, d), bias=True)
+    yield from _linear(f'{layer}.mlp.fc2', (d, c.intermediate_size), bias=True)
+
+
+def _clip_vision(c):
+  d, patch = c.hidden_size, c.patch_size
+  yield 'embeddings.class_embedding', (d,)
+  yield 'embeddings.patch_embedding.weight', (d, 3, patch, patch)
+  yield 'embeddings.position_embedding.weight', ((c.image_size // patch) ** 2 + 1, d)
+  yield from _norm('pre_layrnorm', d)  # Spelt so in the published files.
+  yield from _clip_layers(c)
+  yield from _norm('post_layernorm', d)
+
+
+def _clip_text(c):
+  d = c.hidden_size
+  yield 'text_model.embeddings.token_embedding.weight', (c.vocab_size, d)
+  yield 'text_model.embeddings.position_embedding.weight', (c.max_position_embeddings, d)
+  for name, shape in _clip_layers(c):
+    yield f'text_model.{name}', shape
+  yield from _norm('text_model.final_layer_norm', d)
+  yield 'text_projection.weight', (c.projection_dim, d)
+
+
+ARCHITECTURES = {
+    'LlamaModel': _llama,
+    'LlamaForCausalLM': _causal_lm,
+    'CLIPVisionModel': _clip_vision,
+    'CLIPTextModelWithProjection': _clip_text,
+}
+
+
+def _value(rng, config, name, shape, vector_noise):
+  """Embeddings and LLaMA's matrices as wide as the configuration says, CLIP's by their inputs."""
+  noise = rng.standard_normal(shape)
+  if len(shape) == 1 and name != 'embeddings.class_embedding':
+    start = 1.0 if name.endswith('weight') else 0.0  # Of norms, biases.
+    return start + vector_noise * noise
+  if 'encoder.layers' in name:
+    return noise * (2 * shape[1]) ** -0.5
+  return noise * config.initializer_range
+
+
+def write(config, tensors, folder):
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps({**config.to_dict(), 'dtype': 'float32'}, indent=2)
+  (folder / 'config.json').write_text(text)
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+
+
+def make(architecture, config, *, vector_noise=0.0):
+  """A transformers model of random float32 weights, or `Files` of the same where PyTorch is not.
+
+  Args:
+    architecture: a name in `ARCHITECTURES`.
+    config: a transformers configuration.
+    vector_noise: standard deviation that is added to norms and biases, which otherwise are ones
+      and zeros and would hide a wrong mapping.
+  """
+  rng = np.random.default_rng(1)
+  config.architectures = [architecture]
+  tensors = {}
+  for name, shape in ARCHITECTURES[architecture](config):
+    value = _value(rng, config, name, shape, vector_noise)
+    tensors[name] = np.asarray(value, np.float32)
+  if isinstance(torch, Absent):
+    return Files(config, tensors)
+  with tempfile.TemporaryDirectory() as folder:
+    write(config, tensors, pathlib.Path(folder))
+    kind = getattr(transformers, architecture)
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+  assert not any(info.values()), info
+  return model.eval()
