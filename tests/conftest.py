@@ -1,9 +1,11 @@
 """Every test runs on four virtual CPU devices, offline, with rank promotion an error."""
 
-import hashlib
 import importlib.metadata
 import os
 import pathlib
+import warnings
+
+import program_cache  # tests/reference/
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -20,12 +22,15 @@ XLA_FLAGS = [
 if JAXLIB.startswith('0.10.'):
   XLA_FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join(XLA_FLAGS)
-# Many tests compile the same tiny programs, some in processes of their own. Compiled programs
-# outlive the session, so that only the first one on a machine compiles them.
+# Many tests compile the same tiny programs, some in processes of their own. A worker of
+# pytest-xdist is such a process: its folder is chosen already.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  _flags = hashlib.sha256(os.environ['XLA_FLAGS'].encode()).hexdigest()[:12]
-  _cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_cache / f'molt_jax/tests/{JAXLIB}-{_flags}')
+  try:
+    _folder = program_cache.folder(os.environ['XLA_FLAGS'])
+    program_cache.tidy(_folder)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_folder)
+  except OSError as error:
+    warnings.warn(f'compiled programs are not kept: {error}', stacklevel=1)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402
@@ -42,17 +47,31 @@ def pytest_addoption(parser):
   parser.addoption('--kills', default='4', help='how often tests/test_kills.py kills a run')
 
 
+ROOT = pathlib.Path(__file__).parents[1]
+# Names under which modules of ours are imported in tests.
+SCRIPTS = ('configs', 'experiments', 'tools', 'tests/reference')
+OURS = ['molt_jax', 'tests', *SCRIPTS[:3]]
+OURS += sorted(path.stem for folder in SCRIPTS for path in (ROOT / folder).glob('*.py'))
+
+
+def pytest_configure(config):
+  """What a library deprecates is mended before it is gone: a warning is an error where it names a
+  module of ours as the one that uses the deprecated thing; what libraries do is theirs to mend."""
+  for category in ('DeprecationWarning', 'PendingDeprecationWarning', 'FutureWarning'):
+    line = f'error::{category}:({"|".join(OURS)})(\\.|$)'
+    config.addinivalue_line('filterwarnings', line)
+
+
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 
 
 @pytest.fixture(scope='session')
 def tiny_towers(tmp_path_factory) -> dict[str, str]:
   """Two Hugging Face directories, random weights: {'text': LLaMA of 3 layers with a byte-level tokenizer, 'image': CLIP vision of 3 layers}."""
+  import tiny_models
   import tokenizers
-  import torch
   import transformers
 
-  torch.manual_seed(0)
   root = tmp_path_factory.mktemp('towers')
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,12 +80,12 @@ def tiny_towers(tmp_path_factory) -> dict[str, str]:
   text = transformers.LlamaConfig(
       vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
       max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
-  transformers.LlamaForCausalLM(text).save_pretrained(root / 'llama')
+  tiny_models.make('LlamaForCausalLM', text).save_pretrained(root / 'llama')
   tokenizer.save(str(root / 'llama' / 'tokenizer.json'))
   names = {'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
   (root / 'llama' / 'tokenizer_config.json').write_text(json.dumps(names))
   image = transformers.CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8)
-  transformers.CLIPVisionModel(image).save_pretrained(root / 'clip')
+  tiny_models.make('CLIPVisionModel', image).save_pretrained(root / 'clip')
   return {'text': str(root / 'llama'), 'image': str(root / 'clip')}
 
 

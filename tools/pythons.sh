@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Both README commands on each Python: a fresh clone of the last commit, a fresh environment with
+# the newest versions that setup.cfg allows, and one line of results.
+#
+#   [OUT=FOLDER] [TESTS='tests/data tests/test_train.py'] bash tools/pythons.sh [PYTHON ...]
+#
+# PYTHON: names or paths of interpreters; by default each Python 3.11 to 3.14 on PATH or of pyenv.
+# OUT gets a folder of each with test.log and quickstart.log (default: a temporary one); environments
+# are removed. TESTS: these instead of all. Needs some 15 minutes of two cores a Python.
+set -uo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+out="${OUT:-$(mktemp -d)}"
+mkdir -p "$out"
+out="$(cd "$out" && pwd)"
+
+found() {
+  local version candidate
+  for version in 3.11 3.12 3.13 3.14; do
+    for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python; do
+      if "$candidate" -c '' 2>/dev/null; then
+        echo "$candidate"
+        break
+      fi
+    done
+  done
+}
+
+# The line of one Python, from what its two commands left in the current folder.
+line() {
+  .venv/bin/python - "$1" "$2" <<'PY'
+import importlib.metadata, json, pathlib, platform, sys
+versions = ' '.join(f'{p} {importlib.metadata.version(p)}' for p in ('jax', 'flax', 'orbax-checkpoint', 'numpy'))
+scores = pathlib.Path('runs/quickstart/evaluation.json')
+results = json.loads(scores.read_text())['results'] if scores.exists() else []
+accuracy = ' / '.join(f'{100 * r["accuracy"]:.1f}' for r in results)
+size = sum(p.lstat().st_size for p in pathlib.Path('.venv').rglob('*') if p.is_file()) / 1e9
+print(f'Python {platform.python_version()}: {versions}; {size:.2f} GB; tests: {sys.argv[1]}; quickstart: {accuracy or sys.argv[2]}')
+PY
+}
+
+try() {
+  local python="$1" folder="$2" status=0
+  git clone --quiet "$root" "$folder" && cd "$folder" || return 1
+  # shellcheck disable=SC2086
+  PYTHON="$python" bash tools/test.sh ${TESTS:-} >"$folder.test.log" 2>&1 || status=1
+  PYTHON="$python" bash tools/quickstart.sh >"$folder.quickstart.log" 2>&1 || status=1
+  line "$(tail -n 1 "$folder.test.log")" "$(tail -n 1 "$folder.quickstart.log")" || {
+    tail -n 1 "$folder.test.log"
+    status=1
+  }
+  cd "$root" && rm -rf "$folder"
+  return $status
+}
+
+[ $# -gt 0 ] || mapfile -t pythons < <(found)
+[ $# -eq 0 ] || pythons=("$@")
+failed=0
+for i in "${!pythons[@]}"; do
+  try "${pythons[$i]}" "$out/$i" || failed=1
+done
+echo "logs in $out"
+exit $failed
