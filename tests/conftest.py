@@ -62,6 +62,14 @@ def pytest_configure(config):
     config.addinivalue_line('filterwarnings', line)
 
 
+def pytest_terminal_summary(terminalreporter):
+  """What a Python without a CPU build of PyTorch leaves untested is said, not only counted."""
+  skipped = terminalreporter.stats.get('skipped', [])
+  count = sum('PyTorch, which is not installed' in str(report.longrepr) for report in skipped)
+  if count:
+    terminalreporter.write_line(f'PyTorch is not installed: {count} comparisons with it skipped')
+
+
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 
 

@@ -29,12 +29,16 @@ found() {
 line() {
   .venv/bin/python - "$1" "$2" <<'PY'
 import importlib.metadata, json, pathlib, platform, sys
-versions = ' '.join(f'{p} {importlib.metadata.version(p)}' for p in ('jax', 'flax', 'orbax-checkpoint', 'numpy'))
+tests, quickstart = sys.argv[1:]
+packages = ('jax', 'flax', 'orbax-checkpoint', 'numpy')
+versions = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in packages)
 scores = pathlib.Path('runs/quickstart/evaluation.json')
-results = json.loads(scores.read_text())['results'] if scores.exists() else []
-accuracy = ' / '.join(f'{100 * r["accuracy"]:.1f}' for r in results)
-size = sum(p.lstat().st_size for p in pathlib.Path('.venv').rglob('*') if p.is_file()) / 1e9
-print(f'Python {platform.python_version()}: {versions}; {size:.2f} GB; tests: {sys.argv[1]}; quickstart: {accuracy or sys.argv[2]}')
+if scores.exists():
+  results = json.loads(scores.read_text())['results'].values()
+  quickstart = ' / '.join(f'{100 * r["accuracy"]:.1f}' for r in results)
+size = sum(path.lstat().st_size for path in pathlib.Path('.venv').rglob('*')) / 1e9
+print(f'Python {platform.python_version()}: {versions}; {size:.2f} GB; '
+      f'tests: {tests}; quickstart: {quickstart}')
 PY
 }
 
