@@ -1,11 +1,13 @@
 """Every test runs on four virtual CPU devices, offline, with rank promotion an error."""
 
 import importlib.metadata
+import logging
 import os
 import pathlib
 import warnings
 
-import program_cache  # tests/reference/
+import deprecations  # tests/reference/
+import program_cache
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -47,19 +49,10 @@ def pytest_addoption(parser):
   parser.addoption('--kills', default='4', help='how often tests/test_kills.py kills a run')
 
 
-ROOT = pathlib.Path(__file__).parents[1]
-# Names under which modules of ours are imported in tests.
-SCRIPTS = ('configs', 'experiments', 'tools', 'tests/reference')
-OURS = ['molt_jax', 'tests', *SCRIPTS[:3]]
-OURS += sorted(path.stem for folder in SCRIPTS for path in (ROOT / folder).glob('*.py'))
-
-
 def pytest_configure(config):
-  """What a library deprecates is mended before it is gone: a warning is an error where it names a
-  module of ours as the one that uses the deprecated thing; what libraries do is theirs to mend."""
-  for category in ('DeprecationWarning', 'PendingDeprecationWarning', 'FutureWarning'):
-    line = f'error::{category}:({"|".join(OURS)})(\\.|$)'
+  for line in deprecations.filters():
     config.addinivalue_line('filterwarnings', line)
+  logging.getLogger('absl').addHandler(deprecations.LogHandler())
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,6 +1,7 @@
 """Environments and the tests' own set-up: what is installed, refused, kept and an error."""
 
 import configparser
+import logging
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ import time
 import warnings
 import zlib
 
+import deprecations
 import jax
 import program_cache
 import pytest
@@ -21,7 +23,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 OURS = ['molt_jax', 'molt_jax.objectives.cca', 'tests.test_train', 'quickstart', 'make_fixture']
 THEIRS = ['jax', 'jax._src.core', 'flax.linen', 'orbax.checkpoint', 'gridfs', 'testsuite', 'numpy']
-CATEGORIES = ['DeprecationWarning', 'PendingDeprecationWarning', 'FutureWarning']
 
 
 def run_as(module, code):
@@ -29,7 +30,7 @@ def run_as(module, code):
   exec(compile(code, f'{module}.py', 'exec'), names)
 
 
-@pytest.mark.parametrize('category', CATEGORIES)
+@pytest.mark.parametrize('category', deprecations.CATEGORIES)
 def test_deprecations_are_errors_where_our_code_uses_the_thing(category):
   code = f'warnings.warn("gone soon", {category})'
   for module in OURS:
@@ -47,6 +48,22 @@ def test_what_jax_deprecates_is_an_error_in_a_module_of_ours(monkeypatch):
   monkeypatch.setattr(jax, '__getattr__', deprecations.deprecation_getattr('jax', old))
   with pytest.raises(DeprecationWarning, match='use jax.new'):
     run_as('molt_jax.anything', 'jax.old')
+
+
+def as_library(name, code, **names):
+  """Defines `call` as a file of an installed package would."""
+  exec(compile(code, f'/x/site-packages/{name}/module.py', 'exec'), names)
+  return names['call']
+
+
+def test_what_a_library_logs_as_deprecated_is_an_error_where_we_call_it():
+  log = logging.getLogger('absl').warning
+  direct = as_library('orbax', 'def call(say):\n  log(say)', log=log)
+  between = as_library('tfds', 'def call(say):\n  f(say)', f=direct)
+  with pytest.raises(DeprecationWarning, match='the old way'):
+    direct('the old way is deprecated')
+  direct('something else')
+  between('the old way is deprecated')  # Theirs to mend.
 
 
 # ---- Compiled programs ----
