@@ -5,8 +5,8 @@
 #   [OUT=FOLDER] [TESTS='tests/data tests/test_train.py'] bash tools/pythons.sh [PYTHON ...]
 #
 # PYTHON: names or paths of interpreters; by default each Python 3.11 to 3.14 on PATH or of pyenv.
-# OUT gets a folder of each with test.log and quickstart.log (default: a temporary one); environments
-# are removed. TESTS: these instead of all. Needs some 15 minutes of two cores a Python.
+# OUT gets the logs (default: a temporary folder); clones and environments are removed. TESTS: these
+# instead of all. Needs some 15 minutes of two cores a Python.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${OUT:-$(mktemp -d)}"
@@ -14,9 +14,9 @@ mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 
 found() {
-  local version candidate
+  local version candidate pyenv="${PYENV_ROOT:-$HOME/.pyenv}"
   for version in 3.11 3.12 3.13 3.14; do
-    for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python; do
+    for candidate in "python$version" "$pyenv/versions/$version".*/bin/python; do
       if "$candidate" -c '' 2>/dev/null; then
         echo "$candidate"
         break
@@ -45,14 +45,17 @@ PY
 try() {
   local python="$1" folder="$2" status=0
   git clone --quiet "$root" "$folder" && cd "$folder" || return 1
+  # Prepared data and stored features lie in the home: a fresh one, so that this Python makes its
+  # own. What the environment needs of the real one (pip's settings) comes before.
+  for extras in quickstart quickstart,test; do
+    PYTHON="$python" bash -c "source tools/environment.sh; environment $extras" || return 1
+  done >"$folder.environment.log" 2>&1
+  mkdir -p "$folder.home"
+  export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$HOME/.cache}" PYTHON="$python"
   # shellcheck disable=SC2086
-  PYTHON="$python" bash tools/test.sh ${TESTS:-} >"$folder.test.log" 2>&1 || status=1
-  PYTHON="$python" bash tools/quickstart.sh >"$folder.quickstart.log" 2>&1 || status=1
-  line "$(tail -n 1 "$folder.test.log")" "$(tail -n 1 "$folder.quickstart.log")" || {
-    tail -n 1 "$folder.test.log"
-    status=1
-  }
-  cd "$root" && rm -rf "$folder"
+  HOME="$folder.home" bash tools/test.sh ${TESTS:-} >"$folder.test.log" 2>&1 || status=1
+  HOME="$folder.home" bash tools/quickstart.sh >"$folder.quickstart.log" 2>&1 || status=1
+  line "$(tail -n 1 "$folder.test.log")" "$(tail -n 1 "$folder.quickstart.log")" || status=1
   return $status
 }
 
@@ -60,7 +63,11 @@ try() {
 [ $# -eq 0 ] || pythons=("$@")
 failed=0
 for i in "${!pythons[@]}"; do
-  try "${pythons[$i]}" "$out/$i" || failed=1
+  if ! (try "${pythons[$i]}" "$out/$i"); then
+    echo "${pythons[$i]}: failed; see $out/$i.*.log"
+    failed=1
+  fi
+  rm -rf "$out/$i" "$out/$i.home"
 done
 echo "logs in $out"
 exit $failed
