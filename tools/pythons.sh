@@ -8,6 +8,7 @@
 # OUT gets the logs (default: a temporary folder); clones and environments are removed. TESTS: these
 # instead of all. Needs some 15 minutes of two cores a Python.
 set -uo pipefail
+unset PYTHONPATH  # Nothing from elsewhere.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${OUT:-$(mktemp -d)}"
 mkdir -p "$out"
