@@ -40,7 +40,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path):
-    self._workdir = workdir
+    self.workdir = workdir
     self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
     self._sealed: tuple[int, dict[str, Any]] | None = None
     self._best_counts = True
@@ -52,6 +52,8 @@ class Checkpoints:
       UserError: it is damaged.
     """
     folder = self._resumed()
+    if folder and folder.parent.name != LATEST:
+      cli.say(f'{folder.parents[1] / LATEST} holds no checkpoint; {folder} is gone on from')
     return read_meta(folder) if folder else {}
 
   def best_score(self) -> float:
@@ -60,7 +62,7 @@ class Checkpoints:
     Raises:
       UserError: the best checkpoint is damaged.
     """
-    folder = find(self._workdir, (BEST,)) if self._best_counts else None
+    folder = find(self.workdir, (BEST,)) if self._best_counts else None
     score = read_meta(folder).get('score') if folder else None
     return NO_SCORE if score is None else score
 
@@ -95,7 +97,7 @@ class Checkpoints:
     if name:
       raise UserError(
           f'the state after step {int(state.step)} is not finite ({name}) and is not saved; the last '
-          f'good one is in {self._workdir / "checkpoints"}; lower config.optimizer.learning_rate or '
+          f'good one is in {self.workdir / "checkpoints"}; lower config.optimizer.learning_rate or '
           'set config.optimizer.clip_norm')
 
   def restore(self, state: TrainState) -> tuple[TrainState, Any]:
@@ -134,7 +136,7 @@ class Checkpoints:
       manager.close()
 
   def _resumed(self) -> pathlib.Path | None:
-    return find(self._workdir, (LATEST, BEST))
+    return find(self.workdir, (LATEST, BEST))
 
 
 def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from molt_jax import checkpoint, cli, sharding
+from molt_jax import checkpoint, cli, logbook, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -178,11 +178,12 @@ def go_on(
     schema: of the command.
 
   Raises:
-    UserError: the checkpoint is of another config, towers or classes, or the data have changed and
-      that is not allowed.
+    UserError: the checkpoint is of another config, towers or classes, the data have changed and
+      that is not allowed, or the log is damaged.
   """
   if not saved:
     return data
+  logbook.read(checkpoints.workdir)  # It will be gone on with, too.
   changed = _other_fields(saved, config, FREE_ON_RESUME, schema)
   if changed:
     raise UserError(

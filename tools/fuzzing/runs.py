@@ -260,18 +260,13 @@ def outcome(workdir: pathlib.Path, entry: str, damaged: pathlib.Path) -> str:
   other = [key for key in expected if _differ(found[key], expected[key])]
   if not other:
     return 'harmless'
-  # A file that is gone is not read; what is then not shown is not shown wrong.
-  if damaged.name in PLAIN or not damaged.is_file():
-    assert entry == 'report' and not {'config'} & set(other), (other, damaged)
-    return 'plain' if damaged.is_file() else 'missing'
-  return _another(workdir, entry, other, damaged)
-
-
-def _another(workdir, entry, other, damaged) -> str:
-  """A checkpoint folder that is gone: the other one is read, which the user is told."""
   left = [checkpoint.find(workdir, (kind,)) for kind in (checkpoint.LATEST, checkpoint.BEST)]
-  assert None in left and not damaged.exists(), (entry, other, damaged)
-  return 'other checkpoint'
+  if None in left:  # A whole step was deleted: the other one is read, which is said.
+    return 'other checkpoint'
+  # A file that is gone is not read; what is then not shown is not shown wrong.
+  beside = damaged.name in PLAIN or not damaged.is_file()
+  assert beside and entry == 'report' and 'config' not in other, (entry, other, damaged)
+  return 'plain' if damaged.is_file() else 'missing'
 
 
 def _differ(one: Any, two: Any) -> bool:
