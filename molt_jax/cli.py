@@ -20,13 +20,18 @@ PLAIN_LINE_SECONDS = 15.0
 
 
 class Flag(NamedTuple):
-  """One command-line flag `--name`. `many`: its value is a list, of several words, words joined by commas, or the flag given again."""
+  """One command-line flag `--name`.
+
+  `many`: its value is a list, of several words, words joined by commas, or the flag given again.
+  `switch`: it has no value; the result is whether it is given.
+  """
 
   name: str
   meaning: str
   default: str | None = None
   required: bool = False
   many: bool = False
+  switch: bool = False
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str]], int]:
@@ -61,7 +66,8 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
   parser = _Parser(prog=f'python -m {prog}', description=purpose, allow_abbrev=False)
   for flag in flags:
     how = {'nargs': '+', 'action': 'extend'} if flag.many else {}
-    parser.add_argument(f'--{flag.name}', default=flag.default, required=flag.required, help=flag.meaning, **how)
+    how |= {'action': 'store_true', 'default': False} if flag.switch else {'default': flag.default}
+    parser.add_argument(f'--{flag.name}', required=flag.required, help=flag.meaning, **how)
   takes_config = any(flag.name == 'config' for flag in flags)
   if takes_config:
     parser.epilog = (

@@ -361,7 +361,7 @@ def _parse(name: str, text: str, default: Any) -> Any:
 def _typed(name: str, value: Any, default: Any) -> Any:
   """Returns `value` in the type of `default`; an int may stand for a float and nothing else changes type."""
   if isinstance(default, float) and type(value) is int:
-    return float(value)
+    return float(value) if abs(value) < 2**1023 else math.inf  # Which no field allows.
   if type(value) is not type(default):
     raise UserError(f'config.{name}: {value!r} is of type {type(value).__name__}; give {article(type(default).__name__)} such as {default!r}')
   return value
@@ -459,7 +459,47 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(text: str, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
   """Reads what `to_json` wrote; fields unknown to this version are an error."""
-  saved = json.loads(text)
+  return from_dict(json.loads(text), schema)
+
+
+def read_json(path: pathlib.Path, remedy: str) -> Any:
+  """Reads a JSON file that a command wrote; `remedy` ends the error's sentence.
+
+  Raises:
+    UserError: it cannot be read, or is no JSON: cut or damaged.
+  """
+  try:
+    return json.loads(path.read_bytes().decode('utf-8'))
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}') from error
+  except (ValueError, RecursionError) as error:  # What is nested too deep is not ours either.
+    raise UserError(f'{path} is damaged (not JSON in UTF-8); {remedy}') from error
+
+
+def read_run(workdir: pathlib.Path, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
+  """Reads config.json of a run's folder; `schema` is that of the command that trained it.
+
+  Raises:
+    UserError: there is no run of that command, or the file is damaged.
+  """
+  command = 'molt_jax.pretrain' if schema is PRETRAIN_SCHEMA else 'molt_jax.train'
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise UserError(
+        f'--workdir: no run in {str(workdir)!r} (config.json is not there); give the --workdir of a '
+        f'run of python -m {command}')
+  saved = read_json(path, 'delete it and give the train command again, which writes it anew')
+  try:
+    return from_dict(saved, schema)
+  except UserError as error:
+    raise UserError(
+        f'--workdir: {str(workdir)!r} holds no run of python -m {command} ({error})') from error
+
+
+def from_dict(saved: Any, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
+  """Makes a config of nested dicts, as `to_json` writes them; unknown fields are an error."""
+  if not isinstance(saved, Mapping):
+    raise UserError(f'config: {type(saved).__name__}, not an object of fields')
   config = default_config(schema)
   for name, value in _flatten(saved):
     set_field(config, name, _typed(name, value, get(config, name, schema)))

@@ -178,12 +178,15 @@ class PredictionRecorder:
     self._logits_cnk[:, slot_b] = logits_cbk[:, kept_b]
     self._counted_cn[:, slot_b] = (present_bm[:, None] & keep_bcm[:, :count]).any(axis=-1)[kept_b].T
 
-  def write(self, workdir: pathlib.Path, *, split: str, step: int, config_hash: str, seed: int) -> None:
-    """Writes predictions.npz and mistakes.json."""
+  def write(
+      self, workdir: pathlib.Path, *, split: str, step: int, config_hash: str, seed: int, data: str
+  ) -> None:
+    """Writes predictions.npz and mistakes.json; `data` is the digest of the data's fingerprint."""
     rows, log = self._rows.tolist(), _log_probabilities(self._logits_cnk.astype(np.float64), self._multi_label)
     label = np.array([self._source.labels[row] for row in rows]) if not self._multi_label else self._label_sets(rows)
     predictions = records.Predictions(
-        split=split, step=step, config_hash=config_hash, seed=seed, of=len(self._source), conditions=self._conditions,
+        split=split, step=step, config_hash=config_hash, seed=seed, data=data, of=len(self._source),
+        conditions=self._conditions,
         class_names=list(self._class_names), ids=[self._source.ids[row] for row in rows], label=label,
         present_nm=np.asarray(self._source.present)[rows], counted_cn=self._counted_cn, probability_cnk=np.exp(log).astype(np.float32),
         loss_cn=self._loss(log, label).astype(np.float32))
@@ -191,7 +194,8 @@ class PredictionRecorder:
     worst = {name: predictions.worst(name, NUM_MISTAKES) for name in self._conditions}
     shown = sorted({n for of_condition in worst.values() for n in of_condition})
     examples = {str(n): _exhibit(self._source[rows[n]]) for n in shown}
-    records.write_mistakes(workdir, {'split': split, 'step': step, 'conditions': worst, 'examples': examples})
+    records.write_mistakes(workdir, {
+        'split': split, 'step': step, 'data': data, 'conditions': worst, 'examples': examples})
 
   def _label_sets(self, rows):
     true_nk = np.zeros((len(rows), len(self._class_names)), bool)

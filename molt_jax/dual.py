@@ -18,6 +18,7 @@ from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
 from molt_jax.backbones.dual import TOWERS, DualEncoder
 from molt_jax.backbones.files import ImageSpec
+from molt_jax.config import UserError
 from molt_jax.data import pipeline, transforms
 from molt_jax.objectives import contrastive
 
@@ -193,6 +194,15 @@ def stored_texts(
   return pooled_nd
 
 
+def check_finite(x_nc: np.ndarray, what: str) -> None:
+  """Raises UserError unless embeddings are finite, before anything is scored by them."""
+  broken_n = ~np.isfinite(x_nc).all(axis=tuple(range(1, x_nc.ndim)))
+  if broken_n.any():
+    raise UserError(
+        f'the embeddings of {broken_n.sum()} of {len(x_nc)} {what} are not finite, and no score is '
+        'made of them; check the towers (config.backbones)')
+
+
 def statistics(pooled_nd: np.ndarray) -> dict[str, np.ndarray]:
   """Mean and deviation of each channel: a few channels of a LLaMA are thousands of times as large as the others."""
   deviation_d = pooled_nd.std(axis=0, dtype=np.float64)
@@ -245,7 +255,9 @@ class TowerPair:
   def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts. Returns float32[N, C], rows of length one."""
     pooled_nd = pool_texts(self.model, self.variables, self.preprocess, texts, batch_size=self.batch_size, mesh=self.mesh)
-    return self.embed_pooled_texts(pooled_nd)
+    embedded_nc = self.embed_pooled_texts(pooled_nd)
+    check_finite(embedded_nc, 'texts')
+    return embedded_nc
 
   def embed_pooled_texts(self, pooled_nd: np.ndarray) -> np.ndarray:
     """As `embed_texts`, of what `pool_texts` returned."""
@@ -256,7 +268,9 @@ class TowerPair:
     for start in range(0, len(images), self.batch_size):  # Decoded a batch at a time: all at once could be gigabytes.
       image_bhwc = np.stack([self._pixels(image) for image in images[start:start + self.batch_size]])
       parts.append(self._batches(image_bhwc, function))
-    return np.concatenate(parts)
+    embedded_n = np.concatenate(parts)
+    check_finite(embedded_n, 'images')
+    return embedded_n
 
   def _pixels(self, image):
     image = transforms.decode(image) if isinstance(image, bytes) else image

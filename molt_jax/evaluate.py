@@ -8,7 +8,6 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -16,11 +15,11 @@ import numpy as np
 import rich.console
 import rich.table
 
-from molt_jax import checkpoint, cli, fill, logbook, processes, sharding
+from molt_jax import cli, fill, logbook, processes, sharding, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
-from molt_jax.data import datasets, missing, pipeline
+from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import Source
 from molt_jax.diagnostics import Observer, PredictionRecorder
 from molt_jax.metrics import ClassificationMetrics, Ranking
@@ -58,7 +57,11 @@ def eval_step(
   present_cbm = batch['present'][None] & jnp.swapaxes(batch['keep'], 0, 1)
   out_c = jax.lax.map(lambda present_bm: model.classify(variables, taps, present_bm), present_cbm)
   weight_cb = batch['weight'][None] * jnp.any(present_cbm, axis=-1)
-  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(metrics_c, out_c.logits_bk, weight_cb)
+  # One logit that is not finite makes the loss NaN, which `evaluate` refuses: left alone, it could
+  # go unnoticed (minus infinity for a class that is not the true one changes no loss).
+  finite_cb1 = jnp.all(jnp.isfinite(out_c.logits_bk), axis=-1, keepdims=True)
+  logits_cbk = jnp.where(finite_cb1, out_c.logits_bk, jnp.nan)
+  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(metrics_c, logits_cbk, weight_cb)
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
@@ -88,6 +91,9 @@ def evaluate(
   Returns:
     name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only; auroc where the
     data are multi-label or of two classes and examples of both kinds are there.
+
+  Raises:
+    UserError: outputs that are not finite, of which there is no score.
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
@@ -110,11 +116,21 @@ def evaluate(
         observer.observe(batch, out_c)
       bar.advance(min(config.eval.batch_size, len(source) - bar.done))
   totals = jax.device_get(totals)
+  _check_finite(title, conditions, totals[0].loss_sum)
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
   areas = dict(zip(conditions, ranking.compute() if ranking else [None] * len(conditions), strict=True))
   return {name: {**total.compute(), **({} if areas[name] is None else {'auroc': areas[name]}), 'num_examples': int(total.count),
                  **dict(zip(ROWS, rows_r.tolist(), strict=True))}
           for name, (total, rows_r) in by_condition.items()}
+
+
+def _check_finite(title: str, names: Iterable[str], loss_sum_c: np.ndarray) -> None:
+  finite = dict(zip(names, np.isfinite(loss_sum_c), strict=True))
+  broken = [name.replace('_', ' ') for name, is_finite in finite.items() if not is_finite]
+  if broken:
+    raise UserError(
+        f'{title}: outputs of the model are not finite ({", ".join(broken)}), and no score is made '
+        'of them; check the towers (config.backbones) and, with one, the feature store')
 
 
 def make_eval_step(model: model_lib.Model):
@@ -134,22 +150,36 @@ def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:
   return [modality for modality, use in zip(model_lib.MODALITIES, used, strict=True) if use]
 
 
-def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes `evaluation.json`; results already there for the same split and checkpoint are kept beside the new ones."""
+def write(
+    workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any],
+    meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+  """Writes `evaluation.json`.
+
+  Results already there for the same checkpoint, split and data are kept beside the new ones.
+  """
   path = workdir / 'evaluation.json'
   config = config_lib.from_json(json.dumps(meta['config']))
   record = {
       'split': split, 'num_examples': num_examples, 'step': meta['step'], 'results': dict(results), 'config_hash': config_lib.config_hash(config),
-      'dataset': _data(config),
+      'dataset': _data(config), 'data': dict(data),
       'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
-  if path.exists():
-    old = json.loads(path.read_text(encoding='utf-8'))
-    same = ('split', 'step', 'config_hash', 'backbones')
-    if all(old.get(key) == record[key] for key in same):
-      record['results'] = {**old['results'], **record['results']}
+  old = _written(path)
+  same = ('split', 'step', 'config_hash', 'backbones', 'data')
+  if all(old.get(key) == record[key] for key in same):
+    record['results'] = {**old['results'], **record['results']}
   if processes.leads():
     logbook.write_atomically(path, json.dumps(record, indent=2) + '\n')
   return record
+
+
+def _written(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what an earlier evaluation wrote; {} where there is none that can be read."""
+  try:
+    old = config_lib.read_json(path, 'it is written anew') if path.exists() else {}
+  except UserError as error:
+    cli.say(str(error))
+    return {}
+  return old if isinstance(old, dict) and isinstance(old.get('results'), dict) else {}
 
 
 def _data(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -208,12 +238,13 @@ def run(
     _check_choice('--missing_type', kind, ('text', 'image', 'both'))
   for name in absent or ():
     _check_choice('--absent', name, KEPT)
-  config, meta, restore = open_run(workdir)
+  opened = trained.open_run(workdir)
+  config, meta = opened.config, opened.meta
   absent = absence_names(config) if absent is None else absent
   _check_left(config, absent, missing_rates)
   mesh = sharding.make_mesh(config)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
-  source = datasets.load_dataset(config).splits[split]
+  source, data = trained.open_split(opened, split)
   conditions = absences(absent, len(source))
   conditions |= {f'missing_{kind}_{rate:g}': missing.present_table(
       source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present) for kind in missing_types for rate in missing_rates}
@@ -225,7 +256,7 @@ def run(
   num_classes = len(meta['class_names'])
   model = model_lib.make_model(config, towers, num_classes=num_classes)
   preprocess = model_lib.make_preprocess(config, towers, num_classes=num_classes)
-  variables = restore_variables(model, restore, mesh)
+  variables = trained.restore_variables(opened, model.init, mesh)
   wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
   recorder = None
@@ -236,37 +267,24 @@ def run(
       observers=[recorder] if recorder else [])
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
-  return publish(workdir, split=split, num_examples=len(source), results=results, meta=meta, recorder=recorder)
+  return publish(
+      workdir, split=split, num_examples=len(source), results=results, meta=meta, recorder=recorder,
+      data=data)
 
 
 def publish(
     workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any],
-    recorder: PredictionRecorder | None) -> dict[str, Any]:
+    recorder: PredictionRecorder | None, data: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns the content of the first."""
-  record = write(workdir, split=split, num_examples=num_examples, results=results, meta=meta)
+  record = write(
+      workdir, split=split, num_examples=num_examples, results=results, meta=meta, data=data)
   if processes.leads():
     if recorder:
-      recorder.write(workdir, split=split, step=meta['step'], config_hash=record['config_hash'], seed=meta['config']['seed'])
+      recorder.write(
+          workdir, split=split, step=meta['step'], config_hash=record['config_hash'],
+          seed=meta['config']['seed'], data=data['digest'])
     print_table(results, f'{split} split, {num_examples} examples, checkpoint of step {meta["step"]}')
   return record
-
-
-def open_run(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, dict[str, Any], Any]:
-  """Returns (config, meta, restore) of the run in `workdir`; see `checkpoint.load_model`."""
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise UserError(f'--workdir: no run in {str(workdir)!r} (config.json is not there); give the --workdir of a run of python -m molt_jax.train')
-  config = config_lib.from_json(path.read_text(encoding='utf-8'))
-  meta, restore = checkpoint.load_model(workdir, config.eval.select)
-  return config, meta, restore
-
-
-def restore_variables(model: model_lib.Model, restore: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Restores the head's variables onto the mesh."""
-  boxed = jax.eval_shape(model.init, jax.random.key(0))
-  boxed = {'params': boxed['params'], 'statistics': boxed.get('statistics', {})}
-  whole = sharding.replicated(mesh)
-  return restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), nn.unbox(boxed)))
 
 
 def _words(text: str) -> list[str]:

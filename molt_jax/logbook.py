@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorboardX
 
+from molt_jax.config import UserError
+
 
 class Logbook:
   """Appends to `metrics.jsonl` and TensorBoard events; on resume, lines after the restored step are taken back."""
@@ -51,9 +53,41 @@ def flatten(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines of metrics.jsonl; a last line cut short by a kill is left out."""
+  """Returns the lines of metrics.jsonl; a last line cut short by a kill is left out.
+
+  Raises:
+    UserError: another line is damaged.
+  """
   path = workdir / 'metrics.jsonl'
-  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines(keepends=True) if line.endswith('\n')] if path.exists() else []
+  if not path.exists():
+    return []
+  try:
+    lines = path.read_bytes().splitlines(keepends=True)
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}') from error
+  whole = [line for line in lines if line.endswith(b'\n')]
+  return [_parse(path, number, line) for number, line in enumerate(whole, start=1)]
+
+
+def _parse(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
+  try:
+    values = json.loads(line.decode('utf-8'))
+  except (ValueError, RecursionError):
+    values = None
+  is_line = isinstance(values, dict) and isinstance(values.get('kind'), str)
+  if not (is_line and isinstance(values.get('step'), int) and _are_numbers(values)):
+    raise UserError(f'{path} line {number} is damaged (no line of a log); delete that line')
+  return values
+
+
+def _are_numbers(values: Any, depth: int = 0) -> bool:
+  """Whether a line holds numbers, in lists and objects a few levels deep, and its kind alone."""
+  if isinstance(values, dict):
+    return depth < 9 and all(
+        _are_numbers(value, depth + 1) for key, value in values.items() if (depth, key) != (0, 'kind'))
+  if isinstance(values, list):
+    return depth < 9 and all(_are_numbers(value, depth + 1) for value in values)
+  return values is None or isinstance(values, int | float)
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from molt_jax import checkpoint, cli, logbook, processes, sharding, train_state
+from molt_jax import checkpoint, cli, logbook, processes, sharding, train_state, trained
 from molt_jax import config as config_lib
-from molt_jax import model as model_lib
 from molt_jax.config import UserError
 
 IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
@@ -65,7 +64,7 @@ class Loop(abc.ABC):
     self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
     self.checkpoints, self.meta, self.plan = checkpoints, meta, plan
     self.schedule = train_state.make_schedule(config, plan.total)
-    self.best = checkpoints.meta(checkpoint.BEST).get('score', -1.0)
+    self.best = checkpoints.best_score()
 
   @abc.abstractmethod
   def step(self, state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
@@ -99,7 +98,7 @@ class Loop(abc.ABC):
           watch.drain()
           state = self._validate_and_save(state, iterator, log, watch, step, stopping)
           watch.restart_clock()
-        if step == self.plan.total:
+        if step >= self.plan.total:  # More where the data became fewer.
           break
         if asked:
           self.checkpoints.close()
@@ -116,6 +115,7 @@ class Loop(abc.ABC):
 
   def _validate_and_save(self, state, iterator, log, watch, step, stopping):
     best = False
+    self.checkpoints.check_finite(state)
     if self.plan.validate_at(step):
       state = self.refresh(state)
       record, said = self.validate(state, watch)
@@ -203,8 +203,8 @@ def check_workdir(
   """Returns the folder unless it holds a run with another config; `schema` is that of the command."""
   path = workdir / 'config.json'
   if path.exists():
-    changed = config_lib.differences(config_lib.from_json(path.read_text(encoding='utf-8'), schema), config)
-    changed = [line for line in changed if line.split(':')[0] not in FREE_ON_RESUME]
+    changed = config_lib.differences(config_lib.read_run(workdir, schema), config)
+    changed = [line for line in changed if line.split(':')[0] not in trained.FREE_ON_RESUME]
     if changed:
       raise UserError(f'--workdir: {str(workdir)!r} holds a run with another config ({"; ".join(changed)}); give another folder or that config')
   if workdir.exists() and not workdir.is_dir():
@@ -218,19 +218,14 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
   logbook.write_atomically(workdir / 'config.json', config_lib.to_json(config) + '\n')
 
 
-# Fields that say where and how fast to compute, not what: a resumed run may change them.
-FREE_ON_RESUME = (
-    'platform', 'mesh.data', 'mesh.model', 'text.padding', 'input.num_threads', 'input.prefetch', 'dataset.data_dir',
-    'dataset.allow_count_mismatch', 'eval.batch_size', 'eval.select')
-
-
-def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], towers: Mapping[str, Any]) -> None:
-  """Raises UserError unless the checkpoint belongs to these towers and these classes."""
-  model_lib.check_same_towers(saved['backbones'], towers)
-  if saved['class_names'] != meta['class_names']:
-    raise UserError(
-        f'config.dataset: the checkpoint in --workdir knows {len(saved["class_names"])} classes, the data now has {len(meta["class_names"])} '
-        'or other names; give the data it was trained on, or another --workdir')
+def _earlier_calls(path: pathlib.Path) -> list[Any]:
+  try:
+    earlier = config_lib.read_json(path, 'it begins anew') if path.exists() else {'calls': []}
+  except UserError as error:
+    cli.say(str(error))
+    return []
+  calls = earlier.get('calls') if isinstance(earlier, dict) else None
+  return calls if isinstance(calls, list) else []
 
 
 @contextlib.contextmanager
@@ -243,7 +238,7 @@ def accounted(workdir: pathlib.Path, facts: Mapping[str, Any], *, step: int) -> 
     step: where this call begins; what an earlier call did after it was lost, and done again.
   """
   path, start = workdir / 'run.json', time.monotonic()
-  earlier = json.loads(path.read_text(encoding='utf-8'))['calls'] if path.exists() else []
+  earlier = _earlier_calls(path)
   try:
     yield
   finally:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from molt_jax.data.pipeline import Preprocess
 
 MODALITIES = ('image', 'text')  # Columns of `present`.
+NO_TOWER = {'path': 'none', 'sha256': ''}
 UNUSED_WIDTH = 1  # Of a modality without a tower: the head's parameters for it are there, tiny, and meet nothing.
 
 
@@ -110,7 +111,7 @@ def check_same_towers(
     saved: Mapping[str, Mapping[str, str]], towers: Mapping[str, weights.TowerSpec], modalities: Collection[str] | None = None) -> None:
   """Raises UserError unless the towers (of these modalities; default: all that are used) are those that the checkpoint was trained on."""
   for modality in towers if modalities is None else modalities:
-    old, new = saved[modality], towers[modality].identity
+    old, new = saved.get(modality, NO_TOWER), towers[modality].identity
     if old['sha256'] != new['sha256']:
       raise UserError(
           f'config.backbones.{modality}.path: {_name(new)} is not the tower this checkpoint was trained on, {_name(old)}; '

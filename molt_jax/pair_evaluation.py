@@ -17,10 +17,10 @@ import rich.console
 import rich.table
 from PIL import Image
 
-from molt_jax import checkpoint, cli, dual, logbook, pair_metrics, pretrain
+from molt_jax import cli, dual, logbook, pair_metrics, pretrain, trained
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
-from molt_jax.data import datasets, pipeline, transforms
+from molt_jax.data import datasets, fingerprint, pipeline, transforms
 from molt_jax.data.sources import Dataset, Source
 
 SPLITS = ('train', 'validation', 'test')
@@ -177,10 +177,14 @@ def run(
       if name not in legal:
         raise UserError(f'{flag}: {name!r} is not legal; give {", ".join(legal)}')
   pair_metrics.class_prompts([], templates)
-  pair = pretrain.load_pair(workdir)
-  config = config_lib.from_json((workdir / 'config.json').read_text(encoding='utf-8'), config_lib.PRETRAIN_SCHEMA)
-  meta, _ = checkpoint.load_model(workdir, config.eval.select)
-  dataset = open_dataset(config, table)
+  path = workdir / 'pair_evaluation.json'
+  opened = pretrain.open_run(workdir)
+  kept = _written(path)
+  pair = pretrain.make_pair(opened)
+  dataset = open_dataset(opened.config, table)
+  data = fingerprint.of(dataset.splits[split], dataset.class_names)
+  if not table:
+    data = trained.compare(opened, split, data)
   if dataset.multi_label:
     cli.say('several labels an example: zero-shot classification and linear probes are left out')
     probes = ()
@@ -189,13 +193,22 @@ def run(
   results = evaluate_examples(pair, examples, class_names, splits=[split], templates=templates, probes=probes)[split]
   print_table(results, f'{dataset.name}, {split} split')
   record = {
-      'dataset': dataset.name, 'split': split, 'templates': list(templates), 'results': results, 'step': meta['step'],
+      'dataset': dataset.name, 'split': split, 'data': data, 'templates': list(templates),
+      'results': results, 'step': opened.meta['step'],
       'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
-  path = workdir / 'pair_evaluation.json'
-  kept = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
   kept[f'{dataset.name}/{split}'] = record
   logbook.write_atomically(path, json.dumps(kept, indent=2) + '\n')
   return record
+
+
+def _written(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the records of earlier evaluations."""
+  if not path.exists():
+    return {}
+  kept = config_lib.read_json(path, 'delete it, and its scores are computed again')
+  if not isinstance(kept, dict):
+    raise UserError(f'{path} is damaged (no JSON object); delete it, and its scores are computed again')
+  return kept
 
 
 if __name__ == '__main__':

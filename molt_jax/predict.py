@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from molt_jax import cli, evaluate, sharding
+from molt_jax import cli, sharding, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -23,16 +23,17 @@ class Predictor:
     """Opens the run in `workdir`.
 
     Raises:
-      UserError: no run there, or a tower that is gone or has changed.
+      UserError: no run there or a damaged one, or a tower that is gone or has changed.
     """
-    self.config, meta, restore = evaluate.open_run(pathlib.Path(workdir))
-    self.class_names: list[str] = meta['class_names']
-    self._saved = meta['backbones']
+    run = trained.open_run(workdir)
+    self.config = run.config
+    self.class_names: list[str] = run.class_names
+    self._saved = run.meta['backbones']
     self._towers = model_lib.describe_towers(self.config)
     self._mesh = sharding.make_mesh(self.config)
     self._model = model_lib.make_model(self.config, self._towers, num_classes=len(self.class_names))
     self._preprocess = model_lib.make_preprocess(self.config, self._towers, num_classes=len(self.class_names))
-    self._variables = evaluate.restore_variables(self._model, restore, self._mesh)
+    self._variables = trained.restore_variables(run, self._model.init, self._mesh)
     self._frozen: dict[str, Any] = dict.fromkeys(model_lib.MODALITIES)
     self._step = jax.jit(self._forward)
 
@@ -50,7 +51,7 @@ class Predictor:
 
     Raises:
       UserError: an example with neither image nor text, a modality that this run does not know, an unreadable image, lists of unequal
-        length, top_k below 1.
+        length, top_k below 1, probabilities that are not finite.
     """
     if top_k < 1:
       raise UserError(f'top_k: {top_k} is not legal; give a number >= 1')
@@ -58,6 +59,11 @@ class Predictor:
     self._check_used(pairs)
     examples = [pipeline.single_example(self._preprocess, image=i, text=t) for i, t in pairs]
     probabilities_nk = self._probabilities(examples) if examples else []
+    broken = [n for n, p_k in enumerate(probabilities_nk) if not np.isfinite(p_k).all()]
+    if broken:
+      where = f' of example {broken[0]}' if many else ''
+      raise UserError(
+          f'predict: the probabilities{where} are not finite; check the towers (config.backbones)')
     results = [self._result(p, example['present'], top_k) for p, example in zip(probabilities_nk, examples, strict=True)]
     return results if many else results[0]
 

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 
-from molt_jax import checkpoint, cli, dual, loop, pair_metrics, sharding, train_state
+from molt_jax import checkpoint, cli, dual, loop, pair_metrics, sharding, train_state, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.backbones import export
@@ -56,12 +55,15 @@ def pretrain_step(
 # ---- The loop ------------------------------------------------------------------------------------------------------------------------
 
 
-def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+def pretrain(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, data_changed: bool = False
+) -> pathlib.Path | None:
   """Trains (or goes on training) a pair of towers in `workdir`, then writes the image tower.
 
   Args:
     config: a validated config of `config.PRETRAIN_SCHEMA`.
     workdir: the run's folder; made if need be.
+    data_changed: go on with data that have changed since the checkpoint; refused otherwise.
 
   Returns:
     The folder of the image tower, `workdir`/tower; None if it was frozen.
@@ -78,13 +80,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathli
   data = datasets.load_dataset(config)
   _check_pairs(config, data)
   model = dual.make_model(config, towers)
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   checkpoints = checkpoint.Checkpoints(workdir)
   saved = checkpoints.meta()
-  meta = {
-      'config': config.to_dict(), 'backbones': model_lib.identities(towers), 'class_names': list(data.class_names), 'score': None, 'step': 0}
-  if saved:
-    loop.check_same_run(saved, meta, towers)
+  data = trained.go_on(
+      saved, config, towers, data, checkpoints=checkpoints, data_changed=data_changed,
+      schema=config_lib.PRETRAIN_SCHEMA)
+  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
+  meta = trained.new_meta(config, towers, data)
   plan = loop.Plan(config, len(pairs.complete_rows(data.splits['train'])))
   tx = train_state.make_optimizer(config, plan.total)
   pooled = _pool_frozen_texts(config, model, towers, data, preprocess, mesh)
@@ -95,7 +97,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathli
       data.splits['train'], preprocess, _views(config), batch_size=config.train.batch_size, seed=config.seed,
       text_pooled_nd=pooled.get('train'), num_threads=config.input.num_threads, prefetch=config.input.prefetch)
   if saved:
-    state = checkpoints.restore(state, iterator)
+    state, position = checkpoints.restore(state)
+    checkpoints.move(iterator, position)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   loop.claim_workdir(config, workdir)
   run = _Run(
@@ -141,6 +144,8 @@ class _Run(loop.Loop):
       images.append(np.asarray(embeddings.image_bc)[complete_b])
       texts.append(np.asarray(embeddings.text_bc)[complete_b])
       rows.append(batch['index'][complete_b])
+    for name, parts in (('images', images), ('texts', texts)):
+      dual.check_finite(np.concatenate(parts), name)
     written = [source.read(int(row), image=False)['text'] for row in np.concatenate(rows)]
     return pair_metrics.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
 
@@ -220,29 +225,39 @@ def _introduce(config, data, towers, model, state, plan) -> None:
 
 def _open(workdir: pathlib.Path):
   """Returns (config, class names, towers, model, the trained variables, mesh) of a run."""
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise UserError(f'--workdir: no run in {str(workdir)!r} (config.json is not there); give the --workdir of a run of python -m molt_jax.pretrain')
-  config = config_lib.from_json(path.read_text(encoding='utf-8'), config_lib.PRETRAIN_SCHEMA)
-  meta, restore = checkpoint.load_model(workdir, config.eval.select)
+  return _parts(open_run(workdir))
+
+
+def _parts(run: trained.Run):
+  """As `_open`, of an opened run."""
+  config = run.config
   towers = dual.describe_towers(config)
-  model_lib.check_same_towers(meta['backbones'], towers)
+  model_lib.check_same_towers(run.meta['backbones'], towers)
   model, mesh = dual.make_model(config, towers), sharding.make_mesh(config)
   width = towers['text'].config.hidden_size
   standardised = {name: np.zeros(width, np.float32) for name in ('mean', 'deviation')} if 'text' in model.frozen else {}
-  abstract = nn.unbox(jax.eval_shape(functools.partial(model.init, text_statistics=standardised), jax.random.key(0)))
-  place = sharding.replicated(mesh)
-  variables = restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract))
-  return config, meta['class_names'], towers, model, variables, mesh
+  init = functools.partial(model.init, text_statistics=standardised)
+  variables = trained.restore_variables(run, init, mesh)
+  return config, run.class_names, towers, model, variables, mesh
+
+
+def open_run(workdir: pathlib.Path) -> trained.Run:
+  """Opens a run of this command; see `trained.open_run`."""
+  return trained.open_run(workdir, schema=config_lib.PRETRAIN_SCHEMA)
 
 
 def load_pair(workdir: pathlib.Path) -> dual.TowerPair:
   """Opens the checkpoint of a run that `eval.select` names, with its frozen towers.
 
   Raises:
-    UserError: there is no run, or a tower is not the one it was trained with.
+    UserError: there is no run or a damaged one, or a tower is not the one it was trained with.
   """
-  config, class_names, towers, model, variables, mesh = _open(pathlib.Path(workdir))
+  return make_pair(open_run(workdir))
+
+
+def make_pair(run: trained.Run) -> dual.TowerPair:
+  """As `load_pair`, of an opened run."""
+  config, class_names, towers, model, variables, mesh = _parts(run)
   frozen = {f'{t}_tower': dual.load_weights(config, mesh, t, config.compute_dtype) for t in model.frozen}
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(class_names))
   variables = {**variables, 'params': {**variables['params'], **frozen}}
@@ -263,6 +278,8 @@ def write_tower(workdir: pathlib.Path) -> pathlib.Path | None:
 FLAGS = (
     cli.Flag('config', 'preset, e.g. configs/pretrain_openmoji.py', required=True),
     cli.Flag('workdir', 'folder of the run', required=True),
+    cli.Flag(
+        'data_changed', 'go on with data that have changed since the checkpoint', switch=True),
 )
 
 
@@ -271,7 +288,9 @@ def main(argv: Sequence[str]) -> int | None:
   """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
   flags, overrides = cli.parse('molt_jax.pretrain', 'Train an image tower and a text tower on pairs.', FLAGS, argv)
   def work():
-    pretrain(config_lib.load_config(flags.config, overrides, schema=config_lib.PRETRAIN_SCHEMA), pathlib.Path(flags.workdir))
+    pretrain(
+        config_lib.load_config(flags.config, overrides, schema=config_lib.PRETRAIN_SCHEMA),
+        pathlib.Path(flags.workdir), data_changed=flags.data_changed)
   return loop.exit_code(work)
 
 

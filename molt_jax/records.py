@@ -8,15 +8,18 @@ Rows do not influence each other, so every missing rate follows from the three a
 """
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from molt_jax import logbook
+from molt_jax.config import UserError
 from molt_jax.data import missing
 
 PREDICTIONS, PAIRS, MISTAKES = 'predictions.npz', 'pairs.npz', 'mistakes.json'
@@ -40,12 +43,28 @@ class _Saved:
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self | None:
-    """Reads the file; None where there is none."""
+    """Reads the file; None where there is none.
+
+    Raises:
+      UserError: it is cut or damaged.
+    """
     if not path.exists():
       return None
-    with np.load(path) as saved:
-      values = {name: saved[name] for name in saved.files if name != 'json'}
-      return cls(**json.loads(saved['json'].tobytes()), **values)
+    try:
+      with zipfile.ZipFile(path) as archive:
+        # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
+        raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
+      arrays = {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
+      saved = cls(**json.loads(arrays.pop('json').tobytes()), **arrays)
+      saved.check()
+    except Exception as error:  # Of any type: a damaged file leads anywhere.
+      raise UserError(
+          f'{path} is cut or damaged; delete it, or run python -m molt_jax.evaluate '
+          f'--workdir={path.parent} again') from error
+    return saved
+
+  def check(self) -> None:
+    """Raises ValueError unless shapes fit each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +82,7 @@ class Predictions(_Saved):
     counted_cn: bool[C, N], whether the condition leaves the example anything; the rest is undefined where not.
     probability_cnk: float32[C, N, K], softmax; multi-label: sigmoid.
     loss_cn: float32[C, N], cross-entropy; multi-label: mean over classes.
+    data: digest of the fingerprint of the split's data; '' in files of older versions.
   """
 
   split: str
@@ -78,6 +98,17 @@ class Predictions(_Saved):
   counted_cn: np.ndarray
   probability_cnk: np.ndarray
   loss_cn: np.ndarray
+  data: str = ''
+
+  def check(self) -> None:
+    """See `_Saved`."""
+    c, n, k = (len(names) for names in (self.conditions, self.ids, self.class_names))
+    shapes = {
+        'label': (n, k) if self.multi_label else (n,), 'present_nm': (n, 2), 'counted_cn': (c, n),
+        'probability_cnk': (c, n, k), 'loss_cn': (c, n)}
+    wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
+    if wrong:
+      raise ValueError(f'{wrong[0]} has another shape')
 
   @property
   def multi_label(self) -> bool:

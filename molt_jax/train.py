@@ -14,7 +14,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import checkpoint, cli, evaluate, fill, loop, processes, records, sharding, train_state, translate
+from molt_jax import (
+    checkpoint,
+    cli,
+    evaluate,
+    fill,
+    loop,
+    processes,
+    records,
+    sharding,
+    train_state,
+    trained,
+    translate,
+)
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
@@ -25,12 +37,15 @@ from molt_jax.modules.inputs import STRATEGIES
 from molt_jax.objectives import classification
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, data_changed: bool = False
+) -> dict[str, Any]:
   """Trains (or goes on training) in `workdir`, then evaluates the test split with each modality absent.
 
   Args:
     config: a validated config.
     workdir: the run's folder; made if need be.
+    data_changed: go on with data that have changed since the checkpoint; refused otherwise.
 
   Returns:
     The content of evaluation.json.
@@ -46,20 +61,20 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   towers = model_lib.describe_towers(config)
   with processes.leader_first('data set'):
     data = datasets.load_dataset(config)
-  model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   checkpoints = checkpoint.Checkpoints(workdir)
   saved = checkpoints.meta()
-  meta = {
-      'config': config.to_dict(), 'backbones': model_lib.identities(towers), 'class_names': list(data.class_names), 'score': None, 'step': 0}
-  if saved:
-    loop.check_same_run(saved, meta, towers)
+  data = trained.go_on(
+      saved, config, towers, data, checkpoints=checkpoints, data_changed=data_changed)
+  model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
+  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
+  meta = trained.new_meta(config, towers, data)
   plan = loop.Plan(config, len(data.splits['train']))
   tx = train_state.make_optimizer(config, plan.total)
   estimator = step_lib.make_cca_estimator(config, mesh)
   init_cca = functools.partial(estimator.init, model.num_taps, config.molt.width)
   state = train_state.create(model.init, tx, init_cca, seed=config.seed, mesh=mesh)
   introduce(config, data, towers, state, plan)
+  state, position = checkpoints.restore(state) if saved else (state, None)
   kept = {split: protocol(config, source, split) for split, source in data.splits.items() if split != 'test'}
   wanted = {split: (source, kept.get(split, source.present)) for split, source in data.splits.items()}
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
@@ -68,7 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
       pack=sharding.packing(config, mesh, parts=config.train.accumulate), num_threads=config.input.num_threads, prefetch=config.input.prefetch,
       **sharding.data_shard(mesh))
   if saved:
-    state = checkpoints.restore(state, iterator)
+    checkpoints.move(iterator, position)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   run = _Run(
       config, workdir, mesh, data, checkpoints, meta, plan, model=model, tx=tx, estimator=estimator, preprocess=preprocess, frozen=frozen,
@@ -125,15 +140,18 @@ class _Run(loop.Loop):
 
   def test(self):
     """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json and what a report shows."""
-    _, meta, restore = evaluate.open_run(self.workdir)
+    done = trained.open_run(self.workdir)
+    meta = done.meta
     source = self.data.splits['test']
     conditions = evaluate.absences(evaluate.absence_names(self.config), len(source))
-    variables = evaluate.restore_variables(self.model, restore, self.mesh)
+    variables = trained.restore_variables(done, self.model.init, self.mesh)
     pairs, recorder = PairDiagnostics(), PredictionRecorder(
         source, self.data.class_names, list(conditions), multi_label=self.config.dataset.multi_label)
     results = self._evaluate(variables, source, self.stored['test'], conditions, title='evaluating test', observers=[pairs, recorder])
     self._record_pairs(variables, pairs, meta['step'])
-    return evaluate.publish(self.workdir, split='test', num_examples=len(source), results=results, meta=meta, recorder=recorder)
+    return evaluate.publish(
+        self.workdir, split='test', num_examples=len(source), results=results, meta=meta,
+        recorder=recorder, data=trained.compare(done, 'test', self.meta['data']['test']))
 
   def _record_pairs(self, variables, pairs, step):
     """Writes pairs.npz: the pairs of the test split beside up to MAX_PAIRS of the training split."""
@@ -202,6 +220,8 @@ def _gaps(source: Source) -> str:
 FLAGS = (
     cli.Flag('config', 'preset, e.g. configs/quickstart.py', required=True),
     cli.Flag('workdir', 'folder of the run', required=True),
+    cli.Flag(
+        'data_changed', 'go on with data that have changed since the checkpoint', switch=True),
 )
 
 
@@ -210,7 +230,9 @@ def main(argv: Sequence[str]) -> int | None:
   """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
   processes.join()
   flags, overrides = cli.parse('molt_jax.train', 'Train a robust image+text classifier on frozen towers.', FLAGS, argv)
-  return loop.exit_code(lambda: train(config_lib.load_config(flags.config, overrides), pathlib.Path(flags.workdir)))
+  return loop.exit_code(lambda: train(
+      config_lib.load_config(flags.config, overrides), pathlib.Path(flags.workdir),
+      data_changed=flags.data_changed))
 
 
 if __name__ == '__main__':

@@ -20,6 +20,23 @@ DATASETS = {
     'table': table.load,
     **{name: _builder(name) for name in ('openmoji', 'mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes')},
 }
+# Those of which one split can be read without the others; the classes are then those of the split.
+ONE_SPLIT = {'table': table.load_split}
+
+
+def load_split(config: Any, split: str) -> Dataset:
+  """Opens a split for a model that is trained, as `load_dataset` does; others may be left out.
+
+  Its labels index the class names of the result, which need not be the model's (`sources.relabel`).
+
+  Raises:
+    UserError: as `load_dataset`, but for what is wrong with splits that are not needed.
+  """
+  load = ONE_SPLIT.get(config.dataset.name)
+  if load is None:
+    data = load_dataset(config)
+    return dataclasses.replace(data, splits={split: data.splits[split]})
+  return _used(load(config, split), config)
 
 
 def load_dataset(config: Any) -> Dataset:
@@ -31,7 +48,11 @@ def load_dataset(config: Any) -> Dataset:
   Raises:
     UserError: the data set's files, rows or packages are not as they must be.
   """
-  data = DATASETS[config.dataset.name](config)
+  return _used(DATASETS[config.dataset.name](config), config)
+
+
+def _used(data: Dataset, config: Any) -> Dataset:
+  """Leaves of a data set what `dataset.modalities` names."""
   used = modalities(config)
   if len(used) == 2:
     return data

@@ -98,6 +98,11 @@ class Part:
   def present(self) -> np.ndarray:
     return self.source.present[np.asarray(self.rows, int)] & np.array(self.keep)
 
+  @functools.cached_property
+  def contents(self) -> np.ndarray | None:
+    contents = getattr(self.source, 'contents', None)
+    return None if contents is None else contents[np.asarray(self.rows, int)] * np.array(self.keep)
+
   def __len__(self) -> int:
     return len(self.rows)
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from molt_jax.config import UserError
 
 UNLABELLED = -1  # In place of a class index: the example's label is not known.
 
@@ -17,6 +20,8 @@ class Source(Protocol):
     ids: names of the N examples, unique within the data set.
     labels: class indices, an int an example (`UNLABELLED` where there is none), or a sorted tuple of ints where the data set is multi-label.
     present: bool[N, 2], what the example naturally has; column 0 = image, column 1 = text. Never False in both.
+    contents: optional; int64[N, 2], numbers that change with the image and with the text, as far as
+      that is known without reading images (0 where absent). The fingerprint of the data reads them.
   """
 
   ids: Sequence[str]
@@ -38,6 +43,11 @@ def classes_of(label: int | tuple[int, ...]) -> tuple[int, ...]:
   if isinstance(label, tuple):
     return label
   return () if label == UNLABELLED else (label,)
+
+
+def text_number(text: str | None) -> int:
+  """Returns a number that changes with the text, for `Source.contents`; 0 where it is absent."""
+  return 0 if text is None else 1 + zlib.crc32(text.encode('utf-8', 'surrogatepass'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,12 @@ class TfdsSource:
 
   @functools.cached_property
   def _captions(self) -> list[dict[str, Any]]:
-    return [{key: x[key] for key in ('id', 'text', 'label')} for x in map(self._examples.__getitem__, range(len(self._examples)))]
+    found = []
+    for index in range(len(self._examples)):
+      example = self._examples[index]
+      kept = {key: example[key] for key in ('id', 'text', 'label')}
+      found.append({**kept, 'image': 1 + zlib.crc32(example['image'])})
+    return found
 
   @functools.cached_property
   def ids(self) -> list[str]:
@@ -82,6 +97,11 @@ class TfdsSource:
   def present(self) -> np.ndarray:
     return np.array([(True, bool(x['text'].strip())) for x in self._captions], bool).reshape(-1, 2)
 
+  @functools.cached_property
+  def contents(self) -> np.ndarray:
+    numbers = [(x['image'], text_number(x['text'].decode())) for x in self._captions]
+    return np.array(numbers, np.int64).reshape(-1, 2) * self.present
+
   def __len__(self) -> int:
     return len(self._examples)
 
@@ -91,3 +111,86 @@ class TfdsSource:
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     x = self._examples[index]
     return {'id': x['id'].decode(), 'image': bytes(x['image']) if image else None, 'text': x['text'].decode() or None, 'label': int(x['label'])}
+
+
+# ---- Labels by name ------------------------------------------------------------------------------
+
+_SHOWN = 5  # Labels, and examples of each, that an error names.
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+  """A source with other labels; a `Source`."""
+
+  source: Source
+  labels: Sequence[Any]
+
+  @property
+  def ids(self) -> Sequence[str]:
+    return self.source.ids
+
+  @property
+  def present(self) -> np.ndarray:
+    return self.source.present
+
+  @property
+  def contents(self) -> np.ndarray | None:
+    return getattr(self.source, 'contents', None)
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.read(index, image=True)
+
+  def read(self, index: int, *, image: bool) -> dict[str, Any]:
+    """See `Source.read`."""
+    return {**self.source.read(index, image=image), 'label': self.labels[index]}
+
+
+def relabel(data: Dataset, class_names: Sequence[str], *, where: str) -> Dataset:
+  """Maps the labels of a data set by name onto the classes that a model knows.
+
+  Args:
+    data: its labels are indices into its own class names.
+    class_names: what the labels of the result index.
+    where: names the data in an error.
+
+  Raises:
+    UserError: an example has a label that is not among the class names.
+  """
+  if tuple(data.class_names) == tuple(class_names):
+    return data
+  position = {name: k for k, name in enumerate(class_names)}
+  index_k = [position.get(name) for name in data.class_names]
+  splits = {}
+  for split, source in data.splits.items():
+    _check_known(source, split, data.class_names, index_k, class_names, where)
+    splits[split] = Relabelled(source, [_mapped(label, index_k) for label in source.labels])
+  return dataclasses.replace(data, class_names=tuple(class_names), splits=splits)
+
+
+def _mapped(label: int | tuple[int, ...], index_k: Sequence[int | None]) -> int | tuple[int, ...]:
+  if isinstance(label, tuple):
+    return tuple(sorted(index_k[k] for k in label))
+  return UNLABELLED if label == UNLABELLED else index_k[label]
+
+
+def _check_known(source, split, own_names, index_k, class_names, where) -> None:
+  unknown: dict[str, list[str]] = {}
+  for example_id, label in zip(source.ids, source.labels, strict=True):
+    for k in classes_of(label):
+      if index_k[k] is None:
+        unknown.setdefault(own_names[k], []).append(example_id)
+  if unknown:
+    shown = [f'{name!r} ({some(ids)})' for name, ids in unknown.items()]
+    raise UserError(
+        f'{where}: the {split} split has labels that this run does not know: {some(shown)}; it '
+        f'knows {len(class_names)} classes: {some(list(map(repr, class_names)))}; correct the '
+        'labels, or train a run on these data')
+
+
+def some(words: Sequence[str]) -> str:
+  """Joins the first few words and says how many more there are."""
+  more = f' and {len(words) - _SHOWN} more' if len(words) > _SHOWN else ''
+  return ', '.join(words[:_SHOWN]) + more

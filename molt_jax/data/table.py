@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from molt_jax.config import UserError
-from molt_jax.data.sources import UNLABELLED, Dataset
+from molt_jax.data.sources import UNLABELLED, Dataset, text_number
 from molt_jax.data.splits import set_aside
 
 COLUMNS = ('image', 'text', 'label')
@@ -53,6 +53,13 @@ class TableSource:
   def present(self) -> np.ndarray:
     return np.array([(row.image is not None, row.text is not None) for row in self.rows], bool).reshape(-1, 2)
 
+  @functools.cached_property
+  def contents(self) -> np.ndarray:
+    """See `Source`; of an image file the size, which takes no reading."""
+    sizes = {path: _size(path) for path in {row.image for row in self.rows}}
+    numbers = [(sizes[row.image], text_number(row.text)) for row in self.rows]
+    return np.array(numbers, np.int64).reshape(-1, 2)
+
   def __len__(self) -> int:
     return len(self.rows)
 
@@ -65,16 +72,20 @@ class TableSource:
     return {'id': row.id, 'image': data, 'text': row.text, 'label': self.labels[index]}
 
 
+def _size(path: str | None) -> int:
+  try:
+    return 0 if path is None else 1 + os.stat(path).st_size
+  except OSError:  # It went away since it was checked.
+    return -1
+
+
 def load(config: Any) -> Dataset:
   """Reads and checks the folder `dataset.path`.
 
   Raises:
     UserError: one line that names the file, the row and the remedy.
   """
-  folder = pathlib.Path(config.dataset.path).expanduser()
-  multi_label = config.dataset.multi_label
-  if not config.dataset.path or not folder.is_dir():
-    raise UserError(f'dataset.path {config.dataset.path!r} is not a folder: give the folder that holds train.csv and test.csv')
+  folder, multi_label = _folder(config), config.dataset.multi_label
   files = {split: _find(folder, split, required=split != 'validation') for split in ('train', 'validation', 'test')}
   tables = {split: _read_table(file, multi_label, unlabelled=split == 'train') for split, file in files.items() if file}
   class_names = _class_names(files['train'], tables['train'])
@@ -87,6 +98,34 @@ def load(config: Any) -> Dataset:
       raise UserError(f'{files["train"].name} is too small to set a validation split aside: add rows or a validation.csv')
   splits = {split: _source(tables[split], class_names, multi_label) for split in ('train', 'validation', 'test')}
   return Dataset(name=folder.resolve().name, class_names=class_names, multi_label=multi_label, splits=splits)
+
+
+def load_split(config: Any, split: str) -> Dataset:
+  """Reads and checks one split for a model that is trained: its classes are those that occur in it.
+
+  Other files are not looked at, except that of train where validation is set aside from it.
+
+  Raises:
+    UserError: one line that names the file, the row and the remedy.
+  """
+  folder, multi_label = _folder(config), config.dataset.multi_label
+  own_validation = _find(folder, 'validation', required=False)
+  parts = split != 'test' and not own_validation
+  file = _find(folder, 'train' if parts else split, required=True)
+  rows = _read_table(file, multi_label, unlabelled=file.stem == 'train')
+  if parts:
+    rest, aside = split_off(rows, fraction=config.dataset.validation_fraction, seed=config.seed)
+    rows = aside if split == 'validation' else rest
+  class_names = tuple(sorted({label for row in rows for label in row.labels}))
+  source = _source(rows, class_names, multi_label)
+  return Dataset(folder.resolve().name, class_names, multi_label, {split: source})
+
+
+def _folder(config: Any) -> pathlib.Path:
+  folder = pathlib.Path(config.dataset.path).expanduser()
+  if not config.dataset.path or not folder.is_dir():
+    raise UserError(f'dataset.path {config.dataset.path!r} is not a folder: give the folder that holds train.csv and test.csv')
+  return folder
 
 
 def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -3,7 +3,9 @@
 The page is one HTML file that opens from disk: no scripts, nothing from elsewhere. It is made from files in the runs' folders; no model is loaded.
 """
 
+import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from molt_jax import cli, logbook
@@ -40,4 +42,6 @@ FLAGS = (
 def main(argv: Sequence[str]) -> None:
   """Command line of the package: prints the page's path."""
   flags, _ = cli.parse('molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv)
+  if 'jax' not in sys.modules:  # Checkpoints are compared with their checksums; that takes no device.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
   print(write(flags.workdir, flags.out))

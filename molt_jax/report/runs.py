@@ -1,7 +1,6 @@
 """What a report reads of a run: files in its folder."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -103,7 +102,10 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _data(run: Run) -> tuple[str, ...]:
-  return run.config.dataset.name, run.config.dataset.path, run.evaluation['split']
+  """Data set, split, and what tells the data from others: their fingerprint, else their folder."""
+  known = run.evaluation.get('data')
+  where = f'(data {known["digest"]})' if known else run.config.dataset.path
+  return run.config.dataset.name, where, run.evaluation['split']
 
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
@@ -120,32 +122,122 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
   return names
 
 
-def _read(folder: pathlib.Path, name: str) -> Run:
-  config_path, evaluation_path = folder / 'config.json', folder / 'evaluation.json'
-  if not config_path.is_file():
-    raise UserError(f'--workdir: no run in {str(folder)!r} (config.json is not there); give the --workdir of a run of python -m molt_jax.train')
-  try:
-    config = config_lib.from_json(config_path.read_text(encoding='utf-8'))
-  except (UserError, ValueError) as error:
-    raise UserError(f'--workdir: {str(folder)!r} holds no run of python -m molt_jax.train ({error})') from error
+# ---- Files ---------------------------------------------------------------------------------------
+
+NUMBER = (int, float)
+SCORES = {f'{name}?': (*NUMBER, type(None)) for name in (
+    'accuracy', 'f1_micro', 'f1_macro', 'loss', 'num_examples')}
+# What the page reads of each file, as `_misfit` takes it.
+EVALUATION = {
+    'split': str, 'num_examples': int, 'step': (int, str), 'config_hash': str,
+    'results': {...: SCORES}, 'backbones': {...: {'path': str, 'sha256': str}},
+    'versions': {...: str}, 'data?': {'digest': str}}
+MISTAKES = {
+    'split': str, 'step': (int, str), 'conditions': {...: [int]},
+    'examples': {...: {'id': str, 'text': (str, type(None)), 'image': (str, type(None))}}}
+ABOUT = {
+    'examples': {...: int}, 'parameters': int, 'device': str, 'devices': int,
+    'calls': [{'seconds': NUMBER, ...: (*NUMBER, type(None))}]}
+LINES = {
+    'train': {
+        'loss?': NUMBER, 'loss_ce?': NUMBER, 'loss_distill?': NUMBER, 'loss_cca?': NUMBER,
+        'images_per_second?': NUMBER, 'cca_correlation?': [NUMBER]},
+    'validation': {
+        **{f'{name}?': SCORES for name in LABELS}, 'pairs': {'held_out_correlation?': [NUMBER]}}}
+
+
+def _misfit(value: Any, shape: Any, where: str = '') -> str:
+  """Returns where a JSON value has not the shape that it must have; '' where all is well.
+
+  A shape is a type or several; [shape of each item]; {name: shape}, in which `...` stands for all
+  other names (otherwise they may be anything) and a name with ? need not be there.
+  """
+  if isinstance(shape, list):
+    if not isinstance(value, list):
+      return where or 'it'
+    found = (_misfit(item, shape[0], f'{where}[{n}]') for n, item in enumerate(value))
+    return next(filter(None, found), '')
+  if isinstance(shape, dict):
+    return _misfit_of_object(value, shape, where)
+  is_right = isinstance(value, shape) and not isinstance(value, bool)
+  return '' if is_right else where or 'it'
+
+
+def _misfit_of_object(value, shape, where) -> str:
+  if not isinstance(value, dict):
+    return where or 'it'
+  named = {name.removesuffix('?'): inner for name, inner in shape.items() if name is not ...}
+  for name, inner in named.items():
+    if name not in value and f'{name}?' not in shape:
+      return f'{where}.{name}'.lstrip('.')
+    if name in value and (found := _misfit(value[name], inner, f'{where}.{name}'.lstrip('.'))):
+      return found
+  if ... in shape:
+    for name in value.keys() - named.keys():
+      if found := _misfit(value[name], shape[...], f'{where}.{name}'.lstrip('.')):
+        return found
+  return ''
+
+
+def _json(path: pathlib.Path, shape: Any, remedy: str) -> Any:
+  """Reads a file that training or evaluation wrote; None where it is not there."""
+  if not path.is_file():
+    return None
+  value = config_lib.read_json(path, remedy)
+  if where := _misfit(value, shape):
+    raise UserError(f'{path} is damaged ({where} is not as it must be); {remedy}')
+  return value
+
+
+def _read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
   log = logbook.read(folder)
+  for line in log:
+    if where := _misfit(line, LINES.get(line['kind'], {})):
+      raise UserError(
+          f'{folder / "metrics.jsonl"} is damaged ({where} of the {line["kind"]} line of step '
+          f'{line["step"]} is not as it must be); delete that line')
+  return log
+
+
+def _verify(folder: pathlib.Path) -> None:
+  """Compares config.json and the arrays of the run's checkpoint with what was saved."""
+  if any((folder / 'checkpoints').glob('*/[0-9]*')):
+    from molt_jax import trained  # Imports JAX, which a page without checkpoints does without.
+    trained.verify(trained.open_run(folder))
+
+
+def _read(folder: pathlib.Path, name: str) -> Run:
+  evaluation_path = folder / 'evaluation.json'
+  config = config_lib.read_run(folder)
+  again = f'run python -m molt_jax.evaluate --workdir={folder} again'
+  log = _read_log(folder)
   if not evaluation_path.is_file():
     raise UserError(
         f'--workdir: the run in {str(folder)!r} is not finished (evaluation.json is not there; last logged step: {log[-1]["step"] if log else 0}); '
         f'run its train command again, or python -m molt_jax.evaluate --workdir={folder}')
-  evaluation = json.loads(evaluation_path.read_text(encoding='utf-8'))
+  evaluation = _json(evaluation_path, EVALUATION, again)
   if not set(LABELS) & set(evaluation['results']):
     raise UserError(f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m molt_jax.evaluate --workdir={folder}')
   predictions, pairs = records.Predictions.load(folder / records.PREDICTIONS), records.Pairs.load(folder / records.PAIRS)
-  if predictions and any(getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash')):
+  data = evaluation.get('data', {}).get('digest', '')
+  if predictions and (predictions.data != data or any(
+      getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash'))):
     predictions = None
-  mistakes = _json(folder / records.MISTAKES) if predictions else None
-  if mistakes and (mistakes['split'], mistakes['step']) != (predictions.split, predictions.step):
+  mistakes = _json(folder / records.MISTAKES, MISTAKES, again)
+  if not (mistakes and predictions and _belong(mistakes, predictions)):
     mistakes = None
   if pairs and pairs.step != evaluation['step']:
     pairs = None
-  return Run(name, folder, config, evaluation, log, _json(folder / 'run.json') or {}, predictions, mistakes, pairs)
+  about = _json(folder / 'run.json', ABOUT, 'delete it: the page then does without')
+  _verify(folder)
+  return Run(name, folder, config, evaluation, log, about or {}, predictions, mistakes, pairs)
 
 
-def _json(path):
-  return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+def _belong(mistakes: dict[str, Any], predictions: records.Predictions) -> bool:
+  """Whether mistakes are of these predictions."""
+  identity = tuple(mistakes.get(key, '') for key in ('split', 'step', 'data'))
+  rows = {str(row) for rows in mistakes['conditions'].values() for row in rows}
+  known = {str(n) for n in range(len(predictions.ids))} & mistakes['examples'].keys()
+  return (
+      identity == (predictions.split, predictions.step, predictions.data)
+      and set(mistakes['conditions']) <= set(predictions.conditions) and rows <= known)

@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from molt_jax import cli
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
 from molt_jax.data import missing, transforms
-from molt_jax.data.sources import Dataset
+from molt_jax.data.sources import Dataset, text_number
 from molt_jax.data.splits import set_aside
 
 IMAGES = 'images.array_record'
@@ -41,6 +42,8 @@ LISTED = 100  # Rows left out that are printed one by one.
 _SHOWN = 5
 ROWS, METADATA = 'rows.npz', 'metadata.json'
 _COLUMNS = {'ids': None, 'labels': np.int16, 'label_counts': np.int16, 'images': np.int32, 'texts': bool}
+# Of what is prepared by this version and later ones: numbers that change with image and text.
+_CONTENTS = {'image_numbers': np.int64, 'text_numbers': np.int64}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -243,6 +246,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _write_images(self, files: Sequence[str]) -> dict[str, int]:
     """Writes each file that decodes; returns file -> its number."""
     numbers: dict[str, int] = {}
+    self._image_numbers: dict[str, int] = {}
     writer = array_record_module.ArrayRecordWriter(str(pathlib.Path(self.data_dir) / IMAGES), 'group_size:1,uncompressed')
     with cli.progress(f'preparing {self.name}', len(files), 'images') as bar, contextlib.closing(writer):
       for file in files:
@@ -254,13 +258,15 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)
           continue
         numbers[file] = len(numbers)
+        self._image_numbers[file] = 1 + zlib.crc32(data)
         writer.write(data)
     if not numbers:
       raise UserError(f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, e.g. {file}; unpack them again')
     return numbers
 
   def _generate_examples(self, folder: Folder, split: str, size: int, seen: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    columns = {name: [] for name in _COLUMNS}
+    types = _COLUMNS | _CONTENTS
+    columns = {name: [] for name in types}
     with cli.progress(f'preparing {self.name} {split}', size, 'examples') as bar:
       for position, row in enumerate(_walk(folder, split, self._facts, seen, self._numbers.__contains__)):
         bar.advance()
@@ -269,8 +275,11 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for name, value in zip(('ids', 'label_counts', 'images', 'texts'), values, strict=True):
           columns[name].append(value)
         columns['labels'].extend(row.labels)
+        columns['image_numbers'].append(self._image_numbers.get(row.image, 0))
+        columns['text_numbers'].append(text_number(row.text or None))
         yield position, {'id': row.id, 'image_number': number, 'text': row.text, 'labels': row.labels}
-    self._table |= {f'{split}_{name}': np.array(values, _COLUMNS[name]) for name, values in columns.items()}
+    self._table |= {
+        f'{split}_{name}': np.array(values, types[name]) for name, values in columns.items()}
 
   def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
     super()._download_and_prepare(*args, **kwargs)
@@ -438,7 +447,8 @@ class PreparedSource:
   @functools.cached_property
   def _table(self) -> dict[str, np.ndarray]:
     with np.load(pathlib.Path(self.folder) / ROWS) as table:
-      return {name: table[f'{self.split}_{name}'] for name in _COLUMNS}
+      names = [name for name in _COLUMNS | _CONTENTS if f'{self.split}_{name}' in table]
+      return {name: table[f'{self.split}_{name}'] for name in names}
 
   @functools.cached_property
   def _rows(self) -> Sequence[dict[str, Any]]:
@@ -460,6 +470,12 @@ class PreparedSource:
   @functools.cached_property
   def present(self) -> np.ndarray:
     return np.stack([self._table['images'] >= 0, self._table['texts']], axis=1)
+
+  @functools.cached_property
+  def contents(self) -> np.ndarray | None:
+    """See `Source`; None where an older version prepared the data."""
+    columns = [self._table.get(name) for name in _CONTENTS]
+    return None if columns[0] is None else np.stack(columns, axis=1)
 
   def __len__(self) -> int:
     return len(self._table['ids'])
