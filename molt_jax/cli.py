@@ -18,6 +18,7 @@ from molt_jax import terminal
 from molt_jax.config import UserError
 
 PLAIN_LINE_SECONDS = 15.0
+MOST_OF_AN_ERROR = 4_000  # Characters: it may quote a value of any length.
 
 
 class Flag(NamedTuple):
@@ -38,7 +39,7 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[s
       return main(argv) or 0
     except UserError as error:
       sys.stdout.flush()
-      print(f'error: {terminal.clean(error)}', file=sys.stderr)
+      print(f'error: {terminal.clean(error, MOST_OF_AN_ERROR)}', file=sys.stderr)
       return 2
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)

@@ -6,7 +6,6 @@ tower (raw pixels, their principal components). See `pair_metrics` for what each
 
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

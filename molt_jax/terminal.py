@@ -61,13 +61,13 @@ def print_columns(columns: Mapping[str, Sequence[str]], title: str) -> None:
     shown = {head.replace(' ', '\n'): [cell.replace(', ', ',\n') for cell in cells]
              for head, cells in shown.items()}
   for part in _parts(screen, shown):
-    print_table(_table(part, title), screen)
+    print_table(_table(part, title))
 
 
-def print_table(table: rich.table.Table, screen: rich.console.Console | None = None) -> None:
+def print_table(table: rich.table.Table) -> None:
   """Prints a table as wide as it is: a terminal that is narrower wraps its lines."""
-  screen = screen or console()
-  screen.print(table, width=max(screen.width, _width(screen, table)), crop=False, soft_wrap=False)
+  screen = console()
+  rich.console.Console(width=max(screen.width, _width(screen, table))).print(table)
 
 
 def _parts(screen, columns) -> Iterator[dict[str, Sequence[str]]]:

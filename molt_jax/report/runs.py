@@ -13,6 +13,7 @@ import numpy as np
 from molt_jax import config as config_lib
 from molt_jax import logbook, records
 from molt_jax.config import UserError
+from molt_jax.report import checked
 
 LABELS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
 
@@ -56,20 +57,34 @@ class Run:
     """Whether this is the paper's baseline: no MoLT."""
     return self.config.method == 'late_fusion'
 
-  def score(self, condition: str) -> float:
-    """Returns the headline score of a condition."""
-    return self.evaluation['results'][condition][self.metric]
+  def score(self, condition: str, key: str | None = None) -> float | None:
+    """Returns a score of a condition, by default the headline score; None where it has none."""
+    result = self.evaluation['results'].get(condition, {})
+    if result.get('num_examples') == 0:  # Older evaluations wrote 0 there.
+      return None
+    return result.get(key or self.metric)
 
   def error(self, condition: str) -> float | None:
-    """Returns the standard error of that score over examples; None without predictions."""
-    return None if self.predictions is None else _standard_error(self.predictions.influence(condition))
+    """Returns the standard error of that score over examples; None where it is unknown."""
+    influence_n = self._influence(condition)
+    return None if influence_n is None else _standard_error(influence_n)
 
-  def difference(self, other: 'Run', condition: str) -> tuple[float, float | None]:
-    """Returns this run's score minus the other's, and its standard error: paired where both saw the same examples, None where it is unknown."""
-    value = self.score(condition) - other.score(condition)
-    if self.predictions is None or other.predictions is None:
+  def _influence(self, condition: str) -> np.ndarray | None:
+    if self.predictions is None or condition not in self.predictions.conditions:
+      return None
+    return self.predictions.influence(condition)
+
+  def difference(self, other: 'Run', condition: str) -> tuple[float, float | None] | None:
+    """Returns this run's score minus the other's and its standard error: paired where both saw the
+    same examples, None where it is unknown. None where one has no score.
+    """
+    scores = self.score(condition), other.score(condition)
+    if None in scores:
+      return None
+    value = scores[0] - scores[1]
+    one, two = self._influence(condition), other._influence(condition)
+    if one is None or two is None:
       return value, None
-    one, two = self.predictions.influence(condition), other.predictions.influence(condition)
     if list(self.predictions.ids) == list(other.predictions.ids):
       return value, _standard_error(one - two)
     return value, float(np.hypot(_standard_error(one), _standard_error(two)))
@@ -80,7 +95,7 @@ class Run:
 
 
 def _standard_error(influence_n):
-  return float(np.std(influence_n, ddof=1) / np.sqrt(len(influence_n))) if len(influence_n) > 1 else 0.0
+  return float(np.std(influence_n, ddof=1) / np.sqrt(len(influence_n)))
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
@@ -126,25 +141,27 @@ def _read(folder: pathlib.Path, name: str) -> Run:
     raise UserError(f'--workdir: no run in {str(folder)!r} (config.json is not there); give the --workdir of a run of python -m molt_jax.train')
   try:
     config = config_lib.from_json(config_path.read_text(encoding='utf-8'))
-  except (UserError, ValueError) as error:
+  except (UserError, ValueError, TypeError, AttributeError, OverflowError) as error:
     raise UserError(f'--workdir: {str(folder)!r} holds no run of python -m molt_jax.train ({error})') from error
-  log = logbook.read(folder)
+  log = checked.log(folder / 'metrics.jsonl', logbook.read(folder))
   if not evaluation_path.is_file():
     raise UserError(
         f'--workdir: the run in {str(folder)!r} is not finished (evaluation.json is not there; last logged step: {log[-1]["step"] if log else 0}); '
         f'run its train command again, or python -m molt_jax.evaluate --workdir={folder}')
-  evaluation = json.loads(evaluation_path.read_text(encoding='utf-8'))
+  evaluation = checked.evaluation(evaluation_path, _json(evaluation_path))
   if not set(LABELS) & set(evaluation['results']):
     raise UserError(f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m molt_jax.evaluate --workdir={folder}')
   predictions, pairs = records.Predictions.load(folder / records.PREDICTIONS), records.Pairs.load(folder / records.PAIRS)
   if predictions and any(getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash')):
     predictions = None
   mistakes = _json(folder / records.MISTAKES) if predictions else None
-  if mistakes and (mistakes['split'], mistakes['step']) != (predictions.split, predictions.step):
-    mistakes = None
+  if mistakes is not None:
+    mistakes = checked.mistakes(folder / records.MISTAKES, mistakes, predictions)
   if pairs and pairs.step != evaluation['step']:
     pairs = None
-  return Run(name, folder, config, evaluation, log, _json(folder / 'run.json') or {}, predictions, mistakes, pairs)
+  about = _json(folder / 'run.json')
+  about = {} if about is None else checked.about(folder / 'run.json', about)
+  return Run(name, folder, config, evaluation, log, about, predictions, mistakes, pairs)
 
 
 def _json(path):
