@@ -423,10 +423,12 @@ def _mistakes(run):
   parts = []
   for name, rows in run.mistakes['conditions'].items():
     c = run.predictions.conditions.index(name)
-    wrong = int(np.sum(run.predictions.counted_cn[c] & ~run.predictions.right_cn[c]))
+    counted_n = run.predictions.counted_cn[c]
+    wrong, count = int(np.sum(counted_n & ~run.predictions.right_cn[c])), int(counted_n.sum())
+    said = f'{wrong:,} mistakes of {count:,}' if count else 'no example'
     cards = ''.join(_card(run, name, row) for row in rows)
-    parts.append(f'<h4>{LABELS[name].capitalize()} <small>{wrong:,} mistakes of {int(run.predictions.counted_cn[c].sum()):,}</small></h4>'
-                 f'<div class="cards">{cards or "<p>None.</p>"}</div>')
+    parts.append(f'<h4>{LABELS[name].capitalize()} <small>{said}</small></h4>'
+                 f'<div class="cards">{cards}</div>')
   return ''.join(parts) + (
       '<p class="caption">The mistakes of the greatest cross-entropy. What is crossed out was there, and was not fed.</p>')
 

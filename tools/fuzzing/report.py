@@ -30,13 +30,16 @@ NUMBERS = (
     math.inf, -math.inf)
 OTHERS = (None, False, [], {}, [[]], [None], {'a': {'b': []}}, [1, 'x'], {'__proto__': 1})
 # What a page is made of, and nothing else.
-TAGS = set(
-    'html head meta title style body header nav main section footer h1 h2 h3 h4 p a b i s sub small '
-    'span code pre div figure figcaption table thead tbody tr th td ol li article img br details '
-    'summary svg g path text tspan use defs clipPath rect'.lower().split())
-ATTRIBUTES = set(
-    'lang charset name content http-equiv class id href src alt scope tabindex role aria-label '
-    'viewbox style transform d x y width height clip-path xlink:href data-absent'.split())
+TAGS = {
+    'html', 'head', 'meta', 'title', 'style', 'body', 'header', 'nav', 'main', 'section', 'footer',
+    'h1', 'h2', 'h3', 'h4', 'p', 'a', 'b', 'i', 's', 'sub', 'small', 'span', 'code', 'pre', 'div',
+    'figure', 'figcaption', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'ol', 'li', 'article',
+    'img', 'br', 'details', 'summary', 'svg', 'g', 'path', 'text', 'tspan', 'use', 'defs',
+    'clippath', 'rect'}
+ATTRIBUTES = {
+    'lang', 'charset', 'name', 'content', 'http-equiv', 'class', 'id', 'href', 'src', 'alt', 'scope',
+    'tabindex', 'role', 'aria-label', 'viewbox', 'style', 'transform', 'd', 'x', 'y', 'width',
+    'height', 'clip-path', 'xlink:href', 'data-absent'}
 VOID = ('meta', 'img', 'br')
 
 
