@@ -154,7 +154,8 @@ def normalise(x: np.ndarray) -> np.ndarray:
       that such rows would seem to find everything.
   """
   x = np.asarray(x, np.float32)
-  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  with np.errstate(over='ignore'):  # A length that overflows is refused in the next line.
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
   _check_finite(length)
   return x / np.where(length > 0, length, 1)
 

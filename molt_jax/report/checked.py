@@ -39,6 +39,7 @@ def _is_logged(value: Any) -> bool:
 
 TEXT = Rule(f'a string of at most {MOST_TEXT:,} characters', _is_text)
 TEXT_OR_NULL = Rule('a string or null', lambda v: v is None or _is_text(v))
+URL_OR_NULL = Rule('a string or null', lambda v: v is None or isinstance(v, str))  # See `picture`.
 COUNT = Rule('a whole number >= 0', _is_count)
 COUNT_OR_NULL = Rule('a whole number >= 0 or null', lambda v: v is None or _is_count(v))
 SECONDS = Rule('a number >= 0', lambda v: is_number(v) and v >= 0)
@@ -87,7 +88,7 @@ ABOUT = {
 MISTAKES = {
     'split': TEXT, 'step': COUNT,
     'conditions': Each(Listed(COUNT, 100), len(records.CONDITIONS)),
-    'examples': Each({'id': TEXT, 'text': TEXT_OR_NULL, 'image': TEXT_OR_NULL})}
+    'examples': Each({'id': TEXT, 'text': TEXT_OR_NULL, 'image': URL_OR_NULL})}
 AGAIN = 'python -m molt_jax.evaluate --workdir={} writes it anew'
 
 

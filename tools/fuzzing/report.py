@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import unicodedata
 import warnings
 import zipfile
@@ -44,27 +45,31 @@ VOID = ('meta', 'img', 'br')
 
 
 def trial(rng: np.random.Generator, folder) -> dict[str, int]:
-  """Renders a run folder with one or two hostile values."""
-  run = folder / 'run'
+  """Renders a run folder with one or two hostile values, now and then beside a good one."""
+  run, other = folder / 'run', folder / 'other'
   write_run(run, rng)
+  runs = [run]
+  if rng.random() < 0.15:
+    shutil.copytree(run, other)
+    runs.insert(rng.integers(2), other)
   for _ in range(rng.integers(1, 3)):
     _spoil(rng, run)
-  code, said = _render(run)
+  code, said = _render(runs, folder / 'page.html')
   if code == 2:
     check_line(said)
     return {'refused in one line': 1}
   if code != 0:
     raise AssertionError(f'exit code {code}: {said[:300]}')
-  check_page((run / 'report.html').read_text(encoding='utf-8'))
-  return {'page': 1}
+  check_page((folder / 'page.html').read_text(encoding='utf-8'))
+  return {'page' if len(runs) == 1 else 'page of two runs': 1}
 
 
-def _render(run):
+def _render(runs, out):
   errors = io.StringIO()
   with warnings.catch_warnings(), contextlib.redirect_stderr(errors):
     warnings.simplefilter('error')  # Of an empty mean, say: what is then shown is no number.
     with contextlib.redirect_stdout(io.StringIO()):
-      code = report.main([f'--workdir={run}'])
+      code = report.main(['--workdir', *map(str, runs), f'--out={out}'])
   return code, errors.getvalue()
 
 
@@ -197,6 +202,7 @@ def _dump(path, content):
 
 
 def _dump_lines(path, lines):
+  lines = lines if isinstance(lines, list) else [lines]
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
@@ -219,7 +225,7 @@ def _spoil(rng, run):
     _dump(path, _spoilt(rng, content) if rng.random() < 0.02 else _spoilt_inside(rng, content))
 
 
-def _places(tree, found=()):
+def _places(tree):
   """All (container, key) of a tree."""
   items = tree.items() if isinstance(tree, dict) else enumerate(tree)
   places = []
@@ -231,8 +237,8 @@ def _places(tree, found=()):
 
 
 def _spoilt_inside(rng, tree):
-  """Changes a value in the tree: as often a string by a string as anything by anything."""
-  places = _places(tree)
+  """Changes a value in the tree: more often a string by a string than anything by anything."""
+  places = _places(tree) if isinstance(tree, dict | list) else []
   strings = [(at, key) for at, key in places if isinstance(at[key], str)]
   if strings and rng.random() < 0.65:
     at, key = strings[rng.integers(len(strings))]
@@ -259,11 +265,16 @@ def _spoilt(rng, value):
 
 def _spoil_arrays(rng, path):
   if rng.random() < 0.2:
-    return _spoil_bytes(rng, path)
-  with np.load(path) as saved:
-    values = {name: saved[name] for name in saved.files}
+    _spoil_bytes(rng, path)
+    return
+  try:
+    with np.load(path) as saved:
+      values = {name: saved[name] for name in saved.files}
+    rest = json.loads(values['json'].tobytes())
+  except Exception:  # Spoilt before, which NumPy, zipfile and json say in many ways.
+    return
   if rng.random() < 0.5:
-    rest = _spoilt_inside(rng, json.loads(values['json'].tobytes()))
+    rest = _spoilt_inside(rng, rest)
     values['json'] = np.frombuffer(json.dumps(rest).encode(), np.uint8)
   else:
     name = rng.choice(list(values))
