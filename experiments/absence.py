@@ -73,7 +73,10 @@ def paired(table, method, reference, column):
 
 
 def validation(table, method):
-  return float(np.mean([made.result['validation']['score'] for made in table[method].values()]))
+  """The mean over seeds, '-' without a score."""
+  found = [made.result['validation'].get('score') for made in table[method].values()]
+  found = [score for score in found if score is not None]
+  return f'{100 * np.mean(found):.1f}' if found else '-'
 
 
 def speed(made):
@@ -102,11 +105,14 @@ def head_milliseconds(data, method):
 
 def target(table, method):
   """Lines that say whether `method` is one model for all: both specialists minus MARGIN, and the best late fusion on complete input."""
-  rivals = [m for m in table if m.startswith('late fusion')]
+  rivals = [m for m in table if m.startswith('late fusion') and values(table, m, 'none_absent')]
   best = max(rivals, key=lambda m: np.mean(values(table, m, 'none_absent')), default=None)
   goals = [(column, name, -MARGIN) for column, name in SPECIALISTS.items() if name in table] + ([('none_absent', best, 0.0)] if best else [])
   for column, rival, least in goals:
     differences = paired(table, method, rival, column)
+    if not differences:
+      yield f'{COLUMNS[column]}: no example to compare on'
+      continue
     yield (f'{COLUMNS[column]}: {runs.spread(values(table, method, column))} against {runs.spread(values(table, rival, column))} ({rival}), '
            f'paired difference {grid.signed(differences)}, allowed {100 * least:.1f}: {"reached" if np.mean(differences) >= least else "MISSED"}')
 
@@ -118,7 +124,7 @@ def scores(table, costs):
   for method, by_seed in table.items():
     cells = [runs.spread(values(table, method, c)) if has(method, c) else '-' for c in COLUMNS]
     speeds = [s for s in map(speed, by_seed.values()) if s]
-    cells += [f'{100 * validation(table, method):.1f}', str(len(by_seed)), f'{grid.seconds(table, method):.0f}',
+    cells += [validation(table, method), str(len(by_seed)), f'{grid.seconds(table, method):.0f}',
               f'{np.median(speeds):.0f}' if speeds else '-', f'{costs[method]:.1f}' if method in costs else '-']
     yield f'| {method} | ' + ' | '.join(cells) + ' |'
 
@@ -150,16 +156,18 @@ def figure(data, table, path):
   fig, (bars, curves) = plt.subplots(1, 2, figsize=(14, 0.35 * len(table) + 2), layout='constrained', width_ratios=(3, 2))
   for offset, (column, label) in enumerate(grid.CONDITIONS.items()):
     rows = [(n, 100 * np.array(values(table, m, column))) for n, m in enumerate(table) if has(m, column)]
+    rows = [(n, v) for n, v in rows if len(v)]
     bars.barh([n + 0.27 * (offset - 1) for n, _ in rows], [v.mean() for _, v in rows], 0.25, label=label,
               xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in rows])
-    if SPECIALISTS.get(column) in table:
+    if SPECIALISTS.get(column) in table and values(table, SPECIALISTS[column], column):
       bars.axvline(100 * np.mean(values(table, SPECIALISTS[column], column)), color=f'C{offset}', linestyle=':')
   bars.set(yticks=range(len(table)), yticklabels=list(table), xlabel='test score, %', title=f'{data} (dotted: specialists)')
   bars.invert_yaxis()
   fig.legend(*bars.get_legend_handles_labels(), loc='outside lower left', ncols=3, frameon=False)
   for method in (m for m in CURVES if m in table):
-    curve_sr = [[made.predictions.missing_rate(rate, 'both')[grid.metric_of(table)] for rate in RATES] for made in table[method].values()]
-    curves.plot(RATES, 100 * np.mean(curve_sr, axis=0), marker='o', label=method)
+    curve_sr = [[made.predictions.missing_rate(rate, 'both').get(grid.metric_of(table)) for rate in RATES]
+                for made in table[method].values()]
+    curves.plot(RATES, 100 * np.array(curve_sr, float).mean(axis=0), marker='o', label=method)
   curves.set(xlabel='missing rate (half text, half image)', ylabel='test score, %')
   curves.legend()
   fig.savefig(path, dpi=120)

@@ -352,7 +352,7 @@ def main(argv):
   for name in PARTS.value:
     results = COMPUTE[name](seeds, STEPS.value)
     parts[name] = runs.provenance() | {'seeds': seeds, 'selection_seed': 100, 'steps': STEPS.value, 'results': results}
-    logbook.write_atomically(path, json.dumps(parts, indent=1) + '\n')
+    logbook.write_atomically(path, logbook.to_json(parts, indent=1) + '\n')
   logbook.write_atomically(out / 'cca_study.md', '\n'.join(line for name, lines in LINES.items() if name in parts for line in lines(parts[name])))
   figure, axes = plt.subplots(1, len(DRAW), figsize=(16, 4), layout='constrained')
   for one, name in zip(axes, DRAW, strict=True):

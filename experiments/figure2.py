@@ -8,11 +8,13 @@ are not picked. The probabilities are those of the label and of what each model 
 
 import math
 import time
+import warnings
 
 import grid
 import matplotlib
 import numpy as np
 
+from molt_jax import terminal
 from molt_jax.data import datasets, missing, transforms
 
 matplotlib.use('Agg')
@@ -52,7 +54,8 @@ def counts(table):
       for seed in sorted(set(table[OURS]) & set(table[rival])):
         rows = split_cases(table[OURS][seed].predictions, table[rival][seed].predictions, condition)
         numbers = {name: len(cases) for name, cases in rows.items()}
-        by_seed[seed] = numbers | {'p': sign_test(numbers['ours only'], numbers['theirs only'])}
+        tested = {'p': sign_test(numbers['ours only'], numbers['theirs only'])}
+        by_seed[seed] = numbers | (tested if any(numbers.values()) else {})
       found[condition][rival] = by_seed
   return found
 
@@ -70,8 +73,9 @@ def lines(found):
     for condition, by_rival in by_condition.items():
       for rival, by_seed in by_rival.items():
         means = [f'{np.mean([numbers[name] for numbers in by_seed.values()]):.0f}' for name in ('ours only', 'theirs only', 'both', 'neither')]
-        p = max(numbers['p'] for numbers in by_seed.values())
-        yield f'| {grid.CONDITIONS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p:.2g} |'
+        found = [numbers['p'] for numbers in by_seed.values() if 'p' in numbers]
+        p = f'{max(found):.2g}' if found else '-'
+        yield f'| {grid.CONDITIONS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p} |'
     yield f'\n![examples on which one of the two is right](figure2_{data}.png)\n'
   yield (f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the id among all such cases. What is greyed was '
          'there and was not fed.')
@@ -106,7 +110,9 @@ def figure(table, source, path):
       winner = ('MoLT right, baseline wrong', 'baseline right, MoLT wrong')[side]
       axes[block * SHOWN, 2 * side + 1].set_title(f'{grid.CONDITIONS[condition]}: {winner} ({len(rows[name])} of {int(ours.counted_cn[0].sum())})',
                                                    fontsize=10, loc='left')
-  fig.savefig(path, dpi=110)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='Glyph .* missing from font')
+    fig.savefig(path, dpi=110)
   plt.close(fig)
   return {'seed': seed, **shown}
 
@@ -143,7 +149,7 @@ def _names(predictions, label):
 
 
 def _short(text, most):
-  return text if len(text) <= most else text[:most - 1] + '…'
+  return terminal.clean(text, most)
 
 
 def _probability(predictions, c, row, label):

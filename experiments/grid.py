@@ -7,7 +7,6 @@ tables share theirs. A call that was cut off goes on; a finished run is read.
 import collections
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import matplotlib
 import ml_collections
 import numpy as np
 import runs
@@ -24,6 +24,8 @@ from absl import app, flags, logging
 from molt_jax import config as config_lib
 from molt_jax import logbook, loop, presets, records
 from molt_jax.config import UserError
+
+matplotlib.rcParams['text.parse_math'] = False  # A $ in a text or a label is a dollar.
 
 DATA = flags.DEFINE_multi_string('data', ['openmoji'], 'openmoji, NAME=FOLDER of a table, or NAME=PRESET.py[:VARIANTS]; may be repeated.')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of parameters, data order, dropout and absence draws.')
@@ -56,9 +58,13 @@ class Made:
   def predictions(self) -> records.Predictions:
     return records.Predictions.load(self.folder / records.PREDICTIONS)
 
-  def score(self, condition: str, metric: str) -> float:
-    scores = self.predictions.missing_rate(*MISSING[condition]) if condition in MISSING else self.result['test'][condition]
-    return scores[metric]
+  def score(self, condition: str, metric: str) -> float | None:
+    """Returns a score on the test split; None where it has none, as without an example."""
+    if condition in MISSING:
+      scores = self.predictions.missing_rate(*MISSING[condition])
+    else:
+      scores = self.result['test'].get(condition, {})
+    return scores.get(metric) if scores.get('num_examples') != 0 else None  # Older runs have 0 there.
 
 
 Table = Mapping[str, Mapping[int, Made]]  # Method -> seed -> run.
@@ -76,6 +82,8 @@ def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collecti
     UserError: no such data set, preset or field.
   """
   name, equals, where = data.partition('=')
+  if not re.fullmatch(r'[\w.-]+', name):
+    raise UserError(f'--data: {name!r} is no name; give letters, digits, -, _ and . before the =')
   configs = pathlib.Path(__file__).parents[1] / 'configs'
   given = dict(_assignment(item) for item in SET.value)
   if not equals and name == 'openmoji':
@@ -115,8 +123,9 @@ def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
         folder = pathlib.Path(RUNS.value) / name / config_lib.config_hash(config)
         if re.search(ONLY.value, method) or (folder / 'result.json').exists():
           table[method][seed] = Made(folder, runs.run(config, folder))
-          scores = ', '.join(f'{label} {100 * table[method][seed].score(c, metric(config)):.1f}' for c, label in CONDITIONS.items()
-                             if c in table[method][seed].result['test'])
+          run = table[method][seed]
+          scores = ', '.join(f'{label} {runs.spread([run.score(c, metric(config))])}'
+                             for c, label in CONDITIONS.items() if c in run.result['test'])
           print(f'{name}, seed {seed}, {method}: {scores}', flush=True)
     made[name] = {method: table[method] for method in methods if table[method]}
     if not made[name]:
@@ -136,14 +145,16 @@ def metric_of(table: Table) -> str:
 
 
 def values(table: Table, method: str, condition: str, key: str) -> list[float]:
-  """One score a seed."""
-  return [made.score(condition, key) for made in table[method].values()]
+  """One score a seed that has one."""
+  scores = [made.score(condition, key) for made in table[method].values()]
+  return [score for score in scores if score is not None]
 
 
 def paired(table: Table, method: str, reference: str, condition: str, key: str) -> list[float]:
-  """Score of `method` minus that of `reference`, seed by seed."""
-  return [made.score(condition, key) - table[reference][seed].score(condition, key)
-          for seed, made in table[method].items() if seed in table[reference]]
+  """Score of `method` minus that of `reference`, seed by seed where both have one."""
+  pairs = [(made.score(condition, key), table[reference][seed].score(condition, key))
+           for seed, made in table[method].items() if seed in table[reference]]
+  return [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
 
 
 def signed(differences: Sequence[float]) -> str:
@@ -159,7 +170,9 @@ def seconds(table: Table, method: str) -> float:
 def numbers(table: Table) -> dict[str, Any]:
   """What the JSON file keeps of runs."""
   def of(made):
-    return {'seconds': made.result['seconds'], 'validation': made.result['validation']['score'], 'test': made.result['test']}
+    validation = {'validation': made.result['validation'].get('score')}
+    found = {key: value for key, value in validation.items() if value is not None}
+    return {'seconds': made.result['seconds'], **found, 'test': made.result['test']}
   return {method: {str(seed): of(made) for seed, made in by_seed.items()} for method, by_seed in table.items()}
 
 
@@ -178,7 +191,7 @@ def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start
   versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
   foot = (f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; {meta["seconds_of_this_call"]:.0f} s in this '
           'call (runs that were finished before are read).')
-  logbook.write_atomically(folder / f'{script}.json', json.dumps(meta | dict(content), indent=1) + '\n')
+  logbook.write_atomically(folder / f'{script}.json', logbook.to_json(meta | dict(content), indent=1) + '\n')
   logbook.write_atomically(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
   print('\n'.join([*lines, '', foot]))
 

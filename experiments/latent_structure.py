@@ -21,10 +21,12 @@ import runs
 from absl import app, flags, logging
 
 from molt_jax import config as config_lib
-from molt_jax import dual, logbook, pair_evaluation, pair_metrics, pretrain
+from molt_jax import dual, logbook, pair_evaluation, pair_metrics, pretrain, terminal
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+
+matplotlib.rcParams['text.parse_math'] = False  # A $ in a name is a dollar.
 
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of weights, data order and augmentation.')
 VARIANTS = flags.DEFINE_list('variants', [], 'Variants to run; empty: all.')
@@ -106,7 +108,7 @@ def run(variant, seed, data, pooled):
     scores = {name: pair_evaluation.evaluate_examples(pair, examples, class_names, splits=SPLITS, probes=('tower', 'embedding'))
               for name, examples, class_names in data}
   result = {'key': key, 'scores': scores, 'seconds': {'training': round(middle - start, 1), 'scoring': round(time.monotonic() - middle, 1)}}
-  logbook.write_atomically(path, json.dumps(result) + '\n')
+  logbook.write_atomically(path, logbook.to_json(result) + '\n')
   return result
 
 
@@ -125,7 +127,7 @@ def without_tower(data):
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
       fits = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
-      logbook.write_atomically(path, json.dumps({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
+      logbook.write_atomically(path, logbook.to_json({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
     found[name] = json.loads(path.read_text(encoding='utf-8'))['accuracy']
   return found
 
@@ -134,14 +136,14 @@ def without_tower(data):
 
 
 def values(results, variant, dataset, split, path):
-  """One number a seed, in the order of the seeds."""
+  """One number a seed, in the order of the seeds; NaN where there is no such score."""
   found = []
   for result in results[variant].values():
     value = result['scores'][dataset][split]
     for key in path:
-      value = value[key]
-    found.append(value)
-  return np.asarray(found)
+      value = {} if value is None else value.get(key, {})
+    found.append(np.nan if value in ({}, None) else value)
+  return np.asarray(found, float)
 
 
 def table(results, dataset, split, references):
@@ -150,7 +152,8 @@ def table(results, dataset, split, references):
     cells = [runs.spread(values(results, variant, dataset, split, path)) for path in COLUMNS.values()]
     lines.append(f'| {variant} | ' + ' | '.join(cells) + ' |')
   for name, accuracy in references[dataset].items():
-    lines.append(f'| {name}, no tower |' + ' |' * (len(COLUMNS) - 2) + f' {100 * accuracy[split]:.1f} | |')
+    share = runs.spread([accuracy.get(split)])
+    lines.append(f'| {name}, no tower |' + ' |' * (len(COLUMNS) - 2) + f' {share} | |')
   return lines
 
 
@@ -180,7 +183,7 @@ def plot(results, datasets, path):
       for i, variant in enumerate(results):
         value_s = 100 * values(results, variant, dataset, 'test', COLUMNS[column])
         axis.plot(np.full(len(value_s), i), value_s, 'o', color='grey', markersize=3)
-        axis.plot([i - 0.3, i + 0.3], [value_s.mean()] * 2, color='black')
+        axis.plot([i - 0.3, i + 0.3], [value_s.mean()] * 2, color='black')  # NaN draws nothing.
       axis.set_xticks(range(len(results)), list(results), fontsize=8)
       axis.set_title(f'{dataset}: {column}', fontsize=8)
       axis.set_ylabel('test, %', fontsize=8)
@@ -211,11 +214,11 @@ def main(argv):
       'seconds': sum(sum(result['seconds'].values()) for by_seed in results.values() for result in by_seed.values())}
   scores = {variant: {seed: result['scores'] for seed, result in by_seed.items()} for variant, by_seed in results.items()}
   (out / 'latent_structure.json').write_text(
-      json.dumps(about | {'scores': scores, 'without_tower': references}, indent=1) + '\n', encoding='utf-8')
+      logbook.to_json(about | {'scores': scores, 'without_tower': references}, indent=1) + '\n', encoding='utf-8')
   lines = ['# CLIP against latent-structure regularisers', '', f'Percent, mean ± sample deviation over seeds {", ".join(SEEDS.value)}.']
   for dataset in datasets:
     for split in SPLITS:
-      lines += ['', f'## {dataset}, {split}', '', *table(results, dataset, split, references)]
+      lines += ['', f'## {terminal.clean(dataset, 80)}, {split}', '', *table(results, dataset, split, references)]
       for base in ('CLIP', 'Con'):
         if base in results and len(results) > 1:
           lines += ['', 'Paired differences, points.', '', *differences(results, dataset, split, base)]

@@ -26,8 +26,8 @@ SHOWN = (0.0, 0.3, 0.5, 0.7, 1.0)
 
 
 def curve(made, kind, key):
-  """Scores of one run at RATES."""
-  return [made.predictions.missing_rate(rate, kind)[key] for rate in RATES]
+  """Scores of one run at RATES; None where no example is left to score."""
+  return [made.predictions.missing_rate(rate, kind).get(key) for rate in RATES]
 
 
 def curves(table):
@@ -46,7 +46,7 @@ def lines(found):
       yield '| method | ' + ' | '.join(f'{100 * rate:.0f} %' for rate in SHOWN) + ' | mean |'
       yield '|---|' + '--:|' * (len(SHOWN) + 1)
       for method, by_kind in by_method.items():
-        scores_sr = np.array(list(by_kind[kind].values()))
+        scores_sr = np.array(list(by_kind[kind].values()), float)
         cells = [grid.runs.spread(scores_sr[:, RATES.index(rate)]) for rate in SHOWN] + [grid.runs.spread(scores_sr.mean(axis=1))]
         yield f'| {method} | ' + ' | '.join(cells) + ' |'
       yield ''
@@ -60,7 +60,7 @@ def figure(data, by_method, key, path):
   for ax, (kind, label) in zip(axes, KINDS.items(), strict=True):
     for method, by_kind in by_method.items():
       family, _, rate = method.rpartition(', trained at ')
-      scores_sr = 100 * np.array(list(by_kind[kind].values()))
+      scores_sr = 100 * np.array(list(by_kind[kind].values()), float)
       mean_r, spread_r = scores_sr.mean(axis=0), scores_sr.std(axis=0, ddof=1) if len(scores_sr) > 1 else np.zeros(len(RATES))
       style = {'color': colours[family], 'linestyle': '--' if rate == '70 %' else '-', 'marker': 's' if rate == '70 %' else 'o', 'markersize': 4}
       ax.plot(100 * np.array(RATES), mean_r, label=method, **style)

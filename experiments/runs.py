@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
   seconds = time.monotonic() - start
   validation = next(line for line in logbook.read(folder) if line['kind'] == 'validation' and line['step'] == record['step'])
   result = {'config_hash': config_lib.config_hash(config), 'test': record['results'], 'validation': validation, 'seconds': round(seconds, 1)}
-  logbook.write_atomically(path, json.dumps(result) + '\n')
+  logbook.write_atomically(path, logbook.to_json(result) + '\n')
   return result
 
 
@@ -55,9 +55,14 @@ def override(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> m
   return config_lib.validate(config)
 
 
-def spread(values: Iterable[float], *, scale: float = 100.0, digits: int = 1) -> str:
-  """Returns 'mean ± sample standard deviation' of a few runs, in percent unless scaled otherwise."""
-  values = scale * np.asarray(list(values), float)
+def spread(values: Iterable[float | None], *, scale: float = 100.0, digits: int = 1) -> str:
+  """Returns 'mean ± sample standard deviation' of a few runs, in percent unless scaled otherwise; of
+  the runs that have a value (not None or NaN), '-' where none has.
+  """
+  values = scale * np.array(list(values), float)
+  values = values[np.isfinite(values)]
+  if not len(values):
+    return '-'
   deviation = f' ± {values.std(ddof=1):.{digits}f}' if len(values) > 1 else ''
   return f'{values.mean():.{digits}f}{deviation}'
 

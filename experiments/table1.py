@@ -108,6 +108,7 @@ def figure(made, path):
   for ax, (data, table) in zip(axes[0], made.items(), strict=True):
     for i, (condition, label) in enumerate(grid.CONDITIONS.items()):
       found = [(n, 100 * np.array(grid.values(table, m, condition, grid.metric_of(table)))) for n, m in enumerate(table)]
+      found = [(n, v) for n, v in found if len(v)]
       ax.errorbar([v.mean() for _, v in found], [n + 0.2 * (i - 1) for n, _ in found], xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in found],
                   fmt='osD'[i], color=('#0072b2', '#d55e00', '#009e73')[i], label=label)
     ax.set(title=data, xlabel=f'test {grid.metric_of(table).replace("f1_", "F1 ")}, %', yticks=range(len(table)), yticklabels=list(table))

@@ -88,6 +88,7 @@ def figure(made, path):
     for i, (condition, label) in enumerate(grid.CONDITIONS.items()):
       found = [(n, 100 * np.array(grid.paired(table, _key(recipe, name), _key(recipe, FULL), condition, grid.metric_of(table))))
                for n, name in enumerate(names) if _key(recipe, name) in table]
+      found = [(n, v) for n, v in found if len(v)]
       ax.errorbar([v.mean() for _, v in found], [n + 0.2 * (i - 1) for n, _ in found], xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in found],
                   fmt='osD'[i], color=('#0072b2', '#d55e00', '#009e73')[i], label=label)
     ax.axvline(0, color='0.4', linewidth=1)

@@ -14,9 +14,11 @@ import rich.console
 import rich.progress
 import rich.text
 
+from molt_jax import terminal
 from molt_jax.config import UserError
 
 PLAIN_LINE_SECONDS = 15.0
+MOST_OF_AN_ERROR = 4_000  # Characters: it may quote a value of any length.
 
 
 class Flag(NamedTuple):
@@ -42,7 +44,7 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[s
       return main(argv) or 0
     except UserError as error:
       sys.stdout.flush()
-      print(f'error: {error}', file=sys.stderr)
+      print(f'error: {terminal.clean(error, MOST_OF_AN_ERROR)}', file=sys.stderr)
       return 2
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
@@ -121,7 +123,7 @@ def _overrides(rest: Sequence[str], names: Sequence[str], takes_config: bool) ->
 
 def say(message: str) -> None:
   """Prints one line for the reader on stderr, so that stdout holds results only."""
-  _CONSOLE.print(message, markup=False, highlight=False, soft_wrap=True)
+  _CONSOLE.print(terminal.clean(message), markup=False, highlight=False, soft_wrap=True)
 
 
 _CONSOLE = rich.console.Console(stderr=True)

@@ -19,6 +19,8 @@ from molt_jax.objectives import cca, cca_diagnostics
 from molt_jax.objectives.cca_estimators import CCAEstimator
 
 MAX_PAIRS = 1024  # Pairs looked at; enough for two digits, and megabytes at the widest.
+MIN_PAIRS = 3  # Of two, any correlation is 1 or -1.
+HELD_OUT = ('held_out_correlation', 'held_out_top_correlation')
 MAX_PLANE = 150  # Pairs drawn in the plane.
 NUM_SHOWN = 16  # Canonical correlations a layer.
 MAX_PROBABILITIES = 8_000_000  # Kept of a split, 32 MB; examples beyond it are thinned out evenly.
@@ -53,10 +55,12 @@ class PairDiagnostics:
     return tuple(np.concatenate(views, axis=1) for views in zip(*self._pairs, strict=True))
 
   def compute(self, estimator: CCAEstimator, state: Any, *, ridge: float) -> dict[str, list[float]]:
-    """Returns name -> one number a layer; {} without pairs.
+    """Returns name -> one number a layer, null for a layer that has none; {} without pairs.
 
-    effective_rank_image, effective_rank_text, modality_gap: of the pairs seen. With an estimator that has a past also correlation and
-    top_correlation (mean and largest canonical correlation of the training pairs it stands for), and held_out_correlation and
+    modality_gap and, of MIN_PAIRS or more, effective_rank_image and effective_rank_text: of the
+    pairs seen. With an estimator that has a past of more pairs than directions also correlation and
+    top_correlation (mean and largest canonical correlation of the training pairs it stands for),
+    and, of MIN_PAIRS or more that are not all alike, held_out_correlation and
     held_out_top_correlation: those of the pairs seen here, along the directions fitted there.
 
     Args:
@@ -66,11 +70,19 @@ class PairDiagnostics:
     """
     if self.pairs is None:
       return {}
-    values = _of_pairs(*self.pairs)
+    values = jax.device_get(_of_pairs(*self.pairs))
+    enough = self.pairs[0].shape[1] >= MIN_PAIRS
     past = estimator.past(state := jax.device_get(state))
-    if past:
-      values |= _against_past(past, (state['projection_x_ldk'], state['projection_y_ldk']), self.pairs, ridge)
-    return {name: np.asarray(value_l).tolist() for name, value_l in values.items()}
+    # Centred, n pairs have n - 1 correlations; the rest of k would be none.
+    if past and float(np.sum(past[2])) > past[0].shape[2]:
+      projections = state['projection_x_ldk'], state['projection_y_ldk']
+      found = jax.device_get(_against_past(past, projections, self.pairs, ridge))
+      rank_l = np.minimum(values['effective_rank_image'], values['effective_rank_text'])
+      for name in HELD_OUT:  # Along no direction does a view of one point vary.
+        found[name] = np.where(rank_l > 0, found[name], np.nan)
+      values |= {name: x_l for name, x_l in found.items() if enough or name not in HELD_OUT}
+    shown = {name: x_l for name, x_l in values.items() if enough or 'rank' not in name}
+    return {name: [_or_none(x) for x in value_l] for name, value_l in shown.items()}
 
   def picture(
       self, training: 'PairDiagnostics', *, batch_size: int, ridge: float, layer_weights_l: np.ndarray | None, split: str, step: int
@@ -84,7 +96,7 @@ class PairDiagnostics:
       layer_weights_l: the learned M; None: not learned.
       split, step: what the pairs here are of.
     """
-    if self.pairs is None or training.pairs is None or min(self.pairs[0].shape[1], training.pairs[0].shape[1]) < 3:
+    if self.pairs is None or training.pairs is None or min(self.pairs[0].shape[1], training.pairs[0].shape[1]) < MIN_PAIRS:
       return None
     (x_lnc, y_lnc), (x_lmc, y_lmc) = self.pairs, training.pairs
     count = min(NUM_SHOWN, x_lnc.shape[2], x_lmc.shape[1] - 1)
@@ -97,6 +109,10 @@ class PairDiagnostics:
         plane_lnmp=np.stack(planes).astype(np.float32), share_l=np.array(shares), gap_l=np.asarray(_of_pairs(x_lnc, y_lnc)['modality_gap']),
         batch_lk=batch_lk, fitted_lk=fitted_lk, held_out_lk=held_out_lk,
         layer_weights_l=np.ones(len(x_lnc)) if layer_weights_l is None else np.asarray(layer_weights_l))
+
+
+def _or_none(value: float) -> float | None:
+  return float(value) if np.isfinite(value) else None
 
 
 @jax.jit
@@ -171,12 +187,15 @@ class PredictionRecorder:
   def observe(self, batch: Mapping[str, jax.Array], out_c: HeadOutput) -> None:
     """See `Observer`."""
     count = len(self._conditions)
-    index_b, weight_b, present_bm, keep_bcm = (processes.fetch(batch[name]) for name in ('index', 'weight', 'present', 'keep'))
+    index_b, weight_b, present_bm, keep_bcm, label = (
+        processes.fetch(batch[name]) for name in ('index', 'weight', 'present', 'keep', 'label'))
     logits_cbk = processes.fetch(out_c.logits_bk[:count])
     slot_b = np.where(weight_b > 0, self._slot[index_b], -1)  # Padding has weight 0.
     kept_b, slot_b = slot_b >= 0, slot_b[slot_b >= 0]
     self._logits_cnk[:, slot_b] = logits_cbk[:, kept_b]
-    self._counted_cn[:, slot_b] = (present_bm[:, None] & keep_bcm[:, :count]).any(axis=-1)[kept_b].T
+    labelled_b1 = np.all(label.reshape(len(label), -1) >= 0, axis=1, keepdims=True)
+    counted_bc = (present_bm[:, None] & keep_bcm[:, :count]).any(axis=-1) & labelled_b1
+    self._counted_cn[:, slot_b] = counted_bc[kept_b].T
 
   def write(
       self, workdir: pathlib.Path, *, split: str, step: int, config_hash: str, seed: int, data: str

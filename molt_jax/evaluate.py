@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import rich.console
-import rich.table
 
-from molt_jax import cli, fill, logbook, processes, sharding, trained
+from molt_jax import cli, fill, logbook, processes, sharding, terminal, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -29,6 +28,7 @@ from molt_jax.modules.interface import HeadOutput
 KEPT = {'none': (True, True), 'text': (True, False), 'image': (False, True)}
 ROWS = ('both', 'image_only', 'text_only')  # What a row that counts can have.
 COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'auroc', 'loss')
+REPEATED = ('f1_micro', 'f1_samples')  # The same as accuracy where an example has one label.
 LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -49,19 +49,23 @@ def eval_step(
   """Adds one batch to the totals (metrics; int32[conditions, 3], rows of each kind of ROWS), one for each condition of batch['keep'] bool[B,
   conditions, 2].
 
-  The towers run once, the head once a condition. A row that a condition leaves with nothing has weight 0 there. Returns the new totals, the head's
-  output with a leading axis of conditions, and the weights [conditions, B].
+  The towers run once, the head once a condition. A row that a condition leaves with nothing has
+  weight 0 there, and one without a label everywhere. Returns the new totals, the head's output with
+  a leading axis of conditions, and the weights [conditions, B].
   """
   metrics_c, rows_cr = totals
   taps = model.taps(frozen, batch)
   present_cbm = batch['present'][None] & jnp.swapaxes(batch['keep'], 0, 1)
   out_c = jax.lax.map(lambda present_bm: model.classify(variables, taps, present_bm), present_cbm)
-  weight_cb = batch['weight'][None] * jnp.any(present_cbm, axis=-1)
+  label = batch['label']
+  labelled_b = label >= 0 if label.ndim == 1 else jnp.ones(len(label), bool)
+  weight_cb = (batch['weight'] * labelled_b)[None] * jnp.any(present_cbm, axis=-1)
   # One logit that is not finite makes the loss NaN, which `evaluate` refuses: left alone, it could
   # go unnoticed (minus infinity for a class that is not the true one changes no loss).
   finite_cb1 = jnp.all(jnp.isfinite(out_c.logits_bk), axis=-1, keepdims=True)
   logits_cbk = jnp.where(finite_cb1, out_c.logits_bk, jnp.nan)
-  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(metrics_c, logits_cbk, weight_cb)
+  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, label, weight_b))(
+      metrics_c, logits_cbk, weight_cb)
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
@@ -89,11 +93,13 @@ def evaluate(
     observers: look at each batch too.
 
   Returns:
-    name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only; auroc where the
-    data are multi-label or of two classes and examples of both kinds are there.
+    name -> num_examples, and of these: both, image_only, text_only; then, as far as the examples
+    determine them, accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, and auroc where the
+    data are multi-label or of two classes and examples of both kinds are there. A condition without
+    an example has counts alone.
 
   Raises:
-    UserError: outputs that are not finite, of which there is no score.
+    UserError: the answers are not finite.
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
@@ -115,22 +121,31 @@ def evaluate(
       for observer in observers:
         observer.observe(batch, out_c)
       bar.advance(min(config.eval.batch_size, len(source) - bar.done))
-  totals = jax.device_get(totals)
-  _check_finite(title, conditions, totals[0].loss_sum)
-  by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
-  areas = dict(zip(conditions, ranking.compute() if ranking else [None] * len(conditions), strict=True))
-  return {name: {**total.compute(), **({} if areas[name] is None else {'auroc': areas[name]}), 'num_examples': int(total.count),
-                 **dict(zip(ROWS, rows_r.tolist(), strict=True))}
-          for name, (total, rows_r) in by_condition.items()}
+  return _results(jax.device_get(totals), list(conditions), ranking)
 
 
-def _check_finite(title: str, names: Iterable[str], loss_sum_c: np.ndarray) -> None:
-  finite = dict(zip(names, np.isfinite(loss_sum_c), strict=True))
-  broken = [name.replace('_', ' ') for name, is_finite in finite.items() if not is_finite]
-  if broken:
-    raise UserError(
-        f'{title}: outputs of the model are not finite ({", ".join(broken)}), and no score is made '
-        'of them; check the towers (config.backbones) and, with one, the feature store')
+def _results(totals, names, ranking) -> dict[str, dict[str, float]]:
+  """Condition -> scores and counts."""
+  results = {}
+  for c, name in enumerate(names):
+    total, rows_r = jax.tree.map(lambda x, c=c: x[c], totals)
+    rows = dict(zip(ROWS, rows_r.tolist(), strict=True))
+    results[name] = total.compute() | {'num_examples': int(total.count)} | rows
+  _check_finite(results)
+  areas = ranking.compute() if ranking else []
+  for name, area in zip(names, areas, strict=False):  # None where no batch came.
+    results[name] |= {} if area is None else {'auroc': area}
+  return results
+
+
+def _check_finite(scores: Mapping[str, Mapping[str, float]]) -> None:
+  """A loss that is not finite says that some answer is not: no score of such answers is one."""
+  for name, result in scores.items():
+    if not math.isfinite(result.get('loss', 0.0)):
+      raise UserError(
+          f'{name.replace("_", " ")}: the loss is {result["loss"]}, so the answers are no numbers; '
+          'the weights of the head or of a tower are damaged, or a lower optimizer.learning_rate '
+          'is needed')
 
 
 def make_eval_step(model: model_lib.Model):
@@ -138,10 +153,29 @@ def make_eval_step(model: model_lib.Model):
   return jax.jit(functools.partial(eval_step, model=model))
 
 
-def score(results: Mapping[str, Mapping[str, float]], *, multi_label: bool) -> float:
-  """Returns what the best checkpoint is chosen by: accuracy (micro F1 when multi-label), mean over the conditions."""
-  key = 'f1_micro' if multi_label else 'accuracy'
-  return float(np.mean([result[key] for result in results.values()]))
+def score(results: Mapping[str, Mapping[str, float]], *, multi_label: bool) -> float | None:
+  """Returns what the best checkpoint is chosen by: accuracy (micro F1 when multi-label), mean over
+  the conditions that have it; None where none has.
+  """
+  key = headline(multi_label)
+  found = [result[key] for result in results.values() if key in result]
+  return float(np.mean(found)) if found else None
+
+
+def headline(multi_label: bool) -> str:
+  """Returns the key of the score that stands for all."""
+  return 'f1_micro' if multi_label else 'accuracy'
+
+
+def describe_score(results: Mapping[str, Mapping[str, float]], *, multi_label: bool) -> str:
+  """Says what `score` is the mean of, and which conditions have nothing to score."""
+  key = headline(multi_label)
+  names = {True: [], False: []}
+  for name, result in results.items():
+    names[key in result].append(name.replace('_', ' '))
+  said = [f'{key.replace("_", " ")}, mean over {", ".join(names[True])}'] if names[True] else []
+  without = f'no example to score with {", ".join(names[False])}' if names[False] else ''
+  return '; '.join([*said, *([without] if without else [])])
 
 
 def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:
@@ -163,23 +197,13 @@ def write(
       'split': split, 'num_examples': num_examples, 'step': meta['step'], 'results': dict(results), 'config_hash': config_lib.config_hash(config),
       'dataset': _data(config), 'data': dict(data),
       'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
-  old = _written(path)
+  old = logbook.kept(path)
   same = ('split', 'step', 'config_hash', 'backbones', 'data')
-  if all(old.get(key) == record[key] for key in same):
-    record['results'] = {**old['results'], **record['results']}
+  if all(old.get(key) == record[key] for key in same) and isinstance(old.get('results'), dict):
+    record['results'] = old['results'] | record['results']
   if processes.leads():
-    logbook.write_atomically(path, json.dumps(record, indent=2) + '\n')
+    logbook.write_atomically(path, logbook.to_json(record, indent=2) + '\n')
   return record
-
-
-def _written(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what an earlier evaluation wrote; {} where there is none that can be read."""
-  try:
-    old = config_lib.read_json(path, 'it is written anew') if path.exists() else {}
-  except UserError as error:
-    cli.say(str(error))
-    return {}
-  return old if isinstance(old, dict) and isinstance(old.get('results'), dict) else {}
 
 
 def _data(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -189,15 +213,30 @@ def _data(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
-  """Prints one row a condition: how many examples had what, then scores in percent (the loss as it is)."""
-  table = rich.table.Table(title=title)
-  columns = [name for name in COLUMNS if any(name in result for result in results.values())]
-  for name in ('condition', *ROWS, *columns):
-    table.add_column(name.replace('_', ' '), justify='left' if name == 'condition' else 'right', no_wrap=True)
-  for name, result in results.items():
-    cells = ['' if c not in result else f'{result[c]:.3f}' if c == 'loss' else f'{100 * result[c]:.1f}' for c in columns]
-    table.add_row(name.replace('_', ' '), *(str(result[r]) for r in ROWS), *cells)
-  rich.console.Console(width=None if sys.stdout.isatty() else 130).print(table)
+  """Prints one row a condition: how many examples had what, then scores in percent (the loss as it
+  is), '-' where there is none; see `terminal.print_columns`.
+  """
+  scores = [name for name in COLUMNS if any(name in result for result in results.values())]
+  cells = {name: [_cell(result, name) for result in results.values()] for name in scores}
+  if all(cells.get(name) == cells.get('accuracy') for name in REPEATED):
+    cells = {name: column for name, column in cells.items() if name not in REPEATED}
+  names = [name.replace('_', ' ') for name in results]
+  counts = [', '.join(_counted(result)) for result in results.values()]
+  columns = {'condition': names, 'examples': counts} | cells
+  shown = {name.replace('_', ' '): column for name, column in columns.items()}
+  terminal.print_columns(shown, title)
+
+
+def _cell(result, name) -> str:
+  if name not in result:
+    return '-'
+  return f'{result[name]:.3f}' if name == 'loss' else f'{100 * result[name]:.1f}'
+
+
+def _counted(result) -> list[str]:
+  """['4 image only', '5 text only'], the kinds of rows that there are."""
+  counts = {name.replace('_', ' '): result[name] for name in ROWS}
+  return [f'{count} {name}' for name, count in counts.items() if count] or ['0']
 
 
 FLAGS = (

@@ -1,6 +1,7 @@
 """A run's log: one JSON object a line in metrics.jsonl, the same numbers as TensorBoard events."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import tensorboardX
 
+from molt_jax import cli
 from molt_jax.config import UserError
 
 
@@ -22,7 +24,7 @@ class Logbook:
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Logs one line: `kind` is 'train' or 'validation'; lists and nested mappings are allowed."""
-    self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
+    self._file.write(to_json({'kind': kind, 'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in flatten(values, kind):
       self._events.add_scalar(name, value, step)
@@ -43,13 +45,33 @@ class NoLogbook:
 
 
 def flatten(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
-  """Yields (path, number) over nested mappings and lists."""
+  """Yields (path, number) over nested mappings and lists; what is not finite is left out."""
   items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
   if items is None:
-    yield prefix, float(values)
+    if values is not None and math.isfinite(values):
+      yield prefix, float(values)
     return
   for key, value in items:
     yield from flatten(value, f'{prefix}/{key}')
+
+
+def to_json(value: Any, **how: Any) -> str:
+  """Returns JSON without NaN and infinities, which are no numbers there: a mapping leaves such a
+  value out, a list has null in its place. `how` goes to `json.dumps`.
+  """
+  return json.dumps(_finite(value), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _finite(x) for key, x in value.items() if not _is_no_number(x)}
+  if isinstance(value, list | tuple):
+    return [None if _is_no_number(x) else _finite(x) for x in value]
+  return value
+
+
+def _is_no_number(value: Any) -> bool:
+  return isinstance(value, float) and not math.isfinite(value)
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -90,10 +112,26 @@ def _are_numbers(values: Any, depth: int = 0) -> bool:
   return values is None or isinstance(values, int | float)
 
 
+def kept(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object there, {} where there is none; a file without one, which is said, has
+  nothing to keep.
+  """
+  if not path.exists():
+    return {}
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, or a number too long to read.
+    value = None
+  if isinstance(value, dict):
+    return value
+  cli.say(f'{path} is damaged: it is written anew')
+  return {}
+
+
 def _keep_until(path: pathlib.Path, step: int) -> None:
   if path.exists():
     kept = [line for line in read(path.parent) if line['step'] <= step]
-    write_atomically(path, ''.join(json.dumps(line) + '\n' for line in kept))
+    write_atomically(path, ''.join(to_json(line) + '\n' for line in kept))
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

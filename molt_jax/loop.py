@@ -72,7 +72,9 @@ class Loop(abc.ABC):
 
   @abc.abstractmethod
   def validate(self, state: Any, watch: 'Watch') -> tuple[dict[str, Any], str]:
-    """Scores the validation split: (the record to log, with its 'score', what to say of it)."""
+    """Scores the validation split: (the record to log, what to say of its 'score'); a split that
+    determines no score has none and is never the best.
+    """
 
   def refresh(self, state: Any) -> Any:
     """Returns the state with what is fitted anew before each validation."""
@@ -119,11 +121,12 @@ class Loop(abc.ABC):
     if self.plan.validate_at(step):
       state = self.refresh(state)
       record, said = self.validate(state, watch)
-      score = record['score']
+      score = record.get('score')
       log.write('validation', step, record)
-      cli.say(f'step {step}/{self.plan.total}: validation score {score:.4f} ({said})')
-      best = score > self.best
-      self.best = max(score, self.best)
+      value = 'no validation score' if score is None else f'validation score {score:.4f}'
+      cli.say(f'step {step}/{self.plan.total}: {value} ({said})')
+      best = score is not None and score > self.best
+      self.best = score if best else self.best
       self.meta = {**self.meta, 'score': score}
     meta = {**self.meta, 'step': step}
     if best:

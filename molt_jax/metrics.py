@@ -79,23 +79,36 @@ class ClassificationMetrics:
     return jax.tree.map(jnp.add, self, other)
 
   def compute(self) -> dict[str, float]:
-    """Accuracy, F1 and loss, as scikit-learn's `accuracy_score` and `f1_score(..., zero_division=0)` define them.
+    """Accuracy, F1 and loss; a score that the examples do not determine is left out.
 
-    Multi-label: accuracy is that of whole label sets, and macro F1 averages all classes. Single label: macro F1 averages the classes
-    that occur among truths or predictions, and samples F1 is the accuracy (the F1 of two sets of one label each is 1 or 0).
+    As scikit-learn's `accuracy_score` and `f1_score(..., zero_division=0)`. Multi-label: accuracy
+    is that of whole label sets; macro F1 averages all classes, samples F1 all examples, and where
+    neither truth nor prediction has anything the F1 of that class or example counts as 0, as in
+    published numbers. Single label: macro F1 averages the classes that occur among truths or
+    predictions, and samples F1 is the accuracy (the F1 of two sets of one label each is 1 or 0).
+
+    Without an example there is no score at all. Where no example carries or is given any label,
+    there is no F1: scikit-learn's `zero_division=nan` says nan in the same cases.
     """
     m = jax.device_get(self)
-    true_k, wrong_k = 2 * m.true_positive_k.astype(np.int64), m.false_positive_k.astype(np.int64) + m.false_negative_k
-    f1_k = _ratio(true_k, true_k + wrong_k)
-    averaged_k = np.ones_like(f1_k) if self.multi_label else (true_k + wrong_k > 0)
-    return {
-        'accuracy': float(_ratio(m.correct, m.count)),
-        'f1_micro': float(_ratio(true_k.sum(), (true_k + wrong_k).sum())),
-        'f1_macro': float(_ratio(np.sum(f1_k * averaged_k), averaged_k.sum())),
-        'f1_samples': float(_ratio(m.samples_f1_sum, m.count)),
-        'f1_weighted': float(_ratio(np.sum(f1_k * m.support_k), m.support_k.sum())),
-        'loss': float(_ratio(m.loss_sum, m.weight_sum)),
-    }
+    if not m.count:
+      return {}
+    hits_k = 2 * m.true_positive_k.astype(np.int64)
+    all_k = hits_k + m.false_positive_k + m.false_negative_k
+    scores = {'accuracy': float(m.correct / m.count)}
+    if all_k.any():
+      f1_k = hits_k / np.maximum(all_k, 1)
+      averaged_k = np.ones(len(f1_k), bool) if self.multi_label else all_k > 0
+      scores |= {
+          'f1_micro': float(hits_k.sum() / all_k.sum()),
+          'f1_macro': float(f1_k[averaged_k].mean()),
+          'f1_samples': float(m.samples_f1_sum.astype(np.float64) / m.count),
+          # Without a truth every F1 is 0, however it is weighed.
+          'f1_weighted': float(np.sum(f1_k * m.support_k) / max(m.support_k.sum(), 1)),
+      }
+    if m.weight_sum > 0:
+      scores['loss'] = float(m.loss_sum.astype(np.float64) / m.weight_sum)
+    return scores
 
 
 def auroc(score_nk: np.ndarray, true_nk: np.ndarray) -> float | None:
@@ -129,7 +142,9 @@ class Ranking:
     self._batches.append((logits_cbk, label, weight_cb))
 
   def compute(self) -> list[float | None]:
-    """Returns the AUROC of each condition; all processes call it together."""
+    """Returns the AUROC of each condition that saw a batch; all processes call it together."""
+    if not self._batches:
+      return []
     logits, labels, weights = ([processes.fetch(x) for x in column] for column in zip(*self._batches, strict=True))
     logits_cnk, label, weight_cn = np.concatenate(logits, axis=1), np.concatenate(labels), np.concatenate(weights, axis=1)
     if self._multi_label:
@@ -137,9 +152,3 @@ class Ranking:
     else:
       score_cnk, true_nk = np.diff(logits_cnk, axis=-1), label[:, None] == 1
     return [auroc(score_nk[weight_n > 0], true_nk[weight_n > 0]) for score_nk, weight_n in zip(score_cnk, weight_cn, strict=True)]
-
-
-def _ratio(numerator, denominator):
-  """numerator / denominator in float64, zero where there is nothing to divide by."""
-  numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-  return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)

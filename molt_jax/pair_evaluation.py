@@ -6,18 +6,17 @@ tower (raw pixels, their principal components). See `pair_metrics` for what each
 
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import rich.console
 import rich.table
+import rich.text
 from PIL import Image
 
-from molt_jax import cli, dual, logbook, pair_metrics, pretrain, trained
+from molt_jax import cli, dual, logbook, pair_metrics, pretrain, terminal, trained
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, fingerprint, pipeline, transforms
@@ -89,6 +88,7 @@ def evaluate_examples(
     pair: the towers; its image_features, embed_images and embed_texts are called.
     examples: by split; the probes read 'train' and 'validation' too.
     class_names: None leaves zero-shot classification and probes out, as for several labels an example.
+      Without rows to fit or to score them on they are left out as well.
     splits: which to score.
     templates: prompts with {} for the class name.
     probes: names in `PROBES`.
@@ -100,25 +100,62 @@ def evaluate_examples(
     UserError: see `pair_metrics`.
   """
   prompts_kpc, features, fitted = None, {}, {}
-  if class_names is not None:
+  seen = {split: part for split, part in examples.items() if part.images}
+  if class_names is not None and len(class_names) > 1:
     prompts = pair_metrics.class_prompts(class_names, templates)
     prompts_kpc = pair.embed_texts(sum(prompts, [])).reshape(len(prompts), len(templates), -1)
-    labels = {split: part.labels for split, part in examples.items()}
-    features = {name: PROBES[name](pair, examples) for name in probes}
-    fitted = {name: pair_metrics.linear_probe(features[name], labels) for name in probes}
+    if _can_fit(seen):
+      labels = {split: part.labels for split, part in seen.items()}
+      features = {name: PROBES[name](pair, seen) for name in probes}
+      fitted = {name: pair_metrics.linear_probe(features[name], labels) for name in probes}
   results = {}
   for split in splits:
-    part = examples[split]
-    captioned = [n for n, text in enumerate(part.texts) if text]
-    texts = [part.texts[n] for n in captioned]
-    image_nc = features['embedding'][split] if 'embedding' in features else pair.embed_images(part.images)
-    results[split] = pair_metrics.evaluate_pair(
-        image_nc, pair.embed_texts(texts), image_of_text=captioned, texts=texts,
-        labels=part.labels if class_names is not None else None, class_prompts_kpc=prompts_kpc)
-    results[split] |= {'num_images': len(part.images), 'num_texts': len(texts)}
-    if fitted:
-      results[split]['linear_probe'] = {name: {'accuracy': fit['accuracy'][split], 'C': fit['C']} for name, fit in fitted.items()}
+    embedded = features.get('embedding', {}).get(split)
+    results[split] = _pair_scores(pair, examples[split], embedded, prompts_kpc)
+    found = {name: {'accuracy': fit['accuracy'][split], 'C': fit['C']}
+             for name, fit in fitted.items() if split in fit['accuracy']}
+    results[split] |= {'linear_probe': found} if found else {}
   return results
+
+
+def _can_fit(examples: Mapping[str, Examples]) -> bool:
+  """Whether there are two classes to tell apart in train, and a row of a class in validation."""
+  known = {}
+  for split in ('train', 'validation'):
+    labels = examples[split].labels if split in examples else []
+    known[split] = {label for label in labels if label >= 0}
+  return len(known['train']) > 1 and len(known['validation']) > 0
+
+
+def _pair_scores(pair, part, image_nc, prompts_kpc) -> dict[str, Any]:
+  """Scores of one split; `image_nc`: its embeddings, None: not computed yet."""
+  captioned = [n for n, text in enumerate(part.texts) if text]
+  texts = [part.texts[n] for n in captioned]
+  counts = {'num_images': len(part.images), 'num_texts': len(texts)}
+  if not part.images:
+    return counts
+  image_nc = pair.embed_images(part.images) if image_nc is None else image_nc
+  text_mc = pair.embed_texts(texts) if texts else image_nc[:0]
+  return pair_metrics.evaluate_pair(
+      image_nc, text_mc, image_of_text=captioned, texts=texts,
+      labels=None if prompts_kpc is None else part.labels, class_prompts_kpc=prompts_kpc) | counts
+
+
+def left_out(results: Mapping[str, Any], *, labelled: bool, probes: Collection[str]) -> Iterator[str]:
+  """Yields what there is no score of, and why.
+
+  Args:
+    results: of one split.
+    labelled: whether classes were to be told apart.
+    probes: what was asked for.
+  """
+  if 'image_to_text' not in results:
+    yield 'no retrieval: fewer than two images with a text'
+  if labelled and 'zero_shot' not in results:
+    yield 'no zero-shot classification: one class alone, or no image of a known class'
+  if labelled and probes and 'linear_probe' not in results:
+    yield ('no linear probe: fewer than two classes among the images of train, or none of a known '
+           'class in validation or in this split')
 
 
 def open_dataset(config: Any, table: str = '') -> Dataset:
@@ -132,7 +169,7 @@ def open_dataset(config: Any, table: str = '') -> Dataset:
 
 def print_table(results: Mapping[str, Any], title: str) -> None:
   """Prints the scores of one split, shares in percent."""
-  table = rich.table.Table(title=title, show_header=False)
+  table = rich.table.Table(title=rich.text.Text(terminal.clean(title)), show_header=False)
   for column in range(3):
     table.add_column(justify='left' if column < 2 else 'right', no_wrap=True)
   for group, values in results.items():
@@ -142,7 +179,7 @@ def print_table(results: Mapping[str, Any], title: str) -> None:
         table.add_row(group.replace('_', ' '), name, f'{100 * share:.1f} %')
     else:
       table.add_row(group.replace('_', ' '), '', f'{values:.3f}' if isinstance(values, float) else str(values))
-  rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
+  terminal.print_table(table)
 
 
 FLAGS = (
@@ -170,7 +207,7 @@ def run(
   The file holds one record for each (data set, split); the others are kept as they are.
 
   Raises:
-    UserError: no run there, an unknown split or probe, unusable templates, a data set that leaves nothing to choose.
+    UserError: no run there, an unknown split or probe, unusable templates, a split without images.
   """
   for flag, names, legal in (('--split', [split], SPLITS), ('--probes', probes, tuple(PROBES))):
     for name in names:
@@ -190,14 +227,18 @@ def run(
     probes = ()
   examples = read_dataset(dataset, SPLITS if probes else (split,))
   class_names = None if dataset.multi_label else dataset.class_names
+  if not examples[split].images:
+    raise UserError(f'--split: no image of {dataset.name}, {split}, can be read; there is no score')
   results = evaluate_examples(pair, examples, class_names, splits=[split], templates=templates, probes=probes)[split]
+  for line in left_out(results, labelled=class_names is not None, probes=probes):
+    cli.say(line)
   print_table(results, f'{dataset.name}, {split} split')
   record = {
       'dataset': dataset.name, 'split': split, 'data': data, 'templates': list(templates),
       'results': results, 'step': opened.meta['step'],
       'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
   kept[f'{dataset.name}/{split}'] = record
-  logbook.write_atomically(path, json.dumps(kept, indent=2) + '\n')
+  logbook.write_atomically(path, logbook.to_json(kept, indent=2) + '\n')
   return record
 
 

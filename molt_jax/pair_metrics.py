@@ -44,20 +44,25 @@ def evaluate_pair(
     {'image_to_text': {'R@1': ..}, 'text_to_image': {..}, 'modality_gap': .., 'alignment': .., 'uniformity_image': .., 'uniformity_text': ..}, with
     labels and prompts also 'zero_shot': {'top1': ..}. Shares lie in [0, 1].
 
-  Raises:
-    UserError: fewer than two images with a text, or zero-shot classification with fewer than two classes.
+    What the rows do not determine is left out: retrieval of fewer than two images with a text, gap
+    and alignment without a pair, uniformity of fewer than two rows, zero-shot classification
+    without an image of a known class or with fewer than two classes.
   """
-  image_of_text = np.arange(len(text_mc)) if image_of_text is None else np.asarray(image_of_text)
-  paired_mc = np.asarray(image_nc)[image_of_text]
-  results = retrieval(image_nc, text_mc, image_of_text=image_of_text, texts=texts)
-  results |= {
-      'modality_gap': float(modality_gap(jnp.asarray(paired_mc), jnp.asarray(text_mc))),
-      'alignment': alignment(paired_mc, text_mc),
-      'uniformity_image': uniformity(image_nc),
-      'uniformity_text': uniformity(text_mc),
-  }
-  if labels is not None and class_prompts_kpc is not None:
-    results['zero_shot'] = zero_shot(image_nc, labels, class_prompts_kpc)
+  image_of_text = np.arange(len(text_mc)) if image_of_text is None else image_of_text
+  image_of_text = np.asarray(image_of_text, int)
+  results = {}
+  if len(np.unique(image_of_text)) >= 2:
+    results |= retrieval(image_nc, text_mc, image_of_text=image_of_text, texts=texts)
+  if len(text_mc):
+    paired_mc = np.asarray(image_nc)[image_of_text]
+    results['modality_gap'] = float(modality_gap(jnp.asarray(paired_mc), jnp.asarray(text_mc)))
+    results['alignment'] = alignment(paired_mc, text_mc)
+  for name, rows in (('image', image_nc), ('text', text_mc)):
+    if len(rows) >= 2:
+      results[f'uniformity_{name}'] = uniformity(rows)
+  if labels is not None and class_prompts_kpc is not None and len(class_prompts_kpc) >= 2:
+    top = zero_shot(image_nc, labels, class_prompts_kpc)
+    results |= {'zero_shot': top} if top else {}
   return results
 
 
@@ -79,7 +84,7 @@ def class_prompts(class_names: Sequence[str], templates: Sequence[str] = TEMPLAT
 def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np.ndarray) -> dict[str, float]:
   """Top-1, 3 and 5 accuracy of the class whose prompts are nearest; a class is the mean of its prompts' unit vectors (ensembling).
 
-  Images of a negative label, which is none, do not count.
+  Images of a negative label, which is none, do not count; {} where there is no other.
 
   Raises:
     UserError: fewer than two classes.
@@ -88,6 +93,8 @@ def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np
     raise UserError(f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set of two classes or more')
   class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
   labelled_n = np.asarray(labels) >= 0
+  if not labelled_n.any():
+    return {}
   scores_nk, labels = normalise(image_nc[labelled_n]) @ class_kc.T, np.asarray(labels)[labelled_n]
   true_n = scores_nk[np.arange(len(labels)), labels]
   rank_n = np.sum(scores_nk >= true_n[:, None], axis=1) - 1
@@ -140,10 +147,25 @@ def _blocks(image_nc, text_mc, image_of_text, kind_m) -> Iterator[tuple[np.ndarr
 
 
 def normalise(x: np.ndarray) -> np.ndarray:
-  """Rows (last axis) at unit length, float32; a row of zeros stays zeros."""
+  """Rows (last axis) at unit length, float32; a row of zeros stays zeros.
+
+  Raises:
+    UserError: a row is not finite, or too long for float32. Nothing ranks above or below NaN, so
+      that such rows would seem to find everything.
+  """
   x = np.asarray(x, np.float32)
-  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  with np.errstate(over='ignore'):  # A length that overflows is refused in the next line.
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+  _check_finite(length)
   return x / np.where(length > 0, length, 1)
+
+
+def _check_finite(value_n: np.ndarray) -> None:
+  if not np.all(np.isfinite(value_n)):
+    wrong = int(np.sum(~np.isfinite(value_n)))
+    raise UserError(
+        f'{wrong} of {value_n.size} features are not finite: the weights of a tower are damaged; '
+        'export or download them again')
 
 
 def alignment(x_nc: np.ndarray, y_nc: np.ndarray) -> float:
@@ -177,10 +199,11 @@ def linear_probe(
     labels: split -> [N] classes.
 
   Returns:
-    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}
+    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}; a split without a known label
+    has no accuracy.
 
   Raises:
-    UserError: fewer than two classes in train, or no validation rows.
+    UserError: fewer than two classes in train, no validation rows, or features that are not finite.
   """
   labels = {split: np.asarray(y, np.int32) for split, y in labels.items()}
   features = {split: np.asarray(x_nd)[labels[split] >= 0] for split, x_nd in features.items()}
@@ -188,6 +211,8 @@ def linear_probe(
   if len(np.unique(labels['train'])) < 2 or not len(labels['validation']):
     raise UserError(f'linear probe: {len(np.unique(labels["train"]))} class(es) in train and {len(labels["validation"])} validation rows; '
                     'give at least two classes and one row')
+  for x_nd in features.values():
+    _check_finite(x_nd)
   mean_d, deviation_d = features['train'].mean(axis=0, dtype=np.float64), features['train'].std(axis=0, dtype=np.float64)
   scale_d = 1 / np.where(deviation_d > 1e-6 * deviation_d.max(), deviation_d, np.inf)
   rows = {split: ((x_nd - mean_d) * scale_d).astype(np.float32) for split, x_nd in features.items()}
@@ -207,7 +232,8 @@ def linear_probe(
       no_better += 1
     if no_better == PATIENCE:
       break
-  return {'C': best[0], 'accuracy': {split: score(best[1], split) for split in rows}, 'validation_by_C': by_strength}
+  accuracy = {split: score(best[1], split) for split in rows if len(labels[split])}
+  return {'C': best[0], 'accuracy': accuracy, 'validation_by_C': by_strength}
 
 
 def _fit(x_nd, label_n, strength, start_dk):
@@ -231,7 +257,8 @@ def _probe_loss(weight_dk, x_nd, label_n, penalty):
 def pixels(images: Sequence[Image.Image], *, size: int = 32) -> np.ndarray:
   """Features without a tower: RGB images of any size, resized to `size` x `size`; float32[N, 3 size^2] in [0, 1]."""
   resized = (image.resize((size, size), Image.Resampling.BILINEAR) for image in images)
-  return np.stack([np.asarray(image, np.float32).ravel() / 255 for image in resized])
+  rows = [np.asarray(image, np.float32).ravel() / 255 for image in resized]
+  return np.stack(rows) if rows else np.zeros((0, 3 * size**2), np.float32)
 
 
 def principal_components(features: Mapping[str, np.ndarray], components: int = 128) -> dict[str, np.ndarray]:

@@ -126,9 +126,13 @@ class _Run(loop.Loop):
 
   def validate(self, state, watch):
     results = self._scores({'params': {**state.params, **self.frozen}, 'statistics': state.statistics})
-    score = float(np.mean([results[way]['R@10'] for way in ('image_to_text', 'text_to_image')]))
     seconds = watch.epoch_seconds
-    return {**results, 'score': score, 'epoch_seconds': round(seconds, 2)}, f'R@10, mean of both ways; {seconds:.0f} s an epoch'
+    record = {**results, 'epoch_seconds': round(seconds, 2)}
+    said = 'fewer than two validation images with a text can be read'
+    if 'image_to_text' in results:
+      both = [results[way]['R@10'] for way in ('image_to_text', 'text_to_image')]
+      record['score'], said = float(np.mean(both)), 'R@10, mean of both ways'
+    return record, f'{said}; {seconds:.0f} s an epoch'
 
   def _scores(self, variables):
     """Scores the pairs of the validation split that have both modalities."""

@@ -13,21 +13,27 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from molt_jax import logbook
+from molt_jax import logbook, terminal
 from molt_jax.config import UserError
 from molt_jax.data import missing
 
 PREDICTIONS, PAIRS, MISTAKES = 'predictions.npz', 'pairs.npz', 'mistakes.json'
 CONDITIONS = ('none_absent', 'text_absent', 'image_absent')
+MAX_BYTES = 1 << 30  # Of such a file unpacked; the recorder writes at most a tenth.
+MAX_LAYERS, MAX_DIRECTIONS, MAX_POINTS = 256, 4096, 10_000  # Of pairs.
 
 
 class _Saved:
   """A dataclass of arrays and JSON values in one npz file."""
+
+  def _faults(self) -> Iterator[str]:
+    """Yields the fields that are not as they are described."""
+    raise NotImplementedError
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the file under a temporary name, then renames it."""
@@ -36,7 +42,7 @@ class _Saved:
     rest = {name: value for name, value in values.items() if name not in arrays}
     temporary = path.with_name(path.name + '.tmp')
     with temporary.open('wb') as file:
-      np.savez_compressed(file, json=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
+      np.savez_compressed(file, json=np.frombuffer(logbook.to_json(rest).encode(), np.uint8), **arrays)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)
@@ -46,25 +52,48 @@ class _Saved:
     """Reads the file; None where there is none.
 
     Raises:
-      UserError: it is cut or damaged.
+      UserError: the file is damaged, or of something else.
     """
     if not path.exists():
       return None
     try:
-      with zipfile.ZipFile(path) as archive:
-        # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
-        raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
-      arrays = {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
-      saved = cls(**json.loads(arrays.pop('json').tobytes()), **arrays)
-      saved.check()
-    except Exception as error:  # Of any type: a damaged file leads anywhere.
+      found = cls(**_unpacked(path))
+      fault = next(found._faults(), None)
+    except Exception as error:  # NumPy, zipfile and zlib raise nearly anything of a damaged file.
+      fault = f'{type(error).__name__}: {error}'
+    if fault:
       raise UserError(
-          f'{path} is cut or damaged; delete it, or run python -m molt_jax.evaluate '
-          f'--workdir={path.parent} again') from error
-    return saved
+          f'{str(path)!r} is damaged ({terminal.clean(fault, 200)}); delete it, and what it shows is '
+          'left out until an evaluation (pairs: training) writes it anew')
+    return found
 
-  def check(self) -> None:
-    """Raises ValueError unless shapes fit each other."""
+
+def _unpacked(path: pathlib.Path) -> dict[str, Any]:
+  with zipfile.ZipFile(path) as archive:
+    size = sum(member.file_size for member in archive.infolist())
+    if size > MAX_BYTES:
+      raise ValueError(f'it holds {size:,} bytes, more than {MAX_BYTES:,}')
+    # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
+    raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
+  arrays = {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
+  return json.loads(arrays.pop('json').tobytes()) | arrays
+
+
+def _is_array(value: Any, kinds: str, *shape: int) -> bool:
+  """Whether it is an array of that shape whose type is one of `kinds`, as in `dtype.kind`."""
+  return isinstance(value, np.ndarray) and value.dtype.kind in kinds and value.shape == shape
+
+
+def _are_strings(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+def _wrong_facts(record: Any, kinds: Mapping[str, type]) -> Iterator[str]:
+  """Yields the fields that are not of these types; a count is an int of at least 0 that JSON holds."""
+  for name, kind in kinds.items():
+    value = getattr(record, name)
+    if type(value) is not kind or (kind is int and not 0 <= value < 1 << 53):
+      yield f'{name}: {value!r}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +129,37 @@ class Predictions(_Saved):
   loss_cn: np.ndarray
   data: str = ''
 
-  def check(self) -> None:
-    """See `_Saved`."""
-    c, n, k = (len(names) for names in (self.conditions, self.ids, self.class_names))
+  def _faults(self) -> Iterator[str]:
+    facts = {
+        'split': str, 'config_hash': str, 'step': int, 'seed': int, 'of': int, 'data': str}
+    yield from _wrong_facts(self, facts)
+    for name in ('conditions', 'class_names', 'ids'):
+      if not _are_strings(getattr(self, name)):
+        yield f'{name}: not a list of strings'
+    sizes = len(self.conditions), len(self.ids), len(self.class_names)
+    if not all(sizes) or not set(self.conditions) <= set(CONDITIONS):
+      yield f'{sizes} conditions, ids and classes'
+    if len(set(self.conditions)) < sizes[0] or len(set(self.ids)) < sizes[1]:
+      yield 'a condition or an id twice'
+    yield from self._wrong_arrays(*sizes)
+
+  def _wrong_arrays(self, c, n, k) -> Iterator[str]:
     shapes = {
-        'label': (n, k) if self.multi_label else (n,), 'present_nm': (n, 2), 'counted_cn': (c, n),
-        'probability_cnk': (c, n, k), 'loss_cn': (c, n)}
-    wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
-    if wrong:
-      raise ValueError(f'{wrong[0]} has another shape')
+        'present_nm': ('b', n, 2), 'counted_cn': ('b', c, n), 'probability_cnk': ('f', c, n, k),
+        'loss_cn': ('f', c, n)}
+    for name, (kinds, *shape) in shapes.items():
+      if not _is_array(getattr(self, name), kinds, *shape):
+        yield f'{name}: not an array of {shape}'
+    if _is_array(self.label, 'iu', n):
+      if not np.all((self.label >= -1) & (self.label < k)):
+        yield f'label: not from -1 to {k - 1}'
+      if np.any(self.counted_cn & (self.label < 0)):
+        yield 'counted_cn: an example without a label counts'
+    elif not _is_array(self.label, 'b', n, k):
+      yield f'label: neither int[{n}] nor bool[{n}, {k}]'
+    p_mk, loss_m = self.probability_cnk[self.counted_cn], self.loss_cn[self.counted_cn]
+    if not np.all((p_mk >= 0) & (p_mk <= 1)) or not np.all(np.isfinite(loss_m)):
+      yield 'probability_cnk or loss_cn: no probability, or not finite'
 
   @property
   def multi_label(self) -> bool:
@@ -126,7 +177,9 @@ class Predictions(_Saved):
     return self.probability_cnk > 0.5 if self.multi_label else self.probability_cnk.argmax(axis=-1)
 
   def scores(self, condition: str) -> dict[str, float]:
-    """Returns accuracy, f1_micro, f1_macro and num_examples of one condition, as `ClassificationMetrics` defines them."""
+    """Returns num_examples of one condition and, as far as they determine them, accuracy, f1_micro
+    and f1_macro, as `ClassificationMetrics` defines them.
+    """
     c = self.conditions.index(condition)
     return self._scores(np.full(len(self.ids), c))
 
@@ -148,38 +201,53 @@ class Predictions(_Saved):
   def _scores(self, condition_n):
     rows = np.arange(len(self.ids))
     counted_n = self.counted_cn[condition_n, rows]
-    true_nk, predicted_nk = self._one_hot(self.label)[counted_n], self._one_hot(self.predicted[condition_n, rows])[counted_n]
-    f1_k, seen_k = _f1(true_nk, predicted_nk)
-    hits, wrong = 2 * np.sum(true_nk & predicted_nk), np.sum(true_nk ^ predicted_nk)
-    averaged_k = np.ones_like(seen_k) if self.multi_label else seen_k
-    return {
-        'accuracy': float(np.mean(self.right_cn[condition_n, rows][counted_n])) if counted_n.any() else 0.0,
-        'f1_micro': float(hits / max(hits + wrong, 1)), 'f1_macro': float(f1_k[averaged_k].mean()) if averaged_k.any() else 0.0,
-        'num_examples': int(counted_n.sum())}
+    scores = {'num_examples': int(counted_n.sum())}
+    if not counted_n.any():
+      return scores
+    right_n = self.right_cn[condition_n, rows]
+    predicted = self.predicted[condition_n, rows]
+    hits_k, all_k = _hits(self._one_hot(self.label)[counted_n], self._one_hot(predicted)[counted_n])
+    scores['accuracy'] = float(right_n[counted_n].mean())
+    if all_k.any():  # Else no example carries or is given any label.
+      f1_k = hits_k / np.maximum(all_k, 1)
+      averaged_k = np.ones(len(f1_k), bool) if self.multi_label else all_k > 0
+      scores['f1_micro'] = float(hits_k.sum() / all_k.sum())
+      scores['f1_macro'] = float(f1_k[averaged_k].mean())
+    return scores
 
-  def influence(self, condition: str) -> np.ndarray:
-    """Returns float[N] whose mean is 0 and whose standard error is that of the headline score (accuracy; multi-label: micro F1).
+  def influence(self, condition: str) -> np.ndarray | None:
+    """Returns float[N] whose mean is 0 and whose standard error is that of the headline score.
 
-    Micro F1 is a ratio of two means over examples, which this linearises; with one label an example it is whether it is right, minus the accuracy.
-    Rows that do not count are zero. The difference of two runs on the same examples has the standard error of the difference of these.
+    The score is the accuracy; multi-label: micro F1, a ratio of two means over examples, which this
+    linearises. With one label an example it is whether it is right, minus the accuracy. Rows that
+    do not count are zero. The difference of two runs on the same examples has the standard error of
+    the difference of these. None where fewer than two examples count, or none has or is given a
+    label: nothing varies there.
     """
     c = self.conditions.index(condition)
     true_nk, predicted_nk = self._one_hot(self.label), self._one_hot(self.predicted[c])
     counted_n = self.counted_cn[c]
-    hits_n, all_n = (np.where(counted_n, x_n, 0) for x_n in (
-        2 * np.sum(true_nk & predicted_nk, axis=1), np.sum(true_nk, axis=1) + np.sum(predicted_nk, axis=1)))
-    score = hits_n.sum() / max(all_n.sum(), 1)
-    return (hits_n - score * all_n) * (len(counted_n) / max(all_n.sum(), 1))
+    hits_n = np.where(counted_n, 2 * np.sum(true_nk & predicted_nk, axis=1), 0)
+    all_n = np.where(counted_n, np.sum(true_nk, axis=1) + np.sum(predicted_nk, axis=1), 0)
+    if counted_n.sum() < 2 or not all_n.any():
+      return None
+    score = hits_n.sum() / all_n.sum()
+    return (hits_n - score * all_n) * (len(counted_n) / all_n.sum())
 
   def class_f1(self, condition: str) -> np.ndarray:
-    """Returns float[K]."""
+    """Returns float[K], NaN for a class that occurs neither among truths nor predictions."""
     c = self.conditions.index(condition)
     counted_n = self.counted_cn[c]
-    return _f1(self._one_hot(self.label)[counted_n], self._one_hot(self.predicted[c])[counted_n])[0]
+    one_hot = (self._one_hot(self.label)[counted_n], self._one_hot(self.predicted[c])[counted_n])
+    hits_k, all_k = _hits(*one_hot)
+    return np.where(all_k > 0, hits_k / np.maximum(all_k, 1), np.nan)
 
-  def support(self) -> np.ndarray:
-    """Returns int[K], examples that truly carry each label."""
-    return self._one_hot(self.label).sum(axis=0)
+  def support(self, condition: str | None = None) -> np.ndarray:
+    """Returns int[K], examples that truly carry each label; of a condition, those that count."""
+    true_nk = self._one_hot(self.label)
+    if condition is not None:
+      true_nk = true_nk[self.counted_cn[self.conditions.index(condition)]]
+    return true_nk.sum(axis=0)
 
   def confusion(self, condition: str) -> np.ndarray:
     """Returns int[K, K], true by predicted; single label only."""
@@ -189,6 +257,15 @@ class Predictions(_Saved):
     np.add.at(matrix_kk, (self.label[counted_n], self.predicted[c][counted_n]), 1)
     return matrix_kk
 
+  def confusions(self, condition: str) -> list[tuple[int, int, int]]:
+    """Returns (true, predicted, how often), what is most often confused first; single label only."""
+    c = self.conditions.index(condition)
+    wrong_n = self.counted_cn[c] & ~self.right_cn[c]
+    pairs_n2 = np.stack([self.label[wrong_n], self.predicted[c][wrong_n]], axis=1)
+    found, count = np.unique(pairs_n2, axis=0, return_counts=True)
+    order = np.argsort(-count, kind='stable')
+    return [(*map(int, found[i]), int(count[i])) for i in order]
+
   def calibration(self, condition: str, *, bins: int = 10) -> dict[str, Any]:
     """Returns reliability over equal bins and the expected calibration error (Naeini et al. 2015; Guo et al. 2017).
 
@@ -196,7 +273,8 @@ class Predictions(_Saved):
     whether the example carries it.
 
     Returns:
-      {'confidence': mean of each bin that holds something, 'accuracy': .., 'count': .., 'ece': number}
+      {'confidence': mean of each bin that holds something, 'accuracy': .., 'count': .., 'ece': number};
+      without an example no 'ece'.
     """
     c = self.conditions.index(condition)
     probability_nk, counted_n = self.probability_cnk[c], self.counted_cn[c]
@@ -206,8 +284,11 @@ class Predictions(_Saved):
     count = np.bincount(bin_of, minlength=bins)
     held = count > 0
     means = {name: np.bincount(bin_of, x, bins)[held] / count[held] for name, x in (('confidence', confidence), ('accuracy', right))}
-    error = float(np.sum(count[held] * np.abs(means['confidence'] - means['accuracy'])) / max(count.sum(), 1))
-    return {**means, 'count': count[held], 'ece': error}
+    found = {**means, 'count': count[held]}
+    if held.any():
+      distance = np.abs(means['confidence'] - means['accuracy'])
+      found['ece'] = float(np.sum(count[held] * distance) / count.sum())
+    return found
 
   def worst(self, condition: str, count: int) -> list[int]:
     """Returns the rows of the mistakes with the greatest cross-entropy, greatest first."""
@@ -219,10 +300,10 @@ class Predictions(_Saved):
     return label if self.multi_label else label[:, None] == np.arange(len(self.class_names))[None, :]
 
 
-def _f1(true_nk, predicted_nk):
-  """(F1 [K], zero where a class occurs nowhere; whether it occurs among truths or predictions [K])."""
-  hits_k, wrong_k = 2 * np.sum(true_nk & predicted_nk, axis=0), np.sum(true_nk ^ predicted_nk, axis=0)
-  return hits_k / np.maximum(hits_k + wrong_k, 1), hits_k + wrong_k > 0
+def _hits(true_nk, predicted_nk):
+  """([K] twice the hits of each class, [K] its truths and predictions): F1 is their quotient."""
+  hits_k = 2 * np.sum(true_nk & predicted_nk, axis=0)
+  return hits_k, hits_k + np.sum(true_nk ^ predicted_nk, axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +335,27 @@ class Pairs(_Saved):
   held_out_lk: np.ndarray
   layer_weights_l: np.ndarray
 
+  def _faults(self) -> Iterator[str]:
+    yield from _wrong_facts(self, {'split': str, 'step': int, 'num_fitted': int, 'num_batch': int})
+    layers, points, directions = *self.plane_lnmp.shape[:2], self.held_out_lk.shape[-1]
+    within = layers <= MAX_LAYERS and points <= MAX_POINTS and directions <= MAX_DIRECTIONS
+    if not (within and layers and points and directions):
+      yield f'{layers} layers, {points} pairs, {directions} directions'
+    # Of the last three, what is not there is NaN.
+    shapes = {
+        'plane_lnmp': (layers, points, 2, 2), 'share_l': (layers,), 'gap_l': (layers,),
+        'layer_weights_l': (layers,), 'batch_lk': (layers, directions),
+        'fitted_lk': (layers, directions), 'held_out_lk': (layers, directions)}
+    for name, shape in shapes.items():
+      value = getattr(self, name)
+      if not _is_array(value, 'f', *shape):
+        yield f'{name}: not an array of {shape}'
+      value = np.nan_to_num(value, nan=0.0) if name.endswith('_lk') else value
+      if not np.all(np.abs(value) < 1e6):
+        yield f'{name}: not finite, or huge'
+
 
 def write_mistakes(workdir: pathlib.Path, mistakes: Mapping[str, Any]) -> None:
   """Writes mistakes.json: {'split', 'step', 'conditions': condition -> rows, worst first, 'examples': row -> {'id', 'text', 'image'}}."""
-  logbook.write_atomically(workdir / MISTAKES, json.dumps(mistakes, ensure_ascii=False) + '\n')
+  text = logbook.to_json(mistakes)  # In ASCII: a lone half of a surrogate pair has no UTF-8.
+  logbook.write_atomically(workdir / MISTAKES, text + '\n')

@@ -134,9 +134,11 @@ class _Run(loop.Loop):
     pairs = PairDiagnostics()
     results = self._evaluate(
         _variables(state), self.data.splits['validation'], self.stored['validation'], self.conditions, title='validating', observers=[pairs])
-    score = evaluate.score(results, multi_label=self.config.dataset.multi_label)
+    multi_label = self.config.dataset.multi_label
+    score = evaluate.score(results, multi_label=multi_label)
     diagnostics = pairs.compute(self.estimator, state.cca, ridge=self.config.cca.ridge)
-    return {**results, 'score': score, 'pairs': diagnostics}, f'mean over {", ".join(name.replace("_", " ") for name in results)}'
+    record = results | ({} if score is None else {'score': score}) | {'pairs': diagnostics}
+    return record, evaluate.describe_score(results, multi_label=multi_label)
 
   def test(self):
     """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json and what a report shows."""

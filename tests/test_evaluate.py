@@ -1,14 +1,19 @@
 """Evaluation and prediction of a trained run: conditions, missing rate, files, leaks, agreement with each other, mistakes."""
 
+import csv
 import json
 import pathlib
+import re
+import shutil
+import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import molt_jax
-from molt_jax import evaluate, predict, records, report, train
+from molt_jax import cli, evaluate, logbook, loop, predict, records, report, train
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets
@@ -165,3 +170,118 @@ def test_predict_refuses_lists_of_unequal_length_and_nothing_at_all(run):
   with pytest.raises(UserError, match='neither'):
     predictor.predict(text='  ')
   assert predictor.predict(text=[]) == []
+
+
+# ---- Scores of nothing -----------------------------------------------------------------------------
+
+
+NO_EXAMPLE = {'num_examples': 0, 'both': 0, 'image_only': 0, 'text_only': 0}
+
+
+@pytest.fixture(scope='module')
+def textless(tmp_path_factory, make_tiny_config, tiny_table):
+  """(run, what it said). Validation and test have no text, a seventh of train no label."""
+  table = tmp_path_factory.mktemp('textless')
+  (table / 'images').symlink_to(tiny_table / 'images')
+  for split in ('train', 'validation', 'test'):
+    header, *rows = csv.reader((tiny_table / f'{split}.csv').open(newline=''))
+    if split == 'train':
+      rows = [[*row[:2], row[2] if n % 7 else ''] for n, row in enumerate(rows)]
+    else:
+      rows = [[row[0], '', row[2]] for row in rows if row[0]]
+    with (table / f'{split}.csv').open('w', newline='') as file:
+      csv.writer(file).writerows([header, *rows])
+  config, said = make_tiny_config(), []
+  config.dataset.path, config.train.epochs, config.train.eval_every = str(table), 0.5, 3
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cli, 'say', said.append)
+    train.train(config, table / 'run')
+  return table / 'run', said
+
+
+def test_a_condition_without_examples_has_no_score_anywhere(textless, capsys):
+  folder, said = textless
+  scored = results(folder)
+  assert scored['image_absent'] == NO_EXAMPLE
+  validated = [line for line in logbook.read(folder) if line['kind'] == 'validation']
+  for line in validated:
+    assert line['image_absent'] == NO_EXAMPLE and line['pairs'] == {}
+    both = [line[name]['accuracy'] for name in ('none_absent', 'text_absent')]
+    assert line['score'] == pytest.approx(np.mean(both))
+  lines = [line for line in said if 'validation score' in line]
+  assert len(lines) == 2 and all(line.endswith(
+      '(accuracy, mean over none absent, text absent; no example to score with image absent)')
+      for line in lines)
+  page = report.write([folder]).read_text()
+  assert page.count('no example') >= 3 and not re.search(r'>[^<]*\b(nan|None)\b', page)
+  assert evaluate.main([f'--workdir={folder}', '--absent=image']) == 0
+  row, = [line for line in capsys.readouterr().out.splitlines() if 'image absent' in line]
+  assert re.sub(r'[^\w.-]+', ' ', row).split() == ['image', 'absent', '0']
+  assert results(folder) == scored
+  p = records.Predictions.load(folder / records.PREDICTIONS)
+  assert p.scores('image_absent') == {'num_examples': 0}
+  assert p.missing_rate(1.0, 'text') == pytest.approx(p.scores('none_absent'))
+
+
+def test_rows_without_a_label_are_neither_right_nor_wrong(textless, tmp_path):
+  folder = shutil.copytree(textless[0], tmp_path / 'run')
+  assert evaluate.main([f'--workdir={folder}', '--split=train']) == 0
+  source = datasets.load_dataset(evaluate.open_run(folder)[0]).splits['train']
+  labelled_n = np.array(source.labels) >= 0
+  p = records.Predictions.load(folder / records.PREDICTIONS)
+  for name, result in results(folder).items():
+    kept_n = (source.present & evaluate.KEPT[name.removesuffix('_absent')]).any(axis=1)
+    assert result['num_examples'] == np.sum(kept_n & labelled_n) < np.sum(kept_n)
+    assert p.scores(name) == pytest.approx({key: result[key] for key in p.scores(name)})
+
+
+@pytest.mark.parametrize(('found', 'multi_label', 'mean', 'said'), [
+    ({'a_b': {'accuracy': 0.5}, 'c': {'accuracy': 1.0}}, False, 0.75, 'accuracy, mean over a b, c'),
+    ({'a': {'accuracy': 0.5}, 'c': NO_EXAMPLE}, False, 0.5,
+     'accuracy, mean over a; no example to score with c'),
+    ({'a': {'accuracy': 0.1, 'f1_micro': 0.5}, 'c': {'accuracy': 1.0}}, True, 0.5,
+     'f1 micro, mean over a; no example to score with c'),
+    ({'a': NO_EXAMPLE, 'c': NO_EXAMPLE}, False, None, 'no example to score with a, c')])
+def test_the_validation_score_is_the_mean_of_what_has_one(found, multi_label, mean, said):
+  assert evaluate.score(found, multi_label=multi_label) == mean
+  assert evaluate.describe_score(found, multi_label=multi_label) == said
+
+
+@pytest.mark.parametrize(('scores', 'kept', 'best'), [
+    ([None, None], [], -1.0), ([None, 0.0, None, 0.5, 0.4], [2, 4], 0.5)])
+def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, capsys):
+  saved, logged = [], []
+  run = types.SimpleNamespace(
+      best=-1.0, meta={}, plan=types.SimpleNamespace(
+          total=9, validate_at=lambda step: True, save_at=lambda step: False),
+      refresh=lambda state: state,
+      checkpoints=types.SimpleNamespace(save=lambda *a, kind: saved.append(kind)))
+  log = types.SimpleNamespace(write=lambda kind, step, record: logged.append(record))
+  found = []
+  for step, value in enumerate(scores, start=1):
+    record = {} if value is None else {'score': value}
+    run.validate = lambda state, watch, record=record: (record, 'of nothing')
+    loop.Loop._validate_and_save(run, None, None, log, None, step, False)
+    found += [step] * saved.count('best')
+    saved.clear()
+  assert found == kept and run.best == best and len(logged) == len(scores)
+  assert 'step 1/9: no validation score (of nothing)' in capsys.readouterr().err
+
+
+def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monkeypatch, capsys):
+  restore, before = evaluate.restore_variables, (run / 'evaluation.json').read_text()
+  monkeypatch.setattr(evaluate, 'restore_variables', lambda *a: jax.tree.map(
+      lambda x: x * np.nan, restore(*a)))
+  assert evaluate.main([f'--workdir={run}']) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith('error: none absent: the loss is nan') and 'damaged' in error
+  assert (run / 'evaluation.json').read_text() == before
+
+
+@pytest.mark.parametrize('content', ['', '{"results": 1}', '[]', '{"results": {"none_absent": NaN}}'])
+def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
+  (tmp_path / 'evaluation.json').write_text(content)
+  meta = evaluate.open_run(run)[1]
+  record = evaluate.write(tmp_path, split='test', num_examples=1, results={'a': {'loss': 1.0}}, meta=meta)
+  text = (tmp_path / 'evaluation.json').read_text()
+  assert record['results'] == json.loads(text)['results'] == {'a': {'loss': 1.0}} and 'NaN' not in text

@@ -6,19 +6,20 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # Room -> rooms it may import from, beside itself.
-SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook', 'records')
+SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook', 'records', 'terminal')
 ROOMS = {
     '__init__': ('predict',),
     'config': (),
     'presets': ('config',),
-    'data': ('config', 'cli'),
+    'data': ('config', 'cli', 'terminal'),
     'data.describe': ('config', 'data', 'backbones', *SERVICES),
     'backbones': ('config',),
     'modules': ('config', 'backbones'),
     'objectives': (),
     **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
-    'records': ('config', 'data', 'logbook'),
-    'report': ('config', 'cli', 'data', 'logbook', 'records', 'trained'),
+    'terminal': (),
+    'records': ('config', 'data', 'logbook', 'terminal'),
+    'report': ('config', 'cli', 'data', 'logbook', 'records', 'terminal', 'trained'),
     'trained': ('config', 'data', *SERVICES),
     'pair_metrics': ('config', 'objectives'),
     'loop': ('config', *SERVICES, 'trained'),

@@ -25,15 +25,19 @@ def accumulate(logits_nk, label, *, multi_label, weight_n=None, batch_size=7):
 
 
 def expected(truth, predicted, multi_label):
+  """scikit-learn's scores; without those that its `zero_division=nan` says are not determined."""
   def f1(average):
+    if np.isnan(f1_score(truth, predicted, average=average, zero_division=np.nan)):
+      return None
     return f1_score(truth, predicted, average=average, zero_division=0)
-  return {
+  scores = {
       'accuracy': accuracy_score(truth, predicted),
       'f1_micro': f1('micro'),
       'f1_macro': f1('macro'),
       'f1_samples': f1('samples') if multi_label else accuracy_score(truth, predicted),
       'f1_weighted': f1('weighted'),
   }
+  return {name: value for name, value in scores.items() if value is not None}
 
 
 def assert_equals(metrics, reference, loss):
@@ -72,8 +76,35 @@ def test_rows_of_weight_zero_do_not_count_and_batches_add_up(multi_label):
   assert masked == pytest.approx(chosen[0].merge(chosen[1]).compute(), rel=1e-6)
 
 
-def test_no_example_gives_zeros():
-  assert set(ClassificationMetrics.empty(num_classes=3, multi_label=False).compute().values()) == {0.0}
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_no_example_gives_no_score(multi_label):
+  empty = ClassificationMetrics.empty(num_classes=3, multi_label=multi_label)
+  assert empty.compute() == {}
+  label = np.ones((4, 3), int) if multi_label else np.ones(4, int)
+  without = accumulate(np.zeros((4, 3)), label, multi_label=multi_label, weight_n=np.zeros(4))
+  assert without.compute() == {}
+
+
+# Truths and predictions of three examples and two classes; whether there is an F1 at all.
+NOTHING, SOMETHING = np.zeros((3, 2), int), np.array([[0, 1], [0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize(('truth', 'predicted', 'there'), [
+    (NOTHING, NOTHING, False), (NOTHING, SOMETHING, True), (SOMETHING, NOTHING, True),
+    (SOMETHING, SOMETHING, True)])
+def test_label_sets_without_any_label_have_no_f1(truth, predicted, there):
+  computed = accumulate(np.where(predicted, 3.0, -3.0), truth, multi_label=True).compute()
+  reference = expected(truth, predicted, True)
+  assert {name: computed[name] for name in reference} == pytest.approx(reference)
+  assert set(computed) == {*reference, 'loss'} and ('f1_macro' in computed) == there
+  assert ('f1_weighted' in computed) == there
+
+
+def test_nothing_in_nothing_out_of_a_ranking():
+  ranking = Ranking(multi_label=False)
+  assert ranking.compute() == []
+  ranking.observe(np.zeros((2, 4, 2)), np.array([0, 1, 0, 1]), np.array([[0] * 4, [1, 0, 1, 0]]))
+  assert ranking.compute() == [None, None]  # No example; examples of one class.
 
 
 def expected_auroc(score_nk, true_nk):

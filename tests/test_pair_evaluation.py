@@ -11,6 +11,7 @@ from molt_jax import config as config_lib
 from molt_jax import pair_evaluation, pretrain
 from molt_jax.config import PRETRAIN_SCHEMA
 from molt_jax.data import datasets
+from molt_jax.data.sources import UNLABELLED
 
 COLOURS = ('blue', 'green', 'red')
 
@@ -71,6 +72,43 @@ def test_equal_captions_are_found_wherever_they_hang(examples):
 def test_several_labels_leave_zero_shot_and_probes_out(examples):
   scores = pair_evaluation.evaluate_examples(ColourPair(), examples, None)['test']
   assert 'zero_shot' not in scores and 'linear_probe' not in scores and scores['text_to_image']['R@10'] > 0
+
+
+def _without(part, keep=lambda n: True, texts=True, labels=True):
+  """The rows of a split that are kept, perhaps without texts or labels."""
+  rows = [n for n in range(len(part.images)) if keep(n)]
+  return pair_evaluation.Examples(
+      [part.images[n] for n in rows], [part.texts[n] if texts else None for n in rows],
+      [part.labels[n] if labels else UNLABELLED for n in rows])
+
+
+# What is taken away -> what then has no score.
+NOTHING = {
+    'texts of test': ({'test': {'texts': False}}, ['image_to_text']),
+    'labels of test': ({'test': {'labels': False}}, ['zero_shot', 'linear_probe']),
+    'labels of train': ({'train': {'labels': False}}, ['linear_probe']),
+    'images of validation': ({'validation': {'keep': lambda n: False}}, ['linear_probe']),
+    'images of test': ({'test': {'keep': lambda n: False}}, ['image_to_text', 'zero_shot', 'linear_probe']),
+    'nothing': ({}, []),
+}
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('taken', NOTHING)
+def test_what_nothing_determines_is_left_out_and_said(examples, taken):
+  changes, lacks = NOTHING[taken]
+  left = {split: _without(part, **changes.get(split, {})) for split, part in examples.items()}
+  scores = pair_evaluation.evaluate_examples(ColourPair(), left, COLOURS, probes=('embedding', 'pixels'))['test']
+  names = ('image_to_text', 'zero_shot', 'linear_probe')
+  assert [name for name in names if name not in scores] == lacks
+  said = list(pair_evaluation.left_out(scores, labelled=True, probes=('pixels',)))
+  assert len(said) == len(lacks) and {'num_images', 'num_texts'} <= set(scores)
+  pair_evaluation.print_table(scores, 'shown')
+
+
+def test_one_class_alone_leaves_retrieval(examples):
+  scores = pair_evaluation.evaluate_examples(ColourPair(), examples, COLOURS[:1], probes=('pixels',))['test']
+  assert 'image_to_text' in scores and 'zero_shot' not in scores and 'linear_probe' not in scores
 
 
 @pytest.fixture(scope='module')

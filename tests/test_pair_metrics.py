@@ -175,3 +175,53 @@ def test_pixels_and_their_components_tell_colours_apart():
   assert features['test'].shape == (30, 192) and features['test'].min() >= 0 and features['test'].max() <= 1
   for rows_of in (features, principal_components(features, 4)):
     assert linear_probe(rows_of, labels)['accuracy']['test'] == 1
+
+
+# What there is no score of.
+
+
+@pytest.mark.parametrize(('images', 'texts', 'labels', 'kinds', 'there'), [
+    (0, 0, [], 3, set()),
+    (1, 0, [1], 3, {'zero_shot'}),
+    (1, 1, [1], 3, {'modality_gap', 'alignment', 'zero_shot'}),
+    (4, 1, [0, 1, 2, 0], 3, {'modality_gap', 'alignment', 'zero_shot', 'uniformity_image'}),
+    (4, 0, [0, 1, 2, 0], 3, {'zero_shot', 'uniformity_image'}),
+    (4, 4, [UNLABELLED] * 4, 3, {'modality_gap', 'alignment', 'uniformity_image', 'uniformity_text',
+                                 'image_to_text', 'text_to_image'}),
+    (4, 4, [0] * 4, 1, {'modality_gap', 'alignment', 'uniformity_image', 'uniformity_text',
+                        'image_to_text', 'text_to_image'}),
+])
+@pytest.mark.filterwarnings('error')
+def test_what_the_rows_do_not_determine_is_left_out(images, texts, labels, kinds, there):
+  found = evaluate_pair(
+      rows(images, 5), rows(texts, 5, seed=1), image_of_text=list(range(texts)), labels=labels,
+      class_prompts_kpc=rows(kinds, 2, 5, seed=2))
+  assert set(found) == there
+  assert np.isfinite([x for value in found.values() for x in (
+      value.values() if isinstance(value, dict) else [value])]).all()
+
+
+def test_a_split_without_a_known_label_has_no_accuracy():
+  features = {split: rows(9, 4, seed=seed) for seed, split in enumerate(('train', 'validation', 'test'))}
+  labels = {'train': [0, 1, 2] * 3, 'validation': [0] * 9, 'test': [UNLABELLED] * 9}
+  assert set(linear_probe(features, labels)['accuracy']) == {'train', 'validation'}
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e38])
+def test_features_that_are_no_numbers_score_nothing(value):
+  """Nothing ranks above NaN: without a check such towers would find everything."""
+  good, bad = rows(6, 4), rows(6, 4, seed=1)
+  bad[2] = value
+  with pytest.raises(UserError, match='of 6 features are not finite'):
+    retrieval(good, bad)
+  with pytest.raises(UserError, match='not finite'):
+    zero_shot(bad, [0, 1] * 3, rows(2, 2, 4))
+  if value > 1e37:  # A probe standardises what is merely long.
+    return
+  splits = {'train': bad, 'validation': good}
+  with pytest.raises(UserError, match='not finite'):
+    linear_probe(splits, dict.fromkeys(splits, [0, 1] * 3))
+
+
+def test_no_picture_has_no_row():
+  assert pixels([], size=4).shape == (0, 48)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import flax.linen
 import jax
@@ -467,3 +468,15 @@ def test_presets_use_the_shipped_tower(preset):
   overrides = {'dataset.path': 'FOLDER'} if preset == 'table' else {}
   config = config_lib.load_config(str(ROOT / 'configs' / f'{preset}.py'), overrides)
   assert config.backbones.image.path == 'pkg://molt_jax/towers/openmoji'
+
+
+@pytest.mark.parametrize(('scores', 'score', 'said'), [
+    ({'image_to_text': {'R@10': 0.5}, 'text_to_image': {'R@10': 1.0}}, 0.75, 'R@10, mean of both ways'),
+    ({'modality_gap': 0.5}, None, 'fewer than two validation images with a text can be read')])
+def test_a_validation_without_retrieval_has_no_score(scores, score, said):
+  run = types.SimpleNamespace(frozen={}, _scores=lambda variables: scores)
+  state = types.SimpleNamespace(params={}, statistics={})
+  watch = types.SimpleNamespace(epoch_seconds=2.0)
+  record, line = pretrain._Run.validate(run, state, watch)
+  assert record.get('score') == score and ('score' in record) == (score is not None)
+  assert line == f'{said}; 2 s an epoch' and record['epoch_seconds'] == 2.0

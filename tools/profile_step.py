@@ -177,7 +177,8 @@ def _lines(r):
   for name in (*r['trace']['share'], 'rest'):
     part, busy = parts.get(name), r['trace']['share'].get(name)
     own = f'{1e3 * part["seconds"]:11.2f} ms {100 * part["share"]:5.1f} %' if part else ' ' * 22
-    yield f'{name:12} {own} {100 * (busy or 0):12.1f} %'
+    traced = '-' if busy is None else f'{100 * busy:.1f} %'
+    yield f'{name:12} {own} {traced:>14}'
   yield f'rest: what the parts cost more (or less) together than one after the other; trace: {r["trace"]["folder"]}'
   if 'wait_share' in r['input']:
     yield f'input: a step waits {1e3 * r["input"]["wait_seconds"]["median"]:.2f} ms for its batch, {100 * r["input"]["wait_share"]:.1f} % of the time'

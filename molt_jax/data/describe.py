@@ -19,11 +19,11 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import rich.console
 import rich.table
+import rich.text
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from molt_jax import cli, logbook
+from molt_jax import cli, logbook, terminal
 from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
@@ -158,7 +158,8 @@ def _draw(sheet, corner, example, names) -> None:
   except transforms.DecodeError as error:
     draw.rectangle((left, top, left + _CELL, top + _CELL), outline='grey')
     draw.text((left + 6, top + _CELL // 2), 'no image' if example['image'] is None else f'unusable: {error}'[:36], 'grey', font)
-  text = ' '.join((example['text'] or '(no text)').split())
+  text = terminal.clean(' '.join((example['text'] or '(no text)').split()), 1_000)
+  names = terminal.clean(names, 1_000)
   for line, (words, colour) in enumerate([(names, 'firebrick'), *((part, 'black') for part in _wrapped(text, draw, font))][:_LINES]):
     draw.text((left, top + _CELL + 2 + line * _LINE), next(_wrapped(words, draw, font), ''), colour, font)
 
@@ -191,9 +192,9 @@ def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont)
 
 def print_tables(report: dict[str, Any]) -> None:
   """Prints one column a split, then the classes by frequency in train."""
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 130)
   splits = report['splits']
-  table = rich.table.Table('', *splits, title=f'{report["dataset"]}, {len(report["classes"])} classes')
+  title = terminal.clean(f'{report["dataset"]}, {len(report["classes"])} classes')
+  table = rich.table.Table('', *splits, title=rich.text.Text(title))
   for name in ('examples', 'both', 'image_only', 'text_only', 'without_label', 'sampled'):
     table.add_row(name.replace('_', ' '), *(f'{split[name]:,}' for split in splits.values()))
   for name in ('words', 'tokens', 'image_width', 'image_height'):
@@ -202,12 +203,17 @@ def print_tables(report: dict[str, Any]) -> None:
     table.add_row(name.replace('_', ' '), *('-' if split[name] is None else f'{100 * split[name]:.1f} %' for split in splits.values()))
   formats = {split: ', '.join(f'{count:,} {name}' for name, count in values['image_formats'].items()) for split, values in splits.items()}
   table.add_row('image formats', *(text or '-' for text in formats.values()))
-  console.print(table)
+  terminal.print_table(table)
   classes = rich.table.Table('class', *splits, title='examples a class')
   by_frequency = sorted(report['classes'].items(), key=lambda item: -item[1]['train'])
   for name, counts in by_frequency:
-    classes.add_row(name, *(f'{counts[split]:,} ({100 * counts[split] / max(splits[split]["examples"], 1):.1f} %)' for split in splits))
-  console.print(classes)
+    cells = [_share(counts[split], splits[split]['examples']) for split in splits]
+    classes.add_row(rich.text.Text(terminal.clean(name, 60)), *cells)
+  terminal.print_table(classes)
+
+
+def _share(count: int, of: int) -> str:
+  return f'{count:,} ({100 * count / of:.1f} %)' if of else f'{count:,}'
 
 
 def _four(percentiles: dict[str, float] | None) -> str:

@@ -34,7 +34,8 @@ def hash_order(ids: Sequence[str], *, seed: int, name: str) -> list[int]:
   """
   if len(set(ids)) < len(ids):
     raise ValueError('example ids must be unique')
-  key = hashlib.blake2b(f'{seed}/{name}'.encode(), digest_size=32).digest()
+  stream = f'{seed}/{name}'.encode('utf-8', 'surrogatepass')
+  key = hashlib.blake2b(stream, digest_size=32).digest()
   digests = [_digest(x, key) for x in ids]
   return sorted(range(len(ids)), key=digests.__getitem__)
 

@@ -5,8 +5,10 @@ Okabe and Ito's palette, which colour-blind readers tell apart; markers and dash
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -14,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from molt_jax import terminal
 from molt_jax.records import Pairs, Predictions
 
 WIDTH, HEIGHT = 340, 240  # CSS pixels,
@@ -28,8 +31,9 @@ STYLE = {
   'grid.color': GRID, 'axes.grid': True, 'grid.linewidth': 0.6, 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False,
   'figure.facecolor': 'none', 'axes.facecolor': 'none', 'legend.frameon': False, 'lines.linewidth': 1.6, 'lines.markersize': 4.5,
   'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
-  'legend.handlelength': 2.2}
+  'legend.handlelength': 2.2, 'text.parse_math': False}  # A $ in a name is a dollar.
 MAX_POINTS = 300  # Of a curve.
+HUGE = 1e30
 
 
 def svg(draw: Callable[[Any], None], label: str, *, number: int, width: int = WIDTH, height: int = HEIGHT) -> str:
@@ -41,27 +45,60 @@ def svg(draw: Callable[[Any], None], label: str, *, number: int, width: int = WI
     number: of the figure in its page; its ids begin with it.
     width, height: CSS pixels.
   """
-  with matplotlib.rc_context(STYLE | {'svg.hashsalt': str(number)}):
+  nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+  with matplotlib.rc_context(STYLE | {'svg.hashsalt': str(number)}), warnings.catch_warnings():
+    # The page's font draws the text, not the one that measures it here.
+    warnings.filterwarnings('ignore', message='Glyph .* missing from font')
     figure = Figure(figsize=(width / 72, height / 72), layout='constrained')
     FigureCanvasSVG(figure)
     draw(figure.add_subplot())
     buffer = io.StringIO()
-    figure.savefig(buffer, format='svg', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+    figure.savefig(buffer, format='svg', metadata=nothing)
   return _inline(buffer.getvalue(), label, number, width, height)
 
 
 def _inline(text, label, number, width, height):
-  body = text[text.index('<svg'):]
-  body = re.sub(r'<metadata>.*?</metadata>', '', body, flags=re.DOTALL)
-  body = re.sub(r'<style[^>]*>.*?</style>', '', body, flags=re.DOTALL)
-  body = re.sub(r'font-family:[^;"]*;?', '', body)
-  body = re.sub(r'id="([^"]*)"', rf'id="f{number}-\1"', body)
-  body = re.sub(r'(url\(#|xlink:href="#)', rf'\1f{number}-', body)
-  body = re.sub('|'.join(VARIABLES), lambda match: f'var(--{VARIABLES[match[0]]})', body)
-  body = re.sub(r'(\d+\.\d\d)\d+', r'\1', body)
-  fixed = f'min-width:{width}px;' if width > WIDTH else ''  # Wider than a phone: it scrolls, rather than shrinking its text.
-  opening = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" style="{fixed}max-width:{1.25 * width:.0f}px">'
-  return re.sub(r'<svg[^>]*>', lambda match: opening, body, count=1).strip()
+  """The drawing as an element of a page: attributes are rewritten, texts stay as they are."""
+  root = ElementTree.fromstring(text)
+  for parent in list(root.iter()):
+    for child in list(parent):
+      if child.tag.rpartition('}')[2] in ('metadata', 'style'):
+        parent.remove(child)
+  for element in root.iter():
+    element.tag = element.tag.rpartition('}')[2]
+    element.attrib = {_attribute(name): _value(name, value, number)
+                      for name, value in element.attrib.items()}
+  # Wider than a phone: it scrolls, rather than shrinking its text.
+  fixed = f'min-width:{width}px;' if width > WIDTH else ''
+  root.attrib = {
+      'role': 'img', 'aria-label': terminal.clean(label, 200), 'viewBox': f'0 0 {width} {height}',
+      'style': f'{fixed}max-width:{1.25 * width:.0f}px'}
+  return ElementTree.tostring(root, encoding='unicode').strip()
+
+
+def _attribute(name):
+  space, _, local = name.rpartition('}')
+  return f'xlink:{local}' if space.endswith('xlink') else local
+
+
+def _value(name, value, number):
+  """Ids and what refers to them begin with the figure's number; colours are the style sheet's."""
+  if name == 'id':
+    return f'f{number}-{value}'
+  value = re.sub(r'^#(?=[A-Za-z])' if name.endswith('}href') else r'(?<=url\(#)',
+                 lambda match: f'{match[0]}f{number}-', value)
+  value = re.sub(r'font-family:[^;"]*;?', '', value)
+  value = re.sub('|'.join(VARIABLES), lambda match: f'var(--{VARIABLES[match[0]]})', value)
+  return re.sub(r'(\d+\.\d\d)\d+', r'\1', value)
+
+
+def name_of(text: str, most: int = 24) -> str:
+  """A name as a drawing shows it: short, in one line, and never taken for one to be left out, which
+  is what matplotlib takes a legend's label for that begins with an underscore.
+  """
+  text = terminal.clean(text)
+  text = text if len(text) <= most else '…' + text[1 - most:]
+  return f'\u2009{text}' if text.startswith('_') else text
 
 
 def colour(i: int) -> str:
@@ -77,11 +114,11 @@ def look(i: int, *, marker: bool = False) -> dict[str, Any]:
 def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x: str, y: str, marker: bool = False, **axes: Any
 ) -> Callable[[Any], None]:
-  """Lines by name; points that are not finite are left out."""
+  """Lines by name; points that are not finite, or HUGE, are left out."""
   def draw(ax):
     for i, (name, (x_n, y_n)) in enumerate(series.items()):
       x_n, y_n = _thin(np.asarray(x_n, float), np.asarray(y_n, float))
-      ax.plot(x_n, y_n, label=name, **look(i, marker=marker or len(x_n) == 1))
+      ax.plot(x_n, y_n, label=name_of(name, 60), **look(i, marker=marker or len(x_n) == 1))
     ax.set(title=title, xlabel=x, ylabel=y, **axes)
     if len(series) > 1:
       ax.legend()
@@ -89,7 +126,7 @@ def curves(
 
 
 def _thin(x_n, y_n):
-  finite_n = np.isfinite(x_n) & np.isfinite(y_n)
+  finite_n = (np.abs(x_n) < HUGE) & (np.abs(y_n) < HUGE)
   x_n, y_n = x_n[finite_n], y_n[finite_n]
   shown = np.unique(np.linspace(0, len(x_n) - 1, MAX_POINTS).astype(int)) if len(x_n) else []
   return x_n[shown], y_n[shown]
@@ -114,15 +151,19 @@ def dots(rows: Sequence[tuple[str, Mapping[str, tuple[float, float | None]]]], *
 
 
 def class_dots(rows: Sequence[tuple[str, Mapping[str, float]]], *, x: str) -> Callable[[Any], None]:
-  """The same without intervals and with the markers of a row on one line."""
+  """The same without intervals and with the markers of a row on one line; NaN is no marker."""
   series = list(dict.fromkeys(name for _, values in rows for name in values))
 
   def draw(ax):
     for n, (_, values) in enumerate(rows):
-      ax.plot([min(values.values()), max(values.values())], [n, n], color=GRID, linewidth=2, zorder=1)
+      found = [value for value in values.values() if np.isfinite(value)]
+      if found:
+        ax.plot([min(found), max(found)], [n, n], color=GRID, linewidth=2, zorder=1)
     for i, name in enumerate(series):
-      ax.plot([values[name] for _, values in rows], range(len(rows)), linestyle='', marker=MARKERS[i], color=colour(i), label=name)
-    ax.set(xlabel=x, yticks=range(len(rows)), yticklabels=[name for name, _ in rows], ylim=(len(rows) - 0.4, -0.6), xlim=(-0.03, 1.03))
+      value_n = [values.get(name, np.nan) for _, values in rows]
+      ax.plot(value_n, range(len(rows)), linestyle='', marker=MARKERS[i], color=colour(i), label=name)
+    ax.set(xlabel=x, yticks=range(len(rows)), yticklabels=[name for name, _ in rows])
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlim=(-0.03, 1.03))
     ax.grid(visible=False, axis='y')
     ax.legend(ncols=3, loc='lower center', bbox_to_anchor=(0.4, 1.0), columnspacing=1, handletextpad=0.2)
   return draw
@@ -145,7 +186,7 @@ def bars(values: Sequence[float], *, title: str, x: str, y: str, reference: floa
 def confusion(matrix_kk: np.ndarray, names: Sequence[str], *, title: str) -> Callable[[Any], None]:
   """Rows are truths; a cell is as strong as its share of the row, and says how many."""
   share_kk = matrix_kk / np.maximum(matrix_kk.sum(axis=1, keepdims=True), 1)
-  short = [name if len(name) <= 14 else name[:13] + '…' for name in names]
+  short = [terminal.clean(name, 14) for name in names]
 
   def draw(ax):
     for (true, predicted), count in np.ndenumerate(matrix_kk):
@@ -167,7 +208,9 @@ def reliability(predictions: Predictions, labels: Mapping[str, str], *, title: s
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
     for i, condition in enumerate(predictions.conditions):
       found = predictions.calibration(condition)
-      ax.plot(found['confidence'], found['accuracy'], label=f'{labels[condition]}, ECE {100 * found["ece"]:.1f} %', **look(i, marker=True))
+      if 'ece' in found:
+        label = f'{labels[condition]}, ECE {100 * found["ece"]:.1f} %'
+        ax.plot(found['confidence'], found['accuracy'], label=label, **look(i, marker=True))
     sets = 'share that carry the label' if predictions.multi_label else 'accuracy'
     ax.set(title=title, xlabel='probability' if predictions.multi_label else 'confidence', ylabel=sets, xlim=(0, 1), ylim=(0, 1))
     ax.legend(loc='upper left')
@@ -178,11 +221,12 @@ def spectrum(pairs: Pairs, layer: int) -> Callable[[Any], None]:
   """Canonical correlations of one layer, three ways."""
   named = {
     f'one batch of {pairs.num_batch}': pairs.batch_lk, f'{pairs.num_fitted:,} training pairs': pairs.fitted_lk,
-    f'held out ({pairs.split})': pairs.held_out_lk}
+    f'held out ({name_of(pairs.split)})': pairs.held_out_lk}
   directions = np.arange(1, pairs.held_out_lk.shape[1] + 1)
+  finite = pairs.held_out_lk[np.isfinite(pairs.held_out_lk)]
   return curves(
       {name: (directions, rho_lk[layer]) for name, rho_lk in named.items()}, title=layer_name(layer, len(pairs.gap_l)), x='direction',
-      y='canonical correlation', marker=True, ylim=(min(-0.05, 1.1 * np.nanmin(pairs.held_out_lk)), 1.05), xlim=(0.5, len(directions) + 0.5))
+      y='canonical correlation', marker=True, ylim=(min(-0.05, 1.1 * finite.min(initial=0)), 1.05), xlim=(0.5, len(directions) + 0.5))
 
 
 def plane(pairs: Pairs, layer: int) -> Callable[[Any], None]:

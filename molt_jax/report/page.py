@@ -1,4 +1,7 @@
-"""The page: one self-contained HTML file, a function a section."""
+"""The page: one self-contained HTML file, a function a section.
+
+Every string of a run's files goes through `safe`; pictures are those that `checked.picture` knows.
+"""
 
 import functools
 import html
@@ -10,15 +13,25 @@ from typing import Any
 import numpy as np
 
 from molt_jax import config as config_lib
-from molt_jax.report import figures
+from molt_jax import terminal
+from molt_jax.report import checked, figures
 from molt_jax.report.runs import LABELS, Run
 
 RATES = np.linspace(0, 1, 11)
 KINDS = {'text': 'text missing', 'image': 'image missing', 'both': 'half text, half image'}
 MAX_MATRIX = 20  # Classes of a confusion matrix; with more, F1 of the most frequent MAX_CLASSES and the most frequent confusions.
 MAX_CLASSES, MAX_CONFUSIONS = 30, 12
-NOT_RECORDED = 'Not recorded for {}. <code>python -m molt_jax.{}</code> writes it.'
-escape = html.escape
+NO_EXAMPLE = '<span class="none">no example</span>'
+# Nothing is fetched and nothing is run, whatever a file of a run says.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'")
+MOST_SHOWN, MOST_CONFIG = 300, 100_000  # Characters of a name, of a config.
+
+
+def safe(text: Any, most: int = MOST_SHOWN) -> str:
+  """Returns any text as HTML, for an element or a quoted attribute: one line, and not too long."""
+  return html.escape(terminal.clean(text, most))
 
 
 class Page:
@@ -31,7 +44,8 @@ class Page:
   def draw(self, draw: Callable[[Any], None], label: str, **size: int) -> str:
     """Returns one drawing; `label` says what it shows to those who cannot see it."""
     self._drawings += 1
-    return f'<div class="panel">{figures.svg(draw, escape(label), number=self._drawings, **size)}</div>'
+    drawing = figures.svg(draw, label, number=self._drawings, **size)
+    return f'<div class="panel">{drawing}</div>'
 
   def figure(self, drawings: Sequence[str], caption: str) -> str:
     """Drawings side by side, as many as fit, under one caption; nothing without drawings."""
@@ -52,7 +66,7 @@ class Page:
 
   def for_run(self, run: Run, body: str) -> str:
     """A run's part of a section, under its name where there are several."""
-    return f'<h3>{escape(run.name)}</h3>{body}' if len(self.runs) > 1 else body
+    return f'<h3>{safe(run.name)}</h3>{body}' if len(self.runs) > 1 else body
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -61,10 +75,11 @@ def render(runs: Sequence[Run]) -> str:
   sections = [(name, title, body) for name, (title, make) in SECTIONS.items() if (body := make(page))]
   links = ''.join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
   bodies = ''.join(f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in sections)
-  title = escape(', '.join(run.name for run in runs))
+  title = safe(', '.join(run.name for run in runs), 2_000)
   style = importlib.resources.files(__package__).joinpath('style.css').read_text(encoding='utf-8')
   return (
-      f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+      f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1">'
       f'<meta name="color-scheme" content="light dark"><title>{title} - molt_jax</title><style>{style}</style></head>\n'
       f'<body><header><p class="kicker">molt_jax run report</p><h1>{title}</h1>{_abstract(page)}</header><nav aria-label="sections">{links}</nav>'
       f'<main>{bodies}</main><footer>Written by <code>python -m molt_jax.report</code>. The method: Sun and Song, Robust Latent Representation '
@@ -84,11 +99,11 @@ def metric_name(run: Run) -> str:
 
 def _abstract(page):
   run = page.runs[0]
-  split, names = run.evaluation['split'], {r.config.dataset.name for r in page.runs}
-  data = ', '.join(sorted(names)) if names != {'table'} else 'a table of your own'
+  split, names = safe(run.evaluation['split']), {r.config.dataset.name for r in page.runs}
+  data = safe(', '.join(sorted(names))) if names != {'table'} else 'a table of your own'
   classes = f', {len(run.predictions.class_names)} classes' if run.predictions else ''
   count = f'{len(page.runs)} runs' if len(page.runs) > 1 else 'One classifier'
-  text = (f'{count} on two frozen towers, scored on the {split} split of {escape(data)} ({run.evaluation["num_examples"]:,} examples{classes}), with '
+  text = (f'{count} on two frozen towers, scored on the {split} split of {data} ({run.evaluation["num_examples"]:,} examples{classes}), with '
           'everything there and with each modality absent. An absent modality is never fed: its tower is not run.')
   return f'<p class="abstract">{text}</p>' + (_tiles(run) if len(page.runs) == 1 else '')
 
@@ -96,9 +111,11 @@ def _abstract(page):
 def _tiles(run):
   tiles = []
   for name in run.conditions:
-    error = run.error(name)
-    interval = f'± {196 * error:.1f}' if error is not None else ''
-    tiles.append(f'<div class="tile {name}"><b>{percent(run.score(name))}<small> %</small></b><span>{LABELS[name]}</span><i>{interval}</i></div>')
+    score, error = run.score(name), run.error(name)
+    value = '–' if score is None else f'{percent(score)}<small> %</small>'
+    note = 'no example' if score is None else '' if error is None else f'± {196 * error:.1f}'
+    tiles.append(
+        f'<div class="tile {name}"><b>{value}</b><span>{LABELS[name]}</span><i>{note}</i></div>')
   return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -110,22 +127,31 @@ def headline(page):
   rows = []
   for run in runs:
     kind = ' <span class="tag">baseline</span>' if run is baseline else ''
-    rows.append([f'{escape(run.name)}{kind}', *(_score_cell(run, name) for name in conditions)])
+    rows.append([f'{safe(run.name)}{kind}', *(_score_cell(run, name) for name in conditions)])
     if baseline is not None and run is not baseline:
       rows.append(['<span class="sub">minus the baseline, points</span>', *(_difference_cell(run, baseline, name) for name in conditions)])
-  split, metric = runs[0].evaluation['split'], metric_name(runs[0])
+  split, metric = safe(runs[0].evaluation['split']), metric_name(runs[0])
   note = (f'{metric[0].upper()}{metric[1:]} in percent on the {split} split, ± half the 95 % interval over examples; below it macro F1. '
           'Training noise is not in the interval: repeat runs with other seeds for that.')
   if baseline is not None:
     note += ' Differences are paired by example; bold where the interval excludes zero.'
-  if runs[0].predictions and not runs[0].predictions.multi_label:
-    note += f' Always answering the most frequent class: {percent(runs[0].predictions.support().max() / len(runs[0].predictions.ids))}.'
+  p = runs[0].predictions
+  if p and not p.multi_label and (support_k := p.support(p.conditions[0])).any():
+    frequent = percent(support_k.max() / support_k.sum())
+    note += f' Always answering the most frequent class: {frequent}.'
   table = page.table(['run', *(LABELS[name] for name in conditions)], rows, note)
   if len(runs) == 1:
     return table
-  points = [(_short(run.name), {LABELS[name]: (100 * run.score(name), 100 * (run.error(name) or 0)) for name in run.conditions}) for run in runs]
+  points = [(figures.name_of(run.name), _points(run)) for run in runs]
   chart = page.draw(figures.dots(points, x=f'{metric}, %'), 'scores by run and absence', height=90 + 48 * len(runs))
   return _beside(table, page.figure([chart], 'The same scores; bars are 95 % intervals over examples.'))
+
+
+def _points(run):
+  """Label of a condition -> (score, standard error), in percent, where there is a score."""
+  scores = {name: run.score(name) for name in run.conditions}
+  return {LABELS[name]: (100 * score, 100 * (run.error(name) or 0))
+          for name, score in scores.items() if score is not None}
 
 
 def _beside(*parts):
@@ -135,25 +161,25 @@ def _beside(*parts):
 
 def _title(page, run):
   """Of a run's drawing: its name, where there are others."""
-  return _short(run.name) if len(page.runs) > 1 else ''
-
-
-def _short(name):
-  return name if len(name) <= 24 else '…' + name[-23:]
+  return figures.name_of(run.name) if len(page.runs) > 1 else ''
 
 
 def _score_cell(run, name):
   if name not in run.conditions:
     return '<span class="none">not evaluated</span>'
-  error = run.error(name)
+  score, macro, error = run.score(name), run.score(name, 'f1_macro'), run.error(name)
+  if score is None:
+    return NO_EXAMPLE
   interval = f' <small>± {196 * error:.1f}</small>' if error is not None else ''
-  return f'<b>{percent(run.score(name))}</b>{interval}<br><small>macro F1 {percent(run.evaluation["results"][name]["f1_macro"])}</small>'
+  below = '' if macro is None else f'<br><small>macro F1 {percent(macro)}</small>'
+  return f'<b>{percent(score)}</b>{interval}{below}'
 
 
 def _difference_cell(run, baseline, name):
-  if name not in run.conditions or name not in baseline.conditions:
+  difference = run.difference(baseline, name)
+  if difference is None:
     return ''
-  value, error = run.difference(baseline, name)
+  value, error = difference
   text = f'{100 * value:+.1f}' + (f' <small>± {196 * error:.1f}</small>' if error is not None else '')
   return f'<b>{text}</b>' if error is not None and abs(value) > 1.96 * error else text
 
@@ -167,8 +193,11 @@ def robustness(page):
   if not runs:
     alone = any(len(config_lib.modalities(run.config)) == 1 for run in page.runs)
     return '<p class="none">Nothing to show: one modality alone.</p>' if alone else _missing(page, 'evaluate --workdir=DIR')
-  curves = {kind: {run.name: [100 * run.predictions.missing_rate(rate, kind)[run.metric] for rate in RATES] for run in runs} for kind in KINDS}
-  values = [value for of_kind in curves.values() for curve in of_kind.values() for value in curve]
+  curves = {kind: {run.name: _rate_curve(run, kind) for run in runs} for kind in KINDS}
+  found = np.array([list(of_kind.values()) for of_kind in curves.values()])
+  values = found[np.isfinite(found)]
+  if not len(values):
+    return '<p class="none">Nothing to show: no example to score.</p>'
   axes = {'x': 'rows that lack it, %', 'y': f'{metric_name(runs[0])}, %', 'marker': True, 'ylim': (min(values) - 3, max(values) + 3)}
   drawn = [page.draw(
       figures.curves({name: (100 * RATES, curve) for name, curve in curves[kind].items()}, title=title, **axes), f'score by missing rate, {title}')
@@ -176,6 +205,12 @@ def robustness(page):
   return page.figure(drawn, (
       "A growing share of the complete rows loses a modality, drawn by a hash of (seed, split, id): the field's missing-rate protocol. Rows do not "
       'influence each other, so each point is put together from the recorded predictions of every row under each absence.'))
+
+
+def _rate_curve(run, kind):
+  """Scores at RATES in percent; NaN where no example is left to score."""
+  scores = [run.predictions.missing_rate(rate, kind) for rate in RATES]
+  return [100 * score.get(run.metric, np.nan) for score in scores]
 
 
 CHECKPOINTS = {'best': 'the checkpoint of the best mean validation score over the absences', 'latest': 'the latest checkpoint'}  # By `eval.select`.
@@ -211,28 +246,56 @@ def _evaluated(runs):
 
 
 def _series(lines, key):
-  return [line['step'] for line in lines if key in line], [np.mean(line[key]) for line in lines if key in line]
+  found = {line['step']: _number(line[key]) for line in lines if key in line}
+  return list(found), list(found.values())
+
+
+def _number(value):
+  """The number that a log has there; NaN where it has none that can be drawn."""
+  return float(value) if value is not None and checked.is_number(value) else np.nan
+
+
+def _layers(values):
+  """A number a layer."""
+  return np.array([_number(value) for value in values])
 
 
 def _validation(run, name):
-  lines = [line for line in run.lines('validation') if name in line]
-  return ([line['step'] for line in lines], [100 * line[name][run.metric] for line in lines]) if lines else None
+  lines = [line for line in run.lines('validation') if run.metric in line.get(name, ())]
+  scores = [100 * _number(line[name][run.metric]) for line in lines]
+  return ([line['step'] for line in lines], scores) if lines else None
 
 
 def _correlation_curves(runs):
   for title, kind, get in (
       ('correlation, of the loss', 'train', lambda line: line.get('cca_correlation')),
-      ('correlation, held out', 'validation', lambda line: line['pairs'].get('held_out_correlation'))):
+      ('correlation, held out', 'validation',
+       lambda line: line.get('pairs', {}).get('held_out_correlation'))):
+    found = {run.name: [(line['step'], _layers(get(line))) for line in run.lines(kind) if get(line)]
+             for run in runs}
     series = {}
-    for run in runs:
-      lines = [line for line in run.lines(kind) if get(line)]
-      if lines and len(runs) == 1:
-        series = {f'layer {i + 1}': ([line['step'] for line in lines], [get(line)[i] for line in lines]) for i in range(len(get(lines[0])))}
-      elif lines:
-        series[run.name] = [line['step'] for line in lines], [np.mean(get(line)) for line in lines]
-    if series:
-      low = min(0.0, *(min(y) for _, y in series.values()))
-      yield figures.curves(series, title=title, x='step', y='mean correlation', ylim=(low - 0.03, 1.03))
+    for name, lines in found.items():
+      if lines:
+        series |= _by_layer(lines) if len(runs) == 1 else {name: _over_layers(lines)}
+    values = [value for _, y in series.values() for value in y if np.isfinite(value)]
+    if values:
+      low = min(0.0, *values)
+      yield figures.curves(
+          series, title=title, x='step', y='mean correlation', ylim=(low - 0.03, 1.03))
+
+
+def _by_layer(lines):
+  """One curve a layer, of (step, a number a layer)."""
+  count = min(len(value_l) for _, value_l in lines)
+  steps = [step for step, _ in lines]
+  return {f'layer {i + 1}': (steps, [value_l[i] for _, value_l in lines]) for i in range(count)}
+
+
+def _over_layers(lines):
+  """The mean over the layers that have a number."""
+  finite = [(step, value_l[np.isfinite(value_l)]) for step, value_l in lines]
+  finite = [(step, value_l.mean()) for step, value_l in finite if len(value_l)]
+  return [step for step, _ in finite], [value for _, value in finite]
 
 
 # ---- The common space --------------------------------------------------------------------------------------------------------------------
@@ -257,13 +320,13 @@ def spectrum(page):
       f'Canonical correlations of h<sub>i</sub> and h<sub>t</sub>, layer by layer. One batch of {pairs.num_batch} pairs over all directions is what '
       'the loss as printed sees: with fewer pairs than directions it is near 1 whatever the data. The other two are over the '
       f'{pairs.held_out_lk.shape[1]} leading principal axes of each view: of {pairs.num_fitted:,} training pairs, and the same directions on the '
-      f'{pairs.split} split, which is what the two modalities have in common.'))
+      f'{safe(pairs.split)} split, which is what the two modalities have in common.'))
 
 
 def gap(page):
   """The pooled pairs in the plane."""
   return _with_pairs(page, figures.plane, lambda pairs: (
-      f'Pooled vectors of {pairs.plane_lnmp.shape[1]} {pairs.split} pairs, brought to unit length, on the two leading principal axes of both '
+      f'Pooled vectors of {pairs.plane_lnmp.shape[1]} {safe(pairs.split)} pairs, brought to unit length, on the two leading principal axes of both '
       f'together ({", ".join(percent(share, 0) for share in pairs.share_l)} % of the variance). A line joins the two of a pair; the gap is the '
       'distance between the centroids of the two clouds in all dimensions, from 0 to 2.'))
 
@@ -275,7 +338,7 @@ def layer_weights(page):
       figures.bars(run.pairs.layer_weights_l, title=_title(page, run), x='layer', y='M', reference=1.0), f'{run.name}: M by layer', height=190)
       for run in runs]
   fixed = [run.name for run in runs if not run.config.molt.layer_weights]
-  note = f' Not learned in {escape(", ".join(fixed))}.' if fixed else ''
+  note = f' Not learned in {safe(", ".join(fixed), 2_000)}.' if fixed else ''
   caption = f'Weight of each layer in H<sub>r</sub> (eq. 5). Dashed: where training starts.{note}'
   return page.figure(drawn, caption) or '<p class="none">Nothing to show: late fusion weighs no layers.</p>'
 
@@ -284,12 +347,22 @@ def layer_weights(page):
 
 
 def _missing(page, command):
-  return f'<p class="none">{NOT_RECORDED.format(escape(", ".join(run.name for run in page.runs)), escape(command))}</p>'
+  return _not_recorded(', '.join(run.name for run in page.runs), command)
+
+
+def _not_recorded(name, command):
+  command = f'<code>python -m molt_jax.{safe(command, 2_000)}</code>'
+  return f'<p class="none">Not recorded for {safe(name, 2_000)}. {command} writes it.</p>'
+
+
+def _not_recorded_of(run):
+  return _not_recorded(run.name, f'evaluate --workdir={shlex.quote(str(run.folder))}')
 
 
 def _each(page, make):
-  return ''.join(page.for_run(run, make(page, run) if run.predictions else (
-      f'<p class="none">{NOT_RECORDED.format(escape(run.name), "evaluate --workdir=" + escape(str(run.folder)))}</p>')) for run in page.runs)
+  return ''.join(
+      page.for_run(run, make(page, run) if run.predictions else _not_recorded_of(run))
+      for run in page.runs)
 
 
 def classes(page):
@@ -299,16 +372,22 @@ def classes(page):
 
 def _classes(page, run):
   p = run.predictions
+  conditions = [name for name in p.conditions if p.scores(name)['num_examples']]
+  if not conditions:
+    return '<p class="none">Nothing to show: no example to score.</p>'
   if not p.multi_label and len(p.class_names) <= MAX_MATRIX:
     size = max(figures.WIDTH, 24 * len(p.class_names) + 110)
     drawn = [page.draw(
         figures.confusion(p.confusion(name), p.class_names, title=LABELS[name]), f'{run.name}: confusion matrix, {LABELS[name]}',
-        width=size, height=size) for name in p.conditions]
+        width=size, height=size) for name in conditions]
     return page.figure(drawn, 'Confusion matrices: rows are truths, the shade is the share of the row, numbers are examples; blue is right.')
   support_k = p.support()
   order = [k for k in np.argsort(-support_k, kind='stable') if support_k[k]]
-  f1 = {name: p.class_f1(name) for name in p.conditions}
-  rows = [(f'{_short(p.class_names[k])} ({support_k[k]})', {LABELS[name]: f1_k[k] for name, f1_k in f1.items()}) for k in order[:MAX_CLASSES]]
+  if not order:
+    return '<p class="none">Nothing to show: no example carries a label.</p>'
+  f1 = {name: p.class_f1(name) for name in conditions}
+  rows = [(f'{figures.name_of(p.class_names[k])} ({support_k[k]})',
+           {LABELS[name]: f1_k[k] for name, f1_k in f1.items()}) for k in order[:MAX_CLASSES]]
   drawn = page.draw(figures.class_dots(rows, x='F1'), f'{run.name}: F1 by class', height=60 + 17 * len(rows))
   shown = f'the {len(rows)} most frequent of {len(order)} classes' if len(rows) < len(order) else 'each class'
   body = page.figure([drawn], f'F1 of {shown}, with the number of examples that carry it.')
@@ -316,16 +395,16 @@ def _classes(page, run):
 
 
 def _confusions(page, p):
-  matrix_kk = p.confusion(p.conditions[0])
-  np.fill_diagonal(matrix_kk, 0)
-  pairs = [divmod(int(i), len(matrix_kk)) for i in np.argsort(-matrix_kk, axis=None, kind='stable')[:MAX_CONFUSIONS]]
-  rows = [[escape(p.class_names[t]), escape(p.class_names[q]), str(matrix_kk[t, q]), str(p.support()[t])] for t, q in pairs if matrix_kk[t, q]]
-  return page.table(['true', 'taken for', 'times', 'of'], rows, f'The most frequent confusions, {LABELS[p.conditions[0]]}.') if rows else ''
+  support_k, condition = p.support(p.conditions[0]), p.conditions[0]
+  rows = [[safe(p.class_names[t]), safe(p.class_names[q]), str(count), str(support_k[t])]
+          for t, q, count in p.confusions(condition)[:MAX_CONFUSIONS]]
+  caption = f'The most frequent confusions, {LABELS[condition]}.'
+  return page.table(['true', 'taken for', 'times', 'of'], rows, caption) if rows else ''
 
 
 def calibration(page):
   """Whether a confidence is a frequency."""
-  runs = [run for run in page.runs if run.predictions]
+  runs = [run for run in page.runs if run.predictions and run.predictions.counted_cn.any()]
   drawn = [page.draw(figures.reliability(run.predictions, LABELS, title=_title(page, run)), f'{run.name}: reliability', height=280) for run in runs]
   return page.figure(drawn, (
       'Reliability: examples are sorted into ten equal bins of confidence. On the diagonal a prediction of 70 % is right in 70 % of the cases; '
@@ -340,14 +419,16 @@ def mistakes(page):
 
 def _mistakes(run):
   if not run.mistakes:
-    return f'<p class="none">{NOT_RECORDED.format(escape(run.name), "evaluate --workdir=" + escape(str(run.folder)))}</p>'
+    return _not_recorded_of(run)
   parts = []
   for name, rows in run.mistakes['conditions'].items():
     c = run.predictions.conditions.index(name)
-    wrong = int(np.sum(run.predictions.counted_cn[c] & ~run.predictions.right_cn[c]))
+    counted_n = run.predictions.counted_cn[c]
+    wrong, count = int(np.sum(counted_n & ~run.predictions.right_cn[c])), int(counted_n.sum())
+    said = f'{wrong:,} mistakes of {count:,}' if count else 'no example'
     cards = ''.join(_card(run, name, row) for row in rows)
-    parts.append(f'<h4>{LABELS[name].capitalize()} <small>{wrong:,} mistakes of {int(run.predictions.counted_cn[c].sum()):,}</small></h4>'
-                 f'<div class="cards">{cards or "<p>None.</p>"}</div>')
+    parts.append(f'<h4>{LABELS[name].capitalize()} <small>{said}</small></h4>'
+                 f'<div class="cards">{cards}</div>')
   return ''.join(parts) + (
       '<p class="caption">The mistakes of the greatest cross-entropy. What is crossed out was there, and was not fed.</p>')
 
@@ -357,9 +438,10 @@ def _card(run, condition, row):
   c = p.conditions.index(condition)
   probability_k = p.probability_cnk[c, row]
   true = set(np.flatnonzero(p.label[row])) if p.multi_label else {int(p.label[row])}
-  shown = list(dict.fromkeys([*np.argsort(-probability_k, kind='stable')[:3].tolist(), *sorted(true)]))
+  shown = [*np.argsort(-probability_k, kind='stable')[:3].tolist(), *sorted(true)[:MAX_CLASSES]]
+  shown = list(dict.fromkeys(shown))
   bars = ''.join(
-      f'<li class="{"true" if k in true else "wrong"}"><span>{escape(p.class_names[k])}</span><b>{_probability(probability_k[k])}</b>'
+      f'<li class="{"true" if k in true else "wrong"}"><span>{safe(p.class_names[k])}</span><b>{_probability(probability_k[k])}</b>'
       f'<i style="width:{100 * float(probability_k[k]):.1f}%"></i></li>' for k in shown)
   return (f'<article class="card"><div class="shown">{_image(example, condition)}{_text(example, condition)}</div><ol>{bars}</ol></article>')
 
@@ -371,14 +453,19 @@ def _probability(value):
 def _image(example, condition):
   if not example['image']:
     return '<div class="blank">no image</div>'
+  url = checked.picture(example['image'])
+  if url is None:
+    return '<div class="blank">left out: not a small PNG, JPEG or WebP picture</div>'
   gone = ' class="gone"' if condition == 'image_absent' else ''
-  return f'<div class="thumb"{gone and " data-absent"}><img{gone} src="{example["image"]}" alt="example {escape(example["id"])}"></div>'
+  picture = f'<img{gone} src="{html.escape(url)}" alt="example {safe(example["id"])}">'
+  return f'<div class="thumb"{gone and " data-absent"}>{picture}</div>'
 
 
 def _text(example, condition):
   if not example['text']:
     return '<p class="none">no text</p>'
-  return f'<p><s>{escape(example["text"])}</s></p>' if condition == 'text_absent' else f'<p>{escape(example["text"])}</p>'
+  text = safe(' '.join(example['text'].split()), MOST_SHOWN)
+  return f'<p><s>{text}</s></p>' if condition == 'text_absent' else f'<p>{text}</p>'
 
 
 # ---- Set-up ------------------------------------------------------------------------------------------------------------------------------
@@ -387,19 +474,40 @@ def _text(example, condition):
 def setup(page):
   """What was run on what: a column a run; then what was chosen other than by default, and every field."""
   rows = [[title, *(cell(run) for run in page.runs)] for title, cell in FACTS.items()]
-  table = page.table(['', *(escape(run.name) for run in page.runs)], rows, 'The runs.')
+  table = page.table(['', *(safe(run.name) for run in page.runs)], rows, 'The runs.')
   changed = {run.name: dict(line.split(': ', 1) for line in config_lib.differences(config_lib.default_config(), run.config)) for run in page.runs}
   names = [name for name, _ in config_lib.fields() if any(name in fields for fields in changed.values())]
-  values = [[f'<code>{name}</code>', *(f'<code>{escape(str(config_lib.get(run.config, name)))}</code>' for run in page.runs)] for name in names]
-  chosen = page.table(['field', *(escape(run.name) for run in page.runs)], values, 'Fields of the config that differ from their defaults.')
+  values = [[f'<code>{name}</code>', *(_field(run, name) for run in page.runs)] for name in names]
+  chosen = page.table(['field', *(safe(run.name) for run in page.runs)], values, 'Fields of the config that differ from their defaults.')
   whole = ''.join(
-      f'<details><summary>Every field of {escape(run.name)}</summary><pre>{escape(config_lib.to_json(run.config))}</pre></details>'
+      f'<details><summary>Every field of {safe(run.name)}</summary><pre>{_whole(run)}</pre></details>'
       for run in page.runs)
   return table + chosen + whole
 
 
-def _about(run, key, show=str):
-  return show(run.about[key]) if key in run.about else '-'
+def _field(run, name):
+  return f'<code>{safe(config_lib.get(run.config, name))}</code>'
+
+
+def _whole(run):
+  """The config, with its line breaks."""
+  text = config_lib.to_json(run.config)[:MOST_CONFIG]
+  return '\n'.join(safe(line, MOST_CONFIG) for line in text.split('\n'))
+
+
+def _sizes(run):
+  sizes = run.about.get('examples', {})
+  return safe(', '.join(f'{count:,} {split}' for split, count in sizes.items())) or '-'
+
+
+def _parameters(run):
+  return f'{run.about["parameters"]:,}' if 'parameters' in run.about else '-'
+
+
+def _device(run):
+  if 'device' not in run.about:
+    return '-'
+  return safe(f'{run.about.get("devices", 1)} x {run.about["device"]}')
 
 
 def _seconds(seconds):
@@ -416,17 +524,21 @@ def _time(run):
 
 
 def _peak(run, key):
-  peaks = [call[key] for call in run.about.get('calls', ()) if call[key]]
+  peaks = [call[key] for call in run.about.get('calls', ()) if call.get(key)]
   return f'{max(peaks) / 1e9:.2f} GB' if peaks else '-'
 
 
 def _tower(run, modality):
   tower = run.evaluation['backbones'].get(modality)
-  return f'<code>{escape(tower["path"])}</code><br><small>sha256 {tower["sha256"][:12]}</small>' if tower else 'not used'
+  if not tower:
+    return 'not used'
+  sha256 = safe(tower['sha256'][:12])
+  return f'<code>{safe(tower["path"])}</code><br><small>sha256 {sha256}</small>'
 
 
 def _speed(run):
-  rates = [line['images_per_second'] for line in run.lines('train') if 'images_per_second' in line]
+  _, rates = _series(run.lines('train'), 'images_per_second')
+  rates = [rate for rate in rates if np.isfinite(rate)]
   return f'{np.median(rates):,.0f} examples/s' if rates else '-'
 
 
@@ -434,30 +546,31 @@ def _absence(run):
   c = run.config.missing
   trained = 'three views' if c.views else f'modality dropout {c.train_dropout:g}' if c.train_dropout else 'complete inputs only'
   gaps = f', {percent(c.train_rate, 0)} % of the training rows lack {c.train_type}' if c.train_rate else ''
-  return f'{c.strategy}; trained on {trained}{gaps}'
+  return safe(f'{c.strategy}; trained on {trained}{gaps}')
 
 
 def _command(run):
-  return f'<code>python -m molt_jax.evaluate --workdir={escape(shlex.quote(str(run.folder)))}</code>'
+  command = f'python -m molt_jax.evaluate --workdir={shlex.quote(str(run.folder))}'
+  return f'<code>{safe(command, 5_000)}</code>'
 
 
 FACTS: Mapping[str, Callable[[Run], str]] = {
-  'method': lambda run: escape(run.config.method),
+  'method': lambda run: safe(run.config.method),
   'absence': _absence,
-  'data': lambda run: f'{escape(run.config.dataset.name)} <small>{escape(run.config.dataset.path)}</small>',
-  'examples': lambda run: _about(run, 'examples', lambda sizes: ', '.join(f'{count:,} {split}' for split, count in sizes.items())),
+  'data': lambda run: f'{safe(run.config.dataset.name)} <small>{safe(run.config.dataset.path)}</small>',
+  'examples': _sizes,
   'image tower': functools.partial(_tower, modality='image'),
   'text tower': functools.partial(_tower, modality='text'),
-  'trained parameters': lambda run: _about(run, 'parameters', lambda count: f'{count:,}'),
+  'trained parameters': _parameters,
   'epochs, batch': lambda run: f'{run.config.train.epochs:g}, {run.config.train.batch_size}',
   'evaluated step': lambda run: str(run.evaluation['step']),
   'seed': lambda run: str(run.config.seed),
-  'device': lambda run: escape(f'{run.about["devices"]} x {run.about["device"]}' if run.about else '-'),
+  'device': _device,
   'time': lambda run: f'{_time(run)} <small>training and test</small>',
   'speed': _speed,
   'peak memory of the process': functools.partial(_peak, key='peak_host_bytes'),
   'peak memory of a device': functools.partial(_peak, key='peak_device_bytes'),
-  'versions': lambda run: escape(', '.join(f'{name} {version}' for name, version in run.evaluation['versions'].items())),
+  'versions': lambda run: safe(', '.join(map(' '.join, run.evaluation['versions'].items()))),
   'evaluate again': _command,
 }
 

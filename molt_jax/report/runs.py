@@ -12,6 +12,7 @@ import numpy as np
 from molt_jax import config as config_lib
 from molt_jax import logbook, records
 from molt_jax.config import UserError
+from molt_jax.report import checked
 
 LABELS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
 
@@ -55,20 +56,34 @@ class Run:
     """Whether this is the paper's baseline: no MoLT."""
     return self.config.method == 'late_fusion'
 
-  def score(self, condition: str) -> float:
-    """Returns the headline score of a condition."""
-    return self.evaluation['results'][condition][self.metric]
+  def score(self, condition: str, key: str | None = None) -> float | None:
+    """Returns a score of a condition, by default the headline score; None where it has none."""
+    result = self.evaluation['results'].get(condition, {})
+    if result.get('num_examples') == 0:  # Older evaluations wrote 0 there.
+      return None
+    return result.get(key or self.metric)
 
   def error(self, condition: str) -> float | None:
-    """Returns the standard error of that score over examples; None without predictions."""
-    return None if self.predictions is None else _standard_error(self.predictions.influence(condition))
+    """Returns the standard error of that score over examples; None where it is unknown."""
+    influence_n = self._influence(condition)
+    return None if influence_n is None else _standard_error(influence_n)
 
-  def difference(self, other: 'Run', condition: str) -> tuple[float, float | None]:
-    """Returns this run's score minus the other's, and its standard error: paired where both saw the same examples, None where it is unknown."""
-    value = self.score(condition) - other.score(condition)
-    if self.predictions is None or other.predictions is None:
+  def _influence(self, condition: str) -> np.ndarray | None:
+    if self.predictions is None or condition not in self.predictions.conditions:
+      return None
+    return self.predictions.influence(condition)
+
+  def difference(self, other: 'Run', condition: str) -> tuple[float, float | None] | None:
+    """Returns this run's score minus the other's and its standard error: paired where both saw the
+    same examples, None where it is unknown. None where one has no score.
+    """
+    scores = self.score(condition), other.score(condition)
+    if None in scores:
+      return None
+    value = scores[0] - scores[1]
+    one, two = self._influence(condition), other._influence(condition)
+    if one is None or two is None:
       return value, None
-    one, two = self.predictions.influence(condition), other.predictions.influence(condition)
     if list(self.predictions.ids) == list(other.predictions.ids):
       return value, _standard_error(one - two)
     return value, float(np.hypot(_standard_error(one), _standard_error(two)))
@@ -79,7 +94,7 @@ class Run:
 
 
 def _standard_error(influence_n):
-  return float(np.std(influence_n, ddof=1) / np.sqrt(len(influence_n))) if len(influence_n) > 1 else 0.0
+  return float(np.std(influence_n, ddof=1) / np.sqrt(len(influence_n)))
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
@@ -122,83 +137,6 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
   return names
 
 
-# ---- Files ---------------------------------------------------------------------------------------
-
-NUMBER = (int, float)
-SCORES = {f'{name}?': (*NUMBER, type(None)) for name in (
-    'accuracy', 'f1_micro', 'f1_macro', 'loss', 'num_examples')}
-# What the page reads of each file, as `_misfit` takes it.
-EVALUATION = {
-    'split': str, 'num_examples': int, 'step': (int, str), 'config_hash': str,
-    'results': {...: SCORES}, 'backbones': {...: {'path': str, 'sha256': str}},
-    'versions': {...: str}, 'data?': {'digest': str}}
-MISTAKES = {
-    'split': str, 'step': (int, str), 'conditions': {...: [int]},
-    'examples': {...: {'id': str, 'text': (str, type(None)), 'image': (str, type(None))}}}
-ABOUT = {
-    'examples': {...: int}, 'parameters': int, 'device': str, 'devices': int,
-    'calls': [{'seconds': NUMBER, ...: (*NUMBER, type(None))}]}
-LINES = {
-    'train': {
-        'loss?': NUMBER, 'loss_ce?': NUMBER, 'loss_distill?': NUMBER, 'loss_cca?': NUMBER,
-        'images_per_second?': NUMBER, 'cca_correlation?': [NUMBER]},
-    'validation': {
-        **{f'{name}?': SCORES for name in LABELS}, 'pairs': {'held_out_correlation?': [NUMBER]}}}
-
-
-def _misfit(value: Any, shape: Any, where: str = '') -> str:
-  """Returns where a JSON value has not the shape that it must have; '' where all is well.
-
-  A shape is a type or several; [shape of each item]; {name: shape}, in which `...` stands for all
-  other names (otherwise they may be anything) and a name with ? need not be there.
-  """
-  if isinstance(shape, list):
-    if not isinstance(value, list):
-      return where or 'it'
-    found = (_misfit(item, shape[0], f'{where}[{n}]') for n, item in enumerate(value))
-    return next(filter(None, found), '')
-  if isinstance(shape, dict):
-    return _misfit_of_object(value, shape, where)
-  is_right = isinstance(value, shape) and not isinstance(value, bool)
-  return '' if is_right else where or 'it'
-
-
-def _misfit_of_object(value, shape, where) -> str:
-  if not isinstance(value, dict):
-    return where or 'it'
-  named = {name.removesuffix('?'): inner for name, inner in shape.items() if name is not ...}
-  for name, inner in named.items():
-    if name not in value and f'{name}?' not in shape:
-      return f'{where}.{name}'.lstrip('.')
-    if name in value and (found := _misfit(value[name], inner, f'{where}.{name}'.lstrip('.'))):
-      return found
-  if ... in shape:
-    for name in value.keys() - named.keys():
-      if found := _misfit(value[name], shape[...], f'{where}.{name}'.lstrip('.')):
-        return found
-  return ''
-
-
-def _json(path: pathlib.Path, shape: Any, remedy: str) -> Any:
-  """Reads a file that training or evaluation wrote; None where it is not there."""
-  if not path.is_file():
-    return None
-  value = config_lib.read_json(path, remedy)
-  if where := _misfit(value, shape):
-    raise UserError(f'{path} is damaged ({where} is not as it must be); {remedy}')
-  return value
-
-
-def _read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
-  log = logbook.read(folder)
-  for line in log:
-    if where := _misfit(line, LINES.get(line['kind'], {})):
-      raise UserError(
-          f'{folder / "metrics.jsonl"} is damaged ({where} of the {line["kind"]} line of step '
-          f'{line["step"]} is not as it must be); delete that line')
-  return log
-
-
 def _verify(folder: pathlib.Path) -> None:
   """Compares config.json and the arrays of the run's checkpoint with what was saved."""
   if any((folder / 'checkpoints').glob('*/[0-9]*')):
@@ -209,13 +147,12 @@ def _verify(folder: pathlib.Path) -> None:
 def _read(folder: pathlib.Path, name: str) -> Run:
   evaluation_path = folder / 'evaluation.json'
   config = config_lib.read_run(folder)
-  again = f'run python -m molt_jax.evaluate --workdir={folder} again'
-  log = _read_log(folder)
+  log = checked.log(folder / 'metrics.jsonl', logbook.read(folder))
   if not evaluation_path.is_file():
     raise UserError(
         f'--workdir: the run in {str(folder)!r} is not finished (evaluation.json is not there; last logged step: {log[-1]["step"] if log else 0}); '
         f'run its train command again, or python -m molt_jax.evaluate --workdir={folder}')
-  evaluation = _json(evaluation_path, EVALUATION, again)
+  evaluation = checked.evaluation(evaluation_path, _json(evaluation_path))
   if not set(LABELS) & set(evaluation['results']):
     raise UserError(f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m molt_jax.evaluate --workdir={folder}')
   predictions, pairs = records.Predictions.load(folder / records.PREDICTIONS), records.Pairs.load(folder / records.PAIRS)
@@ -223,21 +160,19 @@ def _read(folder: pathlib.Path, name: str) -> Run:
   if predictions and (predictions.data != data or any(
       getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash'))):
     predictions = None
-  mistakes = _json(folder / records.MISTAKES, MISTAKES, again)
-  if not (mistakes and predictions and _belong(mistakes, predictions)):
-    mistakes = None
+  mistakes = _json(folder / records.MISTAKES) if predictions else None
+  if mistakes is not None:
+    mistakes = checked.mistakes(folder / records.MISTAKES, mistakes, predictions)
   if pairs and pairs.step != evaluation['step']:
     pairs = None
-  about = _json(folder / 'run.json', ABOUT, 'delete it: the page then does without')
+  about = _json(folder / 'run.json')
+  about = {} if about is None else checked.about(folder / 'run.json', about)
   _verify(folder)
-  return Run(name, folder, config, evaluation, log, about or {}, predictions, mistakes, pairs)
+  return Run(name, folder, config, evaluation, log, about, predictions, mistakes, pairs)
 
 
-def _belong(mistakes: dict[str, Any], predictions: records.Predictions) -> bool:
-  """Whether mistakes are of these predictions."""
-  identity = tuple(mistakes.get(key, '') for key in ('split', 'step', 'data'))
-  rows = {str(row) for rows in mistakes['conditions'].values() for row in rows}
-  known = {str(n) for n in range(len(predictions.ids))} & mistakes['examples'].keys()
-  return (
-      identity == (predictions.split, predictions.step, predictions.data)
-      and set(mistakes['conditions']) <= set(predictions.conditions) and rows <= known)
+def _json(path: pathlib.Path) -> Any:
+  """Reads a file that training or evaluation wrote; None where it is not there."""
+  if not path.is_file():
+    return None
+  return config_lib.read_json(path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew')

@@ -1,11 +1,25 @@
 """Predictions of no model, for the report and for the tables."""
 
+import importlib.util
+import pathlib
+
 import numpy as np
 import pytest
 
 from molt_jax import records
 
+HOSTILE = pathlib.Path(__file__).parents[2] / 'tools/fuzzing/report.py'
+
 LONG = 'extraordinarily_long_class_name_without_a_single_space_in_it'
+
+
+@pytest.fixture(scope='session')
+def hostile():
+  """The generator of run folders with hostile values: `write_run`, `check_page`, `STRINGS`."""
+  spec = importlib.util.spec_from_file_location('hostile_runs', HOSTILE)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 @pytest.fixture(scope='session')

@@ -16,7 +16,9 @@ from molt_jax import cli, config, records, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CONDITIONS = list(records.CONDITIONS)
-PIXEL = 'data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7'
+PIXEL = (
+    'data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsjkn'
+    'lwAAAABJRU5ErkJggg==')
 
 
 def make_pairs(rng, layers=4):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -48,16 +49,19 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
   """Runs a script's main() over two data sets and two seeds; returns (its JSON, its Markdown, its folder, how many runs were made so far)."""
   preset = tmp_path / 'preset.py'
   preset.write_text(PRESET.format(path=str(tiny_table)))
-  made = []
+  made, without = [], []  # Runs; conditions without examples.
 
   def train(config, folder):
     made.append(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = list(datasets.load_dataset(config).splits['test'].ids)
     p = dataclasses.replace(make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=len(ids), classes=3), ids=ids)
+    for condition in without:
+      p.counted_cn[p.conditions.index(condition)] = False
     p.save(folder / records.PREDICTIONS)
     scores = {c: p.scores(c) for c in p.conditions}
-    result = {'config_hash': config_lib.config_hash(config), 'test': scores, 'validation': {'score': 0.5}, 'seconds': 7.0}
+    validation = {} if without else {'score': 0.5}
+    result = {'config_hash': config_lib.config_hash(config), 'test': scores, 'validation': validation, 'seconds': 7.0}
     (folder / 'result.json').write_text(json.dumps(result))
     return result
 
@@ -71,6 +75,7 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
     with flagsaver.flagsaver(**chosen):
       scripts[script].main()
     return json.loads((out / f'{script}.json').read_text()), (out / f'{script}.md').read_text(), out, len(made)
+  run.without, run.data = without, [f'one={preset}', f'two={preset}']
   return run
 
 
@@ -158,6 +163,40 @@ def test_the_sign_test_is_the_binomial_one(scripts, wins, losses):
   from scipy import stats
   expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
   assert scripts['figure2'].sign_test(wins, losses) == pytest.approx(expected)
+
+
+def _no_constant(name):
+  raise AssertionError(f'{name} in JSON')
+
+
+@pytest.mark.parametrize('script', ['table1', 'table2', 'robustness', 'figure2', 'absence'])
+@pytest.mark.parametrize('without', [['image_absent'], ['none_absent', 'text_absent', 'image_absent']])
+@pytest.mark.filterwarnings('error')
+def test_a_condition_without_examples_has_no_number(study, scripts, monkeypatch, script, without):
+  study.without.extend(without)
+  monkeypatch.setattr(scripts['absence'], 'head_milliseconds', lambda data, method: 1.25)
+  _, text, out, _ = study(script, seeds=['0', '1'], data=study.data[:1])
+  json.loads((out / f'{script}.json').read_text(), parse_constant=_no_constant)
+  words = re.findall(r'[\w.]+', text)
+  assert not {'nan', 'None', 'inf'} & set(words)
+  label = scripts['grid'].CONDITIONS['image_absent']
+  ours = text.split('## As the paper')[0].splitlines()
+  rows = [line for line in ours if line.startswith(f'| {label} |')]
+  if script in ('table1', 'figure2'):
+    assert rows and all(line.rstrip(' |').endswith('-') for line in rows)
+  picture(out / {'table1': 'table1.png', 'table2': 'table2.png'}.get(script, f'{script}_one.png'))
+
+
+def test_spread_is_of_the_runs_that_have_a_score(scripts):
+  spread = scripts['runs'].spread
+  assert spread([]) == spread([None, np.nan]) == '-'
+  assert spread([0.5, None, 0.7, np.nan]) == spread([0.5, 0.7]) == '60.0 ± 14.1'
+
+
+@pytest.mark.parametrize('name', ['a/b', 'a|b', '', '$x$', '<b>'])
+def test_the_name_of_a_data_set_is_a_word(scripts, name, tmp_path):
+  with pytest.raises(UserError, match='--data'):
+    scripts['grid'].make_config(f'{name}={tmp_path}', {}, 0)
 
 
 def test_only_what_is_asked_for_or_finished_is_reported(study):
