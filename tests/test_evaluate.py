@@ -162,6 +162,6 @@ def test_predict_refuses_lists_of_unequal_length_and_nothing_at_all(run):
     predictor.predict(image=[None, None], text=['x'])
   with pytest.raises(UserError, match='both image and text are absent'):
     predictor.predict()
-  with pytest.raises(UserError, match='neither'):
+  with pytest.raises(UserError, match='both image and text are absent'):
     predictor.predict(text='  ')
   assert predictor.predict(text=[]) == []

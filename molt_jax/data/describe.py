@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from molt_jax import cli, logbook
@@ -193,7 +194,8 @@ def print_tables(report: dict[str, Any]) -> None:
   """Prints one column a split, then the classes by frequency in train."""
   console = rich.console.Console(width=None if sys.stdout.isatty() else 130)
   splits = report['splits']
-  table = rich.table.Table('', *splits, title=f'{report["dataset"]}, {len(report["classes"])} classes')
+  title = rich.text.Text(f'{report["dataset"]}, {len(report["classes"])} classes')
+  table = rich.table.Table('', *splits, title=title)
   for name in ('examples', 'both', 'image_only', 'text_only', 'without_label', 'sampled'):
     table.add_row(name.replace('_', ' '), *(f'{split[name]:,}' for split in splits.values()))
   for name in ('words', 'tokens', 'image_width', 'image_height'):
@@ -205,9 +207,14 @@ def print_tables(report: dict[str, Any]) -> None:
   console.print(table)
   classes = rich.table.Table('class', *splits, title='examples a class')
   by_frequency = sorted(report['classes'].items(), key=lambda item: -item[1]['train'])
-  for name, counts in by_frequency:
-    classes.add_row(name, *(f'{counts[split]:,} ({100 * counts[split] / max(splits[split]["examples"], 1):.1f} %)' for split in splits))
+  for name, counts in by_frequency:  # As it is: rich would take [b] in a name for bold.
+    shares = [f'{counts[split]:,} ({100 * counts[split] / max(splits[split]["examples"], 1):.1f} %)'
+              for split in splits]
+    classes.add_row(rich.text.Text(name), *shares)
   console.print(classes)
+  for split, values in splits.items():
+    if values['unusable']:
+      cli.say(f'{split}: {values["unusable"]}')
 
 
 def _four(percentiles: dict[str, float] | None) -> str:

@@ -218,8 +218,9 @@ def test_half_a_surrogate_pair_is_replaced(miniature, tmp_path):
   first, rest = file.read_text('utf-8').split('\n', 1)
   file.write_text(json.dumps(json.loads(first) | {'text': 'half \ud83d of it'}) + '\nno JSON\n' + rest, 'utf-8')
   dataset = load('hateful_memes', tmp_path / 'source', tmp_path / 'data')
-  assert dataset.splits['test'][0]['text'] == 'half ? of it'
-  assert facts_of(tmp_path / 'data')['left_out'] == [['test', 'line 2', 'not JSON with an id']]
+  assert dataset.splits['test'][0]['text'] == 'half \ufffd of it'
+  assert facts_of(tmp_path / 'data')['left_out'] == [
+      ['test', 'test_seen.jsonl:2', 'not JSON: Expecting value at column 1']]
 
 
 @pytest.mark.parametrize('data', [b'', b'no image', 'truncated', 'cmyk', 'png', 'huge'])
