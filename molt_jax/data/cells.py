@@ -83,6 +83,7 @@ _CONTROL = re.compile('[\x00-\x1f\x7f-\x9f]')
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _WHOLE = re.compile(r'([+-]?)(0|[1-9][0-9]*)(?:\.0*)?')
 _EXPONENT = re.compile(r'[+-]?[0-9](?:\.[0-9]*)?[eE][+-][0-9]{1,3}')
+_BETWEEN = re.compile(r'(?<=\w)[-_](?=\w)')
 _NUMBER = re.compile(r'[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?')
 # ['a', 1], [], {'a': 1}, {}, ('a', 'b'), (1, 2): what str() or json.dumps makes of them.
 _WRITTEN = re.compile(
@@ -530,12 +531,12 @@ def rows_in_words(rows: Sequence[Any]) -> str:
 def likeness(name: str) -> Any:
   """Returns what two names share that a reader may take for one class.
 
-  Such are names that differ by case, blanks, Unicode form, invisible characters, dashes or quotes,
-  and numbers of one value.
+  Such are names that differ by case, Unicode form, invisible characters, quotes, or what stands
+  between words (hot dog, hot-dog, hot_dog, hotdog), and numbers of one value.
   """
   folded = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', name).casefold())
   key = _UNSEEN.sub('', folded.translate(_ALIKE))
-  return decimal.Decimal(key) if _NUMBER.fullmatch(key) else key
+  return decimal.Decimal(key) if _NUMBER.fullmatch(key) else _BETWEEN.sub('', key)
 
 
 def lookalikes(names: Iterable[str]) -> list[list[str]]:

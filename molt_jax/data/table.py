@@ -197,7 +197,7 @@ def _read_csv(file: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
       _check_columns(file, header)
     elif row and len(row) != len(header):
       raise UserError(f'{file.name} row {number} has {len(row)} cells, the header {len(header)}: '
-                      'put a text with commas in double quotes')
+                      'put a text with commas or line breaks in double quotes')
     elif row:
       yield number, {name: row[place] for name, place in columns.items()}
 
