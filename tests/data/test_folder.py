@@ -350,3 +350,25 @@ def test_mistakes_are_one_line(miniature, tmp_path, damage, changes, says):
     load('mm_imdb', tmp_path / 'source', tmp_path / 'data', **changes)
   assert says in str(error.value) and '\n' not in str(error.value)
   assert not list(tmp_path.rglob('metadata.json'))
+
+
+@pytest.mark.parametrize('how', ['gone', 'cut', 'empty', 'other'])
+def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
+  source, data = miniature('hateful_memes'), tmp_path / 'data'
+  before = examples(load('hateful_memes', source, data), 'test')
+  folder = next(data.rglob('metadata.json')).parent
+  damaged = []
+  for file in sorted(folder.iterdir()):
+    kept = file.read_bytes()
+    if how == 'gone':
+      file.unlink()
+    else:
+      file.write_bytes({'cut': kept[:len(kept) // 2], 'empty': b'', 'other': b'[1]' * len(kept)}[how])
+    try:
+      assert examples(load('hateful_memes', source, data), 'test') == before
+    except UserError as error:
+      assert 'remove that folder' in str(error) and '\n' not in str(error)
+      damaged.append(file.name)
+    # Without metadata.json nothing is prepared, so it is prepared again.
+    file.write_bytes(kept)
+  assert {'rows.npz', 'images.array_record', 'dataset_info.json'} <= set(damaged)

@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from molt_jax import cli
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
 from molt_jax.data import cells, missing, textfiles, transforms
-from molt_jax.data.sources import Dataset
+from molt_jax.data.sources import Dataset, reading_prepared
 from molt_jax.data.splits import set_aside
 
 IMAGES = 'images.array_record'
@@ -430,15 +429,8 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
 
 
 def _read_facts(folder: pathlib.Path) -> Facts:
-  try:
+  with reading_prepared(folder):
     return Facts(**textfiles.parse_json((folder / METADATA).read_bytes()))
-  except (textfiles.NotJson, TypeError, OSError) as error:
-    raise _damaged(folder, METADATA) from error
-
-
-def _damaged(folder: pathlib.Path, name: str) -> UserError:
-  return UserError(f'config.dataset.data_dir: {name} in {folder} is damaged: '
-                   'remove that folder, and it is prepared anew')
 
 
 def _check_unchanged(builder, config, folder, facts) -> None:
@@ -474,20 +466,19 @@ class PreparedSource:
 
   @functools.cached_property
   def _table(self) -> dict[str, np.ndarray]:
-    folder = pathlib.Path(self.folder)
-    try:
-      with np.load(folder / ROWS) as table:
-        return {name: table[f'{self.split}_{name}'] for name in _COLUMNS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-      raise _damaged(folder, ROWS) from error
+    with reading_prepared(self.folder), np.load(pathlib.Path(self.folder) / ROWS) as table:
+      return {name: table[f'{self.split}_{name}'] for name in _COLUMNS}
 
   @functools.cached_property
   def _rows(self) -> Sequence[dict[str, Any]]:
-    return tfds.builder_from_directory(self.folder).as_data_source(self.split)
+    with reading_prepared(self.folder):
+      return tfds.builder_from_directory(self.folder).as_data_source(self.split)
 
   @functools.cached_property
   def _images(self) -> Sequence[bytes]:
-    return array_record_data_source.ArrayRecordDataSource([str(pathlib.Path(self.folder) / IMAGES)])
+    with reading_prepared(self.folder):
+      file = str(pathlib.Path(self.folder) / IMAGES)
+      return array_record_data_source.ArrayRecordDataSource([file])
 
   @functools.cached_property
   def ids(self) -> list[str]:
@@ -510,8 +501,9 @@ class PreparedSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     number = int(self._table['images'][index])
-    data = self._images[number] if image and number >= 0 else None
-    text = self._rows[index]['text'].decode() if self._table['texts'][index] else None
+    with reading_prepared(self.folder):
+      data = self._images[number] if image and number >= 0 else None
+      text = self._rows[index]['text'].decode() if self._table['texts'][index] else None
     return {'id': self.ids[index], 'image': data, 'text': text, 'label': self.labels[index]}
 
 

@@ -27,7 +27,7 @@ from rich import console, progress
 
 from molt_jax.config import UserError
 from molt_jax.data import cells
-from molt_jax.data.sources import Dataset, TfdsSource
+from molt_jax.data.sources import Dataset, TfdsSource, reading_prepared
 
 ATTRIBUTION = 'All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)'
 # Emoji lines are dark, so they are laid on white, opaquely: every image library then sees the same pixels.
@@ -238,5 +238,6 @@ def load(config: Any) -> Dataset:
 
 def open_prepared(folder: pathlib.Path) -> Dataset:
   """Opens the folder that `prepare` returned."""
-  class_names = tfds.builder_from_directory(folder).info.features['label'].names
+  with reading_prepared(folder):
+    class_names = tfds.builder_from_directory(folder).info.features['label'].names
   return Dataset(name='openmoji', class_names=tuple(class_names), multi_label=False, splits={s: TfdsSource(str(folder), s) for s in SHARES})
