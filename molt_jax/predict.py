@@ -17,7 +17,7 @@ from molt_jax import cli, evaluate, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
-from molt_jax.data import cells, pipeline, transforms
+from molt_jax.data import cells, findings, imagefiles, pipeline, transforms
 
 
 class Predictor:
@@ -149,7 +149,7 @@ def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bo
   count = len(images if images is not None else texts) if many else 1
   images = [image] * count if images is None else images
   texts = [text] * count if texts is None else texts
-  found = cells.Findings(_where)
+  found = findings.Findings(_where)
   pairs = []
   for number, (one_image, one_text) in enumerate(zip(images, texts, strict=True)):
     found.row = number if many else None
@@ -167,7 +167,7 @@ def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bo
 
 
 def _where(column: str, numbers: Sequence[int | None]) -> str:
-  return f'predict: {cells.some([_place(column, number) for number in numbers])}'
+  return f'predict: {findings.some([_place(column, number) for number in numbers])}'
 
 
 def _place(column: str, number: int | None) -> str:
@@ -225,10 +225,10 @@ def _decoded(image: str | bytes, name: str) -> PIL.Image.Image:
   """
   if isinstance(image, str):
     name = f'{name} {cells.shown(image, most=cells.MOST_PATH)}'
-    if why := cells.why_no_file(image):
+    if why := imagefiles.why_no_file(image):
       raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}')
   try:
-    return transforms.decode(cells.read_file(image) if isinstance(image, str) else image)
+    return transforms.decode(imagefiles.read_file(image) if isinstance(image, str) else image)
   except OSError as error:
     why = error.strerror or str(error)
     raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}') from error
@@ -238,7 +238,7 @@ def _decoded(image: str | bytes, name: str) -> PIL.Image.Image:
 
 
 def _path_remedy(path: str) -> str:
-  if cells.looks_like_address(path):
+  if imagefiles.looks_like_address(path):
     return 'addresses are not read; save the image as a file'
   if not pathlib.PurePath(path).suffix:
     return 'give the path of an image file; a text goes by its name, text=...'

@@ -45,15 +45,12 @@ import functools
 import numbers
 import os
 import re
-import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
-
-from molt_jax.config import UserError
 
 NULL_WORDS = frozenset((
     'nan', 'NaN', '-nan', '-NaN', 'None', 'NA', 'N/A', 'n/a', 'NULL', 'null', 'NaT', '<NA>', 'NIL',
@@ -62,11 +59,7 @@ NULL_WORDS = frozenset((
 _NULL_WORDS_FOLDED = frozenset(word.casefold() for word in NULL_WORDS)
 _LONGEST_NULL_WORD = max(map(len, NULL_WORDS))
 MOST_LABEL = 1000
-# Bytes of an image file: more than the largest image that is decoded takes without compression.
-MOST_FILE = 1 << 29
-NO_FILE = 'no such file'
 _EXACT = 1 << 53
-_SHOWN = 5  # Rows, values and names that a line names.
 _SHOWN_CHARACTERS = 60
 MOST_PATH = 300  # Characters of a path that a line shows.
 
@@ -94,12 +87,6 @@ _BLANK_TYPES = ('NAType', 'NaTType')  # Of pandas, which is not imported for the
 
 # What is remarked of a cell that is not refused.
 NULL_WORD, REPLACED, WRITTEN, TWICE = 'null word', 'replaced', 'written', 'twice'
-_REMARKS = {
-    NULL_WORD: 'is a word that tables write for nothing ({}): taken as absent',
-    REPLACED: 'has half of a surrogate pair or a zero character: replaced by U+FFFD',
-    WRITTEN: 'is a list or dict that was written as text ({}): read as the text that it is',
-    TWICE: 'is there twice with different labels ({}): the last one counts',
-}
 # Called with a kind of remark and the cell.
 Remark = Callable[[str, str], None]
 
@@ -404,125 +391,6 @@ def _digits(column: str, number: int, remedy: str) -> str:
   if number.bit_length() > 3 * MOST_LABEL:  # Python refuses to write more digits than some 4,300.
     raise CellError(column, 'is a number of too many digits', remedy)
   return str(number)
-
-
-# ---- Files that cells name -----------------------------------------------------------------------
-
-
-def why_no_file(path: str) -> str | None:
-  """Returns why there is no regular file at `path`, None where there is one."""
-  try:
-    mode = os.stat(path).st_mode
-  except OSError as error:
-    return NO_FILE if isinstance(error, FileNotFoundError) else _lower(error)
-  except ValueError:  # A zero character, or half of a surrogate pair.
-    return 'no legal path'
-  if stat.S_ISREG(mode):
-    return None
-  kinds = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket'}
-  return kinds.get(stat.S_IFMT(mode), 'a device')
-
-
-def _lower(error: OSError) -> str:
-  return (error.strerror or str(error)).lower()
-
-
-def read_file(path: str) -> bytes:
-  """Reads an image file.
-
-  Raises:
-    OSError: it cannot be read, is no regular file, or has more than MOST_FILE bytes.
-  """
-  # A pipe that has taken the place of a file would be waited for without end.
-  handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
-  try:
-    about = os.fstat(handle)
-    if not stat.S_ISREG(about.st_mode):
-      raise OSError(0, 'not a file but a folder, pipe or device')
-    if about.st_size > MOST_FILE:
-      raise OSError(0, f'a file of more than {MOST_FILE:,} bytes')
-    with open(handle, 'rb', closefd=False) as stream:
-      return stream.read(about.st_size)
-  finally:
-    os.close(handle)
-
-
-def looks_like_address(text: str) -> bool:
-  """Whether a string is a URL."""
-  return re.match(r'[A-Za-z][A-Za-z0-9+.-]+://|data:', text) is not None
-
-
-# ---- What is found in many cells -----------------------------------------------------------------
-
-
-class Findings:
-  """Reads the cells of one file, and gathers what is refused and what is remarked, with its rows.
-
-  Attributes:
-    row: number or name of the row that is read.
-  """
-
-  def __init__(self, where: Callable[[str, Sequence[Any]], str]):
-    """`where`: (column, rows) -> the words a line begins with."""
-    self.row: Any = None
-    self._where, self._column = where, ''
-    self._refused: dict[tuple[str, str], list[tuple[Any, CellError]]] = {}
-    self._remarked: dict[tuple[str, str], list[tuple[Any, str]]] = {}
-
-  def read(self, column: str, value: Any) -> Any:
-    """As `read`; what is refused is kept for `check` and is None."""
-    self._column = column
-    try:
-      return _RULES[column](value, self.remark)
-    except CellError as error:
-      self._refuse(error)
-      return None
-
-  def read_labels(self, value: Any, *, several: bool) -> tuple[str, ...]:
-    """As `read_labels`; what is refused is kept for `check` and is empty."""
-    self._column = 'label'
-    try:
-      return read_labels(value, several=several, remark=self.remark)
-    except CellError as error:
-      self._refuse(error)
-      return ()
-
-  def require(self, column: str, value: Any) -> Any:
-    """As `read`: what is refused raises CellError."""
-    self._column = column
-    return _RULES[column](value, self.remark)
-
-  def _refuse(self, error: CellError) -> None:
-    self._refused.setdefault((error.column, error.reason), []).append((self.row, error))
-
-  def remark(self, kind: str, value: str) -> None:
-    """Keeps a remark on the column that was read last."""
-    self._remarked.setdefault((self._column, kind), []).append((self.row, value))
-
-  def check(self) -> None:
-    """Raises UserError, one line on the first kind of cell that was refused, with its rows."""
-    for (column, _), found in self._refused.items():
-      raise UserError(f'{self._where(column, [row for row, _ in found])} {found[0][1].sentence()}')
-
-  def remarks(self) -> list[str]:
-    """Returns a line for each kind of remark."""
-    lines = []
-    for (column, kind), found in self._remarked.items():
-      values = list(dict.fromkeys(shown(value) for _, value in found))
-      sentence = _REMARKS[kind].format(some(values))
-      lines.append(f'{self._where(column, [row for row, _ in found])} {sentence}')
-    return lines
-
-
-def some(words: Sequence[str]) -> str:
-  """Returns the first words and how many more there are."""
-  more = f' and {len(words) - _SHOWN:,} more' if len(words) > _SHOWN else ''
-  return ', '.join(words[:_SHOWN]) + more
-
-
-def rows_in_words(rows: Sequence[Any]) -> str:
-  """Returns 'row 2' or 'rows 2, 3 and 9 more'."""
-  return f'row{"s" if len(rows) > 1 else ""} {some([str(row) for row in rows])}'
 
 
 # ---- Names of classes ----------------------------------------------------------------------------

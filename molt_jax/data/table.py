@@ -24,7 +24,7 @@ import numpy as np
 
 from molt_jax import cli
 from molt_jax.config import UserError
-from molt_jax.data import cells, textfiles
+from molt_jax.data import cells, findings, imagefiles, textfiles
 from molt_jax.data.sources import UNLABELLED, Dataset
 from molt_jax.data.splits import set_aside
 
@@ -66,7 +66,7 @@ class TableSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     row = self.rows[index]
-    data = cells.read_file(row.image) if image and row.image is not None else None
+    data = imagefiles.read_file(row.image) if image and row.image is not None else None
     return {'id': row.id, 'image': data, 'text': row.text, 'label': self.labels[index]}
 
 
@@ -78,7 +78,7 @@ def load(config: Any) -> Dataset:
   """
   folder = pathlib.Path(os.path.expanduser(config.dataset.path))
   multi_label = config.dataset.multi_label
-  if not config.dataset.path or not folder.is_dir():
+  if not config.dataset.path or not os.path.isdir(folder):
     raise UserError(f'dataset.path {config.dataset.path!r} is not a folder: '
                     'give the folder that holds train.csv and test.csv')
   names = ('train', 'validation', 'test')
@@ -119,7 +119,8 @@ def _source(rows: Sequence[Row], class_names: Sequence[str], multi_label: bool) 
 
 
 def _find(folder: pathlib.Path, split: str, *, required: bool) -> pathlib.Path | None:
-  found = [folder / (split + suffix) for suffix in _FORMATS if (folder / (split + suffix)).is_file()]
+  files = [folder / (split + suffix) for suffix in _FORMATS]
+  found = [file for file in files if os.path.isfile(file)]
   if len(found) > 1:
     raise UserError(f'{folder} has both {found[0].name} and {found[1].name}: keep one of them')
   if required and not found:
@@ -143,7 +144,7 @@ def _read_table(
     rows, and what the user should know of how they were read, a line each.
   """
   folder = file.parent.resolve()
-  found = cells.Findings(functools.partial(_where, file))
+  found = findings.Findings(functools.partial(_where, file))
   rows, numbers, images = [], [], []
   for number, record in _READERS[file.suffix](file):
     found.row = number
@@ -165,7 +166,7 @@ def _read_table(
 
 
 def _where(file: pathlib.Path, column: str, numbers: Sequence[int]) -> str:
-  return f'{file.name} {cells.rows_in_words(numbers)}: {column}'
+  return f'{file.name} {findings.rows_in_words(numbers)}: {column}'
 
 
 def _check_complete(
@@ -175,12 +176,12 @@ def _check_complete(
   empty = [n for n, row in rows.items() if row.image is None and row.text is None]
   if empty:
     hint = ' (a word such as nan is an empty cell)' if any('nothing' in x for x in remarks) else ''
-    rows_in_words = cells.rows_in_words(empty)
+    rows_in_words = findings.rows_in_words(empty)
     raise UserError(f'{file.name} {rows_in_words}: both image and text are empty{hint}; '
                     'fill one in or remove the row')
   blank = [n for n, row in rows.items() if not row.labels]
   if blank and (multi_label or not unlabelled or len(blank) == len(rows)):
-    raise UserError(f'{file.name} {cells.rows_in_words(blank)}: label is empty; '
+    raise UserError(f'{file.name} {findings.rows_in_words(blank)}: label is empty; '
                     'fill it in or remove the row')
 
 
@@ -289,7 +290,7 @@ def _check_classes(file: pathlib.Path, rows: Iterable[Row], multi_label: bool) -
       (alike, 'labels that look alike are different classes', 'write them alike if they are one'),
       (words, 'a word that may mean nothing is a class', 'leave the label empty if there is none'),
       (joined, 'what may be several labels is one class', remedy))
-  return [f'{file.name}: {what}: {cells.some(names)}; {hint}'
+  return [f'{file.name}: {what}: {findings.some(names)}; {hint}'
           for names, what, hint in kinds if names]
 
 
@@ -307,7 +308,7 @@ def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> 
       remedy = ('join labels by |' if multi_label
                 else 'set dataset.multi_label=True, or give the class a name without |')
       raise UserError(f'{file.name}: the label {_counted(name, count)} is several labels, '
-                      f'{cells.some([repr(part) for part in known])} among them: {remedy}')
+                      f'{findings.some([repr(part) for part in known])} among them: {remedy}')
     named.append(_counted(name, count))
   return named
 
@@ -326,7 +327,7 @@ def _check_seen(file: pathlib.Path, rows: Iterable[Row], class_names: Sequence[s
       like = near.get(cells.likeness(label))
       hint = f', train has {like!r}' if like else ''
       words.append(f'{cells.shown(label)} (row {row_id.rpartition(":")[2]}{hint})')
-    raise UserError(f'{file.name}: labels that train does not have: {cells.some(words)}; '
+    raise UserError(f'{file.name}: labels that train does not have: {findings.some(words)}; '
                     'correct them, or add such rows to train')
 
 
@@ -334,20 +335,20 @@ def _check_images(
     file: pathlib.Path, numbers: Sequence[int], rows: Sequence[Row], images: Sequence[str | None]
 ) -> None:
   """Raises UserError where an image is not there, or is no regular file."""
-  why = {row.image: cells.why_no_file(row.image) for row in rows if row.image}
+  why = {row.image: imagefiles.why_no_file(row.image) for row in rows if row.image}
   bad = [(number, image, why[row.image])
          for number, row, image in zip(numbers, rows, images, strict=True)
          if row.image and why[row.image]]
   for missing in (True, False):
     named = [f'row {number} {cells.plain(image)}' + ('' if missing else f' ({reason})')
-             for number, image, reason in bad if (reason == cells.NO_FILE) is missing]
+             for number, image, reason in bad if (reason == imagefiles.NO_FILE) is missing]
     what = 'image files do not exist' if missing else 'images are not files'
     if named:
-      raise UserError(f'{file.name}: {len(named)} {what}: {cells.some(named)}; '
+      raise UserError(f'{file.name}: {len(named)} {what}: {findings.some(named)}; '
                       f'{_images_remedy(file, bad)}')
 
 
 def _images_remedy(file: pathlib.Path, bad: Sequence[tuple[int, str, str]]) -> str:
-  if any(cells.looks_like_address(image) for _, image, _ in bad):
+  if any(imagefiles.looks_like_address(image) for _, image, _ in bad):
     return 'addresses are not read: save the images as files'
   return f'paths are relative to {file.parent}'

@@ -363,7 +363,8 @@ def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
     if how == 'gone':
       file.unlink()
     else:
-      file.write_bytes({'cut': kept[:len(kept) // 2], 'empty': b'', 'other': b'[1]' * len(kept)}[how])
+      contents = {'cut': kept[:len(kept) // 2], 'empty': b'', 'other': b'[1]' * len(kept)}
+      file.write_bytes(contents[how])
     try:
       assert examples(load('hateful_memes', source, data), 'test') == before
     except UserError as error:

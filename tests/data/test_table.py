@@ -109,26 +109,36 @@ MISTAKES = {
         {'train': (HEADER + ',x,cat\n' * 9000 + ',ä,cat\n').encode('latin-1')},
         'train.csv is not UTF-8 (byte 63018) in line 9002'),
     'utf-16': ({'train': GOOD.encode('utf-16')}, 'train.csv is UTF-16, not UTF-8'),
-    'utf-16 without a mark': ({'train': GOOD.encode('utf-16-le')}, 'train.csv has zero bytes in its'),
+    'utf-16 without a mark': (
+        {'train': GOOD.encode('utf-16-le')},
+        'train.csv has zero bytes in its'),
     'utf-32': ({'train': GOOD.encode('utf-32')}, 'train.csv is UTF-32, not UTF-8'),
     'a column twice': (
         {'train': 'image,text,label,text\n,x,cat,y\n'}, "the column text 2 times ('text', 'text')"),
     'a column twice but for blanks and case': (
         {'test': 'image,text,label, LABEL \n,x,cat,y\n'}, "label 2 times ('label', 'LABEL')"),
-    'columns in capitals': ({'train': 'Image,Text,Label\n,x,cat\n'}, "is it 'Image', 'Text', 'Label'?"),
+    'columns in capitals': (
+        {'train': 'Image,Text,Label\n,x,cat\n'}, "is it 'Image', 'Text', 'Label'?"),
     'semicolons': ({'train': GOOD.replace(',', ';')}, "its cells are separated by ';'"),
     'tabs': ({'train': GOOD.replace(',', '\t')}, "its cells are separated by '\\t'"),
     'a blank line first': ({'train': '\n' + GOOD}, 'train.csv begins with a blank line'),
-    'a column name of many lines': ({'train': '"a\nb",text,label\n,x,cat\n'}, "(it has 'a\\nb', text"),
+    'a column name of many lines': (
+        {'train': '"a\nb",text,label\n,x,cat\n'},
+        "(it has 'a\\nb', text"),
     'a bare carriage return': ({'train': GOOD + ',a\rb,cat\n'}, 'train.csv row 5 has 2 cells'),
     'null words alone': (
-        {'train': HEADER + ',nan,cat\n,None,dog\n'}, 'rows 2, 3: both image and text are empty (a word'),
+        {'train': HEADER + ',nan,cat\n,None,dog\n'},
+        'rows 2, 3: both image and text are empty (a word'),
     'null words as labels': (
-        {'train': GOOD + ',x,nan\n,y,None\n'}, "rows 5, 6: label is a word that tables write for nothing"),
-    'joined labels': ({'train': GOOD + ',x,cat|dog\n'}, "'cat|dog' (1 row) is several labels, 'cat', 'dog'"),
+        {'train': GOOD + ',x,nan\n,y,None\n'},
+        "rows 5, 6: label is a word that tables write for nothing"),
+    'joined labels': (
+        {'train': GOOD + ',x,cat|dog\n'}, "'cat|dog' (1 row) is several labels, 'cat', 'dog'"),
     'one label in other capitals': ({'test': GOOD + ',x,Cat\n'}, "'Cat' (row 5, train has 'cat')"),
     'an address': ({'train': GOOD + 'https://example.org/a.png,x,cat\n'}, 'addresses are not read'),
-    'a folder for an image': ({'train': GOOD + '.,x,cat\n'}, '1 images are not files: row 5 . (a folder)'),
+    'a folder for an image': (
+        {'train': GOOD + '.,x,cat\n'},
+        '1 images are not files: row 5 . (a folder)'),
     'no test file': ({'test': None}, 'has no test.csv and no test.jsonl'),
     'no train file': ({'train': None}, 'has no train.csv and no train.jsonl'),
 }
@@ -152,13 +162,21 @@ JSON_MISTAKES = {
     'missing key': ('{"text": "x", "label": "cat"}\n', 'test.jsonl lacks the column image'),
     'list': ('{"text": "x", "label": ["cat"], "image": null}\n', 'test.jsonl row 1: label is a list'),
     'no rows': ('\n', 'test.jsonl has no rows'),
-    'a key twice': ('{"text": "x", "text": "y"}\n', "test.jsonl row 1 is not valid JSON (the key 'text'"),
+    'a key twice': (
+        '{"text": "x", "text": "y"}\n',
+        "test.jsonl row 1 is not valid JSON (the key 'text'"),
     'a key in two capitals': (
-        '{"image": null, "text": "x", "label": "cat"}\n{"Text": "x"}\n', "text 2 times ('text', 'Text')"),
-    'too deep': ('{"text": ' + '[' * 100_000, 'test.jsonl row 1 is not valid JSON (lists or objects'),
-    'too many digits': ('{"n": ' + '9' * 5000 + '}', 'test.jsonl row 1 is not valid JSON (a number of'),
+        '{"image": null, "text": "x", "label": "cat"}\n{"Text": "x"}\n',
+        "text 2 times ('text', 'Text')"),
+    'too deep': (
+        '{"text": ' + '[' * 100_000,
+        'test.jsonl row 1 is not valid JSON (lists or objects'),
+    'too many digits': (
+        '{"n": ' + '9' * 5000 + '}',
+        'test.jsonl row 1 is not valid JSON (a number of'),
     'a mark inside': (
-        '{"image": null, "text": "x", "label": "cat"}\n\ufeff{}\n', 'test.jsonl row 2 is not valid JSON'),
+        '{"image": null, "text": "x", "label": "cat"}\n\ufeff{}\n',
+        'test.jsonl row 2 is not valid JSON'),
     'cells of other types': (
         '{"image": null, "text": ["x"], "label": "cat"}\n{"text": ["y", "z"], "label": "cat"}\n',
         'test.jsonl rows 1, 2: text is a list: give one string'),
@@ -186,9 +204,11 @@ REMARKS = {
     'null words': ('a.png,x,cat\na.png,nan,dog\nNone,x,dog\na.png, NaN ,dog\n', {}, [
         "train.csv rows 3, 5: text is a word that tables write for nothing ('nan', ' NaN '): "
         'taken as absent',
-        "train.csv row 4: image is a word that tables write for nothing ('None'): taken as absent"]),
+        "train.csv row 4: image is a word that tables write for nothing ('None'): "
+        'taken as absent']),
     'capitals': (',x,cat\n,x,Cat\n,x,Cat\n,x,hot dog\n,x,hotdog\n', {}, [
-        "train.csv: labels that look alike are different classes: 'Cat' (2 rows) and 'cat' (1 row), "
+        "train.csv: labels that look alike are different classes: "
+        "'Cat' (2 rows) and 'cat' (1 row), "
         "'hot dog' (1 row) and 'hotdog' (1 row); write them alike if they are one"]),
     'numbers of one value': (',x,1.5\n,x,1.50\n,x,1\n,x,01\n,x,1.0\n', {}, [
         "train.csv: labels that look alike are different classes: '01' (1 row) and '1' (2 rows), "
@@ -224,16 +244,19 @@ def test_whole_numbers_are_one_class_in_all_files(folder):
   (folder / 'train.csv').write_text(HEADER + ',a,1.0\n,b,0.0\n,c,\n,d,1.0\n')
   (folder / 'validation.csv').write_text(HEADER + ',a,+1\n,b,0\n')
   (folder / 'test.csv').unlink()
-  (folder / 'test.jsonl').write_text('{"image": null, "text": "a", "label": 1}\n{"text": "b", "label": 0.0}\n')
+  rows = [{'image': None, 'text': 'a', 'label': 1}, {'text': 'b', 'label': 0.0}]
+  (folder / 'test.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   dataset = load(folder)
-  assert dataset.class_names == ('0', '1') and dataset.splits['train'].labels == (1, 0, UNLABELLED, 1)
+  assert dataset.class_names == ('0', '1')
+  assert dataset.splits['train'].labels == (1, 0, UNLABELLED, 1)
   assert dataset.splits['validation'].labels == dataset.splits['test'].labels == (1, 0)
 
 
 def test_cells_of_any_length_are_read_and_the_limit_of_the_process_stays(folder):
   before = csv.field_size_limit()
   (folder / 'train.csv').write_text(GOOD + f',{"long " * 100_000},cat\n')
-  assert len(load(folder).splits['train'][3]['text']) == 500_000 and csv.field_size_limit() == before
+  assert len(load(folder).splits['train'][3]['text']) == 500_000
+  assert csv.field_size_limit() == before
 
 
 def test_two_files_for_a_split(folder):
@@ -241,8 +264,9 @@ def test_two_files_for_a_split(folder):
   check_one_line(folder, 'both train.csv and train.jsonl')
 
 
-def test_no_folder(tmp_path):
-  check_one_line(tmp_path / 'nowhere', 'is not a folder')
+@pytest.mark.parametrize('name', ['nowhere', 'x' * 5000, '~nobody/x', 'a\0b', '\ud83d'])
+def test_no_folder(tmp_path, name):
+  check_one_line(name if name[0] == '~' else tmp_path / name, 'is not a folder')
 
 
 def check_one_line(folder, message, **fields):

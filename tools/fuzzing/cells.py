@@ -27,7 +27,17 @@ BLANKS = (' ', '\t', '\n', '\u00a0', '\u2003', '\u3000', '\u200b', '\ufeff', '\u
 WORDS = ('nan', 'NaN', 'None', 'NA', 'N/A', 'NULL', 'null', '<NA>', 'NaT', '#N/A', '#NULL!', 'n/a')
 LETTERS = 'abzQ éßñ 東京 жд 😀👩\u200d🚀 \u0301 \u0627 "\',;|&<>[]{}()\\/#%$0123.-_=+ \r\n'
 CONTAINERS = ([], ['a'], {}, {'a': 1}, [[]], [None], {'en': 'a text'}, [1, 2])
-BAD_PATHS = ('b.png', 'sub', 'pipe', 'loop', 'a.png/c', 'x' * 400, '/dev/null', 'http://a/b.png', '~')
+BAD_PATHS = (
+  'b.png',
+  'sub',
+  'pipe',
+  'loop',
+  'a.png/c',
+  'x' * 400,
+  '/dev/null',
+  'http://a/b.png',
+  '~',
+)
 PATHS = ('a.png', './a.png', 'ü.png', 'sub/../a.png')
 JOINED = 'anchor one|z'  # One label and another, where a row has one label.
 MODES = ('csv', 'jsonl', 'predict', 'published', 'damaged')
@@ -99,12 +109,12 @@ class Cells:
     kind = self._rng.random()
     if kind < 0.1:
       return self.absent(), None
-    if kind < 0.18:
+    if kind < 0.2:
       bad = ('a\x1b', 'a\0', 'x' * 2000, "['a', 'b']", '{"a": 1}', '[1, 2]', JOINED)
       return self.one_of((*bad, *WORDS)), REFUSED
-    if kind < 0.22 and self._escapes:
+    if kind < 0.24 and self._escapes:
       return 'a\ud800', REFUSED
-    if kind < 0.3 and self._typed:
+    if kind < 0.32 and self._typed:
       return self.one_of((1e300, float('inf'), 2.0**60, *CONTAINERS)), REFUSED
     if kind < 0.5:
       number = int(self._rng.integers(-20, 10**6))
@@ -116,7 +126,12 @@ class Cells:
       return self.one_of(spelled), str(number)
     if kind < 0.55:
       truth = self.chance(0.5)
-      spelled = (str(truth), str(truth).lower(), str(truth).upper(), *([truth] if self._typed else []))
+      spelled = (
+        str(truth),
+        str(truth).lower(),
+        str(truth).upper(),
+        *([truth] if self._typed else []),
+      )
       return self.one_of(spelled), str(truth).lower()
     return self.name()
 
@@ -127,7 +142,9 @@ class Cells:
     written = [cell for cell, _ in parts]
     joined = not self._typed or (self.chance(0.3) and all(isinstance(x, str) for x in written))
     names = {meant for _, meant in parts} - {None}
-    return '|'.join(written) if joined else written, REFUSED if REFUSED in names or not names else names
+    return '|'.join(
+      written
+    ) if joined else written, REFUSED if REFUSED in names or not names else names
 
   def rows(self, columns):
     """Returns some rows; half of the time none is to be refused."""
@@ -140,8 +157,10 @@ class Cells:
     return rows
 
   def name(self):
-    words = [self.one_of(('café', 'Ünï', 'hot', 'dog', '東京', '👩\u200d🚀', '01', '1e5', 'é' * 9))
-             for _ in range(self._rng.integers(1, 4))]
+    words = [
+      self.one_of(('café', 'Ünï', 'hot', 'dog', '東京', '👩\u200d🚀', '01', '1e5', 'é' * 9))
+      for _ in range(self._rng.integers(1, 4))
+    ]
     meant = 'n ' + ' '.join(words)
     form = self.one_of(('NFC', 'NFD'))
     between = self.one_of((' ', '  ', '\u00a0', '\t '))
@@ -182,8 +201,10 @@ def _table(rng, folder, kind: str) -> str:
   cells = Cells(rng, typed=kind == 'jsonl', escapes=kind == 'jsonl')
   label = ('label', 'labels')[int(rng.integers(2))]
   rows = cells.rows(('image', 'text', label))
-  rows += [{'image': ('', None), 'text': ('x', 'x'), label: (name, name)}
-           for name in ('anchor one', 'anchor two')]
+  rows += [
+    {'image': ('', None), 'text': ('x', 'x'), label: (name, name)}
+    for name in ('anchor one', 'anchor two')
+  ]
   records = [{name: cell[0] for name, cell in row.items()} for row in rows]
   for record in records:
     record['label'] = record.pop(label)
@@ -226,7 +247,9 @@ def _load(folder, **fields):
 def _write(rng, file: pathlib.Path, records: list[dict]) -> None:
   if file.suffix == '.jsonl':
     end = ('\n', '\r\n', '\n\n')[int(rng.integers(3))]
-    ascii_only = bool(rng.integers(2)) or any('\ud83d' in repr(r) or '\\ud' in repr(r) for r in records)
+    ascii_only = bool(rng.integers(2)) or any(
+      '\ud83d' in repr(r) or '\\ud' in repr(r) for r in records
+    )
     lines = [json.dumps(record, ensure_ascii=ascii_only) for record in records]
     file.write_bytes(end.join(lines).encode())
     return
@@ -264,8 +287,10 @@ def _predict(rng, folder) -> str:
   bad = any(map(_is_bad, rows))
   try:
     pairs, _ = predict.read_inputs(batch(images), batch(texts))
-    opened = [predict._decoded(image, 'image') if isinstance(image, str | bytes) else image
-              for image, _ in pairs]
+    opened = [
+      predict._decoded(image, 'image') if isinstance(image, str | bytes) else image
+      for image, _ in pairs
+    ]
   except UserError as error:
     _one_line(error)
     assert bad, f'refused without a reason: {error}'
@@ -289,16 +314,37 @@ def _inside(rng, folder, path):
 
 
 GIVEN_LABELS = (
-    (0, 0), (1, 1), (1.0, 1), ('0', 0), ('1.0', 1), (0, 0), (1, 1), (True, REFUSED), (2, REFUSED),
-    (None, REFUSED), (NAN, REFUSED), ([1], REFUSED), ('yes', REFUSED))
+  (0, 0),
+  (1, 1),
+  (1.0, 1),
+  ('0', 0),
+  ('1.0', 1),
+  (0, 0),
+  (1, 1),
+  (True, REFUSED),
+  (2, REFUSED),
+  (None, REFUSED),
+  (NAN, REFUSED),
+  ([1], REFUSED),
+  ('yes', REFUSED),
+)
 GIVEN_IDS = (
-    ('7', '00007'), (7, '00007'), (7.0, '00007'), ('a b', '00a b'), (7, '00007'), (7.5, REFUSED),
-    (None, REFUSED), ([7], REFUSED), ('../7', REFUSED), (True, REFUSED))
+  ('7', '00007'),
+  (7, '00007'),
+  (7.0, '00007'),
+  ('a b', '00a b'),
+  (7, '00007'),
+  (7.5, REFUSED),
+  (None, REFUSED),
+  ([7], REFUSED),
+  ('../7', REFUSED),
+  (True, REFUSED),
+)
 
 
 def _published(rng, folder) -> str:
   cells = Cells(rng, typed=True, escapes=True)
-  row, = cells.rows(('image', 'text'))[:1]
+  (row,) = cells.rows(('image', 'text'))[:1]
   text, image = row['text'], row['image']
   if isinstance(image[0], str) and image[1] is REFUSED and image[0].isprintable():
     image = ('c.png', 'c.png')  # Whether a file is there is found out later.
@@ -306,7 +352,7 @@ def _published(rng, folder) -> str:
   file = folder / 'train.jsonl'
   record = {'id': name[0], 'img': image[0], 'text': text[0], 'label': label[0]}
   file.write_text(json.dumps(record) + '\n')
-  row, = hateful_memes.Memes(folder, {'train': file}).rows('train')
+  (row,) = hateful_memes.Memes(folder, {'train': file}).rows('train')
   bad = REFUSED in (text[1], image[1], label[1], name[1])
   assert isinstance(row, LeftOut) == bad, (row, record)
   if bad:
@@ -321,9 +367,9 @@ def _published(rng, folder) -> str:
 # ---- Damaged files -------------------------------------------------------------------------------
 
 GOOD = {
-    'csv': 'image,text,label\na.png,ein schönes Bild,cat\n,"x, ""y""",dog\n'.encode(),
-    'jsonl': b'{"image": "a.png", "text": "ein sch\xc3\xb6nes Bild", "label": "cat"}\n'
-             b'{"image": null, "text": "x", "label": "dog", "note": [1, {"a": 2}]}\n',
+  'csv': 'image,text,label\na.png,ein schönes Bild,cat\n,"x, ""y""",dog\n'.encode(),
+  'jsonl': b'{"image": "a.png", "text": "ein sch\xc3\xb6nes Bild", "label": "cat"}\n'
+  b'{"image": null, "text": "x", "label": "dog", "note": [1, {"a": 2}]}\n',
 }
 
 
@@ -335,14 +381,15 @@ def _damaged(rng, folder) -> str:
     place = int(rng.integers(len(data) or 1))
     change = int(rng.choice(6, p=(0.4, 0.1, 0.2, 0.2, 0.05, 0.05)))
     if change == 0:
-      data[place:place + 1] = bytes([int(rng.integers(256))])
+      data[place : place + 1] = bytes([int(rng.integers(256))])
     elif change == 1:
-      del data[place:place + int(rng.integers(1, 9))]
+      del data[place : place + int(rng.integers(1, 9))]
     elif change == 2:
-      data[place:place] = data[place:place + int(rng.integers(1, 40))]
+      data[place:place] = data[place : place + int(rng.integers(1, 40))]
     elif change == 3:
       data[place:place] = (b'"', b'\0', b'\r', b'[', b'{', b'\\ud800', b'\xef\xbb\xbf')[
-          int(rng.integers(7))] * int(rng.integers(1, 4))
+        int(rng.integers(7))
+      ] * int(rng.integers(1, 4))
     elif change == 4:
       del data[place:]
     else:
@@ -367,4 +414,9 @@ def _damaged(rng, folder) -> str:
 
 
 _TRIALS = {
-    'csv': _csv, 'jsonl': _jsonl, 'predict': _predict, 'published': _published, 'damaged': _damaged}
+  'csv': _csv,
+  'jsonl': _jsonl,
+  'predict': _predict,
+  'published': _published,
+  'damaged': _damaged,
+}

@@ -31,7 +31,7 @@ from tensorflow_datasets.core import shuffle
 from molt_jax import cli
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
-from molt_jax.data import cells, missing, textfiles, transforms
+from molt_jax.data import cells, findings, imagefiles, missing, textfiles, transforms
 from molt_jax.data.sources import Dataset, reading_prepared
 from molt_jax.data.splits import set_aside
 
@@ -72,7 +72,7 @@ class Folder(abc.ABC):
     index_files: those that say which examples there are.
     splits: at least 'train' and 'test'.
     notes: what `rows` counts beside examples, by name; complete when all splits have been walked.
-    findings: by split, what is remarked of the cells that `rows` reads; of its latest walk.
+    found: by split, what is remarked of the cells that `rows` reads; of its latest walk.
   """
 
   class_names: Sequence[str]
@@ -84,13 +84,13 @@ class Folder(abc.ABC):
     return {}
 
   @functools.cached_property
-  def findings(self) -> dict[str, cells.Findings]:
+  def found(self) -> dict[str, findings.Findings]:
     return {}
 
-  def begin(self, split: str) -> cells.Findings:
+  def begin(self, split: str) -> findings.Findings:
     """Returns what reads the cells of a walk over the split that begins."""
-    self.findings[split] = cells.Findings(functools.partial(_where, split))
-    return self.findings[split]
+    self.found[split] = findings.Findings(functools.partial(_where, split))
+    return self.found[split]
 
   @abc.abstractmethod
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
@@ -98,7 +98,7 @@ class Folder(abc.ABC):
 
 
 def _where(split: str, column: str, rows: Sequence[Any]) -> str:
-  return f'{split} {cells.some([str(row) for row in rows])}: {column}'
+  return f'{split} {findings.some([str(row) for row in rows])}: {column}'
 
 
 @dataclasses.dataclass
@@ -268,7 +268,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       for file in files:
         bar.advance()
         try:
-          data = cells.read_file(file)
+          data = imagefiles.read_file(file)
           transforms.check(data)
         except (OSError, transforms.DecodeError) as error:
           self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)
@@ -297,7 +297,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super()._download_and_prepare(*args, **kwargs)
     np.savez(pathlib.Path(self.data_dir) / ROWS, **self._table)
     self._facts.remarks = [
-        line for found in self._folder.findings.values() for line in found.remarks()]
+        line for found in self._folder.found.values() for line in found.remarks()]
     for name, value in dataclasses.asdict(self._facts).items():
       self.info.metadata[name] = value
 
@@ -331,7 +331,7 @@ def open_folder(builder: type[FolderBuilder], folder: pathlib.Path, choices: Map
   Raises:
     UserError: no layout fits.
   """
-  if not folder.is_dir():
+  if not os.path.isdir(folder):
     raise UserError(f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds {builder.LAYOUTS}')
   try:
     for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):

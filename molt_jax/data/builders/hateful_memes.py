@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
-from molt_jax.data import cells
+from molt_jax.data import cells, findings
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -44,7 +44,7 @@ class Memes(folder_lib.Folder):
       except cells.CellError as error:
         yield LeftOut(found.row, str(error))
 
-  def _row(self, record: Mapping[str, Any], found: cells.Findings) -> Row | LeftOut:
+  def _row(self, record: Mapping[str, Any], found: findings.Findings) -> Row | LeftOut:
     name = found.require('id', record.get('id')).zfill(5)
     label = found.require('label', record.get('label'))
     if label not in ('0', '1'):

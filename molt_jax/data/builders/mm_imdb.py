@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
-from molt_jax.data import cells, textfiles
+from molt_jax.data import cells, findings, imagefiles, textfiles
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -80,7 +80,7 @@ class Movies(folder_lib.Folder):
       file = self.records / f'{name}.json'
       what = f'{self.records.name}/{name}.json'
       try:
-        record = textfiles.parse_json(cells.read_file(file))
+        record = textfiles.parse_json(imagefiles.read_file(file))
         texts = _texts(record, self.choices['text'], found)
         genres = cells.read_labels(record['genres'], several=True)
       except FileNotFoundError:
@@ -106,7 +106,7 @@ class Movies(folder_lib.Folder):
 
 
 def _texts(
-    record: Mapping[str, Any], choice: str, found: cells.Findings) -> list[str | None]:
+    record: Mapping[str, Any], choice: str, found: findings.Findings) -> list[str | None]:
   plot = record.get('plot')
   plots = [found.require('text', text) for text in (plot if isinstance(plot, list) else [plot])]
   outline = found.require('text', record.get('plot outline'))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
-from molt_jax.data import cells
+from molt_jax.data import cells, findings
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -69,7 +69,7 @@ class Pairs(folder_lib.Folder):
       self.notes[f'{split} labels replaced'] = replaced
 
   def _row(
-      self, record: Mapping[str, Any], found: cells.Findings, new_labels: Mapping[str, str]
+      self, record: Mapping[str, Any], found: findings.Findings, new_labels: Mapping[str, str]
   ) -> tuple[Row | LeftOut, bool]:
     """Returns a row, and whether its label is another one than the file's."""
     given = record.get('pairID')
@@ -86,7 +86,7 @@ class Pairs(folder_lib.Folder):
     path = os.path.join(self.images, f'{stem}.jpg') if stem else None
     return Row(name, path, text, (CLASSES.index(label),)), label != old
 
-  def _new_labels(self, split: str, found: cells.Findings) -> dict[str, str]:
+  def _new_labels(self, split: str, found: findings.Findings) -> dict[str, str]:
     if not self.relabelled or split == 'train':
       return {}
     file = self._new_labels_file(split)
