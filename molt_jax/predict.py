@@ -65,7 +65,7 @@ class Predictor:
         length, a value of another kind, top_k below 1.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
-      raise UserError(f'top_k: {top_k!r} is not legal; give a whole number >= 1')
+      raise UserError(f'top_k: {cells.plain(str(top_k))} is not legal; give a whole number >= 1')
     pairs, many = read_inputs(image, text)
     self._check_used(pairs)
     examples = [self._example(*pair, n if many else None) for n, pair in enumerate(pairs)]

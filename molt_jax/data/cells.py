@@ -24,12 +24,13 @@ Tables (.csv, .jsonl), the files of published data sets and the arguments of `pr
 (2) `NULL_WORDS`, what pandas, R, spreadsheets and data bases write where there is nothing. In texts
     and images capitals do not count (a column in small letters has 'none'); in labels they do.
 (3) 'None' or 'NA' (Namibia) may be a class, 'nan' may be a row without one: only the user knows.
-(4) Halves of surrogate pairs and NUL become U+FFFD, which is remarked.
+(4) Halves of surrogate pairs and NUL become U+FFFD, which is remarked, and so are lists, dicts and
+    bytes that were written as text.
 (5) Unicode form NFC; trimmed, inner blanks one blank; invisible characters dropped, but not those
     that join (emoji, Persian). A whole number is one label however it is written: 1, 1.0, '1',
     '1.0', '+1', '1e+00'; not '01', an id, and not '1e5', whose sign is missing. 'True', 'TRUE' and
     true are 'true', never 1. Refused: control characters, halves of surrogate pairs, more than
-    MOST_LABEL characters, a list or dict that was written as text.
+    MOST_LABEL characters, and lists, dicts and bytes that were written as text ("b'cat'").
 (6) A plain name: without slash, NUL and halves of surrogate pairs.
 (7) As a floating point number, which is no longer exact there; a whole number may be as large.
 (8) Where there may be several; each by the rules of a label, absent ones left out. 'a|b' is a list
@@ -53,7 +54,7 @@ import numpy as np
 from PIL import Image
 
 NULL_WORDS = frozenset((
-    'nan', 'NaN', '-nan', '-NaN', 'None', 'NA', 'N/A', 'n/a', 'NULL', 'null', 'NaT', '<NA>', 'NIL',
+    'nan', 'NaN', '-nan', '-NaN', 'None', 'NA', 'N/A', 'n/a', 'NULL', 'null', 'NaT', '<NA>',
     '#N/A', '#N/A N/A', '#NA', '#NULL!', '#REF!', '#VALUE!', '#DIV/0!', '#NAME?', '#NUM!',
     '1.#IND', '-1.#IND', '1.#QNAN', '-1.#QNAN', '\\N'))
 _NULL_WORDS_FOLDED = frozenset(word.casefold() for word in NULL_WORDS)
@@ -78,9 +79,15 @@ _WHOLE = re.compile(r'([+-]?)(0|[1-9][0-9]*)(?:\.0*)?')
 _EXPONENT = re.compile(r'[+-]?[0-9](?:\.[0-9]*)?[eE][+-][0-9]{1,3}')
 _BETWEEN = re.compile(r'(?<=\w)[-_](?=\w)')
 _NUMBER = re.compile(r'[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?')
-# ['a', 1], [], {'a': 1}, {}, ('a', 'b'), (1, 2): what str() or json.dumps makes of them.
-_WRITTEN = re.compile(
-    r'\[(?:[\'"].*|[-\d.,\s]*)\]|\{(?:[\'"].*)?\}|\((?:[\'"].*|(?=.*,)[-\d.,\s]*)\)', re.DOTALL)
+# What str() or json.dumps makes of objects, by how it begins and ends: ['a'], [1, 2], [], {'a': 1},
+# {1, 2}, {}, ('a', 'b'), (1, 2), <Thing at 0x1f>.
+_WRITTEN = {
+    '[': (']', re.compile(
+        r"""\[\s*(?:['"\[{(\]]|(?:None|nan|null|[Tt]rue|[Ff]alse)\b|[-\d.,\s]*\])""")),
+    '{': ('}', re.compile(r"""\{\s*(?:['"}]|-?\d[\d.]*\s*[:,])""")),
+    '(': (')', re.compile(r"""\(\s*(?:(['"]).{0,200}?\1|-?\d[\d.]*)\s*,""", re.DOTALL)),
+    '<': ('>', re.compile(r'<[^<>]* at 0x[0-9A-Fa-f]+>')),
+}
 _BOOLEANS = {word: word.lower() for word in ('true', 'True', 'TRUE', 'false', 'False', 'FALSE')}
 _ALIKE = str.maketrans('‐‑‒–—−‘’“”', "------''\"\"")
 _BLANK_TYPES = ('NAType', 'NaTType')  # Of pandas, which is not imported for them.
@@ -188,7 +195,7 @@ def _text(value: Any, remark: Remark) -> str | None:
   if is_null_word(value):
     remark(NULL_WORD, value)
     return None
-  if value[0] in '[{(' and _WRITTEN.fullmatch(value.strip()):
+  if _is_written(value):
     remark(WRITTEN, value)
   cleaned = clean(value)
   if cleaned != value:
@@ -276,9 +283,9 @@ def _name(text: str) -> str | None:
         shown(name))
   if _CONTROL.search(name):
     raise CellError('label', 'has control characters', 'write it without them', shown(name))
-  if _WRITTEN.fullmatch(name):
+  if _is_written(name):
     raise CellError(
-        'label', 'is a list or dict that was written as text',
+        'label', 'is a list, dict, bytes or object that was written as text',
         'give one label, or several as a|b with dataset.multi_label=True', shown(name))
   return _BOOLEANS.get(name) or _whole(name)
 
@@ -345,6 +352,15 @@ def is_null_word(text: str) -> bool:
   if len(word) > 2 * _LONGEST_NULL_WORD:
     return False
   return _DROP.sub('', word).strip().casefold() in _NULL_WORDS_FOLDED
+
+
+def _is_written(text: str) -> bool:
+  """Whether a string is what Python or JSON writes for a list, a dict, bytes or an object."""
+  text = text.strip()
+  if text[:2] in ('b"', "b'"):
+    return len(text) > 2 and text[-1] == text[1]
+  end, beginning = _WRITTEN.get(text[:1], ('', None))
+  return bool(end) and text[-1] == end and beginning.match(text) is not None
 
 
 def _string(column: str, value: Any, *, remedy: str) -> str | None:

@@ -10,7 +10,8 @@ _SHOWN = 5  # Rows, values and names that a line names.
 _REMARKS = {
     cells.NULL_WORD: 'is a word that tables write for nothing ({}): taken as absent',
     cells.REPLACED: 'has half of a surrogate pair or a zero character: replaced by U+FFFD',
-    cells.WRITTEN: 'is a list or dict that was written as text ({}): read as the text that it is',
+    cells.WRITTEN: 'is a list, dict, bytes or object that was written as text ({}): '
+                   'read as the text that it is',
     cells.TWICE: 'is there twice with different labels ({}): the last one counts',
 }
 

@@ -465,6 +465,71 @@ def test_other_images_are_refused_by_what_they_are(value, says):
     cells.read('image', value)
 
 
+WRITTEN = [
+  "['a', 'b']",
+  '["a"]',
+  '[]',
+  '[1, 2]',
+  '[0.5 1.5]',
+  '[None]',
+  '[nan, 1]',
+  '[[1], [2]]',
+  '[{"a": 1}]',
+  "{'a': 1}",
+  '{}',
+  '{1, 2}',
+  '{1: 2}',
+  "{'a', 'b'}",
+  "('a', 'b')",
+  "('a',)",
+  '(1, 2)',
+  "b'cat'",
+  'b"it\'s"',
+  '<__main__.Thing object at 0x7f00>',
+  '<PIL.Image.Image size=4x4 at 0x7F00>',
+]
+NOT_WRITTEN = [
+  '[red]',
+  '(red)',
+  '{red}',
+  'b',
+  "b'",
+  'boy',
+  "b'day",
+  '[red',
+  'red]',
+  '(1)',
+  '("red")',
+  '<b>red</b>',
+  'a[0]',
+  '(a, b)',
+  '[a]',
+  'bé',
+  '[x, 1]',
+]
+
+
+@pytest.mark.parametrize('text', WRITTEN)
+def test_what_python_writes_of_objects_is_seen(text):
+  remarks = []
+  assert cells.read('text', text, lambda *remark: remarks.append(remark)) == text
+  assert remarks == [(cells.WRITTEN, text)]
+  with pytest.raises(cells.CellError, match='written as text'):
+    cells.read('label', text)
+
+
+@pytest.mark.parametrize('text', NOT_WRITTEN)
+def test_brackets_alone_are_a_text(text):
+  assert cells.read('text', text, pytest.fail) == cells.read('label', text) == text
+
+
+@pytest.mark.parametrize('begin', ['[', '{', '(', '("', "['", '<', 'b"', ' ', '\u200b', '(1', '[1'])
+def test_long_texts_are_read_in_one_pass(begin):
+  for end in (')', ']', '}', '>', '"'):
+    for middle in ('"', '",', '1', ' ', ', ', ' at 0x', '\0', '\ud83d', '\u200b', '(('):
+      cells.read('text', begin + middle * 100_000 + end)  # By the square it would take hours.
+
+
 # ---- Several labels ------------------------------------------------------------------------------
 
 

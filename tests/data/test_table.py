@@ -223,7 +223,8 @@ REMARKS = {
         "train.csv: what may be several labels is one class: 'a, b' (1 row); "
         'give each label by itself, joined by |']),
     'a list in a text': (',"[\'a\', \'b\']",cat\n,x,dog\n', {}, [
-        'train.csv row 2: text is a list or dict that was written as text ("[\'a\', \'b\']"): '
+        'train.csv row 2: text is a list, dict, bytes or object that was written as text '
+        '("[\'a\', \'b\']"): '
         'read as the text that it is']),
     'nothing': (',x,cat\n,"Salt, Pepper",dog\n,,dog\n'.replace(',,', ',y,'), {}, []),
 }
