@@ -1,19 +1,23 @@
 """Predicts from an image, a text or both: `python -m molt_jax.predict --workdir=DIR [--image=FILE] [--text=STRING]`."""
 
+import itertools
 import json
+import numbers
+import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 
 from molt_jax import cli, sharding, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
-from molt_jax.data import pipeline
+from molt_jax.data import cells, findings, imagefiles, pipeline, transforms
 
 
 class Predictor:
@@ -37,13 +41,21 @@ class Predictor:
     self._frozen: dict[str, Any] = dict.fromkeys(model_lib.MODALITIES)
     self._step = jax.jit(self._forward)
 
+  def __repr__(self) -> str:
+    return f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._towers)}>'
+
   def predict(self, image: Any = None, text: Any = None, *, top_k: int = 5) -> dict[str, Any] | list[dict[str, Any]]:
     """Classifies one example, or a list of them.
 
     Args:
-      image: None, a path, a uint8 array [H, W, 3] or a PIL image; or a list of these.
-      text: None or a string; or a list of these, as long as the list of images where both are given.
+      image: None, a path, the bytes of an image file, a uint8 array [H, W] or [H, W, 3 or 4], or a
+        PIL image; or several of these.
+      text: None or a string; or several, as many as images where both are several.
       top_k: labels to return.
+
+    Several are a list, a tuple, an iterator or another sequence, a NumPy array of strings, or a
+    column of a table; one of them may be absent, as a cell of a table may be
+    (`molt_jax/data/cells.py`).
 
     Returns:
       {'labels': [{'label', 'probability'}, ...] best first, 'image': bool, 'text': bool (what was there)}; for lists a list of these.
@@ -51,13 +63,13 @@ class Predictor:
 
     Raises:
       UserError: an example with neither image nor text, a modality that this run does not know, an unreadable image, lists of unequal
-        length, top_k below 1, probabilities that are not finite.
+        length, a value of another kind, top_k below 1, probabilities that are not finite.
     """
-    if top_k < 1:
-      raise UserError(f'top_k: {top_k} is not legal; give a number >= 1')
-    pairs, many = _pairs(image, text)
+    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
+      raise UserError(f'top_k: {cells.plain(str(top_k))} is not legal; give a whole number >= 1')
+    pairs, many = read_inputs(image, text)
     self._check_used(pairs)
-    examples = [pipeline.single_example(self._preprocess, image=i, text=t) for i, t in pairs]
+    examples = [self._example(*pair, n if many else None) for n, pair in enumerate(pairs)]
     probabilities_nk = self._probabilities(examples) if examples else []
     broken = [n for n, p_k in enumerate(probabilities_nk) if not np.isfinite(p_k).all()]
     if broken:
@@ -66,6 +78,16 @@ class Predictor:
           f'predict: the probabilities{where} are not finite; check the towers (config.backbones)')
     results = [self._result(p, example['present'], top_k) for p, example in zip(probabilities_nk, examples, strict=True)]
     return results if many else results[0]
+
+  def _example(self, image: Any, text: str | None, number: int | None) -> dict[str, np.ndarray]:
+    """Returns the arrays of one example; `number` is its place among several."""
+    if isinstance(image, str | bytes):
+      image = _decoded(image, _place('image', number))
+    try:
+      return pipeline.single_example(self._preprocess, image=image, text=text)
+    except UserError as error:
+      where = '' if number is None else f'example {number}: '
+      raise UserError(f'predict: {where}{error}') from error
 
   def _check_used(self, pairs: Sequence[tuple[Any, Any]]) -> None:
     for modality, given in zip(model_lib.MODALITIES, zip(*pairs, strict=True), strict=False):
@@ -112,22 +134,121 @@ def load(workdir: str | pathlib.Path) -> Predictor:
   return Predictor(workdir)
 
 
-def _pairs(image: Any, text: Any) -> tuple[list[tuple[Any, Any]], bool]:
-  many = isinstance(image, list) or isinstance(text, list)
-  if not many:
-    return [_pair(image, text, '')], False
-  count = len(image) if isinstance(image, list) else len(text)
-  images = image if isinstance(image, list) else [image] * count
-  texts = text if isinstance(text, list) else [text] * count
-  if len(images) != len(texts):
-    raise UserError(f'predict: {len(images)} images and {len(texts)} texts; give lists of equal length')
-  return [_pair(i, t, f' (example {n})') for n, (i, t) in enumerate(zip(images, texts, strict=True))], True
+def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bool]:
+  """Reads what `predict` was given.
+
+  Args:
+    image: one image, or several.
+    text: one text, or several.
+
+  Returns:
+    (image, text) of each example, as `cells.read` returns them, and whether there were several.
+
+  Raises:
+    UserError: one line on what is wrong, with the place in the list.
+  """
+  images, texts = _several('image', image), _several('text', text)
+  many = images is not None or texts is not None
+  if images is not None and texts is not None and len(images) != len(texts):
+    raise UserError(f'predict: {len(images)} images and {len(texts)} texts; '
+                    'give lists of equal length')
+  count = len(images if images is not None else texts) if many else 1
+  images = [image] * count if images is None else images
+  texts = [text] * count if texts is None else texts
+  found = findings.Findings(_where)
+  pairs = []
+  for number, (one_image, one_text) in enumerate(zip(images, texts, strict=True)):
+    found.row = number if many else None
+    pairs.append((found.read('image', one_image), found.read('text', one_text)))
+  found.check()
+  remarks = found.remarks()
+  for number, (one_image, one_text) in enumerate(pairs):
+    if one_image is None and one_text is None:
+      where = f' (example {number})' if many else ''
+      hint = ' (a word such as nan is absent too)' if remarks else ''
+      raise UserError(f'predict: both image and text are absent{where}{hint}; give at least one')
+  for line in remarks:
+    cli.say(line)
+  return pairs, many
 
 
-def _pair(image: Any, text: Any, where: str) -> tuple[Any, Any]:
-  if image is None and text is None:
-    raise UserError(f'predict: both image and text are absent{where}; give at least one')
-  return image, text
+def _where(column: str, numbers: Sequence[int | None]) -> str:
+  return f'predict: {findings.some([_place(column, number) for number in numbers])}'
+
+
+def _place(column: str, number: int | None) -> str:
+  return column if number is None else f'{column}[{number}]'
+
+
+def _several(column: str, value: Any) -> list[Any] | None:
+  """Returns the items of a batch, None where the value is one image or one text.
+
+  Raises:
+    UserError: it is neither: what it holds has no order, or is not what the column takes.
+  """
+  if isinstance(value, list | tuple):
+    return list(value)
+  if value is None or isinstance(value, _SINGLE):
+    return None
+  if isinstance(value, Mapping | Set) or hasattr(value, 'read') or hasattr(value, 'columns'):
+    raise UserError(f'predict: {column} is {cells.describe(value)}: {_REMEDIES[column]}')
+  if hasattr(value, '__array__'):
+    return _items(column, value)
+  if isinstance(value, Sequence | Iterator):
+    items = list(itertools.islice(value, _MOST_ITEMS + 1))
+    if len(items) > _MOST_ITEMS:
+      raise UserError(f'predict: {column} has more than {_MOST_ITEMS:,} items, perhaps no end: '
+                      'give them in parts')
+    return items
+  return None
+
+
+_SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, PIL.Image.Image, numbers.Number)
+_MOST_ITEMS = 1 << 22
+_REMEDIES = {
+    'image': 'give a path, the bytes of a file, a PIL image, a uint8 array, or a list of these',
+    'text': 'give a string, or a list of strings such as one column of a table',
+}
+
+
+def _items(column: str, value: Any) -> list[Any] | None:
+  """Returns the items of an array of strings or objects; an array of numbers may be an image."""
+  try:
+    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+  except Exception:  # Whatever an object of another library raises.
+    return None
+  # Floating point numbers are what a column is made of that has nothing but gaps.
+  if array.ndim != 1 or (column == 'image' and array.dtype.kind not in 'OUTf'):
+    return None
+  return array.tolist()
+
+
+def _decoded(image: str | bytes, name: str) -> PIL.Image.Image:
+  """Opens an image that is a path or the content of a file.
+
+  Raises:
+    UserError: one line on what is wrong with it.
+  """
+  if isinstance(image, str):
+    name = f'{name} {cells.shown(image, most=cells.MOST_PATH)}'
+    if why := imagefiles.why_no_file(image):
+      raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}')
+  try:
+    return transforms.decode(imagefiles.read_file(image) if isinstance(image, str) else image)
+  except OSError as error:
+    why = error.strerror or str(error)
+    raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}') from error
+  except transforms.DecodeError as error:
+    raise UserError(f'predict: {name} cannot be decoded ({error}): '
+                    'save it again, as PNG or JPEG for instance') from error
+
+
+def _path_remedy(path: str) -> str:
+  if imagefiles.looks_like_address(path):
+    return 'addresses are not read; save the image as a file'
+  if not pathlib.PurePath(path).suffix:
+    return 'give the path of an image file; a text goes by its name, text=...'
+  return 'give the path of an image file'
 
 
 FLAGS = (

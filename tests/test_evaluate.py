@@ -167,7 +167,7 @@ def test_predict_refuses_lists_of_unequal_length_and_nothing_at_all(run):
     predictor.predict(image=[None, None], text=['x'])
   with pytest.raises(UserError, match='both image and text are absent'):
     predictor.predict()
-  with pytest.raises(UserError, match='neither'):
+  with pytest.raises(UserError, match='both image and text are absent'):
     predictor.predict(text='  ')
   assert predictor.predict(text=[]) == []
 

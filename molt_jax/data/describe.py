@@ -207,9 +207,12 @@ def print_tables(report: dict[str, Any]) -> None:
   classes = rich.table.Table('class', *splits, title='examples a class')
   by_frequency = sorted(report['classes'].items(), key=lambda item: -item[1]['train'])
   for name, counts in by_frequency:
-    cells = [_share(counts[split], splits[split]['examples']) for split in splits]
-    classes.add_row(rich.text.Text(terminal.clean(name, 60)), *cells)
+    shares = [_share(counts[split], splits[split]['examples']) for split in splits]
+    classes.add_row(rich.text.Text(terminal.clean(name, 60)), *shares)
   terminal.print_table(classes)
+  for split, values in splits.items():
+    if values['unusable']:
+      cli.say(f'{split}: {values["unusable"]}')
 
 
 def _share(count: int, of: int) -> str:

@@ -1,9 +1,11 @@
 """What a data set is to the rest of the library: named splits with random access to undecoded examples."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +62,18 @@ class Dataset:
   splits: dict[str, Source]
 
 
+@contextlib.contextmanager
+def reading_prepared(folder: str | os.PathLike) -> Iterator[None]:
+  """Turns what goes wrong with the files of a prepared data set into UserError."""
+  try:
+    yield
+  except (UserError, MemoryError):
+    raise
+  except Exception as error:  # TFDS, array_record and NumPy raise a dozen types on damaged files.
+    raise UserError(f'config.dataset.data_dir: {folder} is damaged ({type(error).__name__}): '
+                    'remove that folder, and it is prepared anew') from error
+
+
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
   """A split of a prepared TFDS builder whose features are id, image, text and label (one class index)."""
@@ -73,17 +87,19 @@ class TfdsSource:
   @functools.cached_property
   def _examples(self) -> Sequence[dict[str, Any]]:
     import tensorflow_datasets as tfds
-    builder = tfds.builder_from_directory(self.builder_dir)
-    return builder.as_data_source(self.split, decoders={'image': tfds.decode.SkipDecoding()})
+    with reading_prepared(self.builder_dir):
+      builder = tfds.builder_from_directory(self.builder_dir)
+      return builder.as_data_source(self.split, decoders={'image': tfds.decode.SkipDecoding()})
 
   @functools.cached_property
   def _captions(self) -> list[dict[str, Any]]:
-    found = []
-    for index in range(len(self._examples)):
-      example = self._examples[index]
-      kept = {key: example[key] for key in ('id', 'text', 'label')}
-      found.append({**kept, 'image': 1 + zlib.crc32(example['image'])})
-    return found
+    captions = []
+    with reading_prepared(self.builder_dir):
+      for position in range(len(self._examples)):
+        example = self._examples[position]
+        kept = {key: example[key] for key in ('id', 'text', 'label')}
+        captions.append({**kept, 'image': 1 + zlib.crc32(example['image'])})
+    return captions
 
   @functools.cached_property
   def ids(self) -> list[str]:
@@ -109,7 +125,8 @@ class TfdsSource:
     return self.read(index, image=True)
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
-    x = self._examples[index]
+    with reading_prepared(self.builder_dir):
+      x = self._examples[index]
     return {'id': x['id'].decode(), 'image': bytes(x['image']) if image else None, 'text': x['text'].decode() or None, 'label': int(x['label'])}
 
 

@@ -71,3 +71,18 @@ def test_mistakes_are_one_line(capsys, arguments, says):
   assert describe.main([f'--config={PRESET}:small', *arguments]) == 2
   err = capsys.readouterr().err
   assert says in err and err.count('\n') == 1
+
+
+def test_names_of_classes_and_folders_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
+  folder = tmp_path / '[bold]folder'
+  folder.mkdir()
+  monkeypatch.chdir(tmp_path)
+  for split in ('train', 'validation', 'test'):
+    (folder / f'{split}.csv').write_text('image,text,label\na.png,x,[red]cat[/]\n,$y$,[/b]\n')
+  (folder / 'a.png').write_bytes(b'no image')
+  preset = PRESET.with_name('table.py')
+  code = describe.main([f'--config={preset}', f'--config.dataset.path={folder}', '--out=out',
+                        '--config.backbones.text.path=random:llama-tiny'])
+  out, err = capsys.readouterr()
+  assert code == 0 and '[red]cat[/]' in out and '[/b]' in out and '[bold]folder, 2 classes' in out
+  assert 'train: 1 unusable image treated as absent: train.csv:2 (not an image' in err

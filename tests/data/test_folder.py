@@ -218,8 +218,9 @@ def test_half_a_surrogate_pair_is_replaced(miniature, tmp_path):
   first, rest = file.read_text('utf-8').split('\n', 1)
   file.write_text(json.dumps(json.loads(first) | {'text': 'half \ud83d of it'}) + '\nno JSON\n' + rest, 'utf-8')
   dataset = load('hateful_memes', tmp_path / 'source', tmp_path / 'data')
-  assert dataset.splits['test'][0]['text'] == 'half ? of it'
-  assert facts_of(tmp_path / 'data')['left_out'] == [['test', 'line 2', 'not JSON with an id']]
+  assert dataset.splits['test'][0]['text'] == 'half \ufffd of it'
+  assert facts_of(tmp_path / 'data')['left_out'] == [
+      ['test', 'test_seen.jsonl:2', 'not JSON: Expecting value at column 1']]
 
 
 @pytest.mark.parametrize('data', [b'', b'no image', 'truncated', 'cmyk', 'png', 'huge'])
@@ -349,3 +350,26 @@ def test_mistakes_are_one_line(miniature, tmp_path, damage, changes, says):
     load('mm_imdb', tmp_path / 'source', tmp_path / 'data', **changes)
   assert says in str(error.value) and '\n' not in str(error.value)
   assert not list(tmp_path.rglob('metadata.json'))
+
+
+@pytest.mark.parametrize('how', ['gone', 'cut', 'empty', 'other'])
+def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
+  source, data = miniature('hateful_memes'), tmp_path / 'data'
+  before = examples(load('hateful_memes', source, data), 'test')
+  folder = next(data.rglob('metadata.json')).parent
+  damaged = []
+  for file in sorted(folder.iterdir()):
+    kept = file.read_bytes()
+    if how == 'gone':
+      file.unlink()
+    else:
+      contents = {'cut': kept[:len(kept) // 2], 'empty': b'', 'other': b'[1]' * len(kept)}
+      file.write_bytes(contents[how])
+    try:
+      assert examples(load('hateful_memes', source, data), 'test') == before
+    except UserError as error:
+      assert 'remove that folder' in str(error) and '\n' not in str(error)
+      damaged.append(file.name)
+    # Without metadata.json nothing is prepared, so it is prepared again.
+    file.write_bytes(kept)
+  assert {'rows.npz', 'images.array_record', 'dataset_info.json'} <= set(damaged)

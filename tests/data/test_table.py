@@ -1,6 +1,7 @@
 """Own tables: what is read, what is refused and in which words, and how validation is set aside."""
 
 import collections
+import csv
 import json
 import pickle
 
@@ -104,6 +105,40 @@ MISTAKES = {
     'short row': ({'train': GOOD + 'cat\n'}, 'train.csv row 5 has 1 cells'),
     'open quote': ({'train': GOOD + ',"x,cat\n'}, 'train.csv is not a valid CSV file'),
     'not utf-8': ({'train': (HEADER + ',ä,cat\n').encode('latin-1')}, 'train.csv is not UTF-8 (byte 18)'),
+    'not utf-8 far down': (
+        {'train': (HEADER + ',x,cat\n' * 9000 + ',ä,cat\n').encode('latin-1')},
+        'train.csv is not UTF-8 (byte 63018) in line 9002'),
+    'utf-16': ({'train': GOOD.encode('utf-16')}, 'train.csv is UTF-16, not UTF-8'),
+    'utf-16 without a mark': (
+        {'train': GOOD.encode('utf-16-le')},
+        'train.csv has zero bytes in its'),
+    'utf-32': ({'train': GOOD.encode('utf-32')}, 'train.csv is UTF-32, not UTF-8'),
+    'a column twice': (
+        {'train': 'image,text,label,text\n,x,cat,y\n'}, "the column text 2 times ('text', 'text')"),
+    'a column twice but for blanks and case': (
+        {'test': 'image,text,label, LABEL \n,x,cat,y\n'}, "label 2 times ('label', 'LABEL')"),
+    'columns in capitals': (
+        {'train': 'Image,Text,Label\n,x,cat\n'}, "is it 'Image', 'Text', 'Label'?"),
+    'semicolons': ({'train': GOOD.replace(',', ';')}, "its cells are separated by ';'"),
+    'tabs': ({'train': GOOD.replace(',', '\t')}, "its cells are separated by '\\t'"),
+    'a blank line first': ({'train': '\n' + GOOD}, 'train.csv begins with a blank line'),
+    'a column name of many lines': (
+        {'train': '"a\nb",text,label\n,x,cat\n'},
+        "(it has 'a\\nb', text"),
+    'a bare carriage return': ({'train': GOOD + ',a\rb,cat\n'}, 'train.csv row 5 has 2 cells'),
+    'null words alone': (
+        {'train': HEADER + ',nan,cat\n,None,dog\n'},
+        'rows 2, 3: both image and text are empty (a word'),
+    'null words as labels': (
+        {'train': GOOD + ',x,nan\n,y,None\n'},
+        "rows 5, 6: label is a word that tables write for nothing"),
+    'joined labels': (
+        {'train': GOOD + ',x,cat|dog\n'}, "'cat|dog' (1 row) is several labels, 'cat', 'dog'"),
+    'one label in other capitals': ({'test': GOOD + ',x,Cat\n'}, "'Cat' (row 5, train has 'cat')"),
+    'an address': ({'train': GOOD + 'https://example.org/a.png,x,cat\n'}, 'addresses are not read'),
+    'a folder for an image': (
+        {'train': GOOD + '.,x,cat\n'},
+        '1 images are not files: row 5 . (a folder)'),
     'no test file': ({'test': None}, 'has no test.csv and no test.jsonl'),
     'no train file': ({'train': None}, 'has no train.csv and no train.jsonl'),
 }
@@ -127,6 +162,24 @@ JSON_MISTAKES = {
     'missing key': ('{"text": "x", "label": "cat"}\n', 'test.jsonl lacks the column image'),
     'list': ('{"text": "x", "label": ["cat"], "image": null}\n', 'test.jsonl row 1: label is a list'),
     'no rows': ('\n', 'test.jsonl has no rows'),
+    'a key twice': (
+        '{"text": "x", "text": "y"}\n',
+        "test.jsonl row 1 is not valid JSON (the key 'text'"),
+    'a key in two capitals': (
+        '{"image": null, "text": "x", "label": "cat"}\n{"Text": "x"}\n',
+        "text 2 times ('text', 'Text')"),
+    'too deep': (
+        '{"text": ' + '[' * 100_000,
+        'test.jsonl row 1 is not valid JSON (lists or objects'),
+    'too many digits': (
+        '{"n": ' + '9' * 5000 + '}',
+        'test.jsonl row 1 is not valid JSON (a number of'),
+    'a mark inside': (
+        '{"image": null, "text": "x", "label": "cat"}\n\ufeff{}\n',
+        'test.jsonl row 2 is not valid JSON'),
+    'cells of other types': (
+        '{"image": null, "text": ["x"], "label": "cat"}\n{"text": ["y", "z"], "label": "cat"}\n',
+        'test.jsonl rows 1, 2: text is a list: give one string'),
 }
 
 
@@ -138,13 +191,83 @@ def test_a_mistake_in_jsonl_is_one_line(folder, name):
   check_one_line(folder, message)
 
 
+def said(folder, capsys, rows, **fields):
+  """What is said of train.csv with these rows."""
+  (folder / 'train.csv').write_text(HEADER + rows)
+  for split in ('validation', 'test'):
+    (folder / f'{split}.csv').write_text(HEADER + rows.splitlines()[0] + '\n')
+  load(folder, **fields)
+  return [line for line in capsys.readouterr().err.splitlines() if line.startswith('train.csv')]
+
+
+REMARKS = {
+    'null words': ('a.png,x,cat\na.png,nan,dog\nNone,x,dog\na.png, NaN ,dog\n', {}, [
+        "train.csv rows 3, 5: text is a word that tables write for nothing ('nan', ' NaN '): "
+        'taken as absent',
+        "train.csv row 4: image is a word that tables write for nothing ('None'): "
+        'taken as absent']),
+    'capitals': (',x,cat\n,x,Cat\n,x,Cat\n,x,hot dog\n,x,hotdog\n', {}, [
+        "train.csv: labels that look alike are different classes: "
+        "'Cat' (2 rows) and 'cat' (1 row), "
+        "'hot dog' (1 row) and 'hotdog' (1 row); write them alike if they are one"]),
+    'numbers of one value': (',x,1.5\n,x,1.50\n,x,1\n,x,01\n,x,1.0\n', {}, [
+        "train.csv: labels that look alike are different classes: '01' (1 row) and '1' (2 rows), "
+        "'1.5' (1 row) and '1.50' (1 row); write them alike if they are one"]),
+    'a class none': (',x,cat\n,x,none\n', {}, [
+        "train.csv: a word that may mean nothing is a class: 'none' (1 row); "
+        'leave the label empty if there is none']),
+    'a bar': (',x,cat\n,x,a|b\n', {}, [
+        "train.csv: what may be several labels is one class: 'a|b' (1 row); "
+        'set dataset.multi_label=True if | joins labels']),
+    'a comma': (',x,cat\n,x,"a, b"\n', {'multi_label': True}, [
+        "train.csv: what may be several labels is one class: 'a, b' (1 row); "
+        'give each label by itself, joined by |']),
+    'a list in a text': (',"[\'a\', \'b\']",cat\n,x,dog\n', {}, [
+        'train.csv row 2: text is a list, dict, bytes or object that was written as text '
+        '("[\'a\', \'b\']"): '
+        'read as the text that it is']),
+    'nothing': (',x,cat\n,"Salt, Pepper",dog\n,,dog\n'.replace(',,', ',y,'), {}, []),
+}
+
+
+@pytest.mark.parametrize('name', REMARKS)
+def test_what_may_be_meant_otherwise_is_said_in_one_line(folder, capsys, name):
+  rows, fields, lines = REMARKS[name]
+  assert said(folder, capsys, rows, **fields) == lines
+
+
+def test_a_list_of_known_labels_with_commas_is_refused(folder):
+  (folder / 'train.csv').write_text(HEADER + ',x,cat\n,x,dog\n,x,"cat, dog"\n')
+  check_one_line(folder, "'cat, dog' (1 row) is several labels", multi_label=True)
+
+
+def test_whole_numbers_are_one_class_in_all_files(folder):
+  (folder / 'train.csv').write_text(HEADER + ',a,1.0\n,b,0.0\n,c,\n,d,1.0\n')
+  (folder / 'validation.csv').write_text(HEADER + ',a,+1\n,b,0\n')
+  (folder / 'test.csv').unlink()
+  rows = [{'image': None, 'text': 'a', 'label': 1}, {'text': 'b', 'label': 0.0}]
+  (folder / 'test.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  dataset = load(folder)
+  assert dataset.class_names == ('0', '1')
+  assert dataset.splits['train'].labels == (1, 0, UNLABELLED, 1)
+  assert dataset.splits['validation'].labels == dataset.splits['test'].labels == (1, 0)
+
+
+def test_cells_of_any_length_are_read_and_the_limit_of_the_process_stays(folder):
+  before = csv.field_size_limit()
+  (folder / 'train.csv').write_text(GOOD + f',{"long " * 100_000},cat\n')
+  assert len(load(folder).splits['train'][3]['text']) == 500_000
+  assert csv.field_size_limit() == before
+
+
 def test_two_files_for_a_split(folder):
   (folder / 'train.jsonl').write_text('')
   check_one_line(folder, 'both train.csv and train.jsonl')
 
 
-def test_no_folder(tmp_path):
-  check_one_line(tmp_path / 'nowhere', 'is not a folder')
+@pytest.mark.parametrize('name', ['nowhere', 'x' * 5000, '~nobody/x', 'a\0b', '\ud83d'])
+def test_no_folder(tmp_path, name):
+  check_one_line(name if name[0] == '~' else tmp_path / name, 'is not a folder')
 
 
 def check_one_line(folder, message, **fields):

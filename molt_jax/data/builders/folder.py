@@ -15,7 +15,6 @@ import fcntl
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 import pathlib
@@ -33,8 +32,8 @@ from tensorflow_datasets.core import shuffle
 from molt_jax import cli
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
-from molt_jax.data import missing, transforms
-from molt_jax.data.sources import Dataset, text_number
+from molt_jax.data import cells, findings, imagefiles, missing, textfiles, transforms
+from molt_jax.data.sources import Dataset, reading_prepared, text_number
 from molt_jax.data.splits import set_aside
 
 IMAGES = 'images.array_record'
@@ -48,13 +47,13 @@ _CONTENTS = {'image_numbers': np.int64, 'text_numbers': np.int64}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-  """One example. `image` is the path of its file, whether or not that is there; None: it has none. A blank `text` is none. An `extra` row does not
-  count as published.
+  """One example. `image` is the path of its file, whether or not that is there; None: it has none.
+  An `extra` row does not count as published.
   """
 
   id: str
   image: str | None
-  text: str
+  text: str | None
   labels: tuple[int, ...]
   extra: bool = False
 
@@ -76,6 +75,7 @@ class Folder(abc.ABC):
     index_files: those that say which examples there are.
     splits: at least 'train' and 'test'.
     notes: what `rows` counts beside examples, by name; complete when all splits have been walked.
+    found: by split, what is remarked of the cells that `rows` reads; of its latest walk.
   """
 
   class_names: Sequence[str]
@@ -86,9 +86,22 @@ class Folder(abc.ABC):
   def notes(self) -> dict[str, int]:
     return {}
 
+  @functools.cached_property
+  def found(self) -> dict[str, findings.Findings]:
+    return {}
+
+  def begin(self, split: str) -> findings.Findings:
+    """Returns what reads the cells of a walk over the split that begins."""
+    self.found[split] = findings.Findings(functools.partial(_where, split))
+    return self.found[split]
+
   @abc.abstractmethod
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
     """Yields what the split lists, always in the same order."""
+
+
+def _where(split: str, column: str, rows: Sequence[Any]) -> str:
+  return f'{split} {findings.some([str(row) for row in rows])}: {column}'
 
 
 @dataclasses.dataclass
@@ -105,6 +118,7 @@ class Facts:
     lost_images: name of the file -> why it cannot be used; its rows have a text alone.
     index_files: name -> size in bytes.
     notes: other counts, by name.
+    remarks: what was read otherwise than it may be meant, a line each.
   """
 
   dataset: str
@@ -118,6 +132,7 @@ class Facts:
   lost_images: dict[str, str] = dataclasses.field(default_factory=dict)
   index_files: dict[str, int] = dataclasses.field(default_factory=dict)
   notes: dict[str, int] = dataclasses.field(default_factory=dict)
+  remarks: list[str] = dataclasses.field(default_factory=list)
 
   def differences(self) -> list[str]:
     """Returns one line for each count that is not the published one."""
@@ -154,6 +169,10 @@ class Facts:
     if self.repeated:
       named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
       lines.append(f'{self.dataset}: rows that repeat an id (all are kept): {len(named):,}, {_some(named)}')
+    if self.left_out:
+      named = [f'{split} {row_id} ({reason})' for split, row_id, reason in self.left_out]
+      lines.append(f'{self.dataset}: rows left out: {len(named):,}, {_some(named)}')
+    lines += [f'{self.dataset} {line}' for line in self.remarks]
     return lines
 
 
@@ -178,7 +197,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     MULTI_LABEL: whether an example can have several labels.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')  # A new one where cells are read by other rules.
   MULTI_LABEL = False
   LAYOUTS: str
   DESCRIPTION: str
@@ -217,6 +236,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       raise UserError(f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; expected {self.LAYOUTS}')
     self._facts = dataclasses.replace(self._no_facts(folder), lost_images=facts.lost_images)
     self._numbers = self._write_images(files)
+    self._folder = folder
     self._table: dict[str, np.ndarray] = {}
     seen: dict[str, str] = {}
     return {split: self._generate_examples(folder, split, size, seen) for split, size in sizes.items()}
@@ -252,7 +272,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       for file in files:
         bar.advance()
         try:
-          data = pathlib.Path(file).read_bytes()
+          data = imagefiles.read_file(file)
           transforms.check(data)
         except (OSError, transforms.DecodeError) as error:
           self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)
@@ -277,13 +297,16 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         columns['labels'].extend(row.labels)
         columns['image_numbers'].append(self._image_numbers.get(row.image, 0))
         columns['text_numbers'].append(text_number(row.text or None))
-        yield position, {'id': row.id, 'image_number': number, 'text': row.text, 'labels': row.labels}
+        yield position, {
+            'id': row.id, 'image_number': number, 'text': row.text or '', 'labels': row.labels}
     self._table |= {
         f'{split}_{name}': np.array(values, types[name]) for name, values in columns.items()}
 
   def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
     super()._download_and_prepare(*args, **kwargs)
     np.savez(pathlib.Path(self.data_dir) / ROWS, **self._table)
+    self._facts.remarks = [
+        line for found in self._folder.found.values() for line in found.remarks()]
     for name, value in dataclasses.asdict(self._facts).items():
       self.info.metadata[name] = value
 
@@ -291,8 +314,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_image: Callable[[str], bool]) -> Iterator[Row]:
   """Yields the rows of a split that are used, with unique ids, and keeps `facts`; `seen` is id -> split of all before."""
   for row in folder.rows(split):
-    if isinstance(row, Row):
-      row = dataclasses.replace(row, id=_encodable(row.id), text=_encodable(row.text) if row.text.strip() else '')
+    row = dataclasses.replace(row, id=cells.clean(row.id))
     if isinstance(row, Row) and not row.text and not (row.image and has_image(row.image)):
       row = LeftOut(row.id, 'neither an image nor a text')
     if isinstance(row, LeftOut):
@@ -309,11 +331,6 @@ def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_im
     yield row
 
 
-def _encodable(text: str) -> str:
-  """Replaces halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-  return text.encode('utf-8', 'replace').decode('utf-8')
-
-
 # ---- Preparing and opening ------------------------------------------------------------------------------------------------------------
 
 
@@ -323,11 +340,14 @@ def open_folder(builder: type[FolderBuilder], folder: pathlib.Path, choices: Map
   Raises:
     UserError: no layout fits.
   """
-  if not folder.is_dir():
+  if not os.path.isdir(folder):
     raise UserError(f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds {builder.LAYOUTS}')
-  for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-    if (found := builder.open(root, choices)) is not None:
-      return found
+  try:
+    for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+      if (found := builder.open(root, choices)) is not None:
+        return found
+  except OSError as error:
+    raise UserError(f'config.dataset.path: {str(folder)!r} cannot be read: {error}') from error
   raise UserError(f'config.dataset.path: {str(folder)!r} does not hold {builder.name}; expected {builder.LAYOUTS}')
 
 
@@ -339,10 +359,10 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
   Raises:
     UserError: the source folder is not as it must be, its counts are not the published ones, or the prepared data cannot be written.
   """
-  source = pathlib.Path(config.dataset.path).expanduser()
+  source = _source(config)
   choices = config_lib.data_choices(config)
   key = '-'.join([*(f'{name}_{value}' for name, value in choices.items()), hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:8]])
-  data_dir = pathlib.Path(config.dataset.data_dir).expanduser()
+  data_dir = pathlib.Path(os.path.expanduser(config.dataset.data_dir))
   folder = data_dir / builder.name / key / str(builder.VERSION)
   if (folder / METADATA).is_file():
     return folder
@@ -360,6 +380,10 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
     raise UserError(f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}: {error}') from error
   cli.say(f'{builder.name} is prepared in {folder}')
   return folder
+
+
+def _source(config: Any) -> pathlib.Path:
+  return pathlib.Path(os.path.expanduser(config.dataset.path))
 
 
 @contextlib.contextmanager
@@ -401,7 +425,7 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   if config.dataset.multi_label != builder.MULTI_LABEL:
     raise UserError(f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; give {builder.MULTI_LABEL}')
   folder = prepare(builder, config)
-  facts = Facts(**json.loads((folder / METADATA).read_text('utf-8')))
+  facts = _read_facts(folder)
   _check_unchanged(builder, config, folder, facts)
   if not config.dataset.allow_count_mismatch:
     facts.check_counts(allowed=False)
@@ -413,8 +437,13 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   return Dataset(name=builder.name, class_names=tuple(facts.class_names), multi_label=builder.MULTI_LABEL, splits=splits)
 
 
+def _read_facts(folder: pathlib.Path) -> Facts:
+  with reading_prepared(folder):
+    return Facts(**textfiles.parse_json((folder / METADATA).read_bytes()))
+
+
 def _check_unchanged(builder, config, folder, facts) -> None:
-  source = pathlib.Path(config.dataset.path).expanduser()
+  source = _source(config)
   try:
     now = {file.name: file.stat().st_size for file in open_folder(builder, source, facts.choices).index_files}
   except UserError:  # It is gone; what is prepared is all that is needed.
@@ -446,17 +475,20 @@ class PreparedSource:
 
   @functools.cached_property
   def _table(self) -> dict[str, np.ndarray]:
-    with np.load(pathlib.Path(self.folder) / ROWS) as table:
+    with reading_prepared(self.folder), np.load(pathlib.Path(self.folder) / ROWS) as table:
       names = [name for name in _COLUMNS | _CONTENTS if f'{self.split}_{name}' in table]
       return {name: table[f'{self.split}_{name}'] for name in names}
 
   @functools.cached_property
   def _rows(self) -> Sequence[dict[str, Any]]:
-    return tfds.builder_from_directory(self.folder).as_data_source(self.split)
+    with reading_prepared(self.folder):
+      return tfds.builder_from_directory(self.folder).as_data_source(self.split)
 
   @functools.cached_property
   def _images(self) -> Sequence[bytes]:
-    return array_record_data_source.ArrayRecordDataSource([str(pathlib.Path(self.folder) / IMAGES)])
+    with reading_prepared(self.folder):
+      file = str(pathlib.Path(self.folder) / IMAGES)
+      return array_record_data_source.ArrayRecordDataSource([file])
 
   @functools.cached_property
   def ids(self) -> list[str]:
@@ -485,45 +517,53 @@ class PreparedSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     number = int(self._table['images'][index])
-    data = self._images[number] if image and number >= 0 else None
-    text = self._rows[index]['text'].decode() if self._table['texts'][index] else None
+    with reading_prepared(self.folder):
+      data = self._images[number] if image and number >= 0 else None
+      text = self._rows[index]['text'].decode() if self._table['texts'][index] else None
     return {'id': self.ids[index], 'image': data, 'text': text, 'label': self.labels[index]}
 
 
-# ---- Reading what folders hold --------------------------------------------------------------------------------------------------------
+# ---- Reading what folders hold -------------------------------------------------------------------
 
 
-def read_text(file: pathlib.Path) -> str:
-  """Reads an index file, which must be UTF-8.
-
-  Raises:
-    UserError: it is not, or cannot be read.
-  """
-  try:
-    return file.read_text('utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise UserError(f'config.dataset.path: {file} is not UTF-8 (byte {error.start}); save it as UTF-8') from error
-  except OSError as error:
-    raise UserError(f'config.dataset.path: {file} cannot be read: {error.strerror}') from error
-
-
-def json_lines(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
-  """Yields (line number, what the line holds, None where it is not JSON); blank lines are skipped.
+def read_json(file: pathlib.Path) -> Any:
+  """Returns what an index file says.
 
   Raises:
-    UserError: the file is not UTF-8.
+    UserError: it is no JSON in UTF-8, or cannot be read.
   """
+  text = ''.join(line for _, line in textfiles.lines(file, name=_named(file)))
   try:
-    with open(file, encoding='utf-8-sig') as stream:
-      for number, line in enumerate(stream, start=1):
-        if line.strip():
-          yield number, _json(line)
-  except UnicodeDecodeError as error:
-    raise UserError(f'config.dataset.path: {file} is not UTF-8 (byte {error.start}); copy it again') from error
+    return textfiles.parse_json(text)
+  except textfiles.NotJson as error:
+    raise UserError(f'{_named(file)} is not JSON ({error}); copy it again') from error
 
 
-def _json(line: str) -> Any:
-  try:
-    return json.loads(line)
-  except ValueError:
-    return None
+def json_lines(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | LeftOut]]:
+  """Yields (line number, object), or why there is none; blank lines are skipped.
+
+  Raises:
+    UserError: the file is not UTF-8, or cannot be read.
+  """
+  for number, line in textfiles.lines(file, name=_named(file)):
+    name = f'{file.name}:{number}'
+    try:
+      record = textfiles.parse_json(line)
+    except textfiles.NotJson as error:
+      record = LeftOut(name, f'not JSON: {error}')
+    if not isinstance(record, dict | LeftOut):
+      record = LeftOut(name, 'not a JSON object')
+    yield number, record
+
+
+def csv_rows(file: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+  """Yields (row number, cells).
+
+  Raises:
+    UserError: it is no CSV file in UTF-8, or cannot be read.
+  """
+  return textfiles.csv_rows(file, name=_named(file), strict=False)
+
+
+def _named(file: pathlib.Path) -> str:
+  return f'config.dataset.path: {file}'

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
+from molt_jax.data import cells, findings
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -32,16 +33,25 @@ class Memes(folder_lib.Folder):
     self.index_files = list(self.files.values())
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
-    for number, record in folder_lib.json_lines(self.files[split]):
-      if not isinstance(record, dict) or 'id' not in record:
-        yield LeftOut(f'line {number}', 'not JSON with an id')
+    found, file = self.begin(split), self.files[split]
+    for number, record in folder_lib.json_lines(file):
+      if isinstance(record, LeftOut):
+        yield record
         continue
-      name = str(record['id']).zfill(5)
-      if record.get('label') not in (0, 1):
-        yield LeftOut(name, f'label {record.get("label")!r}')
-        continue
-      image = os.path.join(self.root, *pathlib.PurePosixPath(str(record.get('img') or f'img/{name}.png')).parts)
-      yield Row(name, image, str(record.get('text') or ''), (int(record['label']),))
+      found.row = f'{file.name}:{number}'
+      try:
+        yield self._row(record, found)
+      except cells.CellError as error:
+        yield LeftOut(found.row, str(error))
+
+  def _row(self, record: Mapping[str, Any], found: findings.Findings) -> Row | LeftOut:
+    name = found.require('id', record.get('id')).zfill(5)
+    label = found.require('label', record.get('label'))
+    if label not in ('0', '1'):
+      return LeftOut(name, 'no label' if label is None else f'label {cells.shown(label)}')
+    image = found.require('image', record.get('img')) or f'img/{name}.png'
+    path = os.path.join(self.root, *pathlib.PurePosixPath(image).parts)
+    return Row(name, path, found.require('text', record.get('text')), (int(label),))
 
 
 class HatefulMemes(FolderBuilder):

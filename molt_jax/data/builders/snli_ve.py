@@ -7,7 +7,6 @@ that were collected anew for e-SNLI-VE (Kayser et al. 2021: 1,665 and 1,631 diff
 files.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
+from molt_jax.data import cells, findings
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -52,32 +52,65 @@ class Pairs(folder_lib.Folder):
     return self.texts / f'esnlive_{_FILES[split]}.csv'
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
-    new_labels, replaced = self._new_labels(split), 0
-    for number, record in folder_lib.json_lines(self._file(split)):
-      if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ('gold_label', 'sentence2')):
-        yield LeftOut(f'line {number}', 'not JSON with gold_label and sentence2')
+    found, file = self.begin(split), self._file(split)
+    new_labels, replaced = self._new_labels(split, found), 0
+    for number, record in folder_lib.json_lines(file):
+      if isinstance(record, LeftOut):
+        yield record
         continue
-      name = str(record.get('pairID', f'line {number}'))
-      label = new_labels.get(name, record['gold_label'])
-      if label in CLASSES:
-        replaced += label != record['gold_label']
-        image = str(record.get('Flickr30K_ID', '')).removesuffix('.jpg')
-        path = os.path.join(self.images, f'{image}.jpg') if image else None
-        yield Row(name, path, record['sentence2'], (CLASSES.index(label),))
-      else:
-        yield LeftOut(name, f'gold label {label!r}')
+      found.row = f'{file.name}:{number}'
+      try:
+        row, was_replaced = self._row(record, found, new_labels)
+      except cells.CellError as error:
+        row, was_replaced = LeftOut(found.row, str(error)), False
+      replaced += was_replaced
+      yield row
     if self.relabelled:
       self.notes[f'{split} labels replaced'] = replaced
 
-  def _new_labels(self, split: str) -> dict[str, str]:
+  def _row(
+      self, record: Mapping[str, Any], found: findings.Findings, new_labels: Mapping[str, str]
+  ) -> tuple[Row | LeftOut, bool]:
+    """Returns a row, and whether its label is another one than the file's."""
+    given = record.get('pairID')
+    name = found.row if given is None else found.require('id', given)
+    text = found.require('text', record.get('sentence2'))
+    old = found.require('label', record.get('gold_label'))
+    label = new_labels.get(name, old)
+    if label is None or 'sentence2' not in record:
+      return LeftOut(name, 'without gold_label or sentence2'), False
+    if label not in CLASSES:
+      return LeftOut(name, f'gold label {cells.shown(label)}'), False
+    image = record.get('Flickr30K_ID')
+    stem = None if cells.is_null(image) else found.require('id', image).removesuffix('.jpg')
+    path = os.path.join(self.images, f'{stem}.jpg') if stem else None
+    return Row(name, path, text, (CLASSES.index(label),)), label != old
+
+  def _new_labels(self, split: str, found: findings.Findings) -> dict[str, str]:
     if not self.relabelled or split == 'train':
       return {}
     file = self._new_labels_file(split)
-    try:
-      with open(file, encoding='utf-8-sig', newline='') as stream:
-        return {row['pairID']: row['gold_label'] for row in csv.DictReader(stream)}
-    except (UnicodeDecodeError, csv.Error, KeyError) as error:
-      raise UserError(f'config.dataset.path: {file} is not a CSV file with the columns pairID and gold_label; copy it again') from error
+    labels, places, size = {}, [], 0
+    for number, row in folder_lib.csv_rows(file):
+      if number == 1:
+        size = len(row)
+        if row.count('pairID') != 1 or row.count('gold_label') != 1:
+          raise UserError(f'config.dataset.path: {file} is not a CSV file with one column pairID '
+                          'and one gold_label; copy it again')
+        places = [row.index('pairID'), row.index('gold_label')]
+      elif row:
+        found.row = f'{file.name}:{number}'
+        try:
+          if len(row) != size:
+            raise cells.CellError('row', f'of {len(row)} cells, the header has {size}', 'mend it')
+          label = found.require('label', row[places[1]])
+          name = found.require('id', row[places[0]])
+        except cells.CellError as error:
+          raise UserError(f'config.dataset.path: {file} row {number}: {error}') from error
+        if labels.setdefault(name, label) != label:
+          found.remark(cells.TWICE, name)
+        labels[name] = label
+    return labels
 
 
 class SnliVe(FolderBuilder):

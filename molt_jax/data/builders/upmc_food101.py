@@ -8,15 +8,14 @@ these after a reader took the first row for a header. `page` leaves out pictures
 There is no official validation split: `dataset.validation_fraction` of train is set aside by seed.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from molt_jax.config import UserError
+from molt_jax.data import cells
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -39,29 +38,43 @@ class Titles(folder_lib.Folder):
 
   def __post_init__(self):
     self.index_files = [self.texts / f'{split}_titles.csv' for split in SPLITS]
-    self.class_names = sorted({label for split in SPLITS for _, (_, _, label) in self._rows(split) if label})
+    rows = [row for split in SPLITS for row in self._rows(split)]
+    self.class_names = sorted({row.label for row in rows if isinstance(row, _Title)})
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
     index = {name: k for k, name in enumerate(self.class_names)}
-    for number, (name, title, label) in self._rows(split):
-      if label:
-        folder = self.flat or self.root / 'images' / split / label
-        yield Row(name, os.path.join(folder, name), title, (index[label],))
+    for row in self._rows(split):
+      if isinstance(row, LeftOut):
+        yield row
       else:
-        yield LeftOut(f'row {number}', 'not FILE,TITLE,CLASS')
+        folder = self.flat or self.root / 'images' / split / row.folder
+        yield Row(row.name, os.path.join(folder, row.name), row.text, (index[row.label],))
 
-  def _rows(self, split: str) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """Yields (row number, (file, title, class)); the class is empty where the row is not of this kind."""
-    file = self.texts / f'{split}_titles.csv'
-    try:
-      with open(file, encoding='utf-8-sig', newline='') as stream:
-        for number, cells in enumerate(csv.reader(stream), start=1):
-          good = len(cells) == 3 and _IMAGE.fullmatch(cells[0].strip()) and cells[2].strip()
-          yield number, (cells[0].strip(), cells[1], cells[2].strip()) if good else ('', '', '')
-    except UnicodeDecodeError as error:
-      raise UserError(f'config.dataset.path: {file} is not UTF-8 (byte {error.start}); copy it again') from error
-    except csv.Error as error:
-      raise UserError(f'config.dataset.path: {file} is not a valid CSV file ({error}); copy it again') from error
+  def _rows(self, split: str) -> Iterator['_Title | LeftOut']:
+    found, file = self.begin(split), self.texts / f'{split}_titles.csv'
+    for number, row in folder_lib.csv_rows(file):
+      found.row = f'{file.name}:{number}'
+      if len(row) != 3 or not _IMAGE.fullmatch(row[0].strip()):
+        yield LeftOut(found.row, 'not FILE,TITLE,CLASS')
+        continue
+      try:
+        name, text, label = map(found.require, ('image', 'text', 'label'), row)
+      except cells.CellError as error:
+        yield LeftOut(found.row, str(error))
+        continue
+      if label is None:
+        yield LeftOut(found.row, 'no class')
+      else:
+        yield _Title(name, text, label, row[2].strip())
+
+
+class _Title(NamedTuple):
+  """A row of a titles file; `folder` is the class as it is written."""
+
+  name: str
+  text: str | None
+  label: str
+  folder: str
 
 
 @dataclasses.dataclass
@@ -77,6 +90,7 @@ class Pages(folder_lib.Folder):
     self.class_names = sorted({path.name for split in SPLITS for path in (self.root / 'images' / split).iterdir() if path.is_dir()})
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
+    found = self.begin(split)
     for k, label in enumerate(self.class_names):
       folder = self.root / 'images' / split / label
       for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
@@ -84,8 +98,10 @@ class Pages(folder_lib.Folder):
           yield LeftOut(name, 'not the name of an image')
           continue
         page = self.root / 'texts_txt' / label / (name.rpartition('.')[0] + '.txt')
+        found.row = name
         if page.is_file():
-          yield Row(name, os.path.join(folder, name), page.read_text('utf-8', errors='replace'), (k,))
+          text = found.require('text', page.read_text('utf-8', errors='replace'))
+          yield Row(name, os.path.join(folder, name), text, (k,))
         else:
           yield LeftOut(name, 'no page', by_rule=True)
 
