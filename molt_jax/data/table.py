@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from molt_jax.config import UserError
+from molt_jax.data import formats
 from molt_jax.data.sources import UNLABELLED, Dataset
 from molt_jax.data.splits import set_aside
 
@@ -61,7 +62,7 @@ class TableSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     row = self.rows[index]
-    data = pathlib.Path(row.image).read_bytes() if image and row.image is not None else None
+    data = formats.read_file(row.image) if image and row.image is not None else None
     return {'id': row.id, 'image': data, 'text': row.text, 'label': self.labels[index]}
 
 
