@@ -1,6 +1,7 @@
 """What is read as an image file, and that it costs little whatever it declares."""
 
 import io
+import json
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from molt_jax import fill, pair_metrics
+from molt_jax import diagnostics, fill, pair_metrics
 from molt_jax.config import UserError
 from molt_jax.data import augment, describe, formats, pairs, pipeline, table, transforms
 from molt_jax.data.sources import Dataset
@@ -480,3 +481,19 @@ def test_features_of_images_that_were_decoded_otherwise_are_not_used(monkeypatch
   before = fill._spec(config, tower, make_preprocess(), 'image')
   monkeypatch.setattr(transforms, 'DECODING', transforms.DECODING + 1)
   assert fill._spec(config, tower, make_preprocess(), 'image') != before
+
+
+def test_a_mistake_whose_picture_cannot_be_read_is_shown_without(tmp_path, make_source):
+  class Unreadable(type(make_source(1))):
+    def read(self, index, *, image):
+      if image:
+        raise OSError(5, 'Input/output error')
+      return super().read(index, image=False)
+
+  made = make_source(3)
+  source = Unreadable(made.images, made.texts, made.labels)
+  recorder = diagnostics.PredictionRecorder(source, 'abc', ['none_absent'], multi_label=False)
+  recorder._counted_cn[:] = True  # As if each had been scored alike.
+  recorder.write(tmp_path, split='test', step=1, config_hash='x', seed=0)
+  examples = json.loads((tmp_path / 'mistakes.json').read_text())['examples']
+  assert [example['image'] for example in examples.values()] == [None] * len(examples) and examples

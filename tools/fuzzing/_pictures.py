@@ -261,6 +261,8 @@ def _seen(pixels_hwc):
 def _ico_png(rng):
   pixels_hwc = _seen(_noise(rng, 4))
   small_hwc = rng.integers(0, 256, (1, 1, 4))
+  if pixels_hwc.size == small_hwc.size:  # The largest counts, and there is none.
+    small_hwc = pixels_hwc
   pictures = [(p.shape[1], p.shape[0], 32, files.png(p, 8, 6)) for p in (small_hwc, pixels_hwc)]
   return files.ico(*pictures), _white_under(pixels_hwc[..., :3], pixels_hwc[..., 3:]), 1
 
