@@ -20,7 +20,7 @@ from PIL import Image
 
 from molt_jax import cli
 from molt_jax.config import UserError
-from molt_jax.data import datasets, missing
+from molt_jax.data import datasets, missing, transforms
 from molt_jax.data.sources import classes_of
 
 TO = flags.DEFINE_string('to', '', 'Folder of the new table; must not be there yet.')
@@ -32,8 +32,7 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 
 def noisy_picture(encoded, rng):
   """Returns a PNG of the picture on white, every channel with Gaussian noise."""
-  picture = Image.open(io.BytesIO(encoded)).convert('RGBA')
-  picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
+  picture = transforms.decode(encoded)
   noisy = np.asarray(picture, np.float32) + 255 * PIXEL_NOISE.value * rng.standard_normal((*picture.size[::-1], 3), np.float32)
   stream = io.BytesIO()
   Image.fromarray(np.clip(np.round(noisy), 0, 255).astype(np.uint8)).save(stream, 'png')

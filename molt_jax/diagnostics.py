@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from molt_jax import processes, records
-from molt_jax.data import transforms
+from molt_jax.data import pipeline, transforms
 from molt_jax.data.sources import Source
 from molt_jax.modules.interface import HeadOutput
 from molt_jax.objectives import cca, cca_diagnostics
@@ -212,9 +212,13 @@ class PredictionRecorder:
     predictions.save(workdir / records.PREDICTIONS)
     worst = {name: predictions.worst(name, NUM_MISTAKES) for name in self._conditions}
     shown = sorted({n for of_condition in worst.values() for n in of_condition})
-    examples = {str(n): _exhibit(self._source[rows[n]]) for n in shown}
+    examples = {str(n): _exhibit(self._read(rows[n])) for n in shown}
     records.write_mistakes(workdir, {
         'split': split, 'step': step, 'data': data, 'conditions': worst, 'examples': examples})
+
+  def _read(self, row):
+    """An example; without its image where that cannot be read, which was counted when it was scored."""
+    return pipeline.read_example(self._source, row, image=True, report=pipeline.DecodeReport())
 
   def _label_sets(self, rows):
     true_nk = np.zeros((len(rows), len(self._class_names)), bool)

@@ -81,6 +81,7 @@ def _spec(config, tower: weights.TowerSpec, preprocess: pipeline.Preprocess, mod
   spec = {'modality': modality, 'tower': tower.identity['sha256'], 'tower_dtype': config.backbones.dtype, 'num_taps': config.molt.num_layers}
   if modality == 'image':
     spec['preprocess'] = {'size': preprocess.image_size, 'mean': preprocess.mean, 'std': preprocess.std, 'resize': preprocess.resize}
+    spec['decoding'] = transforms.DECODING
   return spec
 
 

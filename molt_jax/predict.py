@@ -17,7 +17,7 @@ from molt_jax import cli, sharding, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
-from molt_jax.data import cells, findings, imagefiles, pipeline, transforms
+from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
 
 
 class Predictor:
@@ -234,7 +234,7 @@ def _decoded(image: str | bytes, name: str) -> PIL.Image.Image:
     if why := imagefiles.why_no_file(image):
       raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}')
   try:
-    return transforms.decode(imagefiles.read_file(image) if isinstance(image, str) else image)
+    return transforms.decode(formats.read_file(image) if isinstance(image, str) else image)
   except OSError as error:
     why = error.strerror or str(error)
     raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}') from error

@@ -28,6 +28,7 @@ from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, pipeline, transforms
+from molt_jax.data import formats as formats_lib
 from molt_jax.data.sources import Dataset, Source, classes_of
 
 FLAGS = (
@@ -109,12 +110,12 @@ def _look(example, report, sizes) -> str:
   """Returns the format of an image and adds its size; 'unusable' where it does not decode, which is reported."""
   try:
     transforms.check(example['image'])
+    with formats_lib.opened(example['image']) as image:
+      sizes.append(image.size)
+      return f'{image.format} {image.mode}'
   except transforms.DecodeError as error:
     report.add(example['id'], 'image', str(error))
     return 'unusable'
-  with Image.open(io.BytesIO(example['image'])) as image:
-    sizes.append(image.size)
-    return f'{image.format} {image.mode}'
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -153,7 +154,8 @@ def _draw(sheet, corner, example, names) -> None:
   left, top = corner
   draw, font = ImageDraw.Draw(sheet), _font()
   try:
-    picture = ImageOps.contain(transforms.decode(example['image'] or b''), (_CELL, _CELL))
+    strip = transforms.cut_strip(transforms.decode(example['image'] or b''))
+    picture = ImageOps.contain(strip, (_CELL, _CELL))
     sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
   except transforms.DecodeError as error:
     draw.rectangle((left, top, left + _CELL, top + _CELL), outline='grey')

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from molt_jax.data import augment, pipeline, transforms
+from molt_jax.data import augment, formats, pipeline, transforms
 from molt_jax.data.sources import Source
 
 VIEWS = ('', '_augmented')
@@ -71,10 +71,21 @@ class _Pictures:
     except transforms.DecodeError as error:
       self._preprocess.report.add(example['id'], 'image', str(error))
       return None
+    size = KEPT_SCALE * self._preprocess.image_size
     if self._preprocess.resize == 'letterbox':
+      if max(image.size) ** 2 > formats.MAX_PIXELS:  # Too much for a square.
+        image = _shrunk(image, size / max(image.size))
       image = _squared(image, self._preprocess.mean)
-    shrink = KEPT_SCALE * self._preprocess.image_size / min(image.size)
-    return image.resize(tuple(max(1, round(side * shrink)) for side in image.size), Image.Resampling.BICUBIC) if shrink < 1 else image
+    else:
+      image = transforms.cut_strip(image)  # Crops lie in the square in its middle.
+    return _shrunk(image, size / min(image.size))
+
+
+def _shrunk(image: Image.Image, scale: float) -> Image.Image:
+  """Resizes an image if that makes it smaller."""
+  if scale >= 1:
+    return image
+  return transforms.resized(image, tuple(max(1, round(side * scale)) for side in image.size))
 
 
 def _squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:

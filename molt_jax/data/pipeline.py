@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,12 +29,16 @@ import numpy as np
 from PIL import Image
 
 from molt_jax.config import UserError
-from molt_jax.data import missing, packing, transforms
+from molt_jax.data import formats, missing, packing, transforms
 from molt_jax.data.sources import Source
 
 
 class DecodeReport:
-  """Counts the images and texts that could not be used and keeps the first names. Thread-safe; an example counts once however often it is read."""
+  """Counts the images and texts that could not be used and keeps the first names.
+
+  Thread-safe; an example counts once however often it is read. Names and reasons come from files, so they are made fit
+  for a terminal (`formats.one_line`).
+  """
 
   def __init__(self, keep: int = 5):
     self._keep = keep
@@ -44,7 +47,7 @@ class DecodeReport:
 
   def add(self, example_id: str, modality: str, reason: str) -> None:
     with self._lock:
-      self._reasons[modality].setdefault(example_id, reason)
+      self._reasons[modality].setdefault(example_id, formats.one_line(reason))
 
   def counts(self) -> dict[str, int]:
     """Returns the number of examples that lost each modality, e.g. {'image': 3}."""
@@ -57,7 +60,8 @@ class DecodeReport:
       return '; '.join(self._describe(modality, reasons) for modality, reasons in sorted(self._reasons.items()))
 
   def _describe(self, modality: str, reasons: dict[str, str]) -> str:
-    first = ', '.join(f'{name} ({reason})' for name, reason in list(reasons.items())[:self._keep])
+    first = ', '.join(
+        f'{formats.one_line(name)} ({reason})' for name, reason in list(reasons.items())[:self._keep])
     more = f', and {len(reasons) - self._keep} more' if len(reasons) > self._keep else ''
     return f'{len(reasons)} unusable {modality}{"s" if len(reasons) > 1 else ""} treated as absent: {first}{more}'
 
@@ -329,14 +333,14 @@ def single_example(
 
   Args:
     preprocess: how it becomes arrays.
-    image: path of a file, PIL image, uint8 array [H, W] or [H, W, 3 or 4], or None: absent.
+    image: path of a file, PIL image, uint8 array [H, W] or [H, W, 3 or 4], or None: absent. All by the rules of `modes`.
     text: or None: absent; a blank text is absent too.
 
   Returns:
     {'image': float32[size, size, 3], 'tokens': int32[T], 'token_mask': bool[T], 'present': bool[2]}
 
   Raises:
-    UserError: the image cannot be read, or neither modality is there.
+    UserError: the image cannot be read or decoded, or neither modality is there.
   """
   content = _empty_content(preprocess)
   if image is not None:
@@ -350,13 +354,17 @@ def single_example(
 
 def _open(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
   if isinstance(image, np.ndarray):
-    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or not image.size:
+    colours = image.ndim == 3 and image.shape[2] in (3, 4)
+    if image.dtype != np.uint8 or not (image.ndim == 2 or colours) or not image.size:
       raise UserError(f'image is an array {image.dtype}{list(image.shape)}: give uint8 [H, W] or [H, W, 3 or 4]')
     image = Image.fromarray(image)
-  name = 'image' if isinstance(image, Image.Image) else f'image {str(image)!r}'
+  in_memory = isinstance(image, Image.Image)
+  name = 'image' if in_memory else f'image {str(image)!r}'
   try:
-    return transforms.as_rgb(image) if isinstance(image, Image.Image) else transforms.decode(pathlib.Path(image).read_bytes())
+    return transforms.as_rgb(image) if in_memory else transforms.decode(formats.read_file(image))
   except OSError as error:
-    raise UserError(f'{name} cannot be opened ({error.strerror}): give the path of an image file') from error
+    raise UserError(
+        f'{name} cannot be opened ({error.strerror}): give the path of an image file') from error
   except transforms.DecodeError as error:
-    raise UserError(f'{name} cannot be decoded ({error}): save it again, as PNG or JPEG for instance') from error
+    raise UserError(
+        f'{name} cannot be decoded ({error}): save it anew, or give another') from error

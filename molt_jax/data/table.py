@@ -24,7 +24,7 @@ import numpy as np
 
 from molt_jax import cli
 from molt_jax.config import UserError
-from molt_jax.data import cells, findings, imagefiles, textfiles
+from molt_jax.data import cells, findings, formats, imagefiles, textfiles
 from molt_jax.data.sources import UNLABELLED, Dataset, text_number
 from molt_jax.data.splits import set_aside
 
@@ -73,7 +73,7 @@ class TableSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     row = self.rows[index]
-    data = imagefiles.read_file(row.image) if image and row.image is not None else None
+    data = formats.read_file(row.image) if image and row.image is not None else None
     return {'id': row.id, 'image': data, 'text': row.text, 'label': self.labels[index]}
 
 

@@ -1,100 +1,77 @@
 """From bytes to arrays, with numpy and Pillow alone. Pixels come out as Hugging Face's CLIP image processor makes them."""
 
-import contextlib
 import functools
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-# An image of more pixels is refused before it is decoded: as RGB it would take 200 MB, whatever the size of its file.
-MAX_PIXELS = 1 << 26
+from molt_jax.data import formats, modes
+from molt_jax.data.formats import DecodeError as DecodeError
+
+# Of what `decode` makes of a file: features that were stored of images decoded by other rules are others'.
+DECODING = 2
 # A longer strip is cut (centred) to this aspect ratio before it is resized, since resizing keeps the ratio and would blow it up.
 MAX_ASPECT = 64
-
-_SIXTEEN_BIT = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N')
-
-
-class DecodeError(ValueError):
-  """An image that cannot be used; the message says why."""
+# A side that shrinks to less than half of 1/MAX_SHRINK is averaged to MAX_SHRINK times its size to be first: the
+# weights of a bicubic filter take 32 bytes a pixel of the longer side. No other image comes out different.
+MAX_SHRINK = 1024
+# Metadata of more bytes is left alone: what is in them is read number by number.
+_MAX_EXIF_BYTES = 1 << 20
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(data: bytes) -> Image.Image:
-  """Decodes the first frame of an image file to RGB, upright by its EXIF orientation, transparency laid on white.
+  """Decodes the first frame of an image file to 8-bit RGB, upright by its EXIF orientation.
+
+  `formats.FORMATS` lists the formats, `modes` the rule for each kind of pixels.
 
   Raises:
-    DecodeError: empty, truncated, of an unknown format, or of more than MAX_PIXELS pixels.
+    DecodeError: empty, damaged, of another format, of pixels that have no rule, or larger than the bounds in `formats`.
   """
-  with _opened(data) as image:
+  with formats.opened(data) as image:
     return as_rgb(image)
 
 
 def check(data: bytes) -> None:
   """Raises DecodeError where `decode` would; cheaper, since a JPEG is read to its end but decoded at its smallest scale."""
-  with _opened(data) as image:
-    _bound_pixels(image)
+  with formats.opened(data) as image:
     image.draft(None, (1, 1))
-    image.load()
-
-
-@contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-  """Opens an image file for the block; what goes wrong inside is a DecodeError."""
-  if not data:
-    raise DecodeError('the file is empty')
-  try:
-    with Image.open(io.BytesIO(data)) as image:
-      yield image
-  except DecodeError:
-    raise
-  except Image.UnidentifiedImageError as error:
-    raise DecodeError('not an image, or of an unknown format') from error
-  except Image.DecompressionBombError as error:
-    raise DecodeError(f'more than {MAX_PIXELS} pixels') from error
-  except Exception as error:  # Pillow's parsers raise a dozen types on broken bytes (OSError, SyntaxError, struct.error, ...).
-    raise DecodeError(_reason(error)) from error
+    as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-  """Returns an opened image as `decode` does: RGB, upright, transparency on white, 16-bit grey scaled to 8 (Pillow would clip it to white).
+  """Returns an opened image as `decode` does, by the same rules.
 
   Raises:
-    DecodeError: its pixels cannot be read or are more than MAX_PIXELS.
+    DecodeError: as in `decode`.
   """
-  _bound_pixels(image)
-  try:
+  with formats.faults():
+    formats.bound_pixels(image.size)
+    samples = modes.read_samples(image)
     image.load()
-    return _to_rgb(_upright(image))
-  except Exception as error:  # As in `_opened`.
-    raise DecodeError(_reason(error)) from error
+    formats.bound_pixels(image.size)  # Some formats know their size for certain only now.
+    rgb = modes.to_rgb(image, samples)
+    turn = _TURNS.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-def _bound_pixels(image: Image.Image) -> None:
-  width, height = image.size
-  if width * height > MAX_PIXELS:
-    raise DecodeError(f'{width} x {height} pixels, more than {MAX_PIXELS}')
-
-
-def _reason(error: Exception) -> str:
-  return ' '.join(str(error).split()) or type(error).__name__
-
-
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
   try:
-    return ImageOps.exif_transpose(image)
+    if len(image.info.get('exif') or b'') <= _MAX_EXIF_BYTES:
+      return int(image.getexif().get(_ORIENTATION, 1))
   except Exception:  # Broken metadata must not cost a good picture.
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode in _SIXTEEN_BIT:
-    grey = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8
-    return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
-  if image.has_transparency_data:
-    rgba = image.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
-  return image.convert('RGB')
+    pass
+  return None
 
 
 def preprocess_image(image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], resize: str) -> np.ndarray:
@@ -134,18 +111,24 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
-  image = _bound_aspect(image)
+  image = cut_strip(image)
   width, height = (size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size)
   left, top = (width - size) // 2, (height - size) // 2
-  return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+  return resized(image, (width, height)).crop((left, top, left + size, top + size))
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
   longest = max(image.size)
-  return image.resize(tuple(max(1, round(size * side / longest)) for side in image.size), Image.Resampling.BICUBIC)
+  return resized(image, tuple(max(1, round(size * side / longest)) for side in image.size))
 
 
-def _bound_aspect(image: Image.Image) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """Resizes an image to (width, height), bicubic, in bounded memory whatever its size (see MAX_SHRINK)."""
+  return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=MAX_SHRINK)
+
+
+def cut_strip(image: Image.Image) -> Image.Image:
+  """Cuts an image (centred) to the aspect ratio MAX_ASPECT if it is longer."""
   limit = MAX_ASPECT * min(image.size)
   if max(image.size) <= limit:
     return image

@@ -17,7 +17,7 @@ from PIL import Image
 from molt_jax import config as config_lib
 from molt_jax import predict
 from molt_jax.config import UserError
-from molt_jax.data import cells, datasets, imagefiles
+from molt_jax.data import cells, datasets, formats
 from molt_jax.data.builders import hateful_memes, mm_imdb, snli_ve, upmc_food101
 from molt_jax.data.builders.folder import LeftOut
 from molt_jax.data.sources import UNLABELLED
@@ -777,12 +777,12 @@ def test_new_labels_of_snli_ve(tmp_path, text, says):
 
 
 def test_only_regular_files_of_bounded_size_are_read(folder):
-  assert imagefiles.read_file(folder / 'a.png') == (folder / 'a.png').read_bytes()
+  assert formats.read_file(folder / 'a.png') == (folder / 'a.png').read_bytes()
   with open(folder / 'huge', 'wb') as stream:
     stream.truncate(1 << 40)  # Sparse: it takes no room on the disk.
   for name in ('pipe', 'sub', 'loop', 'huge', 'nothing', '/dev/zero'):
     with pytest.raises(OSError):
-      imagefiles.read_file(folder / name)
+      formats.read_file(folder / name)
 
 
 def test_generators_of_cells(fuzz):

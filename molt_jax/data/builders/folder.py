@@ -32,7 +32,7 @@ from tensorflow_datasets.core import shuffle
 from molt_jax import cli
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
-from molt_jax.data import cells, findings, imagefiles, missing, textfiles, transforms
+from molt_jax.data import cells, findings, formats, missing, textfiles, transforms
 from molt_jax.data.sources import Dataset, reading_prepared, text_number
 from molt_jax.data.splits import set_aside
 
@@ -164,7 +164,7 @@ class Facts:
     if self.differences():
       lines.append(f'{self.dataset}: counts are not the published ones ({"; ".join(self.differences())})')
     if self.lost_images:
-      named = [f'{name} ({reason})' for name, reason in self.lost_images.items()]
+      named = [f'{formats.one_line(name)} ({formats.one_line(reason)})' for name, reason in self.lost_images.items()]
       lines.append(f'{self.dataset}: images that cannot be used (their examples have a text alone): {len(named):,}, {_some(named)}')
     if self.repeated:
       named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
@@ -272,7 +272,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       for file in files:
         bar.advance()
         try:
-          data = imagefiles.read_file(file)
+          data = formats.read_file(file)
           transforms.check(data)
         except (OSError, transforms.DecodeError) as error:
           self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.config import UserError
-from molt_jax.data import cells, findings, imagefiles, textfiles
+from molt_jax.data import cells, findings, formats, textfiles
 from molt_jax.data.builders import folder as folder_lib
 from molt_jax.data.builders.folder import FolderBuilder, LeftOut, Row
 from molt_jax.data.sources import Dataset
@@ -80,7 +80,7 @@ class Movies(folder_lib.Folder):
       file = self.records / f'{name}.json'
       what = f'{self.records.name}/{name}.json'
       try:
-        record = textfiles.parse_json(imagefiles.read_file(file))
+        record = textfiles.parse_json(formats.read_file(file))
         texts = _texts(record, self.choices['text'], found)
         genres = cells.read_labels(record['genres'], several=True)
       except FileNotFoundError:

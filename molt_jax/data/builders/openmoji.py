@@ -113,7 +113,9 @@ def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str
 def render(**svg: str) -> bytes:
   """Renders a drawing, `svg_path` or `svg_string`, to an RGB PNG file of SIZE x SIZE pixels on BACKGROUND."""
   import resvg_py
-  rgba = Image.open(io.BytesIO(resvg_py.svg_to_bytes(**svg, width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True)))
+  drawn = resvg_py.svg_to_bytes(
+      **svg, width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True)
+  rgba = Image.open(io.BytesIO(drawn), formats=('PNG',))
   buffer = io.BytesIO()
   rgba.convert('RGB').save(buffer, 'PNG')
   return buffer.getvalue()
