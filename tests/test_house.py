@@ -10,13 +10,15 @@ SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'mo
 ROOMS = {
     '__init__': ('predict',),
     'config': (),
+    'files': ('config',),
     'presets': ('config',),
-    'data': ('config', 'cli', 'terminal'),
+    'data': ('config', 'files', 'cli', 'terminal'),
     'data.describe': ('config', 'data', 'backbones', *SERVICES),
-    'backbones': ('config',),
+    'backbones': ('config', 'files'),
     'modules': ('config', 'backbones'),
     'objectives': (),
-    **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
+    **dict.fromkeys(
+        SERVICES, ('config', 'files', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
     'terminal': (),
     'records': ('config', 'data', 'logbook', 'terminal'),
     'report': ('config', 'cli', 'data', 'logbook', 'records', 'terminal', 'trained'),

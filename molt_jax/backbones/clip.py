@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.backbones import stack
+from molt_jax.backbones import keys, stack
 from molt_jax.config import UserError
 
 # What Hugging Face reads where a vision config is silent: values equal to these are left out when a CLIPConfig is saved.
@@ -17,8 +17,6 @@ DEFAULTS = {
     'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 12, 'num_channels': 3, 'image_size': 224,
     'patch_size': 32, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
 }
-# Keys that change the mathematics, and the values that are implemented.
-NEUTRAL = {'model_type': ('clip_vision_model',), 'num_channels': (3,), 'quantization_config': (None,)}
 ACTIVATIONS = {
     'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
     'gelu': lambda x: nn.gelu(x, approximate=False),
@@ -44,27 +42,50 @@ class ClipVisionConfig:
     return 1 + (self.image_size // self.patch_size) ** 2
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any]) -> 'ClipVisionConfig':
+  def from_hf(
+      cls, config: Mapping[str, Any], where: str = 'the CLIP vision config') -> 'ClipVisionConfig':
     """Reads the dict of a Hugging Face config.json, of a CLIPModel (its vision_config) or a CLIPVisionModel.
 
+    Args:
+      config: the dict.
+      where: names it in errors.
+
     Raises:
-      UserError: a value is not implemented.
+      UserError: a key is unknown, or a value is not implemented.
     """
-    if config.get('model_type', 'clip') == 'clip' and 'vision_config' in config:
-      config = {'model_type': 'clip_vision_model', **config['vision_config'], **(config.get('vision_config_dict') or {})}
-    c = {**DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
-    for key, legal in {**NEUTRAL, 'hidden_act': tuple(ACTIVATIONS)}.items():
-      if c.get(key) not in legal:
-        raise UserError(f'the CLIP vision config has {key} = {c.get(key)!r}, which is not implemented; implemented: {" or ".join(map(repr, legal))}')
-    for key in ('image_size', 'patch_size'):
-      if not isinstance(c[key], int):
-        raise UserError(f'the CLIP vision config has {key} = {c[key]!r}; only one number (square) is implemented')
-    if c['image_size'] < c['patch_size'] or c['hidden_size'] % c['num_attention_heads']:
-      raise UserError(f'the CLIP vision config has image_size = {c["image_size"]}, which must be at least patch_size = {c["patch_size"]}, and '
-                      f'num_attention_heads = {c["num_attention_heads"]}, which must divide hidden_size = {c["hidden_size"]}')
+    c = _part(config, 'vision', keys.CLIP_VISION, DEFAULTS, where)
+    if c['image_size'] < c['patch_size']:
+      raise UserError(
+          f'{where} has image_size = {c["image_size"]}, which must be at least patch_size = '
+          f'{c["patch_size"]}')
     return cls(
-        hidden_size=c['hidden_size'], intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'], num_heads=c['num_attention_heads'],
-        image_size=c['image_size'], patch_size=c['patch_size'], hidden_act=c['hidden_act'], layer_norm_eps=c['layer_norm_eps'])
+        hidden_size=c['hidden_size'], intermediate_size=c['intermediate_size'],
+        num_layers=c['num_hidden_layers'], num_heads=c['num_attention_heads'],
+        image_size=c['image_size'], patch_size=c['patch_size'], hidden_act=c['hidden_act'],
+        layer_norm_eps=c['layer_norm_eps'])
+
+
+def _part(
+    config: Mapping[str, Any], name: str, table: keys.Table, defaults: Mapping[str, Any],
+    where: str) -> dict[str, Any]:
+  """A tower's own configuration, or its part of a CLIPModel's; defaults where it is silent."""
+  kind = f'clip_{name}_model'
+  part = dict(config)
+  if config.get('model_type', 'clip') == 'clip' and f'{name}_config' in config:
+    keys.check(config, keys.CLIP, where)
+    part = {'model_type': kind, **(config[f'{name}_config'] or {})}
+    where = f'{where}: {name}_config'
+    if (over := config.get(f'{name}_config_dict')) is not None:
+      # Of early files; it overrides, and where it is silent, its defaults do.
+      keys.check(over, table, f'{where}_dict')
+      part |= {**defaults, **over}
+  keys.check({'model_type': None, **part}, table, where)
+  c = {**defaults, **{k: v for k, v in part.items() if v is not None}}
+  if c['hidden_size'] % c['num_attention_heads']:
+    raise UserError(
+        f'{where} has num_attention_heads = {c["num_attention_heads"]}, which must divide '
+        f'hidden_size = {c["hidden_size"]}')
+  return c
 
 
 def patches(image_bhwc: jax.Array, size: int) -> jax.Array:
@@ -80,7 +101,6 @@ TEXT_DEFAULTS = {
     'vocab_size': 49408, 'hidden_size': 512, 'intermediate_size': 2048, 'num_hidden_layers': 12, 'num_attention_heads': 8,
     'max_position_embeddings': 77, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'eos_token_id': 49407, 'projection_dim': 512,
 }
-TEXT_NEUTRAL = {'model_type': ('clip_text_model',), 'quantization_config': (None,)}
 # The id that configs before the tokenizer's own was written down have; the end of a text was then found as the largest id of its row.
 OLD_EOS_ID = 2
 
@@ -101,28 +121,30 @@ class ClipTextConfig:
   projection_size: int
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any]) -> 'ClipTextConfig':
+  def from_hf(
+      cls, config: Mapping[str, Any], where: str = 'the CLIP text config') -> 'ClipTextConfig':
     """Reads the dict of a Hugging Face config.json, of a CLIPModel (its text_config) or a CLIPTextModel(WithProjection).
 
+    Args:
+      config: the dict.
+      where: names it in errors.
+
     Raises:
-      UserError: a value is not implemented.
+      UserError: a key is unknown, or a value is not implemented.
     """
-    if config.get('model_type', 'clip') == 'clip' and 'text_config' in config:
-      whole = config
-      config = {'model_type': 'clip_text_model', **config['text_config'], **(config.get('text_config_dict') or {})}
-      config |= {'projection_dim': whole.get('projection_dim') or TEXT_DEFAULTS['projection_dim']}  # A CLIPModel's own is what its projection has.
-    c = {**TEXT_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
-    for key, legal in {**TEXT_NEUTRAL, 'hidden_act': tuple(ACTIVATIONS)}.items():
-      if c.get(key) not in legal:
-        raise UserError(f'the CLIP text config has {key} = {c.get(key)!r}, which is not implemented; implemented: {" or ".join(map(repr, legal))}')
-    if c['hidden_size'] % c['num_attention_heads']:
+    c = _part(config, 'text', keys.CLIP_TEXT, TEXT_DEFAULTS, where)
+    if config.get('model_type', 'clip') == 'clip':  # A CLIPModel's own is what its projection has.
+      c['projection_dim'] = config.get('projection_dim') or TEXT_DEFAULTS['projection_dim']
+    eos = c['eos_token_id']
+    if eos != OLD_EOS_ID and eos >= c['vocab_size']:
       raise UserError(
-          f'the CLIP text config has num_attention_heads = {c["num_attention_heads"]}, which must divide hidden_size = {c["hidden_size"]}')
+          f'{where} has eos_token_id = {eos}, but vocab_size = {c["vocab_size"]}: no text would end')
     return cls(
-        vocab_size=c['vocab_size'], hidden_size=c['hidden_size'], intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],
-        num_heads=c['num_attention_heads'], max_positions=c['max_position_embeddings'], hidden_act=c['hidden_act'],
-        layer_norm_eps=c['layer_norm_eps'], eos_token_id=None if c['eos_token_id'] == OLD_EOS_ID else c['eos_token_id'],
-        projection_size=c['projection_dim'])
+        vocab_size=c['vocab_size'], hidden_size=c['hidden_size'],
+        intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],
+        num_heads=c['num_attention_heads'], max_positions=c['max_position_embeddings'],
+        hidden_act=c['hidden_act'], layer_norm_eps=c['layer_norm_eps'],
+        eos_token_id=None if eos == OLD_EOS_ID else eos, projection_size=c['projection_dim'])
 
 
 class ClipLayer(nn.Module):

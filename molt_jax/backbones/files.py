@@ -1,7 +1,6 @@
 """Where a tower's files are: Hugging Face directory or hub id, GGUF file, file of an installed package, or nothing but a name (random weights)."""
 
 import abc
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -15,32 +14,21 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import safetensors
 
-from molt_jax.backbones import tokenizer
+from molt_jax import files
+from molt_jax.backbones import preprocessing, shards, tokenizer, tokenizer_files
 from molt_jax.backbones.architectures import ARCHITECTURES
 from molt_jax.backbones.clip import ClipTextConfig, ClipVisionConfig
 from molt_jax.backbones.llama import LlamaConfig
+from molt_jax.backbones.preprocessing import ImageSpec
 from molt_jax.config import UserError
 
 CONFIGS = {'text': LlamaConfig, 'clip_text': ClipTextConfig, 'image': ClipVisionConfig}
 RANDOM_SEED = 0
 # Of tensor names, when the file holds a larger model around the tower.
 PREFIX = {'text': r'^model\.', 'clip_text': r'^text_model\.', 'image': r'^vision_model\.'}
-PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt')
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSpec:
-  """What the image tower wants to see: RGB in [0, 1], resized to `size` x `size`, minus `mean`, over `std`.
-
-  `resample` is a `PIL.Image.Resampling` value (3 = bicubic).
-  """
-
-  size: int
-  mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-  std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-  resample: int = 3
+# Types of weights, as safetensors names them. Others are quantised, or no numbers at all.
+WEIGHT_TYPES = ('F32', 'F16', 'BF16')
 
 
 class TowerFiles(abc.ABC):
@@ -50,18 +38,22 @@ class TowerFiles(abc.ABC):
     kind: 'text' (LLaMA), 'clip_text' or 'image'.
     config: dict of the Hugging Face config.json (or its equivalent).
     identity: {'path': as given, 'sha256': of configuration and tensors}.
+    where: what holds the configuration, for errors.
     shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be read.
+    types: Hugging Face tensor name -> type, where it is not one of WEIGHT_TYPES.
   """
 
   shapes: Mapping[str, tuple[int, ...]] | None = None
+  types: Mapping[str, str] = {}
 
-  def __init__(self, path: str, kind: str, config: dict[str, Any], sha256: str):
-    self.kind, self.config, self.identity = kind, config, {'path': path, 'sha256': sha256}
+  def __init__(self, path: str, kind: str, config: dict[str, Any], sha256: str, where: str):
+    self.kind, self.config, self.where = kind, config, where
+    self.identity = {'path': path, 'sha256': sha256}
 
   @functools.cached_property
   def architecture(self) -> LlamaConfig | ClipTextConfig | ClipVisionConfig:
     """The configuration as our modules take it."""
-    return CONFIGS[self.kind].from_hf(self.config)
+    return CONFIGS[self.kind].from_hf(self.config, self.where)
 
   @abc.abstractmethod
   def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -84,7 +76,7 @@ class RandomFiles(TowerFiles):
       raise UserError(f'{path!r}: no {kind} architecture has this name; choose one of {", ".join("random:" + n for n in ARCHITECTURES[kind])}')
     config = dict(ARCHITECTURES[kind][name])
     content = json.dumps({'architecture': config, 'seed': RANDOM_SEED}, sort_keys=True)
-    super().__init__(path, kind, config, hashlib.sha256(content.encode()).hexdigest())
+    super().__init__(path, kind, config, hashlib.sha256(content.encode()).hexdigest(), path)
 
   def read(self, name, shape):
     # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
@@ -100,23 +92,29 @@ class RandomFiles(TowerFiles):
 
 
 class GgufFiles(TowerFiles):
-  """A LLaMA-family model in one GGUF file."""
+  """A LLaMA-family model in one GGUF file, or in several that llama.cpp has split."""
 
   def __init__(self, path: str, kind: str, file: pathlib.Path):
     if kind != 'text':
-      raise UserError(f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face directory or hub id')
+      raise UserError(
+          f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face '
+          'directory or hub id')
     from molt_jax.backbones import gguf  # And with it the package of that name, which only these files need.
     self._gguf = gguf
     self._reader = gguf.Reader(file)
-    super().__init__(path, kind, gguf.hf_config(self._reader), _sha256([file]))
-    self._names = {gguf.hf_name(name): name for name in self._reader.tensors if name != 'rope_freqs.weight'}
-    self.shapes = {name: self._reader.tensors[theirs][1] for name, theirs in self._names.items()}
+    config = gguf.hf_config(self._reader)
+    super().__init__(path, kind, config, _sha256(self._reader.paths), str(file))
+    tensors = self._reader.tensors
+    self._names = {gguf.hf_name(name): name for name in tensors if name != 'rope_freqs.weight'}
+    self.shapes = {name: tensors[theirs].shape for name, theirs in self._names.items()}
 
   def read(self, name, shape):
-    return self._gguf.unpermute(name, self._reader.read(self._names[name]), self.architecture).reshape(shape)
+    w = self._reader.read(self._names[name])
+    return self._gguf.unpermute(name, w, self.architecture).reshape(shape)
 
   def tokenizer(self):
-    return tokenizer.from_gguf(self._reader.metadata, vocab_size=self.architecture.vocab_size)
+    return tokenizer.from_gguf(
+        self._reader.metadata, vocab_size=self.architecture.vocab_size, where=self.where)
 
 
 class HuggingFaceFiles(TowerFiles):
@@ -124,31 +122,39 @@ class HuggingFaceFiles(TowerFiles):
 
   def __init__(self, path: str, kind: str, directory: pathlib.Path):
     self._directory = directory
-    if not (directory / 'config.json').exists():
+    config = directory / 'config.json'
+    if not config.exists():
       raise UserError(f'{path!r}: there is no config.json in {directory}; expected a Hugging Face model directory')
-    files = _weight_files(directory)
-    super().__init__(path, kind, _read_json(directory / 'config.json'), _sha256([directory / 'config.json', *files]))
-    self._where, self.shapes = {}, {}
-    for file in files:
-      try:
-        with safetensors.safe_open(file, framework='np') as f:
-          for theirs in f.keys():  # noqa: SIM118 (safe_open is no mapping)
-            name = re.sub(PREFIX[kind], '', theirs)
-            self._where[name] = (file, theirs)
-            self.shapes[name] = tuple(f.get_slice(theirs).get_shape())
-      except safetensors.SafetensorError as e:
-        raise UserError(f'{file} is damaged or cut short ({e}); download it again') from e
+    content = files.read_json(config)
+    self._tensors = _named(shards.find(directory), kind, directory)
+    read = sorted({t.file for t in self._tensors.values()})
+    super().__init__(path, kind, content, _sha256([config, *read]), str(config))
+    self.shapes = {name: t.shape for name, t in self._tensors.items()}
+    self.types = {n: t.dtype for n, t in self._tensors.items() if t.dtype not in WEIGHT_TYPES}
 
   def read(self, name, shape):
-    file, theirs = self._where[name]
-    with safetensors.safe_open(file, framework='np') as f:  # Opened anew so that pages already copied are given back.
-      return f.get_tensor(theirs)
+    return self._tensors[name].read()
 
   def tokenizer(self):
-    return tokenizer.from_directory(self._directory, vocab_size=self.architecture.vocab_size)
+    return tokenizer_files.read(self._directory, vocab_size=self.architecture.vocab_size)
 
   def preprocess(self):
-    return _image_spec(self._directory, self.architecture.image_size)
+    return preprocessing.read(self._directory, self.architecture.image_size)
+
+
+def _named(
+    tensors: Mapping[str, shards.Tensor], kind: str, directory: pathlib.Path
+) -> dict[str, shards.Tensor]:
+  """Takes the prefix of a larger model off the names."""
+  named = {}
+  for theirs, tensor in tensors.items():
+    name = re.sub(PREFIX[kind], '', theirs)
+    if name in named:
+      raise UserError(
+          f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two tensors '
+          f'for one parameter: which of them is meant is not known')
+    named[name] = tensor
+  return named
 
 
 def open_files(path: str, *, kind: str) -> TowerFiles:
@@ -159,16 +165,26 @@ def open_files(path: str, *, kind: str) -> TowerFiles:
     kind: 'text', 'clip_text' or 'image'.
 
   Raises:
-    UserError: nothing is there, or it is not a tower of this kind.
+    UserError: nothing is there, it cannot be read, or it is not a tower of this kind.
   """
+  try:
+    return _open(path, kind)
+  except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: ~user without such a user.
+    reason = files.reason(error)
+    raise UserError(f'{files.printable(path)}: the tower cannot be opened ({reason})') from error
+
+
+def _open(path: str, kind: str) -> TowerFiles:
+  if '\0' in path:
+    raise UserError(f'{files.printable(path)} is no path: it has a NUL character')
   if path.startswith('random:'):
     return RandomFiles(path, kind, path.removeprefix('random:'))
   local = _package_path(path) if path.startswith('pkg://') else pathlib.Path(path).expanduser()
-  if local.suffix == '.gguf' and local.is_file():
-    return GgufFiles(path, kind, local)
   if local.is_dir():
     return HuggingFaceFiles(path, kind, local)
-  if local.is_file():
+  if local.suffix == '.gguf' and local.exists():
+    return GgufFiles(path, kind, local)
+  if local.exists():
     raise UserError(f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and safetensors) or a .gguf file')
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or local.suffix == '.gguf':
     raise UserError(f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, pkg://package/file, or random:NAME')
@@ -203,29 +219,6 @@ def _download(repo_id: str) -> pathlib.Path:
                     'give the path of a local copy, or check the name and the network') from e
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files of a model: one, or the shards that the index lists."""
-  index = directory / 'model.safetensors.index.json'
-  if index.exists():
-    files = [directory / name for name in sorted(set(_read_json(index)['weight_map'].values()))]
-    if missing := [f.name for f in files if not f.exists()]:
-      raise UserError(f'{directory} lacks {", ".join(missing)}, which {index.name} lists: download them')
-    return files
-  if (directory / 'model.safetensors').exists():
-    return [directory / 'model.safetensors']
-  if pickled := [p.name for pattern in PICKLED for p in sorted(directory.glob(pattern))]:
-    raise UserError(f'{directory} holds only pickled weights ({", ".join(pickled[:3])}), which can run code when they are read: '
-                    'convert them with transformers, model.save_pretrained(DIR, safe_serialization=True)')
-  raise UserError(f'{directory} holds no model.safetensors and no model.safetensors.index.json')
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(file.read_text('utf-8'))
-  except ValueError as e:
-    raise UserError(f'{file} is not valid JSON: {e}') from e
-
-
 def _sha256(files: Iterable[pathlib.Path]) -> str:
   """Hash over the contents of files, in this order."""
   digest = hashlib.sha256()
@@ -233,26 +226,3 @@ def _sha256(files: Iterable[pathlib.Path]) -> str:
     with open(file, 'rb') as f:
       digest.update(hashlib.file_digest(f, 'sha256').digest())
   return digest.hexdigest()
-
-
-def _image_spec(directory: pathlib.Path, image_size: int) -> ImageSpec:
-  """Reads preprocessor_config.json (or the newer processor_config.json); CLIP's own values where there is neither."""
-  if (file := directory / 'preprocessor_config.json').exists():
-    c = _read_json(file)
-  elif (file := directory / 'processor_config.json').exists():
-    c = _read_json(file).get('image_processor', {})
-  else:
-    c = {}
-  default = ImageSpec(image_size)
-  sizes = {s for key in ('size', 'crop_size') for s in _sides(c.get(key, image_size))}
-  if sizes != {image_size}:
-    raise UserError(f'{file} asks for images of {sorted(sizes)} pixels, the tower reads {image_size}; another size or a crop of a larger image '
-                    'is not implemented')
-  for key, legal in (('do_resize', True), ('do_rescale', True), ('do_normalize', True), ('rescale_factor', 1 / 255)):
-    if abs(c.get(key, legal) - legal) > 1e-9:
-      raise UserError(f'{file} has {key} = {c[key]}, which is not implemented; implemented: {legal}')
-  return ImageSpec(image_size, tuple(c.get('image_mean', default.mean)), tuple(c.get('image_std', default.std)), c.get('resample', default.resample))
-
-
-def _sides(size: int | Mapping[str, int]) -> tuple[int, ...]:
-  return tuple(size.values()) if isinstance(size, Mapping) else (size,)

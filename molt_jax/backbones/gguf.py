@@ -1,25 +1,37 @@
-"""GGUF files of LLaMA-family models: metadata, Hugging Face names and orientation, dequantised tensors.
+"""GGUF files of LLaMA-family models: metadata, Hugging Face names and shapes, dequantised tensors.
 
-The header is read here, in one pass over the bytes: `gguf.GGUFReader` builds an array object for every string of the vocabulary, which takes seconds.
-Types, block sizes and dequantisation are those of the `gguf` package.
+The header is read here, in one pass over the bytes: `gguf.GGUFReader` builds an array object for
+every string of the vocabulary, which takes seconds. Types, block sizes and dequantisation are those
+of the `gguf` package. No number in a header is believed before it is compared with the file's size.
 """
 
+import math
 import mmap
 import os
+import pathlib
 import re
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
+from molt_jax import files
+from molt_jax.backbones import keys
 from molt_jax.backbones.llama import LlamaConfig, rope_frequencies
 from molt_jax.config import UserError
 
-SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}  # GGUF value type -> struct code
+# GGUF value type -> struct code
+SCALARS = {
+    0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
 STRING, ARRAY = 8, 9
 IMPLEMENTED = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q5_K', 'Q6_K')
+MOST_DIMENSIONS = 4
+MOST_NESTED = 4  # Arrays of arrays.
+# Bytes that the shortest entry takes: key "", type, one byte; name "", one dimension, type, offset.
+LEAST_KEY, LEAST_TENSOR = 13, 32
+SPLIT_NAME = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.gguf', re.S)
 
 # GGUF tensor -> Hugging Face tensor; {} is the layer.
 NAMES = {
@@ -38,68 +50,188 @@ KEYS = {
 LLAMA3_ROPE = {'rope_type': 'llama3', 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
 
 
+class Tensor(NamedTuple):
+  """Where a tensor is: its type, its shape in row-major order, and its bytes."""
+
+  type: gguf.GGMLQuantizationType
+  shape: tuple[int, ...]
+  offset: int
+  file: '_File'
+
+
 class Reader:
-  """An open GGUF file.
+  """An open GGUF file, or all files of a model that llama.cpp has split.
 
   Attributes:
-    metadata: key -> value.
-    tensors: GGUF name -> (type, shape in row-major order, byte offset).
+    paths: the files.
+    metadata: key -> value; arrays of numbers are NumPy arrays. Of several files, those of the first.
+    tensors: GGUF name -> `Tensor`.
 
   Raises:
-    UserError: not a GGUF file of version 2 or 3, cut short, or tensors of types that are not implemented.
+    UserError: not a GGUF file of version 2 or 3, damaged, cut short, with metadata that are not in
+      `keys.GGUF`, with tensors of types that are not implemented, or parts of it are missing.
   """
 
   def __init__(self, path: str | os.PathLike):
-    with open(path, 'rb') as f:
-      if f.read(4) != b'GGUF':
-        raise UserError(f'{path} is not a GGUF file')
-      self._data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    self._at = 4
-    try:
-      version, num_tensors, num_keys = self._unpack('IQQ')
-      if version not in (2, 3):
-        raise UserError(f'{path} is GGUF version {version}; implemented: 2 and 3, little-endian')
-      self.metadata = {self._string(): self._value(*self._unpack('I')) for _ in range(num_keys)}
-      infos = [(self._string(), self._unpack(f'{self._unpack("I")[0]}Q'), *self._unpack('IQ')) for _ in range(num_tensors)]
-    except struct.error as e:
-      raise UserError(f'{path} ends within its header: download it again') from e
-    alignment = self.metadata.get('general.alignment', 32)
-    start = -(-self._at // alignment) * alignment
-    unknown = sorted({_type_name(kind) for _, _, kind, _ in infos} - set(IMPLEMENTED))
-    if unknown:
-      raise UserError(f'{path} holds tensors of type {", ".join(unknown)}; implemented: {", ".join(IMPLEMENTED)}')
-    self.tensors = {name: (gguf.GGMLQuantizationType(kind), dims[::-1], start + offset) for name, dims, kind, offset in infos}
-    end = max((offset + _num_bytes(kind, shape) for kind, shape, offset in self.tensors.values()), default=0)
-    if end > len(self._data):
-      raise UserError(f'{path} is cut short: {len(self._data)} bytes of {end}; download it again')
+    path = pathlib.Path(path)
+    first = _File(path)
+    parts = [first, *(_File(part) for part in _other_parts(path, first.metadata))]
+    self.paths, self.metadata = [part.path for part in parts], first.metadata
+    self.tensors: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+      if part.metadata.get('split.no', 0) != number:
+        raise UserError(
+            f'{part.path} has split.no = {part.metadata.get("split.no")}, expected {number}: it is '
+            'a part of another model')
+      if twice := self.tensors.keys() & part.tensors.keys():
+        raise UserError(f'{part.path} holds {files.shown(min(twice))}, as does a part before it')
+      self.tensors |= part.tensors
+    total = first.metadata.get('split.tensors.count', len(self.tensors))
+    if len(parts) > 1 and total != len(self.tensors):
+      raise UserError(
+          f'{path} promises {total} tensors (split.tensors.count), its {len(parts)} parts hold '
+          f'{len(self.tensors)}: they do not belong together')
 
   def read(self, name: str) -> np.ndarray:
     """Returns one tensor as float32."""
-    kind, shape, offset = self.tensors[name]
-    raw = np.frombuffer(self._data, np.uint8, _num_bytes(kind, shape), offset)
+    kind, shape, offset, file = self.tensors[name]
+    raw = np.frombuffer(file.data, np.uint8, _num_bytes(kind, shape), offset)
     view = {'F32': np.float32, 'F16': np.float16}.get(kind.name, np.uint8)
     rows = raw.view(view).reshape(*shape[:-1], -1)
     return gguf.quants.dequantize(rows, kind).astype(np.float32, copy=False).reshape(shape)
 
+
+def _other_parts(path: pathlib.Path, metadata: Mapping[str, Any]) -> list[pathlib.Path]:
+  """The second and further files of a model that is split; they are found by their names."""
+  count = metadata.get('split.count', 0)
+  if count <= 1:
+    return []
+  name = SPLIT_NAME.fullmatch(path.name)
+  if not name or int(name[3]) != count:
+    raise UserError(
+        f'{path} is one of {count} parts of a model; parts are found by names such as '
+        f'MODEL-00001-of-{count:05d}.gguf: give it its name back')
+  parts = [path.with_name(f'{name[1]}-{i + 1:05d}-of-{name[3]}.gguf') for i in range(count)]
+  if metadata.get('split.no') != 0 or path != parts[0]:
+    raise UserError(f'{path} is not the first of {count} parts of a model: give {parts[0].name}')
+  if missing := [part.name for part in parts if not part.exists()]:
+    raise UserError(f'{path} is one of {count} parts; {files.listed(missing)} is not beside it')
+  return parts[1:]
+
+
+class _File:
+  """One GGUF file: its header, and its bytes in memory's address space."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self._size = files.check_file(path)
+    with open(path, 'rb') as f:
+      if f.read(4) != b'GGUF':
+        raise UserError(f'{path} is not a GGUF file')
+      self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    self._at = 4
+    try:
+      num_tensors, num_keys = self._counts()
+      self.metadata = self._metadata(num_keys)
+      infos = self._infos(num_tensors)
+    except struct.error as e:
+      raise UserError(f'{path} is damaged, or ends within its header: download it again') from e
+    keys.check(self.metadata, keys.GGUF, str(path))
+    self.tensors = self._place(infos)
+
+  def _counts(self) -> tuple[int, int]:
+    version, num_tensors, num_keys = self._unpack('IQQ')
+    if version not in (2, 3):
+      swapped = version in (2 << 24, 3 << 24)
+      raise UserError(
+          f'{self.path} is GGUF {"big-endian" if swapped else f"version {version}"}; '
+          'implemented: versions 2 and 3, little-endian')
+    room = self._size - self._at
+    if num_tensors > room // LEAST_TENSOR or num_keys > room // LEAST_KEY:
+      raise UserError(
+          f'{self.path} is damaged, or ends within its header: it promises {num_tensors} tensors '
+          f'and {num_keys} keys in {self._size} bytes; download it again')
+    return num_tensors, num_keys
+
+  def _metadata(self, count: int) -> dict[str, Any]:
+    found = {}
+    for _ in range(count):
+      key = self._string('a key')
+      if key in found:
+        raise UserError(f'{self.path} has the key {files.shown(key)} twice: it is damaged')
+      found[key] = self._value(self._unpack('I')[0], key)
+    return found
+
+  def _infos(self, count: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
+    """Returns name -> (type, shape in GGUF's order, offset)."""
+    found = {}
+    for _ in range(count):
+      name = self._string('the name of a tensor')
+      num_dimensions, = self._unpack('I')
+      if name in found or not 1 <= num_dimensions <= MOST_DIMENSIONS:
+        raise UserError(
+            f'{self.path} has the tensor {files.shown(name)} twice, or with {num_dimensions} '
+            f'dimensions; legal: 1 to {MOST_DIMENSIONS}')
+      shape = self._unpack(f'{num_dimensions}Q')
+      found[name] = (*self._unpack('I'), shape, *self._unpack('Q'))
+    return found
+
+  def _place(self, infos: Mapping[str, tuple[int, tuple[int, ...], int]]) -> dict[str, Tensor]:
+    """Finds the bytes of each tensor, and sees that they are in the file and no other's."""
+    if unknown := {_type_name(kind) for kind, _, _ in infos.values()} - set(IMPLEMENTED):
+      raise UserError(
+          f'{self.path} holds tensors of type {", ".join(sorted(unknown))}; '
+          f'implemented: {", ".join(IMPLEMENTED)}')
+    alignment = self.metadata.get('general.alignment', 32)
+    start = -(-self._at // alignment) * alignment
+    found, end = {}, start
+    for name, (number, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+      kind = gguf.GGMLQuantizationType(number)
+      if 0 in shape or shape[0] % gguf.GGML_QUANT_SIZES[kind][0] or offset % alignment:
+        raise UserError(
+            f'{self.path} is damaged: {files.shown(name)} has shape {shape[::-1]} at byte {offset}, '
+            f'which {kind.name} in steps of {alignment} bytes cannot have')
+      if start + offset < end:
+        raise UserError(f'{self.path} is damaged: {files.shown(name)} overlaps the tensor before it')
+      found[name] = Tensor(kind, shape[::-1], start + offset, self)
+      end = start + offset + _num_bytes(kind, shape)
+      if end > self._size:
+        raise UserError(
+            f'{self.path} is cut short: {self._size} bytes of {end}; download it again')
+    return {name: found[name] for name in infos}
+
   def _unpack(self, code: str) -> tuple:
-    values = struct.unpack_from('<' + code, self._data, self._at)
+    values = struct.unpack_from('<' + code, self.data, self._at)
     self._at += struct.calcsize('<' + code)
     return values
 
-  def _string(self) -> str:
+  def _string(self, what: str) -> str:
     size, = self._unpack('Q')
-    if self._at + size > len(self._data):
+    if self._at + size > self._size:
       raise struct.error
     self._at += size
-    return self._data[self._at - size:self._at].decode('utf-8', errors='replace')
+    try:
+      return self.data[self._at - size:self._at].decode('utf-8')
+    except UnicodeDecodeError as error:
+      raise UserError(f'{self.path} is damaged: {what} is not UTF-8') from error
 
-  def _value(self, kind: int) -> Any:
+  def _value(self, kind: int, key: str, depth: int = 0) -> Any:
     if kind == STRING:
-      return self._string()
-    if kind != ARRAY:
+      return self._string(files.shown(key))
+    if kind in SCALARS:
       return self._unpack(SCALARS[kind])[0]
+    if kind != ARRAY or depth >= MOST_NESTED:
+      raise UserError(
+          f'{self.path} is damaged: {files.shown(key)} has a value of type {kind}, '
+          f'{depth} arrays deep')
     kind, size = self._unpack('IQ')
-    return list(self._unpack(f'{size}{SCALARS[kind]}')) if kind in SCALARS else [self._value(kind) for _ in range(size)]
+    least = struct.calcsize('<' + SCALARS[kind]) if kind in SCALARS else 8
+    if size > (self._size - self._at) // least:
+      raise struct.error
+    if kind not in SCALARS:
+      return [self._value(kind, key, depth + 1) for _ in range(size)]
+    self._at += size * least
+    return np.frombuffer(self.data, '<' + SCALARS[kind], size, self._at - size * least)
 
 
 def _type_name(kind: int) -> str:
@@ -109,7 +241,7 @@ def _type_name(kind: int) -> str:
 
 def _num_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:
   block, size = gguf.GGML_QUANT_SIZES[kind]
-  return int(np.prod(shape)) // block * size
+  return math.prod(shape) // block * size
 
 
 def hf_config(reader: Reader) -> dict[str, Any]:
@@ -118,34 +250,46 @@ def hf_config(reader: Reader) -> dict[str, Any]:
   Raises:
     UserError: another architecture, or something in it that is not implemented.
   """
-  m: Mapping[str, Any] = reader.metadata
+  m, where = reader.metadata, str(reader.paths[0])
   if (name := m.get('general.architecture')) != 'llama':
-    raise UserError(f'the GGUF file has general.architecture = {name!r}; implemented: llama')
-  config = {'model_type': 'llama', 'vocab_size': reader.tensors['token_embd.weight'][1][0] if 'token_embd.weight' in reader.tensors else None}
+    raise UserError(f'{where} has general.architecture = {name!r}; implemented: llama')
+  if 'token_embd.weight' not in reader.tensors:
+    raise UserError(f'{where} holds no token_embd.weight: it is no language model, or a part of one')
+  rows = reader.tensors['token_embd.weight'].shape[0]
+  config = {'model_type': 'llama', 'vocab_size': rows}
   config |= {ours: m[f'llama.{key}'] for key, ours in KEYS.items() if f'llama.{key}' in m}
-  config |= {flag: name in reader.tensors for flag, name in (('attention_bias', 'blk.0.attn_q.bias'), ('mlp_bias', 'blk.0.ffn_up.bias'))}
-  head_dim = LlamaConfig.from_hf(config).head_dim
-  for key, legal in (('rope.dimension_count', head_dim), ('attention.value_length', head_dim), ('expert_count', 0), ('attention.causal', True)):
+  for flag, name in (('attention_bias', 'attn_q'), ('mlp_bias', 'ffn_up')):
+    config[flag] = f'blk.0.{name}.bias' in reader.tensors
+  head_dim = LlamaConfig.from_hf(config, where).head_dim
+  for key, legal in (
+      ('rope.dimension_count', head_dim), ('attention.value_length', head_dim), ('vocab_size', rows)):
     if m.get(f'llama.{key}', legal) != legal:
-      raise UserError(f'the GGUF file has llama.{key} = {m[f"llama.{key}"]}; implemented: {legal}')
-  kind = m.get('llama.rope.scaling.type', 'none')
-  if kind not in ('none', 'linear'):
-    raise UserError(f'the GGUF file has llama.rope.scaling.type = {kind!r}; implemented: none, linear, and the rope_freqs of LLaMA 3')
+      raise UserError(f'{where} has llama.{key} = {m[f"llama.{key}"]}; implemented: {legal}')
   factor = m.get('llama.rope.scaling.factor', m.get('llama.rope.scale_linear', 1.0))
   if factor not in (0.0, 1.0):
+    if m.get('llama.rope.scaling.type', 'linear') == 'none':
+      raise UserError(f'{where} scales RoPE by {factor}, but has llama.rope.scaling.type = none')
     config['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
   if 'rope_freqs.weight' in reader.tensors:
-    config['rope_scaling'] = _llama3_rope(config, reader.read('rope_freqs.weight'))
+    config['rope_scaling'] = _llama3_rope(config, reader.read('rope_freqs.weight'), where)
   return config
 
 
-def _llama3_rope(config: Mapping[str, Any], divisors: np.ndarray) -> dict[str, Any]:
+def _llama3_rope(
+    config: Mapping[str, Any], divisors: np.ndarray, where: str) -> dict[str, Any]:
   """Recovers the 'llama3' scaling from its divisors, or refuses what it does not reproduce."""
-  plain = LlamaConfig.from_hf({**config, 'rope_scaling': None})
-  scaling = {**LLAMA3_ROPE, 'factor': float(divisors.max())}
-  expected = rope_frequencies(plain) / rope_frequencies(LlamaConfig.from_hf({**config, 'rope_scaling': scaling}))
-  if 'rope_scaling' in config or divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-    raise UserError('the GGUF file has rope_freqs.weight other than those of LLaMA 3.1 to 3.3: this RoPE scaling is not implemented')
+  plain = LlamaConfig.from_hf({**config, 'rope_scaling': None}, where)
+  factor = float(divisors.max())
+  fits = 'rope_scaling' not in config and math.isfinite(factor) and factor > 0
+  if fits:
+    scaling = {**LLAMA3_ROPE, 'factor': factor}
+    scaled = LlamaConfig.from_hf({**config, 'rope_scaling': scaling}, where)
+    expected = rope_frequencies(plain) / rope_frequencies(scaled)
+    fits = divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4)
+  if not fits:
+    raise UserError(
+        f'{where} has rope_freqs.weight other than those of LLaMA 3.1 to 3.3: this RoPE scaling is '
+        'not implemented')
   return scaling
 
 

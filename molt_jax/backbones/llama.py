@@ -10,21 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from molt_jax.backbones import packing, stack
+from molt_jax.backbones import keys, packing, stack
 from molt_jax.config import UserError
+from molt_jax.files import shown
 
 # What Hugging Face reads where a config.json is silent (older files omit these).
 DEFAULTS = {
     'hidden_act': 'silu', 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'attention_bias': False, 'mlp_bias': False,
 }
 REQUIRED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-# Keys that change the mathematics, and the values under which they change nothing.
-NEUTRAL = {
-    'model_type': ('llama',), 'hidden_act': ('silu',), 'quantization_config': (None,), 'sliding_window': (None,), 'num_local_experts': (None,),
-    'partial_rotary_factor': (None, 1.0), 'rope_interleaved': (None, False), 'no_rope_layers': (None,), 'use_qk_norm': (None, False),
-    'clip_qkv': (None,), 'attn_logit_softcapping': (None,), 'embedding_multiplier': (None, 1.0), 'residual_multiplier': (None, 1.0),
-    'attention_multiplier': (None,),
-}
 # Keys of a RoPE description, by type. `rope_theta` and the type itself may always be there.
 ROPE_KEYS = {
     'default': (),
@@ -63,47 +57,85 @@ class LlamaConfig:
   mlp_bias: bool
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any]) -> 'LlamaConfig':
+  def from_hf(cls, config: Mapping[str, Any], where: str = 'the LLaMA config') -> 'LlamaConfig':
     """Reads the dict of a Hugging Face config.json (LLaMA 1, 2, 3, TinyLlama, SmolLM).
 
+    Args:
+      config: the dict.
+      where: names it in errors.
+
     Raises:
-      UserError: a size is missing, or a value is not implemented.
+      UserError: a size is missing, a key is unknown, or a value is not implemented.
     """
-    c = {**DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
-    for key, legal in NEUTRAL.items():
-      if c.get(key, legal[0]) not in legal:
-        raise UserError(f'the LLaMA config has {key} = {c[key]!r}, which is not implemented; implemented: {" or ".join(map(repr, legal))}')
-    if missing := [k for k in REQUIRED if k not in c]:
-      raise UserError(f'the LLaMA config lacks {", ".join(missing)}; is this the config.json of a LLaMA-family model?')
+    missing = [k for k in REQUIRED if config.get(k) is None]
+    given = {k: v for k, v in config.items() if k not in missing}
+    keys.check(given, keys.LLAMA, where)
+    if missing:
+      raise UserError(
+          f'{where} lacks {", ".join(missing)}; is this the config.json of a LLaMA-family model?')
+    c = {**DEFAULTS, **{k: v for k, v in given.items() if v is not None}}
     heads, kv_heads = c['num_attention_heads'], c.get('num_key_value_heads', c['num_attention_heads'])
     if heads % kv_heads or c['hidden_size'] % heads and 'head_dim' not in c:
-      raise UserError(f'the LLaMA config has num_attention_heads = {heads}, which must be a multiple of num_key_value_heads = {kv_heads} '
-                      f'and, without head_dim, divide hidden_size = {c["hidden_size"]}')
-    theta, scaling = _read_rope(c)
+      raise UserError(
+          f'{where} has num_attention_heads = {heads}, which must be a multiple of '
+          f'num_key_value_heads = {kv_heads} and, without head_dim, divide hidden_size = '
+          f'{c["hidden_size"]}')
+    head_dim = c.get('head_dim', c['hidden_size'] // heads)
+    if head_dim % 2 or head_dim > keys.MOST_HEAD_DIM:
+      raise UserError(
+          f'{where} has heads of width {head_dim} (head_dim, or hidden_size / num_attention_heads); '
+          f'rotary positions need an even number up to {keys.MOST_HEAD_DIM}')
+    theta, scaling = _read_rope(c, where)
     return cls(
-        vocab_size=c['vocab_size'], hidden_size=c['hidden_size'], intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=c.get('head_dim', c['hidden_size'] // heads), max_positions=c['max_position_embeddings'],
-        rms_norm_eps=c['rms_norm_eps'], rope_theta=theta, rope_scaling=scaling, attention_bias=c['attention_bias'], mlp_bias=c['mlp_bias'])
+        vocab_size=c['vocab_size'], hidden_size=c['hidden_size'],
+        intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        max_positions=c['max_position_embeddings'], rms_norm_eps=c['rms_norm_eps'],
+        rope_theta=theta, rope_scaling=scaling, attention_bias=c['attention_bias'],
+        mlp_bias=c['mlp_bias'])
 
 
-def _read_rope(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _read_rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
   """Reads `rope_parameters`, or the older `rope_theta` + `rope_scaling`."""
-  rope = {'rope_theta': c['rope_theta'], **c.get('rope_scaling', {}), **c.get('rope_parameters', {})}
-  names = {rope.pop(k) for k in ('rope_type', 'type') if k in rope} or {'default'}
-  kind = names.pop()
-  if names or kind not in ROPE_KEYS:
-    raise UserError(f'the LLaMA config has rope_type = {kind!r}, which is not implemented; implemented: {", ".join(map(repr, ROPE_KEYS))}')
-  theta = float(rope.pop('rope_theta'))
-  rope = {k: v for k, v in rope.items() if v is not None and (k, v) != ('partial_rotary_factor', 1.0)}
+  old, new = (_described_rope(c, key, where) for key in ('rope_scaling', 'rope_parameters'))
+  if old and new and any(old[k] != new[k] for k in old.keys() & new.keys()):
+    raise UserError(
+        f'{where} has rope_scaling = {shown(old)} and rope_parameters = {shown(new)}, which '
+        f'contradict each other; take one of them out')
+  rope = {'rope_type': 'default', 'rope_theta': c['rope_theta'], **old, **new}
+  kind, theta = rope.pop('rope_type'), float(rope.pop('rope_theta'))
+  if kind not in ROPE_KEYS:
+    raise UserError(
+        f'{where} has rope_type = {kind!r}, which is not implemented; '
+        f'implemented: {", ".join(map(repr, ROPE_KEYS))}')
   if kind == 'llama3':
     rope.setdefault('original_max_position_embeddings', c['max_position_embeddings'])
-  if kind == 'default':
-    rope.pop('factor', None)
+  if kind == 'default' and rope.get('factor') == 1:
+    del rope['factor']
   if set(rope) != set(ROPE_KEYS[kind]):
-    raise UserError(f'the LLaMA config describes rope_type {kind!r} by {sorted(rope)}; implemented is exactly {sorted(ROPE_KEYS[kind])}')
+    raise UserError(
+        f'{where} describes rope_type {kind!r} by {sorted(rope)}; implemented is exactly '
+        f'{sorted(ROPE_KEYS[kind])}')
   if kind == 'default':
     return theta, None
-  return theta, RopeScaling(kind, *(rope.get(k) for k in ROPE_KEYS['llama3']))
+  scaling = RopeScaling(kind, *(rope.get(k) for k in ROPE_KEYS['llama3']))
+  if kind == 'llama3' and scaling.low_freq_factor >= scaling.high_freq_factor:
+    raise UserError(
+        f'{where} has high_freq_factor = {scaling.high_freq_factor}; give more than '
+        f'low_freq_factor = {scaling.low_freq_factor}')
+  return theta, scaling
+
+
+def _described_rope(c: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+  """One of the two descriptions, without what changes nothing; its type under 'rope_type'."""
+  rope = {k: v for k, v in (c.get(key) or {}).items() if v is not None}
+  kinds = {rope[k] for k in ('rope_type', 'type') if isinstance(rope.get(k), str)}
+  if kinds <= set(ROPE_KEYS):  # The keys of another type would only hide what is wrong: the type.
+    keys.check(rope, keys.ROPE, f'{where}: {key}')
+  if len(kinds) > 1:
+    raise UserError(f'{where}: {key} has two types, {shown(sorted(kinds))}; give one')
+  rest = {k: v for k, v in rope.items() if k not in ('type', 'rope_type', 'partial_rotary_factor')}
+  return {**rest, 'rope_type': kinds.pop()} if kinds else rest
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:

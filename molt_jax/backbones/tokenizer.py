@@ -1,16 +1,32 @@
-"""The text tower's own tokenizer, from a Hugging Face directory or from the metadata of a GGUF file."""
+"""The text tower's tokenizer: texts to ids, and tokenizers that are made here (of GGUF files, of bytes)."""
 
+import contextlib
 import dataclasses
-import json
 import os
-import pathlib
-from collections.abc import Mapping
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from molt_jax import files
 from molt_jax.config import UserError
+
+# Of a long text as many characters are read at first as the tokens that are kept may need, and
+# SPARE_TOKENS more. What follows a token changes it through the merges and the expressions that cut
+# words only; their reach is a few characters, and even a vocabulary made to reach far stays within.
+SPARE_TOKENS = 1024
+CHARACTERS_PER_TOKEN = 8
+# What lies beyond is never read: only texts that are blank up to there have tokens there.
+MOST_CHARACTERS = 1 << 22
+_SURROGATES = re.compile('[\ud800-\udfff]')
+_MUTING = threading.Lock()
+# Texts with which a tokenizer is tried when it is opened.
+_TRIALS = ('', ' ', 'a', 'Some words, 12 of them.\n', 'naïve 日本語 🦓 e\u0301 \0 \u200b')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,31 +37,145 @@ class Tokenizer:
     backend: vocabulary and rules; its post-processor adds the special tokens.
     pad_id: fills rows up to a common length (always masked).
     empty_id: stands for a text that yields no token at all.
+    source: where it is from, for errors.
+    sha256: of the files that it is from; '' where the tower's own hash covers them.
   """
 
   backend: tokenizers.Tokenizer
   pad_id: int
   empty_id: int
+  source: str = 'the tokenizer'
+  sha256: str = ''
 
   def encode(self, text: str, max_tokens: int) -> list[int]:
-    """Returns 1 to `max_tokens` ids, special tokens included as the model's Hugging Face tokenizer adds them; long texts are cut at the end."""
-    encoding = self.backend.encode(text, add_special_tokens=False)
-    encoding.truncate(max(max_tokens - self.backend.num_special_tokens_to_add(False), 0))
-    return self.backend.post_process(encoding, None, True).ids[:max_tokens] or [self.empty_id]
+    """Returns the first ids of a text, special tokens included as the model's Hugging Face tokenizer adds them.
+
+    Args:
+      text: of any length; of a long one only the beginning is read. Lone surrogates, which no
+        UTF-8 can hold, count as U+FFFD.
+      max_tokens: how many ids at most, at least 1.
+
+    Raises:
+      UserError: the tokenizer fails on this text.
+    """
+    if _SURROGATES.search(text):
+      text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    try:
+      room = max(max_tokens - self.backend.num_special_tokens_to_add(False), 0)
+      encoding = self._beginning(text, room)
+      encoding.truncate(room)
+      ids = self.backend.post_process(encoding, None, True).ids
+    except BaseException as error:
+      if not _is_library_error(error):
+        raise
+      raise UserError(
+          f'{self.source} fails on the text {files.shown(text)} ({files.reason(error)})') from error
+    return ids[:max_tokens] or [self.empty_id]
+
+  def _beginning(self, text: str, count: int) -> tokenizers.Encoding:
+    """Encodes as much of a text as its first `count` tokens depend on."""
+    size, wanted = CHARACTERS_PER_TOKEN * (count + SPARE_TOKENS), count + SPARE_TOKENS
+    while size < min(len(text), MOST_CHARACTERS):
+      # Not before a combining mark: sorting marks reaches as far back as there are marks.
+      while size < len(text) and unicodedata.combining(text[size]):
+        size += 1
+      encoding = self.backend.encode(text[:size], add_special_tokens=False)
+      if len(encoding) >= wanted and self._settled(encoding, count):
+        return encoding
+      size *= 2
+    return self.backend.encode(text[:MOST_CHARACTERS], add_special_tokens=False)
+
+  def _settled(self, encoding: tokenizers.Encoding, count: int) -> bool:
+    """Whether no more text could change the first tokens.
+
+    Merges are local. Other models choose among all ways to cut a word, so the word must be over.
+    """
+    if isinstance(self.backend.model, models.BPE) or not count:
+      return True
+    words = encoding.word_ids
+    return words[count - 1] != words[-SPARE_TOKENS // 2]
 
 
-def _wrap(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None, vocab_size: int) -> Tokenizer:
-  """Chooses the ids of padding and of empty text among the special tokens that the model has embeddings for."""
+def _is_library_error(error: BaseException) -> bool:
+  """Errors of tokenizers are of type Exception; a panic of its Rust code is not even that."""
+  return isinstance(error, Exception) or type(error).__name__ == 'PanicException'
+
+
+def guarded(source: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+  """Calls a function of tokenizers or transformers; what goes wrong is a UserError of one line."""
+  try:
+    with _muted():
+      return function(*args, **options)
+  except UserError:
+    raise
+  except BaseException as error:
+    if not _is_library_error(error):
+      raise
+    raise UserError(f'{source} is damaged, or no tokenizer ({files.reason(error)})') from error
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+  """Closes stderr for a moment: Rust prints its panics there, past Python, before it raises them."""
+  with _MUTING:
+    try:
+      kept = os.dup(2)
+    except OSError:  # There is no stderr.
+      yield
+      return
+    try:
+      with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+      yield
+    finally:
+      os.dup2(kept, 2)
+      os.close(kept)
+
+
+def wrap(
+    backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None,
+    vocab_size: int, source: str, sha256: str = '') -> Tokenizer:
+  """Checks and tries a tokenizer, and chooses the ids of padding and of empty text.
+
+  Args:
+    backend: vocabulary and rules.
+    bos: names of special tokens, where there are any.
+    eos: likewise.
+    pad: likewise.
+    vocab_size: how many tokens the model embeds.
+    source: where it is from, for errors.
+    sha256: of the files that it is from.
+
+  Raises:
+    UserError: a token or what the post-processor adds has no embedding, or it fails on a text.
+  """
+  vocab = backend.get_vocab(with_added_tokens=True)
   if (size := backend.get_vocab_size(with_added_tokens=False)) > vocab_size:
-    raise UserError(f'the tokenizer has {size} tokens, the model embeds {vocab_size}: they do not belong together')
+    raise UserError(
+        f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together')
+  beyond = sorted(((i, t) for t, i in vocab.items() if i >= vocab_size), reverse=True)
+  if beyond:
+    raise UserError(
+        f'{source} gives {files.listed(f"{files.shown(t)} the id {i}" for i, t in beyond)}, but the '
+        f'model embeds {vocab_size} tokens (ids 0 to {vocab_size - 1}): take the token out of the '
+        f'tokenizer, or give a model with an embedding for it')
 
   def first(*tokens):
     ids = [backend.token_to_id(t) for t in tokens if t is not None]
-    return next((i for i in ids if i is not None and i < vocab_size), 0)
+    return next((i for i in ids if i is not None), 0)
 
   backend.no_truncation()
   backend.no_padding()
-  return Tokenizer(backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad))
+  made = Tokenizer(
+      backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad), source=source,
+      sha256=sha256)
+  with _muted():
+    tried = {i for text in _TRIALS for i in made.encode(text, 1 << 20)}
+  if max(tried) >= vocab_size:
+    raise UserError(
+        f'{source} puts the id {max(tried)} around texts, but the model embeds {vocab_size} tokens '
+        f'(ids 0 to {vocab_size - 1}): they do not belong together')
+  return made
 
 
 def _add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -55,32 +185,6 @@ def _add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None
   backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
 
 
-def from_directory(path: str | os.PathLike, *, vocab_size: int) -> Tokenizer:
-  """Reads tokenizer.json, or converts tokenizer.model through transformers.
-
-  The post-processor in tokenizer.json says which special tokens are added; flags in tokenizer_config.json do not count beside it, as in transformers.
-
-  Raises:
-    UserError: there is no tokenizer, or it has more tokens than the model.
-  """
-  path = pathlib.Path(path)
-  if not (path / 'tokenizer.json').exists():
-    return _convert(path, vocab_size)
-  backend = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
-  config_file = path / 'tokenizer_config.json'
-  config = json.loads(config_file.read_text('utf-8')) if config_file.exists() else {}
-  bos, eos, pad = (t.get('content') if isinstance(t, dict) else t for t in (config.get(k) for k in ('bos_token', 'eos_token', 'pad_token')))
-  return _wrap(backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size)
-
-
-def _convert(path: pathlib.Path, vocab_size: int) -> Tokenizer:
-  if not (path / 'tokenizer.model').exists():
-    raise UserError(f'{path} has neither tokenizer.json nor tokenizer.model: save the tokenizer of the model there')
-  import transformers  # Only here: it is slow to import.
-  fast = transformers.AutoTokenizer.from_pretrained(path)
-  return _wrap(fast.backend_tokenizer, bos=fast.bos_token, eos=fast.eos_token, pad=fast.pad_token, vocab_size=vocab_size)
-
-
 def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
   """One token a byte after a begin token, and before an end token of the largest id: what models of random weights read."""
   backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
@@ -88,7 +192,8 @@ def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
   backend.decoder = decoders.ByteLevel()
   backend.add_special_tokens(['<s>', '<pad>', '</s>'][:2 + with_end])
   _add_bos_eos(backend, '<s>', '</s>' if with_end else None)
-  return _wrap(backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size)
+  return wrap(
+      backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size, source='the byte tokenizer')
 
 
 # How text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
@@ -109,50 +214,96 @@ def _llama3_words():
       pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior='isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+LLAMA3 = ('llama-bpe', 'llama3', 'llama-v3')
 PRE_TOKENIZERS = {
-    'gpt-2': _gpt2_words, 'smollm': _digits_and_gpt2_words, 'llama-bpe': _llama3_words, 'llama3': _llama3_words, 'llama-v3': _llama3_words,
-}
+    'gpt-2': _gpt2_words, 'smollm': _digits_and_gpt2_words, **dict.fromkeys(LLAMA3, _llama3_words)}
+LONGEST_PIECE = 1024  # Of SentencePiece; the models have up to 48 characters.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # Values of tokenizer.ggml.token_type that need care.
 
 
-def from_gguf(metadata: Mapping[str, Any], *, vocab_size: int) -> Tokenizer:
+def from_gguf(
+    metadata: Mapping[str, Any], *, vocab_size: int, where: str = 'the GGUF file') -> Tokenizer:
   """Rebuilds the tokenizer that a GGUF file describes: byte-level BPE ('gpt2') or SentencePiece BPE ('llama').
 
+  Args:
+    metadata: of the file, with or without keys of other things.
+    vocab_size: how many tokens the model embeds.
+    where: names the file in errors.
+
   Raises:
-    UserError: another kind of tokenizer, or a pre-tokenizer that is not implemented.
+    UserError: another kind of tokenizer, a pre-tokenizer that is not implemented, or lists and ids
+      that do not fit each other.
   """
   get = {k.removeprefix('tokenizer.ggml.'): v for k, v in metadata.items()}.get
   kind, tokens = get('model'), get('tokens')
   if kind not in ('gpt2', 'llama') or tokens is None:
-    raise UserError(f'the GGUF file has tokenizer.ggml.model = {kind!r}, which is not implemented; '
-                    'implemented: gpt2 (byte-level BPE), llama (SentencePiece)')
-  types = get('token_type') or [1] * len(tokens)
-  backend = _byte_level(tokens, get) if kind == 'gpt2' else _sentence_piece(tokens, types, get)
+    raise UserError(
+        f'{where} has tokenizer.ggml.model = {kind!r}, which is not implemented; '
+        'implemented: gpt2 (byte-level BPE), llama (SentencePiece)')
+  types = _column(get, 'token_type', len(tokens), where)
+  if len(set(tokens)) < len(tokens) or not all(isinstance(t, str) for t in tokens):
+    raise UserError(f'{where} has tokenizer.ggml.tokens with a token twice, or that are no strings')
+  build = _byte_level if kind == 'gpt2' else _sentence_piece
+  backend = guarded(where, build, tokens, types, get, where)
   for wanted, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
-    add([tokenizers.AddedToken(t, normalized=False, special=wanted == CONTROL) for t, have in zip(tokens, types, strict=True) if have == wanted])
-  bos, eos, pad = (None if (i := get(f'{k}_token_id')) is None else tokens[i] for k in ('bos', 'eos', 'padding'))
+    named = [t for t, have in zip(tokens, types, strict=True) if have == wanted]
+    special = wanted == CONTROL
+    add([tokenizers.AddedToken(t, normalized=False, special=special) for t in named if t])
+  ids = {role: get(f'{role}_token_id') for role in ('bos', 'eos', 'padding')}
+  for role, number in ids.items():
+    if number is not None and number >= len(tokens):
+      raise UserError(
+          f'{where} has tokenizer.ggml.{role}_token_id = {number}, but {len(tokens)} tokens')
+  bos, eos, pad = (None if i is None else tokens[i] for i in ids.values())
   # llama.cpp adds BOS where the file does not say: to SentencePiece vocabularies, and to LLaMA 3's.
-  add_bos = get('add_bos_token', kind == 'llama' or get('pre') in ('llama-bpe', 'llama3', 'llama-v3'))
+  add_bos = get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3)
   _add_bos_eos(backend, bos if add_bos else None, eos if get('add_eos_token', False) else None)
-  return _wrap(backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size)
+  return wrap(backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where)
 
 
-def _byte_level(tokens, get) -> tokenizers.Tokenizer:
-  pre = get('pre', 'gpt-2')
+def _column(get, name: str, size: int, where: str) -> Sequence[Any]:
+  """A list beside the tokens; all 1 (a normal token) where there is none."""
+  column = get(name)
+  if column is None:
+    return [1] * size
+  column = column.tolist() if isinstance(column, np.ndarray) else column
+  if len(column) != size or not all(isinstance(x, int | float) for x in column):
+    raise UserError(
+        f'{where} has {len(column)} tokenizer.ggml.{name} for {size} tokens, or such as are no numbers')
+  return column
+
+
+def _byte_level(tokens, types, get, where: str) -> tokenizers.Tokenizer:
+  pre = get('pre')
   if pre not in PRE_TOKENIZERS:
-    raise UserError(f'the GGUF file has tokenizer.ggml.pre = {pre!r}, which is not implemented; implemented: {", ".join(PRE_TOKENIZERS)}')
+    raise UserError(
+        f'{where} has tokenizer.ggml.pre = {files.shown(pre)}: how texts are cut into words is '
+        f'not said, or not implemented; implemented: {", ".join(PRE_TOKENIZERS)}. Convert the model '
+        'anew with a present-day llama.cpp, or give its Hugging Face directory')
+  merges = get('merges')
+  if merges is None or not all(isinstance(m, str) and m.count(' ') == 1 for m in merges):
+    raise UserError(
+        f'{where} has no tokenizer.ggml.merges, or such as are no two tokens with a space between')
   backend = tokenizers.Tokenizer(models.BPE(
-      vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(' ')) for m in get('merges')],
-      ignore_merges=PRE_TOKENIZERS[pre] is _llama3_words))
+      vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(' ')) for m in merges],
+      ignore_merges=pre in LLAMA3))
   backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
   backend.decoder = decoders.ByteLevel()
   return backend
 
 
-def _sentence_piece(tokens, types, get) -> tokenizers.Tokenizer:
+def _sentence_piece(tokens, types, get, where: str) -> tokenizers.Tokenizer:
   vocab = {t: i for i, t in enumerate(tokens)}
+  if get('scores') is None:
+    raise UserError(f'{where} has no tokenizer.ggml.scores, without which nothing is merged')
+  if max(map(len, tokens), default=0) > LONGEST_PIECE:
+    raise UserError(f'{where} has tokenizer.ggml.tokens of more than {LONGEST_PIECE} characters')
+  scores = _column(get, 'scores', len(tokens), where)
+  if not np.isfinite(np.asarray(scores, np.float64)).all():
+    raise UserError(f'{where} has tokenizer.ggml.scores that are not finite')
   # SentencePiece joins the pair whose union scores highest; as ranked merges: every way to cut a piece into two pieces, best score first.
-  pieces = [(s, t) for s, t, kind in zip(get('scores'), tokens, types, strict=True) if kind not in (UNKNOWN, CONTROL)]
+  rows = zip(scores, tokens, types, strict=True)
+  pieces = [(s, t) for s, t, kind in rows if kind not in (UNKNOWN, CONTROL)]
   merges = [(-s, len(t), t[:i], t[i:]) for s, t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
   merges.sort(key=lambda m: (m[0], m[1], vocab[m[2]], vocab[m[3]]))
   unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import math
+import os
+import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +20,9 @@ from flax import traverse_util
 
 from molt_jax.backbones import quantize
 from molt_jax.backbones.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from molt_jax.backbones.files import ImageSpec, TowerFiles, open_files
+from molt_jax.backbones.files import WEIGHT_TYPES, TowerFiles, open_files
 from molt_jax.backbones.llama import Llama, LlamaConfig
+from molt_jax.backbones.preprocessing import ImageSpec
 from molt_jax.backbones.tokenizer import Tokenizer
 from molt_jax.config import UserError
 
@@ -95,10 +99,11 @@ MAPS = {
 }
 # Tensors that the towers have no use for.
 IGNORED = {
-    'text': r'lm_head\.weight|.*rotary_emb\.inv_freq',
-    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|post_layernorm\.(weight|bias)|.*position_ids',
+    'text': r'lm_head\.weight|score\.(weight|bias)|.*rotary_emb\.inv_freq',
+    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|classifier\.(weight|bias)|post_layernorm\.(weight|bias)|.*position_ids',
     'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
 }
+MOST_NAMED = 40  # Unfit tensors in one error.
 MODULES = {'text': Llama, 'clip_text': ClipText, 'image': ClipVision}
 
 
@@ -108,7 +113,8 @@ class TowerSpec:
 
   Attributes:
     config: the architecture; `config.hidden_size` is the width of the taps.
-    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where there is one}.
+    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where there is one,
+      'input_sha256': of what makes the tower's input, tokenizer files or image preprocessing}.
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
   """
@@ -129,7 +135,11 @@ class Tower(TowerSpec):
 
 def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> TowerSpec:
   """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
-  return _describe(open_files(path, kind=kind), quantization)
+  files = open_files(path, kind=kind)
+  if files.shapes is not None:  # Sizes are believed, and arrays made of them, once tensors have them.
+    module = make_module(files, dtype='float32', attention='xla')
+    _plan(files, traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/'))
+  return _describe(files, quantization)
 
 
 def load_tower(
@@ -147,7 +157,8 @@ def load_tower(
     with_pool: load an image tower's final norm too, which only `ClipVision.pooled` reads.
 
   Raises:
-    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it (all of them are named), or no qwix.
+    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it (all of them are named), weights that are
+      not finite or too large for this machine, or no qwix.
   """
   files = open_files(path, kind=kind)
   module = make_module(files, dtype=dtype, attention=attention, with_pool=with_pool)
@@ -155,7 +166,47 @@ def load_tower(
   hows = quantize.plan(boxed, quantization)
   final = quantize.abstract_params(boxed, quantization)
   places = jax.tree.map(lambda _: None, nn.unbox(final)) if shardings is None else shardings(final)
-  return Tower(**vars(_describe(files, quantization)), module=module, params=_load(files, nn.unbox(boxed), nn.unbox(final), places, hows))
+  described = _describe(files, quantization)
+  _check_memory(path, nn.unbox(final), places)
+  try:
+    params = _load(files, nn.unbox(boxed), nn.unbox(final), places, hows)
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+      raise UserError(_too_large(path, nn.unbox(final), 'than is free')) from error
+    raise
+  return Tower(**vars(described), module=module, params=params)
+
+
+def _check_memory(path: str, final: Any, places: Any) -> None:
+  """Raises UserError where a tower does not fit the machine; Linux would kill the process."""
+  leaves, shardings = jax.tree.leaves(final), jax.tree.leaves(places)
+  if jax.default_backend() != 'cpu':
+    return  # Devices with a memory of their own report what does not fit.
+  needed = 0
+  for leaf, sharding in zip(leaves, shardings or [None] * len(leaves), strict=True):
+    shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+    copies = len(sharding.addressable_devices) if sharding else 1
+    needed += copies * math.prod(shape) * leaf.dtype.itemsize
+  if needed > (there := total_memory()):
+    raise UserError(_too_large(path, final, f'than the {there / 1e9:.1f} GB of this machine'))
+
+
+def _too_large(path: str, final: Any, than: str) -> str:
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(final))
+  return (
+      f'{path}: the tower takes {size / 1e9:.1f} GB for each of its copies, more {than}: give a '
+      'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in mesh.model')
+
+
+def total_memory() -> int:
+  """Bytes of memory of this machine, or of the container that it is."""
+  most = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  for limit in ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
+    try:
+      most = min(most, int(pathlib.Path(limit).read_text()))
+    except (OSError, ValueError):  # There is none, or it is 'max'.
+      continue
+  return most
 
 
 def make_module(files: TowerFiles, *, dtype: Any, attention: str, with_pool: bool = False) -> Llama | ClipText | ClipVision:
@@ -167,9 +218,10 @@ def make_module(files: TowerFiles, *, dtype: Any, attention: str, with_pool: boo
 def abstract_params(module: Llama | ClipText | ClipVision) -> Any:
   """Shapes, types and (boxed) logical axes of a tower's parameters; nothing is allocated."""
   if isinstance(module, ClipVision):
-    example = (jnp.zeros((1, module.config.image_size, module.config.image_size, 3)),)
+    size = module.config.image_size
+    example = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
   else:
-    example = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
+    example = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
   return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)['params']
 
 
@@ -178,9 +230,16 @@ def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
   if quantization != 'none':  # Its taps are others: a head, or a store of taps, belongs to this tower quantised in this way.
     mixed = hashlib.sha256(f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'.encode()).hexdigest()
     identity = {**identity, 'sha256': mixed, 'quantization': quantization}
-  return TowerSpec(config=files.architecture, identity=identity,
-                   tokenizer=files.tokenizer() if files.kind != 'image' else None,
-                   preprocess=files.preprocess() if files.kind == 'image' else None)
+  text = files.tokenizer() if files.kind != 'image' else None
+  image = files.preprocess() if files.kind == 'image' else None
+  inputs = text.sha256 if text else _sha256_of(dataclasses.asdict(image))
+  if inputs:
+    identity = {**identity, 'input_sha256': inputs}
+  return TowerSpec(config=files.architecture, identity=identity, tokenizer=text, preprocess=image)
+
+
+def _sha256_of(content: Any) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _load(files: TowerFiles, abstract: Any, final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
@@ -197,7 +256,12 @@ def _load(files: TowerFiles, abstract: Any, final: Any, places: Any, hows: dict[
     fill = _fill(transform, shape, stacked, hows.get(path), places[path])
     for layer, name in enumerate(names):
       # Waiting keeps a single tensor alive; the buffer is donated and filled in place.
-      buffer = jax.block_until_ready(fill(buffer, files.read(name, source_shape), layer))
+      buffer, finite = jax.block_until_ready(
+          fill(buffer, files.read(name, source_shape), layer))
+      if not finite:
+        raise UserError(
+            f'{files.identity["path"]}: {name} holds NaN or infinity: the weights are damaged; '
+            'download or save them again')
     flat[path] = _pack(buffer, final[path], places[path])
   return traverse_util.unflatten_dict(flat, sep='/')
 
@@ -218,12 +282,20 @@ def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
 
 @functools.cache
 def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any):
-  """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place."""
+  """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place, and whether that is finite."""
   def fill(buffer, w, layer):
     new = transform.reorder(w).reshape(shape)
     new = how.quantize(new) if how else new.astype(buffer.dtype)
-    return jax.tree.map(lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0), buffer, new) if stacked else new
-  return jax.jit(fill, donate_argnums=0, out_shardings=place)
+    finite = jnp.array(True)
+    for leaf in jax.tree.leaves(new):
+      if jnp.issubdtype(leaf.dtype, jnp.floating):
+        finite &= jnp.isfinite(leaf).all()
+    if stacked:
+      new = jax.tree.map(
+          lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0),
+          buffer, new)
+    return new, finite
+  return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
 
 
 def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
@@ -245,10 +317,14 @@ def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
     return plan
   for names, expected, _ in plan.values():
     wrong += [f'{n} has shape {files.shapes[n]} instead of {expected}' for n in names if files.shapes.get(n, expected) != expected]
+    wrong += [
+        f'{n} has type {files.types[n]} instead of {", ".join(WEIGHT_TYPES)}'
+        for n in names if n in files.types]
   used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
   unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
-  faults = [f'{fault}: {", ".join(_by_layer(names))}' for fault, names in (('missing', missing), ('unknown', unknown)) if names] + wrong
+  faults = [f'{fault}: {", ".join(_by_layer(names))}' for fault, names in (('missing', missing), ('unknown', unknown)) if names]
+  faults += wrong[:MOST_NAMED] + [f'{len(wrong) - MOST_NAMED} more'] * (len(wrong) > MOST_NAMED)
   if faults:
     raise UserError(f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); ' + '; '.join(faults))
   return plan

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from molt_jax.backbones import tokenizer
+from molt_jax.backbones import tokenizer, tokenizer_files
 from molt_jax.config import UserError
 
 CORPUS = [
@@ -113,7 +113,7 @@ def save(path, *, template, **config):
 def test_directories_give_the_ids_of_auto_tokenizer(tmp_path, options):
   save(tmp_path, **options)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  ours = tokenizer.from_directory(tmp_path, vocab_size=500)
+  ours = tokenizer_files.read(tmp_path, vocab_size=500)
   for text in TEXTS:
     assert ours.encode(text, 999) == theirs(text, truncation=False).input_ids, text
     for limit in (4, 7):
@@ -124,12 +124,12 @@ def test_directories_give_the_ids_of_auto_tokenizer(tmp_path, options):
 
 def test_one_token_is_left_of_the_tightest_limit(tmp_path):
   save(tmp_path, template='<|begin|> $A <|end|>')
-  assert tokenizer.from_directory(tmp_path, vocab_size=500).encode('some words', 1) == [0]
+  assert tokenizer_files.read(tmp_path, vocab_size=500).encode('some words', 1) == [0]
 
 
 def test_threads_and_copies_agree(tmp_path):
   save(tmp_path, template='<|begin|> $A')
-  ours = tokenizer.from_directory(tmp_path, vocab_size=500)
+  ours = tokenizer_files.read(tmp_path, vocab_size=500)
   copy = pickle.loads(pickle.dumps(ours))
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     limits = [2 + i % 7 for i in range(200)]
@@ -140,10 +140,10 @@ def test_threads_and_copies_agree(tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
   save(tmp_path, template=None)
   with pytest.raises(UserError, match='embeds 100'):
-    tokenizer.from_directory(tmp_path, vocab_size=100)
+    tokenizer_files.read(tmp_path, vocab_size=100)
   (tmp_path / 'tokenizer.json').unlink()
   with pytest.raises(UserError, match='neither tokenizer.json nor tokenizer.model'):
-    tokenizer.from_directory(tmp_path, vocab_size=100)
+    tokenizer_files.read(tmp_path, vocab_size=100)
 
 
 def test_bytes_stand_for_text_in_random_models():
