@@ -126,7 +126,7 @@ def say(message: str) -> None:
   _CONSOLE.print(terminal.clean(message), markup=False, highlight=False, soft_wrap=True)
 
 
-_CONSOLE = rich.console.Console(stderr=True)
+_CONSOLE = rich.console.Console(stderr=True, emoji=False)  # :cat: in a name is no emoji.
 
 
 def be_silent() -> None:

@@ -213,6 +213,9 @@ REMARKS = {
     'numbers of one value': (',x,1.5\n,x,1.50\n,x,1\n,x,01\n,x,1.0\n', {}, [
         "train.csv: labels that look alike are different classes: '01' (1 row) and '1' (2 rows), "
         "'1.5' (1 row) and '1.50' (1 row); write them alike if they are one"]),
+    'names that a terminal may change': (',x,:cat:\n,x,[b]x[/b]\n,x,:CAT:\n', {}, [
+        "train.csv: labels that look alike are different classes: "
+        "':CAT:' (1 row) and ':cat:' (1 row); write them alike if they are one"]),
     'a class none': (',x,cat\n,x,none\n', {}, [
         "train.csv: a word that may mean nothing is a class: 'none' (1 row); "
         'leave the label empty if there is none']),
