@@ -26,6 +26,14 @@ PREDICTIONS, PAIRS, MISTAKES = 'predictions.npz', 'pairs.npz', 'mistakes.json'
 CONDITIONS = ('none_absent', 'text_absent', 'image_absent')
 
 
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads an npz file; raises exceptions of many types where it is cut or damaged."""
+  with zipfile.ZipFile(path) as archive:
+    # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
+    raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
+  return {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
+
+
 class _Saved:
   """A dataclass of arrays and JSON values in one npz file."""
 
@@ -51,10 +59,7 @@ class _Saved:
     if not path.exists():
       return None
     try:
-      with zipfile.ZipFile(path) as archive:
-        # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
-        raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
-      arrays = {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
+      arrays = read_arrays(path)
       saved = cls(**json.loads(arrays.pop('json').tobytes()), **arrays)
       saved.check()
     except Exception as error:  # Of any type: a damaged file leads anywhere.
