@@ -401,7 +401,8 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   if config.dataset.multi_label != builder.MULTI_LABEL:
     raise UserError(f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; give {builder.MULTI_LABEL}')
   folder = prepare(builder, config)
-  facts = Facts(**json.loads((folder / METADATA).read_text('utf-8')))
+  anew = f'remove {folder} to prepare it anew'
+  facts = _facts(config_lib.read_json(folder / METADATA, anew), folder / METADATA, anew)
   _check_unchanged(builder, config, folder, facts)
   if not config.dataset.allow_count_mismatch:
     facts.check_counts(allowed=False)
@@ -411,6 +412,13 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   if 'validation' not in splits:
     splits = _with_validation(splits, fraction=config.dataset.validation_fraction, seed=config.seed)
   return Dataset(name=builder.name, class_names=tuple(facts.class_names), multi_label=builder.MULTI_LABEL, splits=splits)
+
+
+def _facts(content: Any, path: pathlib.Path, remedy: str) -> Facts:
+  try:
+    return Facts(**content)
+  except TypeError as error:
+    raise UserError(f'{path} is damaged (not what was written); {remedy}') from error
 
 
 def _check_unchanged(builder, config, folder, facts) -> None:
@@ -446,9 +454,17 @@ class PreparedSource:
 
   @functools.cached_property
   def _table(self) -> dict[str, np.ndarray]:
-    with np.load(pathlib.Path(self.folder) / ROWS) as table:
-      names = [name for name in _COLUMNS | _CONTENTS if f'{self.split}_{name}' in table]
-      return {name: table[f'{self.split}_{name}'] for name in names}
+    path = pathlib.Path(self.folder) / ROWS
+    try:
+      with np.load(path) as table:
+        if fault := table.zip.testzip():  # Reads all of it, and compares it with its CRC-32.
+          raise ValueError(fault)
+        names = [name for name in _COLUMNS | _CONTENTS if f'{self.split}_{name}' in table]
+        found = {name: table[f'{self.split}_{name}'] for name in names}
+    except Exception as error:  # Of any type: a damaged file leads anywhere.
+      raise UserError(
+          f'{path} is cut or damaged; remove {self.folder} to prepare it anew') from error
+    return found
 
   @functools.cached_property
   def _rows(self) -> Sequence[dict[str, Any]]:
