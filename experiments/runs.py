@@ -33,7 +33,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
   config = config_lib.validate(config)
   path = folder / 'result.json'
   if path.exists():
-    result = json.loads(path.read_text(encoding='utf-8'))
+    result = config_lib.read_json(path, 'delete it, and the run is finished anew')
     if result['config_hash'] == config_lib.config_hash(config):
       return result
   folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ against damage and not against forgery, and costs 0.15 to 1 s a gigabyte.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -145,8 +146,14 @@ def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:
   named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind)
   options = ocp.CheckpointManagerOptions(
       max_to_keep=1, cleanup_tmp_directories=True, multiprocessing_options=named)
-  return ocp.CheckpointManager(
-      (workdir / 'checkpoints' / kind).absolute(), options=options, item_names=ITEMS)
+  folder = (workdir / 'checkpoints' / kind).absolute()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with _silent():
+      return ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
+  except OSError as error:
+    raise UserError(
+        f'--workdir: {folder} cannot be used for checkpoints: {error.strerror}') from error
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -207,30 +214,31 @@ def _not_finite(tree: Any) -> str:
 
 def find(workdir: pathlib.Path, kinds: Sequence[str]) -> pathlib.Path | None:
   """Returns the folder of the newest step of the first of these kinds that has one."""
-  for kind in kinds:
-    folder = (workdir / 'checkpoints' / kind).absolute()
-    steps = [path for path in _entries(folder) if path.name.isdecimal() and path.is_dir()]
-    if steps:
-      return max(steps, key=lambda path: int(path.name))
-  return None
+  found = (_steps(workdir, kind) for kind in kinds)
+  return next((steps[-1] for steps in found if steps), None)
 
 
-def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+def _steps(workdir: pathlib.Path, kind: str) -> list[pathlib.Path]:
+  """Returns the folders of one kind, the newest last."""
+  folder = (workdir / 'checkpoints' / kind).absolute()
   try:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    entries = list(folder.iterdir()) if folder.is_dir() else []
   except OSError as error:
     raise UserError(f'--workdir: {folder} cannot be read: {error.strerror}') from error
+  steps = [path for path in entries if path.name.isdecimal() and path.is_dir()]
+  return sorted(steps, key=lambda path: int(path.name))
 
 
 def damaged(folder: pathlib.Path, reason: str) -> UserError:
   """Returns the error that a checkpoint cannot be trusted, with what to do."""
-  workdir = folder.parents[2]
-  if find(workdir, (folder.parent.name,)) != folder:
+  workdir, kind = folder.parents[2], folder.parent.name
+  *older, newest = [None, *_steps(workdir, kind)]
+  if newest != folder:
     return UserError(
         f'--workdir: the checkpoint {folder} was replaced while it was read, by training that goes '
         'on beside; give the command again')
-  others = [find(workdir, (kind,)) for kind in (LATEST, BEST) if kind != folder.parent.name]
-  left = f'{others[0]} is then used' if others[0] else 'there is no other, so train anew'
+  other = (older and older[-1]) or find(workdir, [k for k in (LATEST, BEST) if k != kind])
+  left = f'{other} is then used' if other else 'there is no other, so train anew'
   return UserError(f'--workdir: the checkpoint {folder} is damaged ({reason}); delete it: {left}')
 
 
@@ -283,15 +291,17 @@ def restore_item(
     folder: pathlib.Path, meta: Mapping[str, Any], item: str, tree: Any) -> Any:
   """Restores the arrays of an item in the shapes, types and shardings of `tree` and checks them.
 
-  Without a tree (None) they come as they were saved, on one device.
+  Without a tree (None) the model comes as it was saved, on one device.
 
   Raises:
     UserError: they are damaged, not finite, or not those that `tree` asks for.
   """
   expected = meta.get('checksums', {}).get(item)
-  if expected is not None and tree is not None:
-    _check_fits(folder, expected, tree)
   one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if expected is not None and tree is None:
+    tree = _saved_model(expected, one_device)
+  if expected is not None:
+    _check_fits(folder, expected, tree)
   how = {'fallback_sharding': one_device} if tree is None else {}
   with _library(folder, item):
     out = _read(folder, **{item: ocp.args.StandardRestore(tree, **how)})
@@ -304,6 +314,18 @@ def restore_item(
   if name:
     raise damaged(folder, f'{item}: {name} is not finite')
   return out
+
+
+def _saved_model(expected: Mapping[str, str], sharding: jax.sharding.Sharding) -> dict[str, Any]:
+  """Returns the abstract tree of a saved model, by the names of its checksums."""
+  tree = {'params': {}, 'statistics': {}}
+  for name, text in expected.items():
+    *parents, leaf = name.split('/')
+    kind, _, dimensions = text.split()[0].rstrip(']').partition('[')
+    shape = tuple(map(int, filter(None, dimensions.split(','))))
+    inner = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+    inner[leaf] = jax.ShapeDtypeStruct(shape, np.dtype(kind), sharding=sharding)
+  return tree
 
 
 def _check_fits(folder: pathlib.Path, expected: Mapping[str, str], tree: Any) -> None:
@@ -332,12 +354,8 @@ def _read(folder: pathlib.Path, **item: Any) -> Any:
 @contextlib.contextmanager
 def _library(folder: pathlib.Path, item: str) -> Iterator[None]:
   """Makes one line of all that Orbax and TensorStore raise and log while they read."""
-  _ignore_stragglers()
-  disabled = logging.root.manager.disable
-  logging.disable(logging.CRITICAL)
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')
+    with _silent():
       yield
   except Exception as error:  # Of any type: files that are damaged lead anywhere.
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
@@ -347,6 +365,18 @@ def _library(folder: pathlib.Path, item: str) -> Iterator[None]:
     if locked:
       raise UserError(f'--workdir: {locked[0]} cannot be read: permission denied') from error
     raise damaged(folder, f'{item} cannot be read') from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+  """Keeps Orbax from logging, at length, what it also raises."""
+  _ignore_stragglers()
+  disabled = logging.root.manager.disable
+  logging.disable(logging.CRITICAL)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
   finally:
     logging.disable(disabled)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, sharding
+from molt_jax import cli, records, sharding
 from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
 from molt_jax.backbones.dual import TOWERS, DualEncoder
@@ -182,15 +182,25 @@ def stored_texts(
   if not config.input.text_store:
     return compute()
   digest = hashlib.sha256(json.dumps([tower.identity['sha256'], config.compute_dtype, config.text.max_tokens, list(texts)]).encode()).hexdigest()
-  path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npy'
+  path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npz'
   if path.exists():
-    return np.load(path)
+    return _read_pooled(path, len(texts))
   pooled_nd = compute()
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(f'.{os.getpid()}.tmp')
   with temporary.open('wb') as file:
-    np.save(file, pooled_nd)
+    np.savez(file, pooled_nd=pooled_nd)
   temporary.replace(path)
+  return pooled_nd
+
+
+def _read_pooled(path: pathlib.Path, count: int) -> np.ndarray:
+  try:
+    pooled_nd = records.read_arrays(path)['pooled_nd']
+    if pooled_nd.ndim != 2 or len(pooled_nd) != count:
+      raise ValueError('another shape')
+  except Exception as error:  # Of any type: a damaged file leads anywhere.
+    raise UserError(f'{path} is cut or damaged; delete it, and it is computed again') from error
   return pooled_nd
 
 

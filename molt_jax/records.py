@@ -28,6 +28,17 @@ MAX_BYTES = 1 << 30  # Of such a file unpacked; the recorder writes at most a te
 MAX_LAYERS, MAX_DIRECTIONS, MAX_POINTS = 256, 4096, 10_000  # Of pairs.
 
 
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads an npz file; raises exceptions of many types where it is cut or damaged."""
+  with zipfile.ZipFile(path) as archive:
+    size = sum(member.file_size for member in archive.infolist())
+    if size > MAX_BYTES:
+      raise ValueError(f'it holds {size:,} bytes, more than {MAX_BYTES:,}')
+    # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
+    raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
+  return {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
+
+
 class _Saved:
   """A dataclass of arrays and JSON values in one npz file."""
 
@@ -69,13 +80,7 @@ class _Saved:
 
 
 def _unpacked(path: pathlib.Path) -> dict[str, Any]:
-  with zipfile.ZipFile(path) as archive:
-    size = sum(member.file_size for member in archive.infolist())
-    if size > MAX_BYTES:
-      raise ValueError(f'it holds {size:,} bytes, more than {MAX_BYTES:,}')
-    # Read whole, so that zipfile compares each with its CRC-32 before NumPy believes a header.
-    raw = {name.removesuffix('.npy'): archive.read(name) for name in archive.namelist()}
-  arrays = {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
+  arrays = read_arrays(path)
   return json.loads(arrays.pop('json').tobytes()) | arrays
 
 

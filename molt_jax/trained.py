@@ -184,11 +184,11 @@ def go_on(
   if not saved:
     return data
   logbook.read(checkpoints.workdir)  # It will be gone on with, too.
-  changed = _other_fields(saved, config, FREE_ON_RESUME, schema)
-  if changed:
+  fields = _other_fields(saved, config, FREE_ON_RESUME, schema)
+  if fields:
     raise UserError(
         f'--workdir: the checkpoint of step {saved["step"]} was trained with another config '
-        f'({"; ".join(changed)}); give that config, or another folder')
+        f'({"; ".join(fields)}); give that config, or another folder')
   model_lib.check_same_towers(saved['backbones'], towers)
   mapped = sources.relabel(data, saved['class_names'], where=_where(config))
   changed = _changes(saved, data, mapped)

@@ -283,3 +283,11 @@ def test_parameters_of_another_model_are_named(saved):
   with pytest.raises(UserError, match=r'has float32\[16\] as params/dense/bias, and this version makes nothing') as error:
     restore_model(checkpoint.abstract(tree))
   assert '\n' not in str(error.value)
+
+
+def test_a_model_is_restored_without_knowing_it(saved):
+  """As a report does, which only compares checksums."""
+  _, restore_model = checkpoint.load_model(saved, 'latest')
+  state = make_state()
+  assert leaves(restore_model(None)) == leaves(
+      {'params': state.params, 'statistics': state.statistics})

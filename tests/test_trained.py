@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import molt_jax
-from molt_jax import checkpoint, evaluate, pretrain, records, report, train, trained
+from molt_jax import checkpoint, dual, evaluate, pretrain, records, report, train, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -189,6 +190,17 @@ def test_no_checkpoint_is_one_line_or_a_new_start(home, entry):
 def test_a_report_does_without_checkpoints(home):
   shutil.rmtree(home.run / 'checkpoints')
   assert report.write([home.run]).exists()
+
+
+@pytest.mark.parametrize('generator', ['runs', 'bits'])
+def test_a_damaged_folder_is_refused_or_read_as_it_was(fuzz, generator, trained_home, monkeypatch):
+  with monkeypatch.context() as patch:
+    fuzz('runs', count=0)  # Makes the generators' module importable.
+    from fuzzing import runs
+    patch.setattr(runs, 'made', lambda: trained_home.run)
+    for cached in (runs.saved, runs._model):
+      cached.cache_clear()
+    fuzz(generator, count=25)
 
 
 # ---- Files beside it -----------------------------------------------------------------------------
@@ -568,3 +580,19 @@ def test_pair_evaluation_names_a_damaged_file_before_it_works(pair_home, tmp_pat
   monkeypatch.setattr(pretrain, 'make_pair', None)
   with pytest.raises(UserError, match='pair_evaluation.json is damaged'):
     _evaluate_pair(home)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda raw: raw[:-9], lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], lambda raw: b''])
+def test_kept_texts_that_are_damaged_are_named(tmp_path, damage):
+  config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
+  config.input.text_store = str(tmp_path)
+  tower = types.SimpleNamespace(identity={'sha256': 'x'})
+  pooled_nd = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+  for _ in range(2):
+    found_nd = dual.stored_texts(config, tower, ['a', 'b'], lambda: pooled_nd)
+    np.testing.assert_array_equal(found_nd, pooled_nd)
+  path, = tmp_path.iterdir()
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(UserError, match='is cut or damaged; delete it'):
+    dual.stored_texts(config, tower, ['a', 'b'], lambda: pooled_nd)

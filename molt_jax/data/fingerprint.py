@@ -38,7 +38,7 @@ def of(source: Source, class_names: Sequence[str]) -> dict[str, Any]:
   found = {
       'examples': len(source),
       'ids': _hash(json.dumps(list(source.ids)).encode()),
-      **{name: None if column is None else _hash(column) for name, column in columns.items()},
+      **{name: column if column is None else _hash(column) for name, column in columns.items()},
       'unordered': _hash(rows_nc[np.lexsort(rows_nc.T)])}
   return {**found, 'digest': _hash(json.dumps(found, sort_keys=True).encode())}
 
@@ -55,7 +55,8 @@ def _digest(content: bytes) -> bytes:
 
 
 def _hash(content: bytes | np.ndarray) -> str:
-  return _digest(np.ascontiguousarray(content).tobytes()).hex()
+  content = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
+  return _digest(content).hex()
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -110,17 +110,27 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   runs = [_read(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
   first = runs[0]
   for run in runs[1:]:
-    if _data(run) != _data(first) or (run.predictions and first.predictions and run.predictions.class_names != first.predictions.class_names):
+    if not _same_data(first, run) or (run.predictions and first.predictions and run.predictions.class_names != first.predictions.class_names):
       one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
       raise UserError(f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one data set')
   return runs
 
 
 def _data(run: Run) -> tuple[str, ...]:
-  """Data set, split, and what tells the data from others: their fingerprint, else their folder."""
-  known = run.evaluation.get('data')
-  where = f'(data {known["digest"]})' if known else run.config.dataset.path
-  return run.config.dataset.name, where, run.evaluation['split']
+  return run.config.dataset.name, run.config.dataset.path, run.evaluation['split']
+
+
+def _same_data(one: Run, other: Run) -> bool:
+  """Whether two runs are scored on the same examples, or on what their configs leave of the same."""
+  digests = [run.evaluation.get('data', {}).get('digest') for run in (one, other)]
+  (name, path, split), (other_name, other_path, other_split) = _data(one), _data(other)
+  if (name, split) != (other_name, other_split):
+    return False
+  if None in digests or digests[0] == digests[1]:
+    return path == other_path or None not in digests
+  # Of one folder, other modalities or another seed of the validation split give other examples.
+  alike = all(one.config[key] == other.config[key] for key in ('dataset', 'seed'))
+  return path == other_path and not alike
 
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:

@@ -404,7 +404,9 @@ def test_no_object_becomes_a_text(value):
 
 
 @pytest.mark.parametrize(
-  'value', [v for v in OTHERS if not isinstance(v, np.bool_ | np.integer | np.floating)], ids=repr
+  'value',
+  [v for v in OTHERS if not isinstance(v, np.bool_ | np.integer | np.floating)],
+  ids=lambda value: type(value).__name__,
 )
 def test_no_object_becomes_a_label(value):
   with pytest.raises(cells.CellError):

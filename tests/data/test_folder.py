@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -373,3 +374,31 @@ def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
     # Without metadata.json nothing is prepared, so it is prepared again.
     file.write_bytes(kept)
   assert {'rows.npz', 'images.array_record', 'dataset_info.json'} <= set(damaged)
+# ---- What was prepared -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['metadata.json', 'rows.npz'])
+@pytest.mark.parametrize('damage', [
+    lambda raw: raw[:-9], lambda raw: b'', lambda raw: raw[:150] + bytes(8) + raw[158:], lambda raw: b'{}'])
+def test_what_was_prepared_and_is_damaged_is_named(miniature, tmp_path, name, damage):
+  source = miniature('hateful_memes')
+  load('hateful_memes', source, tmp_path)
+  path = next(tmp_path.rglob(name))
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(UserError, match=f'{path.parent} is damaged .*remove that folder'):
+    load('hateful_memes', source, tmp_path).splits['test'].ids  # noqa: B018
+
+
+def test_contents_change_with_images_and_texts_and_are_unknown_where_they_were_not_prepared(
+    miniature, tmp_path):
+  source = load('mm_imdb', miniature('mm_imdb'), tmp_path).splits['train']
+  for n in range(len(source)):
+    example = source[n]
+    image, text = (int(number) for number in source.contents[n])
+    assert image == (0 if example['image'] is None else 1 + zlib.crc32(example['image']))
+    assert text == (0 if example['text'] is None else 1 + zlib.crc32(example['text'].encode()))
+  path = next(tmp_path.rglob('rows.npz'))
+  with np.load(path) as table:
+    older = {name: table[name] for name in table.files if '_numbers' not in name}
+  np.savez(path, **older)
+  assert load('mm_imdb', miniature('mm_imdb'), tmp_path).splits['train'].contents is None

@@ -172,9 +172,10 @@ def _own(config: Any) -> list[str]:
 
 @functools.cache
 def _model():
-  config = make_config(pathlib.Path('a/table'))
+  config = config_lib.read_run(made())
   towers = model_lib.describe_towers(config)
-  model = model_lib.make_model(config, towers, num_classes=len(COLOURS))
+  num_classes = len(trained.open_run(made()).class_names)
+  model = model_lib.make_model(config, towers, num_classes=num_classes)
   return config, towers, model, sharding.make_mesh(config)
 
 
@@ -196,8 +197,6 @@ class _Position:
 def resume(workdir: pathlib.Path) -> Any:
   """Opens a run as training does to go on."""
   config, towers, model, mesh = _model()
-  config = config.copy_and_resolve_references()
-  config.dataset.path = str(made().parent / 'table')
   loop.check_workdir(config, workdir)
   checkpoints = checkpoint.Checkpoints(workdir)
   try:

@@ -476,6 +476,8 @@ class PreparedSource:
   @functools.cached_property
   def _table(self) -> dict[str, np.ndarray]:
     with reading_prepared(self.folder), np.load(pathlib.Path(self.folder) / ROWS) as table:
+      if fault := table.zip.testzip():  # Reads all of it, and compares it with its CRC-32.
+        raise ValueError(fault)
       names = [name for name in _COLUMNS | _CONTENTS if f'{self.split}_{name}' in table]
       return {name: table[f'{self.split}_{name}'] for name in names}
 
