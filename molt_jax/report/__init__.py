@@ -6,7 +6,7 @@ The page is one HTML file that opens from disk: no scripts, nothing from elsewhe
 import pathlib
 from collections.abc import Sequence
 
-from molt_jax import cli, logbook
+from molt_jax import cli, logbook, terminal
 from molt_jax.config import UserError
 from molt_jax.report.runs import read
 
@@ -40,4 +40,4 @@ FLAGS = (
 def main(argv: Sequence[str]) -> None:
   """Command line of the package: prints the page's path."""
   flags, _ = cli.parse('molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv)
-  print(write(flags.workdir, flags.out))
+  print(terminal.clean(write(flags.workdir, flags.out)))
