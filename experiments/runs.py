@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import pathlib
 import platform
 import re

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from molt_jax import cli, logbook
+from molt_jax import cli, logbook, terminal
 from molt_jax.config import UserError
 from molt_jax.report.runs import read
 
@@ -44,4 +44,4 @@ def main(argv: Sequence[str]) -> None:
   flags, _ = cli.parse('molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv)
   if 'jax' not in sys.modules:  # Checkpoints are compared with their checksums; that takes no device.
     os.environ['JAX_PLATFORMS'] = 'cpu'
-  print(write(flags.workdir, flags.out))
+  print(terminal.clean(write(flags.workdir, flags.out)))

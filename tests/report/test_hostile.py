@@ -127,6 +127,17 @@ def test_a_page_with_hostile_names_everywhere_is_drawn(hostile, run, first):
   assert page.count('<svg') > 10 and len(page) < 2_000_000
 
 
+@pytest.mark.parametrize('name', [
+    '<script>alert(1)<script>', '"onload="x', '$x_{$ [red]', '_', 'a\x1b[31m\n\u202e', '\udcff', "'; rm"])
+@pytest.mark.filterwarnings('error')
+def test_the_name_of_a_folder_is_text_too(hostile, run, name, quick, capfd):
+  folders = [shutil.copytree(run, run.with_name('good')), shutil.copytree(run, run.with_name(name))]
+  hostile.check_page(report.write(folders, run / 'both.html').read_text(encoding='utf-8'))
+  assert report.main([f'--workdir={folders[1]}']) == 0
+  hostile.check_page((folders[1] / 'report.html').read_text(encoding='utf-8'))
+  assert capfd.readouterr().out.count('\n') == 1
+
+
 class Texts(html.parser.HTMLParser):
   """Collects texts, and attributes by name."""
 
