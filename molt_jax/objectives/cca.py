@@ -24,13 +24,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
+from molt_jax.objectives.decompositions import either, in_turn, singular_values, svd
+
 SOLVERS = ('eigh', 'newton_schulz')
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
-_JITTER = 16 * _EPS  # Relative to each diagonal entry of a matrix to be factored; divided out again.
-_MIN_SPREAD = 1e-30  # A view that deviates from its mean by less counts as constant; its gradient, 1 / spread, would leave float32.
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 _NEARLY_ORTHOGONAL = 0.1  # ||A'A - I||_F below which the iteration without an SVD has converged in float32.
-_WELL_CONDITIONED = 200.0  # Bound of a condition number up to which Cholesky needs no graded basis.
+_WELL_CONDITIONED = 200.0  # Bound of a condition number up to which Cholesky takes the place of an SVD.
+_MOSTLY_RIDGE = 0.9  # Share of the ridge in the least eigenvalue of K + r from which on K (K + r)^(-1) has no accurate Cholesky factor.
+_MARGIN = 1.1  # Singular values of A that rounding has taken above 1 by less keep their sign in the iteration.
 _MIN_ROWS = 3  # Two samples always correlate perfectly.
 
 
@@ -51,12 +54,20 @@ class Rows(NamedTuple):
 
 
 class Factor(NamedTuple):
-  """T [n, k] with T T' = K (K + r)^(-1) and the map B [k, d] back to the view, both as matrices to be multiplied in the cheapest order of what they
-  stand in (so that no more products than need be are as long as n), and I - T T' where it is known without cancellation (Gram space)."""
+  """How a view is whitened.
+
+  Attributes:
+    t: T [n, k] with T T' = K (K + r)^(-1), as matrices to be multiplied in the cheapest order of what
+      they stand in, so that no more products than need be are as long as n.
+    back: the map B [k, d] back to the view, likewise.
+    residual_nn: I - T T', where it is known without cancellation (Gram space).
+    scale: 1 over a bound of the singular values of T, which a large ridge makes small.
+  """
 
   t: tuple[jax.Array, ...]
   back: tuple[jax.Array, ...]
   residual_nn: jax.Array | None
+  scale: jax.Array
 
 
 def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
@@ -71,34 +82,31 @@ def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
     y_nd: [..., n, d2] the same samples in the other view.
     weight_n: [n] or [..., n] non-negative weight of each row, any numeric type. A row of weight 0 is as if it were not there, whatever it holds.
     ridge: scalar >= 0; ridge of each covariance relative to its mean eigenvalue.
-    solver: 'eigh' (`eigh` and `svd`; the reference) or 'newton_schulz' (Cholesky and matrix products only, for accelerators). The second works
-      on S itself: its relative error grows like eps ||S||_F / r, and a ridge below 4 eps ||S||_F is raised to that.
+    solver: 'eigh' (Cholesky and `svd`; the reference) or 'newton_schulz' (Cholesky and matrix
+      products only, for accelerators). The second works on S itself: its relative error grows like
+      eps ||S||_F / r, and for r < 4 eps ||S||_F it takes the way of the first.
 
   Returns:
-    [...] float32 in [-1, 0]: minus the sum of correlations over min(rows - 1, d1, d2), counting the rows of positive weight. 0 with zero
-    gradient for fewer than three such rows or a view that is constant over them. With 'eigh', directions that a view does not span get no gradient.
+    [...] float32 in [-1, 0]: minus the sum of correlations over min(rows - 1, d1, d2), counting the
+    rows of positive weight. 0 with zero gradient for fewer than three such rows or a view that is
+    constant over them. With 'eigh', directions that a view does not span (with singular values below
+    4 eps sqrt(max(n, d)) of the largest) get no gradient; with 'newton_schulz' one of rounding, some
+    hundredths of 1 / sqrt(r), the size it has in weak directions. A gradient beyond float32's range (of a
+    view of size 1e-38, say) becomes its largest number. Finite for every finite input; NaN in a row
+    that counts comes out as NaN.
 
   Raises:
     ValueError: shapes that do not pair up, or an unknown solver.
   """
-  x_nd, y_nd, weight_n, ridge = _check(x_nd, y_nd, weight_n, ridge, solver)
-  return _batched(functools.partial(_loss, solver), x_nd.ndim - 2)(x_nd, y_nd, weight_n, ridge)
+  arguments = _check(x_nd, y_nd, weight_n, ridge, solver)
+  return _over_leading_axes(functools.partial(_loss, solver), arguments)
 
 
-def _batched(function, num_axes):
-  """vmap over leading axes (not over the last argument); on a CPU one after the other.
-
-  There jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for work they have put into the same pool: two at once on two cores hang.
-  """
-  if not num_axes:
-    return function
-  inner = _batched(function, num_axes - 1)
-
-  def one_by_one(*arrays):
-    return lax.map(lambda slices: inner(*slices, arrays[-1]), arrays[:-1])
-
-  at_once = jax.vmap(inner, in_axes=(0, 0, 0, None))
-  return lambda *arrays: lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
+def _over_leading_axes(function, arguments):
+  """The function of one pair of views, over their leading axes; the last argument, the ridge, is that of all pairs."""
+  for _ in range(arguments[0].ndim - 2):
+    function = jax.vmap(function, in_axes=(0, 0, 0, None))
+  return function(*arguments)
 
 
 def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
@@ -106,16 +114,18 @@ def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
 
   Arguments and errors as for `cca_loss`; the same ridge, so their sum is that loss times minus the number of directions.
   """
-  x_nd, y_nd, weight_n, ridge = _check(x_nd, y_nd, weight_n, ridge, 'eigh')
+  arguments = _check(x_nd, y_nd, weight_n, ridge, 'eigh')
+  return _over_leading_axes(_spectrum, lax.stop_gradient(arguments))
 
-  def spectrum(x_nd, y_nd, weight_n, ridge):
-    with jax.default_matmul_precision('highest'):
-      rows = weigh_rows(weight_n)
-      x, y = (whiten(centre(view, rows).x_nd, rows, ridge, 'eigh') for view in (x_nd, y_nd))
-      s = jnp.linalg.svd(cross(x, y), compute_uv=False)
-    return jnp.where(rows.count >= _MIN_ROWS, jnp.minimum(s, 1.0), 0.0)
 
-  return lax.stop_gradient(_batched(spectrum, x_nd.ndim - 2)(x_nd, y_nd, weight_n, ridge))
+@in_turn
+def _spectrum(x_nd, y_nd, weight_n, ridge):
+  with jax.default_matmul_precision('highest'):
+    rows = weigh_rows(weight_n)
+    x, y = (whiten(centre(view, rows).x_nd, rows, ridge, 'eigh') for view in (x_nd, y_nd))
+    scale = x.scale * y.scale
+    s_k = singular_values(cross(x, y) * scale)
+  return jnp.where(rows.count >= _MIN_ROWS, jnp.minimum(s_k / scale, 1.0), 0.0)
 
 
 def _check(x_nd, y_nd, weight_n, ridge, solver):
@@ -136,11 +146,11 @@ def _check(x_nd, y_nd, weight_n, ridge, solver):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(solver, x_nd, y_nd, weight_n, ridge):
-  return _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)[0]
+  return _computed(solver, with_gradients=False)(x_nd, y_nd, weight_n, ridge)
 
 
 def _loss_fwd(solver, x_nd, y_nd, weight_n, ridge):
-  loss, dx_nd, dy_nd = _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver)
+  loss, dx_nd, dy_nd = _computed(solver, with_gradients=True)(x_nd, y_nd, weight_n, ridge)
   return loss, (dx_nd, dy_nd, jnp.zeros((), x_nd.dtype), jnp.zeros((), y_nd.dtype), jnp.zeros_like(weight_n), jnp.zeros_like(ridge))
 
 
@@ -158,19 +168,30 @@ def _as_like(gradient_nd, like):
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
+@functools.cache
+def _computed(solver, *, with_gradients):
+  """`_loss_and_gradients`, or the value alone (XLA drops what is not used), of one pair of views, to be mapped over others."""
+  def compute(*arguments):
+    result = _loss_and_gradients(*arguments, solver)
+    return result if with_gradients else result[0]
+
+  return in_turn(compute)
+
+
 def _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver):
-  """Loss and its float32 gradients; a caller who wants the value alone pays for nothing else, since XLA drops what is not used."""
+  """Loss and its float32 gradients."""
   with jax.default_matmul_precision('highest'):
     rows = weigh_rows(weight_n)
     centred_x, centred_y = centre(x_nd, rows), centre(y_nd, rows)
     x, y = (whiten(centred.x_nd, rows, ridge, solver) for centred in (centred_x, centred_y))
     a_kj = cross(x, y)
-    corr, w_kj = _POLAR[solver](a_kj)
+    scale = x.scale * y.scale
+    scaled_corr, w_kj = _POLAR[solver](a_kj * scale)
     num_directions = jnp.clip(rows.count - 1, 1, min(x_nd.shape[-1], y_nd.shape[-1]))
     share = jnp.where(rows.count >= _MIN_ROWS, 1.0 / num_directions, 0.0)
-    dx_nd = _pull_back(x, y, a_kj, w_kj.T, centred_x, rows)
-    dy_nd = _pull_back(y, x, a_kj.T, w_kj, centred_y, rows)
-  return jnp.clip(-share * corr, -1.0, 0.0), -share * dx_nd, -share * dy_nd
+    dx_nd = _pull_back(x, y, a_kj, w_kj.T, centred_x, rows, share)
+    dy_nd = _pull_back(y, x, a_kj.T, w_kj, centred_y, rows, share)
+  return jnp.clip(-share * (scaled_corr / scale), -1.0, 0.0), dx_nd, dy_nd
 
 
 def cross(x, y):
@@ -178,15 +199,17 @@ def cross(x, y):
   return jnp.linalg.multi_dot([*(_turned(m) for m in reversed(x.t)), *y.t])
 
 
-def _pull_back(own, other, a_kj, w_jk, centred, rows):
-  """Gradient of corr with respect to one view; A and W' are those from the own factor to the other."""
+def _pull_back(own, other, a_kj, w_jk, centred, rows, share):
+  """Gradient of -share corr with respect to one view; A and W' are those from the own factor to the other."""
   if own.residual_nn is None:
     g_nd = jnp.linalg.multi_dot([*other.t, w_jk, *own.back]) - jnp.linalg.multi_dot([*own.t, a_kj @ w_jk, *own.back])
   else:
     g_nd = jnp.linalg.multi_dot([own.residual_nn, *other.t, w_jk, *own.back])
   g_nd -= jnp.sum(g_nd * centred.x_nd) * centred.x_nd  # The ridge follows the trace: no gradient along X itself.
   g_nd -= rows.unit_n[:, None] * (rows.unit_n @ g_nd)[None, :]
-  return g_nd * rows.root_weight_n[:, None] * centred.inverse_norm
+  g_nd *= -share * rows.root_weight_n[:, None]
+  g_nd = jnp.where(rows.root_weight_n[:, None] > 0, g_nd * centred.inverse_norm, 0.0)
+  return jnp.clip(g_nd, -_LARGEST, _LARGEST)
 
 
 def weigh_rows(weight_n):
@@ -223,9 +246,12 @@ def centre(x_nd, rows):
     x_nd, mean_d = jnp.where(valid_n1, x_nd - step_d[None, :], 0.0), mean_d + step_d
   x_nd = x_nd * rows.root_weight_n[:, None]
   norm = jnp.sqrt(jnp.sum(x_nd * x_nd))
-  is_constant = norm * spread * size < _MIN_SPREAD
+  is_constant = norm == 0
   inverse = jnp.where(is_constant, 0.0, 1.0 / jnp.where(is_constant, 1.0, norm))
-  return Centred(x_nd * inverse, inverse * (1 / spread) * (1 / size), (first_d + mean_d * spread) * size)
+  # The gradient of a tiny view can leave float32, and by rounding the mean of a huge one.
+  inverse_norm = jnp.minimum(inverse * jnp.minimum((1 / spread) * (1 / size), _LARGEST), _LARGEST)
+  mean_d = jnp.clip((first_d + mean_d * spread) * size, -_LARGEST, _LARGEST)
+  return Centred(x_nd * inverse, inverse_norm, mean_d)
 
 
 def _magnitude(x_nd):
@@ -238,106 +264,123 @@ def whiten(x_nd, rows, ridge, solver):
   """`Factor` of a centred view, in Gram space when n <= d."""
   n, d = x_nd.shape
   in_gram_space = n <= d
-  whiten_by, floor = _WHITEN[solver, in_gram_space]
   s_kk = x_nd @ x_nd.T if in_gram_space else _turned(x_nd) @ x_nd
-  r = jnp.maximum(jnp.maximum(ridge / d, 1e-12), floor * jnp.sqrt(jnp.sum(s_kk * s_kk)))
-  return whiten_by(x_nd, s_kk, r, rows)
+  return _WHITEN[solver, in_gram_space](x_nd, s_kk, ridge / d, rows)
+
+
+def _scale(r):
+  """Of the `Factor` for ridge r, S having trace 1: the singular values of T are at most (1 + r)^(-1/2)."""
+  return jnp.sqrt(jnp.maximum(r, 1.0))
 
 
 def _whiten_gram_eigh(x_nd, k_nn, r, rows):
-  """In a basis U of the rows in which the view is graded, G = U'X, Cholesky is accurate relative to each row.
+  """By Cholesky where that is accurate, else by an SVD of the view.
 
-  A well-conditioned K is so in any basis whose vectors span its known null space: a reflection does it. Any other takes the eigenvectors of K.
+  The mean is known not to be in K, and is turned into one of the rows by a reflection; absent rows are known too. Of what is left, K + r is factored
+  and R as well: K + r must be well-conditioned and R not much smaller than 1.
   """
-  simple, fits = _reflected(x_nd, k_nn, r, rows)
-  u_nn, g_nd, m_nn, inverse_l_nn, is_resolved_n = lax.cond(fits, lambda *_: simple, _in_eigenvectors, x_nd, k_nn, r, rows)
-  j_nn = inverse_l_nn.T @ inverse_l_nn
-  r_nn = j_nn @ m_nn
-  r_nn = (r_nn + r_nn.T) / (2 + 2 * _JITTER)
-  root_nn, back_nn = _root_and_solution(r_nn + jnp.diag(jnp.where(is_resolved_n, _JITTER * jnp.diag(r_nn), 1.0)), j_nn)
-  return Factor((u_nn @ jnp.where(is_resolved_n[:, None], root_nn, 0.0),), (back_nn, g_nd), r * (u_nn @ j_nn @ u_nn.T))
-
-
-def _reflected(x_nd, k_nn, r, rows):
-  """The basis of the reflection that takes the mean to one row, all absent rows being known: what `_in_eigenvectors` returns, and whether it fits."""
   n = k_nn.shape[0]
   at = jnp.argmax(rows.unit_n)
   v_n = rows.unit_n + jax.nn.one_hot(at, n)
   h_nn = jnp.eye(n) - (2 / (v_n @ v_n)) * v_n[:, None] * v_n[None, :]
-  is_resolved_n = (rows.root_weight_n > 0) & (jnp.arange(n) != at)
-  twice = is_resolved_n[:, None] & is_resolved_n[None, :]
-  g_nd = jnp.where(is_resolved_n[:, None], x_nd - (2 / (v_n @ v_n)) * v_n[:, None] * (v_n @ x_nd)[None, :], 0.0)
-  m_nn = jnp.where(twice, h_nn @ k_nn @ h_nn, 0.0)
-  unit = jnp.trace(m_nn) / n
-  whole_nn = m_nn + jnp.diag(jnp.where(is_resolved_n, r, unit))
+  is_left_n = (rows.root_weight_n > 0) & (jnp.arange(n) != at)
+  g_nd = x_nd - (2 / (v_n @ v_n)) * v_n[:, None] * (v_n @ x_nd)[None, :]
+  g_nd = jnp.where(is_left_n[:, None], g_nd, 0.0)
+  m_nn = jnp.where(is_left_n[:, None] & is_left_n[None, :], h_nn @ k_nn @ h_nn, 0.0)
+  whole_nn = m_nn + jnp.diag(jnp.where(is_left_n, r, jnp.trace(m_nn) / n))
   inverse_l_nn = _inverse_cholesky(whole_nn)
-  return (h_nn, g_nd, m_nn, inverse_l_nn, is_resolved_n), _is_well_conditioned(whole_nn, inverse_l_nn)
+  j_nn = inverse_l_nn.T @ inverse_l_nn
+  r_nn = j_nn @ m_nn
+  l_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_left_n, 0.0, 1.0)))
+  back_nn = solve_triangular(l_nn, j_nn, lower=True)
+  t_nn = h_nn @ jnp.where(is_left_n[:, None], l_nn, 0.0)
+  factor = Factor((t_nn,), (back_nn, g_nd), r * (h_nn @ j_nn @ h_nn.T), _scale(r))
+  is_accurate = _is_well_conditioned(whole_nn, j_nn) & (r * _row_sum(j_nn) < _MOSTLY_RIDGE)
+  return either(is_accurate, lambda factor, *_: factor, _whiten_gram_svd, factor, x_nd, r)
 
 
-def _in_eigenvectors(x_nd, k_nn, r, rows):
-  """The eigenvectors U of K as basis: (U, G = U'X, M = G G', the inverse of the Cholesky factor of M + r, which rows of G are no noise).
-
-  What lies in the known null space is moved to a negative eigenvalue, well apart from small true ones. Singular values are read from G and not
-  from eigh: their squares then carry noise eps^2 instead of eps, which decides whether duplicated rows look like a direction of their own.
-  """
-  n = k_nn.shape[0]
-  gap = 1.0 / n
-  e_n, u_nn = jnp.linalg.eigh(k_nn - gap * _null_projector(rows))
-  g_nd = jnp.where(e_n > -gap / 2, 1.0, 0.0)[:, None] * (u_nn.T @ x_nd)
-  is_resolved_n = _is_resolved(jnp.sum(g_nd * g_nd, axis=1), r, max(x_nd.shape))
-  g_nd = jnp.where(is_resolved_n[:, None], g_nd, 0.0)
-  m_nn = g_nd @ g_nd.T
-  return u_nn, g_nd, m_nn, _inverse_root(m_nn + r * jnp.eye(n)), is_resolved_n
+def _whiten_gram_svd(_, x_nd, r):
+  u_nn, t_n, back_n, rest_n, v_nd = _whitened_svd(x_nd, r)
+  residual_nn = (u_nn * rest_n[None, :]) @ u_nn.T
+  return Factor((u_nn * t_n[None, :],), (jnp.diag(back_n), v_nd), residual_nn, _scale(r))
 
 
 def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
-  """The same with the covariance: as it is where it is well-conditioned, else in its eigenvectors.
-
-  Any square root whitens: with S + r = L L', T = X L^(-T) and B = L^(-1).
-  """
+  """The same with the covariance. Any square root whitens: with S + r = L L', T = X L^(-T) and B = L^(-1)."""
   del rows
   whole_dd = s_dd + r * jnp.eye(s_dd.shape[0])
   inverse_l_dd = _inverse_cholesky(whole_dd)
-
-  def in_eigenvectors(x_nd, inverse_l_dd):
-    del inverse_l_dd
-    _, v_dd = jnp.linalg.eigh(s_dd)
-    g_nd = x_nd @ v_dd
-    is_resolved_d = _is_resolved(jnp.sum(g_nd * g_nd, axis=0), r, max(x_nd.shape))
-    g_nd = jnp.where(is_resolved_d[None, :], g_nd, 0.0)
-    inverse_l_dd = _inverse_root(_turned(g_nd) @ g_nd + r * jnp.eye(s_dd.shape[0]))
-    return g_nd, inverse_l_dd, inverse_l_dd @ jnp.where(is_resolved_d[:, None], v_dd.T, 0.0)
-
-  g_nd, inverse_l_dd, back_dd = lax.cond(
-      _is_well_conditioned(whole_dd, inverse_l_dd), lambda x_nd, inverse_l_dd: (x_nd, inverse_l_dd, inverse_l_dd), in_eigenvectors,
-      x_nd, inverse_l_dd)
-  return Factor((g_nd, inverse_l_dd.T), (back_dd,), None)
+  factor = Factor((x_nd, inverse_l_dd.T), (inverse_l_dd,), None, _scale(r))
+  is_accurate = _is_well_conditioned(whole_dd, inverse_l_dd.T @ inverse_l_dd)
+  return either(is_accurate, lambda factor, *_: factor, _whiten_covariance_svd, factor, x_nd, r)
 
 
-def _is_well_conditioned(a_kk, inverse_l_kk):
+def _whiten_covariance_svd(instead_of, x_nd, r):
+  u_nd, t_d, back_d, _, v_dd = _whitened_svd(x_nd, r)
+  t = (u_nd, jnp.diag(t_d)) if len(instead_of.t) == 2 else (u_nd * t_d[None, :],)
+  return Factor(t, (back_d[:, None] * v_dd,), None, _scale(r))
+
+
+def _whitened_svd(x_nd, r):
+  """X = U s V': (U, the diagonals of T, B and I - R in its basis, V'), without the directions that are no more than rounding.
+
+  Not from the eigenvectors of S: where S has an eigenvalue w, those of zero are off by eps / w, and hold a singular value eps / sqrt(w) that is not
+  there.
+  """
+  u_nk, s_k, v_kd = svd(x_nd)
+  is_there_k = s_k > 4 * _EPS * max(x_nd.shape) ** 0.5 * jnp.max(s_k)
+  whole_k = s_k * s_k + r
+  back_k = jnp.where(is_there_k, lax.rsqrt(jnp.where(is_there_k, whole_k, 1.0)), 0.0)
+  rest_k = jnp.where(is_there_k, r / jnp.where(is_there_k, whole_k, 1.0), 1.0)
+  return u_nk, s_k * back_k, back_k, rest_k, v_kd
+
+
+def _is_well_conditioned(a_kk, inverse_kk):
   """Whether Cholesky lost no more than a few bits: the condition number is at most the product of the largest row sums of A and its inverse."""
-  size, inverse_size = (jnp.max(jnp.sum(jnp.abs(m_kk), axis=1)) for m_kk in (a_kk, inverse_l_kk.T @ inverse_l_kk))
-  return size * inverse_size < _WELL_CONDITIONED  # Not so for NaN, of a Cholesky factor that is not there.
+  return _row_sum(a_kk) * _row_sum(inverse_kk) < _WELL_CONDITIONED  # Not so for NaN, of a Cholesky factor that is not there.
+
+
+def _row_sum(a_kk):
+  """The largest, of magnitudes: a bound of the norm."""
+  return jnp.max(jnp.sum(jnp.abs(a_kk), axis=1))
+
+
+def _products_suffice(s_kk, r, *matrices):
+  """Whether Cholesky and products alone can tell S + r from r, and did: the matrices they made are finite."""
+  is_finite = jnp.stack([jnp.all(jnp.isfinite(m)) for m in matrices])
+  return (r >= 4 * _EPS * jnp.sqrt(jnp.sum(s_kk * s_kk))) & jnp.all(is_finite)
 
 
 def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
   """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1); R is then a product with itself, never negative."""
   eye_nn, null_nn = jnp.eye(k_nn.shape[0]), _null_projector(rows)
   span_nn = eye_nn - null_nn
-  k_nn = k_nn + null_nn / k_nn.shape[0] + r * eye_nn
-  l_nn = jnp.linalg.cholesky(k_nn)
-  o_nn = _newton_schulz_polar(l_nn * lax.rsqrt(jnp.sqrt(jnp.sum(k_nn * k_nn))), smallest=5e-4)
+  scale = _scale(r)
+  whole_nn = (k_nn + r * eye_nn) / scale**2 + null_nn / k_nn.shape[0]
+  l_nn = jnp.linalg.cholesky(whole_nn)
+  o_nn = _newton_schulz_polar(
+      l_nn * lax.rsqrt(jnp.sqrt(jnp.sum(whole_nn * whole_nn))), smallest=5e-4)
   m_nn = o_nn @ solve_triangular(l_nn, span_nn, lower=True)
-  g_nd = m_nn @ x_nd
-  t_nn, inverse_t_nn = _newton_schulz_root(g_nd @ g_nd.T, span_nn)
-  return Factor((t_nn,), (inverse_t_nn, m_nn, g_nd), r * (m_nn @ m_nn.T))
+  g_nd = (m_nn / scale) @ x_nd
+  t_nn, inverse_t_nn = _newton_schulz_root(g_nd @ g_nd.T * scale**2, span_nn)
+  back_nn = inverse_t_nn @ m_nn
+  residual_nn = (r / scale**2) * (m_nn @ m_nn.T)
+  factor = Factor((t_nn / scale,), (back_nn, g_nd), residual_nn, scale)
+  return either(
+      _products_suffice(k_nn, r, t_nn, back_nn), lambda factor, *_: factor,
+      _whiten_gram_svd, factor, x_nd, r)
 
 
 def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
-  """`_whiten_covariance_eigh` without the change of basis: accurate relative to the largest direction only."""
+  """`_whiten_covariance_eigh` by Cholesky alone: accurate relative to the largest direction only."""
   del rows
-  inverse_l_dd = _inverse_cholesky(s_dd + r * jnp.eye(s_dd.shape[0]))
-  return Factor((x_nd @ inverse_l_dd.T,), (inverse_l_dd,), None)
+  scale = _scale(r)
+  inverse_l_dd = _inverse_cholesky((s_dd + r * jnp.eye(s_dd.shape[0])) / scale**2) / scale
+  # T itself: L^(-1) (X' Y) L^(-T) would round relative to 1 / r, not to its root.
+  factor = Factor((x_nd @ inverse_l_dd.T,), (inverse_l_dd,), None, scale)
+  return either(
+      _products_suffice(s_dd, r, inverse_l_dd), lambda factor, *_: factor,
+      _whiten_covariance_svd, factor, x_nd, r)
 
 
 def _turned(x_nk):
@@ -345,37 +388,8 @@ def _turned(x_nk):
   return lax.optimization_barrier(x_nk.T)
 
 
-def _is_resolved(w_k, r, size):
-  """Which squared singular values stand out of float32's noise and matter beside the ridge."""
-  return w_k > jnp.maximum((4 * _EPS) ** 2 * size * jnp.max(w_k), _JITTER * r)
-
-
 def _inverse_cholesky(a_kk):
   return solve_triangular(jnp.linalg.cholesky(a_kk), jnp.eye(a_kk.shape[0]), lower=True)
-
-
-def _inverse_root(a_kk):
-  """W with W'W = A^(-1)."""
-  return _root_and_solution(a_kk, jnp.eye(a_kk.shape[0]))[1]
-
-
-def _root_and_solution(a_kk, b_kj):
-  """(L, L^(-1) B) with L L' = A, a graded matrix without negative eigenvalues but for rounding.
-
-  By Cholesky. Eigenvectors in float32 can leave a direction that is not there (of duplicate rows) nearly parallel to one that is, though far shorter;
-  rounding may then take a pivot below zero. L is then read from the eigenvectors of A with unit diagonal, and L^(-1) leaves out what is rounding.
-  """
-  def by_eigenvectors(a_kk, b_kj):
-    scale_k = jnp.sqrt(jnp.maximum(jnp.diag(a_kk), jnp.finfo(jnp.float32).tiny))
-    e_k, v_kk = jnp.linalg.eigh(a_kk / (scale_k[:, None] * scale_k[None, :]))
-    is_there_k = e_k > 2 * len(a_kk) * _EPS
-    root_k = jnp.where(is_there_k, jnp.sqrt(jnp.maximum(e_k, 0.0)), 0.0)
-    inverse_k = jnp.where(is_there_k, lax.rsqrt(jnp.maximum(e_k, _EPS)), 0.0)
-    return scale_k[:, None] * v_kk * root_k[None, :], inverse_k[:, None] * (v_kk.T @ (b_kj / scale_k[:, None]))
-
-  l_kk = jnp.linalg.cholesky(a_kk)
-  by_cholesky = l_kk, solve_triangular(l_kk, b_kj, lower=True)
-  return lax.cond(jnp.all(jnp.isfinite(l_kk)), lambda *_: by_cholesky, by_eigenvectors, a_kk, b_kj)
 
 
 def _polar_svd(a_kj):
@@ -385,22 +399,13 @@ def _polar_svd(a_kj):
   """
   square_jj = a_kj.T @ a_kj
   off_jj = square_jj - jnp.diag(jnp.where(jnp.diag(square_jj) > 0, 1.0, 0.0))
-  return lax.cond(jnp.sum(off_jj * off_jj) < _NEARLY_ORTHOGONAL**2, _polar_of_nearly_orthogonal, _polar_by_svd, a_kj)
+  is_nearly_orthogonal = jnp.sum(off_jj * off_jj) < _NEARLY_ORTHOGONAL**2
+  return either(is_nearly_orthogonal, _polar_of_nearly_orthogonal, _polar_by_svd, a_kj)
 
 
 def _polar_by_svd(a_kj):
-  """Divide and conquer (LAPACK's gesdd) can fail to converge on a finite matrix, rarely and on a CPU; all it returns is then NaN."""
-  p_ks, s_s, q_sj = jnp.linalg.svd(a_kj, full_matrices=False)
-  found = jnp.sum(s_s), (p_ks * (s_s > 8 * _EPS)[None, :]) @ q_sj
-  return lax.cond(jnp.all(jnp.isfinite(s_s)), lambda _: found, _polar_by_eigenvectors, a_kj)
-
-
-def _polar_by_eigenvectors(a_kj):
-  """The same from the eigenvectors V of A'A: singular values are the lengths of the columns of A V, so that those near 0 are not noise of A'A."""
-  _, v_jj = jnp.linalg.eigh(a_kj.T @ a_kj)
-  g_kj = a_kj @ v_jj
-  s_j = jnp.linalg.norm(g_kj, axis=0)
-  return jnp.sum(s_j), (g_kj * jnp.where(s_j > 8 * _EPS, 1 / jnp.maximum(s_j, _EPS), 0.0)[None, :]) @ v_jj.T
+  p_ks, s_s, q_sj = svd(a_kj)
+  return jnp.sum(s_s), (p_ks * (s_s > 8 * _EPS)[None, :]) @ q_sj
 
 
 def _polar_of_nearly_orthogonal(a_kj):
@@ -413,8 +418,11 @@ def _polar_of_nearly_orthogonal(a_kj):
 
 def _polar_newton_schulz(a_kj):
   """The same by matrix products. Singular values below 1e-4 are not fully turned to 1."""
-  w_kj = _newton_schulz_polar(a_kj, smallest=1e-4)
-  return jnp.sum(w_kj * a_kj), w_kj
+  w_kj = _newton_schulz_polar(a_kj / _MARGIN, smallest=1e-4)
+  found = jnp.sum(w_kj * a_kj), w_kj
+  has_converged = jnp.all(jnp.isfinite(w_kj))
+  return either(
+      has_converged, lambda a_kj, *found: found, lambda a_kj, *_: _polar_by_svd(a_kj), a_kj, *found)
 
 
 def _newton_schulz_polar(a_kj, smallest):
@@ -453,9 +461,9 @@ def _newton_schulz_coefficients(smallest):
 
 
 _POLAR = {'eigh': _polar_svd, 'newton_schulz': _polar_newton_schulz}
-_WHITEN = {  # (solver, in Gram space): how, and the smallest ridge that keeps its Cholesky factor real, relative to ||S||_F
-  ('eigh', True): (_whiten_gram_eigh, 0.0),
-  ('eigh', False): (_whiten_covariance_eigh, 0.0),
-  ('newton_schulz', True): (_whiten_gram_newton_schulz, 4 * _EPS),
-  ('newton_schulz', False): (_whiten_covariance_newton_schulz, 4 * _EPS),
+_WHITEN = {  # By solver, and whether in Gram space.
+  ('eigh', True): _whiten_gram_eigh,
+  ('eigh', False): _whiten_covariance_eigh,
+  ('newton_schulz', True): _whiten_gram_newton_schulz,
+  ('newton_schulz', False): _whiten_covariance_newton_schulz,
 }
