@@ -212,9 +212,6 @@ def print_tables(report: dict[str, Any]) -> None:
     shares = [_share(counts[split], splits[split]['examples']) for split in splits]
     classes.add_row(rich.text.Text(terminal.clean(name, 60)), *shares)
   terminal.print_table(classes)
-  for split, values in splits.items():
-    if values['unusable']:
-      cli.say(f'{split}: {values["unusable"]}')
 
 
 def _share(count: int, of: int) -> str:
@@ -246,6 +243,9 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
   except OSError as error:
     raise UserError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from error
   print_tables(report)
+  for split, values in report['splits'].items():
+    if values['unusable']:
+      cli.say(f'{split}: {values["unusable"]}')
   cli.say(f'written: {out / "describe.json"}, {out / "contact_sheet.png"}')
   return report
 
