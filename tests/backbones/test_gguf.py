@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from optional_torch import torch
+from optional_torch import needs_torch, torch
 
 from molt_jax.backbones import weights
 from molt_jax.config import UserError
@@ -138,6 +138,7 @@ def _error_of_tokens(states, expected, mask_bt):
   return (np.linalg.norm(states - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).mean(axis=1)
 
 
+@needs_torch
 def test_smollm2_tokens_match_transformers(tower, directory):
   other = theirs(os.path.join(directory, SMOLLM2), transformers.AutoTokenizer)
   for text in filter(None, TEXTS):
@@ -146,6 +147,7 @@ def test_smollm2_tokens_match_transformers(tower, directory):
   assert tower.tokenizer.pad_id == 2
 
 
+@needs_torch
 def test_llama3_rope_is_recovered_and_other_divisors_are_refused(tmp_path):
   scaled = transformers.LlamaConfig(hidden_size=WIDTH, num_attention_heads=HEADS, rope_parameters={
       'rope_type': 'llama3', 'rope_theta': 5000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
