@@ -194,7 +194,7 @@ class PredictionRecorder:
     records.write_mistakes(workdir, {'split': split, 'step': step, 'conditions': worst, 'examples': examples})
 
   def _read(self, row):
-    """An example; without its image where that cannot be read, which was counted when it was scored."""
+    """An example; what cannot be read is left out, and was counted when it was scored."""
     return pipeline.read_example(self._source, row, image=True, report=pipeline.DecodeReport())
 
   def _label_sets(self, rows):
