@@ -217,7 +217,7 @@ class PredictionRecorder:
         'split': split, 'step': step, 'data': data, 'conditions': worst, 'examples': examples})
 
   def _read(self, row):
-    """An example; without its image where that cannot be read, which was counted when it was scored."""
+    """An example; what cannot be read is left out, and was counted when it was scored."""
     return pipeline.read_example(self._source, row, image=True, report=pipeline.DecodeReport())
 
   def _label_sets(self, rows):

@@ -1,8 +1,8 @@
 """Image files as bytes: which are read, how they are opened, what is refused before it is decoded.
 
 A file is opened by the parsers of FORMATS and no others: some of Pillow's start programs
-(Ghostscript for EPS) or read formats that no data set of pictures means. Work and memory are bounded
-by the constants below, whatever a file declares. All of it can be called from many threads at once.
+(Ghostscript for EPS) or read formats that no data set of pictures means. Work and memory are
+bounded by the constants below, whatever a file declares. Threads may call all of it at once.
 """
 
 import contextlib
@@ -17,8 +17,10 @@ import re
 import stat
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from PIL import Image
 
 # An image of more pixels is refused before it is decoded: as RGB it would take 200 MB, whatever the
@@ -37,6 +39,7 @@ MAX_TAG_NUMBERS = 1 << 18
 MAX_PARTS = 1 << 16
 # Smaller files are not searched for either, which takes time too.
 _MEDIUM, _LARGE = 1 << 20, 1 << 23
+MAX_ICON_PICTURES = 64
 MAX_REASON = 200
 
 _PLUGINS = ('Jpeg', 'Mpo', 'Png', 'WebP', 'Gif', 'Bmp', 'Tiff', 'Ppm', 'Avif', 'Ico')
@@ -159,6 +162,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
       bound_pixels(image.size)
       _bound_scans(image, data)
       yield image
+      if image.format == 'PNG' and _may_lack_rows(image):
+        _check_whole(data)
 
 
 @contextlib.contextmanager
@@ -184,7 +189,7 @@ def _unidentified(data: bytes) -> str:
       return words
   name = _format_of(data[:16], FORMATS)
   if name:
-    return f'a {name} file that cannot be read{_why_not(name, data)}'
+    return f'it cannot be read as {name}{_why_not(name, data)}'
   Image.init()  # Knows the other formats by their first bytes; none of them is opened.
   name = _format_of(data[:16], Image.ID)
   return not_read(name) if name else _NO_IMAGE
@@ -252,13 +257,66 @@ def _bound_jpeg(data: bytes) -> None:
       raise DecodeError(f'{count} segments')
 
 
-def _bound_png(data: bytes) -> None:
-  count, at = 0, 8
-  while at + 8 <= len(data):
-    at += 12 + int.from_bytes(data[at : at + 4])
-    count += 1
-    if count > MAX_PARTS:
+def _bound_png(data: bytes | memoryview) -> None:
+  for count, (name, body, checksum) in enumerate(_chunks(data)):
+    if count == MAX_PARTS:
       raise DecodeError(f'more than {MAX_PARTS} chunks')
+    if name == b'IDAT' and zlib.crc32(body, zlib.crc32(name)) != checksum:  # Pillow does not look.
+      raise DecodeError('pixels that do not match their checksum')
+
+
+def _chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, memoryview, int]]:
+  """Yields (name, content, checksum) of the chunks of a PNG file."""
+  view, at = memoryview(data), 8
+  while at + 12 <= len(data):
+    end = at + 8 + int.from_bytes(view[at : at + 4])
+    yield bytes(view[at + 4 : at + 8]), view[at + 8 : end], int.from_bytes(view[end : end + 4])
+    at = end + 4
+
+
+def _may_lack_rows(image: Image.Image) -> bool:
+  """Whether one of the last two rows of a PNG file is all zero, as what Pillow has not written."""
+  if image.tile:
+    return False  # It was not decoded.
+  return bool(image.info.get('interlace')) or any(
+    _is_zero(image, row) for row in range(max(0, image.height - 2), image.height)
+  )
+
+
+def _is_zero(image: Image.Image, row: int) -> bool:
+  last = image.getpixel((image.width - 1, row))
+  if any(last) if isinstance(last, tuple) else last:  # Quick, and nearly always enough.
+    return False
+  return not np.asarray(image.crop((0, row, image.width, row + 1))).any()
+
+
+# Of an interlaced PNG file: first column, first row, step between columns, step between rows.
+_PASSES = (
+  (0, 0, 8, 8),
+  (4, 0, 8, 8),
+  (0, 4, 4, 8),
+  (2, 0, 4, 4),
+  (0, 2, 2, 4),
+  (1, 0, 2, 2),
+  (0, 1, 1, 2),
+)
+
+
+def _check_whole(data: bytes | memoryview) -> None:
+  """Raises DecodeError where a PNG file has too few pixels; to Pillow the rest is zero."""
+  width, height, bits, kind, _, _, interlaced = struct.unpack('>IIBBBBB', data[16:29])
+  bits *= {2: 3, 4: 2, 6: 4}.get(kind, 1)
+  needed = 0
+  for left, top, right, down in _PASSES if interlaced else ((0, 0, 1, 1),):
+    columns, rows = -((left - width) // right), -((top - height) // down)
+    needed += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+  inflate, found = zlib.decompressobj(), 0
+  for name, body, _ in _chunks(data):
+    while name == b'IDAT' and body and found < needed:
+      found += len(inflate.decompress(body, 1 << 20))
+      body = inflate.unconsumed_tail
+  if found < needed:
+    raise DecodeError(f'{found} of the {needed} bytes that its pixels take')
 
 
 def _bound_webp(data: bytes) -> None:
@@ -274,18 +332,27 @@ def _bound_webp(data: bytes) -> None:
 
 
 def _bound_icon(data: bytes) -> None:
-  """Pillow decodes an icon when it opens it; each of the pictures inside says its own size."""
-  for entry in range(int.from_bytes(data[4:6], 'little')):
+  """Pillow decodes one picture of an icon when it opens it; each has a header of its own."""
+  count, pixels = int.from_bytes(data[4:6], 'little'), 0
+  if count > MAX_ICON_PICTURES:
+    raise DecodeError(f'an icon of {count} pictures')
+  for entry in range(count):
     where = int.from_bytes(data[18 + 16 * entry : 22 + 16 * entry], 'little')
     head = data[where : where + 24]
     if len(head) < 24:
       continue
     if head.startswith(b'\x89PNG'):
-      bound_pixels(struct.unpack('>2I', head[16:]))
+      size = struct.unpack('>2I', head[16:])
     else:  # A bitmap's header; that of OS/2 has 12 bytes.
       old = head.startswith(b'\x0c\0\0\0')
-      width, height = struct.unpack('<2H', head[4:8]) if old else struct.unpack('<2i', head[4:12])
-      bound_pixels((abs(width), abs(height)))
+      size = struct.unpack('<2H', head[4:8]) if old else struct.unpack('<2i', head[4:12])
+    pixels += abs(size[0] * size[1])
+    bound_pixels((abs(size[0]), abs(size[1])))
+    bound_pixels((1, pixels))  # All of them together, too.
+    if head.startswith(b'\x89PNG'):
+      picture = memoryview(data)[where:]
+      _bound_png(picture)
+      _check_whole(picture)
 
 
 # Type of a TIFF tag -> bytes a number. Of types 1, 2 and 7, Pillow keeps the bytes.

@@ -7,18 +7,18 @@
   CMYK               (255 - ink) (255 - black) / 255; of JPEG files only those with Adobe's marker,
                      since the others do not say whether their inks are inverted
   YCbCr, HSV, LAB    converted by Pillow and littleCMS; LAB is CIE L*a*b* of white D50
-  I;16 and its kin   the upper 8 of the bits, as Pillow takes them of 16-bit colours: this undoes the
-                     scaling of 8 bits by 256 and by 257; a transparent value is compared in full
-  I                  of a PPM file, where 65535 is white, as I;16; other 32-bit integers are refused,
-                     since nothing says what white is
+  I;16 and its kin   the upper 8 of the bits, as Pillow takes them of 16-bit colours: this undoes
+                     the scaling of 8 bits by 256 and by 257; a transparent value is compared in full
+  I                  of a PPM file, where 65535 is white, as I;16; other 32-bit integers are
+                     refused, since nothing says what white is
   F                  values in [0, 1], as floats are by convention, times 255 and rounded; refused
                      where any lies outside, since white must not be each picture's brightest pixel
   any other          refused
 
-Where a TIFF file says that 0 is white, it is. TIFF files that Pillow reads wrongly without a word are
-refused (`_tiff`), and so is a file that has a part of its pixels alone; what a GIF's first frame does
-not cover is white, and alpha of a BMP file that is 0 everywhere is none. Colour profiles, gamma and
-chromaticities are not applied.
+Where a TIFF file says that 0 is white, it is. TIFF files that Pillow reads wrongly without a word
+are refused (`_tiff`), and so is a file that has a part of its pixels alone. What a GIF's first frame
+does not cover is white. Alpha that is 0 everywhere in a BMP file is none; such an icon is refused.
+Colour profiles, gamma and chromaticities are not applied.
 """
 
 import io
@@ -247,9 +247,11 @@ def _palette(image: Image.Image, samples: Samples) -> Image.Image:
   colours = len(image.palette.palette) // len(image.palette.mode) if image.palette else 0
   if colours < 256:
     index_hw = np.asarray(image.getchannel(0) if image.mode == 'PA' else image)
-    # Some programs take an index beyond the palette for what is transparent.
-    if ((index_hw >= colours) & (index_hw != image.info.get('transparency'))).any():
-      raise DecodeError(f'a palette of {colours} colours, and pixels beyond it')
+    if index_hw.max() >= colours:
+      beyond = index_hw[index_hw >= colours]
+      # Some programs take an index beyond the palette for what is transparent.
+      if (beyond != image.info.get('transparency')).any():
+        raise DecodeError(f'a palette of {colours} colours, and pixels beyond it')
   return _on_white(image, samples) if image.has_transparency_data else image.convert('RGB')
 
 

@@ -36,8 +36,8 @@ from molt_jax.data.sources import Source
 class DecodeReport:
   """Counts the images and texts that could not be used and keeps the first names.
 
-  Thread-safe; an example counts once however often it is read. Names and reasons come from files, so they are made fit
-  for a terminal (`formats.one_line`).
+  Thread-safe; an example counts once however often it is read. Names and reasons come from files,
+  so they are made fit for a terminal (`formats.one_line`).
   """
 
   def __init__(self, keep: int = 5):
@@ -60,8 +60,8 @@ class DecodeReport:
       return '; '.join(self._describe(modality, reasons) for modality, reasons in sorted(self._reasons.items()))
 
   def _describe(self, modality: str, reasons: dict[str, str]) -> str:
-    first = ', '.join(
-        f'{formats.one_line(name)} ({reason})' for name, reason in list(reasons.items())[:self._keep])
+    named = list(reasons.items())[:self._keep]
+    first = ', '.join(f'{formats.one_line(name)} ({reason})' for name, reason in named)
     more = f', and {len(reasons) - self._keep} more' if len(reasons) > self._keep else ''
     return f'{len(reasons)} unusable {modality}{"s" if len(reasons) > 1 else ""} treated as absent: {first}{more}'
 
@@ -333,7 +333,8 @@ def single_example(
 
   Args:
     preprocess: how it becomes arrays.
-    image: path of a file, PIL image, uint8 array [H, W] or [H, W, 3 or 4], or None: absent. All by the rules of `modes`.
+    image: path of a file, PIL image, uint8 array [H, W] or [H, W, 3 or 4], or None: absent. The
+      rules of `modes` hold for all of them.
     text: or None: absent; a blank text is absent too.
 
   Returns:

@@ -9,12 +9,12 @@ from PIL import Image
 from molt_jax.data import formats, modes
 from molt_jax.data.formats import DecodeError as DecodeError
 
-# Of what `decode` makes of a file: features that were stored of images decoded by other rules are others'.
+# Version of what `decode` makes of a file; features are stored under it.
 DECODING = 2
 # A longer strip is cut (centred) to this aspect ratio before it is resized, since resizing keeps the ratio and would blow it up.
 MAX_ASPECT = 64
-# A side that shrinks to less than half of 1/MAX_SHRINK is averaged to MAX_SHRINK times its size to be first: the
-# weights of a bicubic filter take 32 bytes a pixel of the longer side. No other image comes out different.
+# A side that shrinks by more than 2 * MAX_SHRINK is averaged down to MAX_SHRINK times its new size
+# first: the weights of a bicubic filter take 32 bytes a pixel of it. Other images come out the same.
 MAX_SHRINK = 1024
 # Metadata of more bytes is left alone: what is in them is read number by number.
 _MAX_EXIF_BYTES = 1 << 20
@@ -36,7 +36,8 @@ def decode(data: bytes) -> Image.Image:
   `formats.FORMATS` lists the formats, `modes` the rule for each kind of pixels.
 
   Raises:
-    DecodeError: empty, damaged, of another format, of pixels that have no rule, or larger than the bounds in `formats`.
+    DecodeError: empty, damaged, of another format, of pixels that have no rule, or larger than the
+      bounds in `formats`.
   """
   with formats.opened(data) as image:
     return as_rgb(image)
@@ -123,7 +124,7 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-  """Resizes an image to (width, height), bicubic, in bounded memory whatever its size (see MAX_SHRINK)."""
+  """Resizes an image to (width, height), bicubic, in bounded memory (see MAX_SHRINK)."""
   return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=MAX_SHRINK)
 
 

@@ -145,11 +145,11 @@ def test_a_file_of_another_format_that_the_user_opened_is_not_decoded(make_prepr
   [
     (
       _image_files.tiff(np.zeros((4, 4, 1)), 64, 1, number='f'),
-      'a TIFF file that cannot be read .unknown pixel mode',
+      'it cannot be read as TIFF .unknown pixel mode',
     ),
-    (save(Image.new('L', (8, 8)), 'JPEG')[:20], 'a JPEG file that cannot be read'),
+    (save(Image.new('L', (8, 8)), 'JPEG')[:20], 'it cannot be read as JPEG'),
     (PNG[:20], 'Truncated File Read'),
-    (b'GIF89a', 'a GIF file that cannot be read'),
+    (b'GIF89a', 'it cannot be read as GIF'),
   ],
 )
 def test_a_damaged_head_is_named(data, says):
@@ -290,6 +290,11 @@ BOMBS = {
     lambda: _image_files.ico((9, 9, 32, PNG), (200, 200, 32, _png(13_000, 13_000))),
     '13000 x 13000',
   ),
+  'icon of many': (lambda: _image_files.ico(*[(9, 9, 32, PNG)] * 65), '65 pictures'),
+  'icon of many pixels': (
+    lambda: _image_files.ico(*[(9, 9, 32, _bitmap(6000, 6000))] * 2),
+    'more than 67108864',
+  ),
   'icon of a bitmap': (lambda: _image_files.ico((9, 9, 32, _bitmap(9000, 18_000))), '9000 x 18000'),
   'gif': (lambda: _gif((65_535, 65_535), (1, 1)), 'pixels'),
   'gif of fewer': (lambda: _gif((9000, 9000), (1, 1)), '9000 x 9000 pixels'),
@@ -373,6 +378,35 @@ def test_a_strip_keeps_what_is_at_its_ends_in_a_letterbox():
     Image.fromarray(pixels_hwc), size=16, mean=(0, 0, 0), std=(1, 1, 1), resize='letterbox'
   )
   assert (image_hwc[7:9, :7].max(axis=0) > 0.7).all() and (image_hwc[:, 9:] < 0.05).all()
+
+
+def _short(pixels_hwc, bits, colour_type, **how):
+  """A PNG file with half of its bytes of pixels, in whole rows, all checksums right."""
+  data = _image_files.png(pixels_hwc, bits, colour_type, **how)
+  rows = zlib.decompress(data[41:-16])
+  row = 1 + -(-pixels_hwc[0].size * bits // 8)
+  half = _image_files.chunk(b'IDAT', zlib.compress(rows[: len(rows) // 2 // row * row]))
+  return data[:33] + half + data[-12:]
+
+
+@pytest.mark.parametrize('interlaced', [False, True])
+@pytest.mark.parametrize(
+  'bits, colour_type, channels', [(8, 2, 3), (8, 6, 4), (16, 0, 1), (2, 0, 1), (8, 4, 2), (1, 0, 1)]
+)
+def test_missing_rows_are_not_black(bits, colour_type, channels, interlaced):
+  top = np.random.default_rng(0).integers(0, 1 << bits, (7, 5, channels))
+  for rows in (7, 8):
+    pixels_hwc = np.concatenate([top, np.zeros((rows - 7, 5, channels), int)])
+    how = {'bits': bits, 'colour_type': colour_type, 'interlaced': interlaced}
+    assert transforms.decode(_image_files.png(pixels_hwc, **how)).size == (5, rows)
+    assert re.search('that its pixels take|truncated', reason(_short(pixels_hwc, **how)))
+  assert 'pixels take' in reason(_image_files.ico((5, 8, 32, _short(pixels_hwc, **how))))
+
+
+def test_spoiled_pixels_of_png_are_noticed():
+  data = bytearray(save(Image.effect_noise((64, 64), 90), 'PNG'))
+  data[len(data) // 2] ^= 1
+  assert 'checksum' in reason(bytes(data))
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'TIFF', 'WEBP', 'GIF', 'BMP'])

@@ -164,7 +164,8 @@ class Facts:
     if self.differences():
       lines.append(f'{self.dataset}: counts are not the published ones ({"; ".join(self.differences())})')
     if self.lost_images:
-      named = [f'{formats.one_line(name)} ({formats.one_line(reason)})' for name, reason in self.lost_images.items()]
+      lost = self.lost_images.items()
+      named = [f'{formats.one_line(name)} ({formats.one_line(reason)})' for name, reason in lost]
       lines.append(f'{self.dataset}: images that cannot be used (their examples have a text alone): {len(named):,}, {_some(named)}')
     if self.repeated:
       named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
