@@ -27,6 +27,7 @@ from molt_jax.data.sources import Source
 
 SCAN_ROWS = 256  # Rows that a thread identifies at a time.
 UNITS = {'image': 'images', 'text': 'texts'}
+BICUBIC = 3  # `PIL.Image.Resampling`
 
 
 class Input(NamedTuple):
@@ -80,7 +81,11 @@ def _spec(config, tower: weights.TowerSpec, preprocess: pipeline.Preprocess, mod
   """All that taps depend on beside their input. The input of the text tower is token ids: tokenizer and `max_tokens` are in them."""
   spec = {'modality': modality, 'tower': tower.identity['sha256'], 'tower_dtype': config.backbones.dtype, 'num_taps': config.molt.num_layers}
   if modality == 'image':
-    spec['preprocess'] = {'size': preprocess.image_size, 'mean': preprocess.mean, 'std': preprocess.std, 'resize': preprocess.resize}
+    spec['preprocess'] = {
+        'size': preprocess.image_size, 'mean': preprocess.mean, 'std': preprocess.std,
+        'resize': preprocess.resize}
+    if preprocess.resample != BICUBIC:  # Stores from before this was read are all bicubic.
+      spec['preprocess']['resample'] = preprocess.resample
   return spec
 
 

@@ -73,8 +73,13 @@ class _Pictures:
       return None
     if self._preprocess.resize == 'letterbox':
       image = _squared(image, self._preprocess.mean)
+    if self._preprocess.resize == 'squash':
+      image = image.resize((min(image.size),) * 2, self._preprocess.resample)
     shrink = KEPT_SCALE * self._preprocess.image_size / min(image.size)
-    return image.resize(tuple(max(1, round(side * shrink)) for side in image.size), Image.Resampling.BICUBIC) if shrink < 1 else image
+    if shrink >= 1:
+      return image
+    size = tuple(max(1, round(side * shrink)) for side in image.size)
+    return image.resize(size, self._preprocess.resample)
 
 
 def _squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
@@ -151,4 +156,5 @@ def _image(image: Image.Image | None, preprocess, how, rng) -> np.ndarray:
   size = preprocess.image_size
   if image is None:
     return np.zeros((size, size, 3), np.float32)
-  return pipeline.pixels(augment.augment_image(image, how, rng, size=size), preprocess)
+  view = augment.augment_image(image, how, rng, size=size, resample=preprocess.resample)
+  return pipeline.pixels(view, preprocess)
