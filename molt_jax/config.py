@@ -98,7 +98,10 @@ SCHEMA: dict[str, Any] = {
         },
     },
     'image': {
-        'resize': Field('crop', one_of('crop', 'letterbox'), 'crop: shortest side to size, centre crop; letterbox: longest side to size, padded.'),
+        'resize': Field(
+            'crop', one_of('crop', 'letterbox'),
+            'crop: as the tower has it, shortest side to size and centre crop, or (squash) both '
+            'sides to size; letterbox: longest side to size, padded.'),
     },
     'text': {
         'max_tokens': Field(64, at_least(1), 'Tokens kept of each text.'),

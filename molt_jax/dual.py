@@ -17,7 +17,7 @@ from molt_jax import cli, records, sharding
 from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
 from molt_jax.backbones.dual import TOWERS, DualEncoder
-from molt_jax.backbones.files import ImageSpec
+from molt_jax.backbones.preprocessing import ImageSpec
 from molt_jax.config import UserError
 from molt_jax.data import pipeline, transforms
 from molt_jax.objectives import contrastive
@@ -181,7 +181,10 @@ def stored_texts(
   """Returns `compute()`, the pooled states of these texts by the frozen tower, from `input.text_store` if they are there; else puts them there."""
   if not config.input.text_store:
     return compute()
-  digest = hashlib.sha256(json.dumps([tower.identity['sha256'], config.compute_dtype, config.text.max_tokens, list(texts)]).encode()).hexdigest()
+  tokens_of = tower.identity.get('input_sha256')
+  named = [
+      tower.identity['sha256'], tokens_of, config.compute_dtype, config.text.max_tokens, list(texts)]
+  digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
   path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npz'
   if path.exists():
     return _read_pooled(path, len(texts))

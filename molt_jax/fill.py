@@ -80,7 +80,9 @@ def _spec(config, tower: weights.TowerSpec, preprocess: pipeline.Preprocess, mod
   """All that taps depend on beside their input. The input of the text tower is token ids: tokenizer and `max_tokens` are in them."""
   spec = {'modality': modality, 'tower': tower.identity['sha256'], 'tower_dtype': config.backbones.dtype, 'num_taps': config.molt.num_layers}
   if modality == 'image':
-    spec['preprocess'] = {'size': preprocess.image_size, 'mean': preprocess.mean, 'std': preprocess.std, 'resize': preprocess.resize}
+    spec['preprocess'] = {
+        'size': preprocess.image_size, 'mean': preprocess.mean, 'std': preprocess.std,
+        'resize': preprocess.resize, 'resample': preprocess.resample}
     spec['decoding'] = transforms.DECODING
   return spec
 

@@ -91,15 +91,20 @@ def load_frozen(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, moda
 def make_preprocess(config: ml_collections.ConfigDict, towers: Mapping[str, weights.TowerSpec], *, num_classes: int) -> 'Preprocess':
   """Returns how one example becomes arrays: the image tower's preprocessing, the text tower's tokenizer."""
   from molt_jax.data.pipeline import Preprocess  # Reading data takes Grain and Pillow; the model itself does without.
-  image = {'image_size': 1, 'mean': (0.0,) * 3, 'std': (1.0,) * 3}
+  image, resize = {'image_size': 1, 'mean': (0.0,) * 3, 'std': (1.0,) * 3}, config.image.resize
   text = {'encode': lambda text, max_tokens: (), 'pad_id': 0, 'max_tokens': 1}
   if 'image' in towers:
     spec = towers['image'].preprocess
-    image = {'image_size': spec.size, 'mean': spec.mean, 'std': spec.std}
+    image = {
+        'image_size': spec.size, 'mean': spec.mean, 'std': spec.std, 'resample': spec.resample}
+    if resize == 'crop':  # As the tower was trained, which may be to squash and not to crop.
+      resize = spec.resize
   if 'text' in towers:
     tokenizer = towers['text'].tokenizer
     text = {'encode': tokenizer.encode, 'pad_id': tokenizer.pad_id, 'max_tokens': config.text.max_tokens}
-  return Preprocess(**image, **text, resize=config.image.resize, num_classes=num_classes, multi_label=config.dataset.multi_label)
+  return Preprocess(
+      **image, **text, resize=resize, num_classes=num_classes,
+      multi_label=config.dataset.multi_label)
 
 
 def identities(towers: Mapping[str, weights.TowerSpec]) -> dict[str, dict[str, str]]:
@@ -116,6 +121,11 @@ def check_same_towers(
       raise UserError(
           f'config.backbones.{modality}.path: {_name(new)} is not the tower this checkpoint was trained on, {_name(old)}; '
           'give that tower, or another --workdir')
+    if 'input_sha256' in old and old['input_sha256'] != new.get('input_sha256'):
+      what = 'image preprocessing' if modality == 'image' else 'tokenizer'
+      raise UserError(
+          f'config.backbones.{modality}.path: {_name(new)} has another {what} than when this '
+          'checkpoint was trained; give the files as they were, or another --workdir')
 
 
 def _name(identity: Mapping[str, str]) -> str:

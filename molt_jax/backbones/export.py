@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVisionConfig
-from molt_jax.backbones.files import ImageSpec
+from molt_jax.backbones.preprocessing import ImageSpec
 
 
 def save_image_tower(directory: pathlib.Path, params: Any, config: ClipVisionConfig, preprocess: ImageSpec, *, dtype: str) -> pathlib.Path:
@@ -46,8 +46,10 @@ def _config(config: ClipVisionConfig) -> dict[str, Any]:
 
 
 def _preprocessor(spec: ImageSpec) -> dict[str, Any]:
+  square = {'height': spec.size, 'width': spec.size}
+  crop = spec.resize == 'crop'
   return {
       'image_processor_type': 'CLIPImageProcessor', 'do_convert_rgb': True,
-      'do_resize': True, 'size': {'shortest_edge': spec.size}, 'resample': spec.resample,
-      'do_center_crop': True, 'crop_size': {'height': spec.size, 'width': spec.size},
+      'do_resize': True, 'size': {'shortest_edge': spec.size} if crop else square, 'resample': spec.resample,
+      'do_center_crop': crop, 'crop_size': square,
       'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True, 'image_mean': list(spec.mean), 'image_std': list(spec.std)}

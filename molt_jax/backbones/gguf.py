@@ -177,28 +177,27 @@ class _File:
     return found
 
   def _place(self, infos: Mapping[str, tuple[int, tuple[int, ...], int]]) -> dict[str, Tensor]:
-    """Finds the bytes of each tensor, and sees that they are in the file and no other's."""
+    """Finds the bytes of each tensor: one after the other, in the order of the header."""
     if unknown := {_type_name(kind) for kind, _, _ in infos.values()} - set(IMPLEMENTED):
       raise UserError(
           f'{self.path} holds tensors of type {", ".join(sorted(unknown))}; '
           f'implemented: {", ".join(IMPLEMENTED)}')
     alignment = self.metadata.get('general.alignment', 32)
-    start = -(-self._at // alignment) * alignment
-    found, end = {}, start
-    for name, (number, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+    start = end = _padded(self._at, alignment)
+    found = {}
+    for name, (number, shape, offset) in infos.items():
       kind = gguf.GGMLQuantizationType(number)
-      if 0 in shape or shape[0] % gguf.GGML_QUANT_SIZES[kind][0] or offset % alignment:
+      if 0 in shape or shape[0] % gguf.GGML_QUANT_SIZES[kind][0] or start + offset != end:
         raise UserError(
-            f'{self.path} is damaged: {files.shown(name)} has shape {shape[::-1]} at byte {offset}, '
-            f'which {kind.name} in steps of {alignment} bytes cannot have')
-      if start + offset < end:
-        raise UserError(f'{self.path} is damaged: {files.shown(name)} overlaps the tensor before it')
-      found[name] = Tensor(kind, shape[::-1], start + offset, self)
-      end = start + offset + _num_bytes(kind, shape)
-      if end > self._size:
+            f'{self.path} is damaged: {files.shown(name)} of shape {shape[::-1]} and type '
+            f'{kind.name} is said to be at byte {offset}, where it cannot be')
+      found[name] = Tensor(kind, shape[::-1], end, self)
+      last = end + _num_bytes(kind, shape)
+      end = _padded(last, alignment)
+      if last > self._size:
         raise UserError(
-            f'{self.path} is cut short: {self._size} bytes of {end}; download it again')
-    return {name: found[name] for name in infos}
+            f'{self.path} is cut short: {self._size} bytes of {last}; download it again')
+    return found
 
   def _unpack(self, code: str) -> tuple:
     values = struct.unpack_from('<' + code, self.data, self._at)
@@ -237,6 +236,10 @@ class _File:
 def _type_name(kind: int) -> str:
   known = {t.value: t.name for t in gguf.GGMLQuantizationType}
   return known.get(kind, f'number {kind}')
+
+
+def _padded(size: int, alignment: int) -> int:
+  return -(-size // alignment) * alignment
 
 
 def _num_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:

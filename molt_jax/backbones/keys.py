@@ -63,6 +63,11 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_text(value: Any) -> bool:
+  """Whether a string can be written as UTF-8: JSON can spell lone surrogates, which cannot."""
+  return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value)
+
+
 def whole(low: int, high: int) -> Rule:
   """A whole number in [low, high]."""
   return Rule(f'a whole number from {low} to {high}', lambda v: _is_whole(v) and low <= v <= high)
@@ -104,7 +109,8 @@ def neutral(*keys: str) -> dict[str, Rule]:
 
 ANYTHING = Rule('anything', lambda v: True)
 FLAG = Rule('true or false', lambda v: isinstance(v, bool))
-TEXT = Rule('a string', lambda v: isinstance(v, str))
+TEXT = Rule('a string', _is_text)
+NAME = Rule('a string that is not empty', lambda v: _is_text(v) and v != '')
 OBJECT = Rule('an object', lambda v: isinstance(v, dict))
 ID = whole(0, MOST_TOKENS)
 WIDTH = whole(1, MOST_WIDTH)
@@ -320,7 +326,7 @@ PROCESSOR: Table = {'image_processor': OBJECT, **neutral('processor_class', 'aut
 
 TOKEN = or_null(Rule(
     'a string, or an object with its "content"',
-    lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('content'), str)))
+    lambda v: _is_text(v) or isinstance(v, dict) and _is_text(v.get('content'))))
 TOKENS = or_null(Rule(
     'a list of tokens, or an object name -> token',
     lambda v: isinstance(v, list | dict) and all(
@@ -357,7 +363,7 @@ TOKENIZER_CONFIG: Table = {
         'tokenizer_type', 'unk_token_id', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
 }
 ADDED_TOKEN: Table = {
-    'content': Rule('a string that is not empty', lambda v: isinstance(v, str) and v != ''),
+    'content': NAME,
     'id': ID,
     **dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized', 'special'), FLAG),
     **neutral('__type'),
@@ -374,11 +380,11 @@ TOKENIZER: Table = {
     'model': OBJECT,
     **neutral('truncation', 'padding', 'decoder'),
 }
-SHORT = Rule('a string of at most 64 characters', lambda v: isinstance(v, str) and len(v) <= 64)
+SHORT = Rule('a string of at most 64 characters', lambda v: _is_text(v) and len(v) <= 64)
 PATTERN = Rule(
     'an object with one "String" or "Regex"',
     lambda v: isinstance(v, dict) and len(v) == 1 and set(v) <= {'String', 'Regex'}
-    and all(isinstance(p, str) for p in v.values()))
+    and all(map(_is_text, v.values())))
 
 
 def _of(*lists: str, **rules: Rule) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from molt_jax import files
 from molt_jax.config import UserError
@@ -34,9 +34,11 @@ class Tokenizer:
   """Turns text into token ids; holds no state between calls, so threads may share it, and it pickles.
 
   Attributes:
-    backend: vocabulary and rules; its post-processor adds the special tokens.
+    backend: vocabulary and rules.
     pad_id: fills rows up to a common length (always masked).
     empty_id: stands for a text that yields no token at all.
+    before: ids that its post-processor puts before every text.
+    after: likewise, after it.
     source: where it is from, for errors.
     sha256: of the files that it is from; '' where the tower's own hash covers them.
   """
@@ -44,11 +46,13 @@ class Tokenizer:
   backend: tokenizers.Tokenizer
   pad_id: int
   empty_id: int
-  source: str = 'the tokenizer'
-  sha256: str = ''
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+  source: str
+  sha256: str
 
   def encode(self, text: str, max_tokens: int) -> list[int]:
-    """Returns the first ids of a text, special tokens included as the model's Hugging Face tokenizer adds them.
+    """Returns the first ids of a text, special tokens as the model's Hugging Face tokenizer adds them.
 
     Args:
       text: of any length; of a long one only the beginning is read. Lone surrogates, which no
@@ -60,17 +64,16 @@ class Tokenizer:
     """
     if _SURROGATES.search(text):
       text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    room = max(max_tokens - len(self.before) - len(self.after), 0)
     try:
-      room = max(max_tokens - self.backend.num_special_tokens_to_add(False), 0)
-      encoding = self._beginning(text, room)
-      encoding.truncate(room)
-      ids = self.backend.post_process(encoding, None, True).ids
+      # `Encoding.truncate` would keep all that is cut off, and its square in `post_process`.
+      ids = self._beginning(text, room).ids[:room]
     except BaseException as error:
       if not _is_library_error(error):
         raise
       raise UserError(
           f'{self.source} fails on the text {files.shown(text)} ({files.reason(error)})') from error
-    return ids[:max_tokens] or [self.empty_id]
+    return [*self.before, *ids, *self.after][:max_tokens] or [self.empty_id]
 
   def _beginning(self, text: str, count: int) -> tokenizers.Encoding:
     """Encodes as much of a text as its first `count` tokens depend on."""
@@ -106,8 +109,8 @@ def guarded(source: str, function: Callable[..., Any], *args: Any, **options: An
   try:
     with _muted():
       return function(*args, **options)
-  except UserError:
-    raise
+  except UserError as error:
+    raise UserError(f'{source}: {error}' if source not in str(error) else str(error)) from error
   except BaseException as error:
     if not _is_library_error(error):
       raise
@@ -134,7 +137,8 @@ def _muted() -> Iterator[None]:
 
 def wrap(
     backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None,
-    vocab_size: int, source: str, sha256: str = '') -> Tokenizer:
+    vocab_size: int, source: str, sha256: str = '',
+    around: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> Tokenizer:
   """Checks and tries a tokenizer, and chooses the ids of padding and of empty text.
 
   Args:
@@ -145,6 +149,7 @@ def wrap(
     vocab_size: how many tokens the model embeds.
     source: where it is from, for errors.
     sha256: of the files that it is from.
+    around: ids to put before and after every text; None: what the post-processor puts there.
 
   Raises:
     UserError: a token or what the post-processor adds has no embedding, or it fails on a text.
@@ -166,23 +171,26 @@ def wrap(
 
   backend.no_truncation()
   backend.no_padding()
-  made = Tokenizer(
-      backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad), source=source,
-      sha256=sha256)
-  with _muted():
-    tried = {i for text in _TRIALS for i in made.encode(text, 1 << 20)}
-  if max(tried) >= vocab_size:
+  tried = guarded(source, backend.encode_batch, [*_TRIALS, *list(vocab)[:100]])
+  before, after = _around(tried, source) if around is None else around
+  if beyond := [i for i in (*before, *after) if i >= vocab_size]:
     raise UserError(
-        f'{source} puts the id {max(tried)} around texts, but the model embeds {vocab_size} tokens '
+        f'{source} puts the id {max(beyond)} around texts, but the model embeds {vocab_size} tokens '
         f'(ids 0 to {vocab_size - 1}): they do not belong together')
-  return made
+  return Tokenizer(
+      backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad), before=before,
+      after=after, source=source, sha256=sha256)
 
 
-def _add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-  """Makes the post-processor put `bos` before and `eos` after every text (None: nothing)."""
-  template = [t for t in (bos, '$A', eos) if t is not None]
-  special = [(t, backend.token_to_id(t)) for t in (bos, eos) if t is not None]
-  backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+def _around(
+    tried: Sequence[tokenizers.Encoding], source: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the ids that a post-processor has put before and after every text."""
+  longest = max(tried, key=lambda encoding: encoding.special_tokens_mask.count(0))
+  special = longest.special_tokens_mask
+  if 0 not in special:
+    raise UserError(f'{source} makes no tokens of any text: it is damaged')
+  first, end = special.index(0), len(special) - special[::-1].index(0)
+  return tuple(longest.ids[:first]), tuple(longest.ids[end:])
 
 
 def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
@@ -190,10 +198,12 @@ def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
   backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens(['<s>', '<pad>', '</s>'][:2 + with_end])
-  _add_bos_eos(backend, '<s>', '</s>' if with_end else None)
+  names = ['<s>', '<pad>', '</s>'][:2 + with_end]
+  backend.add_special_tokens(names)
+  begin, _, *end = map(backend.token_to_id, names)
   return wrap(
-      backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size, source='the byte tokenizer')
+      backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size,
+      source='the byte tokenizer', around=((begin,), tuple(end)))
 
 
 # How text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
@@ -256,9 +266,12 @@ def from_gguf(
           f'{where} has tokenizer.ggml.{role}_token_id = {number}, but {len(tokens)} tokens')
   bos, eos, pad = (None if i is None else tokens[i] for i in ids.values())
   # llama.cpp adds BOS where the file does not say: to SentencePiece vocabularies, and to LLaMA 3's.
-  add_bos = get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3)
-  _add_bos_eos(backend, bos if add_bos else None, eos if get('add_eos_token', False) else None)
-  return wrap(backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where)
+  add = {'bos': get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3),
+         'eos': get('add_eos_token', False)}
+  before, after = ((ids[k],) if add[k] and ids[k] is not None else () for k in ('bos', 'eos'))
+  return wrap(
+      backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where,
+      around=(before, after))
 
 
 def _column(get, name: str, size: int, where: str) -> Sequence[Any]:

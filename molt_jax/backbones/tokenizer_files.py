@@ -154,28 +154,41 @@ def _check_template(part: Mapping[str, Any], where: str) -> None:
 
 def _tokens(
     directory: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> _Tokens:
-  by_id = {}
-  settings = dict(config)
   if 'added_tokens_decoder' in config:
-    where = str(directory / 'tokenizer_config.json')
-    for number, token in config['added_tokens_decoder'].items():
-      keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens_decoder')
-      if not number.isdecimal() or not keys.ID.holds(int(number)):
-        raise UserError(
-            f'{where}: added_tokens_decoder has the id {files.shown(number)}; legal: {keys.ID.text}')
-      by_id[int(number)] = _token(token)
+    special, by_id = {}, _decoder(config, str(directory / 'tokenizer_config.json'))
   else:
-    settings |= _read_beside(directory, 'special_tokens_map.json', keys.SPECIAL_TOKENS)
-    by_id = _old_added_tokens(directory, settings)
+    special = _read_beside(directory, 'special_tokens_map.json', keys.SPECIAL_TOKENS)
+    by_id = _old_added_tokens(directory, {**config, **special})
     by_id |= {t['id']: _token(t) for t in found.get('added_tokens', [])}
   by_name = {token.content: token for token in by_id.values()}
+  settings = {**config, **special}
   named = {role: settings[role] for role in keys.NAMED_TOKENS if settings.get(role)}
-  extra = settings.get('extra_special_tokens') or settings.get('additional_special_tokens') or []
-  further = [*(settings.get('model_specific_special_tokens') or {}).values()]
-  further += extra.values() if isinstance(extra, dict) else extra
   return _Tokens(
       by_id, {role: _known(token, by_name) for role, token in named.items()},
-      [_known(token, by_name) for token in further])
+      [_known(token, by_name) for token in _further(config, special)])
+
+
+def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.AddedToken]:
+  tokens = {}
+  for number, token in config['added_tokens_decoder'].items():
+    keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens_decoder')
+    if not number.isdecimal() or not keys.ID.holds(int(number)):
+      raise UserError(
+          f'{where}: added_tokens_decoder has the id {files.shown(number)}; legal: {keys.ID.text}')
+    tokens[int(number)] = _token(token)
+  return tokens
+
+
+def _further(config: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]:
+  """Special tokens without a role: those with names of their own first, then the lists."""
+  named, lists = [*(config.get('model_specific_special_tokens') or {}).values()], []
+  older = config.get('additional_special_tokens')
+  for extra in (config.get('extra_special_tokens') or older, special.get('extra_special_tokens')):
+    if isinstance(extra, dict):
+      named += extra.values()
+    else:
+      lists += extra or []
+  return named + (lists or special.get('additional_special_tokens') or [])
 
 
 def _old_added_tokens(
@@ -185,7 +198,7 @@ def _old_added_tokens(
   special = {_content(settings[role]) for role in keys.NAMED_TOKENS if settings.get(role)}
   tokens = {}
   for name, number in found.items():
-    if not name or not keys.ID.holds(number):
+    if not keys.NAME.holds(name) or not keys.ID.holds(number):
       raise UserError(
           f'{directory / "added_tokens.json"} gives {files.shown(name)} the id '
           f'{files.shown(number)}; legal: {keys.ID.text}')

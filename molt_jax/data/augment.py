@@ -53,9 +53,11 @@ def generator(seed: int, epoch: int, example_id: str, view: str) -> np.random.Ge
   return np.random.default_rng(int.from_bytes(digest, 'little'))
 
 
-def augment_image(image: Image.Image, how: ImageAugmentation, rng: np.random.Generator, *, size: int) -> Image.Image:
-  """Returns a random crop of an RGB image, resized (bicubic, antialiased) to `size` x `size`, perhaps flipped, its colours varied a little."""
-  crop = image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(image.size, how, rng))
+def augment_image(
+    image: Image.Image, how: ImageAugmentation, rng: np.random.Generator, *, size: int,
+    resample: int = Image.Resampling.BICUBIC) -> Image.Image:
+  """Returns a random crop of an RGB image, resized to `size` x `size`, perhaps flipped, its colours varied a little."""
+  crop = image.resize((size, size), resample, box=crop_box(image.size, how, rng))
   if rng.random() < how.flip:
     crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   for enhancer, factor in zip(_ENHANCERS, rng.uniform(1 - how.color, 1 + how.color, len(_ENHANCERS)), strict=True):

@@ -74,18 +74,22 @@ class _Pictures:
     size = KEPT_SCALE * self._preprocess.image_size
     if self._preprocess.resize == 'letterbox':
       if max(image.size) ** 2 > formats.MAX_PIXELS:  # Too much for a square.
-        image = _shrunk(image, size / max(image.size))
+        image = self._shrunk(image, size / max(image.size))
       image = _squared(image, self._preprocess.mean)
-    else:
+    if self._preprocess.resize == 'squash':
+      image = self._resized(image, (min(image.size),) * 2)
+    elif self._preprocess.resize == 'crop':
       image = transforms.cut_strip(image)  # Crops lie in the square in its middle.
-    return _shrunk(image, size / min(image.size))
+    return self._shrunk(image, size / min(image.size))
 
+  def _shrunk(self, image: Image.Image, scale: float) -> Image.Image:
+    """Resizes an image if that makes it smaller."""
+    if scale >= 1:
+      return image
+    return self._resized(image, tuple(max(1, round(side * scale)) for side in image.size))
 
-def _shrunk(image: Image.Image, scale: float) -> Image.Image:
-  """Resizes an image if that makes it smaller."""
-  if scale >= 1:
-    return image
-  return transforms.resized(image, tuple(max(1, round(side * scale)) for side in image.size))
+  def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return transforms.resized(image, size, self._preprocess.resample)
 
 
 def _squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
@@ -162,4 +166,5 @@ def _image(image: Image.Image | None, preprocess, how, rng) -> np.ndarray:
   size = preprocess.image_size
   if image is None:
     return np.zeros((size, size, 3), np.float32)
-  return pipeline.pixels(augment.augment_image(image, how, rng, size=size), preprocess)
+  view = augment.augment_image(image, how, rng, size=size, resample=preprocess.resample)
+  return pipeline.pixels(view, preprocess)

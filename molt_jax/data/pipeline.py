@@ -74,12 +74,13 @@ class Preprocess:
     image_size: side of the image tower's input in pixels.
     mean: per channel, in [0, 1].
     std: per channel.
-    resize: 'crop' or 'letterbox', see `transforms.preprocess_image`.
+    resize: 'crop', 'letterbox' or 'squash', see `transforms.preprocess_image`.
     encode: the text tower's tokenizer, (text, max_tokens) -> at most max_tokens ids; called from several threads at once.
     pad_id: token id of padding.
     max_tokens: T, tokens kept of each text.
     num_classes: K.
     multi_label: whether labels are vectors of K zeros and ones.
+    resample: a `PIL.Image.Resampling` value (3 = bicubic).
     report: where unusable images and texts are counted.
   """
 
@@ -92,6 +93,7 @@ class Preprocess:
   max_tokens: int
   num_classes: int
   multi_label: bool
+  resample: int = 3
   report: DecodeReport = dataclasses.field(default_factory=DecodeReport, compare=False, repr=False)
 
 
@@ -133,7 +135,9 @@ def _empty_content(preprocess: Preprocess) -> dict[str, np.ndarray]:
 
 def pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
   """Returns a decoded image as the image tower wants it, float32[size, size, 3]."""
-  return transforms.preprocess_image(image, size=preprocess.image_size, mean=preprocess.mean, std=preprocess.std, resize=preprocess.resize)
+  return transforms.preprocess_image(
+      image, size=preprocess.image_size, mean=preprocess.mean, std=preprocess.std,
+      resize=preprocess.resize, resample=preprocess.resample)
 
 
 def _put_image(content: dict[str, np.ndarray], preprocess: Preprocess, image: Image.Image) -> None:

@@ -75,8 +75,10 @@ def _orientation(image: Image.Image) -> int | None:
   return None
 
 
-def preprocess_image(image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], resize: str) -> np.ndarray:
-  """Resizes (bicubic), rescales by 1/255 and normalises an RGB image.
+def preprocess_image(
+    image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], resize: str,
+    resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
+  """Resizes, rescales by 1/255 and normalises an RGB image.
 
   Args:
     image: RGB, any size.
@@ -84,12 +86,13 @@ def preprocess_image(image: Image.Image, *, size: int, mean: Sequence[float], st
     mean: of each channel, in [0, 1].
     std: of each channel.
     resize: 'crop' brings the shortest side to `size` and crops the centre, as Hugging Face's CLIPImageProcessor does; 'letterbox' brings
-      the longest side to `size` and pads with the mean, which is zero after normalisation.
+      the longest side to `size` and pads with the mean, which is zero after normalisation; 'squash' brings both sides to `size`.
+    resample: a `PIL.Image.Resampling` value.
 
   Returns:
     float32[size, size, 3]
   """
-  pixels_hwc = np.asarray({'crop': _crop, 'letterbox': _fit}[resize](image, size))
+  pixels_hwc = np.asarray(_RESIZE[resize](image, size, resample))
   height, width, _ = pixels_hwc.shape
   scale, offset = (np.tile(row, width) for row in _affine(tuple(mean), tuple(std)))
   # One row of all pixels' channels at a time: four times as fast as broadcasting over a last axis of three.
@@ -111,21 +114,30 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray
   return (1 / (255 * std_c)).astype(np.float32), (-mean_c / std_c).astype(np.float32)
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
+def _crop(image: Image.Image, size: int, resample: int) -> Image.Image:
   image = cut_strip(image)
   width, height = (size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size)
   left, top = (width - size) // 2, (height - size) // 2
-  return resized(image, (width, height)).crop((left, top, left + size, top + size))
+  cut = left, top, left + size, top + size
+  return resized(image, (width, height), resample).crop(cut)
 
 
-def _fit(image: Image.Image, size: int) -> Image.Image:
+def _fit(image: Image.Image, size: int, resample: int) -> Image.Image:
   longest = max(image.size)
-  return resized(image, tuple(max(1, round(size * side / longest)) for side in image.size))
+  fitted = tuple(max(1, round(size * side / longest)) for side in image.size)
+  return resized(image, fitted, resample)
 
 
-def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-  """Resizes an image to (width, height), bicubic, in bounded memory (see MAX_SHRINK)."""
-  return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=MAX_SHRINK)
+def _squash(image: Image.Image, size: int, resample: int) -> Image.Image:
+  return resized(image, (size, size), resample)
+
+
+_RESIZE = {'crop': _crop, 'letterbox': _fit, 'squash': _squash}
+
+
+def resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+  """Resizes an image to (width, height) in bounded memory (see MAX_SHRINK)."""
+  return image.resize(size, resample, reducing_gap=MAX_SHRINK)
 
 
 def cut_strip(image: Image.Image) -> Image.Image:
