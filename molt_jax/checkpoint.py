@@ -1,5 +1,6 @@
 """Orbax checkpoints: trainable state, data iterator, and what they belong to (config, towers, class names)."""
 
+import contextlib
 import functools
 import pathlib
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from molt_jax import saving
 from molt_jax.config import UserError
 from molt_jax.train_state import TrainState
 
@@ -22,7 +24,9 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path):
-    self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
+    self._folder = workdir / 'checkpoints'
+    with saving.explained(self._folder):
+      self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
 
   def latest_step(self) -> int | None:
     """Returns the step of the latest checkpoint, None where there is none."""
@@ -40,11 +44,19 @@ class Checkpoints:
     manager = self._managers[kind]
     if step in manager.all_steps():  # Written before a kill that lost the steps up to here; those steps came out the same, bit for bit.
       return
-    manager.save(step, args=ocp.args.Composite(
+    with saving.explained(self._folder):
+      manager.save(step, args=ocp.args.Composite(
         model=ocp.args.StandardSave({'params': state.params, 'statistics': state.statistics}),
         optimizer=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca}),
         data=ocp.args.JsonSave(iterator.get_state()),  # The same in every process, however many there are.
         meta=ocp.args.JsonSave(meta)))
+
+  def check(self) -> None:
+    """Raises UserError if a save that has ended since went wrong; does not wait."""
+    with saving.explained(self._folder):
+      for manager in self._managers.values():
+        if not manager.is_saving_in_progress():
+          manager.wait_until_finished()
 
   def restore(self, state: TrainState, iterator: Any) -> TrainState:
     """Returns the latest state in the shardings of `state`, and moves `iterator` to where it was."""
@@ -56,9 +68,14 @@ class Checkpoints:
     return TrainState(**out['model'], **out['optimizer'], seed=state.seed)
 
   def close(self) -> None:
-    """Waits until everything is written."""
-    for manager in self._managers.values():
-      manager.close()
+    """Waits until everything is written.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with saving.explained(self._folder), contextlib.ExitStack() as stack:
+      for manager in self._managers.values():
+        stack.callback(manager.close)
 
 
 def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:

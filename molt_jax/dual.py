@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, sharding
+from molt_jax import atomic, cli, errors, sharding
 from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
 from molt_jax.backbones.dual import TOWERS, DualEncoder
 from molt_jax.backbones.files import ImageSpec
+from molt_jax.config import UserError
 from molt_jax.data import pipeline, transforms
 from molt_jax.objectives import contrastive
 
@@ -182,14 +182,25 @@ def stored_texts(
     return compute()
   digest = hashlib.sha256(json.dumps([tower.identity['sha256'], config.compute_dtype, config.text.max_tokens, list(texts)]).encode()).hexdigest()
   path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npy'
-  if path.exists():
-    return np.load(path)
+  failed = f'config.input.text_store: {str(path.parent)!r} cannot be written'
+  with errors.explained(failed):
+    if path.exists():
+      return _read_texts(path, len(texts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+  atomic.try_out(path.parent, tried=failed)
   pooled_nd = compute()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-  with temporary.open('wb') as file:
+  with atomic.writing(path, tried=failed) as file:
     np.save(file, pooled_nd)
-  temporary.replace(path)
+  return pooled_nd
+
+
+def _read_texts(path: pathlib.Path, count: int) -> np.ndarray:
+  try:
+    pooled_nd = np.load(path)
+  except (ValueError, EOFError) as error:
+    raise UserError(f'{path} is damaged; delete it, and it is computed again') from error
+  if pooled_nd.ndim != 2 or len(pooled_nd) != count:
+    raise UserError(f'{path} is damaged; delete it, and it is computed again')
   return pooled_nd
 
 

@@ -182,8 +182,8 @@ FLAGS = (
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the module."""
-  processes.join()
   flags, _ = cli.parse('molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv)
+  processes.join()
   run(pathlib.Path(flags.workdir), split=flags.split, absent=None if flags.absent is None else _words(flags.absent),
       missing_rates=[_rate(word) for word in _words(flags.missing_rate)], missing_types=_words(flags.missing_type))
 

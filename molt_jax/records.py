@@ -9,14 +9,13 @@ Rows do not influence each other, so every missing rate follows from the three a
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from molt_jax import logbook
+from molt_jax import atomic
 from molt_jax.data import missing
 
 PREDICTIONS, PAIRS, MISTAKES = 'predictions.npz', 'pairs.npz', 'mistakes.json'
@@ -27,16 +26,13 @@ class _Saved:
   """A dataclass of arrays and JSON values in one npz file."""
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes the file under a temporary name, then renames it."""
+    """Writes the file, whole or not at all."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('wb') as file:
-      np.savez_compressed(file, json=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+    coded = np.frombuffer(json.dumps(rest).encode(), np.uint8)
+    with atomic.writing(path) as file:
+      np.savez_compressed(file, json=coded, **arrays)
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self | None:
@@ -226,4 +222,4 @@ class Pairs(_Saved):
 
 def write_mistakes(workdir: pathlib.Path, mistakes: Mapping[str, Any]) -> None:
   """Writes mistakes.json: {'split', 'step', 'conditions': condition -> rows, worst first, 'examples': row -> {'id', 'text', 'image'}}."""
-  logbook.write_atomically(workdir / MISTAKES, json.dumps(mistakes, ensure_ascii=False) + '\n')
+  atomic.write(workdir / MISTAKES, json.dumps(mistakes, ensure_ascii=False) + '\n')
