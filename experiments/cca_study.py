@@ -30,8 +30,8 @@ import runs
 from absl import app, flags
 from jax import lax
 
+from molt_jax import atomic, fill, logbook, sharding
 from molt_jax import config as config_lib
-from molt_jax import fill, logbook, sharding
 from molt_jax import model as model_lib
 from molt_jax.data import datasets
 from molt_jax.objectives.cca import cca_loss
@@ -352,8 +352,8 @@ def main(argv):
   for name in PARTS.value:
     results = COMPUTE[name](seeds, STEPS.value)
     parts[name] = runs.provenance() | {'seeds': seeds, 'selection_seed': 100, 'steps': STEPS.value, 'results': results}
-    logbook.write_atomically(path, logbook.to_json(parts, indent=1) + '\n')
-  logbook.write_atomically(out / 'cca_study.md', '\n'.join(line for name, lines in LINES.items() if name in parts for line in lines(parts[name])))
+    atomic.write(path, logbook.to_json(parts, indent=1) + '\n')
+  atomic.write(out / 'cca_study.md', '\n'.join(line for name, lines in LINES.items() if name in parts for line in lines(parts[name])))
   figure, axes = plt.subplots(1, len(DRAW), figsize=(16, 4), layout='constrained')
   for one, name in zip(axes, DRAW, strict=True):
     if name in parts:

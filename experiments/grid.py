@@ -21,8 +21,8 @@ import numpy as np
 import runs
 from absl import app, flags, logging
 
+from molt_jax import atomic, logbook, loop, presets, records
 from molt_jax import config as config_lib
-from molt_jax import logbook, loop, presets, records
 from molt_jax.config import UserError
 
 matplotlib.rcParams['text.parse_math'] = False  # A $ in a text or a label is a dollar.
@@ -191,8 +191,8 @@ def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start
   versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
   foot = (f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; {meta["seconds_of_this_call"]:.0f} s in this '
           'call (runs that were finished before are read).')
-  logbook.write_atomically(folder / f'{script}.json', logbook.to_json(meta | dict(content), indent=1) + '\n')
-  logbook.write_atomically(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
+  atomic.write(folder / f'{script}.json', logbook.to_json(meta | dict(content), indent=1) + '\n')
+  atomic.write(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
   print('\n'.join([*lines, '', foot]))
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import runs
 from absl import app, flags, logging
 
+from molt_jax import atomic, dual, logbook, pair_evaluation, pair_metrics, pretrain, terminal
 from molt_jax import config as config_lib
-from molt_jax import dual, logbook, pair_evaluation, pair_metrics, pretrain, terminal
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -108,7 +108,7 @@ def run(variant, seed, data, pooled):
     scores = {name: pair_evaluation.evaluate_examples(pair, examples, class_names, splits=SPLITS, probes=('tower', 'embedding'))
               for name, examples, class_names in data}
   result = {'key': key, 'scores': scores, 'seconds': {'training': round(middle - start, 1), 'scoring': round(time.monotonic() - middle, 1)}}
-  logbook.write_atomically(path, logbook.to_json(result) + '\n')
+  atomic.write(path, logbook.to_json(result) + '\n')
   return result
 
 
@@ -127,7 +127,7 @@ def without_tower(data):
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
       fits = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
-      logbook.write_atomically(path, logbook.to_json({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
+      atomic.write(path, logbook.to_json({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
     found[name] = json.loads(path.read_text(encoding='utf-8'))['accuracy']
   return found
 

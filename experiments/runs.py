@@ -13,8 +13,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from molt_jax import atomic, logbook, train
 from molt_jax import config as config_lib
-from molt_jax import logbook, train
 
 LIBRARIES = ('jax', 'flax', 'optax', 'numpy')
 
@@ -42,7 +42,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
   seconds = time.monotonic() - start
   validation = next(line for line in logbook.read(folder) if line['kind'] == 'validation' and line['step'] == record['step'])
   result = {'config_hash': config_lib.config_hash(config), 'test': record['results'], 'validation': validation, 'seconds': round(seconds, 1)}
-  logbook.write_atomically(path, logbook.to_json(result) + '\n')
+  atomic.write(path, logbook.to_json(result) + '\n')
   return result
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from molt_jax import cli, processes
+from molt_jax import cli, processes, saving
 from molt_jax.config import UserError
 from molt_jax.train_state import TrainState
 
@@ -42,7 +42,9 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path):
     self.workdir = workdir
-    self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
+    self._folder = workdir / 'checkpoints'
+    with saving.explained(self._folder):
+      self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
     self._sealed: tuple[int, dict[str, Any]] | None = None
     self._best_counts = True
 
@@ -86,11 +88,19 @@ class Checkpoints:
       self._sealed = step, {name: checksums(tree) for name, tree in items.items()}
     position = iterator.get_state()  # The same in every process, however many there are.
     sums = {**self._sealed[1], 'data': _checksum_json(position)}
-    manager.save(step, args=ocp.args.Composite(
-        model=ocp.args.StandardSave(items['model']),
-        optimizer=ocp.args.StandardSave(items['optimizer']),
-        data=ocp.args.JsonSave(position),
-        meta=ocp.args.JsonSave(seal({**meta, 'checksums': sums}))))
+    with saving.explained(self._folder):
+      manager.save(step, args=ocp.args.Composite(
+          model=ocp.args.StandardSave(items['model']),
+          optimizer=ocp.args.StandardSave(items['optimizer']),
+          data=ocp.args.JsonSave(position),
+          meta=ocp.args.JsonSave(seal({**meta, 'checksums': sums}))))
+
+  def check(self) -> None:
+    """Raises UserError if a save that has ended since went wrong; does not wait."""
+    with saving.explained(self._folder):
+      for manager in self._managers.values():
+        if not manager.is_saving_in_progress():
+          manager.wait_until_finished()
 
   def check_finite(self, state: TrainState) -> None:
     """Raises UserError unless every number of the state is finite; all processes call it together."""
@@ -98,7 +108,7 @@ class Checkpoints:
     if name:
       raise UserError(
           f'the state after step {int(state.step)} is not finite ({name}) and is not saved; the last '
-          f'good one is in {self.workdir / "checkpoints"}; lower config.optimizer.learning_rate or '
+          f'good one is in {self._folder}; lower config.optimizer.learning_rate or '
           'set config.optimizer.clip_norm')
 
   def restore(self, state: TrainState) -> tuple[TrainState, Any]:
@@ -132,9 +142,14 @@ class Checkpoints:
       self._managers[BEST].delete(later)
 
   def close(self) -> None:
-    """Waits until everything is written."""
-    for manager in self._managers.values():
-      manager.close()
+    """Waits until everything is written.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with saving.explained(self._folder), contextlib.ExitStack() as stack:
+      for manager in self._managers.values():
+        stack.callback(manager.close)
 
   def _resumed(self) -> pathlib.Path | None:
     return find(self.workdir, (LATEST, BEST))

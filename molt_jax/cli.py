@@ -4,17 +4,20 @@ import argparse
 import contextlib
 import difflib
 import functools
+import io
+import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import rich.console
 import rich.progress
 import rich.text
 
-from molt_jax import terminal
+from molt_jax import errors, terminal
 from molt_jax.config import UserError
 
 PLAIN_LINE_SECONDS = 15.0
@@ -36,20 +39,100 @@ class Flag(NamedTuple):
   switch: bool = False
 
 
+class Together(Protocol):
+  """The other processes of a run, when a command fails in this one."""
+
+  def explain(self, error: BaseException) -> None:
+    """Ends the process if the error comes of another process that is gone."""
+
+  def leave(self, code: int) -> None:
+    """Ends the process so that the others notice."""
+
+
+together: Together | None = None  # Set by `processes` where there are others.
+DEVICE_MEMORY = (
+    'give smaller batches (train.batch_size, eval.batch_size), train.accumulate, '
+    'backbones.dtype=bfloat16 or backbones.quantization, or more devices')
+
+
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str]], int]:
-  """Wraps `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2."""
+  """Wraps `main(argv) -> exit code`: what user or machine can mend becomes one line and code 2.
+
+  That is a `UserError`, and whatever the operating system or the memory refused that no place
+  nearer to it has explained. Other exceptions are mistakes of ours and keep their traceback.
+  """
   @functools.wraps(main)
   def wrapped(argv):
+    _prepare_streams()
     try:
-      return main(argv) or 0
-    except UserError as error:
+      code = main(argv) or 0
       sys.stdout.flush()
-      print(f'error: {terminal.clean(error, MOST_OF_AN_ERROR)}', file=sys.stderr)
-      return 2
+      return code
     except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
-      return 128 + signal.SIGINT
+      line, code = 'interrupted', 128 + signal.SIGINT
+    except Exception as error:
+      if together and not isinstance(error, UserError):
+        together.explain(error)
+      line, code = _explain(error)
+      if not code:
+        if not together:
+          raise
+        line, code = ''.join(traceback.format_exception(error)).rstrip(), 1
+    _last_words(line)
+    if together:
+      together.leave(code)
+    return code
   return wrapped
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+  """Returns (the line of an exception, exit code), the code 0 where it is a mistake of ours."""
+  if isinstance(error, UserError):
+    return f'error: {terminal.clean(error, MOST_OF_AN_ERROR)}', 2
+  if isinstance(error, OSError) and (stream := _broken_stream()):
+    if isinstance(error, BrokenPipeError):  # As of `| head`: who reads has read enough.
+      return '', 128 + signal.SIGPIPE
+    return f'error: {stream} cannot be written: {errors.line(error)}', 2
+  if isinstance(error, OSError | MemoryError):
+    return f'error: {terminal.clean(errors.line(error), MOST_OF_AN_ERROR)}', 2
+  if type(error).__name__ == 'JaxRuntimeError' and 'RESOURCE_EXHAUSTED' in str(error):
+    return f'error: not enough memory on the device; {DEVICE_MEMORY}', 2
+  return '', 0
+
+
+def _prepare_streams() -> None:
+  """Sees to it that messages can be printed: in any encoding, and where a stream was closed."""
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+    elif isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def _last_words(line: str) -> None:
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+    if line:
+      print(line, file=sys.stderr, flush=True)
+
+
+def _broken_stream() -> str:
+  """Returns the name of the stream that can no longer be written, '' where both can.
+
+  What waits in it is given up, so that Python does not complain of it at its end.
+  """
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    try:
+      stream.flush()
+    except OSError:
+      with contextlib.suppress(OSError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+      return name
+  return ''
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +148,9 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
   Raises:
     UserError: a required flag is missing or a flag is unknown.
   """
+  for word in argv:
+    if '\0' in word:
+      raise UserError(f'{word!r} has a NUL character, which no file and no value has; leave it out')
   parser = _Parser(prog=f'python -m {prog}', description=purpose, allow_abbrev=False)
   for flag in flags:
     how = {'nargs': '+', 'action': 'extend'} if flag.many else {}

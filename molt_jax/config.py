@@ -384,10 +384,25 @@ def validate(config: ml_collections.ConfigDict, schema: Mapping[str, Any] = SCHE
     value = _typed(name, get(config, name, schema), field.default)
     if (isinstance(value, float) and not math.isfinite(value)) or not field.rule.holds(value):
       raise UserError(f'config.{name}: {value!r} is not legal; give {field.rule.text} ({field.meaning})')
+    if isinstance(value, str):
+      _check_text(name, value)
   for wrong, message in (_pretrain_rules if schema is PRETRAIN_SCHEMA else _joint_rules)(config):
     if wrong:
       raise UserError(message)
   return config
+
+
+def _check_text(name: str, value: str) -> None:
+  """Refuses what no path can be, so that no field needs to be asked whether it is one."""
+  if '\0' in value:
+    raise UserError(f'config.{name}: {value!r} has a NUL character; leave it out')
+  if value.startswith('~'):
+    try:
+      pathlib.Path(value).expanduser()
+    except RuntimeError as error:
+      raise UserError(
+          f'config.{name}: {value!r} begins with a home folder that is not known; set HOME, or '
+          'give the whole path') from error
 
 
 def _joint_rules(c: ml_collections.ConfigDict) -> tuple[tuple[bool, str], ...]:

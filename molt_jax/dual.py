@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, records, sharding
+from molt_jax import atomic, cli, errors, records, sharding
 from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVision, ClipVisionConfig
 from molt_jax.backbones.dual import TOWERS, DualEncoder
@@ -186,14 +185,15 @@ def stored_texts(
       tower.identity['sha256'], tokens_of, config.compute_dtype, config.text.max_tokens, list(texts)]
   digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
   path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npz'
-  if path.exists():
-    return _read_pooled(path, len(texts))
+  failed = f'config.input.text_store: {str(path.parent)!r} cannot be written'
+  with errors.explained(failed):
+    if path.exists():
+      return _read_pooled(path, len(texts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+  atomic.try_out(path.parent, tried=failed)
   pooled_nd = compute()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-  with temporary.open('wb') as file:
+  with atomic.writing(path, tried=failed) as file:
     np.savez(file, pooled_nd=pooled_nd)
-  temporary.replace(path)
   return pooled_nd
 
 

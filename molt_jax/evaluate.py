@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, fill, logbook, processes, sharding, terminal, trained
+from molt_jax import atomic, cli, fill, logbook, processes, sharding, terminal, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -202,7 +202,7 @@ def write(
   if all(old.get(key) == record[key] for key in same) and isinstance(old.get('results'), dict):
     record['results'] = old['results'] | record['results']
   if processes.leads():
-    logbook.write_atomically(path, logbook.to_json(record, indent=2) + '\n')
+    atomic.write(path, logbook.to_json(record, indent=2) + '\n')
   return record
 
 
@@ -251,8 +251,8 @@ FLAGS = (
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the module."""
-  processes.join()
   flags, _ = cli.parse('molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv)
+  processes.join()
   run(pathlib.Path(flags.workdir), split=flags.split, absent=None if flags.absent is None else _words(flags.absent),
       missing_rates=[_rate(word) for word in _words(flags.missing_rate)], missing_types=_words(flags.missing_type))
 

@@ -212,6 +212,7 @@ def _announce(kept: store.FeatureStore, missing: Sequence[Input], modality: str,
     raise UserError(
         f'config.features.store: {str(kept.root)!r} has {_bytes(free)} free, the {UNITS[modality]} take {_bytes(needed)}; give another folder, '
         "features.dtype=int8, or features.store='' to run the towers in each step")
+  kept.try_out()
   cli.say(f'feature store {kept.root}: {len(missing)} {UNITS[modality]} go through the tower once and take {_bytes(needed)} ({_bytes(free)} free)')
 
 

@@ -4,34 +4,68 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
-from molt_jax import cli
+from molt_jax import atomic, cli, errors
 from molt_jax.config import UserError
 
 
 class Logbook:
-  """Appends to `metrics.jsonl` and TensorBoard events; on resume, lines after the restored step are taken back."""
+  """Appends to `metrics.jsonl` and TensorBoard events.
+
+  On resume, lines after the restored step are taken back. All is written in the caller's thread, so
+  that an error comes out where it happens: a writer thread that dies of one is waited for without
+  end.
+
+  Raises:
+    UserError: of all methods: a file cannot be written.
+  """
 
   def __init__(self, workdir: pathlib.Path, *, step: int):
-    path = workdir / 'metrics.jsonl'
-    _keep_until(path, step)
-    self._file = path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(str(workdir / 'events'), purge_step=step + 1 if step else None)
+    self._path, self._folder = workdir / 'metrics.jsonl', workdir / 'events'
+    _keep_until(self._path, step)
+    with self._explained(self._path):
+      self._file = self._path.open('a', encoding='utf-8')
+    with self._explained(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      # Calls within a second would otherwise share a file.
+      suffix = f'.{os.getpid()}'
+      self._events = event_file_writer.EventsWriter(str(self._folder / 'events'), suffix)
+      if step:
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add_event(step=step + 1, session_log=begin)
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Logs one line: `kind` is 'train' or 'validation'; lists and nested mappings are allowed."""
-    self._file.write(to_json({'kind': kind, 'step': step, **values}) + '\n')
-    self._file.flush()
-    for name, value in flatten(values, kind):
-      self._events.add_scalar(name, value, step)
+    with self._explained(self._path):
+      self._file.write(to_json({'kind': kind, 'step': step, **values}) + '\n')
+      self._file.flush()
+    with self._explained(self._folder):
+      for name, value in flatten(values, kind):
+        self._add_event(step=step, summary=summary.scalar(name, value))
+      if kind == 'validation':  # Brings the file to disk, which takes its time.
+        self._events.flush()
 
   def close(self) -> None:
-    self._file.close()
-    self._events.close()
+    with self._explained(self._path):
+      self._file.close()
+    with self._explained(self._folder):
+      self._events.close()
+
+  def _add_event(self, **what: Any) -> None:
+    self._events.write_event(event_pb2.Event(wall_time=time.time(), **what))
+
+  def _explained(self, path: pathlib.Path):
+    return errors.explained(f'{path} cannot be written', GOES_ON)
+
+
+# What to say of a run whose files cannot be written any more.
+GOES_ON = 'then the same command goes on from the last checkpoint'
 
 
 class NoLogbook:
@@ -131,14 +165,4 @@ def kept(path: pathlib.Path) -> dict[str, Any]:
 def _keep_until(path: pathlib.Path, step: int) -> None:
   if path.exists():
     kept = [line for line in read(path.parent) if line['step'] <= step]
-    write_atomically(path, ''.join(to_json(line) + '\n' for line in kept))
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file under a temporary name, then renames it."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+    atomic.write(path, ''.join(to_json(line) + '\n' for line in kept))

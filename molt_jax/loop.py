@@ -5,6 +5,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import pathlib
 import resource
 import signal
@@ -16,11 +17,28 @@ from typing import Any
 import jax
 import ml_collections
 
-from molt_jax import checkpoint, cli, logbook, processes, sharding, train_state, trained
+from molt_jax import (
+    atomic,
+    checkpoint,
+    cli,
+    logbook,
+    lost,
+    processes,
+    sharding,
+    train_state,
+    trained,
+)
 from molt_jax import config as config_lib
+from molt_jax import workdir as workdir_lib
 from molt_jax.config import UserError
 
 IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
+
+
+STOPPING = {
+    signal.SIGTERM: b'stopping after this step, saved\n',
+    signal.SIGINT: b'stopping after this step, saved; interrupt again to stop at once, unsaved\n',
+}
 
 
 class Interrupted(Exception):
@@ -88,6 +106,7 @@ class Loop(abc.ABC):
       UserError: a loss that is not finite.
     """
     start = step = int(state.step)
+    lost.tell_step(self._saved_step)
     log = logbook.Logbook(self.workdir, step=start) if processes.leads() else logbook.NoLogbook()
     agree = processes.Agreement(self.mesh, delay=IN_FLIGHT)
     watch = Watch(self, log, start)
@@ -105,6 +124,7 @@ class Loop(abc.ABC):
         if asked:
           self.checkpoints.close()
           raise Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', asked)
+        self.checkpoints.check()
         batch = sharding.put_batch(next(iterator), self.mesh)
         state, metrics = self.step(state, batch)
         step += 1
@@ -114,6 +134,11 @@ class Loop(abc.ABC):
     self.checkpoints.close()
     processes.wait('checkpoints written')
     return state
+
+  def _saved_step(self):
+    """Returns the step that the same command would go on from, None before the first save."""
+    saved = (self.workdir / 'checkpoints' / checkpoint.LATEST).glob('*')
+    return max((int(path.name) for path in saved if path.name.isdecimal()), default=None)
 
   def _validate_and_save(self, state, iterator, log, watch, step, stopping):
     best = False
@@ -192,7 +217,7 @@ class Watch:
     ids = [self.run.data.splits['train'].ids[i] for i in processes.fetch(index)]
     path = self.run.workdir / 'not_finite.json'
     if processes.leads():
-      logbook.write_atomically(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
+      atomic.write(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
     raise UserError(
         f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower '
         f'config.optimizer.learning_rate ({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
@@ -201,24 +226,42 @@ class Watch:
 # ---- Around the loop -----------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def working_in(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, *,
+    schema: Mapping[str, Any] = config_lib.SCHEMA) -> Iterator[pathlib.Path]:
+  """Makes the folder of a run and keeps other training out of it; see `workdir_lib.held`.
+
+  Args:
+    config: of the run.
+    folder: where it is.
+    schema: that of the command.
+
+  Raises:
+    UserError: as `workdir_lib.held`, or the folder holds a run with another config.
+  """
+  with workdir_lib.held(folder) if processes.leads() else contextlib.nullcontext():
+    check_workdir(config, folder, schema=schema)
+    yield folder
+
+
 def check_workdir(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, schema: Mapping[str, Any] = config_lib.SCHEMA) -> pathlib.Path:
-  """Returns the folder unless it holds a run with another config; `schema` is that of the command."""
-  path = workdir / 'config.json'
-  if path.exists():
-    changed = config_lib.differences(config_lib.read_run(workdir, schema), config)
-    changed = [line for line in changed if line.split(':')[0] not in trained.FREE_ON_RESUME]
-    if changed:
-      raise UserError(f'--workdir: {str(workdir)!r} holds a run with another config ({"; ".join(changed)}); give another folder or that config')
-  if workdir.exists() and not workdir.is_dir():
-    raise UserError(f'--workdir: {str(workdir)!r} is a file; give a folder')
-  return workdir
+    config: ml_collections.ConfigDict, folder: pathlib.Path, *,
+    schema: Mapping[str, Any] = config_lib.SCHEMA) -> None:
+  """Raises UserError if the folder holds a run with another config."""
+  if not (folder / 'config.json').exists():
+    return
+  changed = config_lib.differences(config_lib.read_run(folder, schema), config)
+  changed = [line for line in changed if line.split(':')[0] not in trained.FREE_ON_RESUME]
+  if changed:
+    raise UserError(
+        f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
+        'another folder or that config')
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder and writes config.json; called when nothing is left that the user could have to mend first."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  logbook.write_atomically(workdir / 'config.json', config_lib.to_json(config) + '\n')
+def claim_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """Writes config.json; called when nothing is left that the user could have to mend first."""
+  atomic.write(folder / 'config.json', config_lib.to_json(config) + '\n')
 
 
 def _earlier_calls(path: pathlib.Path) -> list[Any]:
@@ -235,6 +278,8 @@ def _earlier_calls(path: pathlib.Path) -> list[Any]:
 def accounted(workdir: pathlib.Path, facts: Mapping[str, Any], *, step: int) -> Iterator[None]:
   """Writes DIR/run.json after the block, however it ends: facts, device, and the seconds and peak memory of each call that worked on the run.
 
+  Where the block failed and the file cannot be written, the block's error is the one that comes out.
+
   Args:
     workdir: the run's folder.
     facts: what to say of the run beside.
@@ -244,16 +289,27 @@ def accounted(workdir: pathlib.Path, facts: Mapping[str, Any], *, step: int) -> 
   earlier = _earlier_calls(path)
   try:
     yield
-  finally:
-    device = jax.local_devices()[0]
-    on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')  # None on a CPU.
-    unit = 1 if sys.platform == 'darwin' else 1024
-    call = {
-        'from_step': step, 'seconds': round(time.monotonic() - start, 1), 'peak_device_bytes': on_device,
-        'peak_host_bytes': unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    if processes.leads():
-      devices = {'device': device.device_kind, 'devices': jax.device_count(), 'processes': jax.process_count()}
-      logbook.write_atomically(path, json.dumps({**facts, **devices, 'calls': [*earlier, call]}, indent=1) + '\n')
+  except BaseException:
+    with contextlib.suppress(UserError):
+      _account(path, facts, earlier, step, start)
+    raise
+  _account(path, facts, earlier, step, start)
+
+
+def _account(path, facts, earlier, step, start) -> None:
+  device = jax.local_devices()[0]
+  on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')  # None on a CPU.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  call = {
+      'from_step': step, 'seconds': round(time.monotonic() - start, 1),
+      'peak_device_bytes': on_device,
+      'peak_host_bytes': unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+  if processes.leads():
+    devices = {
+        'device': device.device_kind, 'devices': jax.device_count(),
+        'processes': jax.process_count()}
+    record = {**facts, **devices, 'calls': [*earlier, call]}
+    atomic.write(path, json.dumps(record, indent=1) + '\n')
 
 
 class stop_on_signals:
@@ -268,6 +324,9 @@ class stop_on_signals:
     if self._asked and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._asked = number
+    # Not by `cli.say`: what the signal interrupts may be in the middle of a line of its own.
+    with contextlib.suppress(OSError):
+      os.write(2, STOPPING[number])
 
   def __exit__(self, *exc):
     for number, handler in self._old.items():

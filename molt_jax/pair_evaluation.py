@@ -16,7 +16,7 @@ import rich.table
 import rich.text
 from PIL import Image
 
-from molt_jax import cli, dual, logbook, pair_metrics, pretrain, terminal, trained
+from molt_jax import atomic, cli, dual, logbook, pair_metrics, pretrain, terminal, trained
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, fingerprint, pipeline, transforms
@@ -238,7 +238,7 @@ def run(
       'results': results, 'step': opened.meta['step'],
       'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
   kept[f'{dataset.name}/{split}'] = record
-  logbook.write_atomically(path, logbook.to_json(kept, indent=2) + '\n')
+  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
   return record
 
 

@@ -72,7 +72,12 @@ def pretrain(
     UserError: a mistake of the user's, or a loss that is not finite.
     loop.Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  workdir = loop.check_workdir(config, pathlib.Path(workdir), schema=config_lib.PRETRAIN_SCHEMA)
+  schema = config_lib.PRETRAIN_SCHEMA
+  with loop.working_in(config, pathlib.Path(workdir), schema=schema) as workdir:
+    return _pretrain(config, workdir, data_changed)
+
+
+def _pretrain(config, workdir, data_changed):
   mesh = sharding.make_mesh(config)
   for name in ('train', 'eval'):
     sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)

@@ -6,6 +6,7 @@ Process 0 leads: it alone logs, prints and writes files. Checkpoints are written
 import collections
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,42 +15,65 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from molt_jax import cli
+from molt_jax import cli, lost
 from molt_jax.config import UserError
 
+JOIN_SECONDS = 300  # How long the first process waits for the last.
 ADDRESS, COUNT, INDEX = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
 # Launchers that JAX can ask for the rest: the variable that says how many processes they started (srun, mpirun), or the hosts of a TPU slice.
 LAUNCHERS = {'SLURM_STEP_NUM_TASKS': int, 'OMPI_COMM_WORLD_SIZE': int, 'TPU_WORKER_HOSTNAMES': lambda hosts: len(hosts.split(','))}
 
 
 def join() -> None:
-  """Joins the other processes of the run where the environment says that there are some; to be called before JAX looks for devices.
+  """Joins the other processes of the run where the environment says that there are some.
 
-  Either JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or a launcher of LAUNCHERS.
+  To be called before JAX looks for devices. Either JAX_COORDINATOR_ADDRESS (host:port of process
+  0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or a launcher of LAUNCHERS.
 
   Raises:
-    UserError: one of the three is missing or no number.
+    UserError: one of the three is missing or no number, or the processes do not find each other.
   """
   if jax.distributed.is_initialized():
     return
   if ADDRESS in os.environ:
-    jax.distributed.initialize(os.environ[ADDRESS], _number(COUNT), _number(INDEX))
+    address, count, index = os.environ[ADDRESS], _number(COUNT), _number(INDEX)
+    if not re.fullmatch(r'.+:[0-9]{1,5}', address):
+      raise UserError(f'{ADDRESS}: {address!r} is no address; give HOST:PORT of process 0')
+    if index >= count:
+      raise UserError(f'{INDEX} is {index}, {COUNT} is {count}; give each process its number from 0 on')
+    found = {'coordinator_address': address, 'num_processes': count, 'process_id': index}
   elif any(count(os.environ[name]) > 1 for name, count in LAUNCHERS.items() if name in os.environ):
-    jax.distributed.initialize()
-  if jax.distributed.is_initialized() and not leads():
+    found = {}
+  else:
+    return
+  where = f'{ADDRESS}={os.environ[ADDRESS]}' if found else 'what the launcher says'
+  apart = (
+      f'the processes of the run do not find each other by {where}; see that all of them are '
+      'started, that they reach process 0, and that no other program has its port')
+  cli.together = lost
+  with lost.watching(apart):
+    try:
+      jax.distributed.initialize(
+          **found, heartbeat_timeout_seconds=lost.HEARTBEAT_SECONDS,
+          initialization_timeout=JOIN_SECONDS)
+    except (RuntimeError, ValueError, OSError) as error:
+      raise UserError(f'{apart} ({" ".join(str(error).split())[:200]})') from error
+  if not leads():
     cli.be_silent()
 
 
 def _number(name: str) -> int:
   text = os.environ.get(name, '')
-  if not text.isdigit():
-    raise UserError(f'{ADDRESS} is set and {name} is {text!r}; give each process its number from 0 on and their count: {COUNT}, {INDEX}')
+  if not text.isdecimal():
+    raise UserError(
+        f'{ADDRESS} is set and {name} is {text!r}; give each process its number from 0 on and '
+        f'their count: {COUNT}, {INDEX}')
   return int(text)
 
 
 def leads() -> bool:
-  """Whether this process logs, prints and writes."""
-  return jax.process_index() == 0
+  """Whether this process logs, prints and writes. Alone, it does; no device is looked for then."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def wait(name: str) -> None:

@@ -10,7 +10,6 @@ Rows do not influence each other, so every missing rate follows from the three a
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from molt_jax import logbook, terminal
+from molt_jax import atomic, logbook, terminal
 from molt_jax.config import UserError
 from molt_jax.data import missing
 
@@ -47,16 +46,13 @@ class _Saved:
     raise NotImplementedError
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes the file under a temporary name, then renames it."""
+    """Writes the file, whole or not at all."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('wb') as file:
-      np.savez_compressed(file, json=np.frombuffer(logbook.to_json(rest).encode(), np.uint8), **arrays)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+    coded = np.frombuffer(logbook.to_json(rest).encode(), np.uint8)
+    with atomic.writing(path) as file:
+      np.savez_compressed(file, json=coded, **arrays)
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self | None:
@@ -363,4 +359,4 @@ class Pairs(_Saved):
 def write_mistakes(workdir: pathlib.Path, mistakes: Mapping[str, Any]) -> None:
   """Writes mistakes.json: {'split', 'step', 'conditions': condition -> rows, worst first, 'examples': row -> {'id', 'text', 'image'}}."""
   text = logbook.to_json(mistakes)  # In ASCII: a lone half of a surrogate pair has no UTF-8.
-  logbook.write_atomically(workdir / MISTAKES, text + '\n')
+  atomic.write(workdir / MISTAKES, text + '\n')

@@ -1,8 +1,10 @@
 """Devices, mesh and the rules that place named axes on it."""
 
+import contextlib
 import math
-import pathlib
+import os
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,8 +72,15 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
 
 def _keep_compiled_programs() -> None:
   """Keeps what XLA compiled on disk, so that resuming, evaluating and predicting start at once; JAX_COMPILATION_CACHE_DIR goes before."""
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/molt_jax/xla').expanduser()))
+  # JAX says so, in several lines, for each program that it cannot keep.
+  warnings.filterwarnings('ignore', message='Error writing persistent compilation cache')
+  if jax.config.jax_compilation_cache_dir:
+    return
+  folder = os.path.expanduser('~/.cache/molt_jax/xla')
+  with contextlib.suppress(OSError):  # Without one, programs are compiled in each process.
+    os.makedirs(folder, exist_ok=True)
+    if os.access(folder, os.W_OK):
+      jax.config.update('jax_compilation_cache_dir', folder)
 
 
 def _devices(platform: str) -> list[jax.Device]:

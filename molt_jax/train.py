@@ -30,6 +30,7 @@ from molt_jax import (
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax import step as step_lib
+from molt_jax.backbones import store
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
 from molt_jax.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
@@ -54,7 +55,13 @@ def train(
     UserError: a mistake of the user's, or a loss that is not finite.
     loop.Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  workdir = loop.check_workdir(config, pathlib.Path(workdir))
+  with loop.working_in(config, pathlib.Path(workdir)) as workdir:
+    if config.features.store:
+      store.make_root(config.features.store)
+    return _train(config, workdir, data_changed)
+
+
+def _train(config, workdir, data_changed):
   mesh = sharding.make_mesh(config)
   for name, parts in (('train', config.train.accumulate), ('eval', 1)):
     sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh, parts=parts)
@@ -230,11 +237,12 @@ FLAGS = (
 @cli.command
 def main(argv: Sequence[str]) -> int | None:
   """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped by a signal, saved."""
+  purpose = 'Train a robust image+text classifier on frozen towers.'
+  flags, overrides = cli.parse('molt_jax.train', purpose, FLAGS, argv)
+  config = config_lib.load_config(flags.config, overrides)
   processes.join()
-  flags, overrides = cli.parse('molt_jax.train', 'Train a robust image+text classifier on frozen towers.', FLAGS, argv)
-  return loop.exit_code(lambda: train(
-      config_lib.load_config(flags.config, overrides), pathlib.Path(flags.workdir),
-      data_changed=flags.data_changed))
+  workdir, data_changed = pathlib.Path(flags.workdir), flags.data_changed
+  return loop.exit_code(lambda: train(config, workdir, data_changed=data_changed))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from molt_jax import cli, logbook, profiling, sharding
+from molt_jax import atomic, cli, profiling, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
       batches=_positive('batches', flags.batches))
   text = json.dumps(report, indent=2)
   if flags.out:
-    logbook.write_atomically(pathlib.Path(flags.out), text + '\n')
+    atomic.write(pathlib.Path(flags.out), text + '\n')
   if as_json:
     print(text)
     return

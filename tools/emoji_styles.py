@@ -23,7 +23,7 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from molt_jax import cli, logbook
+from molt_jax import atomic, cli
 from molt_jax.config import UserError
 from molt_jax.data.builders import openmoji
 from molt_jax.data.sources import Source
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
     rows = rows_of(source, data.class_names, hands if split == 'train' else {})
     more = rows_of_icons(icons, names_held_out(data.splits)) if split == 'train' and icons else ()
     cli.say(f'{split}: {write_split(partial, split, itertools.chain(rows, more))} pictures, {len(source)} emoji')
-  logbook.write_atomically(partial / 'LICENSES.md', licenses({**hands, **icons}))
+  atomic.write(partial / 'LICENSES.md', licenses({**hands, **icons}))
   partial.rename(out)
 
 

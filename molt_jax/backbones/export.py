@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
+from molt_jax import atomic
 from molt_jax.backbones import weights
 from molt_jax.backbones.clip import ClipVisionConfig
 from molt_jax.backbones.preprocessing import ImageSpec
@@ -27,15 +27,15 @@ def save_image_tower(directory: pathlib.Path, params: Any, config: ClipVisionCon
   Returns:
     `directory`.
   """
-  temporary = directory.with_name(directory.name + '.tmp')
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  tensors = {f'vision_model.{name}': w.astype(np.dtype(dtype)) for name, w in weights.hugging_face_tensors(params, kind='image').items()}
-  (temporary / 'model.safetensors').write_bytes(safetensors.numpy.save(tensors, metadata={'format': 'pt'}))
-  for name, content in (('config.json', _config(config)), ('preprocessor_config.json', _preprocessor(preprocess))):
-    (temporary / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-  shutil.rmtree(directory, ignore_errors=True)
-  return temporary.replace(directory)
+  named = weights.hugging_face_tensors(params, kind='image')
+  tensors = {f'vision_model.{name}': w.astype(np.dtype(dtype)) for name, w in named.items()}
+  contents = {'config.json': _config(config), 'preprocessor_config.json': _preprocessor(preprocess)}
+  with atomic.folder(directory) as folder:
+    content = safetensors.numpy.save(tensors, metadata={'format': 'pt'})
+    (folder / 'model.safetensors').write_bytes(content)
+    for name, content in contents.items():
+      (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+  return directory
 
 
 def _config(config: ClipVisionConfig) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import pathlib
 import re
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,12 +25,12 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from molt_jax import atomic, errors
 from molt_jax.config import UserError
 
 FORMAT = 1  # Part of every key: raise it when the layout, the preprocessing or the arithmetic of the towers changes.
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 30.0  # A shard is written at the latest after this time: what a kill may cost.
-STALE_SECONDS = 86400.0  # A temporary file older than this was left by a process that was killed.
 ADVICE = 'delete it, and what it held is computed again'
 
 
@@ -74,6 +73,17 @@ CODECS = {
 }
 
 
+def make_root(directory: str | os.PathLike) -> None:
+  """Makes the folder of a store unless it is there; tried before anything is loaded.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  root = pathlib.Path(directory).expanduser()
+  with errors.explained(f'config.features.store: {str(root)!r} cannot be used'):
+    root.mkdir(parents=True, exist_ok=True)
+
+
 class _Entry(NamedTuple):
   shard: pathlib.Path
   offset: int
@@ -103,25 +113,21 @@ class FeatureStore:
     self._pending: dict[str, np.ndarray] = {}
     self._pending_bytes, self._pending_since = 0, 0.0
     self._lock = threading.Lock()
-    try:
+    with errors.explained(f'config.features.store: {str(self.root)!r} cannot be used'):
       self._open(content)
-    except OSError as error:
-      raise UserError(f'config.features.store: {str(self.root)!r} cannot be used ({error.strerror}); give a folder that can be written') from error
-    self.refresh()
+      self.refresh()
 
   def _open(self, content: bytes) -> None:
-    self.root.mkdir(parents=True, exist_ok=True)
+    make_root(self.root)
     foreign = sorted(p.name for p in self.root.iterdir() if not re.fullmatch(r'[0-9a-f]{64}|\..*', p.name))
     if foreign:
       raise UserError(
           f'config.features.store: {str(self.root)!r} is no feature store, it holds {", ".join(foreign[:3])}; give a new or empty folder')
     self.folder.mkdir(exist_ok=True)
-    for path in self.folder.glob('.tmp-*'):
-      if time.time() - path.stat().st_mtime > STALE_SECONDS:
-        path.unlink(missing_ok=True)
+    atomic.remove_leftovers(self.folder)
     path = self.folder / 'spec.json'
     if not path.exists():
-      self._publish(content, path.name)
+      atomic.write(path, content, tried=self._failed())
     elif path.read_bytes() != content:
       raise UserError(f'{path} is damaged (its hash is not the name of its folder); {ADVICE}')
 
@@ -185,25 +191,17 @@ class FeatureStore:
     if new:
       crc32 = {key: zlib.crc32(x.tobytes()) for key, x in new.items()}
       content = safetensors.numpy.save(new, metadata={'crc32': json.dumps(crc32)})
-      try:
-        self._publish(content, f'{hashlib.sha256(content[:_header_bytes(content)]).hexdigest()}.safetensors')
-      except OSError as error:
-        raise UserError(
-            f'config.features.store: {str(self.folder)!r} cannot be written ({error.strerror}); make room, or give another folder') from error
+      name = hashlib.sha256(content[:_header_bytes(content)]).hexdigest()
+      atomic.write(self.folder / f'{name}.safetensors', content, tried=self._failed())
       self.refresh()
     self._pending = {}
 
-  def _publish(self, content: bytes, name: str) -> None:
-    """Writes a file that is there whole or not at all, after a power cut too."""
-    temporary = self.folder / f'.tmp-{uuid.uuid4().hex}'
-    try:
-      with open(temporary, 'xb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, self.folder / name)
-    finally:
-      temporary.unlink(missing_ok=True)
+  def try_out(self) -> None:
+    """Raises UserError unless shards can be written. A store that is complete need not be tried."""
+    atomic.try_out(self.folder, tried=self._failed())
+
+  def _failed(self) -> str:
+    return f'config.features.store: {str(self.folder)!r} cannot be written'
 
   def _index(self, path: pathlib.Path) -> dict[str, _Entry]:
     """Reads the header of a shard and checks it and the file's length."""

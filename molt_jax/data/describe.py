@@ -23,7 +23,7 @@ import rich.table
 import rich.text
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from molt_jax import cli, logbook, terminal
+from molt_jax import atomic, cli, terminal
 from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
@@ -238,7 +238,7 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
   contact_sheet(dataset, 'train', sheet).save(picture, 'PNG')
   try:
     out.mkdir(parents=True, exist_ok=True)
-    logbook.write_atomically(out / 'describe.json', json.dumps(report, indent=2, ensure_ascii=False) + '\n')
+    atomic.write(out / 'describe.json', json.dumps(report, indent=2, ensure_ascii=False) + '\n')
     (out / 'contact_sheet.png').write_bytes(picture.getvalue())
   except OSError as error:
     raise UserError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from error

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from molt_jax import cli, logbook, terminal
+from molt_jax import atomic, cli, logbook, terminal
 from molt_jax.config import UserError
 from molt_jax.report.runs import read
 
@@ -28,7 +28,7 @@ def write(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path | None
   if not out.parent.is_dir() or out.is_dir():
     raise UserError(f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file')
   from molt_jax.report import page  # Matplotlib takes a second to import; a mistake in the arguments is said before.
-  logbook.write_atomically(out, page.render(runs))
+  atomic.write(out, page.render(runs))
   return out
 
 

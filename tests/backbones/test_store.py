@@ -188,7 +188,8 @@ def test_of_two_entries_of_one_key_the_older_is_served(tmp_path):
 
 def test_temporary_files_are_ignored_and_old_ones_removed(tmp_path):
   kept = _write(tmp_path, _arrays(2))
-  new, old = kept.folder / '.tmp-new', kept.folder / '.tmp-old'
+  # Of processes of another machine.
+  new, old = (kept.folder / f'.tmp-00000000-1-{name}' for name in ('abc', 'def'))
   for path in (new, old):
     path.write_bytes(b'half a shard')
   os.utime(old, (1, 1))
