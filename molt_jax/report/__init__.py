@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from molt_jax import atomic, cli, logbook, terminal
+from molt_jax import atomic, cli, terminal
 from molt_jax.config import UserError
 from molt_jax.report.runs import read
 
