@@ -143,9 +143,9 @@ def _check_finite(scores: Mapping[str, Mapping[str, float]]) -> None:
   for name, result in scores.items():
     if not math.isfinite(result.get('loss', 0.0)):
       raise UserError(
-          f'{name.replace("_", " ")}: the loss is {result["loss"]}, so the answers are no numbers; '
-          'the weights of the head or of a tower are damaged, or a lower optimizer.learning_rate '
-          'is needed')
+          f'{name.replace("_", " ")}: outputs of the model are not finite, and no score is made of '
+          'them; the weights of the head or of a tower are damaged, or a lower '
+          'optimizer.learning_rate is needed')
 
 
 def make_eval_step(model: model_lib.Model):

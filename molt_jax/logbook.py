@@ -130,20 +130,18 @@ def _parse(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     values = json.loads(line.decode('utf-8'))
   except (ValueError, RecursionError):
     values = None
-  is_line = isinstance(values, dict) and isinstance(values.get('kind'), str)
-  if not (is_line and isinstance(values.get('step'), int) and _are_numbers(values)):
-    raise UserError(f'{path} line {number} is damaged (no line of a log); delete that line')
+  if fault := _fault(values):
+    raise UserError(f'{path}, line {number}, is damaged ({fault}); delete that line')
   return values
 
 
-def _are_numbers(values: Any, depth: int = 0) -> bool:
-  """Whether a line holds numbers, in lists and objects a few levels deep, and its kind alone."""
-  if isinstance(values, dict):
-    return depth < 9 and all(
-        _are_numbers(value, depth + 1) for key, value in values.items() if (depth, key) != (0, 'kind'))
-  if isinstance(values, list):
-    return depth < 9 and all(_are_numbers(value, depth + 1) for value in values)
-  return values is None or isinstance(values, int | float)
+def _fault(values: Any) -> str:
+  """Returns what is wrong with a line, '' where it can be one; a report looks at the rest."""
+  if not isinstance(values, dict):
+    return 'no JSON object'
+  if not isinstance(values.get('kind'), str):
+    return 'its kind is no string'
+  return '' if type(values.get('step')) is int else 'its step is no number'
 
 
 def kept(path: pathlib.Path) -> dict[str, Any]:

@@ -528,6 +528,6 @@ def test_a_mistake_whose_picture_cannot_be_read_is_shown_without(tmp_path, make_
   source = Unreadable(made.images, made.texts, made.labels)
   recorder = diagnostics.PredictionRecorder(source, 'abc', ['none_absent'], multi_label=False)
   recorder._counted_cn[:] = True  # As if each had been scored alike.
-  recorder.write(tmp_path, split='test', step=1, config_hash='x', seed=0)
+  recorder.write(tmp_path, split='test', step=1, config_hash='x', seed=0, data='x')
   examples = json.loads((tmp_path / 'mistakes.json').read_text())['examples']
   assert [example['image'] for example in examples.values()] == [None] * len(examples) and examples

@@ -100,8 +100,8 @@ def quick(monkeypatch):
 
 
 def is_legal(field, text):
-  """A path in the config must not be empty: that is another mistake."""
-  return text or field not in ('config path', 'tower config')
+  """A path in the config must not be empty or hold a NUL: those are other mistakes."""
+  return text and '\0' not in text or field not in ('config path', 'tower config')
 
 
 @pytest.mark.parametrize('text', HOSTILE)
