@@ -61,7 +61,9 @@ def eval_step(
   # go unnoticed (minus infinity for a class that is not the true one changes no loss).
   finite_cb1 = jnp.all(jnp.isfinite(out_c.logits_bk), axis=-1, keepdims=True)
   logits_cbk = jnp.where(finite_cb1, out_c.logits_bk, jnp.nan)
-  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, batch['label'], weight_b))(metrics_c, logits_cbk, weight_cb)
+  update = jax.vmap(lambda total, logits_bk, weight_b: total.update(
+      logits_bk, batch['label'], weight_b))
+  metrics_c = update(metrics_c, logits_cbk, weight_cb)
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
@@ -90,10 +92,8 @@ def evaluate(
 
   Returns:
     name -> accuracy, f1_micro, f1_macro, f1_samples, f1_weighted, loss, num_examples, and of these: both, image_only, text_only; auroc where the
-    data are multi-label or of two classes and examples of both kinds are there.
-
-  Raises:
-    UserError: outputs that are not finite, of which there is no score.
+    data are multi-label or of two classes and examples of both kinds are there. Outputs that are
+    not finite raise UserError.
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
@@ -115,8 +115,7 @@ def evaluate(
       for observer in observers:
         observer.observe(batch, out_c)
       bar.advance(min(config.eval.batch_size, len(source) - bar.done))
-  totals = jax.device_get(totals)
-  _check_finite(title, conditions, totals[0].loss_sum)
+  totals = _finite(title, conditions, jax.device_get(totals))
   by_condition = {name: jax.tree.map(lambda x, c=c: x[c], totals) for c, name in enumerate(conditions)}
   areas = dict(zip(conditions, ranking.compute() if ranking else [None] * len(conditions), strict=True))
   return {name: {**total.compute(), **({} if areas[name] is None else {'auroc': areas[name]}), 'num_examples': int(total.count),
@@ -124,13 +123,15 @@ def evaluate(
           for name, (total, rows_r) in by_condition.items()}
 
 
-def _check_finite(title: str, names: Iterable[str], loss_sum_c: np.ndarray) -> None:
-  finite = dict(zip(names, np.isfinite(loss_sum_c), strict=True))
+def _finite(title: str, names: Iterable[str], totals: Any) -> Any:
+  """Returns the totals of these conditions if their losses are finite."""
+  finite = dict(zip(names, np.isfinite(totals[0].loss_sum), strict=True))
   broken = [name.replace('_', ' ') for name, is_finite in finite.items() if not is_finite]
   if broken:
     raise UserError(
         f'{title}: outputs of the model are not finite ({", ".join(broken)}), and no score is made '
         'of them; check the towers (config.backbones) and, with one, the feature store')
+  return totals
 
 
 def make_eval_step(model: model_lib.Model):
@@ -151,16 +152,17 @@ def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:
 
 
 def write(
-    workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any],
-    meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes `evaluation.json`.
+    workdir: pathlib.Path, *, split: str, results: Mapping[str, Any], meta: Mapping[str, Any],
+    data: Mapping[str, Any]) -> dict[str, Any]:
+  """Writes `evaluation.json`; `data` is the split's fingerprint (`trained.open_split`).
 
   Results already there for the same checkpoint, split and data are kept beside the new ones.
   """
   path = workdir / 'evaluation.json'
   config = config_lib.from_json(json.dumps(meta['config']))
   record = {
-      'split': split, 'num_examples': num_examples, 'step': meta['step'], 'results': dict(results), 'config_hash': config_lib.config_hash(config),
+      'split': split, 'num_examples': data['examples'], 'step': meta['step'],
+      'results': dict(results), 'config_hash': config_lib.config_hash(config),
       'dataset': _data(config), 'data': dict(data),
       'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
   old = _written(path)
@@ -267,23 +269,21 @@ def run(
       observers=[recorder] if recorder else [])
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
-  return publish(
-      workdir, split=split, num_examples=len(source), results=results, meta=meta, recorder=recorder,
-      data=data)
+  return publish(workdir, split=split, results=results, meta=meta, recorder=recorder, data=data)
 
 
 def publish(
-    workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any],
+    workdir: pathlib.Path, *, split: str, results: Mapping[str, Any], meta: Mapping[str, Any],
     recorder: PredictionRecorder | None, data: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns the content of the first."""
-  record = write(
-      workdir, split=split, num_examples=num_examples, results=results, meta=meta, data=data)
+  record = write(workdir, split=split, results=results, meta=meta, data=data)
   if processes.leads():
     if recorder:
       recorder.write(
           workdir, split=split, step=meta['step'], config_hash=record['config_hash'],
           seed=meta['config']['seed'], data=data['digest'])
-    print_table(results, f'{split} split, {num_examples} examples, checkpoint of step {meta["step"]}')
+    title = f'{split} split, {data["examples"]} examples, checkpoint of step {meta["step"]}'
+    print_table(results, title)
   return record
 
 

@@ -83,8 +83,8 @@ def _parse(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
 def _are_numbers(values: Any, depth: int = 0) -> bool:
   """Whether a line holds numbers, in lists and objects a few levels deep, and its kind alone."""
   if isinstance(values, dict):
-    return depth < 9 and all(
-        _are_numbers(value, depth + 1) for key, value in values.items() if (depth, key) != (0, 'kind'))
+    inner = [value for key, value in values.items() if depth or key != 'kind']
+    return depth < 9 and all(_are_numbers(value, depth + 1) for value in inner)
   if isinstance(values, list):
     return depth < 9 and all(_are_numbers(value, depth + 1) for value in values)
   return values is None or isinstance(values, int | float)

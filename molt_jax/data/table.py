@@ -124,7 +124,9 @@ def load_split(config: Any, split: str) -> Dataset:
 def _folder(config: Any) -> pathlib.Path:
   folder = pathlib.Path(config.dataset.path).expanduser()
   if not config.dataset.path or not folder.is_dir():
-    raise UserError(f'dataset.path {config.dataset.path!r} is not a folder: give the folder that holds train.csv and test.csv')
+    raise UserError(
+        f'dataset.path {config.dataset.path!r} is not a folder: give the folder that holds '
+        'train.csv and test.csv')
   return folder
 
 

@@ -352,18 +352,19 @@ def test_mistakes_are_one_line(miniature, tmp_path, damage, changes, says):
   assert not list(tmp_path.rglob('metadata.json'))
 
 
-# ---- What was prepared -------------------------------------------------------------------------------
+# ---- What was prepared ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['metadata.json', 'rows.npz'])
 @pytest.mark.parametrize('damage', [
-    lambda raw: raw[:-9], lambda raw: b'', lambda raw: raw[:150] + bytes(8) + raw[158:], lambda raw: b'{}'])
+    lambda raw: raw[:-9], lambda raw: b'', lambda raw: raw[:150] + bytes(8) + raw[158:],
+    lambda raw: b'{}'])
 def test_what_was_prepared_and_is_damaged_is_named(miniature, tmp_path, name, damage):
   source = miniature('hateful_memes')
   load('hateful_memes', source, tmp_path)
   path = next(tmp_path.rglob(name))
   path.write_bytes(damage(path.read_bytes()))
-  with pytest.raises(UserError, match=f'{name} is .*damaged.*; remove {path.parent} to prepare it anew'):
+  with pytest.raises(UserError, match=f'{name} is .*damaged.*; remove {path.parent} to prepare it'):
     load('hateful_memes', source, tmp_path).splits['test'].ids  # noqa: B018
 
 
