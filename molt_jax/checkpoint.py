@@ -35,18 +35,29 @@ class Checkpoints:
   """The checkpoints of one run, `DIR/checkpoints/{latest,best}/STEP/`.
 
   A step holds four items: `model` (parameters and statistics, all that evaluation reads),
-  `optimizer` (step, moments, the CCA estimator's memory), `data` (the position of the data iterator)
-  and `meta` (config, tower identities, class names, fingerprint of the data, validation score, and
-  the checksums of the other three and of itself).
+  `optimizer` (step, moments, the CCA estimator's memory), `data` (the position of the iterator) and
+  `meta` (config, tower identities, class names, fingerprint of the data, validation score, and the
+  checksums of the other three and of itself).
   """
 
   def __init__(self, workdir: pathlib.Path):
     self.workdir = workdir
     self._folder = workdir / 'checkpoints'
-    with saving.explained(self._folder):
-      self._managers = {kind: _manager(workdir, kind) for kind in (LATEST, BEST)}
+    self._managers: dict[str, ocp.CheckpointManager] = {}
     self._sealed: tuple[int, dict[str, Any]] | None = None
-    self._best_counts = True
+    self._anew: int | None = None
+
+  def prepare(self) -> None:
+    """Gets ready to save; until then nothing is written.
+
+    Raises:
+      UserError: the folders of the checkpoints cannot be used.
+    """
+    with saving.explained(self._folder):
+      self._managers = {kind: _manager(self.workdir, kind) for kind in (LATEST, BEST)}
+      manager, step = self._managers[BEST], self._anew
+      for later in [found for found in manager.all_steps() if step is not None and found > step]:
+        manager.delete(later)  # Orbax saves no step before one that is there.
 
   def meta(self) -> dict[str, Any]:
     """Returns what the checkpoint that training goes on from belongs to; {} where there is none.
@@ -65,7 +76,7 @@ class Checkpoints:
     Raises:
       UserError: the best checkpoint is damaged.
     """
-    folder = find(self.workdir, (BEST,)) if self._best_counts else None
+    folder = find(self.workdir, (BEST,)) if self._anew is None else None
     score = read_meta(folder).get('score') if folder else None
     return NO_SCORE if score is None else score
 
@@ -103,13 +114,13 @@ class Checkpoints:
           manager.wait_until_finished()
 
   def check_finite(self, state: TrainState) -> None:
-    """Raises UserError unless every number of the state is finite; all processes call it together."""
+    """Raises UserError unless all numbers of the state are finite; all processes call it."""
     name = _not_finite(_items(state))
     if name:
       raise UserError(
-          f'the state after step {int(state.step)} is not finite ({name}) and is not saved; the last '
-          f'good one is in {self._folder}; lower config.optimizer.learning_rate or '
-          'set config.optimizer.clip_norm')
+          f'the state after step {int(state.step)} is not finite ({name}) and is not saved; the '
+          f'last good one is in {self._folder}; lower config.optimizer.learning_rate or set '
+          'config.optimizer.clip_norm')
 
   def restore(self, state: TrainState) -> tuple[TrainState, Any]:
     """Returns the state to go on from, in the shardings of `state`, and the iterator's position.
@@ -136,10 +147,8 @@ class Checkpoints:
       iterator.set_state(position)
 
   def score_anew(self, step: int) -> None:
-    """Forgets the scores so far, which are of other data; called when training goes on at `step`."""
-    self._best_counts = False
-    for later in [found for found in self._managers[BEST].all_steps() if found > step]:
-      self._managers[BEST].delete(later)
+    """Forgets the scores so far, which are of other data; training goes on at `step`."""
+    self._anew = step
 
   def close(self) -> None:
     """Waits until everything is written.

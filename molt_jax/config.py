@@ -494,7 +494,8 @@ def read_json(path: pathlib.Path, remedy: str) -> Any:
     raise UserError(f'{path} is damaged (not JSON in UTF-8); {remedy}') from error
 
 
-def read_run(workdir: pathlib.Path, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
+def read_run(
+    workdir: pathlib.Path, schema: Mapping[str, Any] = SCHEMA) -> ml_collections.ConfigDict:
   """Reads config.json of a run's folder; `schema` is that of the command that trained it.
 
   Raises:
@@ -504,8 +505,8 @@ def read_run(workdir: pathlib.Path, schema: Mapping[str, Any] = SCHEMA) -> ml_co
   path = workdir / 'config.json'
   if not path.is_file():
     raise UserError(
-        f'--workdir: no run in {str(workdir)!r} (config.json is not there); give the --workdir of a '
-        f'run of python -m {command}')
+        f'--workdir: no run in {str(workdir)!r} (config.json is not there); give the --workdir of '
+        f'a run of python -m {command}')
   saved = read_json(path, 'delete it and give the train command again, which writes it anew')
   try:
     return from_dict(saved, schema)

@@ -185,16 +185,17 @@ def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:
 
 
 def write(
-    workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any],
-    meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes `evaluation.json`.
+    workdir: pathlib.Path, *, split: str, results: Mapping[str, Any], meta: Mapping[str, Any],
+    data: Mapping[str, Any]) -> dict[str, Any]:
+  """Writes `evaluation.json`; `data` is the split's fingerprint (`trained.open_split`).
 
   Results already there for the same checkpoint, split and data are kept beside the new ones.
   """
   path = workdir / 'evaluation.json'
   config = config_lib.from_json(json.dumps(meta['config']))
   record = {
-      'split': split, 'num_examples': num_examples, 'step': meta['step'], 'results': dict(results), 'config_hash': config_lib.config_hash(config),
+      'split': split, 'num_examples': data['examples'], 'step': meta['step'],
+      'results': dict(results), 'config_hash': config_lib.config_hash(config),
       'dataset': _data(config), 'data': dict(data),
       'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
   old = logbook.kept(path)
@@ -306,23 +307,21 @@ def run(
       observers=[recorder] if recorder else [])
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
-  return publish(
-      workdir, split=split, num_examples=len(source), results=results, meta=meta, recorder=recorder,
-      data=data)
+  return publish(workdir, split=split, results=results, meta=meta, recorder=recorder, data=data)
 
 
 def publish(
-    workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapping[str, Any], meta: Mapping[str, Any],
+    workdir: pathlib.Path, *, split: str, results: Mapping[str, Any], meta: Mapping[str, Any],
     recorder: PredictionRecorder | None, data: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns the content of the first."""
-  record = write(
-      workdir, split=split, num_examples=num_examples, results=results, meta=meta, data=data)
+  record = write(workdir, split=split, results=results, meta=meta, data=data)
   if processes.leads():
     if recorder:
       recorder.write(
           workdir, split=split, step=meta['step'], config_hash=record['config_hash'],
           seed=meta['config']['seed'], data=data['digest'])
-    print_table(results, f'{split} split, {num_examples} examples, checkpoint of step {meta["step"]}')
+    title = f'{split} split, {data["examples"]} examples, checkpoint of step {meta["step"]}'
+    print_table(results, title)
   return record
 
 

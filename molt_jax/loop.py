@@ -82,6 +82,7 @@ class Loop(abc.ABC):
     self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
     self.checkpoints, self.meta, self.plan = checkpoints, meta, plan
     self.schedule = train_state.make_schedule(config, plan.total)
+    checkpoints.prepare()
     self.best = checkpoints.best_score()
 
   @abc.abstractmethod

@@ -246,9 +246,10 @@ def _written(path: pathlib.Path) -> dict[str, Any]:
   """Returns the records of earlier evaluations."""
   if not path.exists():
     return {}
-  kept = config_lib.read_json(path, 'delete it, and its scores are computed again')
+  remedy = 'delete it, and its scores are computed again'
+  kept = config_lib.read_json(path, remedy)
   if not isinstance(kept, dict):
-    raise UserError(f'{path} is damaged (no JSON object); delete it, and its scores are computed again')
+    raise UserError(f'{path} is damaged (no JSON object); {remedy}')
   return kept
 
 

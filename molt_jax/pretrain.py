@@ -98,9 +98,7 @@ def _pretrain(config, workdir, data_changed):
   frozen = {'image_tower': dual.load_weights(config, mesh, 'image', config.compute_dtype)} if 'image' in model.frozen else {}
   state = _new_state(config, model, tx, _statistics(data, pooled), mesh, resumed=bool(saved))
   _introduce(config, data, towers, model, state, plan)
-  iterator = pairs.train_iterator(
-      data.splits['train'], preprocess, _views(config), batch_size=config.train.batch_size, seed=config.seed,
-      text_pooled_nd=pooled.get('train'), num_threads=config.input.num_threads, prefetch=config.input.prefetch)
+  iterator = _iterator(config, data.splits['train'], preprocess, pooled.get('train'))
   if saved:
     state, position = checkpoints.restore(state)
     checkpoints.move(iterator, position)
@@ -112,6 +110,13 @@ def _pretrain(config, workdir, data_changed):
   if preprocess.report.counts():
     cli.say(preprocess.report.line())
   return write_tower(workdir)
+
+
+def _iterator(config, source, preprocess, text_pooled_nd):
+  return pairs.train_iterator(
+      source, preprocess, _views(config), batch_size=config.train.batch_size, seed=config.seed,
+      text_pooled_nd=text_pooled_nd, num_threads=config.input.num_threads,
+      prefetch=config.input.prefetch)
 
 
 class _Run(loop.Loop):

@@ -85,10 +85,8 @@ def _train(config, workdir, data_changed):
   kept = {split: protocol(config, source, split) for split, source in data.splits.items() if split != 'test'}
   wanted = {split: (source, kept.get(split, source.present)) for split, source in data.splits.items()}
   frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
-  iterator = pipeline.train_iterator(
-      data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, present=kept['train'], stored=stored['train'],
-      pack=sharding.packing(config, mesh, parts=config.train.accumulate), num_threads=config.input.num_threads, prefetch=config.input.prefetch,
-      **sharding.data_shard(mesh))
+  source = data.splits['train']
+  iterator = _iterator(config, mesh, source, preprocess, kept['train'], stored['train'])
   if saved:
     checkpoints.move(iterator, position)
     cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
@@ -104,6 +102,14 @@ def _train(config, workdir, data_changed):
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
   return record
+
+
+def _iterator(config, mesh, source, preprocess, present, stored):
+  return pipeline.train_iterator(
+      source, preprocess, batch_size=config.train.batch_size, seed=config.seed, present=present,
+      stored=stored, pack=sharding.packing(config, mesh, parts=config.train.accumulate),
+      num_threads=config.input.num_threads, prefetch=config.input.prefetch,
+      **sharding.data_shard(mesh))
 
 
 class _Run(loop.Loop):
@@ -158,9 +164,9 @@ class _Run(loop.Loop):
         source, self.data.class_names, list(conditions), multi_label=self.config.dataset.multi_label)
     results = self._evaluate(variables, source, self.stored['test'], conditions, title='evaluating test', observers=[pairs, recorder])
     self._record_pairs(variables, pairs, meta['step'])
+    data = trained.compare(done, 'test', self.meta['data']['test'])
     return evaluate.publish(
-        self.workdir, split='test', num_examples=len(source), results=results, meta=meta,
-        recorder=recorder, data=trained.compare(done, 'test', self.meta['data']['test']))
+        self.workdir, split='test', results=results, meta=meta, recorder=recorder, data=data)
 
   def _record_pairs(self, variables, pairs, step):
     """Writes pairs.npz: the pairs of the test split beside up to MAX_PAIRS of the training split."""

@@ -1,8 +1,8 @@
 """The one way to open a finished run, and data for it.
 
 A run is what its checkpoint says it is: config.json is compared with the config that the checkpoint
-was trained with, arrays with their checksums, towers with their identities, and labels are mapped by
-name onto the checkpoint's classes.
+was trained with, arrays with their checksums, towers with their identities, and labels are mapped
+by name onto the checkpoint's classes.
 """
 
 import dataclasses
@@ -195,8 +195,8 @@ def go_on(
   how = '; '.join(f'{split}: {text}' for split, text in changed.items())
   if changed and not data_changed:
     raise UserError(
-        f'{_where(config)}: the data have changed since step {saved["step"]} ({how}); give the data '
-        'it was trained on, or go on with these by --data_changed')
+        f'{_where(config)}: the data have changed since step {saved["step"]} ({how}); give the '
+        'data it was trained on, or go on with these by --data_changed')
   if changed:
     cli.say(f'the data have changed since step {saved["step"]} ({how}); going on with these')
   if 'validation' in changed:

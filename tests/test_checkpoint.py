@@ -47,6 +47,7 @@ def make_state(step=3, sharding=None, seed=0):
 
 def save(workdir, *states, kinds=(checkpoint.LATEST,), position=5):
   checkpoints = checkpoint.Checkpoints(workdir)
+  checkpoints.prepare()
   for state in states:
     for kind in kinds:
       checkpoints.save(state, Iterator(position), {**META, 'step': int(state.step)}, kind=kind)
@@ -68,8 +69,8 @@ def copy(saved, tmp_path):
 
 
 def leaves(tree):
-  named = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in named}
+  named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {name: (x.dtype, x.shape, np.asarray(x).tobytes()) for name, x in named.items()}
 
 
 def restore(workdir, state=None):
@@ -153,8 +154,10 @@ def _assert_says_what_to_do(error, workdir):
   assert 'tensorstore' not in line.lower() and 'orbax' not in line.lower()
 
 
-def _data_files(workdir):
-  return sorted(latest(workdir).glob('model/ocdbt.process_0/d/*'), key=lambda path: path.stat().st_size)
+def _data_file(workdir):
+  """The largest of them."""
+  files = latest(workdir).glob('model/ocdbt.process_0/d/*')
+  return max(files, key=lambda path: path.stat().st_size)
 
 
 def _edit_meta(workdir, **changes):
@@ -164,9 +167,9 @@ def _edit_meta(workdir, **changes):
 
 DAMAGES = {
     'no data': lambda d: shutil.rmtree(latest(d) / 'model' / 'ocdbt.process_0'),
-    'one data file lost': lambda d: _data_files(d)[-1].unlink(),
-    'one data file cut': lambda d: _data_files(d)[-1].write_bytes(_data_files(d)[-1].read_bytes()[:99]),
-    'one data file empty': lambda d: _data_files(d)[-1].write_bytes(b''),
+    'one data file lost': lambda d: _data_file(d).unlink(),
+    'one data file cut': lambda d: _data_file(d).write_bytes(_data_file(d).read_bytes()[:99]),
+    'one data file empty': lambda d: _data_file(d).write_bytes(b''),
     'no manifest': lambda d: (latest(d) / 'model' / 'manifest.ocdbt').unlink(),
     'no model': lambda d: shutil.rmtree(latest(d) / 'model'),
     'structure no JSON': lambda d: (latest(d) / 'model' / '_METADATA').write_text('{'),
@@ -184,7 +187,8 @@ DAMAGES = {
 @pytest.mark.parametrize('entry', [restore, load])
 def test_damage_is_one_line(copy, damage, entry):
   DAMAGES[damage](copy)
-  with pytest.raises(UserError, match=r'the checkpoint \S+ is damaged \(.+\); delete it: \S+ is then used') as error:
+  words = r'the checkpoint \S+ is damaged \(.+\); delete it: \S+ is then used'
+  with pytest.raises(UserError, match=words) as error:
     entry(copy)
   assert '\n' not in str(error.value)
 
@@ -237,7 +241,8 @@ def test_what_training_replaces_meanwhile_is_not_called_damaged(copy):
 
 
 PLACES = {
-    'params': lambda s, bad: s.replace(params={**s.params, 'half': s.params['half'].at[1].set(bad)}),
+    'params': lambda s, bad: s.replace(
+        params={**s.params, 'half': s.params['half'].at[1].set(bad)}),
     'cca': lambda s, bad: s.replace(cca={'moments': s.cca['moments'].at[0, 0, 0].set(bad)})}
 
 
@@ -245,7 +250,8 @@ PLACES = {
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, place, bad):
   save(tmp_path, make_state(2))
-  with pytest.raises(UserError, match=f'the state after step 3 is not finite .*{place}.*learning_rate'):
+  words = f'the state after step 3 is not finite .*{place}.*learning_rate'
+  with pytest.raises(UserError, match=words):
     save(tmp_path, PLACES[place](make_state(), bad))
   assert int(restore(tmp_path)[0].step) == 2
 
@@ -280,7 +286,8 @@ def test_what_is_not_finite_is_not_loaded(old, place):
 def test_parameters_of_another_model_are_named(saved):
   _, restore_model = checkpoint.load_model(saved, 'latest')
   tree = {'params': {'dense': {'kernel': jnp.zeros((8, 17))}}, 'statistics': {}}
-  with pytest.raises(UserError, match=r'has float32\[16\] as params/dense/bias, and this version makes nothing') as error:
+  words = r'has float32\[16\] as params/dense/bias, and this version makes nothing'
+  with pytest.raises(UserError, match=words) as error:
     restore_model(checkpoint.abstract(tree))
   assert '\n' not in str(error.value)
 

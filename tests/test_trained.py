@@ -1,4 +1,4 @@
-"""A run is opened in one place: with its own config, its own classes, the data it was trained on."""
+"""A run is opened in one place: with its own config and classes, and the data it was trained on."""
 
 import dataclasses
 import itertools
@@ -105,7 +105,8 @@ def refusal(home, entry) -> str:
 @pytest.mark.parametrize('field, value', [
     ('text.max_tokens', 6), ('missing.strategy', 'zero'), ('dataset.multi_label', True),
     ('classifier.hidden', 8), ('seed', 3), ('image.resize', 'letterbox'), ('method', 'late_fusion'),
-    ('dataset.modalities', 'text'), ('optimizer.learning_rate', 1.0), ('backbones.dtype', 'bfloat16')])
+    ('dataset.modalities', 'text'), ('optimizer.learning_rate', 1.0),
+    ('backbones.dtype', 'bfloat16')])
 def test_an_edited_config_is_not_believed(home, entry, field, value):
   old = config_lib.get(home.config(), field)
   home.edit_config(**{field: value})
@@ -217,7 +218,8 @@ def _cut(path):
 
 
 @pytest.mark.parametrize('name', [
-    'evaluation.json', 'mistakes.json', 'run.json', 'predictions.npz', 'pairs.npz', 'metrics.jsonl'])
+    'evaluation.json', 'mistakes.json', 'run.json', 'predictions.npz', 'pairs.npz',
+    'metrics.jsonl'])
 @pytest.mark.parametrize('damage', [
     _cut, lambda path: path.write_bytes(b'\xff\n'), lambda path: path.write_bytes(b'[1]\n')])
 def test_a_damaged_file_of_a_report_is_named(home, name, damage):
@@ -306,7 +308,8 @@ def test_one_split_is_what_it_is_among_all(home, split, files):
   whole = datasets.load_dataset(run.config).splits[split]
   source, _ = trained.open_split(run, split)
   assert list(source.ids) == list(whole.ids) and list(source.labels) == list(whole.labels)
-  assert [source.read(n, image=False) for n in range(3)] == [whole.read(n, image=False) for n in range(3)]
+  for n in range(3):
+    assert source.read(n, image=False) == whole.read(n, image=False)
 
 
 @pytest.mark.parametrize('name', ['mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes'])
@@ -318,7 +321,8 @@ def test_published_data_are_mapped_by_name_too(make_tiny_config, miniature, tmp_
   config.dataset.multi_label = name == 'mm_imdb'
   data = datasets.load_dataset(config)
   names = list(data.class_names)[::-1]
-  run = trained.Run(tmp_path, config, {'class_names': names, 'data': trained.fingerprints(data)}, None)
+  meta = {'class_names': names, 'data': trained.fingerprints(data)}
+  run = trained.Run(tmp_path, config, meta, None)
   for split, source in data.splits.items():
     mapped, found = trained.open_split(run, split)
     assert _named(mapped, names) == _named(source, data.class_names)
@@ -389,14 +393,16 @@ def _edit(edit, *splits):
 
 
 CHANGED = {
-    'rows added': (_edit(lambda rows: [*rows, ',one more,red'], 'train'), 'train: 48 -> 49 examples'),
+    'rows added': (_edit(lambda rows: [*rows, ',one more,red'], 'train'),
+                   'train: 48 -> 49 examples'),
     'rows removed': (_edit(lambda rows: rows[:-2], 'test'), 'test: 14 -> 12 examples'),
     'relabelled': (_edit(lambda rows: [rows[0].replace(',red', ',blue'), *rows[1:]], 'train'),
                    'train: other labels'),
     'reordered': (_edit(lambda rows: rows[::-1], 'validation'),
                   'validation: the same examples in another order'),
-    'another text': (_edit(lambda rows: [rows[0].replace('number 0', 'number 9'), *rows[1:]], 'train'),
-                     'train: other texts'),
+    'another text': (
+        _edit(lambda rows: [rows[0].replace('number 0', 'number 9'), *rows[1:]], 'train'),
+        'train: other texts'),
     'a text lost': (_edit(lambda rows: ['images/train_0.png,,red', *rows[1:]], 'train'),
                     'train: other gaps, texts'),
     'another image': (_repaint, 'train: other images'),
@@ -521,9 +527,10 @@ def pair_home(tmp_path_factory, tiny_towers, tiny_table):
   shutil.copytree(tiny_table, home.table)
   config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
   config.update_from_flattened_dict({
-      'dataset.path': str(home.table), 'text.max_tokens': 12, 'mesh.data': 1, 'input.text_store': '',
-      'compute_dtype': 'float32', 'backbones.text.path': tiny_towers['text'],
-      'backbones.image.size': 16, 'backbones.image.patch': 8, 'backbones.image.width': 16,
+      'dataset.path': str(home.table), 'text.max_tokens': 12, 'mesh.data': 1,
+      'input.text_store': '', 'compute_dtype': 'float32',
+      'backbones.text.path': tiny_towers['text'], 'backbones.image.size': 16,
+      'backbones.image.patch': 8, 'backbones.image.width': 16,
       'backbones.image.layers': 2, 'backbones.image.heads': 2, 'projection.width': 12,
       'optimizer.learning_rate': 3e-3, 'optimizer.weight_decay': 0.1, 'objective.v2v': 0.3,
       'objective.uniformity': 0.1, 'train.batch_size': 8, 'train.epochs': 1.0, 'eval.batch_size': 8,
@@ -589,7 +596,8 @@ def test_pair_evaluation_names_a_damaged_file_before_it_works(pair_home, tmp_pat
 
 
 @pytest.mark.parametrize('damage', [
-    lambda raw: raw[:-9], lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], lambda raw: b''])
+    lambda raw: raw[:-9], lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:],
+    lambda raw: b''])
 def test_kept_texts_that_are_damaged_are_named(tmp_path, damage):
   config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
   config.input.text_store = str(tmp_path)

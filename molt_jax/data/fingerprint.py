@@ -1,7 +1,7 @@
 """What tells the data of a run from others: a few hashes a split, small enough for a checkpoint.
 
-Hashed are ids, labels (by the names of their classes), which images and texts are there, and what is
-known of their content without reading images (`Source.contents`).
+Hashed are ids, labels (by the names of their classes), which images and texts are there, and what
+is known of their content without reading images (`Source.contents`).
 """
 
 import hashlib
@@ -24,9 +24,9 @@ def of(source: Source, class_names: Sequence[str]) -> dict[str, Any]:
   Labels count by the names of their classes, so another order of the classes changes nothing.
 
   Returns:
-    'examples': how many; 'ids', 'labels', 'present', 'images', 'texts': a hash of each, in the order
-    of the examples (null where it is not known); 'unordered': a hash of all but the ids, whatever
-    the order; 'digest': a hash of it all.
+    'examples': how many; 'ids', 'labels', 'present', 'images', 'texts': a hash of each, in the
+    order of the examples (null where it is not known); 'unordered': a hash of all but the ids,
+    whatever the order; 'digest': a hash of it all.
   """
   label_n = _label_numbers(source.labels, class_names)
   present_n = np.asarray(source.present, np.int64) @ np.array([2, 1])
@@ -45,7 +45,8 @@ def of(source: Source, class_names: Sequence[str]) -> dict[str, Any]:
 
 def _label_numbers(labels: Iterable[Any], class_names: Sequence[str]) -> np.ndarray:
   """Returns a number for each label, or set of labels, that depends on names alone; 0 for none."""
-  number_k = [int.from_bytes(_digest(name.encode('utf-8', 'surrogatepass'))) for name in class_names]
+  names = [name.encode('utf-8', 'surrogatepass') for name in class_names]
+  number_k = [int.from_bytes(_digest(name)) for name in names]
   numbers = [sum(number_k[k] for k in classes_of(label)) % 2**63 for label in labels]
   return np.array(numbers, np.int64)
 

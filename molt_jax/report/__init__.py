@@ -42,6 +42,6 @@ FLAGS = (
 def main(argv: Sequence[str]) -> None:
   """Command line of the package: prints the page's path."""
   flags, _ = cli.parse('molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv)
-  if 'jax' not in sys.modules:  # Checkpoints are compared with their checksums; that takes no device.
+  if 'jax' not in sys.modules:  # To compare checkpoints with their checksums takes no device.
     os.environ['JAX_PLATFORMS'] = 'cpu'
   print(terminal.clean(write(flags.workdir, flags.out)))

@@ -110,7 +110,8 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   runs = [_read(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
   first = runs[0]
   for run in runs[1:]:
-    if not _same_data(first, run) or (run.predictions and first.predictions and run.predictions.class_names != first.predictions.class_names):
+    classes = [r.predictions.class_names for r in (first, run) if r.predictions]
+    if not _same_data(first, run) or classes[1:] not in ([], classes[:1]):
       one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
       raise UserError(f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one data set')
   return runs
@@ -121,7 +122,7 @@ def _data(run: Run) -> tuple[str, ...]:
 
 
 def _same_data(one: Run, other: Run) -> bool:
-  """Whether two runs are scored on the same examples, or on what their configs leave of the same."""
+  """Whether two runs are scored on the same examples, or on what configs leave of the same."""
   digests = [run.evaluation.get('data', {}).get('digest') for run in (one, other)]
   (name, path, split), (other_name, other_path, other_split) = _data(one), _data(other)
   if (name, split) != (other_name, other_split):

@@ -379,7 +379,8 @@ def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
 
 @pytest.mark.parametrize('name', ['metadata.json', 'rows.npz'])
 @pytest.mark.parametrize('damage', [
-    lambda raw: raw[:-9], lambda raw: b'', lambda raw: raw[:150] + bytes(8) + raw[158:], lambda raw: b'{}'])
+    lambda raw: raw[:-9], lambda raw: b'', lambda raw: raw[:150] + bytes(8) + raw[158:],
+    lambda raw: b'{}'])
 def test_what_was_prepared_and_is_damaged_is_named(miniature, tmp_path, name, damage):
   source = miniature('hateful_memes')
   load('hateful_memes', source, tmp_path)

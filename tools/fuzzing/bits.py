@@ -1,6 +1,6 @@
 """One flipped bit anywhere in the checkpoints of a run: refused in one line, or nothing changed.
 
-Bits are drawn evenly over the bytes of all files of a checkpoint, and then every entry opens the run.
+Bits are drawn evenly over the bytes of all files of a checkpoint, and then an entry opens the run.
 """
 
 import pathlib

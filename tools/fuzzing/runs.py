@@ -1,7 +1,7 @@
 """Damaged folders of runs: a bit, a cut, a deletion, an edit in any file, then a command opens it.
 
-Refused in one line, or everything that was read is what was saved. What nothing protects are numbers
-in the JSON files that people read (`PLAIN`): there the outcome is `plain` where one was read changed.
+Refused in one line, or everything that was read is what was saved. What nothing protects are
+numbers in the JSON files that people read (`PLAIN`): the outcome is `plain` where one was changed.
 """
 
 import functools
@@ -127,12 +127,13 @@ def edit(rng, path: pathlib.Path) -> None:
 
 
 VALUES = (
-    None, True, -1, 0, 7, 1e30, float('nan'), 10**40, '', 'x', 'latest', '/nowhere', '\x00', [], [1],
-    {}, {'a': {'b': 1}})
+    None, True, -1, 0, 7, 1e30, float('nan'), 10**40, '', 'x', 'latest', '/nowhere', '\x00', [],
+    [1], {}, {'a': {'b': 1}})
 
 
 def _edited(rng, tree: Any) -> Any:
-  keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+  keys = list(tree) if isinstance(tree, dict) else []
+  keys = range(len(tree)) if isinstance(tree, list) else keys
   if not keys or rng.random() < 0.15:
     return VALUES[rng.integers(len(VALUES))]
   key = keys[rng.integers(len(keys))]
@@ -269,7 +270,8 @@ def outcome(workdir: pathlib.Path, entry: str, damaged: pathlib.Path) -> str:
 
 
 def _differ(one: Any, two: Any) -> bool:
-  return json.dumps(one, sort_keys=True, default=repr) != json.dumps(two, sort_keys=True, default=repr)
+  texts = [json.dumps(value, sort_keys=True, default=repr) for value in (one, two)]
+  return texts[0] != texts[1]
 
 
 class quiet:
