@@ -377,18 +377,22 @@ _TAGS_OF_TAGS = (0x8769, 0x8825, 0xA005)  # EXIF, GPS, interoperability.
 def _bound_tiff(data: bytes) -> None:
   """Pillow makes objects of the numbers in tags, and does so anew of bytes that tags share."""
   order, big = '<' if data[0] == 0x49 else '>', data[2:3] == b'+'
-  start, count, entry = ('QQ', 'Q', 'HHQQ') if big else ('4xI', 'H', 'HHII')
-  unread, seen, total = [struct.unpack_from(order + start, data.ljust(24))[-1]], set(), 0
+  start, count, entry = (
+    order + code for code in (('QQ', 'Q', 'HHQQ') if big else ('4xI', 'H', 'HHII'))
+  )
+  unread, seen, total = [struct.unpack_from(start, data.ljust(24))[-1]], set(), 0
   while unread:
     at = unread.pop()
     if at in seen or at + 8 > len(data):
       continue
     seen.add(at)
-    (number,) = struct.unpack_from(order + count, data, at)
-    at += struct.calcsize(order + count)
-    entries = data[at : at + min(number, 1 << 16) * struct.calcsize(order + entry)]
-    whole = len(entries) // struct.calcsize(order + entry) * struct.calcsize(order + entry)
-    for tag, kind, numbers, value in struct.iter_unpack(order + entry, entries[:whole]):
+    (number,) = struct.unpack_from(count, data, at)
+    if number > MAX_PARTS:
+      raise DecodeError(f'a TIFF file of {number} tags')
+    at += struct.calcsize(count)
+    number = min(number, (len(data) - at) // struct.calcsize(entry))
+    entries = data[at : at + number * struct.calcsize(entry)]
+    for tag, kind, numbers, value in struct.iter_unpack(entry, entries):
       size = numbers * _NUMBER_BYTES.get(kind, 1)
       if size > len(data):
         continue  # Pillow passes over it.

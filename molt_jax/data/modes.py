@@ -8,7 +8,7 @@
                      since the others do not say whether their inks are inverted
   YCbCr, HSV, LAB    converted by Pillow and littleCMS; LAB is CIE L*a*b* of white D50
   I;16 and its kin   the upper 8 of the bits, as Pillow takes them of 16-bit colours: this undoes
-                     the scaling of 8 bits by 256 and by 257; a transparent value is compared in full
+                     the scaling of 8 bits by 256 and 257; a transparent value is compared in full
   I                  of a PPM file, where 65535 is white, as I;16; other 32-bit integers are
                      refused, since nothing says what white is
   F                  values in [0, 1], as floats are by convention, times 255 and rounded; refused
@@ -16,9 +16,9 @@
   any other          refused
 
 Where a TIFF file says that 0 is white, it is. TIFF files that Pillow reads wrongly without a word
-are refused (`_tiff`), and so is a file that has a part of its pixels alone. What a GIF's first frame
-does not cover is white. Alpha that is 0 everywhere in a BMP file is none; such an icon is refused.
-Colour profiles, gamma and chromaticities are not applied.
+are refused (`_tiff`), and so is a file that has a part of its pixels alone. What the first frame
+of a GIF leaves free is white. Alpha that is 0 everywhere in a BMP file is none; such an icon is
+refused. Colour profiles, gamma and chromaticities are not applied.
 """
 
 import io

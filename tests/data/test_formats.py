@@ -303,6 +303,10 @@ BOMBS = {
   'tiff tile': (lambda: _tiff({322: (1, 30_000), 323: (1, 30_000)}), 'tiles of 900000000 pixels'),
   'tiff numbers': (lambda: _tiff_of_numbers(2_000_000), '2000000 numbers'),
   'tiff shared bytes': (lambda: _tiff_of_shared_bytes(5000, 1 << 20), 'share their bytes'),
+  'tiff of many tags': (
+    lambda: b'II+\0\x08\0\0\0' + struct.pack('<QQ', 16, 1 << 20) + bytes(20 << 10),
+    '1048576 tags',
+  ),
   'ppm': (lambda: b'P6 60000 60000 255\n', 'more than 67108864'),
   'pfm': (lambda: b'Pf\n60000 60000\n-1\n', 'more than 67108864'),
   'jpeg scans': (lambda: _scans(4000, 600), 'scans of 4000 x 4000'),

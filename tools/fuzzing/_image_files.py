@@ -90,6 +90,7 @@ def tiff(
     for piece in _pieces(pixels_hwc, bits, order, number, layout)
   ]
   starts = list(itertools.accumulate((len(piece) for piece in pieces), initial=8))
+  sizes = [len(piece) for piece in pieces]
   short, long = 3, 4
   fields = {
     256: (long, [width]),
@@ -100,18 +101,13 @@ def tiff(
     284: (short, [planar]),
     339: (short, [' uif'.index(number)] * channels),
   }
-  if photometric is not None:
-    fields[262] = short, [photometric]
+  fields |= {} if photometric is None else {262: (short, [photometric])}
   if side := layout.get('tile'):
-    fields |= {
-      322: (long, [side]),
-      323: (long, [side]),
-      324: (long, starts[:-1]),
-      325: (long, [len(p) for p in pieces]),
-    }
+    fields |= {322: (long, [side]), 323: (long, [side])}
+    fields |= {324: (long, starts[:-1]), 325: (long, sizes)}
   else:
-    rows = layout.get('rows', height)
-    fields |= {278: (long, [rows]), 273: (long, starts[:-1]), 279: (long, [len(p) for p in pieces])}
+    fields |= {278: (long, [layout.get('rows', height)])}
+    fields |= {273: (long, starts[:-1]), 279: (long, sizes)}
   fields |= {tag: (short, list(values)) for tag, values in tags.items()}
   start = {'<': b'II*\0', '>': b'MM\0*'}[order] + struct.pack(f'{order}I', starts[-1])
   return start + b''.join(pieces) + _directory(fields, order, starts[-1])
@@ -165,42 +161,42 @@ def bmp(
     in_icon: without the file's header, and with twice the height in the bitmap's.
   """
   height, width, _ = pixels_hwc.shape
-  rows = pixels_hwc[:, :, 0] if top_down else pixels_hwc[::-1, :, 0]
-  lines = [
-    packed(row, bits, '<')
-    if bits != 24
-    else row.astype('<u4').view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
-    for row in rows
-  ]
-  data = b''.join(line + bytes(-len(line) % 4) for line in lines)
-  colours = (
-    b'' if palette_kc is None else b''.join(bytes([*c[::-1], 0]) for c in palette_kc.tolist())
-  )
-  size = 108 if len(masks) == 4 else 40
-  header = struct.pack(
-    '<IiiHHIIiiII',
+  data = _bitmap_rows(pixels_hwc[..., 0] if top_down else pixels_hwc[::-1, :, 0], bits)
+  kc = [] if palette_kc is None else palette_kc.tolist()
+  size, high = 108 if len(masks) == 4 else 40, height * (2 if in_icon else 1)
+  coded = 3 if masks else 0
+  # The resolution is 2,835 pixels a metre.
+  numbers = (
     size,
     width,
-    (-height if top_down else height) * (2 if in_icon else 1),
+    -high if top_down else high,
     1,
     bits,
-    3 if masks else 0,
+    coded,
     len(data),
     2835,
     2835,
-    len(colours) // 4,
+    len(kc),
     0,
   )
+  header = struct.pack('<IiiHHIIiiII', *numbers)
   header += b''.join(struct.pack('<I', mask) for mask in masks)
-  header = header.ljust(size, b'\0') + colours
+  header = header.ljust(size, b'\0') + b''.join(bytes([*colour[::-1], 0]) for colour in kc)
   if in_icon:
     return header + data
-  return (
-    b'BM'
-    + struct.pack('<IHHI', 14 + len(header) + len(data), 0, 0, 14 + len(header))
-    + header
-    + data
-  )
+  start = 14 + len(header)
+  return b'BM' + struct.pack('<IHHI', start + len(data), 0, 0, start) + header + data
+
+
+def _bitmap_rows(rows_hw, bits):
+  """Packs rows, each filled up to four bytes."""
+  if bits == 24:
+    height, width = rows_hw.shape
+    bytes_hwb = rows_hw.astype('<u4', order='C').view(np.uint8).reshape(height, width, 4)
+    lines = [row.tobytes() for row in bytes_hwb[..., :3]]
+  else:
+    lines = [packed(row, bits, '<') for row in rows_hw]
+  return b''.join(line + bytes(-len(line) % 4) for line in lines)
 
 
 def ico(*pictures: tuple[int, int, int, bytes]) -> bytes:
