@@ -201,8 +201,77 @@ def test_lines_are_said_once():
   assert processes.lines_of_all('2 unusable images: é') == ['2 unusable images: é'] and processes.lines_of_all('') == []
 
 
-def test_an_incomplete_description_of_the_processes_is_refused(monkeypatch, capsys):
-  monkeypatch.setenv(processes.ADDRESS, '127.0.0.1:1')
-  monkeypatch.setenv(processes.COUNT, '2')
-  assert train.main(['--config=x', '--workdir=y']) == 2
-  assert "JAX_PROCESS_ID is ''" in capsys.readouterr().err
+@pytest.mark.parametrize('address, count, index, words', [
+    ('127.0.0.1:1', '2', '', "JAX_PROCESS_ID is ''"),
+    ('127.0.0.1:1', 'two', '0', "JAX_NUM_PROCESSES is 'two'"),
+    ('127.0.0.1:1', '2', '2', 'JAX_PROCESS_ID is 2, JAX_NUM_PROCESSES is 2'),
+    ('127.0.0.1', '2', '0', "'127.0.0.1' is no address; give HOST:PORT"),
+])
+def test_an_incomplete_description_of_the_processes_is_refused(
+    monkeypatch, capsys, address, count, index, words):
+  monkeypatch.setenv(processes.ADDRESS, address)
+  monkeypatch.setenv(processes.COUNT, count)
+  monkeypatch.setenv(processes.INDEX, index)
+  preset = pathlib.Path(__file__).parents[1] / 'configs' / 'quickstart.py'
+  assert train.main([f'--config={preset}', '--workdir=y']) == 2
+  assert words in capsys.readouterr().err
+
+
+# ---- Another process is gone ----------------------------------------------------------------------
+
+# Joins, and does what its arguments say: process 0 the first, process 1 the second.
+PAIR = """
+import os, signal, sys, time
+from molt_jax import cli, lost, processes
+from molt_jax.config import UserError
+lost.HEARTBEAT_SECONDS = 4
+def fail():
+  raise UserError('something to mend')
+DEEDS = {
+    'wait': lambda: processes.wait('never comes'),
+    'work': lambda: time.sleep(300),
+    'die': lambda: os.kill(os.getpid(), signal.SIGKILL),
+    'fail': fail,
+}
+@cli.command
+def main(argv):
+  processes.join()
+  lost.tell_step(lambda: 40)
+  processes.wait('all are here')
+  DEEDS[argv[int(os.environ[processes.INDEX])]]()
+sys.exit(main(sys.argv[1:]))
+"""
+GONE = (
+    'error: another process of this run is gone; start all of them again, and the same command '
+    'goes on from step 40\n')
+
+
+def _start_pair(*arguments):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  return [subprocess.Popen(
+      [sys.executable, '-c', PAIR, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      text=True, env=os.environ | {
+          processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)})
+          for index in range(2)]
+
+
+@pytest.mark.parametrize('deeds, codes, messages', [
+    # Process 0 runs the service by which the others are watched.
+    (('die', 'work'), (-signal.SIGKILL, 75), ('', GONE)),
+    # Nothing but the heartbeats that do not come tells of the end of process 1 here,
+    (('work', 'die'), (75, -signal.SIGKILL), (GONE, '')),
+    # and a broken connection here.
+    (('wait', 'fail'), (75, 2), (GONE, 'error: something to mend\n')),
+    (('fail', 'fail'), (2, 2), ('error: something to mend\n',) * 2),
+])
+def test_a_process_that_is_left_alone_ends_with_one_line_and_no_stack(deeds, codes, messages):
+  pair = _start_pair(*deeds)
+  try:
+    errors = [process.communicate(timeout=240)[1] for process in pair]
+  finally:
+    for process in pair:
+      process.kill()
+  assert tuple(process.returncode for process in pair) == codes, errors
+  assert tuple(errors) == messages
