@@ -6,7 +6,7 @@
 #
 # PYTHON: names or paths of interpreters; by default each Python 3.11 to 3.14 on PATH or of pyenv.
 # OUT gets the logs (default: a temporary folder); clones and environments are removed. TESTS: these
-# instead of all. Needs some 15 minutes of two cores a Python.
+# instead of all. Needs some 25 minutes of processor time a Python.
 set -uo pipefail
 unset PYTHONPATH  # Nothing from elsewhere.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
