@@ -283,7 +283,7 @@ def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monke
 def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   (tmp_path / 'evaluation.json').write_text(content)
   record = evaluate.write(
-      tmp_path, split='test', num_examples=1, results={'a': {'loss': 1.0}},
-      meta=trained.open_run(run).meta, data={'digest': 'x'})
+      tmp_path, split='test', results={'a': {'loss': 1.0}}, meta=trained.open_run(run).meta,
+      data={'digest': 'x', 'examples': 1})
   text = (tmp_path / 'evaluation.json').read_text()
   assert record['results'] == json.loads(text)['results'] == {'a': {'loss': 1.0}} and 'NaN' not in text
