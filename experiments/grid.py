@@ -64,7 +64,9 @@ class Made:
       scores = self.predictions.missing_rate(*MISSING[condition])
     else:
       scores = self.result['test'].get(condition, {})
-    return scores.get(metric) if scores.get('num_examples') != 0 else None  # Older runs have 0 there.
+    if scores.get('num_examples') == 0:  # Older runs have a score of 0 there.
+      return None
+    return scores.get(metric)
 
 
 Table = Mapping[str, Mapping[int, Made]]  # Method -> seed -> run.
@@ -191,7 +193,8 @@ def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start
   versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
   foot = (f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; {meta["seconds_of_this_call"]:.0f} s in this '
           'call (runs that were finished before are read).')
-  logbook.write_atomically(folder / f'{script}.json', logbook.to_json(meta | dict(content), indent=1) + '\n')
+  text = logbook.to_json(meta | dict(content), indent=1) + '\n'
+  logbook.write_atomically(folder / f'{script}.json', text)
   logbook.write_atomically(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
   print('\n'.join([*lines, '', foot]))
 

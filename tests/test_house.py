@@ -6,7 +6,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # Room -> rooms it may import from, beside itself.
-SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook', 'records', 'terminal')
+SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics',
+            'logbook', 'records', 'terminal')
 ROOMS = {
     '__init__': ('predict',),
     'config': (),
