@@ -165,7 +165,8 @@ def figure(data, table, path):
   bars.invert_yaxis()
   fig.legend(*bars.get_legend_handles_labels(), loc='outside lower left', ncols=3, frameon=False)
   for method in (m for m in CURVES if m in table):
-    curve_sr = [[made.predictions.missing_rate(rate, 'both').get(grid.metric_of(table)) for rate in RATES]
+    key = grid.metric_of(table)
+    curve_sr = [[made.predictions.missing_rate(rate, 'both').get(key) for rate in RATES]
                 for made in table[method].values()]
     curves.plot(RATES, 100 * np.array(curve_sr, float).mean(axis=0), marker='o', label=method)
   curves.set(xlabel='missing rate (half text, half image)', ylabel='test score, %')

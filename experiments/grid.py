@@ -64,7 +64,9 @@ class Made:
       scores = self.predictions.missing_rate(*MISSING[condition])
     else:
       scores = self.result['test'].get(condition, {})
-    return scores.get(metric) if scores.get('num_examples') != 0 else None  # Older runs have 0 there.
+    if scores.get('num_examples') == 0:  # Older runs have a score of 0 there.
+      return None
+    return scores.get(metric)
 
 
 Table = Mapping[str, Mapping[int, Made]]  # Method -> seed -> run.

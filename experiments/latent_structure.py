@@ -127,7 +127,8 @@ def without_tower(data):
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
       fits = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
-      atomic.write(path, logbook.to_json({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
+      accuracy = {probe: fit['accuracy'] for probe, fit in fits.items()}
+      atomic.write(path, logbook.to_json({'counts': counts, 'accuracy': accuracy}) + '\n')
     found[name] = json.loads(path.read_text(encoding='utf-8'))['accuracy']
   return found
 
@@ -213,12 +214,13 @@ def main(argv):
       'seeds': SEEDS.value, 'overrides': OVERRIDE.value, 'objectives': {variant: OBJECTIVES[variant] for variant in results},
       'seconds': sum(sum(result['seconds'].values()) for by_seed in results.values() for result in by_seed.values())}
   scores = {variant: {seed: result['scores'] for seed, result in by_seed.items()} for variant, by_seed in results.items()}
-  (out / 'latent_structure.json').write_text(
-      logbook.to_json(about | {'scores': scores, 'without_tower': references}, indent=1) + '\n', encoding='utf-8')
+  text = logbook.to_json(about | {'scores': scores, 'without_tower': references}, indent=1)
+  (out / 'latent_structure.json').write_text(text + '\n', encoding='utf-8')
   lines = ['# CLIP against latent-structure regularisers', '', f'Percent, mean ± sample deviation over seeds {", ".join(SEEDS.value)}.']
   for dataset in datasets:
     for split in SPLITS:
-      lines += ['', f'## {terminal.clean(dataset, 80)}, {split}', '', *table(results, dataset, split, references)]
+      heading = f'## {terminal.clean(dataset, 80)}, {split}'
+      lines += ['', heading, '', *table(results, dataset, split, references)]
       for base in ('CLIP', 'Con'):
         if base in results and len(results) > 1:
           lines += ['', 'Paired differences, points.', '', *differences(results, dataset, split, base)]

@@ -96,7 +96,8 @@ class PairDiagnostics:
       layer_weights_l: the learned M; None: not learned.
       split, step: what the pairs here are of.
     """
-    if self.pairs is None or training.pairs is None or min(self.pairs[0].shape[1], training.pairs[0].shape[1]) < MIN_PAIRS:
+    both = self.pairs, training.pairs
+    if any(pairs is None or pairs[0].shape[1] < MIN_PAIRS for pairs in both):
       return None
     (x_lnc, y_lnc), (x_lmc, y_lmc) = self.pairs, training.pairs
     count = min(NUM_SHOWN, x_lnc.shape[2], x_lmc.shape[1] - 1)

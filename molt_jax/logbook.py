@@ -152,7 +152,7 @@ def kept(path: pathlib.Path) -> dict[str, Any]:
     return {}
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, or a number too long to read.
+  except (ValueError, RecursionError):  # No JSON, no UTF-8, too long a number; too deep.
     value = None
   if isinstance(value, dict):
     return value

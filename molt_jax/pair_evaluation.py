@@ -141,7 +141,8 @@ def _pair_scores(pair, part, image_nc, prompts_kpc) -> dict[str, Any]:
       labels=None if prompts_kpc is None else part.labels, class_prompts_kpc=prompts_kpc) | counts
 
 
-def left_out(results: Mapping[str, Any], *, labelled: bool, probes: Collection[str]) -> Iterator[str]:
+def left_out(
+    results: Mapping[str, Any], *, labelled: bool, probes: Collection[str]) -> Iterator[str]:
   """Yields what there is no score of, and why.
 
   Args:

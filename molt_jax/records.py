@@ -70,8 +70,8 @@ class _Saved:
       fault = f'{type(error).__name__}: {error}'
     if fault:
       raise UserError(
-          f'{str(path)!r} is damaged ({terminal.clean(fault, 200)}); delete it, and what it shows is '
-          'left out until an evaluation (pairs: training) writes it anew')
+          f'{str(path)!r} is damaged ({terminal.clean(fault, 200)}); delete it, and what it shows '
+          'is left out until an evaluation (pairs: training) writes it anew')
     return found
 
 
@@ -90,7 +90,7 @@ def _are_strings(value: Any) -> bool:
 
 
 def _wrong_facts(record: Any, kinds: Mapping[str, type]) -> Iterator[str]:
-  """Yields the fields that are not of these types; a count is an int of at least 0 that JSON holds."""
+  """Yields the fields that are not of these types; a count is an int >= 0 that JSON holds."""
   for name, kind in kinds.items():
     value = getattr(record, name)
     if type(value) is not kind or (kind is int and not 0 <= value < 1 << 53):
@@ -259,7 +259,7 @@ class Predictions(_Saved):
     return matrix_kk
 
   def confusions(self, condition: str) -> list[tuple[int, int, int]]:
-    """Returns (true, predicted, how often), what is most often confused first; single label only."""
+    """Returns (true, predicted, how often), the most frequent first; single label only."""
     c = self.conditions.index(condition)
     wrong_n = self.counted_cn[c] & ~self.right_cn[c]
     pairs_n2 = np.stack([self.label[wrong_n], self.predicted[c][wrong_n]], axis=1)
@@ -274,7 +274,7 @@ class Predictions(_Saved):
     whether the example carries it.
 
     Returns:
-      {'confidence': mean of each bin that holds something, 'accuracy': .., 'count': .., 'ece': number};
+      {'confidence': mean of each bin that holds something, 'accuracy': .., 'count': .., 'ece': ..};
       without an example no 'ece'.
     """
     c = self.conditions.index(condition)

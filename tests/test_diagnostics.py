@@ -21,7 +21,8 @@ def observed(count, *, constant=False, seed=0):
   if constant:
     x_lbc[0] = 0
   found = PairDiagnostics()
-  out = types.SimpleNamespace(pooled_image_lbc=jnp.array(x_lbc)[None], pooled_text_lbc=jnp.array(y_lbc)[None])
+  pooled = {'pooled_image_lbc': jnp.array(x_lbc)[None], 'pooled_text_lbc': jnp.array(y_lbc)[None]}
+  out = types.SimpleNamespace(**pooled)
   batch = {'weight': jnp.ones(count), 'present': jnp.ones((count, 2), bool)}
   found.observe(batch | {'keep': jnp.ones((count, 1, 2), bool)}, out)
   return found
@@ -31,14 +32,16 @@ def trained(estimator, count):
   """The estimator's state after this many pairs."""
   state = estimator.init(LAYERS, WIDTH)
   if count:
-    x_lbc, y_lbc = np.random.default_rng(1).normal(size=(2, LAYERS, count, WIDTH)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    x_lbc, y_lbc = rng.normal(size=(2, LAYERS, count, WIDTH)).astype(np.float32)
     state = estimator.loss(state, x_lbc, y_lbc)[1]
   return state
 
 
 @pytest.mark.parametrize(('seen', 'past', 'names'), [
     (0, 50, set()), (1, 50, GAP | FITTED), (2, 50, GAP | FITTED),
-    (3, 50, GAP | RANKS | FITTED | set(HELD_OUT)), (9, 0, GAP | RANKS), (9, DIRECTIONS, GAP | RANKS),
+    (3, 50, GAP | RANKS | FITTED | set(HELD_OUT)), (9, 0, GAP | RANKS),
+    (9, DIRECTIONS, GAP | RANKS),
     (9, 50, GAP | RANKS | FITTED | set(HELD_OUT))])
 def test_only_what_the_pairs_determine_is_there(seen, past, names):
   estimator = make_estimator('moving_average', num_directions=DIRECTIONS, window=1000)

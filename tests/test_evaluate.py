@@ -172,7 +172,7 @@ def test_predict_refuses_lists_of_unequal_length_and_nothing_at_all(run):
   assert predictor.predict(text=[]) == []
 
 
-# ---- Scores of nothing -----------------------------------------------------------------------------
+# ---- Scores of nothing ---------------------------------------------------------------------------
 
 
 NO_EXAMPLE = {'num_examples': 0, 'both': 0, 'image_only': 0, 'text_only': 0}
@@ -279,11 +279,13 @@ def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monke
   assert (run / 'evaluation.json').read_text() == before
 
 
-@pytest.mark.parametrize('content', ['', '{"results": 1}', '[]', '{"results": {"none_absent": NaN}}'])
+@pytest.mark.parametrize('content', [
+    '', '{"results": 1}', '[]', '{"results": {"none_absent": NaN}}'])
 def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   (tmp_path / 'evaluation.json').write_text(content)
+  found = {'a': {'loss': 1.0}}
   record = evaluate.write(
-      tmp_path, split='test', results={'a': {'loss': 1.0}}, meta=trained.open_run(run).meta,
+      tmp_path, split='test', results=found, meta=trained.open_run(run).meta,
       data={'digest': 'x', 'examples': 1})
   text = (tmp_path / 'evaluation.json').read_text()
-  assert record['results'] == json.loads(text)['results'] == {'a': {'loss': 1.0}} and 'NaN' not in text
+  assert record['results'] == json.loads(text)['results'] == found and 'NaN' not in text

@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 # Rooms that all may import.
 GROUND = ('errors', 'atomic', 'saving', 'lost')
 # Room -> rooms it may import from, beside itself.
-SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics', 'logbook', 'records', 'terminal')
+SERVICES = ('processes', 'sharding', 'train_state', 'checkpoint', 'metrics', 'model', 'cli', 'diagnostics',
+            'logbook', 'records', 'terminal')
 ROOMS = {
     '__init__': ('predict',),
     'config': (),

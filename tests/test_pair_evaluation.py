@@ -88,7 +88,8 @@ NOTHING = {
     'labels of test': ({'test': {'labels': False}}, ['zero_shot', 'linear_probe']),
     'labels of train': ({'train': {'labels': False}}, ['linear_probe']),
     'images of validation': ({'validation': {'keep': lambda n: False}}, ['linear_probe']),
-    'images of test': ({'test': {'keep': lambda n: False}}, ['image_to_text', 'zero_shot', 'linear_probe']),
+    'images of test': (
+        {'test': {'keep': lambda n: False}}, ['image_to_text', 'zero_shot', 'linear_probe']),
     'nothing': ({}, []),
 }
 
@@ -98,7 +99,8 @@ NOTHING = {
 def test_what_nothing_determines_is_left_out_and_said(examples, taken):
   changes, lacks = NOTHING[taken]
   left = {split: _without(part, **changes.get(split, {})) for split, part in examples.items()}
-  scores = pair_evaluation.evaluate_examples(ColourPair(), left, COLOURS, probes=('embedding', 'pixels'))['test']
+  probes = ('embedding', 'pixels')
+  scores = pair_evaluation.evaluate_examples(ColourPair(), left, COLOURS, probes=probes)['test']
   names = ('image_to_text', 'zero_shot', 'linear_probe')
   assert [name for name in names if name not in scores] == lacks
   said = list(pair_evaluation.left_out(scores, labelled=True, probes=('pixels',)))
@@ -107,7 +109,7 @@ def test_what_nothing_determines_is_left_out_and_said(examples, taken):
 
 
 def test_one_class_alone_leaves_retrieval(examples):
-  scores = pair_evaluation.evaluate_examples(ColourPair(), examples, COLOURS[:1], probes=('pixels',))['test']
+  scores = pair_evaluation.evaluate_examples(ColourPair(), examples, COLOURS[:1])['test']
   assert 'image_to_text' in scores and 'zero_shot' not in scores and 'linear_probe' not in scores
 
 

@@ -202,7 +202,8 @@ def test_what_the_rows_do_not_determine_is_left_out(images, texts, labels, kinds
 
 
 def test_a_split_without_a_known_label_has_no_accuracy():
-  features = {split: rows(9, 4, seed=seed) for seed, split in enumerate(('train', 'validation', 'test'))}
+  splits = ('train', 'validation', 'test')
+  features = {split: rows(9, 4, seed=seed) for seed, split in enumerate(splits)}
   labels = {'train': [0, 1, 2] * 3, 'validation': [0] * 9, 'test': [UNLABELLED] * 9}
   assert set(linear_probe(features, labels)['accuracy']) == {'train', 'validation'}
 

@@ -471,7 +471,8 @@ def test_presets_use_the_shipped_tower(preset):
 
 
 @pytest.mark.parametrize(('scores', 'score', 'said'), [
-    ({'image_to_text': {'R@10': 0.5}, 'text_to_image': {'R@10': 1.0}}, 0.75, 'R@10, mean of both ways'),
+    ({'image_to_text': {'R@10': 0.5}, 'text_to_image': {'R@10': 1.0}}, 0.75,
+     'R@10, mean of both ways'),
     ({'modality_gap': 0.5}, None, 'fewer than two validation images with a text can be read')])
 def test_a_validation_without_retrieval_has_no_score(scores, score, said):
   run = types.SimpleNamespace(frozen={}, _scores=lambda variables: scores)

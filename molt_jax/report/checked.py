@@ -138,12 +138,13 @@ def mistakes(
     for row in rows:
       known = name in predictions.conditions and row < len(predictions.ids)
       if not known or str(row) not in found['examples']:
-        raise UserError(f'{str(path)!r}: conditions.{name} names row {row}, which is not there; {remedy}')
+        raise UserError(
+            f'{str(path)!r}: conditions.{name} names row {row}, which is not there; {remedy}')
   return found
 
 
 def picture(url: str) -> str | None:
-  """Returns the data URL of a thumbnail if it holds a small PNG, JPEG or WebP picture, else None."""
+  """Returns the data URL if it holds a small PNG, JPEG or WebP picture, else None."""
   match = re.fullmatch(r'data:image/(png|jpeg|webp);base64,([A-Za-z0-9+/]+={0,2})', url)
   if not match or len(url) > MOST_IMAGE:
     return None
@@ -193,7 +194,8 @@ def _listed_faults(value: Any, schema: Listed, where: str) -> Iterator[str]:
       yield from _faults(each, schema.value, f'{where}[{number}]')
 
 
-def _object_faults(value: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> Iterator[str]:
+def _object_faults(
+    value: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> Iterator[str]:
   for key, each in schema.items():
     name = key.removesuffix('?')
     if name in value:

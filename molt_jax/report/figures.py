@@ -161,7 +161,8 @@ def class_dots(rows: Sequence[tuple[str, Mapping[str, float]]], *, x: str) -> Ca
         ax.plot([min(found), max(found)], [n, n], color=GRID, linewidth=2, zorder=1)
     for i, name in enumerate(series):
       value_n = [values.get(name, np.nan) for _, values in rows]
-      ax.plot(value_n, range(len(rows)), linestyle='', marker=MARKERS[i], color=colour(i), label=name)
+      dots = {'linestyle': '', 'marker': MARKERS[i], 'color': colour(i), 'label': name}
+      ax.plot(value_n, range(len(rows)), **dots)
     ax.set(xlabel=x, yticks=range(len(rows)), yticklabels=[name for name, _ in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlim=(-0.03, 1.03))
     ax.grid(visible=False, axis='y')
@@ -226,7 +227,8 @@ def spectrum(pairs: Pairs, layer: int) -> Callable[[Any], None]:
   finite = pairs.held_out_lk[np.isfinite(pairs.held_out_lk)]
   return curves(
       {name: (directions, rho_lk[layer]) for name, rho_lk in named.items()}, title=layer_name(layer, len(pairs.gap_l)), x='direction',
-      y='canonical correlation', marker=True, ylim=(min(-0.05, 1.1 * finite.min(initial=0)), 1.05), xlim=(0.5, len(directions) + 0.5))
+      y='canonical correlation', marker=True, ylim=(min(-0.05, 1.1 * finite.min(initial=0)), 1.05),
+      xlim=(0.5, len(directions) + 0.5))
 
 
 def plane(pairs: Pairs, layer: int) -> Callable[[Any], None]:

@@ -79,7 +79,8 @@ def render(runs: Sequence[Run]) -> str:
   style = importlib.resources.files(__package__).joinpath('style.css').read_text(encoding='utf-8')
   return (
       f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1">'
+      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+      f'<meta name="viewport" content="width=device-width, initial-scale=1">'
       f'<meta name="color-scheme" content="light dark"><title>{title} - molt_jax</title><style>{style}</style></head>\n'
       f'<body><header><p class="kicker">molt_jax run report</p><h1>{title}</h1>{_abstract(page)}</header><nav aria-label="sections">{links}</nav>'
       f'<main>{bodies}</main><footer>Written by <code>python -m molt_jax.report</code>. The method: Sun and Song, Robust Latent Representation '
@@ -441,7 +442,8 @@ def _card(run, condition, row):
   shown = [*np.argsort(-probability_k, kind='stable')[:3].tolist(), *sorted(true)[:MAX_CLASSES]]
   shown = list(dict.fromkeys(shown))
   bars = ''.join(
-      f'<li class="{"true" if k in true else "wrong"}"><span>{safe(p.class_names[k])}</span><b>{_probability(probability_k[k])}</b>'
+      f'<li class="{"true" if k in true else "wrong"}"><span>{safe(p.class_names[k])}</span>'
+      f'<b>{_probability(probability_k[k])}</b>'
       f'<i style="width:{100 * float(probability_k[k]):.1f}%"></i></li>' for k in shown)
   return (f'<article class="card"><div class="shown">{_image(example, condition)}{_text(example, condition)}</div><ol>{bars}</ol></article>')
 
@@ -478,9 +480,11 @@ def setup(page):
   changed = {run.name: dict(line.split(': ', 1) for line in config_lib.differences(config_lib.default_config(), run.config)) for run in page.runs}
   names = [name for name, _ in config_lib.fields() if any(name in fields for fields in changed.values())]
   values = [[f'<code>{name}</code>', *(_field(run, name) for run in page.runs)] for name in names]
-  chosen = page.table(['field', *(safe(run.name) for run in page.runs)], values, 'Fields of the config that differ from their defaults.')
+  head = ['field', *(safe(run.name) for run in page.runs)]
+  chosen = page.table(head, values, 'Fields of the config that differ from their defaults.')
   whole = ''.join(
-      f'<details><summary>Every field of {safe(run.name)}</summary><pre>{_whole(run)}</pre></details>'
+      f'<details><summary>Every field of {safe(run.name)}</summary>'
+      f'<pre>{_whole(run)}</pre></details>'
       for run in page.runs)
   return table + chosen + whole
 
@@ -493,6 +497,10 @@ def _whole(run):
   """The config, with its line breaks."""
   text = config_lib.to_json(run.config)[:MOST_CONFIG]
   return '\n'.join(safe(line, MOST_CONFIG) for line in text.split('\n'))
+
+
+def _dataset(run):
+  return safe(run.config.dataset.name)
 
 
 def _sizes(run):
@@ -557,7 +565,7 @@ def _command(run):
 FACTS: Mapping[str, Callable[[Run], str]] = {
   'method': lambda run: safe(run.config.method),
   'absence': _absence,
-  'data': lambda run: f'{safe(run.config.dataset.name)} <small>{safe(run.config.dataset.path)}</small>',
+  'data': lambda run: f'{_dataset(run)} <small>{safe(run.config.dataset.path)}</small>',
   'examples': _sizes,
   'image tower': functools.partial(_tower, modality='image'),
   'text tower': functools.partial(_tower, modality='text'),

@@ -21,7 +21,8 @@ from molt_jax.report import checked, figures
 
 HOSTILE = (
     '', '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onload='alert(1)",
-    '</style></svg><script>alert(1)</script>', 'a$\\frac{1}{x}$_^%{', '$', '_hidden #0072b2 id="x" url(#y)',
+    '</style></svg><script>alert(1)</script>', 'a$\\frac{1}{x}$_^%{', '$',
+    '_hidden #0072b2 id="x" url(#y)',
     'a\x00b\x1b[31m\n\u202e\ud800\ufffe', '😀 שלום', 'x' * 10_000, '3.14159 font-family: a;')
 
 
@@ -65,7 +66,9 @@ def put(content, keys, value):
 
 # File -> the places of its strings that a page shows, and how a string is made fit for it.
 FIELDS = {
-    'split': [('evaluation.json', ['split']), (records.PREDICTIONS, ['split']), ('mistakes.json', ['split'])],
+    'split': [
+        ('evaluation.json', ['split']), (records.PREDICTIONS, ['split']),
+        ('mistakes.json', ['split'])],
     'sha256': [('evaluation.json', ['backbones', 'image', 'sha256'])],
     'tower path': [('evaluation.json', ['backbones', 'text', 'path'])],
     'version': [('evaluation.json', ['versions', 'jax'])],
@@ -128,7 +131,8 @@ def test_a_page_with_hostile_names_everywhere_is_drawn(hostile, run, first):
 
 
 @pytest.mark.parametrize('name', [
-    '<script>alert(1)<script>', '"onload="x', '$x_{$ [red]', '_', 'a\x1b[31m\n\u202e', '\udcff', "'; rm"])
+    '<script>alert(1)<script>', '"onload="x', '$x_{$ [red]', '_', 'a\x1b[31m\n\u202e', '\udcff',
+    "'; rm"])
 @pytest.mark.filterwarnings('error')
 def test_the_name_of_a_folder_is_text_too(hostile, run, name, quick, capfd):
   folders = [shutil.copytree(run, run.with_name('good')), shutil.copytree(run, run.with_name(name))]
@@ -153,34 +157,38 @@ class Texts(html.parser.HTMLParser):
     self.texts.append(data)
 
 
-@pytest.mark.parametrize('name', ['a$b$', '_x', '#0072b2', 'id="q"', 'font-family:a', '3.14159', '$', '<b>&'])
+@pytest.mark.parametrize('name', [
+    'a$b$', '_x', '#0072b2', 'id="q"', 'font-family:a', '3.14159', '$', '<b>&'])
 @pytest.mark.filterwarnings('error')
 def test_a_class_is_called_by_its_own_name_in_every_drawing(name):
-  matrix = figures.svg(figures.confusion(np.eye(2, dtype=int), [name, 'b'], title=''), name, number=1)
-  dots = figures.svg(figures.class_dots([(figures.name_of(name), {'a': 0.5})], x=''), name, number=2)
-  lines = figures.svg(figures.curves({name: ([1], [2]), 'b': ([1], [2])}, title='', x='', y=''), name, number=3)
-  for drawing, count in ((matrix, 2), (dots, 1), (lines, 1)):
-    found = Texts(drawing)
+  matrix = figures.confusion(np.eye(2, dtype=int), [name, 'b'], title='')
+  dots = figures.class_dots([(figures.name_of(name), {'a': 0.5})], x='')
+  lines = figures.curves({name: ([1], [2]), 'b': ([1], [2])}, title='', x='', y='')
+  for draw, count in ((matrix, 2), (dots, 1), (lines, 1)):
+    found = Texts(figures.svg(draw, name, number=1))
     assert [text.strip() for text in found.texts].count(name) == count
     assert ('aria-label', name) in found.attributes
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def encoded(kind, size=(8, 6), as_kind=None):
   buffer = io.BytesIO()
   Image.new('RGB', size, 'red').save(buffer, kind)
-  return f'data:image/{as_kind or kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+  content = base64.b64encode(buffer.getvalue()).decode()
+  return f'data:image/{as_kind or kind.lower()};base64,{content}'
 
 
 @pytest.mark.parametrize(('url', 'there'), [
     (encoded('PNG'), True), (encoded('JPEG'), True), (encoded('WEBP'), True),
-    (encoded('GIF'), False), (encoded('PNG', as_kind='svg+xml'), False), (encoded('PNG', as_kind='jpeg'), False),
-    (encoded('PNG', size=(2_000, 2)), False), (encoded('PNG')[:-40], False), (encoded('PNG') + '\n', False),
+    (encoded('GIF'), False), (encoded('PNG', as_kind='svg+xml'), False),
+    (encoded('PNG', as_kind='jpeg'), False), (encoded('PNG', size=(2_000, 2)), False),
+    (encoded('PNG')[:-40], False), (encoded('PNG') + '\n', False),
     (encoded('PNG').replace('data:', 'DATA:'), False), ('https://example.com/x.png', False),
     ('data:image/png;base64,', False), ('data:image/png;base64,AAAA" onerror="x', False),
-    ('data:image/png;base64,' + 'A' * 1_000_000, False), ('data:text/html;base64,PGI+', False), ('x', False)])
+    ('data:image/png;base64,' + 'A' * 1_000_000, False), ('data:text/html;base64,PGI+', False),
+    ('x', False)])
 def test_a_picture_is_a_small_one_of_a_known_kind_or_left_out(run, quick, url, there):
   assert checked.picture(url) == (url if there else None)
   change(run / 'mistakes.json', lambda content: [put(content, ['examples', row, 'image'], url)
@@ -191,7 +199,7 @@ def test_a_picture_is_a_small_one_of_a_known_kind_or_left_out(run, quick, url, t
   assert any('left out' in text for text in page.texts) == (not there)
 
 
-# ---- Wrong types ----------------------------------------------------------------------------------------
+# ---- Wrong types ---------------------------------------------------------------------------------
 
 
 WRONG = (None, True, -1, 1.5, 'x', '1', [], [1], {}, {'a': 1}, float('nan'), 1e308, 10**400)
@@ -226,7 +234,8 @@ OBJECTS = [
 ]
 
 
-@pytest.mark.parametrize(('file', 'keys', 'legal'), [*NUMBERS, *TEXTS, *OBJECTS], ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ('file', 'keys', 'legal'), [*NUMBERS, *TEXTS, *OBJECTS], ids=lambda x: str(x)[:60])
 def test_a_value_of_the_wrong_kind_is_named_with_its_file(run, file, keys, legal):
   original = (run / file).read_text()
   for value in WRONG:
@@ -243,7 +252,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file(run, file, keys, legal
     said = str(error.value)
     named = [str(key) for key in keys if not isinstance(key, int) and key != 'FIRST']
     assert file in said and '\n' not in said and len(said) < 500, (value, said)
-    assert named[0] in said or value == {}, (value, said)  # Of what is empty something else is said.
+    assert named[0] in said or value == {}, (value, said)  # Something else is said of {}.
 
 
 @pytest.mark.parametrize('key', ['kind', 'step', 'loss', 'cca_correlation', 'none_absent', 'pairs'])
@@ -264,17 +273,20 @@ def test_gaps_of_a_log_are_gaps_of_a_curve(run):
   """Older logs have NaN; newer ones null in a list, and no key."""
   nan = float('nan')
   lines = [
-      {'kind': 'train', 'step': 1, 'loss': nan, 'cca_correlation': [nan], 'images_per_second': 1e400},
+      {'kind': 'train', 'step': 1, 'loss': nan, 'cca_correlation': [nan]},
+      {'kind': 'train', 'step': 1, 'images_per_second': float('inf')},
       {'kind': 'train', 'step': 2, 'loss': 1.5, 'cca_correlation': [None]},
       {'kind': 'train', 'step': 3, 'cca_correlation': [0.5, 0.25]},
-      {'kind': 'validation', 'step': 3, 'none_absent': {'accuracy': nan}, 'text_absent': {'num_examples': 0}},
-      {'kind': 'validation', 'step': 4, 'none_absent': {'accuracy': 0.5}, 'pairs': {'held_out_correlation': [None]}}]
+      {'kind': 'validation', 'step': 3, 'none_absent': {'accuracy': nan}},
+      {'kind': 'validation', 'step': 3, 'text_absent': {'num_examples': 0}},
+      {'kind': 'validation', 'step': 4, 'none_absent': {'accuracy': 0.5}},
+      {'kind': 'validation', 'step': 4, 'pairs': {'held_out_correlation': [None]}}]
   (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   page = Texts(report.write([run]).read_text())
   assert not re.search(r'\b(nan|inf|None|null)\b', ' '.join(page.texts))
 
 
-# ---- Nothing to score -----------------------------------------------------------------------------------
+# ---- Nothing to score ----------------------------------------------------------------------------
 
 
 def without_examples(run, conditions, scores):
@@ -316,10 +328,11 @@ def test_conditions_without_examples_have_no_number_on_the_page(
     assert (first.difference(first, name) is not None) == scored
 
 
-# ---- Whatever else --------------------------------------------------------------------------------------
+# ---- Whatever else -------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1))
 def test_any_change_of_a_run_file_is_a_page_or_one_line(hostile, quick, tmp_path_factory, seed):
   hostile.trial(np.random.default_rng(seed), tmp_path_factory.mktemp('changed'))

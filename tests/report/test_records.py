@@ -52,7 +52,8 @@ def test_label_sets_without_any_label_have_no_f1(record):
 
 def test_a_class_that_occurs_nowhere_has_no_f1(record):
   p = record()
-  p = dataclasses.replace(p, label=np.minimum(p.label, 3), probability_cnk=p.probability_cnk * [1, 1, 1, 1, 0])
+  p = dataclasses.replace(
+      p, label=np.minimum(p.label, 3), probability_cnk=p.probability_cnk * [1, 1, 1, 1, 0])
   f1_k = p.class_f1('none_absent')
   assert np.isnan(f1_k[4]) and np.isfinite(f1_k[:4]).all()
 
@@ -68,7 +69,8 @@ def test_confusions_are_the_matrix_in_order(record):
   matrix_kk = p.confusion('none_absent')
   np.fill_diagonal(matrix_kk, 0)
   order = np.argsort(-matrix_kk, axis=None, kind='stable')
-  expected = [(*divmod(int(i), 4), int(matrix_kk.ravel()[i])) for i in order if matrix_kk.ravel()[i]]
+  counts = {divmod(int(i), 4): int(matrix_kk.ravel()[i]) for i in order}
+  expected = [(*pair, count) for pair, count in counts.items() if count]
   assert p.confusions('none_absent') == expected
 
 
@@ -138,7 +140,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(record, tmp_path, monk
     records.Predictions.load(tmp_path / 'predictions.npz')
 
 
-# ---- JSON without NaN ------------------------------------------------------------------------------
+# ---- JSON without NaN ----------------------------------------------------------------------------
 
 
 def test_json_has_no_nan():
@@ -150,7 +152,8 @@ def test_json_has_no_nan():
 
 def test_a_log_has_no_nan_and_goes_on(tmp_path):
   log = logbook.Logbook(tmp_path, step=0)
-  log.write('validation', 1, {'loss': float('nan'), 'pairs': {'gap': [0.5, float('inf')]}, 'none': {}})
+  values = {'loss': float('nan'), 'pairs': {'gap': [0.5, float('inf')]}, 'none': {}}
+  log.write('validation', 1, values)
   log.close()
   assert logbook.read(tmp_path) == [
       {'kind': 'validation', 'step': 1, 'pairs': {'gap': [0.5, None]}, 'none': {}}]

@@ -19,13 +19,15 @@ from molt_jax import config, records, report
 MOST_BYTES = 20_000_000  # Of a page.
 STRINGS = (
     '', ' ', '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onload='alert(1)",
-    '</style><script>alert(1)</script>', '</svg><script>alert(1)</script>', '<!-- ', ']]>', '&lt;b&gt;',
-    '&#60;script&#62;', 'javascript:alert(1)', 'https://example.com/x.png', '{{7*7}}', '%s %d {0} {x}',
-    '$\\frac{1}{2}$', '$', '$$', '\\alpha_{', '_hidden', '^_^', '50 %', '#0072b2', 'url(#x)', 'id="x"',
-    'font-family: x;', '3.14159265', 'a\nb', 'a\x00b', '\x1b[31mred\x1b[0m', '\x9b31m', '\u202egnp.exe',
-    '\u2066x', '\ud800', '\ufffe', '\u2028', '[red]x[/red]', '\U0001f600 \U0001faf6', 'שלום', 'e\u0301' * 40,
-    'data:image/svg+xml;base64,PHN2Zz4=', 'data:text/html,<script>', 'data:image/png;base64,AAAA',
-    'data:image/png;base64,AAAA" onerror="alert(1)', 'x' * 10_000, '../../etc/passwd', 'nan', 'None', '1')
+    '</style><script>alert(1)</script>', '</svg><script>alert(1)</script>', '<!-- ', ']]>',
+    '&lt;b&gt;', '&#60;script&#62;', 'javascript:alert(1)', 'https://example.com/x.png', '{{7*7}}',
+    '%s %d {0} {x}', '$\\frac{1}{2}$', '$', '$$', '\\alpha_{', '_hidden', '^_^', '50 %', '#0072b2',
+    'url(#x)', 'id="x"', 'font-family: x;', '3.14159265', 'a\nb', 'a\x00b', '\x1b[31mred\x1b[0m',
+    '\x9b31m', '\u202egnp.exe', '\u2066x', '\ud800', '\ufffe', '\u2028', '[red]x[/red]',
+    '\U0001f600 \U0001faf6', 'שלום', 'e\u0301' * 40, 'data:image/svg+xml;base64,PHN2Zz4=',
+    'data:text/html,<script>', 'data:image/png;base64,AAAA',
+    'data:image/png;base64,AAAA" onerror="alert(1)', 'x' * 10_000, '../../etc/passwd', 'nan',
+    'None', '1')
 NUMBERS = (
     0, -1, 1, True, 3.5, -0.0, 1e-320, 1e30, 1e308, -1e308, 10**30, 10**400, 1 << 53, math.nan,
     math.inf, -math.inf)
@@ -38,9 +40,9 @@ TAGS = {
     'img', 'br', 'details', 'summary', 'svg', 'g', 'path', 'text', 'tspan', 'use', 'defs',
     'clippath', 'rect'}
 ATTRIBUTES = {
-    'lang', 'charset', 'name', 'content', 'http-equiv', 'class', 'id', 'href', 'src', 'alt', 'scope',
-    'tabindex', 'role', 'aria-label', 'viewbox', 'style', 'transform', 'd', 'x', 'y', 'width',
-    'height', 'clip-path', 'xlink:href', 'data-absent'}
+    'lang', 'charset', 'name', 'content', 'http-equiv', 'class', 'id', 'href', 'src', 'alt',
+    'scope', 'tabindex', 'role', 'aria-label', 'viewbox', 'style', 'transform', 'd', 'x', 'y',
+    'width', 'height', 'clip-path', 'xlink:href', 'data-absent'}
 VOID = ('meta', 'img', 'br')
 
 
@@ -73,7 +75,7 @@ def _render(runs, out):
   return code, errors.getvalue()
 
 
-# ---- What must hold --------------------------------------------------------------------------------
+# ---- What must hold ------------------------------------------------------------------------------
 
 
 class _Page(html.parser.HTMLParser):
@@ -140,7 +142,7 @@ def check_line(said: str) -> None:
   assert not [c for c in line if unicodedata.category(c) in ('Cc', 'Cs')], repr(line[:300])
 
 
-# ---- A run folder ----------------------------------------------------------------------------------
+# ---- A run folder --------------------------------------------------------------------------------
 
 
 def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
@@ -165,7 +167,8 @@ def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
       folder, {'split': 'test', 'step': 40, 'conditions': worst, 'examples': examples})
   scores = {name: {'accuracy': 0.5, 'f1_micro': 0.5} for name in p.conditions}
   _dump_lines(folder / 'metrics.jsonl', [
-      {'kind': 'train', 'step': 10, 'loss': 1.5, 'images_per_second': 9.5, 'cca_correlation': [0.1]},
+      {'kind': 'train', 'step': 10, 'loss': 1.5, 'images_per_second': 9.5,
+       'cca_correlation': [0.1]},
       {'kind': 'validation', 'step': 20, 'score': 0.5, **scores,
        'pairs': {'held_out_correlation': [0.5]}}])
   call = {'from_step': 0, 'seconds': 3.4, 'peak_device_bytes': None, 'peak_host_bytes': 25_000_000}
@@ -206,14 +209,15 @@ def _dump_lines(path, lines):
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
-# ---- What is spoilt --------------------------------------------------------------------------------
+# ---- What is spoilt ------------------------------------------------------------------------------
 
 
 def _spoil(rng, run):
   """Changes one value in one file."""
   name = rng.choice([
       'evaluation.json', 'evaluation.json', 'mistakes.json', 'mistakes.json', 'run.json',
-      'run.json', 'metrics.jsonl', 'config.json', records.PREDICTIONS, records.PREDICTIONS, records.PAIRS])
+      'run.json', 'metrics.jsonl', 'config.json', records.PREDICTIONS, records.PREDICTIONS,
+      records.PAIRS])
   path = run / name
   if name.endswith('.npz'):
     _spoil_arrays(rng, path)
@@ -288,7 +292,8 @@ def _spoilt_array(rng, x):
   choices = (
       lambda: None, lambda: flat[:-1], lambda: x[..., None], lambda: x.astype(np.float64) * np.nan,
       lambda: x.astype(np.float64) * 1e300, lambda: x.astype(np.int64) - 2, lambda: x.astype('U8'),
-      lambda: x.astype(complex), lambda: np.zeros((0, *x.shape[1:]), x.dtype), lambda: ~x.astype(bool),
+      lambda: x.astype(complex), lambda: np.zeros((0, *x.shape[1:]), x.dtype),
+      lambda: ~x.astype(bool),
       lambda: np.zeros_like(x), lambda: np.array(3), lambda: x[:0], lambda: np.full_like(x, 1),
       lambda: x.astype('>f8'), lambda: x[::-1])
   return choices[rng.integers(len(choices))]()
