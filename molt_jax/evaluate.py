@@ -16,9 +16,10 @@ import numpy as np
 import rich.console
 import rich.table
 
-from molt_jax import checkpoint, cli, fill, logbook, processes, sharding
+from molt_jax import atomic, checkpoint, cli, fill, processes, sharding
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
+from molt_jax import workdir as workdir_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import Source
@@ -148,7 +149,7 @@ def write(workdir: pathlib.Path, *, split: str, num_examples: int, results: Mapp
     if all(old.get(key) == record[key] for key in same):
       record['results'] = {**old['results'], **record['results']}
   if processes.leads():
-    logbook.write_atomically(path, json.dumps(record, indent=2) + '\n')
+    atomic.write(path, json.dumps(record, indent=2) + '\n')
   return record
 
 
@@ -208,6 +209,8 @@ def run(
     _check_choice('--missing_type', kind, ('text', 'image', 'both'))
   for name in absent or ():
     _check_choice('--absent', name, KEPT)
+  if processes.leads() and workdir.is_dir():
+    workdir_lib.try_out(workdir)
   config, meta, restore = open_run(workdir)
   absent = absence_names(config) if absent is None else absent
   _check_left(config, absent, missing_rates)

@@ -17,8 +17,9 @@ import rich.console
 import rich.table
 from PIL import Image
 
-from molt_jax import checkpoint, cli, dual, logbook, pair_metrics, pretrain
+from molt_jax import atomic, checkpoint, cli, dual, pair_metrics, pretrain
 from molt_jax import config as config_lib
+from molt_jax import workdir as workdir_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, pipeline, transforms
 from molt_jax.data.sources import Dataset, Source
@@ -177,6 +178,8 @@ def run(
       if name not in legal:
         raise UserError(f'{flag}: {name!r} is not legal; give {", ".join(legal)}')
   pair_metrics.class_prompts([], templates)
+  if workdir.is_dir():
+    workdir_lib.try_out(workdir)
   pair = pretrain.load_pair(workdir)
   config = config_lib.from_json((workdir / 'config.json').read_text(encoding='utf-8'), config_lib.PRETRAIN_SCHEMA)
   meta, _ = checkpoint.load_model(workdir, config.eval.select)
@@ -194,7 +197,7 @@ def run(
   path = workdir / 'pair_evaluation.json'
   kept = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
   kept[f'{dataset.name}/{split}'] = record
-  logbook.write_atomically(path, json.dumps(kept, indent=2) + '\n')
+  atomic.write(path, json.dumps(kept, indent=2) + '\n')
   return record
 
 

@@ -25,7 +25,7 @@ ROOMS = {
     'objectives': (),
     **dict.fromkeys(SERVICES, ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
     'records': ('data', 'logbook'),
-    'report': ('config', 'cli', 'data', 'logbook', 'records'),
+    'report': ('config', 'cli', 'data', 'logbook', 'records', 'workdir'),
     'pair_metrics': ('config', 'objectives'),
     'loop': ('config', *SERVICES, 'workdir'),
     'fill': ('config', 'data', 'backbones', 'modules', 'objectives', *SERVICES),

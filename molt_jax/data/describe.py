@@ -23,7 +23,7 @@ import rich.console
 import rich.table
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from molt_jax import cli, logbook
+from molt_jax import atomic, cli, errors
 from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
@@ -220,6 +220,10 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
   Raises:
     UserError: the data set's files are not as they must be, or `out` cannot be written.
   """
+  failed = f'--out: {str(out)!r} cannot be written'
+  with errors.explained(failed):
+    out.mkdir(parents=True, exist_ok=True)
+  atomic.try_out(out, tried=failed)
   dataset = datasets.load_dataset(config)
   encode = _tokenizer(config)
   report = {
@@ -228,12 +232,9 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
       **describe(dataset, encode=encode, max_tokens=config.text.max_tokens, sample=sample)}
   picture = io.BytesIO()
   contact_sheet(dataset, 'train', sheet).save(picture, 'PNG')
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    logbook.write_atomically(out / 'describe.json', json.dumps(report, indent=2, ensure_ascii=False) + '\n')
-    (out / 'contact_sheet.png').write_bytes(picture.getvalue())
-  except OSError as error:
-    raise UserError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from error
+  described = json.dumps(report, indent=2, ensure_ascii=False) + '\n'
+  atomic.write(out / 'describe.json', described, tried=failed)
+  atomic.write(out / 'contact_sheet.png', picture.getvalue(), tried=failed)
   print_tables(report)
   cli.say(f'written: {out / "describe.json"}, {out / "contact_sheet.png"}')
   return report

@@ -6,7 +6,7 @@ The page is one HTML file that opens from disk: no scripts, nothing from elsewhe
 import pathlib
 from collections.abc import Sequence
 
-from molt_jax import cli, logbook
+from molt_jax import atomic, cli, workdir
 from molt_jax.config import UserError
 from molt_jax.report.runs import read
 
@@ -25,8 +25,9 @@ def write(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path | None
   out = pathlib.Path(out) if out else runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
   if not out.parent.is_dir() or out.is_dir():
     raise UserError(f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file')
+  workdir.try_out(out.parent, flag='--out')
   from molt_jax.report import page  # Matplotlib takes a second to import; a mistake in the arguments is said before.
-  logbook.write_atomically(out, page.render(runs))
+  atomic.write(out, page.render(runs))
   return out
 
 
