@@ -17,6 +17,7 @@ import numpy as np
 from molt_jax import atomic, cli, fill, logbook, processes, sharding, terminal, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
+from molt_jax import workdir as workdir_lib
 from molt_jax.config import UserError
 from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import Source
@@ -278,6 +279,8 @@ def run(
     _check_choice('--missing_type', kind, ('text', 'image', 'both'))
   for name in absent or ():
     _check_choice('--absent', name, KEPT)
+  if processes.leads() and workdir.is_dir():
+    workdir_lib.try_out(workdir)
   opened = trained.open_run(workdir)
   config, meta = opened.config, opened.meta
   absent = absence_names(config) if absent is None else absent

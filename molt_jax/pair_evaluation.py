@@ -18,6 +18,7 @@ from PIL import Image
 
 from molt_jax import atomic, cli, dual, logbook, pair_metrics, pretrain, terminal, trained
 from molt_jax import config as config_lib
+from molt_jax import workdir as workdir_lib
 from molt_jax.config import UserError
 from molt_jax.data import datasets, fingerprint, pipeline, transforms
 from molt_jax.data.sources import Dataset, Source
@@ -215,6 +216,8 @@ def run(
       if name not in legal:
         raise UserError(f'{flag}: {name!r} is not legal; give {", ".join(legal)}')
   pair_metrics.class_prompts([], templates)
+  if workdir.is_dir():
+    workdir_lib.try_out(workdir)
   path = workdir / 'pair_evaluation.json'
   opened = pretrain.open_run(workdir)
   kept = _written(path)

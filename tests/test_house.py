@@ -29,7 +29,7 @@ ROOMS = {
         SERVICES, ('config', 'files', 'data', 'backbones', 'modules', 'objectives', *SERVICES)),
     'terminal': (),
     'records': ('config', 'data', 'logbook', 'terminal'),
-    'report': ('config', 'cli', 'data', 'logbook', 'records', 'terminal', 'trained'),
+    'report': ('config', 'cli', 'data', 'logbook', 'records', 'terminal', 'trained', 'workdir'),
     'trained': ('config', 'data', *SERVICES),
     'pair_metrics': ('config', 'objectives'),
     'loop': ('config', *SERVICES, 'trained', 'workdir'),

@@ -23,7 +23,7 @@ import rich.table
 import rich.text
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from molt_jax import atomic, cli, terminal
+from molt_jax import atomic, cli, errors, terminal
 from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
@@ -228,6 +228,10 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
   Raises:
     UserError: the data set's files are not as they must be, or `out` cannot be written.
   """
+  failed = f'--out: {str(out)!r} cannot be written'
+  with errors.explained(failed):
+    out.mkdir(parents=True, exist_ok=True)
+  atomic.try_out(out, tried=failed)
   dataset = datasets.load_dataset(config)
   encode = _tokenizer(config)
   report = {
@@ -236,12 +240,9 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
       **describe(dataset, encode=encode, max_tokens=config.text.max_tokens, sample=sample)}
   picture = io.BytesIO()
   contact_sheet(dataset, 'train', sheet).save(picture, 'PNG')
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    atomic.write(out / 'describe.json', json.dumps(report, indent=2, ensure_ascii=False) + '\n')
-    (out / 'contact_sheet.png').write_bytes(picture.getvalue())
-  except OSError as error:
-    raise UserError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from error
+  described = json.dumps(report, indent=2, ensure_ascii=False) + '\n'
+  atomic.write(out / 'describe.json', described, tried=failed)
+  atomic.write(out / 'contact_sheet.png', picture.getvalue(), tried=failed)
   print_tables(report)
   for split, values in report['splits'].items():
     if values['unusable']:

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from molt_jax import atomic, cli, terminal
+from molt_jax import atomic, cli, terminal, workdir
 from molt_jax.config import UserError
 from molt_jax.report.runs import read
 
@@ -27,6 +27,7 @@ def write(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path | None
   out = pathlib.Path(out) if out else runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
   if not out.parent.is_dir() or out.is_dir():
     raise UserError(f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file')
+  workdir.try_out(out.parent, flag='--out')
   from molt_jax.report import page  # Matplotlib takes a second to import; a mistake in the arguments is said before.
   atomic.write(out, page.render(runs))
   return out
