@@ -285,11 +285,10 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
   """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place, and whether that is finite."""
   def fill(buffer, w, layer):
     new = transform.reorder(w).reshape(shape)
-    new = how.quantize(new) if how else new.astype(buffer.dtype)
-    finite = jnp.array(True)
-    for leaf in jax.tree.leaves(new):
-      if jnp.issubdtype(leaf.dtype, jnp.floating):
-        finite &= jnp.isfinite(leaf).all()
+    if how is None:  # A number can be too large for the type in which it is computed with.
+      new = new.astype(buffer.dtype)
+    finite = jnp.isfinite(new).all()
+    new = how.quantize(new) if how else new
     if stacked:
       new = jax.tree.map(
           lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0),
