@@ -136,9 +136,12 @@ class Tower(TowerSpec):
 def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> TowerSpec:
   """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
   files = open_files(path, kind=kind)
-  if files.shapes is not None:  # Sizes are believed, and arrays made of them, once tensors have them.
+  if files.shapes is not None:
+    # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
+    # there must have them. Which are missing, loading says.
     module = make_module(files, dtype='float32', attention='xla')
-    _plan(files, traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/'))
+    wanted = traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/')
+    _plan(files, wanted, complete=False)
   return _describe(files, quantization)
 
 
@@ -297,11 +300,18 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
   return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
 
 
-def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
+def _plan(
+    files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct], *, complete: bool = True
+) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
   """Returns our path -> (Hugging Face tensors, one a layer, their shape, their transform).
 
+  Args:
+    files: what there is.
+    wanted: our parameters.
+    complete: whether every tensor must be there, and no other.
+
   Raises:
-    UserError: names every tensor that is missing, unknown or of the wrong shape.
+    UserError: names every tensor that is missing, unknown or of the wrong shape or type.
   """
   plan, wrong = {}, []
   for template, (path, transform) in MAPS[files.kind].items():
@@ -322,7 +332,10 @@ def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
   used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
   unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
-  faults = [f'{fault}: {", ".join(_by_layer(names))}' for fault, names in (('missing', missing), ('unknown', unknown)) if names]
+  faults = []
+  for fault, names in (('missing', missing), ('unknown', unknown)):
+    if names and complete:
+      faults.append(f'{fault}: {", ".join(_by_layer(names))}')
   faults += wrong[:MOST_NAMED] + [f'{len(wrong) - MOST_NAMED} more'] * (len(wrong) > MOST_NAMED)
   if faults:
     raise UserError(f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); ' + '; '.join(faults))
