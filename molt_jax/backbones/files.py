@@ -125,6 +125,11 @@ class HuggingFaceFiles(TowerFiles):
     config = directory / 'config.json'
     if not config.exists():
       raise UserError(f'{path!r}: there is no config.json in {directory}; expected a Hugging Face model directory')
+    if (adapter := directory / 'adapter_config.json').exists():
+      raise UserError(
+          f'{adapter}: the directory holds an adapter (LoRA and the like), which transformers would '
+          'put on the weights and which is not implemented here: merge it into them, '
+          'model.merge_and_unload() and save_pretrained(DIR)')
     content = files.read_json(config)
     self._tensors = _named(shards.find(directory), kind, directory)
     read = sorted({t.file for t in self._tensors.values()})
@@ -194,7 +199,10 @@ def _open(path: str, kind: str) -> TowerFiles:
 def _package_path(path: str) -> pathlib.Path:
   """Resolves pkg://package/relative/path."""
   package, _, relative = path.removeprefix('pkg://').partition('/')
-  spec = importlib.util.find_spec(package) if package.isidentifier() else None
+  try:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+  except (ImportError, ValueError):  # ValueError: of __main__.
+    spec = None
   if spec is None or not spec.submodule_search_locations:
     raise UserError(f'{path!r}: the package {package!r} is not installed; pip install {package.replace("_", "-")}')
   local = pathlib.Path(spec.submodule_search_locations[0], relative)
@@ -213,7 +221,7 @@ def _download(repo_id: str) -> pathlib.Path:
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
         repo_id, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'], ignore_patterns=['*/*']))
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+  except Exception as e:  # Of the hub, its client, the network below it, or the disk.
     reason = ' '.join(str(e).split())[:200]
     raise UserError(f'{repo_id!r} is no directory here and could not be fetched from the Hugging Face hub ({reason}); '
                     'give the path of a local copy, or check the name and the network') from e

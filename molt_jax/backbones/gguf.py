@@ -197,6 +197,10 @@ class _File:
       if last > self._size:
         raise UserError(
             f'{self.path} is cut short: {self._size} bytes of {last}; download it again')
+    if self._size > end:
+      raise UserError(
+          f'{self.path} is damaged: {self._size - end} bytes follow the last tensor, which nothing '
+          'in its header explains')
     return found
 
   def _unpack(self, code: str) -> tuple:

@@ -171,7 +171,8 @@ def wrap(
 
   backend.no_truncation()
   backend.no_padding()
-  tried = guarded(source, backend.encode_batch, [*_TRIALS, *list(vocab)[:100]])
+  words = list(backend.get_vocab(with_added_tokens=False))[:100]
+  tried = guarded(source, backend.encode_batch, [*_TRIALS, *words])
   before, after = _around(tried, source) if around is None else around
   if beyond := [i for i in (*before, *after) if i >= vocab_size]:
     raise UserError(

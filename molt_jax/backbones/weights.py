@@ -136,9 +136,12 @@ class Tower(TowerSpec):
 def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> TowerSpec:
   """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
   files = open_files(path, kind=kind)
-  if files.shapes is not None:  # Sizes are believed, and arrays made of them, once tensors have them.
+  if files.shapes is not None:
+    # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
+    # there must have them. Which are missing, loading says.
     module = make_module(files, dtype='float32', attention='xla')
-    _plan(files, traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/'))
+    wanted = traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/')
+    _plan(files, wanted, complete=False)
   return _describe(files, quantization)
 
 
@@ -285,11 +288,10 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
   """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place, and whether that is finite."""
   def fill(buffer, w, layer):
     new = transform.reorder(w).reshape(shape)
-    new = how.quantize(new) if how else new.astype(buffer.dtype)
-    finite = jnp.array(True)
-    for leaf in jax.tree.leaves(new):
-      if jnp.issubdtype(leaf.dtype, jnp.floating):
-        finite &= jnp.isfinite(leaf).all()
+    if how is None:  # A number can be too large for the type in which it is computed with.
+      new = new.astype(buffer.dtype)
+    finite = jnp.isfinite(new).all()
+    new = how.quantize(new) if how else new
     if stacked:
       new = jax.tree.map(
           lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0),
@@ -298,11 +300,18 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
   return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
 
 
-def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
+def _plan(
+    files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct], *, complete: bool = True
+) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
   """Returns our path -> (Hugging Face tensors, one a layer, their shape, their transform).
 
+  Args:
+    files: what there is.
+    wanted: our parameters.
+    complete: whether every tensor must be there, and no other.
+
   Raises:
-    UserError: names every tensor that is missing, unknown or of the wrong shape.
+    UserError: names every tensor that is missing, unknown or of the wrong shape or type.
   """
   plan, wrong = {}, []
   for template, (path, transform) in MAPS[files.kind].items():
@@ -323,7 +332,10 @@ def _plan(files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
   used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
   unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
-  faults = [f'{fault}: {", ".join(_by_layer(names))}' for fault, names in (('missing', missing), ('unknown', unknown)) if names]
+  faults = []
+  for fault, names in (('missing', missing), ('unknown', unknown)):
+    if names and complete:
+      faults.append(f'{fault}: {", ".join(_by_layer(names))}')
   faults += wrong[:MOST_NAMED] + [f'{len(wrong) - MOST_NAMED} more'] * (len(wrong) > MOST_NAMED)
   if faults:
     raise UserError(f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); ' + '; '.join(faults))
