@@ -64,7 +64,12 @@ class TranslationFit:
       for batch in batches:
         moments = self._step(variables, frozen, sharding.put_batch(batch, mesh), moments)
         bar.advance(min(c.eval.batch_size, len(self._source) - bar.done))
-    maps = {name: m.solve(ridge=c.cca.ridge) for name, m in jax.device_get(moments).items()}
+    sums = jax.device_get(moments)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(sums)):
+      raise UserError(
+          "config.missing.strategy: 'translate' is fitted to what the head makes of training pairs, and "
+          'that is not finite: training has diverged; give a smaller config.optimizer.learning_rate')
+    maps = {name: m.solve(ridge=c.cca.ridge) for name, m in sums.items()}
     old = variables['statistics']['translator']
     new = {**maps, 'pairs': np.asarray(moments['to_text'].weight)}
     return {**variables['statistics'], 'translator': jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, old)}

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from molt_jax.backbones.packing import Packing
-from molt_jax.modules.interface import MODALITIES, Taps, Tokens, TokenSequence
+from molt_jax.modules.interface import MODALITIES, Taps, Tokens, TokenSequence, in_range
 
+LARGEST = 1e9  # Taps beyond, and normalised ones, count as this much: products of a few stay in float32.
 _CONSTANT = 1e-5  # A channel whose deviation is below this share of its mean is constant: float32 sums resolve no less.
 
 
@@ -131,8 +132,9 @@ class Inputs(nn.Module):
     valid_bt = mask_bt & content_b[:, None]
     valid, counted_bt = placed(valid_bt)[None, :, :, None], placed(valid_bt & counted_b[:, None])
     norm = INPUT_NORMS[self.norm](name='norm')
-    x_lbtd = norm(jnp.where(valid, jax.vmap(placed)(taps_lbtd), 0), counted_bt, train=train)
-    return TokenSequence(Tokens(jnp.where(valid, x_lbtd, 0).astype(self.dtype), packing), valid_bt, present_b, self._stand_in())
+    x_lbtd = norm(_read(jax.vmap(placed)(taps_lbtd), valid), counted_bt, train=train)
+    tokens = Tokens(_read(x_lbtd, valid).astype(self.dtype), packing)
+    return TokenSequence(tokens, valid_bt, present_b, self._stand_in())
 
   def _stand_in(self):
     strategy = STRATEGIES[self.strategy]
@@ -142,6 +144,12 @@ class Inputs(nn.Module):
     shape_ld = (self.num_layers, self.width)
     token_ld = self.param('null', init, shape_ld, jnp.float32) if strategy.learned else jnp.zeros(shape_ld)
     return token_ld[:, None, None, :].astype(self.dtype)
+
+
+def _read(x_lbtd, valid):
+  """What is valid, in range; zeros elsewhere."""
+  largest = min(LARGEST, float(jnp.finfo(x_lbtd.dtype).max))
+  return in_range(jnp.where(valid, x_lbtd, 0), largest)
 
 
 class InputPair(nn.Module):

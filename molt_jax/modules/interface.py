@@ -4,6 +4,7 @@ A head is a Linen module called as `head(taps, present_bm, train=..., row_weight
 a modality whose taps are None was not run because it is absent in every row. Column 0 of `present_bm` is the image, column 1 the text.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -87,6 +88,17 @@ class HeadOutput:
   logits_bk: jax.Array
   pooled_image_lbc: jax.Array | None = None
   pooled_text_lbc: jax.Array | None = None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def in_range(x: jax.Array, largest: float) -> jax.Array:
+  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone wrong."""
+  return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+
+
+@in_range.defjvp
+def _(largest, values, slopes):  # What is beyond gets a gradient too, and no mask is kept for that.
+  return in_range(*values, largest), *slopes
 
 
 def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None) -> jax.Array:

@@ -15,12 +15,17 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from molt_jax.modules.interface import MODALITIES
+from molt_jax.modules.interface import MODALITIES, in_range
+
+_EPS = float(np.finfo(np.float32).eps)
+_LARGEST = 1e12  # Of a view: so that sums of squares over any number of pairs stay in float32.
 
 
 @struct.dataclass
 class Moments:
   """Sums over weighted pairs (x, y) in L layers, from which the map follows; float32.
+
+  Numbers of a view beyond 1e12 count as 1e12.
 
   Attributes:
     weight: scalar, n.
@@ -46,7 +51,7 @@ class Moments:
     share_b = weight_b / jnp.maximum(new, 1e-6)
     live = (weight_b > 0)[None, :, None]
     def centred(view_lbc):
-      view_lbc = jnp.where(live, view_lbc, 0)
+      view_lbc = in_range(jnp.where(live, view_lbc, 0), _LARGEST)
       mean_lc = jnp.einsum('b,lbc->lc', share_b, view_lbc, precision='highest')
       return mean_lc, jnp.where(live, view_lbc - mean_lc[:, None, :], 0)
     (mean_x_lc, x_lbc), (mean_y_lc, y_lbc) = centred(x_lbc), centred(y_lbc)
@@ -60,12 +65,18 @@ class Moments:
         scatter(self.scatter_xx_lcc, x_lbc, step_x_lc), scatter(self.scatter_xy_lcc, y_lbc, step_y_lc))
 
   def solve(self, *, ridge: float) -> dict[str, np.ndarray]:
-    """Returns {'kernel_lcc', 'bias_lc'}, float32, of y^ = x kernel + bias; computed in float64 on the host, one layer after the other."""
+    """Returns {'kernel_lcc', 'bias_lc'}, float32, of y^ = x kernel + bias; computed in float64 on the host, one layer after the other.
+
+    A ridge below the rounding of S_xx, which is summed in float32, 4 eps ||S_xx||_F, is raised to that.
+    """
     kernels, biases = [], []
     for mean_x_c, mean_y_c, xx_cc, xy_cc in zip(
         *(np.asarray(m, np.float64) for m in (self.mean_x_lc, self.mean_y_lc, self.scatter_xx_lcc, self.scatter_xy_lcc)), strict=True):
-      shrinkage = max(ridge * np.trace(xx_cc) / len(xx_cc), np.finfo(np.float64).tiny)  # Of a constant view nothing can be learned.
-      kernels.append(np.linalg.solve(xx_cc + shrinkage * np.eye(len(xx_cc)), xy_cc))
+      shrinkage = max(ridge * np.trace(xx_cc) / len(xx_cc), 4 * _EPS * np.linalg.norm(xx_cc))
+      if shrinkage > 0:
+        kernels.append(np.linalg.solve(xx_cc + shrinkage * np.eye(len(xx_cc)), xy_cc))
+      else:
+        kernels.append(np.zeros_like(xy_cc))  # Of a constant view nothing can be learned.
       biases.append(mean_y_c - mean_x_c @ kernels[-1])
     return {'kernel_lcc': np.stack(kernels).astype(np.float32), 'bias_lc': np.stack(biases).astype(np.float32)}
 

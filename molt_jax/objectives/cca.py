@@ -62,12 +62,14 @@ class Factor(NamedTuple):
     back: the map B [k, d] back to the view, likewise.
     residual_nn: I - T T', where it is known without cancellation (Gram space).
     scale: 1 over a bound of the singular values of T, which a large ridge makes small.
+    is_sound: whether it can be used; None: it can.
   """
 
   t: tuple[jax.Array, ...]
   back: tuple[jax.Array, ...]
   residual_nn: jax.Array | None
   scale: jax.Array
+  is_sound: jax.Array | None = None
 
 
 def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
@@ -183,15 +185,28 @@ def _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver):
   with jax.default_matmul_precision('highest'):
     rows = weigh_rows(weight_n)
     centred_x, centred_y = centre(x_nd, rows), centre(y_nd, rows)
-    x, y = (whiten(centred.x_nd, rows, ridge, solver) for centred in (centred_x, centred_y))
-    a_kj = cross(x, y)
-    scale = x.scale * y.scale
-    scaled_corr, w_kj = _POLAR[solver](a_kj * scale)
-    num_directions = jnp.clip(rows.count - 1, 1, min(x_nd.shape[-1], y_nd.shape[-1]))
-    share = jnp.where(rows.count >= _MIN_ROWS, 1.0 / num_directions, 0.0)
-    dx_nd = _pull_back(x, y, a_kj, w_kj.T, centred_x, rows, share)
-    dy_nd = _pull_back(y, x, a_kj.T, w_kj, centred_y, rows, share)
-  return jnp.clip(-share * (scaled_corr / scale), -1.0, 0.0), dx_nd, dy_nd
+    result, is_sound = _attempt(centred_x, centred_y, rows, ridge, solver)
+    if is_sound is not None:
+      result = either(
+          is_sound, lambda result, *_: result,
+          lambda _, *views: _attempt(*views, 'svd')[0], result, centred_x, centred_y, rows, ridge)
+  return result
+
+
+def _attempt(centred_x, centred_y, rows, ridge, solver):
+  """(loss, gradients), and whether to believe them; None: always."""
+  x, y = (whiten(centred.x_nd, rows, ridge, solver) for centred in (centred_x, centred_y))
+  a_kj = cross(x, y)
+  scale = x.scale * y.scale
+  scaled_corr, w_kj = _POLAR[solver](a_kj * scale)
+  num_directions = jnp.clip(rows.count - 1, 1, min(centred_x.x_nd.shape[1], centred_y.x_nd.shape[1]))
+  share = jnp.where(rows.count >= _MIN_ROWS, 1.0 / num_directions, 0.0)
+  loss = jnp.clip(-share * (scaled_corr / scale), -1.0, 0.0)
+  dx_nd = _pull_back(x, y, a_kj, w_kj.T, centred_x, rows, share)
+  dy_nd = _pull_back(y, x, a_kj.T, w_kj, centred_y, rows, share)
+  are_sound = [factor.is_sound for factor in (x, y) if factor.is_sound is not None]
+  is_sound = jnp.all(jnp.stack([*are_sound, jnp.isfinite(scaled_corr)])) if are_sound else None
+  return (loss, dx_nd, dy_nd), is_sound
 
 
 def cross(x, y):
@@ -233,12 +248,12 @@ def centre(x_nd, rows):
   """
   valid_n1 = rows.root_weight_n[:, None] > 0
   x_nd = jnp.where(valid_n1, x_nd.astype(jnp.float32), 0.0)
-  size = _magnitude(x_nd)
+  size = magnitude(x_nd)
   x_nd = x_nd * (1 / size)
   first_n1 = jnp.arange(x_nd.shape[0])[:, None] == jnp.argmax(valid_n1)
   first_d = jnp.sum(jnp.where(first_n1, x_nd, 0.0), axis=0)
   x_nd = jnp.where(valid_n1, x_nd - first_d[None, :], 0.0)
-  spread = _magnitude(x_nd)
+  spread = magnitude(x_nd)
   x_nd = x_nd * (1 / spread)
   mean_d = jnp.zeros_like(first_d)
   for _ in range(2):  # The second pass removes the rounding of the first.
@@ -254,9 +269,10 @@ def centre(x_nd, rows):
   return Centred(x_nd * inverse, inverse_norm, mean_d)
 
 
-def _magnitude(x_nd):
+def magnitude(x, axis=None):
   """The power of two just below the largest entry, so that dividing by it is exact; its inverse is representable too."""
-  bits = lax.bitcast_convert_type(jnp.max(jnp.abs(x_nd)), jnp.uint32) & jnp.uint32(0x7F800000)
+  largest = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
+  bits = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
   return jnp.clip(lax.bitcast_convert_type(bits, jnp.float32), 2.0**-120, 2.0**126)
 
 
@@ -265,7 +281,7 @@ def whiten(x_nd, rows, ridge, solver):
   n, d = x_nd.shape
   in_gram_space = n <= d
   s_kk = x_nd @ x_nd.T if in_gram_space else _turned(x_nd) @ x_nd
-  return _WHITEN[solver, in_gram_space](x_nd, s_kk, ridge / d, rows)
+  return _WHITEN[solver][in_gram_space](x_nd, s_kk, ridge / d, rows)
 
 
 def _scale(r):
@@ -296,10 +312,13 @@ def _whiten_gram_eigh(x_nd, k_nn, r, rows):
   t_nn = h_nn @ jnp.where(is_left_n[:, None], l_nn, 0.0)
   factor = Factor((t_nn,), (back_nn, g_nd), r * (h_nn @ j_nn @ h_nn.T), _scale(r))
   is_accurate = _is_well_conditioned(whole_nn, j_nn) & (r * _row_sum(j_nn) < _MOSTLY_RIDGE)
-  return either(is_accurate, lambda factor, *_: factor, _whiten_gram_svd, factor, x_nd, r)
+  return either(
+      is_accurate, lambda factor, *_: factor,
+      lambda _, x_nd, r: _whiten_gram_svd(x_nd, None, r, None), factor, x_nd, r)
 
 
-def _whiten_gram_svd(_, x_nd, r):
+def _whiten_gram_svd(x_nd, k_nn, r, rows):
+  del k_nn, rows
   u_nn, t_n, back_n, rest_n, v_nd = _whitened_svd(x_nd, r)
   residual_nn = (u_nn * rest_n[None, :]) @ u_nn.T
   return Factor((u_nn * t_n[None, :],), (jnp.diag(back_n), v_nd), residual_nn, _scale(r))
@@ -312,13 +331,15 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
   inverse_l_dd = _inverse_cholesky(whole_dd)
   factor = Factor((x_nd, inverse_l_dd.T), (inverse_l_dd,), None, _scale(r))
   is_accurate = _is_well_conditioned(whole_dd, inverse_l_dd.T @ inverse_l_dd)
-  return either(is_accurate, lambda factor, *_: factor, _whiten_covariance_svd, factor, x_nd, r)
+  return either(
+      is_accurate, lambda factor, *_: factor,
+      lambda _, x_nd, r: _whiten_covariance_svd(x_nd, None, r, None), factor, x_nd, r)
 
 
-def _whiten_covariance_svd(instead_of, x_nd, r):
+def _whiten_covariance_svd(x_nd, s_dd, r, rows):
+  del s_dd, rows
   u_nd, t_d, back_d, _, v_dd = _whitened_svd(x_nd, r)
-  t = (u_nd, jnp.diag(t_d)) if len(instead_of.t) == 2 else (u_nd * t_d[None, :],)
-  return Factor(t, (back_d[:, None] * v_dd,), None, _scale(r))
+  return Factor((u_nd, jnp.diag(t_d)), (back_d[:, None] * v_dd,), None, _scale(r))
 
 
 def _whitened_svd(x_nd, r):
@@ -356,7 +377,7 @@ def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
   eye_nn, null_nn = jnp.eye(k_nn.shape[0]), _null_projector(rows)
   span_nn = eye_nn - null_nn
   scale = _scale(r)
-  whole_nn = (k_nn + r * eye_nn) / scale**2 + null_nn / k_nn.shape[0]
+  whole_nn = k_nn / scale**2 + null_nn / k_nn.shape[0] + (r / scale**2) * eye_nn
   l_nn = jnp.linalg.cholesky(whole_nn)
   o_nn = _newton_schulz_polar(
       l_nn * lax.rsqrt(jnp.sqrt(jnp.sum(whole_nn * whole_nn))), smallest=5e-4)
@@ -365,10 +386,8 @@ def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
   t_nn, inverse_t_nn = _newton_schulz_root(g_nd @ g_nd.T * scale**2, span_nn)
   back_nn = inverse_t_nn @ m_nn
   residual_nn = (r / scale**2) * (m_nn @ m_nn.T)
-  factor = Factor((t_nn / scale,), (back_nn, g_nd), residual_nn, scale)
-  return either(
-      _products_suffice(k_nn, r, t_nn, back_nn), lambda factor, *_: factor,
-      _whiten_gram_svd, factor, x_nd, r)
+  is_sound = _products_suffice(k_nn, r, t_nn, back_nn)
+  return Factor((t_nn / scale,), (back_nn, g_nd), residual_nn, scale, is_sound)
 
 
 def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
@@ -377,10 +396,8 @@ def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
   scale = _scale(r)
   inverse_l_dd = _inverse_cholesky((s_dd + r * jnp.eye(s_dd.shape[0])) / scale**2) / scale
   # T itself: L^(-1) (X' Y) L^(-T) would round relative to 1 / r, not to its root.
-  factor = Factor((x_nd @ inverse_l_dd.T,), (inverse_l_dd,), None, scale)
-  return either(
-      _products_suffice(s_dd, r, inverse_l_dd), lambda factor, *_: factor,
-      _whiten_covariance_svd, factor, x_nd, r)
+  is_sound = _products_suffice(s_dd, r, inverse_l_dd)
+  return Factor((x_nd @ inverse_l_dd.T,), (inverse_l_dd,), None, scale, is_sound)
 
 
 def _turned(x_nk):
@@ -419,10 +436,7 @@ def _polar_of_nearly_orthogonal(a_kj):
 def _polar_newton_schulz(a_kj):
   """The same by matrix products. Singular values below 1e-4 are not fully turned to 1."""
   w_kj = _newton_schulz_polar(a_kj / _MARGIN, smallest=1e-4)
-  found = jnp.sum(w_kj * a_kj), w_kj
-  has_converged = jnp.all(jnp.isfinite(w_kj))
-  return either(
-      has_converged, lambda a_kj, *found: found, lambda a_kj, *_: _polar_by_svd(a_kj), a_kj, *found)
+  return jnp.sum(w_kj * a_kj), w_kj
 
 
 def _newton_schulz_polar(a_kj, smallest):
@@ -460,10 +474,9 @@ def _newton_schulz_coefficients(smallest):
   return jnp.asarray(steps, jnp.float32)
 
 
-_POLAR = {'eigh': _polar_svd, 'newton_schulz': _polar_newton_schulz}
-_WHITEN = {  # By solver, and whether in Gram space.
-  ('eigh', True): _whiten_gram_eigh,
-  ('eigh', False): _whiten_covariance_eigh,
-  ('newton_schulz', True): _whiten_gram_newton_schulz,
-  ('newton_schulz', False): _whiten_covariance_newton_schulz,
+_POLAR = {'eigh': _polar_svd, 'newton_schulz': _polar_newton_schulz, 'svd': _polar_by_svd}
+_WHITEN = {  # By solver, and by whether in Gram space.
+    'eigh': {True: _whiten_gram_eigh, False: _whiten_covariance_eigh},
+    'newton_schulz': {True: _whiten_gram_newton_schulz, False: _whiten_covariance_newton_schulz},
+    'svd': {True: _whiten_gram_svd, False: _whiten_covariance_svd},  # What the others fall back to.
 }

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from molt_jax.objectives.cca import centre, cross, weigh_rows, whiten
+from molt_jax.objectives.cca import centre, cross, magnitude, weigh_rows, whiten
+from molt_jax.objectives.decompositions import in_turn, singular_values, svd
+
+_EPS, _LARGEST = (float(x) for x in (jnp.finfo(jnp.float32).eps, jnp.finfo(jnp.float32).max))
 
 
 class Directions(NamedTuple):
@@ -27,13 +30,27 @@ def fit_directions(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
   Returns:
     `Directions` with k = min(n, d1, d2); zero where fewer exist.
   """
+  arguments = jnp.asarray(x_nd), jnp.asarray(y_nd), _weights(weight_n, x_nd), jnp.float32(ridge)
+  return _fit(*lax.stop_gradient(arguments))
+
+
+@in_turn
+def _fit(x_nd, y_nd, weight_n, ridge):
   with jax.default_matmul_precision('highest'):
-    rows = weigh_rows(jnp.ones(x_nd.shape[0]) if weight_n is None else weight_n.astype(jnp.float32))
+    rows = weigh_rows(weight_n)
     view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
     x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
-    p_ks, _, q_sj = jnp.linalg.svd(cross(x, y), full_matrices=False)
-    x_kd, y_kd = (jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj)))
-  return lax.stop_gradient(Directions(view_x.mean_d, view_y.mean_d, x_kd.T * view_x.inverse_norm, y_kd.T * view_y.inverse_norm))
+    p_ks, _, q_sj = svd(cross(x, y) * (x.scale * y.scale))
+    x_kd, y_kd = (
+        jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj)))
+  x_dk, y_dk = (
+      jnp.clip(view_kd.T * view.inverse_norm, -_LARGEST, _LARGEST)
+      for view_kd, view in ((x_kd, view_x), (y_kd, view_y)))
+  return Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk)
+
+
+def _weights(weight_n, x_nd):
+  return jnp.ones(x_nd.shape[0]) if weight_n is None else jnp.asarray(weight_n).astype(jnp.float32)
 
 
 def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
@@ -46,40 +63,43 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
     x_nd, y_nd: [m, d1], [m, d2] rows to measure.
     weight_n: [m] non-negative; rows of weight 0 are not read.
   """
-  weight_n = jnp.ones(x_nd.shape[0]) if weight_n is None else jnp.maximum(weight_n.astype(jnp.float32), 0.0)
-  weight_n = weight_n / jnp.maximum(jnp.sum(weight_n), jnp.finfo(jnp.float32).tiny)
+  rows = weigh_rows(_weights(weight_n, x_nd))
 
-  def variables(view_nd, mean_d, direction_dk):
-    view_nd = jnp.where(weight_n[:, None] > 0, view_nd.astype(jnp.float32) - mean_d[None, :], 0.0)
-    v_nk = jnp.matmul(view_nd, direction_dk, precision='highest')
-    v_nk -= jnp.sum(weight_n[:, None] * v_nk, axis=0, keepdims=True)
-    norm_k = jnp.sqrt(jnp.sum(weight_n[:, None] * v_nk * v_nk, axis=0))
-    return v_nk / jnp.where(norm_k > 0, norm_k, 1.0)[None, :]
+  def variables(view_nd, direction_dk):
+    """Centred and of length 1, times the roots of the weights; 0 where there is nothing but rounding."""
+    direction_dk = direction_dk / magnitude(direction_dk, axis=0)
+    v_nk = jnp.matmul(centre(view_nd, rows).x_nd, direction_dk, precision='highest')
+    v_nk -= rows.unit_n[:, None] * (rows.unit_n @ v_nk)[None, :]
+    norm_k = jnp.linalg.norm(v_nk, axis=0)
+    is_nothing_k = norm_k <= 4 * _EPS * jnp.linalg.norm(direction_dk, axis=0)
+    return jnp.where(is_nothing_k[None, :], 0.0, v_nk / jnp.where(is_nothing_k, 1.0, norm_k)[None, :])
 
-  a_nk = variables(x_nd, directions.mean_x_d, directions.x_dk)
-  b_nk = variables(y_nd, directions.mean_y_d, directions.y_dk)
-  return lax.stop_gradient(jnp.sum(weight_n[:, None] * a_nk * b_nk, axis=0))
+  a_nk, b_nk = variables(x_nd, directions.x_dk), variables(y_nd, directions.y_dk)
+  return lax.stop_gradient(jnp.sum(a_nk * b_nk, axis=0))
 
 
 def effective_rank(x_nd, *, weight_n=None):
   """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007): 1 for one direction, d for a sphere; 0 if constant."""
+  return _effective_rank(*lax.stop_gradient((jnp.asarray(x_nd), _weights(weight_n, x_nd))))
+
+
+@in_turn
+def _effective_rank(x_nd, weight_n):
   with jax.default_matmul_precision('highest'):
-    rows = weigh_rows(jnp.ones(x_nd.shape[0]) if weight_n is None else weight_n.astype(jnp.float32))
-    x_nd = centre(x_nd, rows).x_nd
-    e_k = jnp.linalg.eigvalsh(x_nd @ x_nd.T if x_nd.shape[0] <= x_nd.shape[1] else x_nd.T @ x_nd)
-  e_k = jnp.maximum(e_k, 0.0)
-  entropy = -jnp.sum(jnp.where(e_k > 0, e_k * jnp.log(jnp.where(e_k > 0, e_k, 1.0)), 0.0))
-  return lax.stop_gradient(jnp.where(jnp.sum(e_k) > 0, jnp.exp(entropy), 0.0))
+    s_k = singular_values(centre(x_nd, weigh_rows(weight_n)).x_nd)
+  e_k = s_k * s_k
+  entropy = -jnp.sum(e_k * jnp.log(jnp.where(e_k == 0, 1.0, e_k)))
+  return jnp.where(jnp.sum(e_k) == 0, 0.0, jnp.exp(entropy))
 
 
 def modality_gap(x_nd, y_nd, *, weight_n=None):
   """Distance between the centroids of two views whose rows are first brought to unit length (Liang et al. 2022); in [0, 2]."""
-  weight_n = jnp.ones(x_nd.shape[0]) if weight_n is None else jnp.maximum(weight_n.astype(jnp.float32), 0.0)
-  weight_n = weight_n / jnp.maximum(jnp.sum(weight_n), jnp.finfo(jnp.float32).tiny)
+  share_n = weigh_rows(_weights(weight_n, x_nd)).unit_n ** 2
 
   def centroid(view_nd):
-    view_nd = jnp.where(weight_n[:, None] > 0, view_nd.astype(jnp.float32), 0.0)
+    view_nd = jnp.where(share_n[:, None] > 0, view_nd.astype(jnp.float32), 0.0)
+    view_nd = view_nd / magnitude(view_nd, axis=1)
     length_n1 = jnp.linalg.norm(view_nd, axis=1, keepdims=True)
-    return jnp.sum(weight_n[:, None] * view_nd / jnp.where(length_n1 > 0, length_n1, 1.0), axis=0)
+    return jnp.sum(share_n[:, None] * view_nd / jnp.where(length_n1 > 0, length_n1, 1.0), axis=0)
 
   return lax.stop_gradient(jnp.linalg.norm(centroid(x_nd) - centroid(y_nd)))

@@ -10,12 +10,15 @@ What an estimator remembers is an explicit pytree that belongs into the train st
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from molt_jax.objectives.cca import cca_loss
 from molt_jax.objectives.cca_diagnostics import fit_directions, held_out_correlations
+from molt_jax.objectives.decompositions import in_turn, raised_cholesky
+from molt_jax.objectives.pairwise import in_range
 
 
 class CCAEstimator(NamedTuple):
@@ -41,7 +44,8 @@ def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='
     and covariances that decay by 1 - (weight of the batch) / window at each step. The past is a value; the gradient flows through the current
     rows, scaled by all weight over current weight, so that its size is that of the gradient through every row. aux: 'correlation', and
     'held_out_correlation', the mean correlation of the current batch along directions fitted on the past alone, which is 0 on average for
-    independent views.
+    independent views. Its sums of squares are float32: numbers in a view beyond 1e12 count as 1e12, and
+    weights beyond 1e6 as 1e6; what deviates by less than 1e-19 counts as constant once it is past.
 
   Args:
     name: 'batch' or 'moving_average'.
@@ -86,11 +90,12 @@ def _moving_average(num_directions, window, seed, gather, options):
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
     weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(lax.stop_gradient(weight_b).astype(jnp.float32))
+    weight_b = jnp.clip(weight_b, 0.0, _MOST_WEIGHT)
     x_lbk, y_lbk = (gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b)) for name, view_lbd in (('x', x_lbd), ('y', y_lbd)))
     decay = jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
     x_lpk, y_lpk, weight_p = lax.stop_gradient(_points(state['past'], decay))
     weight_n = jnp.concatenate([weight_b, weight_p])
-    gain = jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), _EPS)
+    gain = jnp.minimum(jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), _TINY), _LARGEST_GRADIENT)
     x_lnk, y_lnk = (jnp.concatenate([_with_gain(now, gain), then], axis=1) for now, then in ((x_lbk, x_lpk), (y_lbk, y_lpk)))
     loss_l = cca_loss(x_lnk, y_lnk, weight_n=weight_n, **options)
     aux = {'correlation': -loss_l, 'held_out_correlation': _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, options['ridge'])}
@@ -101,7 +106,9 @@ def _moving_average(num_directions, window, seed, gather, options):
 
 
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
-_EPS = float(jnp.finfo(jnp.float32).eps)
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_LARGEST, _MOST_WEIGHT = 1e12, 1e6  # So that squares, times weights, times d or a window, stay in float32.
+_LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
 
 
 def _points(past, decay):
@@ -110,40 +117,55 @@ def _points(past, decay):
   deviation_lj = jnp.sqrt(jnp.diagonal(past['scatter_ljj'], axis1=1, axis2=2))
   unit_lj = jnp.where(deviation_lj > 0, 1 / jnp.where(deviation_lj > 0, deviation_lj, 1.0), 0.0)
   correlation_ljj = past['scatter_ljj'] * unit_lj[:, :, None] * unit_lj[:, None, :]
-  # One layer after the other, and a little more than float32's rounding on the diagonal, for a Cholesky factor that always exists.
-  root_ljj = lax.map(lambda c_jj: jnp.linalg.cholesky(c_jj + 1e-5 * jnp.eye(len(c_jj))), correlation_ljj)
-  scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(past['weight'], _EPS))
+  root_ljj = jax.vmap(_root)(correlation_ljj)
+  scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(past['weight'], _TINY))
   offset_lpj = jnp.swapaxes(root_ljj * scale_lj[:, :, None], 1, 2)
   points_lpj = past['mean_lj'][:, None, :] + jnp.concatenate([offset_lpj, -offset_lpj], axis=1)
   return *jnp.split(points_lpj, 2, axis=2), jnp.full(num_points, decay * past['weight'] / num_points)
 
 
+@in_turn
+def _root(correlation_jj):
+  """A Cholesky factor, which always exists: of a little more than float32's rounding on the diagonal."""
+  return raised_cholesky(correlation_jj, jnp.float32(1e-5))[0]
+
+
 def _merge(past, decay, z_lbj, weight_b):
   """The past after one more batch: the pairwise update of Chan, Golub and LeVeque (1979) with decay."""
   old, new = decay * past['weight'], jnp.sum(weight_b)
-  share_b = weight_b / jnp.maximum(new, _EPS)
+  share_b = weight_b / jnp.maximum(new, _TINY)
   mean_lj = jnp.einsum('b,lbj->lj', share_b, z_lbj, precision='highest')
   centred_lbj = (z_lbj - mean_lj[:, None, :]) * jnp.sqrt(weight_b)[None, :, None]
   step_lj = mean_lj - past['mean_lj']
-  total = jnp.maximum(old + new, _EPS)
-  between_ljj = (old * new / total) * step_lj[:, :, None] * step_lj[:, None, :]
+  share = new / jnp.maximum(old + new, _TINY)
+  between_ljj = (old * share) * step_lj[:, :, None] * step_lj[:, None, :]
   within_ljj = jnp.einsum('lbi,lbj->lij', centred_lbj, centred_lbj, precision='highest')
   return {
     'weight': old + new,
-    'mean_lj': past['mean_lj'] + new / total * step_lj,
+    'mean_lj': past['mean_lj'] + share * step_lj,
     'scatter_ljj': decay * past['scatter_ljj'] + within_ljj + between_ljj,
   }
 
 
 def _project(view_lbd, projection_ldk, weight_b):
   view_lbd = jnp.where(weight_b[None, :, None] > 0, view_lbd.astype(jnp.float32), 0.0)
+  view_lbd = in_range(view_lbd, _LARGEST)
   return jnp.einsum('lbd,ldk->lbk', view_lbd, lax.stop_gradient(projection_ldk), precision='highest')
 
 
+@jax.custom_vjp
 def _with_gain(array, gain):
   """The array, its gradient times `gain`."""
-  value = lax.stop_gradient(array)
-  return value + gain * (array - value)
+  del gain
+  return array
+
+
+def _with_gain_bwd(gain, g):
+  g = jnp.clip(g, -_LARGEST_GRADIENT, _LARGEST_GRADIENT) * gain
+  return jnp.clip(g, -_LARGEST_GRADIENT, _LARGEST_GRADIENT), jnp.zeros_like(gain)
+
+
+_with_gain.defvjp(lambda array, gain: (array, gain), _with_gain_bwd)
 
 
 def _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, ridge):

@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molt_jax.objectives.pairwise import in_range
+
+# Logits beyond count as this much, so that differences, and sums over rows, stay in float32.
+LARGEST_LOGIT = 1e30
+
 
 def softmax_cross_entropy(
     logits_bk: jax.Array, label_b: jax.Array, *, weight_b: jax.Array, class_weight_k: jax.Array | None = None
@@ -27,7 +32,7 @@ def softmax_cross_entropy(
     (loss_sum, weight_sum), float32 scalars.
   """
   live_b = weight_b > 0
-  logits_bk = jnp.where(live_b[:, None], logits_bk, 0).astype(jnp.float32)
+  logits_bk = _read(logits_bk, live_b[:, None])
   label_b = jnp.where(live_b, label_b, 0).astype(jnp.int32)
   weight_b = weight_b.astype(jnp.float32)
   if class_weight_k is not None:
@@ -51,7 +56,7 @@ def sigmoid_cross_entropy(
     (loss_sum, weight_sum), float32 scalars.
   """
   live_b1 = weight_b[:, None] > 0
-  logits_bk = jnp.where(live_b1, logits_bk, 0).astype(jnp.float32)
+  logits_bk = _read(logits_bk, live_b1)
   label_bk = jnp.where(live_b1, label_bk, 0).astype(jnp.float32)
   weight_b = weight_b.astype(jnp.float32)
   positive_bk = label_bk * jax.nn.log_sigmoid(logits_bk)
@@ -77,7 +82,7 @@ def softmax_distillation(
   log_p_bk, log_q_bk = (jax.nn.log_softmax(z_bk) for z_bk in _softened(logits_bk, teacher_bk, weight_b, temperature))
   loss_b = jnp.sum(jnp.exp(log_p_bk) * (log_p_bk - log_q_bk), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
-  return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
+  return temperature * (temperature * jnp.sum(loss_b * weight_b)), jnp.sum(weight_b)
 
 
 def sigmoid_distillation(
@@ -89,14 +94,20 @@ def sigmoid_distillation(
     return jnp.exp(log_p_bk) * (log_p_bk - log_q_bk)
   loss_b = jnp.mean(divergence(1) + divergence(-1), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
-  return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
+  return temperature * (temperature * jnp.sum(loss_b * weight_b)), jnp.sum(weight_b)
 
 
 def _softened(logits_bk, teacher_bk, weight_b, temperature):
   """(teacher / T, logits / T) in float32, rows of weight zero replaced by zeros."""
   live_b1 = weight_b[:, None] > 0
   teacher_bk = jax.lax.stop_gradient(teacher_bk)
-  return tuple(jnp.where(live_b1, z_bk, 0).astype(jnp.float32) / temperature for z_bk in (teacher_bk, logits_bk))
+  return tuple(_read(_read(z_bk, live_b1) / temperature, live_b1) for z_bk in (teacher_bk, logits_bk))
+
+
+def _read(logits_bk, live_b1):
+  """Logits in float32 and in range; zeros in rows of weight zero."""
+  logits_bk = jnp.where(live_b1, logits_bk, 0).astype(jnp.float32)
+  return in_range(logits_bk, LARGEST_LOGIT)
 
 
 class Kind(NamedTuple):

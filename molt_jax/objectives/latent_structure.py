@@ -27,7 +27,8 @@ def uniformity(independent_bc, *, sharpness=2.0, weight_b=None):
   def step(total_b, block):
     z_nc, square_n, weight_n = block
     distance_bn = square_b[:, None] + square_n[None, :] - 2 * dots(z_bc, z_nc)
-    return total_b + jnp.sum(weight_n[None, :] * jnp.exp(-sharpness * distance_bn), axis=1)
+    closeness_bn = jnp.exp(-sharpness * jnp.maximum(distance_bn, 0.0))  # Rounding can make it less.
+    return total_b + jnp.sum(weight_n[None, :] * closeness_bn, axis=1)
 
   return weighted_mean(over_columns(step, jnp.zeros(len(z_bc)), (z_bc, square_b, weight_b)), weight_b)
 

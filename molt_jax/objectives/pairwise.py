@@ -4,11 +4,15 @@ A batch of B rows has B^2 pairs. `over_columns` visits them in blocks of all row
 block on the way back, so that no B x B array lives. Rows may be split over devices: a block then is split alike, and only columns travel.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 BLOCK_COLUMNS = 1024
+# Of embeddings, which are of length one: so that fourth powers and sums over pairs stay in float32.
+LARGEST = 1e6
 
 
 def over_columns(step, carry, columns):
@@ -35,11 +39,27 @@ def dots(rows_bc, columns_nc):
   return jnp.einsum('bc,nc->bn', rows_bc, columns_nc, precision='highest')
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def in_range(x, largest):
+  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone wrong."""
+  return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+
+
+@in_range.defjvp
+def _(largest, values, slopes):  # What is beyond gets a gradient too, and no mask is kept for that.
+  return in_range(*values, largest), *slopes
+
+
 def present_rows(weight_b, *arrays_bc):
-  """Returns (weight_b, *arrays_bc) in float32, without weights ones; rows of weight 0 are not read and get no gradient."""
+  """Returns (weight_b, *arrays_bc) in float32, without weights ones.
+
+  Rows of weight 0 are not read and get no gradient; numbers beyond LARGEST count as LARGEST.
+  """
   num_rows = len(arrays_bc[0])
   weight_b = jnp.ones(num_rows) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
-  return weight_b, *(jnp.where(weight_b[:, None] > 0, x_bc.astype(jnp.float32), 0.0) for x_bc in arrays_bc)
+  is_present_b1 = weight_b[:, None] > 0
+  read = (jnp.where(is_present_b1, x_bc.astype(jnp.float32), 0.0) for x_bc in arrays_bc)
+  return weight_b, *(in_range(x_bc, LARGEST) for x_bc in read)
 
 
 def weighted_mean(value_b, weight_b):
