@@ -10,7 +10,7 @@ from molt_jax.backbones import weights
 from molt_jax.config import UserError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'tools'))
-from fuzzing import gguf as made  # noqa: E402
+from fuzzing import gguf as made
 
 sys.path.remove(str(pathlib.Path(__file__).parents[2] / 'tools'))
 U32, F32, BOOL, STRING, ARRAY, U64 = made.U32, made.F32, made.BOOL, made.STRING, made.ARRAY, made.U64
