@@ -100,7 +100,8 @@ MAPS = {
 # Tensors that the towers have no use for.
 IGNORED = {
     'text': r'lm_head\.weight|score\.(weight|bias)|.*rotary_emb\.inv_freq',
-    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|classifier\.(weight|bias)|post_layernorm\.(weight|bias)|.*position_ids',
+    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids|'
+             r'(classifier|post_layernorm)\.(weight|bias)',
     'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
 }
 MOST_NAMED = 40  # Unfit tensors in one error.
@@ -113,8 +114,8 @@ class TowerSpec:
 
   Attributes:
     config: the architecture; `config.hidden_size` is the width of the taps.
-    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where there is one,
-      'input_sha256': of what makes the tower's input, tokenizer files or image preprocessing}.
+    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where
+      there is one, 'input_sha256': of what makes its input, tokenizer or image preprocessing}.
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
   """
@@ -160,8 +161,8 @@ def load_tower(
     with_pool: load an image tower's final norm too, which only `ClipVision.pooled` reads.
 
   Raises:
-    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it (all of them are named), weights that are
-      not finite or too large for this machine, or no qwix.
+    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it
+      (all of them are named), weights that are not finite or too large for the machine, no qwix.
   """
   files = open_files(path, kind=kind)
   module = make_module(files, dtype=dtype, attention=attention, with_pool=with_pool)
@@ -198,7 +199,8 @@ def _too_large(path: str, final: Any, than: str) -> str:
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(final))
   return (
       f'{path}: the tower takes {size / 1e9:.1f} GB for each of its copies, more {than}: give a '
-      'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in mesh.model')
+      'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in '
+      'mesh.model')
 
 
 def total_memory() -> int:
@@ -285,7 +287,10 @@ def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
 
 @functools.cache
 def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any):
-  """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place, and whether that is finite."""
+  """Compiled: (parameter, tensor, layer) -> parameter with the tensor in it, whether it is finite.
+
+  The tensor is reordered, and quantised where its parameter is.
+  """
   def fill(buffer, w, layer):
     new = transform.reorder(w).reshape(shape)
     if how is None:  # A number can be too large for the type in which it is computed with.
@@ -293,9 +298,8 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
     finite = jnp.isfinite(new).all()
     new = how.quantize(new) if how else new
     if stacked:
-      new = jax.tree.map(
-          lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0),
-          buffer, new)
+      put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+      new = jax.tree.map(lambda old, one: put(old, one.astype(old.dtype)), buffer, new)
     return new, finite
   return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
 
