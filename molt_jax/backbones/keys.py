@@ -138,8 +138,8 @@ COMMON = {
         '_flash_attn_2_enabled', '_use_flash_attention_2', '_use_sdpa', 'auto_map',
         'custom_pipelines', 'transformers.js_config', 'unsloth_fixed', 'unsloth_version',
         'neftune_noise_alpha', 'attention_dropout', 'dropout', 'hidden_dropout',
-        'initializer_range', 'initializer_factor', 'pad_token_id', 'bos_token_id', 'eos_token_id', 'sep_token_id',
-        'decoder_start_token_id'),
+        'initializer_range', 'initializer_factor', 'pad_token_id', 'bos_token_id',
+        'eos_token_id', 'sep_token_id', 'decoder_start_token_id'),
     # Of generation.
     **neutral(
         'max_length', 'min_length', 'max_new_tokens', 'min_new_tokens', 'do_sample',

@@ -141,8 +141,7 @@ def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> Tower
     # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
     # there must have them. Which are missing, loading says.
     module = make_module(files, dtype='float32', attention='xla')
-    wanted = traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/')
-    _plan(files, wanted, complete=False)
+    _plan(files, _flat(nn.unbox(abstract_params(module))), complete=False)
   return _describe(files, quantization)
 
 
@@ -170,10 +169,10 @@ def load_tower(
   hows = quantize.plan(boxed, quantization)
   final = quantize.abstract_params(boxed, quantization)
   places = jax.tree.map(lambda _: None, nn.unbox(final)) if shardings is None else shardings(final)
-  described = _describe(files, quantization)
+  described, plan = _describe(files, quantization), _plan(files, _flat(nn.unbox(boxed)))
   _check_memory(path, nn.unbox(final), places)
   try:
-    params = _load(files, nn.unbox(boxed), nn.unbox(final), places, hows)
+    params = _load(files, plan, nn.unbox(boxed), nn.unbox(final), places, hows)
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       raise UserError(_too_large(path, nn.unbox(final), 'than is free')) from error
@@ -247,12 +246,15 @@ def _sha256_of(content: Any) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _load(files: TowerFiles, abstract: Any, final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
+def _flat(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def _load(
+    files: TowerFiles, plan: dict[str, tuple[list[str], tuple[int, ...], Transform]], abstract: Any,
+    final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
   """Fills the parameters from disk; one tensor at a time is in host memory, and in full precision on the device."""
-  wanted = traverse_util.flatten_dict(abstract, sep='/')
-  final = traverse_util.flatten_dict(final, sep='/')
-  places = traverse_util.flatten_dict(places, sep='/')
-  plan = _plan(files, wanted)
+  wanted, final, places = _flat(abstract), _flat(final), _flat(places)
   flat = {}
   for path, (names, source_shape, transform) in plan.items():
     stacked = path.startswith('layers/')

@@ -1,9 +1,9 @@
 """GGUF files with damaged headers, opened as text towers.
 
 A trial takes a tiny LLaMA, changes bytes of its header or puts the header together anew with
-hostile keys, values, types, counts, shapes and offsets, cuts it, or splits it into parts and damages
-those. What came out is 'refused' in one line, 'identical' to the undamaged file, or 'changed', which
-only values that are used may bring about.
+hostile keys, values, types, counts, shapes and offsets, cuts it, or splits it into parts and
+damages those. What came out is 'refused' in one line, 'identical' to the undamaged file, or
+'changed', which only values that are used may bring about.
 """
 
 import functools
