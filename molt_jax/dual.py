@@ -182,7 +182,8 @@ def stored_texts(
     return compute()
   tokens_of = tower.identity.get('input_sha256')
   named = [
-      tower.identity['sha256'], tokens_of, config.compute_dtype, config.text.max_tokens, list(texts)]
+      tower.identity['sha256'], tokens_of, config.compute_dtype, config.text.max_tokens,
+      list(texts)]
   digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
   path = pathlib.Path(config.input.text_store).expanduser() / f'{digest}.npz'
   failed = f'config.input.text_store: {str(path.parent)!r} cannot be written'

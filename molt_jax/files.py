@@ -1,4 +1,4 @@
-"""Files that others wrote, read within bounds; whatever is wrong with one is a `UserError` of one line."""
+"""Files that others wrote, read within bounds; what is wrong with one is one line (UserError)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files that others wrote: whatever is wrong with one is one line, and nothing waits or fills memory."""
+"""Files that others wrote: what is wrong with one is one line; nothing waits or fills memory."""
 
 import json
 import os

@@ -35,7 +35,8 @@ SQUASH = {'size': {'height': 16, 'width': 16}, 'do_center_crop': False}
     (SQUASH, 'crop', ('squash', 3)),
     ({**SQUASH, 'resample': 1}, 'letterbox', ('letterbox', 1)),
 ])
-def test_the_towers_own_preprocessing_reaches_pixels_and_store(copied, content, config_resize, expected):
+def test_the_towers_own_preprocessing_reaches_pixels_and_store(copied, content, config_resize,
+    expected):
   config, folders = copied
   config.image.resize = config_resize
   towers = model_lib.describe_towers(config)

@@ -138,7 +138,8 @@ class ClipTextConfig:
     eos = c['eos_token_id']
     if eos != OLD_EOS_ID and eos >= c['vocab_size']:
       raise UserError(
-          f'{where} has eos_token_id = {eos}, but vocab_size = {c["vocab_size"]}: no text would end')
+          f'{where} has eos_token_id = {eos}, but vocab_size = {c["vocab_size"]}: no text would '
+          'end')
     return cls(
         vocab_size=c['vocab_size'], hidden_size=c['hidden_size'],
         intermediate_size=c['intermediate_size'], num_layers=c['num_hidden_layers'],

@@ -50,6 +50,7 @@ def _preprocessor(spec: ImageSpec) -> dict[str, Any]:
   crop = spec.resize == 'crop'
   return {
       'image_processor_type': 'CLIPImageProcessor', 'do_convert_rgb': True,
-      'do_resize': True, 'size': {'shortest_edge': spec.size} if crop else square, 'resample': spec.resample,
+      'do_resize': True, 'size': {'shortest_edge': spec.size} if crop else square,
+      'resample': spec.resample,
       'do_center_crop': crop, 'crop_size': square,
       'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True, 'image_mean': list(spec.mean), 'image_std': list(spec.std)}

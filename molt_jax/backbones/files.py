@@ -127,8 +127,8 @@ class HuggingFaceFiles(TowerFiles):
       raise UserError(f'{path!r}: there is no config.json in {directory}; expected a Hugging Face model directory')
     if (adapter := directory / 'adapter_config.json').exists():
       raise UserError(
-          f'{adapter}: the directory holds an adapter (LoRA and the like), which transformers would '
-          'put on the weights and which is not implemented here: merge it into them, '
+          f'{adapter}: the directory holds an adapter (LoRA and the like), which transformers '
+          'would put on the weights and which is not implemented here: merge it into them, '
           'model.merge_and_unload() and save_pretrained(DIR)')
     content = files.read_json(config)
     self._tensors = _named(shards.find(directory), kind, directory)
@@ -156,8 +156,8 @@ def _named(
     name = re.sub(PREFIX[kind], '', theirs)
     if name in named:
       raise UserError(
-          f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two tensors '
-          f'for one parameter: which of them is meant is not known')
+          f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
+          'tensors for one parameter: which of them is meant is not known')
     named[name] = tensor
   return named
 

@@ -64,7 +64,7 @@ class Reader:
 
   Attributes:
     paths: the files.
-    metadata: key -> value; arrays of numbers are NumPy arrays. Of several files, those of the first.
+    metadata: key -> value; arrays of numbers are NumPy arrays. Of several files, the first one's.
     tensors: GGUF name -> `Tensor`.
 
   Raises:
@@ -261,7 +261,8 @@ def hf_config(reader: Reader) -> dict[str, Any]:
   if (name := m.get('general.architecture')) != 'llama':
     raise UserError(f'{where} has general.architecture = {name!r}; implemented: llama')
   if 'token_embd.weight' not in reader.tensors:
-    raise UserError(f'{where} holds no token_embd.weight: it is no language model, or a part of one')
+    raise UserError(
+        f'{where} holds no token_embd.weight: it is no language model, or a part of one')
   rows = reader.tensors['token_embd.weight'].shape[0]
   config = {'model_type': 'llama', 'vocab_size': rows}
   config |= {ours: m[f'llama.{key}'] for key, ours in KEYS.items() if f'llama.{key}' in m}
@@ -269,7 +270,8 @@ def hf_config(reader: Reader) -> dict[str, Any]:
     config[flag] = f'blk.0.{name}.bias' in reader.tensors
   head_dim = LlamaConfig.from_hf(config, where).head_dim
   for key, legal in (
-      ('rope.dimension_count', head_dim), ('attention.value_length', head_dim), ('vocab_size', rows)):
+      ('rope.dimension_count', head_dim), ('attention.value_length', head_dim),
+      ('vocab_size', rows)):
     if m.get(f'llama.{key}', legal) != legal:
       raise UserError(f'{where} has llama.{key} = {m[f"llama.{key}"]}; implemented: {legal}')
   factor = m.get('llama.rope.scaling.factor', m.get('llama.rope.scale_linear', 1.0))

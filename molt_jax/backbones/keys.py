@@ -132,19 +132,20 @@ COMMON = {
         'output_hidden_states', 'output_attentions', 'output_scores', 'output_logits',
         'output_router_logits', 'return_dict_in_generate', 'torchscript', 'tie_word_embeddings',
         'tie_encoder_decoder', 'chunk_size_feed_forward', 'gradient_checkpointing',
-        'gradient_checkpointing_use_reentrant', 'is_decoder', 'tf_legacy_loss', 'use_bfloat16', 'prefix',
-        'attn_implementation', '_attn_implementation', '_attn_implementation_autoset',
+        'gradient_checkpointing_use_reentrant', 'is_decoder', 'tf_legacy_loss', 'use_bfloat16',
+        'prefix', 'attn_implementation', '_attn_implementation', '_attn_implementation_autoset',
         '_attn_implementation_internal', '_experts_implementation', 'experts_implementation',
-        '_flash_attn_2_enabled', '_use_flash_attention_2', '_use_sdpa', 'auto_map', 'custom_pipelines',
-        'transformers.js_config', 'unsloth_fixed', 'unsloth_version', 'neftune_noise_alpha',
-        'attention_dropout', 'dropout', 'hidden_dropout', 'initializer_range',
-        'initializer_factor', 'pad_token_id', 'bos_token_id', 'eos_token_id', 'sep_token_id',
-        'decoder_start_token_id'),
+        '_flash_attn_2_enabled', '_use_flash_attention_2', '_use_sdpa', 'auto_map',
+        'custom_pipelines', 'transformers.js_config', 'unsloth_fixed', 'unsloth_version',
+        'neftune_noise_alpha', 'attention_dropout', 'dropout', 'hidden_dropout',
+        'initializer_range', 'initializer_factor', 'pad_token_id', 'bos_token_id',
+        'eos_token_id', 'sep_token_id', 'decoder_start_token_id'),
     # Of generation.
     **neutral(
-        'max_length', 'min_length', 'max_new_tokens', 'min_new_tokens', 'do_sample', 'early_stopping',
-        'num_beams', 'num_beam_groups', 'diversity_penalty', 'temperature', 'top_k', 'top_p', 'min_p',
-        'top_h', 'typical_p', 'repetition_penalty', 'length_penalty', 'no_repeat_ngram_size',
+        'max_length', 'min_length', 'max_new_tokens', 'min_new_tokens', 'do_sample',
+        'early_stopping', 'num_beams', 'num_beam_groups', 'diversity_penalty', 'temperature',
+        'top_k', 'top_p', 'min_p', 'top_h', 'typical_p', 'repetition_penalty', 'length_penalty',
+        'no_repeat_ngram_size',
         'encoder_no_repeat_ngram_size', 'encoder_repetition_penalty', 'bad_words_ids',
         'force_words_ids', 'num_return_sequences', 'forced_bos_token_id', 'forced_eos_token_id',
         'remove_invalid_values', 'exponential_decay_length_penalty', 'suppress_tokens',
@@ -292,8 +293,9 @@ PROCESSORS = ('CLIP', 'Siglip', 'ViT')
 
 
 def _processor_names() -> Iterable[str]:
-  for name in PROCESSORS:
-    yield from (f'{name}{end}' for end in ('ImageProcessor', 'ImageProcessorFast', 'FeatureExtractor'))
+  for family in PROCESSORS:
+    for end in ('ImageProcessor', 'ImageProcessorFast', 'FeatureExtractor'):
+      yield family + end
 
 
 PREPROCESSOR: Table = {
@@ -316,11 +318,12 @@ PREPROCESSOR: Table = {
     'do_reduce_labels': only(False, None),
     'reducing_gap': only(None),
     **neutral(
-        'processor_class', 'do_convert_rgb', 'pad_size', 'data_format', 'input_data_format', 'device',
-        'return_tensors', 'disable_grouping', 'image_seq_length', '_valid_processor_keys', 'auto_map',
-        'transformers_version'),
+        'processor_class', 'do_convert_rgb', 'pad_size', 'data_format', 'input_data_format',
+        'device', 'return_tensors', 'disable_grouping', 'image_seq_length',
+        '_valid_processor_keys', 'auto_map', 'transformers_version'),
 }
-PROCESSOR: Table = {'image_processor': OBJECT, **neutral('processor_class', 'auto_map', 'tokenizer')}
+PROCESSOR: Table = {
+    'image_processor': OBJECT, **neutral('processor_class', 'auto_map', 'tokenizer')}
 
 # ---- tokenizer_config.json, special_tokens_map.json, added_tokens.json ---------------------------
 
@@ -395,7 +398,8 @@ def _of(*lists: str, **rules: Rule) -> Table:
 # Types of components and their keys; the tokenizers library checks most values. Its trimming of
 # offsets changes no token.
 NORMALIZERS = {
-    **dict.fromkeys(('NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'StripAccents', 'Nmt', 'ByteLevel'), _of()),
+    **dict.fromkeys(('NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'StripAccents'), _of()),
+    **dict.fromkeys(('Nmt', 'ByteLevel'), _of()),
     'BertNormalizer': _of(
         clean_text=FLAG, handle_chinese_chars=FLAG, strip_accents=or_null(FLAG), lowercase=FLAG),
     'Precompiled': _of(precompiled_charsmap=TEXT),
@@ -496,8 +500,9 @@ GGUF: Table = {
     **neutral(
         'tokenizer.ggml.unknown_token_id', 'tokenizer.ggml.seperator_token_id',
         'tokenizer.ggml.separator_token_id', 'tokenizer.ggml.cls_token_id',
-        'tokenizer.ggml.mask_token_id', 'tokenizer.ggml.eot_token_id', 'tokenizer.ggml.eom_token_id',
-        'tokenizer.ggml.eog_token_ids', 'tokenizer.ggml.eos_token_ids',
+        'tokenizer.ggml.mask_token_id', 'tokenizer.ggml.eot_token_id',
+        'tokenizer.ggml.eom_token_id', 'tokenizer.ggml.eog_token_ids',
+        'tokenizer.ggml.eos_token_ids',
         'tokenizer.ggml.middle_token_id', 'tokenizer.ggml.prefix_token_id',
         'tokenizer.ggml.suffix_token_id', 'tokenizer.ggml.token_type_count'),
     **neutral(

@@ -83,8 +83,8 @@ class LlamaConfig:
     head_dim = c.get('head_dim', c['hidden_size'] // heads)
     if head_dim % 2 or head_dim > keys.MOST_HEAD_DIM:
       raise UserError(
-          f'{where} has heads of width {head_dim} (head_dim, or hidden_size / num_attention_heads); '
-          f'rotary positions need an even number up to {keys.MOST_HEAD_DIM}')
+          f'{where} has heads of width {head_dim} (head_dim, or hidden_size / '
+          f'num_attention_heads); rotary positions need an even number up to {keys.MOST_HEAD_DIM}')
     theta, scaling = _read_rope(c, where)
     return cls(
         vocab_size=c['vocab_size'], hidden_size=c['hidden_size'],

@@ -92,8 +92,8 @@ def _spec(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:
   sides = {*size.values(), *crop.values()}
   if sides != {image_size}:
     raise UserError(
-        f'{where} asks for images of {sorted(sides)} pixels, the tower reads {image_size} (square); '
-        f'another size or a crop of a larger image is not implemented')
+        f'{where} asks for images of {sorted(sides)} pixels, the tower reads {image_size} '
+        f'(square); another size or a crop of a larger image is not implemented')
   resize = 'crop' if 'shortest_edge' in size else 'squash'
   return ImageSpec(
       image_size, tuple(c['image_mean']), tuple(c['image_std']), c['resample'], resize)

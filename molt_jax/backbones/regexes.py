@@ -1,7 +1,8 @@
 r"""Regular expressions of tokenizers: which of them are safe to run on any text.
 
-The tokenizers library matches by backtracking, and some expressions take time that doubles with each
-character of a text: (a+)+$ on "aaaa...b". Those that cut text into words need nothing of the kind.
+The tokenizers library matches by backtracking, and some expressions take time that doubles with
+each character of a text: (a+)+$ on "aaaa...b". Those that cut text into words need nothing of the
+kind.
 Accepted are alternatives of sequences of characters, classes and groups in which
 
 - a repeated group matches one string of characters or classes, of one length;
@@ -22,7 +23,8 @@ MOST_WAYS_UNBOUNDED = 16  # Beside a part without an upper bound.
 MANY = 16  # A part that may repeat more often counts as one without an upper bound.
 _QUANTIFIER = re.compile(r'[*+?]|\{\d+\}|\{\d*,\d+\}|\{\d+,\}')
 _GROUP = re.compile(r'\((\?(?:<?[=!]|[>:]|<[A-Za-z]\w*>|[a-wyz]*(?:-[a-z]+)?[:)]))?')
-_ESCAPE = re.compile(r'\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.)', re.S)
+_ESCAPE = re.compile(
+    r'\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.)', re.S)
 _REFUSED_ESCAPES = '123456789kgKXQE'
 
 
@@ -126,7 +128,8 @@ class _Reader:
     kind = found[1] or ''
     self.at = found.end()
     if not kind and self.pattern.startswith('?', self.at):
-      raise Unsafe(f'{self.pattern[self.at - 1:self.at + 3]} at character {self.at} is not accepted')
+      found = self.pattern[self.at - 1:self.at + 3]
+      raise Unsafe(f'{found} at character {self.at} is not accepted')
     if kind.endswith(')'):  # Flags for the rest.
       return _Part(need=False)
     inside = self.alternatives(depth + 1)

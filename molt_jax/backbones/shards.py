@@ -1,4 +1,4 @@
-"""Tensors of a directory as `save_pretrained` writes it: which files hold them, and their headers."""
+"""Tensors of a directory as `save_pretrained` writes it: which files hold them, their headers."""
 
 import pathlib
 from collections.abc import Mapping
@@ -82,8 +82,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
   for tensor, name in weight_map.items():
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or '\0' in name:
       raise UserError(
-          f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; legal is the name of '
-          f'a file beside it')
+          f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; legal is the name '
+          'of a file beside it')
     if not name.endswith('.safetensors'):
       raise UserError(
           f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; only .safetensors '

@@ -1,4 +1,4 @@
-"""The text tower's tokenizer: texts to ids, and tokenizers that are made here (of GGUF files, of bytes)."""
+"""The text tower's tokenizer: texts to ids; tokenizers made here, of GGUF files and of bytes."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ class Tokenizer:
   sha256: str
 
   def encode(self, text: str, max_tokens: int) -> list[int]:
-    """Returns the first ids of a text, special tokens as the model's Hugging Face tokenizer adds them.
+    """Returns the first ids of a text, with special tokens as the model's own tokenizer adds them.
 
     Args:
       text: of any length; of a long one only the beginning is read. Lone surrogates, which no
@@ -119,7 +119,7 @@ def guarded(source: str, function: Callable[..., Any], *args: Any, **options: An
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-  """Closes stderr for a moment: Rust prints its panics there, past Python, before it raises them."""
+  """Closes stderr for a moment: Rust prints panics there, past Python, before it raises them."""
   with _MUTING:
     try:
       kept = os.dup(2)
@@ -160,10 +160,10 @@ def wrap(
         f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together')
   beyond = sorted(((i, t) for t, i in vocab.items() if i >= vocab_size), reverse=True)
   if beyond:
+    named = files.listed(f'{files.shown(t)} the id {i}' for i, t in beyond)
     raise UserError(
-        f'{source} gives {files.listed(f"{files.shown(t)} the id {i}" for i, t in beyond)}, but the '
-        f'model embeds {vocab_size} tokens (ids 0 to {vocab_size - 1}): take the token out of the '
-        f'tokenizer, or give a model with an embedding for it')
+        f'{source} gives {named}, but the model embeds {vocab_size} tokens (ids 0 to '
+        f'{vocab_size - 1}): take the token out of the tokenizer, or give a model that embeds it')
 
   def first(*tokens):
     ids = [backend.token_to_id(t) for t in tokens if t is not None]
@@ -176,8 +176,8 @@ def wrap(
   before, after = _around(tried, source) if around is None else around
   if beyond := [i for i in (*before, *after) if i >= vocab_size]:
     raise UserError(
-        f'{source} puts the id {max(beyond)} around texts, but the model embeds {vocab_size} tokens '
-        f'(ids 0 to {vocab_size - 1}): they do not belong together')
+        f'{source} puts the id {max(beyond)} around texts, but the model embeds {vocab_size} '
+        f'tokens (ids 0 to {vocab_size - 1}): they do not belong together')
   return Tokenizer(
       backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad), before=before,
       after=after, source=source, sha256=sha256)
@@ -283,7 +283,8 @@ def _column(get, name: str, size: int, where: str) -> Sequence[Any]:
   column = column.tolist() if isinstance(column, np.ndarray) else column
   if len(column) != size or not all(isinstance(x, int | float) for x in column):
     raise UserError(
-        f'{where} has {len(column)} tokenizer.ggml.{name} for {size} tokens, or such as are no numbers')
+        f'{where} has {len(column)} tokenizer.ggml.{name} for {size} tokens, or such as are no '
+        'numbers')
   return column
 
 
@@ -292,8 +293,8 @@ def _byte_level(tokens, types, get, where: str) -> tokenizers.Tokenizer:
   if pre not in PRE_TOKENIZERS:
     raise UserError(
         f'{where} has tokenizer.ggml.pre = {files.shown(pre)}: how texts are cut into words is '
-        f'not said, or not implemented; implemented: {", ".join(PRE_TOKENIZERS)}. Convert the model '
-        'anew with a present-day llama.cpp, or give its Hugging Face directory')
+        f'not said, or not implemented; implemented: {", ".join(PRE_TOKENIZERS)}. Convert the '
+        'model anew with a present-day llama.cpp, or give its Hugging Face directory')
   merges = get('merges')
   if merges is None or not all(isinstance(m, str) and m.count(' ') == 1 for m in merges):
     raise UserError(

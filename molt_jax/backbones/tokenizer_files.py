@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face directory: tokenizer.json, and the tokens that other files add.
 
 Which tokens there are follows transformers 5 (`TokenizersBackend`): those of tokenizer.json, then
-those of `added_tokens_decoder`, then the special tokens that tokenizer_config.json names; where there
-is no `added_tokens_decoder`, special_tokens_map.json and added_tokens.json count too. How a text is
-cut, and which tokens are put around it, is what tokenizer.json says.
+those of `added_tokens_decoder`, then the special tokens that tokenizer_config.json names; where
+there is no `added_tokens_decoder`, special_tokens_map.json and added_tokens.json count too. How a
+text is cut, and which tokens are put around it, is what tokenizer.json says.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 
 
 class _Tokens(NamedTuple):
-  """What the files beside tokenizer.json say: tokens by id, special tokens by role, further ones."""
+  """What files beside tokenizer.json say: tokens by id, special tokens by role, further ones."""
 
   by_id: dict[int, tokenizers.AddedToken]
   named: dict[str, tokenizers.AddedToken | str]
@@ -141,8 +141,8 @@ def _check_template(part: Mapping[str, Any], where: str) -> None:
   special = [p['SpecialToken'].get('id') for p in pieces if isinstance(p.get('SpecialToken'), dict)]
   if texts != ['A'] or len(special) + 1 != len(pieces):
     raise UserError(
-        f'{where} has a template for one text of {files.shown(pieces)}; implemented: special tokens '
-        f'and, once, the text (Sequence A)')
+        f'{where} has a template for one text of {files.shown(pieces)}; implemented: special '
+        'tokens and, once, the text (Sequence A)')
   described = part.get('special_tokens', {})
   if lacking := [s for s in special if not isinstance(s, str) or s not in described]:
     raise UserError(
@@ -249,8 +249,8 @@ def _check_ids(
   for number, name in declared.items():
     if (real := backend.token_to_id(name)) != number:
       raise UserError(
-          f'{where} gives the token {files.shown(name)} the id {number}, but beside the other tokens '
-          f'it gets {real}: the files of this tokenizer do not belong together')
+          f'{where} gives the token {files.shown(name)} the id {number}, but beside the other '
+          f'tokens it gets {real}: the files of this tokenizer do not belong together')
 
 
 # ---- tokenizer.model -----------------------------------------------------------------------------
@@ -273,7 +273,8 @@ def _convert(
         'with transformers, tokenizer.save_pretrained(DIR)')
   import transformers  # Only here: it is slow to import.
   fast = tokenizer.guarded(
-      str(file), transformers.AutoTokenizer.from_pretrained, str(directory), trust_remote_code=False)
+      str(file), transformers.AutoTokenizer.from_pretrained, str(directory),
+      trust_remote_code=False)
   return tokenizer.wrap(
       fast.backend_tokenizer, bos=fast.bos_token, eos=fast.eos_token, pad=fast.pad_token,
       vocab_size=vocab_size, source=str(file), sha256=hashlib.sha256(

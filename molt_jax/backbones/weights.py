@@ -100,7 +100,8 @@ MAPS = {
 # Tensors that the towers have no use for.
 IGNORED = {
     'text': r'lm_head\.weight|score\.(weight|bias)|.*rotary_emb\.inv_freq',
-    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|classifier\.(weight|bias)|post_layernorm\.(weight|bias)|.*position_ids',
+    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids|'
+             r'(classifier|post_layernorm)\.(weight|bias)',
     'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
 }
 MOST_NAMED = 40  # Unfit tensors in one error.
@@ -113,8 +114,8 @@ class TowerSpec:
 
   Attributes:
     config: the architecture; `config.hidden_size` is the width of the taps.
-    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where there is one,
-      'input_sha256': of what makes the tower's input, tokenizer files or image preprocessing}.
+    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where
+      there is one, 'input_sha256': of what makes its input, tokenizer or image preprocessing}.
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
   """
@@ -140,8 +141,7 @@ def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> Tower
     # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
     # there must have them. Which are missing, loading says.
     module = make_module(files, dtype='float32', attention='xla')
-    wanted = traverse_util.flatten_dict(nn.unbox(abstract_params(module)), sep='/')
-    _plan(files, wanted, complete=False)
+    _plan(files, _flat(nn.unbox(abstract_params(module))), complete=False)
   return _describe(files, quantization)
 
 
@@ -160,8 +160,8 @@ def load_tower(
     with_pool: load an image tower's final norm too, which only `ClipVision.pooled` reads.
 
   Raises:
-    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it (all of them are named), weights that are
-      not finite or too large for this machine, or no qwix.
+    UserError: no such tower, a configuration that is not implemented, tensors that do not fit it
+      (all of them are named), weights that are not finite or too large for the machine, no qwix.
   """
   files = open_files(path, kind=kind)
   module = make_module(files, dtype=dtype, attention=attention, with_pool=with_pool)
@@ -169,10 +169,10 @@ def load_tower(
   hows = quantize.plan(boxed, quantization)
   final = quantize.abstract_params(boxed, quantization)
   places = jax.tree.map(lambda _: None, nn.unbox(final)) if shardings is None else shardings(final)
-  described = _describe(files, quantization)
+  described, plan = _describe(files, quantization), _plan(files, _flat(nn.unbox(boxed)))
   _check_memory(path, nn.unbox(final), places)
   try:
-    params = _load(files, nn.unbox(boxed), nn.unbox(final), places, hows)
+    params = _load(files, plan, nn.unbox(boxed), nn.unbox(final), places, hows)
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       raise UserError(_too_large(path, nn.unbox(final), 'than is free')) from error
@@ -198,7 +198,8 @@ def _too_large(path: str, final: Any, than: str) -> str:
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(final))
   return (
       f'{path}: the tower takes {size / 1e9:.1f} GB for each of its copies, more {than}: give a '
-      'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in mesh.model')
+      'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in '
+      'mesh.model')
 
 
 def total_memory() -> int:
@@ -245,12 +246,15 @@ def _sha256_of(content: Any) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _load(files: TowerFiles, abstract: Any, final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
+def _flat(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def _load(
+    files: TowerFiles, plan: dict[str, tuple[list[str], tuple[int, ...], Transform]], abstract: Any,
+    final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
   """Fills the parameters from disk; one tensor at a time is in host memory, and in full precision on the device."""
-  wanted = traverse_util.flatten_dict(abstract, sep='/')
-  final = traverse_util.flatten_dict(final, sep='/')
-  places = traverse_util.flatten_dict(places, sep='/')
-  plan = _plan(files, wanted)
+  wanted, final, places = _flat(abstract), _flat(final), _flat(places)
   flat = {}
   for path, (names, source_shape, transform) in plan.items():
     stacked = path.startswith('layers/')
@@ -285,7 +289,10 @@ def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
 
 @functools.cache
 def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any):
-  """Compiled: (parameter, tensor, layer) -> parameter with the reordered, perhaps quantised tensor in its place, and whether that is finite."""
+  """Compiled: (parameter, tensor, layer) -> parameter with the tensor in it, whether it is finite.
+
+  The tensor is reordered, and quantised where its parameter is.
+  """
   def fill(buffer, w, layer):
     new = transform.reorder(w).reshape(shape)
     if how is None:  # A number can be too large for the type in which it is computed with.
@@ -293,9 +300,8 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
     finite = jnp.isfinite(new).all()
     new = how.quantize(new) if how else new
     if stacked:
-      new = jax.tree.map(
-          lambda old, one: jax.lax.dynamic_update_index_in_dim(old, one.astype(old.dtype), layer, 0),
-          buffer, new)
+      put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+      new = jax.tree.map(lambda old, one: put(old, one.astype(old.dtype)), buffer, new)
     return new, finite
   return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
 

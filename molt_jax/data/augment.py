@@ -56,7 +56,7 @@ def generator(seed: int, epoch: int, example_id: str, view: str) -> np.random.Ge
 def augment_image(
     image: Image.Image, how: ImageAugmentation, rng: np.random.Generator, *, size: int,
     resample: int = Image.Resampling.BICUBIC) -> Image.Image:
-  """Returns a random crop of an RGB image, resized to `size` x `size`, perhaps flipped, its colours varied a little."""
+  """Returns a random crop of an RGB image, of `size` x `size`, perhaps flipped, colours varied."""
   crop = image.resize((size, size), resample, box=crop_box(image.size, how, rng))
   if rng.random() < how.flip:
     crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

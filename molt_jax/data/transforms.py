@@ -86,7 +86,8 @@ def preprocess_image(
     mean: of each channel, in [0, 1].
     std: of each channel.
     resize: 'crop' brings the shortest side to `size` and crops the centre, as Hugging Face's CLIPImageProcessor does; 'letterbox' brings
-      the longest side to `size` and pads with the mean, which is zero after normalisation; 'squash' brings both sides to `size`.
+      the longest side to `size` and pads with the mean, which is zero after normalisation;
+      'squash' brings both sides to `size`.
     resample: a `PIL.Image.Resampling` value.
 
   Returns:

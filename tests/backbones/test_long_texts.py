@@ -1,4 +1,4 @@
-"""Texts of any length and content: only the beginning is read, and its tokens are those of the whole."""
+"""Texts of any length: the beginning alone is read, and its tokens are those of the whole text."""
 
 import pytest
 import tokenizers
@@ -10,7 +10,8 @@ from molt_jax.backbones import tokenizer
 from molt_jax.config import UserError
 
 CORPUS = [
-    'the red apple and the green pear', 'aaaa aaa aa a', 'It is 2024, they said: 12345!', 'naïve café',
+    'the red apple and the green pear', 'aaaa aaa aa a', 'It is 2024, they said: 12345!',
+    'naïve café',
     '日本語 テキスト', 'x' * 30, '  spaces\n\n\tand   tabs', 'été e\u0301te\u0301'] * 3
 
 
@@ -37,20 +38,23 @@ def sentence_piece():
 def clip():
   made = tokenizers.Tokenizer(models.BPE(unk_token='<e>', end_of_word_suffix='</w>'))
   made.normalizer = normalizers.Sequence([
-      normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r'\s+'), ' '), normalizers.Lowercase()])
+      normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r'\s+'), ' '),
+      normalizers.Lowercase()])
   words = tokenizers.Regex(r"'s|'t|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
   made.pre_tokenizer = pre_tokenizers.Sequence([
       pre_tokenizers.Split(words, 'removed', invert=True),
       pre_tokenizers.ByteLevel(add_prefix_space=False)])
   made.train_from_iterator(CORPUS, trainers.BpeTrainer(
-      vocab_size=700, special_tokens=['<b>', '<e>'], show_progress=False, end_of_word_suffix='</w>'))
+      vocab_size=700, special_tokens=['<b>', '<e>'], show_progress=False,
+      end_of_word_suffix='</w>'))
   made.post_processor = processors.RobertaProcessing(('<e>', 1), ('<b>', 0), False, False)
   return made
 
 
 def unigram(split):
   made = tokenizers.Tokenizer(models.Unigram(
-      [('<unk>', -20.0), ('▁', -3.0), *((c, -6.0) for c in 'abcdehilnoprstxé1,'), ('aaa', -4.0), ('aa', -4.0),
+      [('<unk>', -20.0), ('▁', -3.0), *((c, -6.0) for c in 'abcdehilnoprstxé1,'), ('aaa', -4.0),
+          ('aa', -4.0),
        ('▁the', -5.0), ('red', -5.0), ('apple', -5.0), ('xxxx', -4.0)], 0, False))
   made.pre_tokenizer = pre_tokenizers.Metaspace('▁', 'always', split)
   return made
@@ -84,7 +88,8 @@ def wrapped(backend):
 
 
 UNITS = st.sampled_from([
-    'a', 'aa', 'x', ' ', '\n', ' \n', 'the red apple ', 'e\u0301', '\u0301', '\u0327', 'é', '日本', '1', '12,',
+    'a', 'aa', 'x', ' ', '\n', ' \n', 'the red apple ', 'e\u0301', '\u0301', '\u0327', 'é', '日本',
+    '1', '12,',
     "It's ", '\u200b', '🦓', '\0', 'ẞ', 'apple', ' a', '\u1100\u1161', '!?', '</w>', '<s>', '▁'])
 TEXTS = st.lists(st.tuples(UNITS, st.integers(1, 400)), min_size=1, max_size=6).map(
     lambda parts: ''.join(unit * count for unit, count in parts))
@@ -145,7 +150,8 @@ def test_many_tokens_that_are_cut_off_cost_nothing(backends):
 
 
 @pytest.mark.parametrize('text, same_as', [
-    ('a\ud800b', 'a\ufffdb'), ('\udfff', '\ufffd'), ('x\ud83e\udd93y', 'x🦓y'), ('\ud83ea', '\ufffda'),
+    ('a\ud800b', 'a\ufffdb'), ('\udfff', '\ufffd'), ('x\ud83e\udd93y', 'x🦓y'),
+    ('\ud83ea', '\ufffda'),
     ('\ud800' * 3, '\ufffd' * 3), ('a' * 30_000 + '\ud800', 'a' * 30_000 + '\ufffd')])
 @pytest.mark.parametrize('name', MADE)
 def test_surrogates_are_cleaned_where_a_text_enters(backends, name, text, same_as):
@@ -173,7 +179,8 @@ def test_a_token_that_looks_like_a_template_is_a_token():
   """'$' begins a name in a template of the library; in a GGUF file it is a token."""
   tokens = ['<unk>', '$', '$A', 'a']
   metadata = {
-      'model': 'llama', 'tokens': tokens, 'scores': [0.0, -1.0, -2.0, -3.0], 'token_type': [2, 3, 3, 1],
+      'model': 'llama', 'tokens': tokens, 'scores': [0.0, -1.0, -2.0, -3.0],
+      'token_type': [2, 3, 3, 1],
       'bos_token_id': 1, 'eos_token_id': 2, 'add_eos_token': True, 'add_space_prefix': False}
   made = tokenizer.from_gguf({f'tokenizer.ggml.{k}': v for k, v in metadata.items()}, vocab_size=4)
   assert made.encode('aa', 9) == [1, 3, 3, 2]

@@ -15,7 +15,8 @@ from molt_jax.data import transforms
 
 SIZE = 20
 WHOLE = {
-    'image_processor_type': 'CLIPImageProcessor', 'do_resize': True, 'size': {'shortest_edge': SIZE},
+    'image_processor_type': 'CLIPImageProcessor', 'do_resize': True,
+    'size': {'shortest_edge': SIZE},
     'resample': 3, 'do_center_crop': True, 'crop_size': {'height': SIZE, 'width': SIZE},
     'do_rescale': True, 'rescale_factor': 0.00392156862745098, 'do_normalize': True,
     'image_mean': [0.5, 0.4, 0.3], 'image_std': [0.2, 0.3, 0.25], 'do_convert_rgb': True}
@@ -29,7 +30,8 @@ def read(tmp_path, name='preprocessor_config.json', **content):
 
 def pixels(spec, image):
   return transforms.preprocess_image(
-      image, size=spec.size, mean=spec.mean, std=spec.std, resize=spec.resize, resample=spec.resample)
+      image, size=spec.size, mean=spec.mean, std=spec.std, resize=spec.resize,
+      resample=spec.resample)
 
 
 def noise(width, height):
@@ -37,14 +39,16 @@ def noise(width, height):
   return Image.fromarray(raw)
 
 
-PROCESSORS = {'CLIP': CLIPImageProcessorPil, 'Siglip': SiglipImageProcessorPil, 'ViT': ViTImageProcessorPil}
+PROCESSORS = {'CLIP': CLIPImageProcessorPil, 'Siglip': SiglipImageProcessorPil,
+    'ViT': ViTImageProcessorPil}
 CHANGES = {
     **{f'resample {i}': ('CLIP', {'resample': i}) for i in range(6)},
     'numbers': ('CLIP', {'size': SIZE, 'crop_size': SIZE}),
     'squash, no crop': ('CLIP', {'size': SQUARE, 'do_center_crop': False}),
     'squash, crop of all': ('CLIP', {'size': SQUARE}),
     'squash, bilinear': ('CLIP', {'size': SQUARE, 'do_center_crop': False, 'resample': 2}),
-    'square by default': ('CLIP', {'size': SIZE, 'default_to_square': True, 'do_center_crop': False}),
+    'square by default': ('CLIP',
+        {'size': SIZE, 'default_to_square': True, 'do_center_crop': False}),
     'SigLIP': ('Siglip', {'size': SQUARE}),
     'ViT, its own filter and colours': ('ViT', {'size': SQUARE}),
     'ViT, a number': ('ViT', {'size': SIZE, 'resample': 3}),
@@ -60,7 +64,8 @@ def test_pixels_are_those_of_hugging_face(tmp_path, name, width, height):
   image = noise(width, height)
   expected_chw = processor(image, return_tensors='np')['pixel_values'][0]
   spec = read(tmp_path, **{**told, 'image_processor_type': f'{family}ImageProcessor'})
-  np.testing.assert_allclose(pixels(spec, image), expected_chw.transpose(1, 2, 0), atol=2e-6, rtol=0)
+  np.testing.assert_allclose(pixels(spec, image), expected_chw.transpose(1, 2, 0), atol=2e-6,
+      rtol=0)
 
 
 def test_squashing_and_filters_change_pixels(tmp_path):

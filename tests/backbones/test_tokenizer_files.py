@@ -30,7 +30,8 @@ SIZE = len(WHOLE['model']['vocab'])  # The special tokens are among them.
 WORD = next(t for t, i in WHOLE['model']['vocab'].items() if i == SIZE - 1)
 BOS = {
     'type': 'TemplateProcessing',
-    'single': [{'SpecialToken': {'id': '<s>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}],
+    'single': [{'SpecialToken': {'id': '<s>', 'type_id': 0}},
+        {'Sequence': {'id': 'A', 'type_id': 0}}],
     'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 0}}],
     'special_tokens': {'<s>': {'id': '<s>', 'ids': [0], 'tokens': ['<s>']}}}
 TEXTS = [
@@ -77,9 +78,11 @@ ADDED = {
     'and does not count': (
         {'added_tokens_decoder': {}}, {'special_tokens_map': {'pad_token': '<pad>'}}),
     'both lists': (
-        {'extra_special_tokens': ['<q>']}, {'special_tokens_map': {'extra_special_tokens': ['<extra>']}}),
+        {'extra_special_tokens': ['<q>']},
+        {'special_tokens_map': {'extra_special_tokens': ['<extra>']}}),
     'the oldest file': ({'pad_token': '<q>'}, {'added_tokens': {'<new>': SIZE, '<q>': SIZE + 1}}),
-    'flags of begin and end': ({'add_bos_token': True, 'add_eos_token': True, 'bos_token': '<s>'}, {}),
+    'flags of begin and end': ({'add_bos_token': True, 'add_eos_token': True, 'bos_token': '<s>'},
+        {}),
     'empty names': ({'bos_token': '', 'eos_token': None}, {}),
 }
 
@@ -120,7 +123,8 @@ def _bos(*ids):
 
 BEYOND = {
     'an added token': ({}, {'added_tokens': _added(SIZE)}, rf"'\[PAD\]' the id {SIZE}"),
-    'of the other file': ({'added_tokens_decoder': {str(SIZE): token('<new>')}}, {}, "'<new>' the id"),
+    'of the other file': ({'added_tokens_decoder': {str(SIZE): token('<new>')}}, {},
+        "'<new>' the id"),
     'a new name': ({'pad_token': '<pad>'}, {}, "'<pad>' the id"),
     'a template': ({}, {'post_processor': _bos(SIZE)}, f'puts the id {SIZE} around texts'),
     'a template of several': ({}, {'post_processor': _bos(0, 10**6)}, 'puts the id 1000000'),
@@ -194,21 +198,25 @@ CONTENT = {
     'an unknown model': (_model(type='Neural'), "type 'Neural'"),
     'no model': ({'model': None}, 'model = None'),
     'another version': ({'version': '2.0'}, "version = '2.0'"),
-    'a merge of no tokens': (_model(merges=[['a', 'zzz']]), 'damaged, or no tokenizer .Token `zzz`'),
+    'a merge of no tokens': (_model(merges=[['a', 'zzz']]),
+        'damaged, or no tokenizer .Token `zzz`'),
     'a merge of nothing': (_model(merges=['azzz']), 'Merges text file invalid'),
     'a negative id': (_model(vocab={'a': -1}), 'damaged, or no tokenizer'),
     'a vocabulary of lists': (_model(vocab=[[]]), 'damaged, or no tokenizer'),
     'nothing but unknown tokens': (_model(vocab={}, merges=[]), 'damaged|makes no tokens'),
     'a prefix of pieces': (_model(continuing_subword_prefix='##'), 'continuing_subword_prefix'),
     'deep sequences': ({'normalizer': _nested(100)}, 'more than 8 deep'),
-    'a template without text': (_single(SPECIAL), 'implemented: special tokens and, once, the text'),
+    'a template without text': (_single(SPECIAL),
+        'implemented: special tokens and, once, the text'),
     'a template with the text twice': (_single(A, SPECIAL, A), 'once, the text'),
-    'a template of a second text': (_single({'Sequence': {'id': 'B', 'type_id': 0}}), 'once, the text'),
+    'a template of a second text': (_single({'Sequence': {'id': 'B', 'type_id': 0}}),
+        'once, the text'),
     'a template of what it lacks': (
         _single(A, {'SpecialToken': {'id': '<x>', 'type_id': 0}}), "'<x>' in its template"),
     'steps of nothing': ({'pre_tokenizer': {'type': 'FixedLength', 'length': 0}}, 'length = 0'),
     'a table of characters that is none': (
-        {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}}, 'precompiled_charsmap'),
+        {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}},
+        'precompiled_charsmap'),
     'endless content': (
         {'normalizer': {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'b' * 10_000}},
         'at most 64 characters'),
@@ -217,9 +225,11 @@ CONTENT = {
     'an expression that does not end': ({'pre_tokenizer': _split('(')}, 'not closed'),
     'a catastrophic expression': ({'pre_tokenizer': _split('(a+)+$')}, r"'\(a\+\)\+\$'.*for ever"),
     'one in a normalizer': (
-        {'normalizer': {'type': 'Replace', 'pattern': {'Regex': '(a|aa)+$'}, 'content': ''}}, 'for ever'),
+        {'normalizer': {'type': 'Replace', 'pattern': {'Regex': '(a|aa)+$'}, 'content': ''}},
+        'for ever'),
     'one in a sequence': (
-        {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [_split(r'(\w+\s?)*$')]}}, 'for ever'),
+        {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [_split(r'(\w+\s?)*$')]}},
+        'for ever'),
 }
 
 
@@ -237,7 +247,8 @@ CONFIG = {
     'an unknown key': ({'new_flag': True}, "'new_flag', unknown here"),
     'another end that is cut': ({'truncation_side': 'left'}, "truncation_side = 'left'.*'right'"),
     'special tokens as text': ({'split_special_tokens': True}, 'split_special_tokens = True'),
-    'other files by version': ({'fast_tokenizer_files': ['tokenizer.4.0.json']}, 'fast_tokenizer_files'),
+    'other files by version': ({'fast_tokenizer_files': ['tokenizer.4.0.json']},
+        'fast_tokenizer_files'),
     'code of its own': ({'auto_map': {'AutoTokenizer': ['x.y', None]}}, 'auto_map'),
     'a number for a name': ({'bos_token': 3}, 'bos_token = 3'),
     'an object for a name': ({'bos_token': {'text': '<s>'}}, 'bos_token'),
@@ -262,7 +273,8 @@ FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', '
 DAMAGES = {
     'cut': (lambda f: f.write_bytes(f.read_bytes()[:-4]), 'not valid JSON'),
     'empty': (lambda f: f.write_bytes(b''), 'is empty'),
-    'a pointer': (lambda f: f.write_text('version https://git-lfs.github.com/spec/v1\n'), 'git lfs pull'),
+    'a pointer': (lambda f: f.write_text('version https://git-lfs.github.com/spec/v1\n'),
+        'git lfs pull'),
     'a list': (lambda f: f.write_text('[]'), 'expected an object'),
     'bytes': (lambda f: f.write_bytes(b'\xff\xfe\0'), 'not UTF-8'),
     'a folder': (lambda f: (f.unlink(), f.mkdir()), 'a folder, not a file'),
@@ -281,7 +293,8 @@ def test_every_file_of_a_tokenizer_may_be_damaged(tmp_path, name, damage):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('config', [None, {'tokenizer_class': 'LlamaTokenizer'}, {'add_bos_token': True}])
+@pytest.mark.parametrize('config',
+    [None, {'tokenizer_class': 'LlamaTokenizer'}, {'add_bos_token': True}])
 def test_tokenizer_model_is_not_read_by_a_guess(tmp_path, config):
   """The same file means other tokens in transformers 4 and 5 where nothing says how to use it."""
   (tmp_path / 'tokenizer.model').write_bytes(b'\n\x0e\n\x05<unk>')
@@ -318,10 +331,12 @@ RICH = {
         {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]},
     'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [
         _split(r'\p{N}{1,3}|\s+(?!\S)'), {'type': 'Digits', 'individual_digits': True},
-        {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}]}}
+        {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
+            'use_regex': False}]}}
 PLACES = [path for path in _places(RICH) if path]
 HOSTILE = st.sampled_from([
-    None, True, 0, -1, 1, 2**31, 2**63, 1.5, '', 'A', '\0', 'BPE', 'Sequence', [], [1], {}, {'type': 'NFC'},
+    None, True, 0, -1, 1, 2**31, 2**63, 1.5, '', 'A', '\0', 'BPE', 'Sequence', [], [1], {},
+    {'type': 'NFC'},
     '\ud800', 'x' * 10_000, [[]], {'Regex': '(a|a)*b'}, {'Regex': '['}, {'String': ''}])
 
 
@@ -352,23 +367,27 @@ def test_any_change_of_tokenizer_json_gives_legal_ids_or_one_line(tmp_path_facto
 
 WORDS = {
     'GPT-2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    'LLaMA 3': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
-               r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+',
-    'GPT-4': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-             r'|\s*[\r\n]|\s+(?!\S)|\s+',
-    'GPT-4o, LLaMA 4': r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'
-                       r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+",
+    'LLaMA 3': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+               r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+',
+    'GPT-4': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+             r' ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+',
+    'GPT-4o, LLaMA 4': r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*'
+                       r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+                       r'\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+',
     'CLIP': r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|"
             r'[^\s\p{L}\p{N}]+',
-    'DeepSeek': r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    'DeepSeek': r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"
+                r'[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+',
     'Bloom': r' ?[^(\s|[.,!?…。，、।۔،])]+', 'blanks': r'\s+', 'spaces': r' {2,}', 'the end': r'\s+$',
     'a literal group': r'(?:ab)+c?', 'classes': r'[[:alpha:]]+|[]a]+|[^]a]', 'nothing': '',
 }
 CATASTROPHIC = [
     r'(a+)+$', r'(a|aa)+$', r'(\w+\s?)*$', r'(x+x+)+y', r'a*a*b', r'a*a*a*', r'(.*)(.*)(.*)x',
     r'(a)\1', r'(?=a+b)c', r'(a?){30}a{30}', r'(?:a{1,3}){2,}', r'a{1,3}+', r'(?<p>a\g<p>?)',
-    r'(?(1)a|b)', r'(a*)*', r'((a{100}){100}){100}', r'(?:a+|b)?a*c', r'\s+\s+(?!\S)', r'(?x: a b )',
-    'a?' * 13 + 'b', '(a|a)' * 13, 'a{0,16}' * 3, '(' * 50 + ')' * 50, '(a', 'a)', '[a', '*a', '(?', '\\']
+    r'(?(1)a|b)', r'(a*)*', r'((a{100}){100}){100}', r'(?:a+|b)?a*c', r'\s+\s+(?!\S)',
+    r'(?x: a b )',
+    'a?' * 13 + 'b', '(a|a)' * 13, 'a{0,16}' * 3, '(' * 50 + ')' * 50, '(a', 'a)', '[a', '*a', '(?',
+    '\\']
 
 
 @pytest.mark.parametrize('name', WORDS)
@@ -384,7 +403,8 @@ def test_expressions_that_could_take_for_ever_are_refused(pattern):
 
 
 PIECES = st.sampled_from(
-    ['a', 'b', '.', '[ab]', r'\s', r'(?:ab)', '(a|b)', 'a+', 'a*', 'b?', r'\w+', '(?!a)', '|', '(?:a+b)?'])
+    ['a', 'b', '.', '[ab]', r'\s', r'(?:ab)', '(a|b)', 'a+', 'a*', 'b?', r'\w+', '(?!a)', '|',
+        '(?:a+b)?'])
 
 
 @given(st.lists(PIECES, max_size=7).map(''.join))

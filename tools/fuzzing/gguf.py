@@ -1,9 +1,9 @@
 """GGUF files with damaged headers, opened as text towers.
 
-A trial takes a tiny LLaMA, changes bytes of its header or puts the header together anew with hostile
-keys, values, types, counts, shapes and offsets, cuts it, or splits it into parts and damages those.
-What came out is 'refused' in one line, 'identical' to the undamaged file, or 'changed', which only
-values that are used may bring about.
+A trial takes a tiny LLaMA, changes bytes of its header or puts the header together anew with
+hostile keys, values, types, counts, shapes and offsets, cuts it, or splits it into parts and
+damages those. What came out is 'refused' in one line, 'identical' to the undamaged file, or
+'changed', which only values that are used may bring about.
 """
 
 import functools
@@ -25,18 +25,20 @@ WIDTH, FF, VOCAB, LAYERS = 32, 32, 64, 2
 TEXTS = ['!" #', '!"!"$<|end|>', '\ud800 \0', '!" ' * 3000]
 NUMBERS = [0, 1, 2, 3, 7, 31, 63, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
 LARGE = [0, 1, 31, 32, 33, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-STRANGE = ['llama.attention.logit_softcap', 'llama.new', 'tokenizer.ggml.lowercase', 'vendor.key', '']
+STRANGE = ['llama.attention.logit_softcap', 'llama.new', 'tokenizer.ggml.lowercase', 'vendor.key',
+    '']
 # Other values that are legal, each of which makes another tower or other ids.
 LEGAL = [
     ('llama.rope.freq_base', F32, 777.0), ('llama.attention.layer_norm_rms_epsilon', F32, 0.25),
     ('llama.context_length', U32, 64), ('tokenizer.ggml.add_bos_token', BOOL, True),
     ('tokenizer.ggml.eos_token_id', U32, 5)]
-NEUTRAL = ['general.name', 'general.author.0', 'quantize.imatrix.file', 'tokenizer.ggml.fim_pre_token_id']
+NEUTRAL = ['general.name', 'general.author.0', 'quantize.imatrix.file',
+    'tokenizer.ggml.fim_pre_token_id']
 
 
 @functools.cache
 def parts() -> tuple[list[list[Any]], list[list[Any]], bytes]:
-  """Returns metadata [key, type, value], tensors [name, shape in GGUF's order, type, offset], data."""
+  """Returns metadata [key, type, value], tensors [name, shape as in GGUF, type, offset], data."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   tokens = [*alphabet[:VOCAB - 2], alphabet[0] + alphabet[1], '<|end|>']
   metadata = [
@@ -50,7 +52,8 @@ def parts() -> tuple[list[list[Any]], list[list[Any]], bytes]:
       ['tokenizer.ggml.tokens', ARRAY, (STRING, tokens)],
       ['tokenizer.ggml.token_type', ARRAY, (I32, [1] * (VOCAB - 1) + [3])],
       ['tokenizer.ggml.merges', ARRAY, (STRING, [f'{alphabet[0]} {alphabet[1]}'])],
-      ['tokenizer.ggml.eos_token_id', U32, VOCAB - 1], ['tokenizer.ggml.add_bos_token', BOOL, False],
+      ['tokenizer.ggml.eos_token_id', U32, VOCAB - 1],
+      ['tokenizer.ggml.add_bos_token', BOOL, False],
       ['general.quantization_version', U32, 2]]
   half = WIDTH // 2
   shapes = {
@@ -251,7 +254,8 @@ def _split(rng: np.random.Generator, folder: pathlib.Path) -> tuple[pathlib.Path
   metadata, tensors, data = parts()
   at = int(rng.integers(1, len(tensors)))
   bound = tensors[at][3]
-  halves = (tensors[:at], data[:bound]), ([[*t[:3], t[3] - bound] for t in tensors[at:]], data[bound:])
+  halves = (tensors[:at], data[:bound]), ([[*t[:3], t[3] - bound] for t in tensors[at:]],
+      data[bound:])
   paths = [folder / f'm-0000{i + 1}-of-00002.gguf' for i in range(2)]
   how = int(rng.integers(8))
   for i, (path, (part, raw)) in enumerate(zip(paths, halves, strict=True)):

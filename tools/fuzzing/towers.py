@@ -1,9 +1,9 @@
 """Hugging Face directories with damaged files and hostile values, opened as towers.
 
 A trial copies a tiny tower (LLaMA, CLIP text or CLIP vision), changes a file or two, describes it,
-loads it, and gives it a text or a picture. What came out is compared with what the whole tower gives:
-'refused' in one line, 'identical', or 'changed', which only values that are used, tokens and the
-bytes of weights may bring about.
+loads it, and gives it a text or a picture. What came out is compared with what the whole tower
+gives: 'refused' in one line, 'identical', or 'changed', which only values that are used, tokens and
+the bytes of weights may bring about.
 """
 
 import functools
@@ -42,7 +42,8 @@ CONFIGS = {
         'vision_config': {
             'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
             'num_hidden_layers': 2, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 8,
-            'hidden_act': 'gelu', 'layer_norm_eps': 1e-5, 'num_channels': 3, 'id2label': {'0': 'a'}}},
+            'hidden_act': 'gelu', 'layer_norm_eps': 1e-5, 'num_channels': 3,
+            'id2label': {'0': 'a'}}},
 }
 PREPROCESSOR = {
     'image_processor_type': 'CLIPImageProcessor', 'do_resize': True, 'size': {'shortest_edge': 16},
@@ -66,7 +67,8 @@ NEUTRAL = {
 LEGAL = {
     'config.json': {
         'text': {'rms_norm_eps': 0.1, 'rope_theta': 500000.0,
-                 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'max_position_embeddings': 32},
+                 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0},
+                 'max_position_embeddings': 32},
         'clip_text': {'hidden_act': 'gelu', 'layer_norm_eps': 0.1, 'num_attention_heads': 4},
         'image': {'hidden_act': 'quick_gelu', 'layer_norm_eps': 0.1, 'num_attention_heads': 4}},
     'preprocessor_config.json': {'image': {
@@ -77,8 +79,10 @@ LEGAL = {
 STRANGE = ['attn_softcap', 'new_key', 'do_magic', 'rope_dynamic', 'zzz', 'x' * 1000, 'a\nb', '']
 USED = {
     key for config in CONFIGS.values() for key in (*config, *config.get('vision_config', ()))
-    if key not in ('architectures', 'torch_dtype', 'use_cache', 'bos_token_id', 'dropout', 'id2label')}
-FREE_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
+    if key not in ('architectures', 'torch_dtype', 'use_cache', 'bos_token_id', 'dropout',
+        'id2label')}
+FREE_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+    'added_tokens.json')
 
 
 @functools.cache
@@ -204,7 +208,7 @@ def trial(rng: np.random.Generator, folder: pathlib.Path) -> dict[str, int]:
 
 
 def _change_to_legal(rng: np.random.Generator, folder: pathlib.Path, kind: str) -> bool:
-  """Adds what changes nothing, and perhaps another value of what is used; returns whether it did."""
+  """Adds what changes nothing, and perhaps another value of what is used; returns whether so."""
   file = folder / 'config.json'
   content = json.loads(file.read_text())
   section = content['vision_config'] if kind == 'image' else content
@@ -223,7 +227,7 @@ def _change_to_legal(rng: np.random.Generator, folder: pathlib.Path, kind: str) 
 
 
 def _damage(rng: np.random.Generator, folder: pathlib.Path) -> tuple[bool, bool]:
-  """Changes a file; returns whether the tower may come out different, and whether it must not open."""
+  """Changes a file; returns whether the tower may come out different, and whether it must not."""
   file = folder / str(rng.choice(sorted(p.name for p in folder.iterdir())))
   if not file.is_file() or file.is_symlink():
     return False, False
@@ -287,7 +291,8 @@ def _change_bytes(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool, b
 def _places(value, path=()):
   """Every place in a JSON value."""
   yield path
-  pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value,
+      list) else ()
   for key, inner in pairs:
     yield from _places(inner, (*path, key))
 
@@ -315,7 +320,8 @@ def _change_json(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool, bo
     del parent[path[-1]]
   else:
     parent[path[-1]] = HOSTILE[int(rng.integers(len(HOSTILE)))]
-  file.write_text(json.dumps(content, ensure_ascii=bool(rng.random() < 0.9)), errors='surrogatepass')
+  file.write_text(json.dumps(content, ensure_ascii=bool(rng.random() < 0.9)),
+      errors='surrogatepass')
   changes = file.name != 'config.json' or bool(USED & {*map(str, path[:2])})
   return changes or path == (), refused
 
