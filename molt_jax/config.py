@@ -152,7 +152,7 @@ SCHEMA: dict[str, Any] = {
         'views': Field(True, FLAG, 'Train the complete, the image-only and the text-only view of each example in every step; towers run once.'),
         'view_weight': Field(1.0, more_than(0), 'Weight of the cross-entropy of each single-modality view, against 1 of the complete view.'),
         'distill_weight': Field(0.0, at_least(0), 'Weight of the KL divergence of the single-modality views from the complete view.'),
-        'distill_temperature': Field(2.0, more_than(0), 'Temperature of that divergence.'),
+        'distill_temperature': Field(2.0, between(0.01, 100), 'Temperature of that divergence.'),
         'train_rate': Field(0.0, between(0, 1), 'Share of the training rows that lack a modality for good (protocol).'),
         'train_type': Field('both', one_of('text', 'image', 'both'), 'What those rows lack; both: half of them text, half image.'),
         'eval_rate': Field(0.0, between(0, 1), 'Share of validation rows that lack a modality for good.'),

@@ -74,7 +74,7 @@ def softmax_distillation(
     logits_bk: [B, K] of the student.
     teacher_bk: [B, K].
     weight_b: [B], zero for rows that do not count.
-    temperature: T.
+    temperature: T, from 0.01 to 100; far beyond, T^2 times rounding is no longer small.
 
   Returns:
     (loss_sum, weight_sum), float32 scalars.
@@ -82,7 +82,7 @@ def softmax_distillation(
   log_p_bk, log_q_bk = (jax.nn.log_softmax(z_bk) for z_bk in _softened(logits_bk, teacher_bk, weight_b, temperature))
   loss_b = jnp.sum(jnp.exp(log_p_bk) * (log_p_bk - log_q_bk), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
-  return temperature * (temperature * jnp.sum(loss_b * weight_b)), jnp.sum(weight_b)
+  return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
 
 
 def sigmoid_distillation(
@@ -94,14 +94,14 @@ def sigmoid_distillation(
     return jnp.exp(log_p_bk) * (log_p_bk - log_q_bk)
   loss_b = jnp.mean(divergence(1) + divergence(-1), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
-  return temperature * (temperature * jnp.sum(loss_b * weight_b)), jnp.sum(weight_b)
+  return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
 
 
 def _softened(logits_bk, teacher_bk, weight_b, temperature):
   """(teacher / T, logits / T) in float32, rows of weight zero replaced by zeros."""
   live_b1 = weight_b[:, None] > 0
   teacher_bk = jax.lax.stop_gradient(teacher_bk)
-  return tuple(_read(_read(z_bk, live_b1) / temperature, live_b1) for z_bk in (teacher_bk, logits_bk))
+  return tuple(_read(z_bk, live_b1) / temperature for z_bk in (teacher_bk, logits_bk))
 
 
 def _read(logits_bk, live_b1):
