@@ -93,11 +93,12 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, BrokenPipeError):  # As of `| head`: who reads has read enough.
       return '', 128 + signal.SIGPIPE
     return f'error: {stream} cannot be written: {errors.line(error)}', 2
-  if isinstance(error, OSError | MemoryError):
-    return f'error: {terminal.clean(errors.line(error), MOST_OF_AN_ERROR)}', 2
-  if type(error).__name__ == 'JaxRuntimeError' and 'RESOURCE_EXHAUSTED' in str(error):
-    return f'error: not enough memory on the device; {DEVICE_MEMORY}', 2
-  return '', 0
+  if type(error).__name__ == 'JaxRuntimeError':
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      return f'error: not enough memory on the device; {DEVICE_MEMORY}', 2
+    return '', 0
+  line = errors.line(error)
+  return (f'error: {terminal.clean(line, MOST_OF_AN_ERROR)}', 2) if line else ('', 0)
 
 
 def _prepare_streams() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 
 from molt_jax.config import UserError
@@ -33,6 +34,14 @@ REMEDIES = {
 NO_MEMORY = 'free memory, or give less to do at once (a smaller batch_size, fewer threads)'
 
 
+# How TensorStore writes the number of an error, and what other libraries in C++ write of it.
+_NUMBER = re.compile(r'os[_ ]error\D{0,10}(\d+)', re.IGNORECASE)
+_TEXTS = {
+    os.strerror(number): number for number in (
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE,
+        errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)}
+
+
 def reason(error: BaseException) -> tuple[str, str]:
   """Returns (what an error of the operating system or of memory says, what helps)."""
   if isinstance(error, MemoryError):
@@ -40,6 +49,24 @@ def reason(error: BaseException) -> tuple[str, str]:
   if isinstance(error, OSError) and error.errno is not None:
     return os.strerror(error.errno), REMEDIES.get(error.errno, 'mend that, or give another')
   return ' '.join(str(error).split()) or type(error).__name__, 'mend that, or give another'
+
+
+def cause(error: BaseException) -> BaseException | None:
+  """Returns the error of the operating system or of memory that an exception is or tells of.
+
+  Libraries in C++ tell of it in the text of a RuntimeError or ValueError. None: it is none.
+  """
+  if isinstance(error, OSError | MemoryError):
+    return error
+  if isinstance(error, ValueError) and 'embedded null' in str(error):
+    return OSError('there is a NUL in its name')
+  if isinstance(error, RuntimeError | ValueError):
+    text = str(error)
+    if found := _NUMBER.search(text):
+      return OSError(int(found[1]), '')
+    number = next((number for said, number in _TEXTS.items() if said in text), None)
+    return None if number is None else OSError(number, '')
+  return None
 
 
 @contextlib.contextmanager
@@ -51,22 +78,31 @@ def explained(tried: str, also: str = '') -> Iterator[None]:
     also: what to say beside the remedy.
 
   Raises:
-    UserError: the block raised OSError, MemoryError, or ValueError for a path with a NUL.
+    UserError: the block raised OSError, MemoryError, or what tells of one, see `cause`.
   """
   try:
     yield
-  except (OSError, MemoryError) as error:
-    why, remedy = reason(error)
-    raise UserError(f'{tried} ({why}); {remedy}{also and f"; {also}"}') from error
-  except ValueError as error:
-    if 'null' not in str(error):
+  except UserError:
+    raise
+  except Exception as error:
+    found = cause(error)
+    if found is None:
       raise
-    raise UserError(f'{tried} (it has a NUL in its name); give another name') from error
+    why, remedy = reason(found)
+    raise UserError(f'{tried} ({why}); {remedy}{also and f"; {also}"}') from error
 
 
 def line(error: BaseException) -> str:
-  """Returns the one line of an error that nothing nearer to its cause has explained."""
-  why, remedy = reason(error)
+  """Returns the one line of an error that nothing nearer to its cause has explained.
+
+  '' for one that `cause` finds nothing in: a mistake of ours.
+  """
+  found = cause(error)
+  if found is None:
+    return ''
+  why, remedy = reason(found)
   names = [getattr(error, name, None) for name in ('filename', 'filename2')]
   where = ' -> '.join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+  if found is not error:  # The text of a library, which names the file somewhere.
+    where = ' '.join(str(error).split())[:400]
   return f'{where}: {why}; {remedy}' if where else f'{why}; {remedy}'

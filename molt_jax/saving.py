@@ -8,7 +8,6 @@ call of Orbax. So the first goes nowhere, and the second becomes the line.
 import contextlib
 import logging
 import pathlib
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 from molt_jax import errors
 from molt_jax.config import UserError
 
-_NUMBER = re.compile(r'os[_ ]error\D{0,10}(\d+)', re.IGNORECASE)
 _SOURCES = ('/orbax/', '/tensorstore/', '/asyncio/')
 # What abandoned writes say when their event loop, or Python, has ended before them.
 _ABANDONED = ('Event loop is closed', 'Python is likely shutting down')
@@ -33,30 +31,27 @@ def explained(folder: pathlib.Path) -> Iterator[None]:
     UserError: they cannot be written; what was saved before is as it was.
   """
   _silence_writers()
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as error:  # TensorStore raises ValueError for all that an OSError is.
-    cause = _cause(error)
-    if cause is None:
+  also = 'then the same command goes on from the last one that is whole'
+  with errors.explained(f'--workdir: a checkpoint cannot be written to {folder}', also):
+    try:
+      yield
+    except UserError:
       raise
-    why, remedy = errors.reason(cause)
-    raise UserError(
-        f'--workdir: a checkpoint cannot be written to {folder} ({why}); {remedy}; then the same '
-        'command goes on from the one before, which is as it was') from error
+    except Exception as error:
+      first = _first(error)
+      if first is None or first is error:
+        raise
+      raise first from error
 
 
-def _cause(error: BaseException | None) -> BaseException | None:
-  """Returns the error of the operating system or of memory behind an exception, None without."""
-  seen = set()
-  while error is not None and id(error) not in seen:
-    seen.add(id(error))
-    if isinstance(error, OSError) and error.errno or isinstance(error, MemoryError):
-      return error
-    if found := _NUMBER.search(str(error)):
-      return OSError(int(found[1]), '')
-    error = error.__cause__ or error.__context__
+def _first(error: BaseException) -> BaseException | None:
+  """Returns the exception of a chain that tells why files cannot be written."""
+  seen, link = set(), error
+  while link is not None and id(link) not in seen:
+    if errors.cause(link) is not None:
+      return link
+    seen.add(id(link))
+    link = link.__cause__ or link.__context__
   return None
 
 

@@ -29,7 +29,7 @@ from absl import logging
 from array_record.python import array_record_data_source, array_record_module
 from tensorflow_datasets.core import shuffle
 
-from molt_jax import cli
+from molt_jax import atomic, cli, errors
 from molt_jax import config as config_lib
 from molt_jax.config import UserError
 from molt_jax.data import cells, findings, formats, missing, textfiles, transforms
@@ -370,15 +370,16 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
   open_folder(builder, source, choices)
   what = ', '.join(f'{name}={value}' for name, value in choices.items())
   builder_config = Choices(name=key, description=what, values=choices, allow_count_mismatch=config.dataset.allow_count_mismatch)
-  try:
-    with _alone(folder.parent):
-      for left_over in folder.parent.glob('incomplete.*'):
-        shutil.rmtree(left_over)
-      with _tfds_alone():
-        builder(config=builder_config, data_dir=data_dir, file_format='array_record').download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=source))
-  except OSError as error:
-    raise UserError(f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}: {error}') from error
+  failed = f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}'
+  with errors.explained(failed), alone(folder.parent):
+    atomic.try_out(folder.parent, tried=failed)
+    for left_over in folder.parent.glob('incomplete.*'):
+      shutil.rmtree(left_over)
+    download_config = tfds.download.DownloadConfig(manual_dir=source)
+    with _tfds_alone():
+      builder(
+          config=builder_config, data_dir=data_dir, file_format='array_record'
+      ).download_and_prepare(download_config=download_config)
   cli.say(f'{builder.name} is prepared in {folder}')
   return folder
 
@@ -388,7 +389,7 @@ def _source(config: Any) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
+def alone(folder: pathlib.Path) -> Iterator[None]:
   """Holds a lock on the folder, which ends with the process that holds it, however it ends."""
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / '.lock', 'w') as file:

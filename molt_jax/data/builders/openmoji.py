@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import io
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,8 +26,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from rich import console, progress
 
+from molt_jax import atomic, errors
 from molt_jax.config import UserError
 from molt_jax.data import cells
+from molt_jax.data.builders import folder as builder_lib
 from molt_jax.data.sources import Dataset, TfdsSource, reading_prepared
 
 ATTRIBUTION = 'All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)'
@@ -205,11 +208,11 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
 def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
   """Renders and writes the data set under `data_dir` unless it is there; returns its folder.
 
-  The folder appears in one rename when it is complete, so an interrupted preparation leaves nothing that looks whole, and of several
-  processes that prepare at once the first one to finish wins.
+  The folder appears in one rename when it is complete, so an interrupted preparation leaves nothing
+  that looks whole. One process at a time prepares; what an interrupted one left is removed.
 
   Raises:
-    UserError: a package of the `quickstart` extra is missing.
+    UserError: a package of the `quickstart` extra is missing, or the data cannot be written.
   """
   data_dir = pathlib.Path(data_dir).expanduser()
   folder = data_dir / OpenMoji.name / str(OpenMoji.VERSION)
@@ -218,12 +221,14 @@ def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
     if missing:
       raise UserError(f'dataset.name=openmoji needs the packages {", ".join(missing)}: pip install molt_jax[quickstart]')
     tfds.disable_progress_bar()
-    try:
-      with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself on stdout, which belongs to the caller.
+    failed = f'config.dataset.data_dir: openmoji cannot be prepared in {folder.parent}'
+    with errors.explained(failed), builder_lib.alone(folder.parent):
+      atomic.try_out(folder.parent, tried=failed)
+      for left_over in folder.parent.glob('incomplete.*'):
+        shutil.rmtree(left_over)
+      # TFDS announces itself on stdout, which belongs to the caller.
+      with contextlib.redirect_stdout(sys.stderr):
         OpenMoji(data_dir=data_dir, file_format='array_record').download_and_prepare()
-    except OSError:
-      if not (folder / 'dataset_info.json').is_file():
-        raise
   return folder
 
 
