@@ -193,8 +193,7 @@ def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start
   versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
   foot = (f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; {meta["seconds_of_this_call"]:.0f} s in this '
           'call (runs that were finished before are read).')
-  text = logbook.to_json(meta | dict(content), indent=1) + '\n'
-  logbook.write_atomically(folder / f'{script}.json', text)
+  logbook.write_atomically(folder / f'{script}.json', logbook.to_json(meta | dict(content), indent=1) + '\n')
   logbook.write_atomically(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
   print('\n'.join([*lines, '', foot]))
 

@@ -127,9 +127,7 @@ def without_tower(data):
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
       fits = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
-      accuracy = {probe: fit['accuracy'] for probe, fit in fits.items()}
-      text = logbook.to_json({'counts': counts, 'accuracy': accuracy}) + '\n'
-      logbook.write_atomically(path, text)
+      logbook.write_atomically(path, logbook.to_json({'counts': counts, 'accuracy': {probe: fit['accuracy'] for probe, fit in fits.items()}}) + '\n')
     found[name] = json.loads(path.read_text(encoding='utf-8'))['accuracy']
   return found
 

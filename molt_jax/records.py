@@ -41,8 +41,7 @@ class _Saved:
     rest = {name: value for name, value in values.items() if name not in arrays}
     temporary = path.with_name(path.name + '.tmp')
     with temporary.open('wb') as file:
-      text = np.frombuffer(logbook.to_json(rest).encode(), np.uint8)
-      np.savez_compressed(file, json=text, **arrays)
+      np.savez_compressed(file, json=np.frombuffer(logbook.to_json(rest).encode(), np.uint8), **arrays)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)

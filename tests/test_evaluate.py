@@ -283,7 +283,6 @@ def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monke
 def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   (tmp_path / 'evaluation.json').write_text(content)
   meta = evaluate.open_run(run)[1]
-  found = {'a': {'loss': 1.0}}
-  record = evaluate.write(tmp_path, split='test', num_examples=1, results=found, meta=meta)
+  record = evaluate.write(tmp_path, split='test', num_examples=1, results={'a': {'loss': 1.0}}, meta=meta)
   text = (tmp_path / 'evaluation.json').read_text()
-  assert record['results'] == json.loads(text)['results'] == found and 'NaN' not in text
+  assert record['results'] == json.loads(text)['results'] == {'a': {'loss': 1.0}} and 'NaN' not in text
