@@ -145,7 +145,7 @@ def _check_finite(scores: Mapping[str, Mapping[str, float]]) -> None:
     if not math.isfinite(result.get('loss', 0.0)):
       raise UserError(
           f'{name.replace("_", " ")}: outputs of the model are not finite, and no score is made of '
-          'them; the weights of the head or of a tower are damaged, or a lower '
+          'them; the weights of the head or of a tower (config.backbones) are damaged, or a lower '
           'optimizer.learning_rate is needed')
 
 

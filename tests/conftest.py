@@ -52,7 +52,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
   for line in deprecations.filters():
     config.addinivalue_line('filterwarnings', line)
-  logging.getLogger('absl').addHandler(deprecations.LogHandler())
+  logging.getLogger('absl').addFilter(deprecations.LogFilter())
 
 
 def pytest_terminal_summary(terminalreporter):

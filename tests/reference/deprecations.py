@@ -25,17 +25,18 @@ def _library(file: str) -> str:
   return file.partition('site-packages/')[2].split('/')[0]
 
 
-class LogHandler(logging.Handler):
-  """For absl's logger, by which Orbax and others warn."""
+class LogFilter(logging.Filter):
+  """For absl's logger, by which Orbax and others warn; added before any that drops their lines."""
 
-  def emit(self, record):
+  def filter(self, record):
     if record.levelno < logging.WARNING or 'deprecat' not in record.getMessage().lower():
-      return
+      return True
     between, frame = {'', 'absl', _library(record.pathname)}, sys._getframe(1)
     while frame and not self._is_ours(frame) and _library(frame.f_code.co_filename) in between:
       frame = frame.f_back
     if frame and self._is_ours(frame):
       raise DeprecationWarning(record.getMessage())
+    return True
 
   def _is_ours(self, frame) -> bool:
     file = pathlib.Path(frame.f_code.co_filename)
