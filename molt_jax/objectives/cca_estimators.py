@@ -89,8 +89,12 @@ def _moving_average(num_directions, window, seed, gather, options):
     return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past}
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
-    weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(lax.stop_gradient(weight_b).astype(jnp.float32))
-    weight_b = jnp.clip(weight_b, 0.0, _MOST_WEIGHT)
+    if weight_b is None:
+      weight_b = jnp.ones(x_lbd.shape[1])
+    else:
+      weight_b = lax.stop_gradient(weight_b).astype(jnp.float32)
+      # Before they are gathered: after it, XLA would split what is made of them over devices again.
+      weight_b = gather(jnp.clip(weight_b, 0.0, _MOST_WEIGHT))
     x_lbk, y_lbk = (gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b)) for name, view_lbd in (('x', x_lbd), ('y', y_lbd)))
     decay = jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
     x_lpk, y_lpk, weight_p = lax.stop_gradient(_points(state['past'], decay))

@@ -9,8 +9,7 @@ import struct
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
-import torch
+from optional_torch import needs_torch, torch
 
 from molt_jax.backbones import shards, weights
 from molt_jax.config import UserError
@@ -210,7 +209,9 @@ def test_weights_of_other_types_are_refused_by_name(one, kind):
     weights.describe_tower(str(one), kind='text')
 
 
+@needs_torch
 def test_bfloat16_and_float16_are_read_as_torch_reads_them(one):
+  import safetensors.torch  # Imports PyTorch.
   tensors = safetensors.torch.load_file(one / 'model.safetensors')
   for kind in (torch.bfloat16, torch.float16):
     safetensors.torch.save_file({n: w.to(kind) for n, w in tensors.items()},
