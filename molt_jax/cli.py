@@ -164,6 +164,9 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
         f'{", ".join(SHORTHANDS)}: the field of that name.')
   many = [flag for flag in flags if flag.many]
   known, rest = parser.parse_known_args([part for word in argv for part in _apart(word, [flag.name for flag in many])])
+  for flag in flags:
+    if flag.required and getattr(known, flag.name) == '':
+      raise UserError(f'--{flag.name}: empty; give {flag.meaning}')
   for flag in many:
     values = [part for word in getattr(known, flag.name) or () for part in word.split(',') if part]
     if flag.required and not values:

@@ -316,14 +316,24 @@ def _read_preset(preset: str) -> ml_collections.ConfigDict:
   if not pathlib.Path(file).is_file():
     raise UserError(f'--config: no file {file!r}; give a preset such as configs/quickstart.py')
   spec = importlib.util.spec_from_file_location('molt_jax_preset', file)
+  if spec is None:
+    raise UserError(
+        f'--config: {file!r} is no Python file; give a preset such as configs/quickstart.py')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
+    config = module.get_config(argument) if argument else module.get_config()
   except UserError:
     raise
-  except Exception as error:  # A preset is the user's own program: whatever it raises is theirs to repair.
-    raise UserError(f'--config: {file} cannot be read: {type(error).__name__}: {_one_line(error)}') from error
+  # A preset is the user's own program: whatever it raises is theirs to repair.
+  except (Exception, SystemExit) as error:
+    raise UserError(
+        f'--config: {file} cannot be read: {type(error).__name__}: {_one_line(error)}') from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+        f'--config: get_config() of {file!r} returns {article(type(config).__name__)}; return what '
+        'default_config() of molt_jax.config makes, changed')
+  return config
 
 
 def _one_line(error: Exception) -> str:
@@ -356,7 +366,7 @@ def _parse(name: str, text: str, default: Any) -> Any:
   words = {'true': True, 'false': False}
   try:
     value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, RecursionError, MemoryError):  # The last two: nested too deeply.
     value = text
   return _typed(name, value, default)
 

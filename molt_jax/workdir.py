@@ -73,13 +73,27 @@ def _check_encodable(folder: pathlib.Path) -> None:
 
 
 def _check_ours(folder: pathlib.Path) -> None:
-  """Raises UserError where a run would overwrite what is no run's."""
-  began = (folder / 'config.json').exists() or any((folder / 'checkpoints').glob('*/[0-9]*'))
-  others = [] if began else [name for name in WRITTEN if (folder / name).exists()]
+  """Raises UserError where a run would overwrite, or trip over, what is no run's."""
+  checkpoints = folder / 'checkpoints'
+  with errors.explained(f'--workdir: {str(checkpoints)!r} cannot be read'):
+    for part in (checkpoints, *checkpoints.glob('*')):
+      if part.exists() and not part.is_dir():
+        raise UserError(f'--workdir: {str(part)!r} is a file and no folder; move it away')
+    strange = [path for path in checkpoints.glob('*/*') if not _is_checkpoint(path)]
+    began = (folder / 'config.json').exists() or any(checkpoints.glob('*/[0-9]*'))
+    others = [] if began else [name for name in WRITTEN if (folder / name).exists()]
+  if strange:
+    raise UserError(f'--workdir: {str(strange[0])!r} is no checkpoint of a run; move it away')
   if others:
     raise UserError(
         f'--workdir: {str(folder)!r} holds {", ".join(others[:3])} and no run (neither config.json '
         'nor a checkpoint); give a new or empty folder')
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+  """Whether Orbax knows it, or is not disturbed by it: a step, an unfinished one, a hidden file."""
+  is_step = path.name.isdecimal() and path.is_dir()
+  return is_step or '.orbax-checkpoint-tmp' in path.name or path.name.startswith('.')
 
 
 # ---- The lock ------------------------------------------------------------------------------------

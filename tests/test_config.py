@@ -50,15 +50,50 @@ def test_overrides_take_the_type_of_the_field():
     ('def get_config(): return 1 / 0', ['ZeroDivisionError']),
     ('x = 1', ['get_config']),
     ('from molt_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.molt.widht = 3\n  return c', ['widht']),
+    ('def get_config() return', ['SyntaxError']),
+    ('import sys; sys.exit(0)', ['SystemExit']),
+    ('x = "\0"', ['null bytes']),
+    ('def get_config(): return get_config()', ['RecursionError']),
+    ('def get_config(): raise MemoryError', ['MemoryError']),
+    ('def get_config(): pass', ['returns a NoneType', 'default_config()']),
+    ('def get_config(): return {}', ['returns a dict']),
+    ('def get_config(): return 3', ['returns an int']),
+    ('x = "caf\udce9"', ['SyntaxError', 'utf-8']),
 ])
 def test_a_broken_preset_is_one_line(tmp_path, text, words):
   path = tmp_path / 'preset.py'
-  path.write_text(text)
+  path.write_text(text, errors='surrogateescape')
   with pytest.raises(UserError) as error:
     config_lib.load_config(str(path))
   assert '\n' not in str(error.value)
   for word in [str(path), *words]:
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('preset.json', '{}', 'is no Python file'), ('preset', '', 'is no Python file'),
+    ('folder.py', None, 'no file')])
+def test_what_is_no_preset_is_refused_in_one_line(tmp_path, name, content, words):
+  path = tmp_path / name
+  path.mkdir() if content is None else path.write_text(content)
+  with pytest.raises(UserError, match=words) as error:
+    config_lib.load_config(str(path))
+  assert '\n' not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['dataset.path', 'features.store', 'backbones.text.path'])
+@pytest.mark.parametrize('value, words', [
+    ('a\0b', 'NUL'), ('~nobody_of_that_name/x', 'home folder that is not known')])
+def test_what_no_path_can_be_is_refused_by_field(name, value, words):
+  with pytest.raises(UserError, match=words) as error:
+    config_lib.load_config(PRESET, {name: value})
+  assert str(error.value).startswith(f'config.{name}: ')
+
+
+@pytest.mark.parametrize('text', ['(' * 5000, '-' * 100000 + '1', '[' * 100000, '9' * 10000])
+def test_an_override_that_python_cannot_parse_is_one_line(text):
+  with pytest.raises(UserError, match='config.molt.width'):
+    config_lib.load_config(PRESET, {'molt.width': text})
 
 
 def test_a_missing_preset_is_named():
