@@ -408,7 +408,7 @@ def _silent() -> Iterator[None]:
 def _ignore_stragglers() -> None:
   """Keeps reads that Orbax abandons after the first one failed from printing their tracebacks.
 
-  They end later, in threads of TensorStore, whose exceptions nobody can catch.
+  They end later, in threads of TensorStore or with the event loop, where nobody can catch them.
   """
   before = sys.unraisablehook
   if getattr(before, 'is_ours', False):
@@ -421,3 +421,5 @@ def _ignore_stragglers() -> None:
       before(unraisable)
   hook.is_ours = True
   sys.unraisablehook = hook
+  logging.getLogger('asyncio').addFilter(
+      lambda record: 'TensorStore' not in str(record.exc_info and record.exc_info[1]))

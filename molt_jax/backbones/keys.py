@@ -60,7 +60,10 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  """Whether it is a finite number; JSON can spell whole numbers that no float can hold."""
+  if isinstance(value, float):
+    return math.isfinite(value)
+  return _is_whole(value) and abs(value) < 1 << 63
 
 
 def _is_text(value: Any) -> bool:

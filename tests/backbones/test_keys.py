@@ -198,6 +198,7 @@ def test_what_is_no_size_is_refused(kind, key):
     ('text', {'hidden_size': 6, 'num_attention_heads': 2}, 'heads of width 3'),
     ('text', {'head_dim': 3}, 'heads of width 3'),
     ('text', {'rms_norm_eps': 0}, 'rms_norm_eps = 0'),
+    ('text', {'rope_theta': 10**400}, 'rope_theta = 1000'),
     ('text', {'rms_norm_eps': None}, 'rms_norm_eps = None'),
     ('text', {'architectures': ['LlamaEncoderModel']}, 'architectures'),
     ('text', {'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
