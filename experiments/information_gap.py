@@ -10,7 +10,6 @@ on new draws. Features lie on the unit sphere and are read with a little noise, 
 """
 
 import functools
-import json
 import pathlib
 import time
 
@@ -24,6 +23,8 @@ from absl import app, flags
 from jax import lax
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from molt_jax import atomic, logbook
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -175,7 +176,7 @@ def main(argv):
                 f'{distance[i, -1].mean():.1e} | {free} |')
   about = runs.provenance() | {'seeds': seeds, 'steps': STEPS.value, 'seconds': round(time.monotonic() - start, 1)}
   record = about | {'alignment_weights': ALIGNMENT_WEIGHTS, 'exact_bits': truths, 'excess_nats': excess.tolist(), 'distance': distance.tolist()}
-  (out / 'information_gap.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+  atomic.write(out / 'information_gap.json', logbook.to_json(record, indent=1) + '\n')
   (out / 'information_gap.md').write_text(
       '# What perfect alignment costs, in bits\n\nMean ± sample deviation over seeds; aligned: weight '
       f'{ALIGNMENT_WEIGHTS[-1]:g} of the alignment, free: weight 0. The bound of the theorem is the gap.\n\n' + '\n'.join(rows)

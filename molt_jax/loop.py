@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from molt_jax import (
     atomic,
@@ -207,7 +208,8 @@ class Watch:
 
   def _write(self, step, metrics, *, timed):
     seconds = time.monotonic() - self._since
-    values = {name: value.tolist() for name, value in metrics.items()}
+    # What could not be computed (a correlation with a past that is not there yet) is absent.
+    values = {name: value.tolist() for name, value in metrics.items() if not np.isnan(value).all()}
     values |= {'learning_rate': float(self.run.schedule(step - 1)), 'epoch': round(step / self.run.plan.per_epoch, 4)}
     if self._images and timed:  # Steps that have been waiting to be looked at take no time.
       values['images_per_second'] = round(self._images / seconds, 2)

@@ -1,7 +1,6 @@
 """Predicts from an image, a text or both: `python -m molt_jax.predict --workdir=DIR [--image=FILE] [--text=STRING]`."""
 
 import itertools
-import json
 import numbers
 import os
 import pathlib
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import PIL.Image
 
-from molt_jax import cli, sharding, trained
+from molt_jax import cli, sharding, terminal, trained
 from molt_jax import config as config_lib
 from molt_jax import model as model_lib
 from molt_jax.config import UserError
@@ -266,7 +265,8 @@ def main(argv: Sequence[str]) -> None:
   top_k = cli.whole_number(flags, 'top_k')
   if flags.image is None and flags.text is None:
     raise UserError('--image and --text are both absent; give at least one of them')
-  print(json.dumps(load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=top_k), ensure_ascii=False))
+  found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=top_k)
+  print(terminal.json_line(found))
 
 
 if __name__ == '__main__':

@@ -2,9 +2,11 @@
 never cut a number.
 """
 
+import json
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import rich.console
 import rich.measure
@@ -28,6 +30,14 @@ def clean(text: str, most: int | None = None) -> str:
   if text.isprintable():  # Nearly always.
     return text
   return ''.join(_spelled(c) if _is_obeyed(c) else c for c in text)
+
+
+def json_line(value: Any) -> str:
+  """Returns a value as JSON in one line: readable, with what a terminal would obey escaped."""
+  text = json.dumps(value, ensure_ascii=False)
+  if text.isprintable():
+    return text
+  return ''.join(json.dumps(c)[1:-1] if _is_obeyed(c) else c for c in text)
 
 
 def _is_obeyed(character: str) -> bool:

@@ -1,5 +1,6 @@
 """What is printed: nothing that a terminal would obey, and no number that is cut."""
 
+import json
 import re
 import unicodedata
 
@@ -41,6 +42,13 @@ def test_any_text_becomes_one_line_that_can_be_written(text, most):
     assert shown == text
   if most:
     assert len(shown) <= 10 * most  # A character is spelled with ten at most.
+
+
+@given(st.text(st.characters(exclude_categories=['Cs'])))
+def test_json_for_people_has_nothing_to_obey_and_is_read_back(text):
+  line = terminal.json_line({'label': text})
+  assert json.loads(line) == {'label': text}
+  assert terminal.clean(line) == line
 
 
 @pytest.fixture

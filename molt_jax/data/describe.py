@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import pathlib
 import re
 import sys
@@ -23,7 +22,7 @@ import rich.table
 import rich.text
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from molt_jax import atomic, cli, errors, terminal
+from molt_jax import atomic, cli, errors, logbook, terminal
 from molt_jax import config as config_lib
 from molt_jax.backbones import files as files_lib
 from molt_jax.config import UserError
@@ -240,7 +239,7 @@ def run(config: ml_collections.ConfigDict, out: pathlib.Path, *, sample: int, sh
       **describe(dataset, encode=encode, max_tokens=config.text.max_tokens, sample=sample)}
   picture = io.BytesIO()
   contact_sheet(dataset, 'train', sheet).save(picture, 'PNG')
-  described = json.dumps(report, indent=2, ensure_ascii=False) + '\n'
+  described = logbook.to_json(report, indent=2, ensure_ascii=False) + '\n'
   atomic.write(out / 'describe.json', described, tried=failed)
   atomic.write(out / 'contact_sheet.png', picture.getvalue(), tried=failed)
   print_tables(report)

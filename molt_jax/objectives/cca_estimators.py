@@ -44,7 +44,7 @@ def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='
     and covariances that decay by 1 - (weight of the batch) / window at each step. The past is a value; the gradient flows through the current
     rows, scaled by all weight over current weight, so that its size is that of the gradient through every row. aux: 'correlation', and
     'held_out_correlation', the mean correlation of the current batch along directions fitted on the past alone, which is 0 on average for
-    independent views. Its sums of squares are float32: numbers in a view beyond 1e12 count as 1e12, and
+    independent views, and NaN before there is a past. Its sums of squares are float32: numbers in a view beyond 1e12 count as 1e12, and
     weights beyond 1e6 as 1e6; what deviates by less than 1e-19 counts as constant once it is past.
 
   Args:
@@ -173,10 +173,11 @@ _with_gain.defvjp(lambda array, gain: (array, gain), _with_gain_bwd)
 
 
 def _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, ridge):
-  """Mean correlation of the batch along directions fitted on the past, [L]; 0 while there is none."""
+  """Mean correlation of the batch along directions fitted on the past, [L]; NaN while there is none."""
   def one_layer(layer):
     x_pk, y_pk, x_bk, y_bk = layer
     directions = fit_directions(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
     return jnp.mean(held_out_correlations(directions, x_bk, y_bk, weight_n=weight_b))
 
-  return lax.map(one_layer, lax.stop_gradient((x_lpk, y_lpk, x_lbk, y_lbk)))
+  held_out_l = lax.map(one_layer, lax.stop_gradient((x_lpk, y_lpk, x_lbk, y_lbk)))
+  return jnp.where(jnp.sum(weight_p) > 0, held_out_l, jnp.nan)

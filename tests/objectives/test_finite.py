@@ -182,7 +182,11 @@ def test_the_moving_average_is_finite_whatever_is_finite(solver):
   state = jax.tree.map(lambda leaf: np.stack([leaf] * len(x_pnd)), estimator.init(1, D))
   for shift in (0, 1, 7):
     roll = functools.partial(np.roll, shift=shift, axis=0)
+    weight_p = np.clip(roll(weight_pn), 0, 1e6).sum(axis=1)
+    has_past_p = (state['past']['weight'] > 0) & (weight_p < 40)  # A batch of the window's size is
     (loss_p, (state, aux)), gradients = step(state, roll(x_pnd), roll(y_pnd), roll(weight_pn))
+    held_out_p = np.asarray(aux.pop('held_out_correlation'))[:, 0]
+    np.testing.assert_array_equal(np.isfinite(held_out_p), has_past_p)  # all that counts.
     assert all_finite((loss_p, state, aux, gradients)) and np.all((loss_p >= -1) & (loss_p <= 0))
     assert not any(np.any(np.asarray(g_pnd)[roll(weight_pn) == 0]) for g_pnd in gradients)
   (loss_p, _), gradients = step(state, 0 * x_pnd + normal(0, N, D), 0 * y_pnd + normal(1, N, D), 0 * weight_pn + 1)
