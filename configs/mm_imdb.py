@@ -1,7 +1,6 @@
 """MM-IMDb to 23 genres, as the paper does: --config.dataset.path=FOLDER. Variants: configs/mm_imdb.py:small, :robust, :small,robust."""
 
-from molt_jax import presets
-from molt_jax.config import default_config
+from molt_jax.config import default_config, presets
 
 
 def get_config(variants=''):

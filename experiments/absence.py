@@ -15,9 +15,9 @@ import matplotlib
 import numpy as np
 import runs
 
-from molt_jax import logbook
-from molt_jax import model as model_lib
-from molt_jax.backbones.features import Taps
+from molt_jax.features.hidden_states import Taps
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import logbook
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

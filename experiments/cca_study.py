@@ -30,13 +30,14 @@ import runs
 from absl import app, flags
 from jax import lax
 
-from molt_jax import atomic, fill, logbook, sharding
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets
-from molt_jax.objectives.cca import cca_loss
-from molt_jax.objectives.cca_diagnostics import fit_directions, held_out_correlations
-from molt_jax.objectives.cca_estimators import CCAEstimator, make_estimator
+from molt_jax.features import extract
+from molt_jax.methods import model as model_lib
+from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
+from molt_jax.objectives.cca.estimators import CCAEstimator, make_estimator
+from molt_jax.objectives.cca.loss import cca_loss
+from molt_jax.runtime import atomic, logbook, sharding
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -111,7 +112,7 @@ def tower_views(preset):
   model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   wanted = {split: (source, source.present) for split, source in data.splits.items()}
-  _, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
+  _, stored = extract.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
   views = {}
   for split, source in data.splits.items():
     complete = [row for row in range(len(source)) if all(stored[split][m].keys[row] for m in model_lib.MODALITIES)]

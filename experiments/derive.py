@@ -18,10 +18,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from molt_jax import cli
-from molt_jax.config import UserError
 from molt_jax.data import datasets, missing, transforms
 from molt_jax.data.sources import classes_of
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli
 
 TO = flags.DEFINE_string('to', '', 'Folder of the new table; must not be there yet.')
 LABELLED = flags.DEFINE_float('labelled', 1.0, 'Share of the training rows that keep their label.', lower_bound=0, upper_bound=1)

@@ -14,8 +14,8 @@ import grid
 import matplotlib
 import numpy as np
 
-from molt_jax import terminal
 from molt_jax.data import datasets, missing, transforms
+from molt_jax.runtime import terminal
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

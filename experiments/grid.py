@@ -21,9 +21,12 @@ import numpy as np
 import runs
 from absl import app, flags, logging
 
-from molt_jax import atomic, logbook, loop, presets, records
-from molt_jax import config as config_lib
-from molt_jax.config import UserError
+from molt_jax.config import presets
+from molt_jax.config import schema as config_lib
+from molt_jax.errors import UserError
+from molt_jax.evaluation import records
+from molt_jax.runtime import atomic, logbook
+from molt_jax.training import loop
 
 matplotlib.rcParams['text.parse_math'] = False  # A $ in a text or a label is a dollar.
 

@@ -24,7 +24,7 @@ from jax import lax
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from molt_jax import atomic, logbook
+from molt_jax.runtime import atomic, logbook
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -20,8 +20,10 @@ import numpy as np
 import runs
 from absl import app, flags, logging
 
-from molt_jax import atomic, dual, logbook, pair_evaluation, pair_metrics, pretrain, terminal
-from molt_jax import config as config_lib
+from molt_jax import evaluate_pair, pretrain
+from molt_jax.config import schema as config_lib
+from molt_jax.pairs import model, retrieval_and_probes
+from molt_jax.runtime import atomic, logbook, terminal
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -87,7 +89,7 @@ class PooledOnce:
   def embed_texts(self, texts):
     p, new = self.pair, sorted(set(texts) - set(self.pooled))
     if new:
-      self.pooled |= dict(zip(new, dual.pool_texts(p.model, p.variables, p.preprocess, new, batch_size=p.batch_size, mesh=p.mesh), strict=True))
+      self.pooled |= dict(zip(new, model.pool_texts(p.model, p.variables, p.preprocess, new, batch_size=p.batch_size, mesh=p.mesh), strict=True))
     return p.embed_pooled_texts(np.stack([self.pooled[text] for text in texts]))
 
 
@@ -105,7 +107,7 @@ def run(variant, seed, data, pooled):
     middle = time.monotonic()
     pair = pretrain.load_pair(folder)
     pair = PooledOnce(pair, pooled) if config.backbones.text.freeze else pair
-    scores = {name: pair_evaluation.evaluate_examples(pair, examples, class_names, splits=SPLITS, probes=('tower', 'embedding'))
+    scores = {name: evaluate_pair.evaluate_examples(pair, examples, class_names, splits=SPLITS, probes=('tower', 'embedding'))
               for name, examples, class_names in data}
   result = {'key': key, 'scores': scores, 'seconds': {'training': round(middle - start, 1), 'scoring': round(time.monotonic() - middle, 1)}}
   atomic.write(path, logbook.to_json(result) + '\n')
@@ -115,8 +117,8 @@ def run(variant, seed, data, pooled):
 def open_data():
   """[(name, examples by split, class names)]: the preset's data set and the shifted one."""
   config = make_config(CLIP, 0)
-  datasets = [pair_evaluation.open_dataset(config, table) for table in ('', SHIFTED.value)[:1 + bool(SHIFTED.value)]]
-  return [(dataset.name, pair_evaluation.read_dataset(dataset), dataset.class_names) for dataset in datasets]
+  datasets = [evaluate_pair.open_dataset(config, table) for table in ('', SHIFTED.value)[:1 + bool(SHIFTED.value)]]
+  return [(dataset.name, evaluate_pair.read_dataset(dataset), dataset.class_names) for dataset in datasets]
 
 
 def without_tower(data):
@@ -126,7 +128,7 @@ def without_tower(data):
     path, counts = pathlib.Path(WORKDIR.value) / f'without_tower_{name}.json', {split: len(part.labels) for split, part in examples.items()}
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
-      fits = {probe: pair_metrics.linear_probe(pair_evaluation.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
+      fits = {probe: retrieval_and_probes.linear_probe(evaluate_pair.PROBES[probe](None, examples), labels) for probe in ('pixels', 'pca')}
       accuracy = {probe: fit['accuracy'] for probe, fit in fits.items()}
       atomic.write(path, logbook.to_json({'counts': counts, 'accuracy': accuracy}) + '\n')
     found[name] = json.loads(path.read_text(encoding='utf-8'))['accuracy']

@@ -13,8 +13,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from molt_jax import atomic, logbook, train
-from molt_jax import config as config_lib
+from molt_jax import train
+from molt_jax.config import schema as config_lib
+from molt_jax.runtime import atomic, logbook
 
 LIBRARIES = ('jax', 'flax', 'optax', 'numpy')
 

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import runs
 
-from molt_jax.modules import heads
+from molt_jax.methods import heads
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

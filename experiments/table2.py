@@ -14,7 +14,7 @@ import numpy as np
 import runs
 from absl import flags
 
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -6,7 +6,10 @@ import os
 import re
 from collections.abc import Iterator
 
-from molt_jax.config import UserError
+
+class UserError(ValueError):
+  """A mistake that the user can repair; command lines print it as one line and exit with 2."""
+
 
 # What helps, by the number of the error.
 REMEDIES = {

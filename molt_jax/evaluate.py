@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax import atomic, cli, fill, logbook, processes, sharding, terminal, trained
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax import workdir as workdir_lib
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
 from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import Source
-from molt_jax.diagnostics import Observer, PredictionRecorder
-from molt_jax.metrics import ClassificationMetrics, Ranking
-from molt_jax.modules.interface import HeadOutput
+from molt_jax.errors import UserError
+from molt_jax.evaluation.diagnostics import Observer, PredictionRecorder
+from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
+from molt_jax.features import extract
+from molt_jax.methods import model as model_lib
+from molt_jax.methods.parts.interface import HeadOutput
+from molt_jax.runtime import atomic, cli, logbook, processes, sharding, terminal
+from molt_jax.training import runs
+from molt_jax.training import workdir as workdir_lib
 
 # What each named absence keeps: columns image, text.
 KEPT = {'none': (True, True), 'text': (True, False), 'image': (False, True)}
@@ -281,13 +283,13 @@ def run(
     _check_choice('--absent', name, KEPT)
   if processes.leads() and workdir.is_dir():
     workdir_lib.try_out(workdir)
-  opened = trained.open_run(workdir)
+  opened = runs.open_run(workdir)
   config, meta = opened.config, opened.meta
   absent = absence_names(config) if absent is None else absent
   _check_left(config, absent, missing_rates)
   mesh = sharding.make_mesh(config)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
-  source, data = trained.open_split(opened, split)
+  source, data = runs.open_split(opened, split)
   conditions = absences(absent, len(source))
   conditions |= {f'missing_{kind}_{rate:g}': missing.present_table(
       source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present) for kind in missing_types for rate in missing_rates}
@@ -299,9 +301,9 @@ def run(
   num_classes = len(meta['class_names'])
   model = model_lib.make_model(config, towers, num_classes=num_classes)
   preprocess = model_lib.make_preprocess(config, towers, num_classes=num_classes)
-  variables = trained.restore_variables(opened, model.init, mesh)
+  variables = runs.restore_variables(opened, model.init, mesh)
   wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
-  frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
+  frozen, stored = extract.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
   recorder = None
   if list(absent) == absence_names(config):  # A part of the conditions leaves an earlier record of all as it is.
     recorder = PredictionRecorder(source, meta['class_names'], [f'{name}_absent' for name in absent], multi_label=config.dataset.multi_label)

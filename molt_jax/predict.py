@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import PIL.Image
 
-from molt_jax import cli, sharding, terminal, trained
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
 from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
+from molt_jax.errors import UserError
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import cli, sharding, terminal
+from molt_jax.training import runs
 
 
 class Predictor:
@@ -28,7 +29,7 @@ class Predictor:
     Raises:
       UserError: no run there or a damaged one, or a tower that is gone or has changed.
     """
-    run = trained.open_run(workdir)
+    run = runs.open_run(workdir)
     self.config = run.config
     self.class_names: list[str] = run.class_names
     self._saved = run.meta['backbones']
@@ -36,7 +37,7 @@ class Predictor:
     self._mesh = sharding.make_mesh(self.config)
     self._model = model_lib.make_model(self.config, self._towers, num_classes=len(self.class_names))
     self._preprocess = model_lib.make_preprocess(self.config, self._towers, num_classes=len(self.class_names))
-    self._variables = trained.restore_variables(run, self._model.init, self._mesh)
+    self._variables = runs.restore_variables(run, self._model.init, self._mesh)
     self._frozen: dict[str, Any] = dict.fromkeys(model_lib.MODALITIES)
     self._step = jax.jit(self._forward)
 

@@ -17,14 +17,17 @@ import ml_collections
 import numpy as np
 import optax
 
-from molt_jax import checkpoint, cli, dual, loop, pair_metrics, sharding, train_state, trained
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax.backbones import export
-from molt_jax.config import UserError
-from molt_jax.data import augment, datasets, pairs, pipeline
+from molt_jax.config import schema as config_lib
+from molt_jax.data import datasets, pipeline
 from molt_jax.data.sources import Dataset, Source
+from molt_jax.errors import UserError
+from molt_jax.methods import model as model_lib
 from molt_jax.objectives import contrastive
+from molt_jax.pairs import augment, batches, retrieval_and_probes
+from molt_jax.pairs import model as dual
+from molt_jax.runtime import cli, sharding
+from molt_jax.towers import export
+from molt_jax.training import checkpoint, loop, runs, train_state
 
 SPLITS = ('train', 'validation')
 
@@ -87,12 +90,12 @@ def _pretrain(config, workdir, data_changed):
   model = dual.make_model(config, towers)
   checkpoints = checkpoint.Checkpoints(workdir)
   saved = checkpoints.meta()
-  data = trained.go_on(
+  data = runs.go_on(
       saved, config, towers, data, checkpoints=checkpoints, data_changed=data_changed,
       schema=config_lib.PRETRAIN_SCHEMA)
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
-  meta = trained.new_meta(config, towers, data)
-  plan = loop.Plan(config, len(pairs.complete_rows(data.splits['train'])))
+  meta = runs.new_meta(config, towers, data)
+  plan = loop.Plan(config, len(batches.complete_rows(data.splits['train'])))
   tx = train_state.make_optimizer(config, plan.total)
   pooled = _pool_frozen_texts(config, model, towers, data, preprocess, mesh)
   frozen = {'image_tower': dual.load_weights(config, mesh, 'image', config.compute_dtype)} if 'image' in model.frozen else {}
@@ -113,7 +116,7 @@ def _pretrain(config, workdir, data_changed):
 
 
 def _iterator(config, source, preprocess, text_pooled_nd):
-  return pairs.train_iterator(
+  return batches.train_iterator(
       source, preprocess, _views(config), batch_size=config.train.batch_size, seed=config.seed,
       text_pooled_nd=text_pooled_nd, num_threads=config.input.num_threads,
       prefetch=config.input.prefetch)
@@ -161,12 +164,12 @@ class _Run(loop.Loop):
     for name, parts in (('images', images), ('texts', texts)):
       dual.check_finite(np.concatenate(parts), name)
     written = [source.read(int(row), image=False)['text'] for row in np.concatenate(rows)]
-    return pair_metrics.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
+    return retrieval_and_probes.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
 
 
 def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
   """Refuses splits without enough complete pairs."""
-  counts = {split: len(pairs.complete_rows(data.splits[split])) for split in SPLITS}
+  counts = {split: len(batches.complete_rows(data.splits[split])) for split in SPLITS}
   for split, count in counts.items():
     if count < 2:
       raise UserError(f'config.dataset: the {split} split has {count} example(s) with image and text, which leaves nothing to contrast; give more')
@@ -177,7 +180,7 @@ def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
 
 
 def _texts(source: Source) -> list[str]:
-  return [source.read(int(row), image=False)['text'] for row in pairs.complete_rows(source)]
+  return [source.read(int(row), image=False)['text'] for row in batches.complete_rows(source)]
 
 
 def _pool_frozen_texts(config, model, towers, data, preprocess, mesh) -> dict[str, np.ndarray]:
@@ -195,21 +198,21 @@ def _pool_frozen_texts(config, model, towers, data, preprocess, mesh) -> dict[st
   pooled, start = {}, 0
   for split, own in texts.items():
     pooled[split] = np.zeros((len(data.splits[split]), both_nd.shape[1]), np.float32)
-    pooled[split][pairs.complete_rows(data.splits[split])] = both_nd[start:start + len(own)]
+    pooled[split][batches.complete_rows(data.splits[split])] = both_nd[start:start + len(own)]
     start += len(own)
   return pooled
 
 
 def _statistics(data: Dataset, pooled: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return dual.statistics(pooled['train'][pairs.complete_rows(data.splits['train'])]) if pooled else {}
+  return dual.statistics(pooled['train'][batches.complete_rows(data.splits['train'])]) if pooled else {}
 
 
-def _views(config: ml_collections.ConfigDict) -> pairs.PairViews:
+def _views(config: ml_collections.ConfigDict) -> batches.PairViews:
   """Returns what the objectives need to see of each pair."""
   a = config.augment
   second = any('augmented' in field for name in dual.objectives(config) for field in contrastive.NEEDS[name])
   text = augment.TextAugmentation(delete=a.text.delete, swap=a.text.swap)
-  return pairs.PairViews(
+  return batches.PairViews(
       image=augment.ImageAugmentation(min_area=a.image.min_area, max_aspect=a.image.max_aspect, flip=a.image.flip, color=a.image.color),
       text=text, num_views={'image': 1 + second, 'text': 1 + (second and text.changes)}, across=a.image.across, keep=config.input.cache)
 
@@ -227,7 +230,7 @@ def _new_state(config, model, tx, statistics, mesh, *, resumed) -> train_state.T
 
 def _introduce(config, data, towers, model, state, plan) -> None:
   """Says in a few lines what is about to be trained."""
-  cli.say(f'data: {data.name}, ' + ', '.join(f'{len(pairs.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS))
+  cli.say(f'data: {data.name}, ' + ', '.join(f'{len(batches.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS))
   for name, tower in towers.items():
     start = 'frozen' if name in model.frozen else 'trained on' if config.backbones[name].pretrained else 'trained from scratch'
     cli.say(f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width {tower.config.hidden_size}, {start}')
@@ -242,7 +245,7 @@ def _open(workdir: pathlib.Path):
   return _parts(open_run(workdir))
 
 
-def _parts(run: trained.Run):
+def _parts(run: runs.Run):
   """As `_open`, of an opened run."""
   config = run.config
   towers = dual.describe_towers(config)
@@ -251,13 +254,13 @@ def _parts(run: trained.Run):
   width = towers['text'].config.hidden_size
   standardised = {name: np.zeros(width, np.float32) for name in ('mean', 'deviation')} if 'text' in model.frozen else {}
   init = functools.partial(model.init, text_statistics=standardised)
-  variables = trained.restore_variables(run, init, mesh)
+  variables = runs.restore_variables(run, init, mesh)
   return config, run.class_names, towers, model, variables, mesh
 
 
-def open_run(workdir: pathlib.Path) -> trained.Run:
+def open_run(workdir: pathlib.Path) -> runs.Run:
   """Opens a run of this command; see `trained.open_run`."""
-  return trained.open_run(workdir, schema=config_lib.PRETRAIN_SCHEMA)
+  return runs.open_run(workdir, schema=config_lib.PRETRAIN_SCHEMA)
 
 
 def load_pair(workdir: pathlib.Path) -> dual.TowerPair:
@@ -269,7 +272,7 @@ def load_pair(workdir: pathlib.Path) -> dual.TowerPair:
   return make_pair(open_run(workdir))
 
 
-def make_pair(run: trained.Run) -> dual.TowerPair:
+def make_pair(run: runs.Run) -> dual.TowerPair:
   """As `load_pair`, of an opened run."""
   config, class_names, towers, model, variables, mesh = _parts(run)
   frozen = {f'{t}_tower': dual.load_weights(config, mesh, t, config.compute_dtype) for t in model.frozen}

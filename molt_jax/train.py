@@ -1,7 +1,7 @@
 """Trains a robust classifier: `python -m molt_jax.train --config=configs/quickstart.py --workdir=DIR`.
 
 DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/ and, at the end, evaluation.json, run.json (data,
-device, seconds, memory) and what `molt_jax/records.py` describes. The same command goes on where a run stopped, bit for bit.
+device, seconds, memory) and what `molt_jax/evaluation/records.py` describes. The same command goes on where a run stopped, bit for bit.
 """
 
 import functools
@@ -14,28 +14,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import (
-    checkpoint,
-    cli,
-    evaluate,
-    fill,
-    loop,
-    processes,
-    records,
-    sharding,
-    train_state,
-    trained,
-    translate,
-)
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax import step as step_lib
-from molt_jax.backbones import store
+from molt_jax import evaluate
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
-from molt_jax.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
-from molt_jax.modules.inputs import STRATEGIES
-from molt_jax.objectives import classification
+from molt_jax.evaluation import records
+from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
+from molt_jax.features import extract, store
+from molt_jax.methods import model as model_lib
+from molt_jax.methods.parts.inputs import STRATEGIES
+from molt_jax.objectives import cross_entropy
+from molt_jax.runtime import cli, processes, sharding
+from molt_jax.training import checkpoint, imputation_fit, loop, runs, train_state
+from molt_jax.training import step as step_lib
 
 
 def train(
@@ -70,11 +61,11 @@ def _train(config, workdir, data_changed):
     data = datasets.load_dataset(config)
   checkpoints = checkpoint.Checkpoints(workdir)
   saved = checkpoints.meta()
-  data = trained.go_on(
+  data = runs.go_on(
       saved, config, towers, data, checkpoints=checkpoints, data_changed=data_changed)
   model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
-  meta = trained.new_meta(config, towers, data)
+  meta = runs.new_meta(config, towers, data)
   plan = loop.Plan(config, len(data.splits['train']))
   tx = train_state.make_optimizer(config, plan.total)
   estimator = step_lib.make_cca_estimator(config, mesh)
@@ -84,7 +75,7 @@ def _train(config, workdir, data_changed):
   state, position = checkpoints.restore(state) if saved else (state, None)
   kept = {split: protocol(config, source, split) for split, source in data.splits.items() if split != 'test'}
   wanted = {split: (source, kept.get(split, source.present)) for split, source in data.splits.items()}
-  frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
+  frozen, stored = extract.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh)
   source = data.splits['train']
   iterator = _iterator(config, mesh, source, preprocess, kept['train'], stored['train'])
   if saved:
@@ -128,7 +119,7 @@ class _Run(loop.Loop):
     self.translation_fit = None
     if STRATEGIES[config.missing.strategy].translates:
       source = data.splits['train']
-      self.translation_fit = translate.TranslationFit(
+      self.translation_fit = imputation_fit.TranslationFit(
           model, source, preprocess, present=protocol(config, source, 'train'), stored=stored['train'], config=config, mesh=mesh)
     validation = data.splits['validation']
     kept = evaluate.absences(evaluate.absence_names(config), len(validation))
@@ -155,16 +146,16 @@ class _Run(loop.Loop):
 
   def test(self):
     """Scores the test split with the selected checkpoint and each modality absent; writes evaluation.json and what a report shows."""
-    done = trained.open_run(self.workdir)
+    done = runs.open_run(self.workdir)
     meta = done.meta
     source = self.data.splits['test']
     conditions = evaluate.absences(evaluate.absence_names(self.config), len(source))
-    variables = trained.restore_variables(done, self.model.init, self.mesh)
+    variables = runs.restore_variables(done, self.model.init, self.mesh)
     pairs, recorder = PairDiagnostics(), PredictionRecorder(
         source, self.data.class_names, list(conditions), multi_label=self.config.dataset.multi_label)
     results = self._evaluate(variables, source, self.stored['test'], conditions, title='evaluating test', observers=[pairs, recorder])
     self._record_pairs(variables, pairs, meta['step'])
-    data = trained.compare(done, 'test', self.meta['data']['test'])
+    data = runs.compare(done, 'test', self.meta['data']['test'])
     return evaluate.publish(
         self.workdir, split='test', results=results, meta=meta, recorder=recorder, data=data)
 
@@ -172,7 +163,7 @@ class _Run(loop.Loop):
     """Writes pairs.npz: the pairs of the test split beside up to MAX_PAIRS of the training split."""
     if pairs.pairs is None:
       return
-    source, stored = translate.complete_pairs(
+    source, stored = imputation_fit.complete_pairs(
         self.data.splits['train'], self.stored['train'], protocol(self.config, self.data.splits['train'], 'train'), limit=MAX_PAIRS,
         seed=self.config.seed, name='pairs')
     training, everything = PairDiagnostics(), evaluate.absences(evaluate.absence_names(self.config), len(source))
@@ -208,8 +199,8 @@ def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarra
   labels = data.splits['train'].labels
   count_k = np.bincount([k for label in labels for k in classes_of(label)], minlength=len(data.class_names))
   if config.dataset.multi_label:
-    return classification.balanced_positive_weights(count_k, num_examples=len(labels))
-  return classification.balanced_class_weights(count_k)
+    return cross_entropy.balanced_positive_weights(count_k, num_examples=len(labels))
+  return cross_entropy.balanced_class_weights(count_k)
 
 
 def introduce(config, data, towers, state, plan) -> None:

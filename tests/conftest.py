@@ -113,7 +113,7 @@ def tiny_table(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def make_tiny_config(tiny_towers, tiny_table):
   """Returns a function that makes a config that trains in seconds: 12 steps an epoch of 4 rows, one device."""
-  from molt_jax.config import default_config
+  from molt_jax.config.schema import default_config
 
   def make():
     config = default_config()
@@ -144,7 +144,7 @@ def _final_state(workdir):
   folder = max((workdir / 'checkpoints' / 'latest').iterdir(), key=lambda p: int(p.name))
   import orbax.checkpoint as ocp
 
-  from molt_jax import checkpoint
+  from molt_jax.training import checkpoint
   with ocp.CheckpointManager(folder.parent, item_names=checkpoint.ITEMS) as manager:
     here = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))  # For one of other processes.
     out = manager.restore(int(folder.name), args=ocp.args.Composite(model=here, optimizer=here))
@@ -154,7 +154,7 @@ def _final_state(workdir):
 
 
 def _metric_lines(workdir):
-  from molt_jax import logbook
+  from molt_jax.runtime import logbook
   return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in logbook.read(workdir)]
 
 

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 import molt_jax
-from molt_jax import checkpoint, evaluate, loop, sharding, train, train_state
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax import step as step_lib
-from molt_jax.config import UserError
+from molt_jax import evaluate, train
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, missing, packing, pipeline
-from molt_jax.metrics import ClassificationMetrics
+from molt_jax.errors import UserError
+from molt_jax.evaluation.metrics import ClassificationMetrics
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import sharding
+from molt_jax.training import checkpoint, loop, train_state
+from molt_jax.training import step as step_lib
 
 ROWS = 2_500  # Of each case: more than 10,000 samples in all.
 LEAK_CASES = {

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from molt_jax import atomic, errors
-from molt_jax.config import UserError
+from molt_jax import errors
+from molt_jax.errors import UserError
+from molt_jax.runtime import atomic
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

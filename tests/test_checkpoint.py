@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from molt_jax import checkpoint, train_state
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.training import checkpoint, train_state
 
 META = {
     'config': {'seed': 0}, 'backbones': {}, 'class_names': ['a', 'b'], 'data': {}, 'score': 0.5,

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from molt_jax import config as config_lib
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
+from molt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRESET = str(ROOT / 'configs' / 'quickstart.py')

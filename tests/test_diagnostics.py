@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molt_jax.diagnostics import HELD_OUT, PairDiagnostics
-from molt_jax.objectives.cca_estimators import make_estimator
+from molt_jax.evaluation.diagnostics import HELD_OUT, PairDiagnostics
+from molt_jax.objectives.cca.estimators import make_estimator
 
 LAYERS, WIDTH, DIRECTIONS = 2, 6, 3
 RANKS, GAP = {'effective_rank_image', 'effective_rank_text'}, {'modality_gap'}

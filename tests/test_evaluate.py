@@ -13,10 +13,13 @@ import pytest
 from PIL import Image
 
 import molt_jax
-from molt_jax import cli, evaluate, logbook, loop, predict, records, report, train, trained
-from molt_jax import model as model_lib
-from molt_jax.config import UserError
+from molt_jax import evaluate, predict, report, train
 from molt_jax.data import datasets
+from molt_jax.errors import UserError
+from molt_jax.evaluation import records
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import cli, logbook
+from molt_jax.training import loop, runs
 
 
 @pytest.fixture(scope='session')
@@ -226,7 +229,7 @@ def test_a_condition_without_examples_has_no_score_anywhere(textless, capsys):
 def test_rows_without_a_label_are_neither_right_nor_wrong(textless, tmp_path):
   folder = shutil.copytree(textless[0], tmp_path / 'run')
   assert evaluate.main([f'--workdir={folder}', '--split=train']) == 0
-  source = datasets.load_dataset(trained.open_run(folder).config).splits['train']
+  source = datasets.load_dataset(runs.open_run(folder).config).splits['train']
   labelled_n = np.array(source.labels) >= 0
   p = records.Predictions.load(folder / records.PREDICTIONS)
   for name, result in results(folder).items():
@@ -270,8 +273,8 @@ def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, caps
 
 
 def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monkeypatch, capsys):
-  restore, before = trained.restore_variables, (run / 'evaluation.json').read_text()
-  monkeypatch.setattr(trained, 'restore_variables', lambda *a: jax.tree.map(
+  restore, before = runs.restore_variables, (run / 'evaluation.json').read_text()
+  monkeypatch.setattr(runs, 'restore_variables', lambda *a: jax.tree.map(
       lambda x: x * np.nan, restore(*a)))
   assert evaluate.main([f'--workdir={run}']) == 2
   error = capsys.readouterr().err.splitlines()[-1]
@@ -285,7 +288,7 @@ def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   (tmp_path / 'evaluation.json').write_text(content)
   found = {'a': {'loss': 1.0}}
   record = evaluate.write(
-      tmp_path, split='test', results=found, meta=trained.open_run(run).meta,
+      tmp_path, split='test', results=found, meta=runs.open_run(run).meta,
       data={'digest': 'x', 'examples': 1})
   text = (tmp_path / 'evaluation.json').read_text()
   assert record['results'] == json.loads(text)['results'] == found and 'NaN' not in text

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molt_jax import files
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.runtime import files
 
 
 def pipe(path):

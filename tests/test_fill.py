@@ -10,13 +10,15 @@ import time
 import numpy as np
 import pytest
 
-from molt_jax import config as config_lib
-from molt_jax import evaluate, fill, logbook, loop, sharding, train
-from molt_jax import model as model_lib
-from molt_jax.backbones import features
-from molt_jax.backbones import store as store_lib
-from molt_jax.config import UserError
+from molt_jax import evaluate, train
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, pipeline
+from molt_jax.errors import UserError
+from molt_jax.features import extract, hidden_states
+from molt_jax.features import store as store_lib
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import logbook, sharding
+from molt_jax.training import loop
 
 
 def _six_steps(make_tiny_config, store='', dtype='float32'):
@@ -60,7 +62,7 @@ def _open(config, split=None):
   model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   wanted = {name: (source, source.present) for name, source in data.splits.items()}
-  frozen, stored = fill.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=sharding.make_mesh(config))
+  frozen, stored = extract.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=sharding.make_mesh(config))
   return frozen, stored, model, data, preprocess
 
 
@@ -115,7 +117,7 @@ def test_stored_taps_are_live_taps_on_every_valid_token(six_steps):
     np.testing.assert_array_equal(live[name], ours[name])
   assert not {'image', 'tokens'} & set(ours)
   frozen = model_lib.load_frozen(config, sharding.make_mesh(config))
-  a = features.extract(model.image_tower, model.text_tower, frozen, live, num_taps=model.num_taps)
+  a = hidden_states.extract(model.image_tower, model.text_tower, frozen, live, num_taps=model.num_taps)
   b = model.taps({}, ours)
   has_image, mask = live['present'][:, 0], np.asarray(a.text_mask_bt)
   np.testing.assert_array_equal(mask, b.text_mask_bt)

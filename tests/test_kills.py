@@ -9,8 +9,10 @@ import time
 
 import pytest
 
-from molt_jax import checkpoint, logbook, train
-from molt_jax import config as config_lib
+from molt_jax import train
+from molt_jax.config import schema as config_lib
+from molt_jax.runtime import logbook
+from molt_jax.training import checkpoint
 
 
 @pytest.fixture(scope='module')

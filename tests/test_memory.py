@@ -8,8 +8,8 @@ even convert all layers at once, before the loop over them, because that saves a
 import jax
 import pytest
 
-from molt_jax import profiling
-from molt_jax.config import default_config, validate
+from molt_jax.config.schema import default_config, validate
+from molt_jax.profiling import accounting
 
 CARD = 24e9
 LLAMA, CLIP = 6_607_343_616, 303_177_728  # Parameters of the published models without what no tap needs.
@@ -36,7 +36,7 @@ def test_a_step_of_llama_7b_and_clip_l_14_fits_24_gb(quantization, devices, towe
   config.backbones.text.path, config.backbones.image.path = 'random:llama-7b', 'random:clip-vit-l-14'
   config.backbones.quantization = quantization
   config.mesh.data, config.mesh.model = 1, devices
-  workload = profiling.Workload.open(validate(config), num_classes=101)
+  workload = accounting.Workload.open(validate(config), num_classes=101)
   state, frozen, batch = workload.shapes()
   memory = workload.step().lower(state, frozen, batch, None).compile(compiler_options=AS_ON_AN_ACCELERATOR).memory_analysis()
   assert memory.argument_size_in_bytes == pytest.approx(tower_bytes + size(state) + size(batch), rel=0.01)

@@ -6,7 +6,7 @@ import pytest
 from optional_torch import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from molt_jax.metrics import ClassificationMetrics, Ranking, auroc
+from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking, auroc
 
 
 def accumulate(logits_nk, label, *, multi_label, weight_n=None, batch_size=7):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax import config as config_lib
-from molt_jax import pair_evaluation, pretrain
-from molt_jax.config import PRETRAIN_SCHEMA
+from molt_jax import evaluate_pair, pretrain
+from molt_jax.config import schema as config_lib
+from molt_jax.config.schema import PRETRAIN_SCHEMA
 from molt_jax.data import datasets
 from molt_jax.data.sources import UNLABELLED
 
@@ -37,7 +37,7 @@ class ColourPair:
 
 @pytest.fixture
 def examples(tiny_config):
-  return pair_evaluation.read_dataset(datasets.load_dataset(tiny_config))
+  return evaluate_pair.read_dataset(datasets.load_dataset(tiny_config))
 
 
 def test_reading_keeps_images_with_their_texts_and_labels(examples, tiny_config):
@@ -52,10 +52,10 @@ def test_reading_keeps_images_with_their_texts_and_labels(examples, tiny_config)
 
 
 def test_towers_that_know_the_answer_score_full_marks(examples):
-  results = pair_evaluation.evaluate_examples(ColourPair(), examples, COLOURS, splits=('validation', 'test'), templates=['{}', 'a {} square'])
+  results = evaluate_pair.evaluate_examples(ColourPair(), examples, COLOURS, splits=('validation', 'test'), templates=['{}', 'a {} square'])
   for split, scores in results.items():
     assert scores['zero_shot']['top1'] == 1
-    assert {name: probe['accuracy'] for name, probe in scores['linear_probe'].items()} == dict.fromkeys(pair_evaluation.PROBES, 1.0)
+    assert {name: probe['accuracy'] for name, probe in scores['linear_probe'].items()} == dict.fromkeys(evaluate_pair.PROBES, 1.0)
     assert scores['modality_gap'] == pytest.approx(0, abs=1e-6) and scores['alignment'] == pytest.approx(0, abs=1e-6)
     assert scores['num_images'] == len(examples[split].images) > scores['num_texts'] == sum(text is not None for text in examples[split].texts)
     # The texts differ by a number that these towers do not read: all pictures of the colour are as near.
@@ -64,20 +64,20 @@ def test_towers_that_know_the_answer_score_full_marks(examples):
 
 def test_equal_captions_are_found_wherever_they_hang(examples):
   part = examples['test']
-  same = pair_evaluation.Examples(part.images, [text and COLOURS[label] for text, label in zip(part.texts, part.labels, strict=True)], part.labels)
-  scores = pair_evaluation.evaluate_examples(ColourPair(), {'test': same}, COLOURS, probes=())['test']
+  same = evaluate_pair.Examples(part.images, [text and COLOURS[label] for text, label in zip(part.texts, part.labels, strict=True)], part.labels)
+  scores = evaluate_pair.evaluate_examples(ColourPair(), {'test': same}, COLOURS, probes=())['test']
   assert scores['image_to_text']['R@1'] == scores['text_to_image']['R@1'] == 1 and 'linear_probe' not in scores
 
 
 def test_several_labels_leave_zero_shot_and_probes_out(examples):
-  scores = pair_evaluation.evaluate_examples(ColourPair(), examples, None)['test']
+  scores = evaluate_pair.evaluate_examples(ColourPair(), examples, None)['test']
   assert 'zero_shot' not in scores and 'linear_probe' not in scores and scores['text_to_image']['R@10'] > 0
 
 
 def _without(part, keep=lambda n: True, texts=True, labels=True):
   """The rows of a split that are kept, perhaps without texts or labels."""
   rows = [n for n in range(len(part.images)) if keep(n)]
-  return pair_evaluation.Examples(
+  return evaluate_pair.Examples(
       [part.images[n] for n in rows], [part.texts[n] if texts else None for n in rows],
       [part.labels[n] if labels else UNLABELLED for n in rows])
 
@@ -100,16 +100,16 @@ def test_what_nothing_determines_is_left_out_and_said(examples, taken):
   changes, lacks = NOTHING[taken]
   left = {split: _without(part, **changes.get(split, {})) for split, part in examples.items()}
   probes = ('embedding', 'pixels')
-  scores = pair_evaluation.evaluate_examples(ColourPair(), left, COLOURS, probes=probes)['test']
+  scores = evaluate_pair.evaluate_examples(ColourPair(), left, COLOURS, probes=probes)['test']
   names = ('image_to_text', 'zero_shot', 'linear_probe')
   assert [name for name in names if name not in scores] == lacks
-  said = list(pair_evaluation.left_out(scores, labelled=True, probes=('pixels',)))
+  said = list(evaluate_pair.left_out(scores, labelled=True, probes=('pixels',)))
   assert len(said) == len(lacks) and {'num_images', 'num_texts'} <= set(scores)
-  pair_evaluation.print_table(scores, 'shown')
+  evaluate_pair.print_table(scores, 'shown')
 
 
 def test_one_class_alone_leaves_retrieval(examples):
-  scores = pair_evaluation.evaluate_examples(ColourPair(), examples, COLOURS[:1])['test']
+  scores = evaluate_pair.evaluate_examples(ColourPair(), examples, COLOURS[:1])['test']
   assert 'image_to_text' in scores and 'zero_shot' not in scores and 'linear_probe' not in scores
 
 
@@ -132,7 +132,7 @@ def trained(tmp_path_factory, tiny_towers, tiny_table):
 
 def test_the_command_writes_what_it_prints(trained, capsys):
   argv = [f'--workdir={trained}', '--templates={}|a {} square', '--probes=tower,tokens,pixels']
-  assert pair_evaluation.main(argv) == 0 and pair_evaluation.main([*argv[:2], '--probes=', '--split=validation']) == 0
+  assert evaluate_pair.main(argv) == 0 and evaluate_pair.main([*argv[:2], '--probes=', '--split=validation']) == 0
   out = capsys.readouterr().out
   records = json.loads((trained / 'pair_evaluation.json').read_text())
   assert {record['split'] for record in records.values()} == {'test', 'validation'}
@@ -140,9 +140,9 @@ def test_the_command_writes_what_it_prints(trained, capsys):
   assert set(scores['linear_probe']) == {'tower', 'tokens', 'pixels'}
   assert f'{100 * scores["zero_shot"]["top1"]:.1f} %' in out and f'{scores["modality_gap"]:.3f}' in out
   pair = pretrain.load_pair(trained)
-  examples = pair_evaluation.read_dataset(pair_evaluation.open_dataset(
+  examples = evaluate_pair.read_dataset(evaluate_pair.open_dataset(
       config_lib.from_json((trained / 'config.json').read_text(), PRETRAIN_SCHEMA)), ('test',))
-  expected = pair_evaluation.evaluate_examples(pair, examples, COLOURS, templates=['{}', 'a {} square'], probes=())['test']
+  expected = evaluate_pair.evaluate_examples(pair, examples, COLOURS, templates=['{}', 'a {} square'], probes=())['test']
   assert {name: scores[name] for name in expected} == expected
 
 
@@ -153,6 +153,6 @@ def test_the_command_writes_what_it_prints(trained, capsys):
     ('--table=/nowhere', "'/nowhere' is not a folder"),
 ])
 def test_mistakes_are_one_line(trained, argument, said, capsys):
-  assert pair_evaluation.main([f'--workdir={trained}', argument]) == 2
+  assert evaluate_pair.main([f'--workdir={trained}', argument]) == 2
   error = capsys.readouterr().err.strip().splitlines()[-1]
   assert error.startswith('error: ') and said in error

@@ -20,13 +20,18 @@ import pytest
 import transformers
 from optional_torch import needs_torch, torch
 
-from molt_jax import config as config_lib
-from molt_jax import dual, logbook, loop, pair_metrics, pretrain, sharding, train_state
-from molt_jax import model as model_lib
-from molt_jax.backbones import weights
-from molt_jax.config import PRETRAIN_SCHEMA, UserError
+from molt_jax import pretrain
+from molt_jax.config import schema as config_lib
+from molt_jax.config.schema import PRETRAIN_SCHEMA
 from molt_jax.data import datasets, pipeline, transforms
+from molt_jax.errors import UserError
+from molt_jax.methods import model as model_lib
 from molt_jax.objectives import contrastive
+from molt_jax.pairs import model as dual
+from molt_jax.pairs import retrieval_and_probes
+from molt_jax.runtime import logbook, sharding
+from molt_jax.towers import loading
+from molt_jax.training import loop, train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 VARYING = ('images_per_second', 'epoch_seconds')
@@ -80,15 +85,15 @@ def test_the_log_tells_losses_speed_and_validation(whole):
 @needs_torch
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype):
-  from molt_jax.backbones import export
+  from molt_jax.towers import export
   folder = whole / 'tower'
   if dtype == 'float16':
-    tower = weights.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
+    tower = loading.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
     folder = export.save_image_tower(tmp_path / 'half', tower.params, tower.config, tower.preprocess, dtype=dtype)
     assert (folder / 'model.safetensors').stat().st_size < 0.7 * (whole / 'tower' / 'model.safetensors').stat().st_size
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')) and model.dtype == torch.float32
-  tower = weights.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
+  tower = loading.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
   image_bhwc = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
   with torch.inference_mode():
     theirs = model.eval()(torch.tensor(image_bhwc).permute(0, 3, 1, 2), output_hidden_states=True)
@@ -102,7 +107,7 @@ def test_the_written_preprocessing_is_that_of_training(whole):
   processor = transformers.CLIPImageProcessor.from_pretrained(whole / 'tower')
   from PIL import Image
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 27, 3), dtype=np.uint8))
-  spec = weights.describe_tower(str(whole / 'tower'), kind='image').preprocess
+  spec = loading.describe_tower(str(whole / 'tower'), kind='image').preprocess
   ours = transforms.preprocess_image(image, size=spec.size, mean=spec.mean, std=spec.std, resize='crop')
   theirs = np.asarray(processor(image, return_tensors='np')['pixel_values'][0]).transpose(1, 2, 0)
   np.testing.assert_allclose(ours, theirs, atol=2.5 / 255 / min(spec.std))
@@ -128,7 +133,7 @@ def test_a_loaded_pair_scores_as_the_last_validation_did(whole, pair, make_confi
   examples = [source[i] for i in np.flatnonzero(source.present.all(axis=1))]
   images_nc = pair.embed_images([x['image'] for x in examples])
   texts = [x['text'] for x in examples]
-  results = pair_metrics.evaluate_pair(images_nc, pair.embed_texts(texts), texts=texts)
+  results = retrieval_and_probes.evaluate_pair(images_nc, pair.embed_texts(texts), texts=texts)
   logged = [line for line in logbook.read(whole) if line['kind'] == 'validation'][-1]
   for way in ('image_to_text', 'text_to_image'):
     assert results[way] == pytest.approx(logged[way])
@@ -360,7 +365,7 @@ def test_frozen_image_tower_and_trained_text_tower(make_config, tiny_towers, tmp
   assert pretrain.pretrain(config, tmp_path / 'run') is None
   _, _, _, model, variables, _ = pretrain._open(tmp_path / 'run')
   assert model.frozen == ('image',) and 'image_tower' not in variables['params']
-  before = weights.load_tower(tiny_towers['text'], kind='text', dtype='float32', attention='xla').params
+  before = loading.load_tower(tiny_towers['text'], kind='text', dtype='float32', attention='xla').params
   moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), before, variables['params']['text_tower'])
   assert 0 < max(jax.tree.leaves(moved)) < 0.1
   pair = pretrain.load_pair(tmp_path / 'run')
@@ -440,7 +445,7 @@ def test_the_shipped_tower_is_small_whole_and_packaged():
   patterns = [pattern.strip() for pattern in packaging['options.package_data']['molt_jax'].split(',')]
   for file in folder.iterdir():
     assert any(pattern == f'**/*{file.suffix}' for pattern in patterns), file
-  tower = weights.load_tower('pkg://molt_jax/towers/openmoji', kind='image', dtype='float32', attention='xla', with_pool=True)
+  tower = loading.load_tower('pkg://molt_jax/pretrained/openmoji', kind='image', dtype='float32', attention='xla', with_pool=True)
   config = config_lib.load_config(str(ROOT / 'configs' / 'pretrain_openmoji.py'), schema=PRETRAIN_SCHEMA).backbones.image
   architecture = tower.config
   assert (architecture.image_size, architecture.patch_size, architecture.hidden_size, architecture.num_layers, architecture.num_heads) == (
@@ -452,7 +457,7 @@ def test_transformers_reads_the_shipped_tower():
   folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
-  tower = weights.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
+  tower = loading.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
   size = tower.config.image_size
   image_bhwc = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
   with torch.inference_mode():
@@ -467,7 +472,7 @@ def test_transformers_reads_the_shipped_tower():
 def test_presets_use_the_shipped_tower(preset):
   overrides = {'dataset.path': 'FOLDER'} if preset == 'table' else {}
   config = config_lib.load_config(str(ROOT / 'configs' / f'{preset}.py'), overrides)
-  assert config.backbones.image.path == 'pkg://molt_jax/towers/openmoji'
+  assert config.backbones.image.path == 'pkg://molt_jax/pretrained/openmoji'
 
 
 @pytest.mark.parametrize(('scores', 'score', 'said'), [

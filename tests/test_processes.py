@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from molt_jax import config as config_lib
-from molt_jax import logbook, loop, processes, sharding, train
-from molt_jax.config import UserError
+from molt_jax import train
+from molt_jax.config import schema as config_lib
+from molt_jax.errors import UserError
+from molt_jax.runtime import logbook, processes, sharding
+from molt_jax.training import loop
 
 STEPS = 6  # An epoch.
 # Trains as the command line does, notes the indices of the rows it is given, and may send itself SIGTERM when it gets batch number `stop_at`.

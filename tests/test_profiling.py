@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molt_jax import profiling
-from molt_jax.config import default_config, validate
+from molt_jax.config.schema import default_config, validate
+from molt_jax.profiling import accounting
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def workload():
   config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.width = config.classifier.hidden = 32
-  return profiling.Workload.open(validate(config), num_classes=5)
+  return accounting.Workload.open(validate(config), num_classes=5)
 
 
 def test_products_are_counted_as_often_as_they_run():
@@ -35,10 +35,10 @@ def test_products_are_counted_as_often_as_they_run():
     looped = jax.lax.scan(lambda c, _: (c @ jnp.ones((7, 7)), None), once[0], None, length=11)[0]
     branched = jax.lax.cond(looped.sum() > 0, lambda x: x @ jnp.ones((7, 2)), lambda x: x[:, :2], looped)
     return jax.jit(jnp.sum)(branched)
-  assert profiling.matmul_flops(f, a, b) == 2 * (3 * 4 * 5 * 7 + 11 * 4 * 7 * 7 + 4 * 7 * 2)
+  assert accounting.matmul_flops(f, a, b) == 2 * (3 * 4 * 5 * 7 + 11 * 4 * 7 * 7 + 4 * 7 * 2)
   # A product and its gradient are three products.
   gradient = jax.grad(lambda w, x: (x @ w).sum(), argnums=(0, 1))
-  assert profiling.matmul_flops(gradient, jnp.ones((5, 7)), jnp.ones((4, 5))) == 3 * 2 * 4 * 5 * 7
+  assert accounting.matmul_flops(gradient, jnp.ones((5, 7)), jnp.ones((4, 5))) == 3 * 2 * 4 * 5 * 7
 
 
 @pytest.mark.parametrize('rows, tokens', [(8, 8), (2, 5)])
@@ -47,30 +47,30 @@ def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
   _, frozen, _ = workload.shapes()
   text = (jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows, tokens), bool))
   image = jax.ShapeDtypeStruct((rows, 64, 64, 3), jnp.float32)
-  assert profiling.matmul_flops(lambda p, *x: llama.apply({'params': p}, *x, num_taps=4), frozen['text'], *text) == \
-      profiling.llama_flops(llama.config, rows, tokens)
-  assert profiling.matmul_flops(lambda p, x: clip.apply({'params': p}, x, num_taps=4), frozen['image'], image) == \
-      profiling.clip_flops(clip.config, rows)
+  assert accounting.matmul_flops(lambda p, *x: llama.apply({'params': p}, *x, num_taps=4), frozen['text'], *text) == \
+      accounting.llama_flops(llama.config, rows, tokens)
+  assert accounting.matmul_flops(lambda p, x: clip.apply({'params': p}, x, num_taps=4), frozen['image'], image) == \
+      accounting.clip_flops(clip.config, rows)
 
 
 def test_llama_7b_takes_two_flops_a_weight_and_token():
-  from molt_jax.backbones.architectures import ARCHITECTURES
-  from molt_jax.backbones.llama import LlamaConfig
+  from molt_jax.towers.architectures import ARCHITECTURES
+  from molt_jax.towers.llama import LlamaConfig
   config = LlamaConfig.from_hf(ARCHITECTURES['text']['llama-7b'])
   matrices, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 128
   attention = 32 * 4 * tokens * tokens * 4096  # Q K' and A V, over all pairs.
-  assert profiling.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
+  assert accounting.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
 
 
 def test_xla_counts_the_same_where_no_loop_hides_it(workload):
   """One layer, so that counting a loop's body once is counting it right; XLA adds elementwise work."""
-  from molt_jax.backbones.llama import Llama, LlamaConfig
-  from molt_jax.backbones.weights import abstract_params, nn
+  from molt_jax.towers.llama import Llama, LlamaConfig
+  from molt_jax.towers.loading import abstract_params, nn
   config = LlamaConfig.from_hf({'vocab_size': 64, 'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 1, 'num_attention_heads': 4})
   module = Llama(config, jnp.dtype('float32'), 'xla')
   shapes = nn.unbox(abstract_params(module)), jax.ShapeDtypeStruct((4, 32), jnp.int32), jax.ShapeDtypeStruct((4, 32), bool)
   counted = jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=1)).lower(*shapes).compile().cost_analysis()['flops']
-  assert 1.0 < counted / profiling.llama_flops(config, 4, 32) < 1.1
+  assert 1.0 < counted / accounting.llama_flops(config, 4, 32) < 1.1
 
 
 def test_random_towers_keep_states_near_one(workload):
@@ -183,8 +183,8 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
   """Same weights, same batch, more rows than directions: the same losses, and the same cross-entropy after a step of either."""
   import torch
 
-  from molt_jax.backbones.architectures import ARCHITECTURES
-  from molt_jax.backbones.weights import hugging_face_tensors
+  from molt_jax.towers.architectures import ARCHITECTURES
+  from molt_jax.towers.loading import hugging_face_tensors
   bench_train, rival_torch = tools
   sizes = ['--text=llama-tiny', '--image=clip-vit-tiny', '--tokens=6', '--lengths=3,2', '--classes=5', '--batch=24', '--width=8', '--preset=paper']
   flags = bench_train.cli.parse('bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,rival', '--rounds=2'])[0]

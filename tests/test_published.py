@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
-from molt_jax import config as config_lib
-from molt_jax import metrics, train
+from molt_jax import train
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets
+from molt_jax.evaluation import metrics
 
 CHOICES = {
     'mm_imdb': {'text': 'longest', 'genres': 'all'}, 'upmc_food101': {'text': 'title'}, 'snli_ve': {'neutral': 'original'}, 'hateful_memes': {}}

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # ---- Deprecations ----
 
-OURS = ['molt_jax', 'molt_jax.objectives.cca', 'tests.test_train', 'quickstart', 'make_fixture']
+OURS = ['molt_jax', 'molt_jax.objectives.cca.loss', 'tests.test_train', 'quickstart', 'make_fixture']
 THEIRS = ['jax', 'jax._src.core', 'flax.linen', 'orbax.checkpoint', 'gridfs', 'testsuite', 'numpy']
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from molt_jax import profiling, sharding
-from molt_jax.backbones import weights
-from molt_jax.config import UserError, default_config
+from molt_jax.config.schema import default_config
+from molt_jax.errors import UserError
+from molt_jax.profiling import accounting
+from molt_jax.runtime import sharding
+from molt_jax.towers import loading
 
 # Parameters of the published models, counted from their configurations (no language-model head; CLIP without its final norm and projection).
 SIZES = {'llama-7b': 6_607_343_616, 'llama-13b': 12_852_024_320, 'llama-70b': 68_714_504_192, 'clip-vit-l-14': 303_177_728}
@@ -54,7 +56,7 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
   config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.num_layers, config.molt.width, config.classifier.hidden, config.text.max_tokens, config.train.batch_size = 2, 32, 48, 24, 16
-  work = profiling.Workload.open(config, num_classes=5)
+  work = accounting.Workload.open(config, num_classes=5)
   state, frozen, batch = work.shapes()
   found = sharding.compiled_collectives(work.step().lower(state, frozen, batch, None).compile().as_text())
   listed = sharding.collectives(work.model, state, config=config, mesh=work.mesh)
@@ -84,7 +86,7 @@ def test_packed_texts_stay_on_their_device():
   config.backbones.text.path = 'random:llama-tiny'
   config.backbones.dtype, config.dataset.modalities = 'float32', 'text'
   config.molt.num_layers, config.text.max_tokens, config.train.batch_size = 2, 24, 8
-  work = profiling.Workload.open(config, num_classes=5)
+  work = accounting.Workload.open(config, num_classes=5)
   batch = work.batch(length_b=np.array([3, 24, 1, 7, 20, 2, 9, 1]))
   assert batch['token_position'].shape == (2, 40)
   taps, frozen = jax.jit(work.model.taps), work.frozen()
@@ -108,7 +110,7 @@ def _mesh(data, model):
 
 def test_every_axis_name_of_every_tower_has_a_rule():
   for name, kind in (('llama-tiny', 'text'), ('clip-vit-tiny', 'image')):
-    boxed = weights.abstract_params(weights.make_module(weights.open_files(f'random:{name}', kind=kind), dtype='float32', attention='xla'))
+    boxed = loading.abstract_params(loading.make_module(loading.open_files(f'random:{name}', kind=kind), dtype='float32', attention='xla'))
     names = {axis for spec in jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.P)) for axis in spec if axis}
     assert names and names <= set(sharding.RULES)
 

@@ -10,9 +10,9 @@ import rich.table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molt_jax import cli, evaluate, pair_evaluation, terminal
-from molt_jax.config import UserError
-from molt_jax.data import describe
+from molt_jax import describe, evaluate, evaluate_pair
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli, terminal
 
 COUNTS = {'num_examples': 60, 'both': 51, 'image_only': 4, 'text_only': 5}
 ONE_LABEL = {
@@ -114,7 +114,7 @@ def test_labels_and_names_are_shown_as_they_are(screen, capsys):
       'splits': {'train': split | {'examples': 3}, 'test': split | {'examples': 0}}}
   shown = '[red]x[/red]\\x1b[31m\\n\\u202e'
   for out in (screen(200, lambda: describe.print_tables(report)),
-              screen(200, lambda: pair_evaluation.print_table({'modality_gap': 0.5}, HOSTILE))):
+              screen(200, lambda: evaluate_pair.print_table({'modality_gap': 0.5}, HOSTILE))):
     assert shown in ''.join(out.split()) and '\x1b' not in out and '\u202e' not in out
   assert '3 (100.0 %)' in screen(200, lambda: describe.print_tables(report))
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from molt_jax import fill
-from molt_jax import model as model_lib
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.features import extract
+from molt_jax.methods import model as model_lib
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_the_towers_own_preprocessing_reaches_pixels_and_store(copied, content, 
   towers = model_lib.describe_towers(config)
   after = model_lib.make_preprocess(config, towers, num_classes=3)
   assert (after.resize, after.resample) == expected
-  kept = [fill._spec(config, towers['image'], p, 'image') for p in (before, after)]
+  kept = [extract._spec(config, towers['image'], p, 'image') for p in (before, after)]
   changed = (after.resize, after.resample) != (before.resize, before.resample)
   assert (kept[0] != kept[1]) == changed
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from molt_jax import checkpoint, cli, evaluate, logbook, loop, sharding, train, train_state
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax import step as step_lib
-from molt_jax.config import UserError
+from molt_jax import evaluate, train
+from molt_jax.config import schema as config_lib
+from molt_jax.errors import UserError
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import cli, logbook, sharding
+from molt_jax.training import checkpoint, loop, train_state
+from molt_jax.training import step as step_lib
 
 
 @pytest.fixture

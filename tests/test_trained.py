@@ -14,11 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import molt_jax
-from molt_jax import checkpoint, dual, evaluate, pretrain, records, report, train, trained
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax.config import UserError
+from molt_jax import evaluate, pretrain, report, train
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, fingerprint, sources
+from molt_jax.errors import UserError
+from molt_jax.evaluation import records
+from molt_jax.methods import model as model_lib
+from molt_jax.pairs import model as dual
+from molt_jax.training import checkpoint
+from molt_jax.training import runs as trained
 
 
 @dataclasses.dataclass
@@ -465,7 +469,7 @@ def test_evaluation_says_that_data_changed_and_does_not_mix_results(home, capsys
   assert record['data']['as_in_training'] is False and set(record['results']) == {'text_absent'}
   assert record['num_examples'] == record['data']['examples'] == 10
   # Predictions of the other data are not shown beside these scores.
-  from molt_jax.report import runs
+  from molt_jax.reporting import runs
   run, = runs.read([home.run])
   assert run.predictions is None and run.mistakes is None
 
@@ -548,8 +552,8 @@ def _pair_config(home):
 
 
 def _evaluate_pair(home):
-  from molt_jax import pair_evaluation
-  return pair_evaluation.run(home.run, probes=())
+  from molt_jax import evaluate_pair
+  return evaluate_pair.run(home.run, probes=())
 
 
 PAIR_ENTRIES = {

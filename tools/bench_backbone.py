@@ -24,12 +24,12 @@ import torch
 import transformers
 from flax import traverse_util
 
-from molt_jax.backbones import weights
+from molt_jax.towers import loading
 
 NUM_TAPS = 4
 
 
-def torch_twin(tower: weights.Tower) -> transformers.LlamaModel:
+def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
   """The same model in PyTorch, filled from our parameters (plain RoPE and no biases, as SmolLM2)."""
   c = tower.config
   if c.rope_scaling is not None or c.attention_bias or c.mlp_bias:
@@ -40,12 +40,12 @@ def torch_twin(tower: weights.Tower) -> transformers.LlamaModel:
       rms_norm_eps=c.rms_norm_eps, rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta}))
   ours = traverse_util.flatten_dict(tower.params, sep='/')
   state = {}
-  for template, (path, transform) in weights.MAPS['text'].items():
+  for template, (path, transform) in loading.MAPS['text'].items():
     if path in ours:
       value = np.asarray(ours[path])
       for i, one in enumerate(value if path.startswith('layers/') else [value]):
         rows, *_ = shape = transform.source_shape(one.shape)
-        turned = one.reshape(-1, rows).T if len(shape) == 2 and transform is not weights.AS_IS else one
+        turned = one.reshape(-1, rows).T if len(shape) == 2 and transform is not loading.AS_IS else one
         state[template.format(i)] = torch.tensor(np.ascontiguousarray(turned))
   model.load_state_dict(state)
   return model.eval()
@@ -60,7 +60,7 @@ def main() -> None:
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()
 
-  tower = weights.load_tower(args.path, kind='text', dtype='float32', attention='xla')
+  tower = loading.load_tower(args.path, kind='text', dtype='float32', attention='xla')
   tokens_bt = np.random.default_rng(0).integers(0, tower.config.vocab_size, (args.batch, args.tokens)).astype(np.int32)
   mask_bt = np.ones(tokens_bt.shape, bool)
   start = time.perf_counter()

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from molt_jax.objectives.cca import cca_loss
-from molt_jax.objectives.cca_estimators import make_estimator
+from molt_jax.objectives.cca.estimators import make_estimator
+from molt_jax.objectives.cca.loss import cca_loss
 
 QUICK = flags.DEFINE_boolean('quick', False, 'Only n = 32 and 256, d = 64 and 1024, one layer.')
 JSON = flags.DEFINE_string('json', None, 'File for the results; without it they are only printed.')

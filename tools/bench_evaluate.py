@@ -12,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from molt_jax import cli
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli
 
 FLAGS = (
     cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from molt_jax import atomic, cli, profiling, sharding
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, pipeline
+from molt_jax.errors import UserError
+from molt_jax.methods import model as model_lib
+from molt_jax.profiling import accounting
+from molt_jax.runtime import atomic, cli, sharding
 
 FLAGS = (
     cli.Flag('config', 'preset whose data set, tokenizer and training step are measured', 'configs/quickstart.py'),
@@ -82,9 +83,9 @@ def _loader(source, preprocess, config, threads: int, batches: int) -> Callable[
 
 def _steppers(config, num_classes: int, batches: int) -> dict[str, Callable[[], float]]:
   """Returns name -> a function that gives images/s of some training steps on a batch that is there."""
-  workload = profiling.Workload.open(config, num_classes=num_classes)
+  workload = accounting.Workload.open(config, num_classes=num_classes)
   frozen, batch = workload.frozen(), sharding.put_batch(workload.batch(), workload.mesh)
-  stored = profiling.Parts(workload, frozen, batch).stored_batch()
+  stored = accounting.Parts(workload, frozen, batch).stored_batch()
   return {name: _stepper(workload, *inputs, batches) for name, inputs in {'live': (frozen, batch), 'stored': (dict.fromkeys(frozen), stored)}.items()}
 
 

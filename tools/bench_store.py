@@ -22,11 +22,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import cli, fill, sharding, train_state
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax import step as step_lib
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, pipeline
+from molt_jax.features import extract
+from molt_jax.methods import model as model_lib
+from molt_jax.runtime import cli, sharding
+from molt_jax.training import step as step_lib
+from molt_jax.training import train_state
 
 FLAGS = (
     cli.Flag('config', 'preset', 'configs/quickstart.py'),
@@ -83,10 +85,10 @@ class Bench:
         pack=None if padded else sharding.packing(self.config, self.mesh), num_threads=self.config.input.num_threads,
         prefetch=self.config.input.prefetch)
 
-  def fill(self):
+  def extract(self):
     """Returns (stored taps, seconds)."""
     start = time.perf_counter()
-    _, stored = fill.open_taps(
+    _, stored = extract.open_taps(
         self.config, {'train': (self.source, self.source.present)}, model=self.model, towers=self.towers, preprocess=self.preprocess, mesh=self.mesh)
     return stored['train'], time.perf_counter() - start
 

@@ -30,9 +30,12 @@ import jax
 import numpy as np
 
 import molt_jax
-from molt_jax import cli, presets, profiling, sharding
-from molt_jax.backbones.architectures import ARCHITECTURES
-from molt_jax.config import UserError, default_config, validate
+from molt_jax.config import presets
+from molt_jax.config.schema import default_config, validate
+from molt_jax.errors import UserError
+from molt_jax.profiling import accounting
+from molt_jax.runtime import cli, sharding
+from molt_jax.towers.architectures import ARCHITECTURES
 
 SHIPPED = 'openmoji'
 CONTESTANTS = ('live', 'live_padded', 'store', 'rival', 'rival_compiled')
@@ -95,7 +98,7 @@ class Ours:
   """Steps of one case; towers are shared between cases."""
 
   def __init__(self, config, classes, frozen, length_b):
-    self.workload = profiling.Workload.open(config, num_classes=classes)
+    self.workload = accounting.Workload.open(config, num_classes=classes)
     self.host = self.workload.batch(length_b=length_b)
     self._batch = sharding.put_batch(self.host, self.workload.mesh)
     self.frozen = frozen or self.workload.frozen()
@@ -108,7 +111,7 @@ class Ours:
     if 'live_padded' in wanted:
       runs['live_padded'] = self._stepper(self.frozen, {name: x for name, x in self._batch.items() if name != 'token_position'})
     if 'store' in wanted:
-      runs['store'] = self._stepper(dict.fromkeys(self.frozen), profiling.Parts(self.workload, self.frozen, self._batch).stored_batch())
+      runs['store'] = self._stepper(dict.fromkeys(self.frozen), accounting.Parts(self.workload, self.frozen, self._batch).stored_batch())
     return runs
 
   def _stepper(self, frozen, batch):
@@ -167,7 +170,7 @@ def measure(flags) -> dict:
     if theirs:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
-    taken = profiling.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
+    taken = accounting.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
     cases.append(_case(batch, width, preset, taken, theirs) | {'real_tokens': int(ours.host['token_mask'].sum())})
     cli.say(_line(cases[-1]))
     del runs, ours
@@ -182,7 +185,7 @@ def measure(flags) -> dict:
 
 
 def _case(batch, width, preset, taken, theirs):
-  case = {'batch': batch, 'width': width, 'preset': preset, 'seconds': {name: profiling.spread(values) for name, values in taken.items()}}
+  case = {'batch': batch, 'width': width, 'preset': preset, 'seconds': {name: accounting.spread(values) for name, values in taken.items()}}
   rivals = [name for name in taken if name.startswith('rival')]
   case['speedup'] = {  # Medians over rounds of the ratio within a round.
       f'{ours}_over_{rival}': statistics.median(b / a for a, b in zip(taken[ours], taken[rival], strict=True))

@@ -110,7 +110,7 @@ def _one(work, inputs, folder, printed, options, expected, counts) -> None:
 
 
 def main(argv: list[str]) -> int:
-  from molt_jax import cli
+  from molt_jax.runtime import cli
   flags, _ = cli.parse('disk_full', 'Fill the disk under commands.', (
       cli.Flag('work', 'comma-separated kinds of work', ','.join(kills.works(pathlib.Path()))),
       cli.Flag('sizes', 'how many, of bytes and of numbers of files each', '12'),

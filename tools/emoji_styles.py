@@ -23,10 +23,10 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from molt_jax import atomic, cli
-from molt_jax.config import UserError
-from molt_jax.data.builders import openmoji
+from molt_jax.data.published import openmoji
 from molt_jax.data.sources import Source
+from molt_jax.errors import UserError
+from molt_jax.runtime import atomic, cli
 
 FLAGS = (
     cli.Flag('archives', 'folder of the *.tgz archives', required=True),

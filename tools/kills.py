@@ -317,7 +317,7 @@ def _finish(work: Work, folder: pathlib.Path) -> float:
 
 
 def main(argv: list[str]) -> int:
-  from molt_jax import cli
+  from molt_jax.runtime import cli
   flags, _ = cli.parse('kills', 'Kill commands at random moments.', (
       cli.Flag('work', 'comma-separated kinds of work', ','.join(works(pathlib.Path()))),
       cli.Flag('kills', 'of each kind', '20'),

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from molt_jax import cli
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli
 
 COLOURS = ((200, 40, 40), (40, 170, 60), (50, 70, 210), (220, 190, 40))
 PHRASES = (

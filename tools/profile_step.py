@@ -5,7 +5,7 @@ Compiles the config's live step (towers included) and runs it on noise: compile 
 a trace of the whole step, which is kept for XProf (`xprof TRACE`). With --data=dataset it also trains on the real input pipeline and says how
 long a step waits for it.
 
-`random:NAME` towers are drawn on the device (molt_jax/backbones/architectures.py has the names), so full-size models need no files:
+`random:NAME` towers are drawn on the device (molt_jax/towers/architectures.py has the names), so full-size models need no files:
 
   python tools/profile_step.py --config=configs/quickstart.py --config.backbones.text.path=random:llama-7b \
     --config.backbones.image.path=random:clip-vit-l-14 --config.backbones.dtype=bfloat16 --config.compute_dtype=bfloat16 \
@@ -27,9 +27,10 @@ from collections.abc import Sequence
 import attribute_dict  # noqa: F401 (before the package: it may stand in for ml_collections)
 import jax
 
-from molt_jax import cli, profiling, sharding
-from molt_jax import config as config_lib
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
+from molt_jax.errors import UserError
+from molt_jax.profiling import accounting
+from molt_jax.runtime import cli, sharding
 
 FLAGS = (
     cli.Flag('config', 'preset', required=True),
@@ -44,7 +45,7 @@ TRACED = 3  # Steps in the trace.
 class Stepper:
   """The compiled step and the state it goes on from."""
 
-  def __init__(self, workload: profiling.Workload):
+  def __init__(self, workload: accounting.Workload):
     start = time.perf_counter()
     self.compiled = workload.step().lower(*workload.shapes(), None).compile()
     self.compile_seconds = time.perf_counter() - start
@@ -57,29 +58,29 @@ class Stepper:
 
 def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path) -> dict:
   """Returns what the tool prints, as a dict."""
-  workload = profiling.Workload.open(config, num_classes=classes)
+  workload = accounting.Workload.open(config, num_classes=classes)
   stepper = Stepper(workload)
   host = workload.batch()
   batch = sharding.put_batch(host, workload.mesh)
-  parts = profiling.Parts(workload, stepper.frozen, batch)
+  parts = accounting.Parts(workload, stepper.frozen, batch)
   calls = parts.calls()
-  taken = profiling.seconds_in_turn({
+  taken = accounting.seconds_in_turn({
       'step': lambda: stepper(batch), 'transfer': lambda: sharding.put_batch(host, workload.mesh),
       **{name: functools.partial(call, *arguments) for name, (call, arguments) in calls.items()}}, rounds=rounds)
   median = {name: statistics.median(values) for name, values in taken.items()}
   step = median['step']
-  split = {name: {'seconds': median[name], 'share': median[name] / step, 'flops': profiling.matmul_flops(call, *arguments)}
+  split = {name: {'seconds': median[name], 'share': median[name] / step, 'flops': accounting.matmul_flops(call, *arguments)}
            for name, (call, arguments) in calls.items()}
   rest = step - sum(part['seconds'] for part in split.values())
   device = jax.devices()[0]
-  flops = profiling.matmul_flops(workload.step(), *workload.shapes(), None)
-  peak = profiling.PEAK_FLOPS.get(device.device_kind)
+  flops = accounting.matmul_flops(workload.step(), *workload.shapes(), None)
+  peak = accounting.PEAK_FLOPS.get(device.device_kind)
   peak = peak and peak * workload.mesh.size
   return {
       'device': {'kind': device.device_kind, 'platform': device.platform, 'used': workload.mesh.size, 'load_average': os.getloadavg()[0]},
       'batch_size': config.train.batch_size, 'max_tokens': config.text.max_tokens, 'quantization': config.backbones.quantization,
       'attention': config.backbones.attention, 'backbones': {m: config.backbones[m].path for m in config_lib.modalities(config)},
-      'compile_seconds': stepper.compile_seconds, 'step_seconds': profiling.spread(taken['step']),
+      'compile_seconds': stepper.compile_seconds, 'step_seconds': accounting.spread(taken['step']),
       'examples_per_second': config.train.batch_size / step,
       'parts': split, 'rest': {'seconds': rest, 'share': rest / step},
       'trace': _traced(stepper, batch, trace) | {'folder': str(trace)},
@@ -98,7 +99,7 @@ def _xla_flops(compiled):
 def _closed_form(workload):
   rows, tokens = workload.config.train.batch_size, workload.config.text.max_tokens
   image, text = workload.model.image_tower, workload.model.text_tower
-  return (profiling.clip_flops(image.config, rows) if image else 0) + (profiling.llama_flops(text.config, rows, tokens) if text else 0)
+  return (accounting.clip_flops(image.config, rows) if image else 0) + (accounting.llama_flops(text.config, rows, tokens) if text else 0)
 
 
 def _traced(stepper, batch, folder):
@@ -108,7 +109,7 @@ def _traced(stepper, batch, folder):
     for i in range(TRACED):
       with jax.profiler.StepTraceAnnotation('train', step_num=i):
         jax.block_until_ready(stepper(batch))
-  busy = profiling.trace_parts(folder, stepper.compiled.as_text(), steps=TRACED)
+  busy = accounting.trace_parts(folder, stepper.compiled.as_text(), steps=TRACED)
   total = sum(busy.values())
   return {'busy_seconds': busy, 'share': {name: value / total if total else None for name, value in busy.items()}}
 
@@ -121,8 +122,8 @@ def _memory(compiled, device):
 
 
 def _pipeline(config, workload, stepper, rounds):
-  from molt_jax import model as model_lib
   from molt_jax.data import datasets, pipeline
+  from molt_jax.methods import model as model_lib
   data = datasets.load_dataset(config)
   preprocess = model_lib.make_preprocess(config, model_lib.describe_towers(config), num_classes=workload.num_classes)
   iterator = pipeline.train_iterator(
@@ -138,7 +139,7 @@ def _pipeline(config, workload, stepper, rounds):
     metrics = stepper(sharding.put_batch({name: x for name, x in batch.items() if name != 'index'}, workload.mesh))
   jax.block_until_ready(metrics)
   total = time.perf_counter() - begin
-  return {'data': config.dataset.name, 'wait_seconds': profiling.spread(waits[1:]), 'wait_share': sum(waits[1:]) / total}
+  return {'data': config.dataset.name, 'wait_seconds': accounting.spread(waits[1:]), 'wait_share': sum(waits[1:]) / total}
 
 
 @cli.command

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from molt_jax.data.builders import openmoji
+from molt_jax.data.published import openmoji
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,7 @@ import safetensors.numpy
 import tokenizers
 from PIL import Image
 
-from molt_jax import cli
+from molt_jax.runtime import cli
 
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 COUNTS = {'train': 48, 'validation': 12, 'test': 14}

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import jax
 
-from molt_jax import cli, profiling, sharding
-from molt_jax import config as config_lib
+from molt_jax.config import schema as config_lib
+from molt_jax.profiling import accounting
+from molt_jax.runtime import cli, sharding
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 FLAGS = (
@@ -28,17 +29,17 @@ FLAGS = (
 )
 
 
-def open_work(flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True) -> profiling.Workload:
+def open_work(flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True) -> accounting.Workload:
   """The step on that many devices, every one with its share of rows; without `cca` it has no L_CCA."""
   config = config_lib.default_config()
   config.platform, config.mesh.data, config.mesh.model = 'cpu', devices // model, model
   config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = flags.text, flags.image, dtype
   config.text.max_tokens, config.train.batch_size = int(flags.tokens), int(flags.rows) * devices
   config.cca.weight *= cca
-  return profiling.Workload.open(config, num_classes=101)
+  return accounting.Workload.open(config, num_classes=101)
 
 
-def listed(work: profiling.Workload) -> list[sharding.Collective]:
+def listed(work: accounting.Workload) -> list[sharding.Collective]:
   """The collectives of the step, from shapes."""
   return sharding.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
 
@@ -47,12 +48,12 @@ def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
   rows, model = int(flags.rows), whole.model
-  towers = profiling.llama_flops(model.text_tower.config, rows, int(flags.tokens)) + profiling.clip_flops(model.image_tower.config, rows)
-  step, rest = (profiling.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
+  towers = accounting.llama_flops(model.text_tower.config, rows, int(flags.tokens)) + accounting.clip_flops(model.image_tower.config, rows)
+  step, rest = (accounting.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
   return towers, step - towers, step - rest
 
 
-def seconds_of(collective: sharding.Collective, work: profiling.Workload, flags) -> float:
+def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags) -> float:
   """Time on a ring: an all-reduce passes each byte 2 (n - 1) / n times through a device, an all-gather half as often."""
   n = work.mesh.shape[collective.axis]
   leaves_node = collective.axis == 'data' and work.mesh.devices.size > int(flags.node)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from molt_jax.config import UserError
 from molt_jax.data import cells
+from molt_jax.errors import UserError
 
 _SHOWN = 5  # Rows, values and names that a line names.
 _REMARKS = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from molt_jax.config import UserError
 from molt_jax.data.sources import Source
+from molt_jax.errors import UserError
 
 _COLUMN = {'image': 0, 'text': 1}
 

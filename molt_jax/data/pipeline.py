@@ -28,9 +28,9 @@ import grain
 import numpy as np
 from PIL import Image
 
-from molt_jax.config import UserError
 from molt_jax.data import formats, missing, packing, transforms
 from molt_jax.data.sources import Source
+from molt_jax.errors import UserError
 
 
 class DecodeReport:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
 
 UNLABELLED = -1  # In place of a class index: the example's label is not known.
 

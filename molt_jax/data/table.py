@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from molt_jax import cli
-from molt_jax.config import UserError
 from molt_jax.data import cells, findings, formats, imagefiles, textfiles
 from molt_jax.data.sources import UNLABELLED, Dataset, text_number
 from molt_jax.data.splits import set_aside
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli
 
 COLUMNS = ('image', 'text', 'label')
 _FORMATS = ('.csv', '.jsonl')

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
 
 # The csv module refuses cells of more than 131,072 characters unless told otherwise; its C code
 # holds the limit in a long, which has 32 bits on some machines.

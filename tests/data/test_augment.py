@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from molt_jax.data import augment, pairs, pipeline
+from molt_jax.data import pipeline
+from molt_jax.pairs import augment, batches
 
 NOTHING = augment.ImageAugmentation(min_area=1.0, max_aspect=1.0, flip=0.0, color=0.0)
 SOME = augment.ImageAugmentation(min_area=0.4, max_aspect=1.5, flip=0.5, color=0.2)
@@ -95,8 +96,8 @@ def test_rates_of_deletion_and_of_swaps():
 
 
 def iterate(source, preprocess, *, image=SOME, text=AS_IS, views=1, batch_size=2, seed=0, threads=2, pooled=None, keep=True, across=False):
-  how = pairs.PairViews(image=image, text=text, num_views={'image': views, 'text': views}, across=across, keep=keep)
-  return pairs.train_iterator(
+  how = batches.PairViews(image=image, text=text, num_views={'image': views, 'text': views}, across=across, keep=keep)
+  return batches.train_iterator(
       source, preprocess, how, batch_size=batch_size, seed=seed, text_pooled_nd=pooled, num_threads=threads, prefetch=2)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax import config as config_lib
 from molt_jax import predict
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
 from molt_jax.data import cells, datasets, formats
-from molt_jax.data.builders import hateful_memes, mm_imdb, snli_ve, upmc_food101
-from molt_jax.data.builders.folder import LeftOut
+from molt_jax.data.published import hateful_memes, mm_imdb, snli_ve, upmc_food101
+from molt_jax.data.published.folder import LeftOut
 from molt_jax.data.sources import UNLABELLED
+from molt_jax.errors import UserError
 
 ABSENT, REFUSED = 'absent', 'refused'
 NAN = float('nan')

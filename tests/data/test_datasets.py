@@ -1,6 +1,6 @@
 """The table of data sets and the configuration know the same names."""
 
-from molt_jax import config as config_lib
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets
 
 

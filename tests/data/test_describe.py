@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.data import describe
+from molt_jax import describe
 
 PRESET = pathlib.Path(__file__).parents[2] / 'configs/hateful_memes.py'
 

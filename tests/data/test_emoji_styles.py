@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.data.builders import openmoji
+from molt_jax.data.published import openmoji
 from molt_jax.data.sources import Dataset
 
 pytest.importorskip('resvg_py')

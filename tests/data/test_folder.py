@@ -16,10 +16,10 @@ from array_record.python import array_record_data_source
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 
-from molt_jax import cli
-from molt_jax import config as config_lib
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, transforms
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli
 
 
 def config_for(name, source, data_dir, **changes):

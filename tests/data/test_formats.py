@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from molt_jax import diagnostics, fill, pair_metrics
-from molt_jax.config import UserError
-from molt_jax.data import augment, describe, formats, pairs, pipeline, table, transforms
+from molt_jax import describe
+from molt_jax.data import formats, pipeline, table, transforms
 from molt_jax.data.sources import Dataset
+from molt_jax.errors import UserError
+from molt_jax.evaluation import diagnostics
+from molt_jax.features import extract
+from molt_jax.pairs import augment, retrieval_and_probes
+from molt_jax.pairs import batches as pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -507,7 +511,7 @@ def test_describe_counts_what_is_unusable(make_source):
 def test_pixels_as_features_of_a_strip():
   strip = Image.new('RGB', (200_000, 1), (255, 0, 0))
   np.testing.assert_allclose(
-    pair_metrics.pixels([strip]).reshape(32, 32, 3), np.tile([1.0, 0, 0], (32, 32, 1))
+    retrieval_and_probes.pixels([strip]).reshape(32, 32, 3), np.tile([1.0, 0, 0], (32, 32, 1))
   )
 
 
@@ -516,9 +520,9 @@ def test_features_of_images_that_were_decoded_otherwise_are_not_used(monkeypatch
     backbones=types.SimpleNamespace(dtype='float32'), molt=types.SimpleNamespace(num_layers=2)
   )
   tower = types.SimpleNamespace(identity={'sha256': 'ab'})
-  before = fill._spec(config, tower, make_preprocess(), 'image')
+  before = extract._spec(config, tower, make_preprocess(), 'image')
   monkeypatch.setattr(transforms, 'DECODING', transforms.DECODING + 1)
-  assert fill._spec(config, tower, make_preprocess(), 'image') != before
+  assert extract._spec(config, tower, make_preprocess(), 'image') != before
 
 
 def test_a_mistake_whose_picture_cannot_be_read_is_shown_without(tmp_path, make_source):

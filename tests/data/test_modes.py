@@ -10,8 +10,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from molt_jax.config import UserError
 from molt_jax.data import modes, pipeline, table, transforms
+from molt_jax.errors import UserError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'tools'))
 from fuzzing import _image_files, _pictures

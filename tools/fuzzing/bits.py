@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 
 from fuzzing import runs
-from molt_jax import checkpoint
+from molt_jax.training import checkpoint
 
 
 def trial(rng: np.random.Generator, folder: pathlib.Path) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from molt_jax.objectives.cca import SOLVERS, cca_loss
+from molt_jax.objectives.cca.loss import SOLVERS, cca_loss
 
 PAIRS = 500
 SHAPES = ((1, 2, 3), (3, 5, 5), (6, 3, 2), (9, 8, 8), (12, 8, 20), (16, 24, 17), (40, 6, 5))
@@ -160,7 +160,7 @@ class Reference(NamedTuple):
 
 
 class Whitened(NamedTuple):
-  """T, B of `molt_jax.objectives.cca`, a bound of the singular values of T, and the least beside it."""
+  """T, B of `molt_jax.objectives.cca.loss`, a bound of the singular values of T, and the least beside it."""
 
   t_pnk: np.ndarray
   back_pkd: np.ndarray

@@ -13,13 +13,13 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from molt_jax import config as config_lib
 from molt_jax import predict
-from molt_jax.config import UserError
+from molt_jax.config import schema as config_lib
 from molt_jax.data import table
-from molt_jax.data.builders import hateful_memes
-from molt_jax.data.builders.folder import LeftOut
+from molt_jax.data.published import hateful_memes
+from molt_jax.data.published.folder import LeftOut
 from molt_jax.data.sources import classes_of
+from molt_jax.errors import UserError
 
 REFUSED = object()
 NAN = float('nan')

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import tokenizers
 
-from molt_jax.backbones import weights
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.towers import loading
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 CODES = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
@@ -102,8 +102,8 @@ def header(metadata, tensors, *, version: int = 3, num_tensors=None, num_keys=No
 
 def open_tower(path: pathlib.Path) -> tuple[str, ...]:
   """Opens a tower and uses it; returns hashes of its configuration, weights and ids."""
-  described = weights.describe_tower(str(path), kind='text')
-  tower = weights.load_tower(str(path), kind='text', dtype='float32', attention='xla')
+  described = loading.describe_tower(str(path), kind='text')
+  tower = loading.load_tower(str(path), kind='text', dtype='float32', attention='xla')
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tower.params):
     array = np.asarray(leaf)

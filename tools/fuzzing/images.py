@@ -14,8 +14,8 @@ import PIL
 from PIL import Image
 
 from fuzzing import _image_files, _pictures
-from molt_jax.config import UserError
 from molt_jax.data import formats, pipeline, transforms
+from molt_jax.errors import UserError
 
 PREPROCESS = {
   resize: pipeline.Preprocess(

@@ -17,13 +17,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from molt_jax import checkpoint, logbook, loop, sharding, train, train_state, trained
-from molt_jax import config as config_lib
-from molt_jax import model as model_lib
-from molt_jax import step as step_lib
-from molt_jax.config import UserError
+from molt_jax import train
+from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets
-from molt_jax.report import runs as report_runs
+from molt_jax.errors import UserError
+from molt_jax.methods import model as model_lib
+from molt_jax.reporting import runs as report_runs
+from molt_jax.runtime import logbook, sharding
+from molt_jax.training import checkpoint, loop, train_state
+from molt_jax.training import runs as trained
+from molt_jax.training import step as step_lib
 
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 PLAIN = ('evaluation.json', 'metrics.jsonl', 'run.json', 'mistakes.json')

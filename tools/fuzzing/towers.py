@@ -21,9 +21,9 @@ import safetensors.numpy
 import tokenizers
 from flax import linen as nn
 
-from molt_jax.backbones import weights
-from molt_jax.config import UserError
 from molt_jax.data import transforms
+from molt_jax.errors import UserError
+from molt_jax.towers import loading
 
 CONFIGS = {
     'text': {
@@ -93,13 +93,13 @@ def wholes() -> dict[str, pathlib.Path]:
     folder = root / kind
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(config))
-    architecture = weights.open_files.__globals__['CONFIGS'][kind].from_hf(config)
-    module = weights.MODULES[kind](architecture, np.dtype('float32'), 'xla')
+    architecture = loading.open_files.__globals__['CONFIGS'][kind].from_hf(config)
+    module = loading.MODULES[kind](architecture, np.dtype('float32'), 'xla')
     rng = np.random.default_rng(0)
-    abstract = nn.unbox(weights.abstract_params(module))
+    abstract = nn.unbox(loading.abstract_params(module))
     params = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(np.float32), abstract)
     prefix = {'text': 'model.', 'clip_text': 'text_model.', 'image': 'vision_model.'}[kind]
-    tensors = weights.hugging_face_tensors(params, kind=kind)
+    tensors = loading.hugging_face_tensors(params, kind=kind)
     tensors = {prefix + name: w for name, w in tensors.items()}
     if kind == 'clip_text':
       names = sorted(tensors)
@@ -142,8 +142,8 @@ def _write_tokenizer(folder: pathlib.Path) -> None:
 
 def open_tower(folder: pathlib.Path, kind: str) -> tuple[str, ...]:
   """Opens a tower and uses it; returns hashes of its configuration, weights and inputs."""
-  described = weights.describe_tower(str(folder), kind=kind)
-  tower = weights.load_tower(str(folder), kind=kind, dtype='float32', attention='xla')
+  described = loading.describe_tower(str(folder), kind=kind)
+  tower = loading.load_tower(str(folder), kind=kind, dtype='float32', attention='xla')
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tower.params):
     array = np.asarray(leaf)

@@ -1,1 +1,0 @@
-"""Frozen towers: architectures, weights, tokenizers, taps."""

@@ -1,1 +1,0 @@
-"""TFDS builders, one per data set."""

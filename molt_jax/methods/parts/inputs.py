@@ -1,0 +1,192 @@
+"""From taps to token sequences: the normalisation of the taps, and what stands in for an absent modality.
+
+Whatever sits in the taps of an absent row, or under text padding, is selected away before any arithmetic: NaN there changes no bit.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from molt_jax.methods.parts.interface import MODALITIES, Taps, Tokens, TokenSequence, in_range
+from molt_jax.towers.packing import Packing
+
+LARGEST = 1e9  # Taps beyond, and normalised ones, count as this much: products of a few stay in float32.
+_CONSTANT = 1e-5  # A channel whose deviation is below this share of its mean is constant: float32 sums resolve no less.
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+  """How the gap that an absent modality leaves is filled.
+
+  Attributes:
+    stands_in: a token takes the place of the absent sequence and counts as usable; otherwise the present modality works alone.
+    learned: the token is a parameter, one per layer; otherwise it is zero.
+    translates: the absent h_l of eq. 5 is predicted from the present one (`translation.Translator`); its tokens stay absent.
+  """
+
+  stands_in: bool
+  learned: bool
+  translates: bool = False
+
+
+STRATEGIES = {
+    'robust': Strategy(stands_in=False, learned=False),
+    'translate': Strategy(stands_in=False, learned=False, translates=True),
+    'null': Strategy(stands_in=True, learned=True),
+    'zero': Strategy(stands_in=True, learned=False),
+}
+
+
+class Identity(nn.Module):
+  """Taps as they are (the paper)."""
+
+  @nn.compact
+  def __call__(self, x_lbtd: jax.Array, counted_bt: jax.Array, *, train: bool) -> jax.Array:
+    return x_lbtd
+
+
+class RMSNormalize(nn.Module):
+  """Each token divided by its root mean square; no parameters."""
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x_lbtd: jax.Array, counted_bt: jax.Array, *, train: bool) -> jax.Array:
+    x_lbtd = x_lbtd.astype(jnp.float32)
+    return x_lbtd * jax.lax.rsqrt(jnp.mean(jnp.square(x_lbtd), axis=-1, keepdims=True) + self.epsilon)
+
+
+class Standardize(nn.Module):
+  """Each channel of each layer minus its mean, over its deviation, both streamed over the valid tokens of the training taps.
+
+  The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances from the mean), merged with those of
+  each training batch by the pairwise update of Chan, Golub and LeVeque (1979). Training and evaluation use the same statistics (in
+  training those that include the batch). Everything is a sum over rows, so sharding the batch changes nothing. Before the first update,
+  and in constant channels, the deviation is taken as one.
+  """
+
+  @nn.compact
+  def __call__(self, x_lbtd: jax.Array, counted_bt: jax.Array, *, train: bool) -> jax.Array:
+    x_lbtd = x_lbtd.astype(jnp.float32)
+    shape_ld = (x_lbtd.shape[0], x_lbtd.shape[-1])
+    count = self.variable('statistics', 'count', jnp.zeros, (), jnp.float32)
+    mean_ld = self.variable('statistics', 'mean', jnp.zeros, shape_ld, jnp.float32)
+    m2_ld = self.variable('statistics', 'm2', jnp.zeros, shape_ld, jnp.float32)
+    if train and self.is_mutable_collection('statistics') and not self.is_initializing():
+      merged = _merge(count.value, mean_ld.value, m2_ld.value, jax.lax.stop_gradient(x_lbtd), counted_bt)
+      count.value, mean_ld.value, m2_ld.value = merged
+    mean_l11d = mean_ld.value[:, None, None, :]
+    variance_l11d = m2_ld.value[:, None, None, :] / jnp.maximum(count.value, 1.0)
+    varies_l11d = variance_l11d > jnp.square(_CONSTANT * mean_l11d)
+    return (x_lbtd - mean_l11d) * jax.lax.rsqrt(jnp.where(varies_l11d, variance_l11d, 1.0))
+
+
+def _merge(count, mean_ld, m2_ld, x_lbtd, counted_bt):
+  """Count, mean and m2 of the tokens seen so far and of those of this batch together."""
+  counted = counted_bt[None, :, :, None]
+  batch_count = jnp.sum(counted_bt, dtype=jnp.float32)
+  batch_mean_ld = jnp.sum(x_lbtd, axis=(1, 2), where=counted) / jnp.maximum(batch_count, 1.0)
+  batch_m2_ld = jnp.sum(jnp.square(x_lbtd - batch_mean_ld[:, None, None, :]), axis=(1, 2), where=counted)
+  total = count + batch_count
+  share = batch_count / jnp.maximum(total, 1.0)
+  shift_ld = batch_mean_ld - mean_ld
+  return total, mean_ld + shift_ld * share, m2_ld + batch_m2_ld + jnp.square(shift_ld) * (count * share)
+
+
+INPUT_NORMS = {'none': Identity, 'rms': RMSNormalize, 'standardize': Standardize}
+
+
+class Inputs(nn.Module):
+  """Normalises the taps of one modality and fills the gap where it is absent.
+
+  Attributes:
+    num_layers: L, layers that are tapped.
+    width: D, the tower's width. The parameters follow from these fields alone, never from which modality is present.
+    norm: a key of INPUT_NORMS.
+    strategy: a key of STRATEGIES. A stand-in lives in the space of the normalised taps.
+    dtype: type of the tokens that come out.
+  """
+
+  num_layers: int
+  width: int
+  norm: str
+  strategy: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+      self, taps_lbtd: jax.Array | None, mask_bt: jax.Array, present_b: jax.Array, counted_b: jax.Array, *, train: bool,
+      content_b: jax.Array | None = None, position_gn: jax.Array | None = None) -> TokenSequence:
+    """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt is bool[B, 1] of False).
+
+    present_b: bool[B]; content_b: bool[B], rows whose taps may be read (default: present_b, which must be among them); counted_b: bool[B], rows
+    that enter the statistics if they may be read; position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
+    """
+    content_b = present_b if content_b is None else content_b
+    if taps_lbtd is None:
+      taps_lbtd, position_gn = jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype), None
+    packing = None if position_gn is None else Packing.of(position_gn, mask_bt.shape)
+    placed = packing.pack if packing else lambda x_bt: x_bt
+    valid_bt = mask_bt & content_b[:, None]
+    valid, counted_bt = placed(valid_bt)[None, :, :, None], placed(valid_bt & counted_b[:, None])
+    norm = INPUT_NORMS[self.norm](name='norm')
+    x_lbtd = norm(_read(jax.vmap(placed)(taps_lbtd), valid), counted_bt, train=train)
+    tokens = Tokens(_read(x_lbtd, valid).astype(self.dtype), packing)
+    return TokenSequence(tokens, valid_bt, present_b, self._stand_in())
+
+  def _stand_in(self):
+    strategy = STRATEGIES[self.strategy]
+    if not strategy.stands_in:
+      return None
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('layers', 'embed'))
+    shape_ld = (self.num_layers, self.width)
+    token_ld = self.param('null', init, shape_ld, jnp.float32) if strategy.learned else jnp.zeros(shape_ld)
+    return token_ld[:, None, None, :].astype(self.dtype)
+
+
+def _read(x_lbtd, valid):
+  """What is valid, in range; zeros elsewhere."""
+  largest = min(LARGEST, float(jnp.finfo(x_lbtd.dtype).max))
+  return in_range(jnp.where(valid, x_lbtd, 0), largest)
+
+
+class InputPair(nn.Module):
+  """Both modalities' taps -> (image, text), the two TokenSequences a head works on.
+
+  A text without a single valid token counts as absent. Attributes as in `Inputs`.
+  """
+
+  num_layers: int
+  image_width: int
+  text_width: int
+  norm: str
+  strategy: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+      self, taps: Taps, present_bm: jax.Array, *, train: bool, content_bm: jax.Array | None = None, row_weight_b: jax.Array | None = None
+  ) -> tuple[TokenSequence, TokenSequence]:
+    """Arguments as `heads.make_head` describes them."""
+    present_bm = present_bm.astype(bool)
+    content_bm = present_bm if content_bm is None else content_bm.astype(bool)
+    counted_b = jnp.ones_like(present_bm[:, 0]) if row_weight_b is None else row_weight_b > 0
+    masks = (
+        jnp.ones((present_bm.shape[0], _length(taps.image_lbid)), bool),
+        jnp.zeros((present_bm.shape[0], 1), bool) if taps.text_lbtd is None else taps.text_mask_bt.astype(bool),
+    )
+    columns = zip(
+        MODALITIES, (self.image_width, self.text_width), (taps.image_lbid, taps.text_lbtd), masks, (None, taps.token_position_gn), content_bm.T,
+        present_bm.T, strict=True)
+    return tuple(
+        Inputs(self.num_layers, width, self.norm, self.strategy, self.dtype, name=name)(
+            None if tapped is None else tapped[-self.num_layers:], mask_bt,
+            present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None), counted_b, train=train, content_b=content_b,
+            position_gn=position_gn)
+        for name, width, tapped, mask_bt, position_gn, content_b, present_b in columns)
+
+
+def _length(taps_lbtd):
+  return 1 if taps_lbtd is None else taps_lbtd.shape[2]

@@ -1,1 +1,0 @@
-"""Trainable modules: inputs, attention, MoLT, fusion, baselines; `heads.make_head` builds one by name."""

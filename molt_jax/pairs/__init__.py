@@ -1,0 +1,1 @@
+"""A pair of towers with projection heads: contrastive training, retrieval and probes."""

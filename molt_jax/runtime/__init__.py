@@ -1,0 +1,1 @@
+"""What every command runs on: messages, files, processes, devices."""

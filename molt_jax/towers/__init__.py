@@ -1,0 +1,1 @@
+"""Frozen towers: architectures, weights, tokenizers."""

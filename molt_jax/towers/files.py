@@ -1,0 +1,236 @@
+"""Where a tower's files are: Hugging Face directory or hub id, GGUF file, file of an installed package, or nothing but a name (random weights)."""
+
+import abc
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+
+from molt_jax.errors import UserError
+from molt_jax.runtime import files
+from molt_jax.towers import preprocessing, shards, tokenizer, tokenizer_files
+from molt_jax.towers.architectures import ARCHITECTURES
+from molt_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from molt_jax.towers.llama import LlamaConfig
+from molt_jax.towers.preprocessing import ImageSpec
+
+CONFIGS = {'text': LlamaConfig, 'clip_text': ClipTextConfig, 'image': ClipVisionConfig}
+RANDOM_SEED = 0
+# Of tensor names, when the file holds a larger model around the tower.
+PREFIX = {'text': r'^model\.', 'clip_text': r'^text_model\.', 'image': r'^vision_model\.'}
+# Types of weights, as safetensors names them. Others are quantised, or no numbers at all.
+WEIGHT_TYPES = ('F32', 'F16', 'BF16')
+
+
+class TowerFiles(abc.ABC):
+  """Files of one tower.
+
+  Attributes:
+    kind: 'text' (LLaMA), 'clip_text' or 'image'.
+    config: dict of the Hugging Face config.json (or its equivalent).
+    identity: {'path': as given, 'sha256': of configuration and tensors}.
+    where: what holds the configuration, for errors.
+    shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be read.
+    types: Hugging Face tensor name -> type, where it is not one of WEIGHT_TYPES.
+  """
+
+  shapes: Mapping[str, tuple[int, ...]] | None = None
+  types: Mapping[str, str] = {}
+
+  def __init__(self, path: str, kind: str, config: dict[str, Any], sha256: str, where: str):
+    self.kind, self.config, self.where = kind, config, where
+    self.identity = {'path': path, 'sha256': sha256}
+
+  @functools.cached_property
+  def architecture(self) -> LlamaConfig | ClipTextConfig | ClipVisionConfig:
+    """The configuration as our modules take it."""
+    return CONFIGS[self.kind].from_hf(self.config, self.where)
+
+  @abc.abstractmethod
+  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads one tensor, by Hugging Face name and in Hugging Face's orientation; `shape` is the one it is known to have."""
+
+  @abc.abstractmethod
+  def tokenizer(self) -> tokenizer.Tokenizer:
+    """The text tower's tokenizer."""
+
+  def preprocess(self) -> ImageSpec:
+    """What the image tower wants to see."""
+    return ImageSpec(self.architecture.image_size)
+
+
+class RandomFiles(TowerFiles):
+  """A named architecture; the weights are drawn from RANDOM_SEED."""
+
+  def __init__(self, path: str, kind: str, name: str):
+    if name not in ARCHITECTURES[kind]:
+      raise UserError(f'{path!r}: no {kind} architecture has this name; choose one of {", ".join("random:" + n for n in ARCHITECTURES[kind])}')
+    config = dict(ARCHITECTURES[kind][name])
+    content = json.dumps({'architecture': config, 'seed': RANDOM_SEED}, sort_keys=True)
+    super().__init__(path, kind, config, hashlib.sha256(content.encode()).hexdigest(), path)
+
+  def read(self, name, shape):
+    # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
+    if name.endswith('.bias'):
+      return np.zeros(shape, np.float32)
+    if 'norm' in name.split('.')[-2]:
+      return np.ones(shape, np.float32)
+    draw = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    return draw / np.float32(math.prod(shape[1:]) ** 0.5)  # Variance 1 / fan-in; shapes are [out, in...].
+
+  def tokenizer(self):
+    return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=self.kind == 'clip_text')
+
+
+class GgufFiles(TowerFiles):
+  """A LLaMA-family model in one GGUF file, or in several that llama.cpp has split."""
+
+  def __init__(self, path: str, kind: str, file: pathlib.Path):
+    if kind != 'text':
+      raise UserError(
+          f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face '
+          'directory or hub id')
+    from molt_jax.towers import gguf  # And with it the package of that name, which only these files need.
+    self._gguf = gguf
+    self._reader = gguf.Reader(file)
+    config = gguf.hf_config(self._reader)
+    super().__init__(path, kind, config, _sha256(self._reader.paths), str(file))
+    tensors = self._reader.tensors
+    self._names = {gguf.hf_name(name): name for name in tensors if name != 'rope_freqs.weight'}
+    self.shapes = {name: tensors[theirs].shape for name, theirs in self._names.items()}
+
+  def read(self, name, shape):
+    w = self._reader.read(self._names[name])
+    return self._gguf.unpermute(name, w, self.architecture).reshape(shape)
+
+  def tokenizer(self):
+    return tokenizer.from_gguf(
+        self._reader.metadata, vocab_size=self.architecture.vocab_size, where=self.where)
+
+
+class HuggingFaceFiles(TowerFiles):
+  """A directory with config.json and safetensors, as `save_pretrained` writes it."""
+
+  def __init__(self, path: str, kind: str, directory: pathlib.Path):
+    self._directory = directory
+    config = directory / 'config.json'
+    if not config.exists():
+      raise UserError(f'{path!r}: there is no config.json in {directory}; expected a Hugging Face model directory')
+    if (adapter := directory / 'adapter_config.json').exists():
+      raise UserError(
+          f'{adapter}: the directory holds an adapter (LoRA and the like), which transformers '
+          'would put on the weights and which is not implemented here: merge it into them, '
+          'model.merge_and_unload() and save_pretrained(DIR)')
+    content = files.read_json(config)
+    self._tensors = _named(shards.find(directory), kind, directory)
+    read = sorted({t.file for t in self._tensors.values()})
+    super().__init__(path, kind, content, _sha256([config, *read]), str(config))
+    self.shapes = {name: t.shape for name, t in self._tensors.items()}
+    self.types = {n: t.dtype for n, t in self._tensors.items() if t.dtype not in WEIGHT_TYPES}
+
+  def read(self, name, shape):
+    return self._tensors[name].read()
+
+  def tokenizer(self):
+    return tokenizer_files.read(self._directory, vocab_size=self.architecture.vocab_size)
+
+  def preprocess(self):
+    return preprocessing.read(self._directory, self.architecture.image_size)
+
+
+def _named(
+    tensors: Mapping[str, shards.Tensor], kind: str, directory: pathlib.Path
+) -> dict[str, shards.Tensor]:
+  """Takes the prefix of a larger model off the names."""
+  named = {}
+  for theirs, tensor in tensors.items():
+    name = re.sub(PREFIX[kind], '', theirs)
+    if name in named:
+      raise UserError(
+          f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
+          'tensors for one parameter: which of them is meant is not known')
+    named[name] = tensor
+  return named
+
+
+def open_files(path: str, *, kind: str) -> TowerFiles:
+  """Finds a tower's files and reads their headers; no weights are loaded.
+
+  Args:
+    path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
+    kind: 'text', 'clip_text' or 'image'.
+
+  Raises:
+    UserError: nothing is there, it cannot be read, or it is not a tower of this kind.
+  """
+  try:
+    return _open(path, kind)
+  except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: ~user without such a user.
+    reason = files.reason(error)
+    raise UserError(f'{files.printable(path)}: the tower cannot be opened ({reason})') from error
+
+
+def _open(path: str, kind: str) -> TowerFiles:
+  if '\0' in path:
+    raise UserError(f'{files.printable(path)} is no path: it has a NUL character')
+  if path.startswith('random:'):
+    return RandomFiles(path, kind, path.removeprefix('random:'))
+  local = _package_path(path) if path.startswith('pkg://') else pathlib.Path(path).expanduser()
+  if local.is_dir():
+    return HuggingFaceFiles(path, kind, local)
+  if local.suffix == '.gguf' and local.exists():
+    return GgufFiles(path, kind, local)
+  if local.exists():
+    raise UserError(f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and safetensors) or a .gguf file')
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or local.suffix == '.gguf':
+    raise UserError(f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, pkg://package/file, or random:NAME')
+  return HuggingFaceFiles(path, kind, _download(path))
+
+
+def _package_path(path: str) -> pathlib.Path:
+  """Resolves pkg://package/relative/path."""
+  package, _, relative = path.removeprefix('pkg://').partition('/')
+  try:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+  except (ImportError, ValueError):  # ValueError: of __main__.
+    spec = None
+  if spec is None or not spec.submodule_search_locations:
+    raise UserError(f'{path!r}: the package {package!r} is not installed; pip install {package.replace("_", "-")}')
+  local = pathlib.Path(spec.submodule_search_locations[0], relative)
+  if not local.exists():
+    raise UserError(f'{path!r}: the installed package {package!r} holds no {relative!r}; it holds {_listing(local.parent)}')
+  return local
+
+
+def _listing(directory: pathlib.Path) -> str:
+  names = sorted(p.name for p in directory.glob('*') if not p.name.startswith('_'))
+  return ', '.join(names[:8]) or 'nothing there'
+
+
+def _download(repo_id: str) -> pathlib.Path:
+  """Fetches (or finds in the cache) the files of a hub repository that we read."""
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        repo_id, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'], ignore_patterns=['*/*']))
+  except Exception as e:  # Of the hub, its client, the network below it, or the disk.
+    reason = ' '.join(str(e).split())[:200]
+    raise UserError(f'{repo_id!r} is no directory here and could not be fetched from the Hugging Face hub ({reason}); '
+                    'give the path of a local copy, or check the name and the network') from e
+
+
+def _sha256(files: Iterable[pathlib.Path]) -> str:
+  """Hash over the contents of files, in this order."""
+  digest = hashlib.sha256()
+  for file in files:
+    with open(file, 'rb') as f:
+      digest.update(hashlib.file_digest(f, 'sha256').digest())
+  return digest.hexdigest()

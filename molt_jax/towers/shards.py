@@ -1,0 +1,145 @@
+"""Tensors of a directory as `save_pretrained` writes it: which files hold them, their headers."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+
+from molt_jax.errors import UserError
+from molt_jax.runtime import files
+from molt_jax.towers import keys
+
+SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt')
+MAX_HEADER_BYTES = 1 << 25
+FORMATS = (None, 'pt', 'np', 'mlx')  # Of TensorFlow and Flax, matrices are transposed.
+
+
+class Tensor(NamedTuple):
+  """Where a tensor is: its file and its name there, its type (as safetensors names it), shape."""
+
+  file: pathlib.Path
+  name: str
+  dtype: str
+  shape: tuple[int, ...]
+
+  def read(self) -> np.ndarray:
+    """Reads it; its file is opened anew, so that pages already copied are given back."""
+    try:
+      with safetensors.safe_open(self.file, framework='np') as f:
+        return f.get_tensor(self.name)
+    except (OSError, safetensors.SafetensorError) as error:
+      raise UserError(f'{self.file} can no longer be read ({files.reason(error)})') from error
+
+
+def find(directory: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a directory by name; headers are read, no weights.
+
+  Where there is a whole file beside an index with shards, the whole file is what transformers
+  loads; it is read here if the shards hold the same.
+
+  Raises:
+    UserError: there are no safetensors, a file is missing, damaged or no file, a tensor is in two
+      files, or a whole file and shards differ.
+  """
+  index, single = directory / INDEX, directory / SINGLE
+  if not index.exists():
+    if not single.exists():
+      raise UserError(_what_else(directory))
+    return _headers([single])
+  weight_map = _read_index(index)
+  shards = [directory / name for name in sorted(set(weight_map.values()))]
+  if not single.exists():
+    return _read_shards(index, shards, weight_map)
+  whole = _headers([single])
+  there = any(shard.exists() for shard in shards if shard != single)
+  if there and not _equal(whole, _read_shards(index, shards, weight_map)):
+    raise UserError(
+        f'{directory} holds {SINGLE} and, listed in {INDEX}, other weights in '
+        f'{files.listed(shard.name for shard in shards)}: remove those that are out of date')
+  return whole
+
+
+def _what_else(directory: pathlib.Path) -> str:
+  pickled = [p.name for pattern in PICKLED for p in sorted(directory.glob(pattern))]
+  if pickled:
+    return (
+        f'{directory} holds only pickled weights ({files.listed(pickled, 3)}), which can run code '
+        'when they are read: convert them with transformers, '
+        'model.save_pretrained(DIR, safe_serialization=True)')
+  return f'{directory} holds no {SINGLE} and no {INDEX}'
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+  """Returns tensor -> name of its file, a plain one."""
+  found = files.read_json(index)
+  keys.check(found, keys.INDEX, str(index))
+  weight_map = found.get('weight_map')
+  if not weight_map:
+    raise UserError(f'{index} lists no tensors (weight_map): download it again, or remove it')
+  for tensor, name in weight_map.items():
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name or '\0' in name:
+      raise UserError(
+          f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; legal is the name '
+          'of a file beside it')
+    if not name.endswith('.safetensors'):
+      raise UserError(
+          f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; only .safetensors '
+          f'files are read')
+  return weight_map
+
+
+def _read_shards(
+    index: pathlib.Path, shards: list[pathlib.Path], weight_map: Mapping[str, str]
+) -> dict[str, Tensor]:
+  if missing := [f.name for f in shards if not f.exists()]:
+    raise UserError(
+        f'{index.parent} lacks {files.listed(missing)}, which {index.name} lists: download them')
+  found = _headers(shards)
+  astray = [t for t, name in weight_map.items() if t not in found or found[t].file.name != name]
+  if astray:
+    raise UserError(
+        f'{index} says that {files.shown(astray[0])} is in {files.shown(weight_map[astray[0]])}, '
+        f'where it is not ({len(astray)} such tensors): index and files do not belong together')
+  return found
+
+
+def _headers(paths: list[pathlib.Path]) -> dict[str, Tensor]:
+  found = {}
+  for path in paths:
+    for tensor in _header(path):
+      if tensor.name in found:
+        raise UserError(
+            f'{files.shown(tensor.name)} is in {found[tensor.name].file.name} and in {path}: which '
+            f'of the two is meant is not known')
+      found[tensor.name] = tensor
+  return found
+
+
+def _header(path: pathlib.Path) -> list[Tensor]:
+  """Reads the header of one file: safetensors checks it, but for names that are there twice."""
+  files.check_file(path)
+  try:
+    with safetensors.safe_open(path, framework='np') as f:
+      made_with = (f.metadata() or {}).get('format')
+    with open(path, 'rb') as file:
+      content = file.read(min(int.from_bytes(file.read(8), 'little'), MAX_HEADER_BYTES))
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(
+        f'{path} is damaged or cut short ({files.reason(error)}); download it again') from error
+  if made_with not in FORMATS:
+    raise UserError(
+        f'{path} says that it was made with {files.shown(made_with)}, whose tensors lie in another '
+        'way; implemented: pt (save_pretrained of a PyTorch model)')
+  header = files.parse_json(content, f'the header of {path}')
+  header.pop('__metadata__', None)
+  return [Tensor(path, name, t['dtype'], tuple(t['shape'])) for name, t in header.items()]
+
+
+def _equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+  """Whether both hold the same tensors, byte by byte; one pair at a time is in memory."""
+  if {n: t[2:] for n, t in one.items()} != {n: t[2:] for n, t in two.items()}:
+    return False
+  return all(t.read().tobytes() == two[name].read().tobytes() for name, t in one.items())

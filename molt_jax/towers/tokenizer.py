@@ -1,0 +1,330 @@
+"""The text tower's tokenizer: texts to ids; tokenizers made here, of GGUF files and of bytes."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from molt_jax.errors import UserError
+from molt_jax.runtime import files
+
+# Of a long text as many characters are read at first as the tokens that are kept may need, and
+# SPARE_TOKENS more. What follows a token changes it through the merges and the expressions that cut
+# words only; their reach is a few characters, and even a vocabulary made to reach far stays within.
+SPARE_TOKENS = 1024
+CHARACTERS_PER_TOKEN = 8
+# What lies beyond is never read: only texts that are blank up to there have tokens there.
+MOST_CHARACTERS = 1 << 22
+_SURROGATES = re.compile('[\ud800-\udfff]')
+_MUTING = threading.Lock()
+# Texts with which a tokenizer is tried when it is opened.
+_TRIALS = ('', ' ', 'a', 'Some words, 12 of them.\n', 'naïve 日本語 🦓 e\u0301 \0 \u200b')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Turns text into token ids; holds no state between calls, so threads may share it, and it pickles.
+
+  Attributes:
+    backend: vocabulary and rules.
+    pad_id: fills rows up to a common length (always masked).
+    empty_id: stands for a text that yields no token at all.
+    before: ids that its post-processor puts before every text.
+    after: likewise, after it.
+    source: where it is from, for errors.
+    sha256: of the files that it is from; '' where the tower's own hash covers them.
+  """
+
+  backend: tokenizers.Tokenizer
+  pad_id: int
+  empty_id: int
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+  source: str
+  sha256: str
+
+  def encode(self, text: str, max_tokens: int) -> list[int]:
+    """Returns the first ids of a text, with special tokens as the model's own tokenizer adds them.
+
+    Args:
+      text: of any length; of a long one only the beginning is read. Lone surrogates, which no
+        UTF-8 can hold, count as U+FFFD.
+      max_tokens: how many ids at most, at least 1.
+
+    Raises:
+      UserError: the tokenizer fails on this text.
+    """
+    if _SURROGATES.search(text):
+      text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    room = max(max_tokens - len(self.before) - len(self.after), 0)
+    try:
+      # `Encoding.truncate` would keep all that is cut off, and its square in `post_process`.
+      ids = self._beginning(text, room).ids[:room]
+    except BaseException as error:
+      if not _is_library_error(error):
+        raise
+      raise UserError(
+          f'{self.source} fails on the text {files.shown(text)} ({files.reason(error)})') from error
+    return [*self.before, *ids, *self.after][:max_tokens] or [self.empty_id]
+
+  def _beginning(self, text: str, count: int) -> tokenizers.Encoding:
+    """Encodes as much of a text as its first `count` tokens depend on."""
+    size, wanted = CHARACTERS_PER_TOKEN * (count + SPARE_TOKENS), count + SPARE_TOKENS
+    while size < min(len(text), MOST_CHARACTERS):
+      # Not before a combining mark: sorting marks reaches as far back as there are marks.
+      while size < len(text) and unicodedata.combining(text[size]):
+        size += 1
+      encoding = self.backend.encode(text[:size], add_special_tokens=False)
+      if len(encoding) >= wanted and self._settled(encoding, count):
+        return encoding
+      size *= 2
+    return self.backend.encode(text[:MOST_CHARACTERS], add_special_tokens=False)
+
+  def _settled(self, encoding: tokenizers.Encoding, count: int) -> bool:
+    """Whether no more text could change the first tokens.
+
+    Merges are local. Other models choose among all ways to cut a word, so the word must be over.
+    """
+    if isinstance(self.backend.model, models.BPE) or not count:
+      return True
+    words = encoding.word_ids
+    return words[count - 1] != words[-SPARE_TOKENS // 2]
+
+
+def _is_library_error(error: BaseException) -> bool:
+  """Errors of tokenizers are of type Exception; a panic of its Rust code is not even that."""
+  return isinstance(error, Exception) or type(error).__name__ == 'PanicException'
+
+
+def guarded(source: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+  """Calls a function of tokenizers or transformers; what goes wrong is a UserError of one line."""
+  try:
+    with _muted():
+      return function(*args, **options)
+  except UserError as error:
+    raise UserError(f'{source}: {error}' if source not in str(error) else str(error)) from error
+  except BaseException as error:
+    if not _is_library_error(error):
+      raise
+    raise UserError(f'{source} is damaged, or no tokenizer ({files.reason(error)})') from error
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+  """Closes stderr for a moment: Rust prints panics there, past Python, before it raises them."""
+  with _MUTING:
+    try:
+      kept = os.dup(2)
+    except OSError:  # There is no stderr.
+      yield
+      return
+    try:
+      with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+      yield
+    finally:
+      os.dup2(kept, 2)
+      os.close(kept)
+
+
+def wrap(
+    backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None,
+    vocab_size: int, source: str, sha256: str = '',
+    around: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> Tokenizer:
+  """Checks and tries a tokenizer, and chooses the ids of padding and of empty text.
+
+  Args:
+    backend: vocabulary and rules.
+    bos: names of special tokens, where there are any.
+    eos: likewise.
+    pad: likewise.
+    vocab_size: how many tokens the model embeds.
+    source: where it is from, for errors.
+    sha256: of the files that it is from.
+    around: ids to put before and after every text; None: what the post-processor puts there.
+
+  Raises:
+    UserError: a token or what the post-processor adds has no embedding, or it fails on a text.
+  """
+  vocab = backend.get_vocab(with_added_tokens=True)
+  if (size := backend.get_vocab_size(with_added_tokens=False)) > vocab_size:
+    raise UserError(
+        f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together')
+  beyond = sorted(((i, t) for t, i in vocab.items() if i >= vocab_size), reverse=True)
+  if beyond:
+    named = files.listed(f'{files.shown(t)} the id {i}' for i, t in beyond)
+    raise UserError(
+        f'{source} gives {named}, but the model embeds {vocab_size} tokens (ids 0 to '
+        f'{vocab_size - 1}): take the token out of the tokenizer, or give a model that embeds it')
+
+  def first(*tokens):
+    ids = [backend.token_to_id(t) for t in tokens if t is not None]
+    return next((i for i in ids if i is not None), 0)
+
+  backend.no_truncation()
+  backend.no_padding()
+  words = list(backend.get_vocab(with_added_tokens=False))[:100]
+  tried = guarded(source, backend.encode_batch, [*_TRIALS, *words])
+  before, after = _around(tried, source) if around is None else around
+  if beyond := [i for i in (*before, *after) if i >= vocab_size]:
+    raise UserError(
+        f'{source} puts the id {max(beyond)} around texts, but the model embeds {vocab_size} '
+        f'tokens (ids 0 to {vocab_size - 1}): they do not belong together')
+  return Tokenizer(
+      backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad), before=before,
+      after=after, source=source, sha256=sha256)
+
+
+def _around(
+    tried: Sequence[tokenizers.Encoding], source: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the ids that a post-processor has put before and after every text."""
+  longest = max(tried, key=lambda encoding: encoding.special_tokens_mask.count(0))
+  special = longest.special_tokens_mask
+  if 0 not in special:
+    raise UserError(f'{source} makes no tokens of any text: it is damaged')
+  first, end = special.index(0), len(special) - special[::-1].index(0)
+  return tuple(longest.ids[:first]), tuple(longest.ids[end:])
+
+
+def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
+  """One token a byte after a begin token, and before an end token of the largest id: what models of random weights read."""
+  backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.decoder = decoders.ByteLevel()
+  names = ['<s>', '<pad>', '</s>'][:2 + with_end]
+  backend.add_special_tokens(names)
+  begin, _, *end = map(backend.token_to_id, names)
+  return wrap(
+      backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size,
+      source='the byte tokenizer', around=((begin,), tuple(end)))
+
+
+# How text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+
+
+def _gpt2_words():
+  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digits_and_gpt2_words():
+  return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
+
+
+def _llama3_words():
+  return pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior='isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+LLAMA3 = ('llama-bpe', 'llama3', 'llama-v3')
+PRE_TOKENIZERS = {
+    'gpt-2': _gpt2_words, 'smollm': _digits_and_gpt2_words, **dict.fromkeys(LLAMA3, _llama3_words)}
+LONGEST_PIECE = 1024  # Of SentencePiece; the models have up to 48 characters.
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # Values of tokenizer.ggml.token_type that need care.
+
+
+def from_gguf(
+    metadata: Mapping[str, Any], *, vocab_size: int, where: str = 'the GGUF file') -> Tokenizer:
+  """Rebuilds the tokenizer that a GGUF file describes: byte-level BPE ('gpt2') or SentencePiece BPE ('llama').
+
+  Args:
+    metadata: of the file, with or without keys of other things.
+    vocab_size: how many tokens the model embeds.
+    where: names the file in errors.
+
+  Raises:
+    UserError: another kind of tokenizer, a pre-tokenizer that is not implemented, or lists and ids
+      that do not fit each other.
+  """
+  get = {k.removeprefix('tokenizer.ggml.'): v for k, v in metadata.items()}.get
+  kind, tokens = get('model'), get('tokens')
+  if kind not in ('gpt2', 'llama') or tokens is None:
+    raise UserError(
+        f'{where} has tokenizer.ggml.model = {kind!r}, which is not implemented; '
+        'implemented: gpt2 (byte-level BPE), llama (SentencePiece)')
+  types = _column(get, 'token_type', len(tokens), where)
+  if len(set(tokens)) < len(tokens) or not all(isinstance(t, str) for t in tokens):
+    raise UserError(f'{where} has tokenizer.ggml.tokens with a token twice, or that are no strings')
+  build = _byte_level if kind == 'gpt2' else _sentence_piece
+  backend = guarded(where, build, tokens, types, get, where)
+  for wanted, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
+    named = [t for t, have in zip(tokens, types, strict=True) if have == wanted]
+    special = wanted == CONTROL
+    add([tokenizers.AddedToken(t, normalized=False, special=special) for t in named if t])
+  ids = {role: get(f'{role}_token_id') for role in ('bos', 'eos', 'padding')}
+  for role, number in ids.items():
+    if number is not None and number >= len(tokens):
+      raise UserError(
+          f'{where} has tokenizer.ggml.{role}_token_id = {number}, but {len(tokens)} tokens')
+  bos, eos, pad = (None if i is None else tokens[i] for i in ids.values())
+  # llama.cpp adds BOS where the file does not say: to SentencePiece vocabularies, and to LLaMA 3's.
+  add = {'bos': get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3),
+         'eos': get('add_eos_token', False)}
+  before, after = ((ids[k],) if add[k] and ids[k] is not None else () for k in ('bos', 'eos'))
+  return wrap(
+      backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where,
+      around=(before, after))
+
+
+def _column(get, name: str, size: int, where: str) -> Sequence[Any]:
+  """A list beside the tokens; all 1 (a normal token) where there is none."""
+  column = get(name)
+  if column is None:
+    return [1] * size
+  column = column.tolist() if isinstance(column, np.ndarray) else column
+  if len(column) != size or not all(isinstance(x, int | float) for x in column):
+    raise UserError(
+        f'{where} has {len(column)} tokenizer.ggml.{name} for {size} tokens, or such as are no '
+        'numbers')
+  return column
+
+
+def _byte_level(tokens, types, get, where: str) -> tokenizers.Tokenizer:
+  pre = get('pre')
+  if pre not in PRE_TOKENIZERS:
+    raise UserError(
+        f'{where} has tokenizer.ggml.pre = {files.shown(pre)}: how texts are cut into words is '
+        f'not said, or not implemented; implemented: {", ".join(PRE_TOKENIZERS)}. Convert the '
+        'model anew with a present-day llama.cpp, or give its Hugging Face directory')
+  merges = get('merges')
+  if merges is None or not all(isinstance(m, str) and m.count(' ') == 1 for m in merges):
+    raise UserError(
+        f'{where} has no tokenizer.ggml.merges, or such as are no two tokens with a space between')
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(' ')) for m in merges],
+      ignore_merges=pre in LLAMA3))
+  backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentence_piece(tokens, types, get, where: str) -> tokenizers.Tokenizer:
+  vocab = {t: i for i, t in enumerate(tokens)}
+  if get('scores') is None:
+    raise UserError(f'{where} has no tokenizer.ggml.scores, without which nothing is merged')
+  if max(map(len, tokens), default=0) > LONGEST_PIECE:
+    raise UserError(f'{where} has tokenizer.ggml.tokens of more than {LONGEST_PIECE} characters')
+  scores = _column(get, 'scores', len(tokens), where)
+  if not np.isfinite(np.asarray(scores, np.float64)).all():
+    raise UserError(f'{where} has tokenizer.ggml.scores that are not finite')
+  # SentencePiece joins the pair whose union scores highest; as ranked merges: every way to cut a piece into two pieces, best score first.
+  rows = zip(scores, tokens, types, strict=True)
+  pieces = [(s, t) for s, t, kind in rows if kind not in (UNKNOWN, CONTROL)]
+  merges = [(-s, len(t), t[:i], t[i:]) for s, t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+  merges.sort(key=lambda m: (m[0], m[1], vocab[m[2]], vocab[m[3]]))
+  unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab=vocab, merges=[m[2:] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True))
+  space = normalizers.Replace(' ', '▁')
+  backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), space]) if get('add_space_prefix', True) else space
+  backend.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
+  return backend

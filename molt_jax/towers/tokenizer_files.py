@@ -1,0 +1,281 @@
+"""The tokenizer of a Hugging Face directory: tokenizer.json, and the tokens that other files add.
+
+Which tokens there are follows transformers 5 (`TokenizersBackend`): those of tokenizer.json, then
+those of `added_tokens_decoder`, then the special tokens that tokenizer_config.json names; where
+there is no `added_tokens_decoder`, special_tokens_map.json and added_tokens.json count too. How a
+text is cut, and which tokens are put around it, is what tokenizer.json says.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from molt_jax.errors import UserError
+from molt_jax.runtime import files
+from molt_jax.towers import keys, regexes, tokenizer
+
+_SECTIONS = {
+    'normalizer': keys.NORMALIZERS,
+    'pre_tokenizer': keys.PRE_TOKENIZERS,
+    'post_processor': keys.POST_PROCESSORS,
+}
+_PARTS = {'normalizers', 'pretokenizers', 'processors'}
+_FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+
+
+class _Tokens(NamedTuple):
+  """What files beside tokenizer.json say: tokens by id, special tokens by role, further ones."""
+
+  by_id: dict[int, tokenizers.AddedToken]
+  named: dict[str, tokenizers.AddedToken | str]
+  further: list[tokenizers.AddedToken | str]
+
+
+def read(directory: pathlib.Path, *, vocab_size: int) -> tokenizer.Tokenizer:
+  """Reads the tokenizer of a model that embeds `vocab_size` tokens.
+
+  Raises:
+    UserError: there is no tokenizer, a file of it is damaged, has keys that are unknown or
+      components that are not implemented, or a token has no embedding.
+  """
+  config = _read_beside(directory, 'tokenizer_config.json', keys.TOKENIZER_CONFIG)
+  file = directory / 'tokenizer.json'
+  if not file.exists():
+    return _convert(directory, config, vocab_size)
+  content = files.read_bytes(file, limit=files.MAX_JSON_BYTES)
+  found = files.parse_json(content, str(file))
+  _check(found, str(file))
+  backend = tokenizer.guarded(str(file), tokenizers.Tokenizer.from_str, content.decode())
+  _check_ids(backend, {t['id']: t['content'] for t in found.get('added_tokens', [])}, str(file))
+  tokens = _tokens(directory, config, found)
+  added = _add(backend, tokens, str(directory / 'tokenizer_config.json'))
+  roles = {role: _content(token) for role, token in tokens.named.items()}
+  digest = hashlib.sha256(content + json.dumps(added).encode()).hexdigest()
+  return tokenizer.wrap(
+      backend, bos=roles.get('bos_token'), eos=roles.get('eos_token'), pad=roles.get('pad_token'),
+      vocab_size=vocab_size, source=str(file), sha256=digest)
+
+
+def _read_beside(directory: pathlib.Path, name: str, table: keys.Table | None) -> dict[str, Any]:
+  """Reads a file that need not be there."""
+  if not (file := directory / name).exists():
+    return {}
+  found = files.read_json(file)
+  if table is not None:
+    keys.check(found, table, str(file))
+  return found
+
+
+# ---- What is in tokenizer.json -------------------------------------------------------------------
+
+
+def _check(found: Mapping[str, Any], where: str) -> None:
+  keys.check(found, keys.TOKENIZER, where)
+  if 'model' not in found:
+    raise UserError(f'{where} has no model: it is no tokenizer.json')
+  for token in found.get('added_tokens', []):
+    keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens')
+  for section, types in _SECTIONS.items():
+    if found.get(section) is not None:
+      for part in _components(found[section], types, f'{where}: {section}', depth=0):
+        _check_pattern(part, f'{where}: {section}')
+        _check_template(part, f'{where}: {section}')
+  model = found['model']
+  kind = model.get('type', _kind(model))
+  _check_component({**model, 'type': kind}, keys.MODELS, f'{where}: model')
+
+
+def _kind(model: Mapping[str, Any]) -> str:
+  """The kind of a model whose file is older than the key for it."""
+  if 'merges' in model:
+    return 'BPE'
+  if isinstance(model.get('vocab'), list):
+    return 'Unigram'
+  return 'WordPiece' if 'max_input_chars_per_word' in model else 'WordLevel'
+
+
+def _components(
+    part: Any, types: Mapping[str, keys.Table], where: str, depth: int) -> Iterator[dict[str, Any]]:
+  """Checks a component and those within it, and yields them."""
+  if depth > 8:
+    raise UserError(f'{where} has sequences of sequences, more than 8 deep')
+  _check_component(part, types, where)
+  yield part
+  for name in _PARTS & part.keys():
+    for inner in part[name]:
+      yield from _components(inner, types, where, depth + 1)
+
+
+def _check_component(part: Any, types: Mapping[str, keys.Table], where: str) -> None:
+  kind = part.get('type') if isinstance(part, dict) else part
+  if not isinstance(kind, str) or kind not in types:
+    raise UserError(
+        f'{where} has the type {files.shown(kind)}, which is not implemented; '
+        f'implemented: {", ".join(types)}')
+  keys.check(part, types[kind], f'{where} {kind}')
+
+
+def _check_pattern(part: Mapping[str, Any], where: str) -> None:
+  pattern = part.get('pattern', {}).get('Regex')
+  if pattern is None:
+    return
+  try:
+    regexes.check(pattern)
+  except regexes.Unsafe as error:
+    raise UserError(
+        f'{where} has the regular expression {files.shown(pattern)}, which could take for ever on '
+        f'some text ({error}); implemented are those whose repeated parts do not repeat '
+        f'themselves') from error
+
+
+def _check_template(part: Mapping[str, Any], where: str) -> None:
+  """A template has the text once, and beside it tokens that it describes."""
+  if part['type'] != 'TemplateProcessing':
+    return
+  pieces = part.get('single', [])
+  texts = [p['Sequence'].get('id') for p in pieces if isinstance(p.get('Sequence'), dict)]
+  special = [p['SpecialToken'].get('id') for p in pieces if isinstance(p.get('SpecialToken'), dict)]
+  if texts != ['A'] or len(special) + 1 != len(pieces):
+    raise UserError(
+        f'{where} has a template for one text of {files.shown(pieces)}; implemented: special '
+        'tokens and, once, the text (Sequence A)')
+  described = part.get('special_tokens', {})
+  if lacking := [s for s in special if not isinstance(s, str) or s not in described]:
+    raise UserError(
+        f'{where} has {files.shown(lacking[0])} in its template, but not among its special_tokens')
+
+
+# ---- What other files add ------------------------------------------------------------------------
+
+
+def _tokens(
+    directory: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> _Tokens:
+  if 'added_tokens_decoder' in config:
+    special, by_id = {}, _decoder(config, str(directory / 'tokenizer_config.json'))
+  else:
+    special = _read_beside(directory, 'special_tokens_map.json', keys.SPECIAL_TOKENS)
+    by_id = _old_added_tokens(directory, {**config, **special})
+    by_id |= {t['id']: _token(t) for t in found.get('added_tokens', [])}
+  by_name = {token.content: token for token in by_id.values()}
+  settings = {**config, **special}
+  named = {role: settings[role] for role in keys.NAMED_TOKENS if settings.get(role)}
+  return _Tokens(
+      by_id, {role: _known(token, by_name) for role, token in named.items()},
+      [_known(token, by_name) for token in _further(config, special)])
+
+
+def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.AddedToken]:
+  tokens = {}
+  for number, token in config['added_tokens_decoder'].items():
+    keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens_decoder')
+    if not number.isdecimal() or not keys.ID.holds(int(number)):
+      raise UserError(
+          f'{where}: added_tokens_decoder has the id {files.shown(number)}; legal: {keys.ID.text}')
+    tokens[int(number)] = _token(token)
+  return tokens
+
+
+def _further(config: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]:
+  """Special tokens without a role: those with names of their own first, then the lists."""
+  named, lists = [*(config.get('model_specific_special_tokens') or {}).values()], []
+  older = config.get('additional_special_tokens')
+  for extra in (config.get('extra_special_tokens') or older, special.get('extra_special_tokens')):
+    if isinstance(extra, dict):
+      named += extra.values()
+    else:
+      lists += extra or []
+  return named + (lists or special.get('additional_special_tokens') or [])
+
+
+def _old_added_tokens(
+    directory: pathlib.Path, settings: Mapping[str, Any]) -> dict[int, tokenizers.AddedToken]:
+  """Reads added_tokens.json: name -> id."""
+  found = _read_beside(directory, 'added_tokens.json', None)
+  special = {_content(settings[role]) for role in keys.NAMED_TOKENS if settings.get(role)}
+  tokens = {}
+  for name, number in found.items():
+    if not keys.NAME.holds(name) or not keys.ID.holds(number):
+      raise UserError(
+          f'{directory / "added_tokens.json"} gives {files.shown(name)} the id '
+          f'{files.shown(number)}; legal: {keys.ID.text}')
+    tokens[number] = tokenizers.AddedToken(
+        name, normalized=name not in special, special=name in special)
+  return tokens
+
+
+def _content(token: str | tokenizers.AddedToken | Mapping[str, Any]) -> str:
+  if isinstance(token, tokenizers.AddedToken):
+    return token.content
+  return token if isinstance(token, str) else token['content']
+
+
+def _token(described: Mapping[str, Any]) -> tokenizers.AddedToken:
+  flags = {flag: described[flag] for flag in _FLAGS if flag in described}
+  return tokenizers.AddedToken(described['content'], **flags)
+
+
+def _known(
+    token: str | Mapping[str, Any], by_name: Mapping[str, tokenizers.AddedToken]
+) -> tokenizers.AddedToken | str:
+  """A token as it is described by its id; else as here."""
+  if _content(token) in by_name:
+    return by_name[_content(token)]
+  return token if isinstance(token, str) else _token(token)
+
+
+def _add(backend: tokenizers.Tokenizer, tokens: _Tokens, where: str) -> list[list[Any]]:
+  """Adds tokens in transformers' order; returns what was added, as JSON."""
+  new = [token for _, token in sorted(tokens.by_id.items())]
+  there = {t.content for t in (*backend.get_added_tokens_decoder().values(), *new)}
+  for token in (*tokens.named.values(), *tokens.further):
+    if _content(token) and _content(token) not in there:
+      there.add(_content(token))
+      new.append(tokenizers.AddedToken(token, special=True) if isinstance(token, str) else token)
+  roles = {_content(token) for token in tokens.named.values()}
+  for token in new:
+    token.special = token.special or token.content in roles
+  backend.add_tokens(new)
+  _check_ids(backend, {i: t.content for i, t in tokens.by_id.items()}, where)
+  return [[t.content, *(getattr(t, flag) for flag in _FLAGS)] for t in new]
+
+
+def _check_ids(
+    backend: tokenizers.Tokenizer, declared: Mapping[int, str], where: str) -> None:
+  """The library numbers tokens itself where a file's numbers leave gaps, without a word."""
+  for number, name in declared.items():
+    if (real := backend.token_to_id(name)) != number:
+      raise UserError(
+          f'{where} gives the token {files.shown(name)} the id {number}, but beside the other '
+          f'tokens it gets {real}: the files of this tokenizer do not belong together')
+
+
+# ---- tokenizer.model -----------------------------------------------------------------------------
+
+
+def _convert(
+    directory: pathlib.Path, config: Mapping[str, Any], vocab_size: int) -> tokenizer.Tokenizer:
+  """Converts tokenizer.model, whose use must be declared: it does not say it itself."""
+  file = directory / 'tokenizer.model'
+  if not file.exists():
+    raise UserError(
+        f'{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer of the '
+        'model there')
+  files.check_file(file)
+  silent = [k for k in ('tokenizer_class', 'add_bos_token') if config.get(k) is None]
+  if silent:
+    raise UserError(
+        f'{directory} has tokenizer.model, but no tokenizer_config.json that says '
+        f'{" and ".join(silent)}, without which texts would be cut by a guess: save tokenizer.json '
+        'with transformers, tokenizer.save_pretrained(DIR)')
+  import transformers  # Only here: it is slow to import.
+  fast = tokenizer.guarded(
+      str(file), transformers.AutoTokenizer.from_pretrained, str(directory),
+      trust_remote_code=False)
+  return tokenizer.wrap(
+      fast.backend_tokenizer, bos=fast.bos_token, eos=fast.eos_token, pad=fast.pad_token,
+      vocab_size=vocab_size, source=str(file), sha256=hashlib.sha256(
+          file.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest())

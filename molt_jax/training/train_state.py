@@ -1,0 +1,96 @@
+"""What training changes: parameters, statistics, optimiser moments. Born sharded; frozen towers are never in it."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from molt_jax.runtime import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The whole trainable state.
+
+  Attributes:
+    step: int32 scalar, updates done so far.
+    params: the head's parameters, float32.
+    statistics: the head's streamed tap statistics (empty unless `molt.input_norm` is standardize).
+    opt_state: the optimiser's moments.
+    cca: what the CCA estimator remembers.
+    seed: uint32 scalar, root of the random streams; never changes. An array, so that runs that differ in nothing else share compiled programs.
+  """
+
+  step: jax.Array
+  params: Any
+  statistics: Any
+  opt_state: Any
+  cca: Any
+  seed: jax.Array
+
+
+def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
+  c = config.optimizer
+  after = max(total_steps - c.warmup_steps, 1)
+  main = {'constant': optax.constant_schedule(c.learning_rate), 'cosine': optax.cosine_decay_schedule(c.learning_rate, after)}[c.schedule]
+  if not c.warmup_steps:
+    return main
+  return optax.join_schedules([optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), main], [c.warmup_steps])
+
+
+def make_optimizer(config: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
+  """Returns Adam with the configured clipping, decoupled weight decay and schedule."""
+  c = config.optimizer
+  return optax.chain(
+      optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+      optax.scale_by_adam(),
+      optax.add_decayed_weights(c.weight_decay, mask=_is_kernel) if c.weight_decay else optax.identity(),
+      optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+  )
+
+
+def _is_kernel(params: Any) -> Any:
+  def is_kernel(path, _):
+    return [part.key for part in path if isinstance(part, jax.tree_util.DictKey)][-1].endswith('kernel')  # A boxed leaf has a further part.
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+def stream(seed: int | jax.Array, name: str, step: jax.Array | int = 0) -> jax.Array:
+  """Returns the key of the named random stream at a step; nothing random is ever stored."""
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+  return jax.random.fold_in(key, step)
+
+
+def create(
+    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, init_cca: Callable[[], Any], *, seed: int,
+    mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns a new state, born on every device of the mesh.
+
+  Args:
+    init: key -> Linen variables (boxed) with 'params' and perhaps 'statistics'.
+    tx: the optimiser.
+    init_cca: () -> state of the CCA estimator.
+    seed: root of the random streams; parameters use the stream 'init'.
+    mesh: where the state lives.
+  """
+  def build(seed):
+    variables = init(stream(seed, 'init'))
+    params = variables['params']
+    return nn.unbox(TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=init_cca(),
+        seed=seed))
+
+  return jax.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
+
+
+def count(tree: Any) -> int:
+  """Returns the number of scalars in a tree of arrays."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,56 @@
+"""Import layers: a module imports only from layers above its own."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
+
+# From what stands on nothing to what a user types; those of one line may import each other.
+LAYERS = (
+    ('errors',),
+    ('config', 'objectives'),
+    ('runtime',),
+    ('data', 'towers'),
+    ('features',),
+    ('methods', 'pairs'),
+    ('training',),
+    ('evaluation',),
+    ('profiling', 'reporting'),
+    ('train', 'evaluate', 'predict', 'pretrain', 'evaluate_pair', 'describe', 'report'),
+    ('__init__',),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def _folder(path: pathlib.Path) -> str:
+  return path.relative_to(ROOT).with_suffix('').parts[0]
+
+
+def _imported(path: pathlib.Path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == 'molt_jax':
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('molt_jax.'):
+      yield node.module.split('.')[1]
+    elif isinstance(node, ast.Import):
+      yield from (a.name.split('.')[1] for a in node.names if a.name.startswith('molt_jax.'))
+
+
+def test_imports_go_one_way():
+  wrong = []
+  for path in sorted(ROOT.rglob('*.py')):
+    folder = _folder(path)
+    assert folder in LEVEL, f'{path.name}: a new folder or command; give it a place in LAYERS'
+    wrong += [
+        f'{path.relative_to(ROOT)} imports {other}'
+        for other in _imported(path)
+        if LEVEL[other] > LEVEL[folder]
+    ]
+  assert wrong == []
+
+
+def test_importing_the_package_alone_does_not_import_jax():
+  code = 'import sys, molt_jax, molt_jax.config; sys.exit("jax" in sys.modules)'
+  assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
