@@ -1,4 +1,6 @@
-"""Hateful Memes in the paper's setting, which it does not report: --config.dataset.path=FOLDER. Variants: configs/hateful_memes.py:small, :robust."""
+"""Hateful Memes in the paper's setting, which it does not report: --config.dataset.path=FOLDER.
+Variants: configs/hateful_memes.py:small, :robust.
+"""
 
 from molt_jax.config import default_config, presets
 

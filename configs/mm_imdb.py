@@ -1,4 +1,6 @@
-"""MM-IMDb to 23 genres, as the paper does: --config.dataset.path=FOLDER. Variants: configs/mm_imdb.py:small, :robust, :small,robust."""
+"""MM-IMDb to 23 genres, as the paper does: --config.dataset.path=FOLDER. Variants:
+configs/mm_imdb.py:small, :robust, :small,robust.
+"""
 
 from molt_jax.config import default_config, presets
 
@@ -10,7 +12,8 @@ def get_config(variants=''):
   config.dataset.multi_label = True
   config.dataset.mm_imdb.genres = 'paper'  # 15,510, 2,599 and 7,779 movies, as printed.
 
-  config.dataset.mm_imdb.text = 'longest'  # Our reading from here on: the paper says "textual outlines", the field uses the longest plot.
+  # Our reading from here on: the paper says "textual outlines", the field uses the longest plot.
+  config.dataset.mm_imdb.text = 'longest'
   config.loss.class_weights = 'balanced'  # Of positives: the rarest genre has 1 % of them.
   config.text.max_tokens = 256
   config.train.epochs = 10.0

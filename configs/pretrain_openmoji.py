@@ -1,4 +1,6 @@
-"""OpenMoji pictures and names -> a small CLIP image tower, from scratch, against a frozen language model. On a CPU core in minutes."""
+"""OpenMoji pictures and names -> a small CLIP image tower, from scratch, against a frozen language
+model. On a CPU core in minutes.
+"""
 
 from molt_jax.config import PRETRAIN_SCHEMA, default_config
 
@@ -19,7 +21,9 @@ def get_config():
 
   config.augment.image.min_area = 0.4
   config.augment.image.max_aspect = 1.4
-  config.augment.image.across = True  # With drawings of other hands (tools/emoji_styles.py), one emoji has several pictures.
+  config.augment.image.across = (
+    True  # With drawings of other hands (tools/emoji_styles.py), one emoji has several pictures.
+  )
   config.objective.v2v = 1.0
 
   config.optimizer.learning_rate = 2e-3

@@ -1,4 +1,6 @@
-"""SNLI-VE to 3 relations, as the paper does: --config.dataset.path=FOLDER. Variants: configs/snli_ve.py:small, :robust, :small,robust."""
+"""SNLI-VE to 3 relations, as the paper does: --config.dataset.path=FOLDER. Variants:
+configs/snli_ve.py:small, :robust, :small,robust.
+"""
 
 from molt_jax.config import default_config, presets
 

@@ -1,9 +1,11 @@
 """One model against specialists and rivals, with everything there and with a modality absent.
 
-  python experiments/absence.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2] [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
+  python experiments/absence.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2]
+  [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
 
-Specialists of each modality (the same head, trained on that modality alone), late fusion trained in three ways, MoLT as printed, our default, and the
-default with one thing changed at a time. Accuracy (with several labels F1 micro) on the test split, mean and sample standard deviation over seeds;
+Specialists of each modality (the same head, trained on that modality alone), late fusion trained in
+three ways, MoLT as printed, our default, and the default with one thing changed at a time. Accuracy
+(with several labels F1 micro) on the test split, mean and sample standard deviation over seeds;
 differences are paired by seed.
 """
 
@@ -61,7 +63,10 @@ MARGIN = 0.005  # What one model may lose against a specialist.
 
 def has(method, column):
   """Whether a method has a score there: a specialist knows no other modality to lose."""
-  return method not in SPECIALISTS.values() or column in ('none_absent', *(c for c, name in SPECIALISTS.items() if name == method))
+  return method not in SPECIALISTS.values() or column in (
+    'none_absent',
+    *(c for c, name in SPECIALISTS.items() if name == method),
+  )
 
 
 def values(table, method, column):
@@ -81,18 +86,28 @@ def validation(table, method):
 
 def speed(made):
   """Median of the training examples per second in the run's log; None where it has none."""
-  rates = [line['images_per_second'] for line in logbook.read(made.folder) if 'images_per_second' in line]
+  rates = [
+    line['images_per_second'] for line in logbook.read(made.folder) if 'images_per_second' in line
+  ]
   return float(np.median(rates)) if rates else None
 
 
 def head_milliseconds(data, method):
-  """Milliseconds of the head for one batch without text, the least of ten: what a method costs at inference, beside the towers."""
+  """Milliseconds of the head for one batch without text, the least of ten: what a method costs at
+  inference, beside the towers.
+  """
   config = grid.make_config(data, METHODS[method], grid.seeds()[0])
   towers, rows = model_lib.describe_towers(config), config.eval.batch_size
   model = model_lib.make_model(config, towers, num_classes=100)
   variables = jax.jit(model.init)(jax.random.key(0))
   tower = towers['image'].config
-  taps = Taps(jax.random.normal(jax.random.key(1), (model.num_taps, rows, tower.num_tokens, tower.hidden_size)), None, np.zeros((rows, 1), bool))
+  taps = Taps(
+    jax.random.normal(
+      jax.random.key(1), (model.num_taps, rows, tower.num_tokens, tower.hidden_size)
+    ),
+    None,
+    np.zeros((rows, 1), bool),
+  )
   present_bm = np.tile([True, False], (rows, 1))
   classify = jax.jit(model.classify)
   times = []
@@ -104,28 +119,45 @@ def head_milliseconds(data, method):
 
 
 def target(table, method):
-  """Lines that say whether `method` is one model for all: both specialists minus MARGIN, and the best late fusion on complete input."""
+  """Lines that say whether `method` is one model for all: both specialists minus MARGIN, and the
+  best late fusion on complete input.
+  """
   rivals = [m for m in table if m.startswith('late fusion') and values(table, m, 'none_absent')]
   best = max(rivals, key=lambda m: np.mean(values(table, m, 'none_absent')), default=None)
-  goals = [(column, name, -MARGIN) for column, name in SPECIALISTS.items() if name in table] + ([('none_absent', best, 0.0)] if best else [])
+  goals = [(column, name, -MARGIN) for column, name in SPECIALISTS.items() if name in table] + (
+    [('none_absent', best, 0.0)] if best else []
+  )
   for column, rival, least in goals:
     differences = paired(table, method, rival, column)
     if not differences:
       yield f'{COLUMNS[column]}: no example to compare on'
       continue
-    yield (f'{COLUMNS[column]}: {runs.spread(values(table, method, column))} against {runs.spread(values(table, rival, column))} ({rival}), '
-           f'paired difference {grid.signed(differences)}, allowed {100 * least:.1f}: {"reached" if np.mean(differences) >= least else "MISSED"}')
+    yield (
+      f'{COLUMNS[column]}: {runs.spread(values(table, method, column))} against '
+      f'{runs.spread(values(table, rival, column))} ({rival}), '
+      f'paired difference {grid.signed(differences)}, allowed {100 * least:.1f}: '
+      f'{"reached" if np.mean(differences) >= least else "MISSED"}'
+    )
 
 
 def scores(table, costs):
   """Markdown: a row a method."""
-  yield '| method | ' + ' | '.join(COLUMNS.values()) + ' | validation | seeds | train, s | train, examples/s | head, ms |'
+  yield (
+    '| method | '
+    + ' | '.join(COLUMNS.values())
+    + ' | validation | seeds | train, s | train, examples/s | head, ms |'
+  )
   yield '|---|' + '--:|' * (len(COLUMNS) + 5)
   for method, by_seed in table.items():
     cells = [runs.spread(values(table, method, c)) if has(method, c) else '-' for c in COLUMNS]
     speeds = [s for s in map(speed, by_seed.values()) if s]
-    cells += [validation(table, method), str(len(by_seed)), f'{grid.seconds(table, method):.0f}',
-              f'{np.median(speeds):.0f}' if speeds else '-', f'{costs[method]:.1f}' if method in costs else '-']
+    cells += [
+      validation(table, method),
+      str(len(by_seed)),
+      f'{grid.seconds(table, method):.0f}',
+      f'{np.median(speeds):.0f}' if speeds else '-',
+      f'{costs[method]:.1f}' if method in costs else '-',
+    ]
     yield f'| {method} | ' + ' | '.join(cells) + ' |'
 
 
@@ -135,7 +167,9 @@ def differences(table):
   yield '|---|' + '--:|' * len(COLUMNS)
   for method in table:
     if method != DEFAULT:
-      cells = [grid.signed(paired(table, method, DEFAULT, c)) if has(method, c) else '-' for c in COLUMNS]
+      cells = [
+        grid.signed(paired(table, method, DEFAULT, c)) if has(method, c) else '-' for c in COLUMNS
+      ]
       yield f'| {method} | ' + ' | '.join(cells) + ' |'
 
 
@@ -153,21 +187,39 @@ def report(data, table, costs):
 
 def figure(data, table, path):
   """Bars by method and condition; curves over the missing rate."""
-  fig, (bars, curves) = plt.subplots(1, 2, figsize=(14, 0.35 * len(table) + 2), layout='constrained', width_ratios=(3, 2))
+  fig, (bars, curves) = plt.subplots(
+    1, 2, figsize=(14, 0.35 * len(table) + 2), layout='constrained', width_ratios=(3, 2)
+  )
   for offset, (column, label) in enumerate(grid.CONDITIONS.items()):
-    rows = [(n, 100 * np.array(values(table, m, column))) for n, m in enumerate(table) if has(m, column)]
+    rows = [
+      (n, 100 * np.array(values(table, m, column))) for n, m in enumerate(table) if has(m, column)
+    ]
     rows = [(n, v) for n, v in rows if len(v)]
-    bars.barh([n + 0.27 * (offset - 1) for n, _ in rows], [v.mean() for _, v in rows], 0.25, label=label,
-              xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in rows])
+    bars.barh(
+      [n + 0.27 * (offset - 1) for n, _ in rows],
+      [v.mean() for _, v in rows],
+      0.25,
+      label=label,
+      xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in rows],
+    )
     if SPECIALISTS.get(column) in table and values(table, SPECIALISTS[column], column):
-      bars.axvline(100 * np.mean(values(table, SPECIALISTS[column], column)), color=f'C{offset}', linestyle=':')
-  bars.set(yticks=range(len(table)), yticklabels=list(table), xlabel='test score, %', title=f'{data} (dotted: specialists)')
+      bars.axvline(
+        100 * np.mean(values(table, SPECIALISTS[column], column)), color=f'C{offset}', linestyle=':'
+      )
+  bars.set(
+    yticks=range(len(table)),
+    yticklabels=list(table),
+    xlabel='test score, %',
+    title=f'{data} (dotted: specialists)',
+  )
   bars.invert_yaxis()
   fig.legend(*bars.get_legend_handles_labels(), loc='outside lower left', ncols=3, frameon=False)
   for method in (m for m in CURVES if m in table):
     key = grid.metric_of(table)
-    curve_sr = [[made.predictions.missing_rate(rate, 'both').get(key) for rate in RATES]
-                for made in table[method].values()]
+    curve_sr = [
+      [made.predictions.missing_rate(rate, 'both').get(key) for rate in RATES]
+      for made in table[method].values()
+    ]
     curves.plot(RATES, 100 * np.array(curve_sr, float).mean(axis=0), marker='o', label=method)
   curves.set(xlabel='missing rate (half text, half image)', ylabel='test score, %')
   curves.legend()
@@ -182,10 +234,18 @@ def main():
   for data in grid.DATA.value:
     name = grid.name_of(data)
     seen = made[name] if not costs else ()  # The same heads over any data: once is enough.
-    costs[name] = {method: head_milliseconds(data, method) for method in seen if METHODS[method].get('dataset.modalities') != 'text'}
+    costs[name] = {
+      method: head_milliseconds(data, method)
+      for method in seen
+      if METHODS[method].get('dataset.modalities') != 'text'
+    }
     lines += report(name, made[name], costs[name])
     figure(name, made[name], grid.folder_of('absence') / f'absence_{name}.png')
-  content = {'methods': METHODS, 'data': {name: grid.numbers(table) for name, table in made.items()}, 'head_milliseconds': costs}
+  content = {
+    'methods': METHODS,
+    'data': {name: grid.numbers(table) for name, table in made.items()},
+    'head_milliseconds': costs,
+  }
   grid.publish('absence', lines, content, start)
 
 

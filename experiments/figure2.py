@@ -1,9 +1,12 @@
-"""The paper's Figure 2: examples on which, with a modality absent, the baseline fails and MoLT does not; and the reverse; and how many of each.
+"""The paper's Figure 2: examples on which, with a modality absent, the baseline fails and MoLT does
+not; and the reverse; and how many of each.
 
-  python experiments/figure2.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2] [--set=FIELD=VALUE] [...]
+  python experiments/figure2.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2]
+  [--set=FIELD=VALUE] [...]
 
-The pictures are of the first seed, the counts of every seed. Which examples are shown is drawn by a hash of their ids among all cases of a kind: they
-are not picked. The probabilities are those of the label and of what each model answers.
+The pictures are of the first seed, the counts of every seed. Which examples are shown is drawn by a
+hash of their ids among all cases of a kind: they are not picked. The probabilities are those of the
+label and of what each model answers.
 """
 
 import math
@@ -21,7 +24,11 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 BASELINE, TRAINED, OURS = 'late_fusion', 'late_fusion, trained for absence', 'MoLT, default'
-METHODS = {BASELINE: grid.BASELINE, TRAINED: grid.DEFAULT | {'method': 'late_fusion'}, OURS: grid.DEFAULT}
+METHODS = {
+  BASELINE: grid.BASELINE,
+  TRAINED: grid.DEFAULT | {'method': 'late_fusion'},
+  OURS: grid.DEFAULT,
+}
 ABSENT = ('text_absent', 'image_absent')
 SHOWN = 4  # Of each kind and absence.
 RED, GREEN = '#d55e00', '#009e73'
@@ -33,7 +40,12 @@ def split_cases(ours, theirs, condition):
   if list(ours.ids) != list(theirs.ids):
     raise ValueError('the runs were scored on different examples')
   counted_n, right_n, other_n = ours.counted_cn[c], ours.right_cn[c], theirs.right_cn[c]
-  rows = {'ours only': right_n & ~other_n, 'theirs only': ~right_n & other_n, 'both': right_n & other_n, 'neither': ~right_n & ~other_n}
+  rows = {
+    'ours only': right_n & ~other_n,
+    'theirs only': ~right_n & other_n,
+    'both': right_n & other_n,
+    'neither': ~right_n & ~other_n,
+  }
   return {name: np.flatnonzero(rows_n & counted_n) for name, rows_n in rows.items()}
 
 
@@ -63,22 +75,38 @@ def counts(table):
 def lines(found):
   """Markdown: the counts, then the pictures."""
   yield '# Figure 2: where MoLT is right and the baseline is not, and the reverse\n'
-  yield ('Test examples by outcome, mean over seeds; p: two-sided exact sign test over the examples on which exactly one is right, the largest over '
-         f'seeds. MoLT is `{OURS}`. `{BASELINE}` is the baseline of the paper, trained on complete examples alone; the other rival is trained for '
-         'absence in the same way as MoLT.\n')
+  yield (
+    'Test examples by outcome, mean over seeds; p: two-sided exact sign test over the examples on '
+    'which exactly one is right, the largest over '
+    f'seeds. MoLT is `{OURS}`. `{BASELINE}` is the baseline of the paper, trained on complete '
+    'examples alone; the other rival is trained for '
+    'absence in the same way as MoLT.\n'
+  )
   for data, by_condition in found.items():
-    yield f'## {data}, {max(len(by_seed) for by_rival in by_condition.values() for by_seed in by_rival.values())} seed(s)\n'
-    yield '| inference | rival | MoLT alone right | rival alone right | both right | both wrong | p |'
+    yield (
+      f'## {data}, '
+      f'{max(len(by_seed) for by_rival in by_condition.values() for by_seed in by_rival.values())} '
+      'seed(s)\n'
+    )
+    yield (
+      '| inference | rival | MoLT alone right | rival alone right | both right | both wrong | p |'
+    )
     yield '|---|---|--:|--:|--:|--:|--:|'
     for condition, by_rival in by_condition.items():
       for rival, by_seed in by_rival.items():
-        means = [f'{np.mean([numbers[name] for numbers in by_seed.values()]):.0f}' for name in ('ours only', 'theirs only', 'both', 'neither')]
+        means = [
+          f'{np.mean([numbers[name] for numbers in by_seed.values()]):.0f}'
+          for name in ('ours only', 'theirs only', 'both', 'neither')
+        ]
         found = [numbers['p'] for numbers in by_seed.values() if 'p' in numbers]
         p = f'{max(found):.2g}' if found else '-'
         yield f'| {grid.CONDITIONS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p} |'
     yield f'\n![examples on which one of the two is right](figure2_{data}.png)\n'
-  yield (f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the id among all such cases. What is greyed was '
-         'there and was not fed.')
+  yield (
+    f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the '
+    'id among all such cases. What is greyed was '
+    'there and was not fed.'
+  )
 
 
 def choose(predictions, rows):
@@ -88,11 +116,19 @@ def choose(predictions, rows):
 
 
 def figure(table, source, path):
-  """A line of cases an absence and draw; on the left MoLT alone is right, on the right the baseline."""
+  """A line of cases an absence and draw; on the left MoLT alone is right, on the right the
+  baseline.
+  """
   seed = min(set(table[OURS]) & set(table[BASELINE]))
   ours, theirs = (table[method][seed].predictions for method in (OURS, BASELINE))
   position = {example_id: n for n, example_id in enumerate(source.ids)}
-  fig, axes = plt.subplots(len(ABSENT) * SHOWN, 4, figsize=(13, 1.5 * len(ABSENT) * SHOWN), layout='constrained', width_ratios=(1, 3, 1, 3))
+  fig, axes = plt.subplots(
+    len(ABSENT) * SHOWN,
+    4,
+    figsize=(13, 1.5 * len(ABSENT) * SHOWN),
+    layout='constrained',
+    width_ratios=(1, 3, 1, 3),
+  )
   shown = {}
   for block, condition in enumerate(ABSENT):
     rows = split_cases(ours, theirs, condition)
@@ -100,7 +136,7 @@ def figure(table, source, path):
       chosen = choose(ours, rows[name])
       shown[f'{condition}, {name}'] = [ours.ids[row] for row in chosen]
       for n in range(SHOWN):
-        picture, words = axes[block * SHOWN + n, 2 * side:2 * side + 2]
+        picture, words = axes[block * SHOWN + n, 2 * side : 2 * side + 2]
         picture.axis('off')
         words.axis('off')
         if n < len(chosen):
@@ -108,8 +144,14 @@ def figure(table, source, path):
           draw_image(picture, example, absent=condition == 'image_absent')
           draw_words(words, example, chosen[n], condition, ours, theirs)
       winner = ('MoLT right, baseline wrong', 'baseline right, MoLT wrong')[side]
-      axes[block * SHOWN, 2 * side + 1].set_title(f'{grid.CONDITIONS[condition]}: {winner} ({len(rows[name])} of {int(ours.counted_cn[0].sum())})',
-                                                   fontsize=10, loc='left')
+      axes[block * SHOWN, 2 * side + 1].set_title(
+        (
+          f'{grid.CONDITIONS[condition]}: {winner} ({len(rows[name])} of '
+          f'{int(ours.counted_cn[0].sum())})'
+        ),
+        fontsize=10,
+        loc='left',
+      )
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='Glyph .* missing from font')
     fig.savefig(path, dpi=110)
@@ -122,7 +164,9 @@ def draw_image(ax, example, *, absent):
     ax.text(0.5, 0.5, 'no image', ha='center', va='center')
     return
   pixels = np.asarray(transforms.decode(example['image'])) / 255
-  ax.imshow(0.75 + 0.25 * pixels.mean(axis=-1, keepdims=True).repeat(3, axis=-1) if absent else pixels)
+  ax.imshow(
+    0.75 + 0.25 * pixels.mean(axis=-1, keepdims=True).repeat(3, axis=-1) if absent else pixels
+  )
   if absent:
     ax.plot([0, 1], [0, 1], transform=ax.transAxes, color=RED)
 
@@ -131,7 +175,14 @@ def draw_words(ax, example, row, condition, ours, theirs):
   """The text, the label and both answers with their probabilities."""
   text = _short(' '.join((example['text'] or 'no text').split()), 46)
   absent = condition == 'text_absent'
-  ax.text(0, 0.86, f'(not fed: {text})' if absent else text, fontsize=9, color='0.55' if absent else 'black', transform=ax.transAxes)
+  ax.text(
+    0,
+    0.86,
+    f'(not fed: {text})' if absent else text,
+    fontsize=9,
+    color='0.55' if absent else 'black',
+    transform=ax.transAxes,
+  )
   c = ours.conditions.index(condition)
   truth = _names(ours, ours.label[row])
   ax.text(0, 0.6, f'label: {truth}', fontsize=9, weight='bold', transform=ax.transAxes)
@@ -139,8 +190,14 @@ def draw_words(ax, example, row, condition, ours, theirs):
     answer, right = _names(p, p.predicted[c, row]), bool(p.right_cn[c, row])
     own = _probability(p, c, row, p.predicted[c, row])
     note = '' if right else f' (label: {_probability(p, c, row, p.label[row])})'
-    ax.text(0, 0.34 - 0.26 * line, f'{"✓" if right else "✗"} {who}: {answer}, {own}{note}', fontsize=9, color=GREEN if right else RED,
-            transform=ax.transAxes)
+    ax.text(
+      0,
+      0.34 - 0.26 * line,
+      f'{"✓" if right else "✗"} {who}: {answer}, {own}{note}',
+      fontsize=9,
+      color=GREEN if right else RED,
+      transform=ax.transAxes,
+    )
 
 
 def _names(predictions, label):
@@ -164,11 +221,21 @@ def main():
   for data in grid.DATA.value:
     name = grid.name_of(data)
     if not {OURS, BASELINE} <= set(made[name]):
-      raise grid.UserError(f'--methods: the figure needs {BASELINE!r} and {OURS!r}; one of them is neither finished nor asked for on {name}')
+      raise grid.UserError(
+
+          f'--methods: the figure needs {BASELINE!r} and {OURS!r}; one of them is neither finished '
+          f'nor asked for on {name}'
+
+      )
     source = datasets.load_dataset(grid.make_config(data, {}, grid.seeds()[0])).splits['test']
     found[name] = counts(made[name])
     shown[name] = figure(made[name], source, grid.folder_of('figure2') / f'figure2_{name}.png')
-  content = {'methods': METHODS, 'counts': found, 'shown': shown, 'data': {name: grid.numbers(table) for name, table in made.items()}}
+  content = {
+    'methods': METHODS,
+    'counts': found,
+    'shown': shown,
+    'data': {name: grid.numbers(table) for name, table in made.items()},
+  }
   grid.publish('figure2', list(lines(found)), content, start)
 
 

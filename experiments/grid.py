@@ -1,7 +1,9 @@
-"""What the paper's tables and figures share: data sets x methods x seeds. Each run is made once, in a folder named by its config.
+"""What the paper's tables and figures share: data sets x methods x seeds. Each run is made once, in
+a folder named by its config.
 
-A table's methods are names and the fields of the data set's preset that they change. Whoever asks for the same config gets the same run, so the
-tables share theirs. A call that was cut off goes on; a finished run is read.
+A table's methods are names and the fields of the data set's preset that they change. Whoever asks
+for the same config gets the same run, so the tables share theirs. A call that was cut off goes on;
+a finished run is read.
 """
 
 import collections
@@ -30,29 +32,60 @@ from molt_jax.training import loop
 
 matplotlib.rcParams['text.parse_math'] = False  # A $ in a text or a label is a dollar.
 
-DATA = flags.DEFINE_multi_string('data', ['openmoji'], 'openmoji, NAME=FOLDER of a table, or NAME=PRESET.py[:VARIANTS]; may be repeated.')
-SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of parameters, data order, dropout and absence draws.')
-ONLY = flags.DEFINE_string('methods', '', 'Regular expression: what to train in this call; the report is on all that is finished.')
+DATA = flags.DEFINE_multi_string(
+  'data',
+  ['openmoji'],
+  'openmoji, NAME=FOLDER of a table, or NAME=PRESET.py[:VARIANTS]; may be repeated.',
+)
+SEEDS = flags.DEFINE_list(
+  'seeds', ['0', '1', '2'], 'Seeds of parameters, data order, dropout and absence draws.'
+)
+ONLY = flags.DEFINE_string(
+  'methods',
+  '',
+  'Regular expression: what to train in this call; the report is on all that is finished.',
+)
 SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the config, for every run.')
 RUNS = flags.DEFINE_string('runs', 'runs/experiments', 'Folder of the runs.')
-OUT = flags.DEFINE_string('out', None, 'Folder of the results; default: experiments/results/ and the name of the script.')
+OUT = flags.DEFINE_string(
+  'out', None, 'Folder of the results; default: experiments/results/ and the name of the script.'
+)
 
-CONDITIONS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
-MISSING = {'70 % both': (0.7, 'both')}  # Further conditions, of the missing-rate protocol: rate and kind.
+CONDITIONS = {
+  'none_absent': 'complete',
+  'text_absent': 'text absent',
+  'image_absent': 'image absent',
+}
+MISSING = {
+  '70 % both': (0.7, 'both')
+}  # Further conditions, of the missing-rate protocol: rate and kind.
 
-# What a method changes in a preset, whatever the preset has: the equations and the training as printed or our defaults, at its width, schedule
-# and batch size; the baseline without MoLT has the inputs and the classifier of our defaults.
+# What a method changes in a preset, whatever the preset has: the equations and the training as
+# printed or our defaults, at its width, schedule and batch size; the baseline without MoLT has the
+# inputs and the classifier of our defaults.
 COMPLETE_ONLY = {'missing.views': False}
-PRINTED = {name: presets.PAPER[name] for name in (
-  'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'classifier.per_pattern', 'missing.views', 'cca.estimator',
-  'optimizer.weight_decay')}
+PRINTED = {
+  name: presets.PAPER[name]
+  for name in (
+    'molt.input_norm',
+    'fusion.residual',
+    'classifier.kind',
+    'classifier.dropout',
+    'classifier.per_pattern',
+    'missing.views',
+    'cca.estimator',
+    'optimizer.weight_decay',
+  )
+}
 DEFAULT = {name: presets.ROBUST[name] for name in PRINTED}
 BASELINE = DEFAULT | {'method': 'late_fusion'} | COMPLETE_ONLY
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-  """A finished run: its folder, its scores (`result.json`) and its predictions on the test split."""
+  """A finished run: its folder, its scores (`result.json`) and its predictions on the test
+  split.
+  """
 
   folder: pathlib.Path
   result: dict[str, Any]
@@ -98,7 +131,12 @@ def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collecti
   elif equals and name and pathlib.Path(where).is_dir():
     preset, given = str(configs / 'table.py'), given | {'dataset.path': where}
   else:
-    raise UserError(f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) nor NAME=PRESET.py')
+    raise UserError(
+
+        f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) '
+        'nor NAME=PRESET.py'
+
+    )
   return runs.override(config_lib.load_config(preset, given), {**changes, 'seed': seed})
 
 
@@ -112,12 +150,16 @@ def _assignment(item):
 def seeds() -> list[int]:
   """The seeds asked for."""
   if not SEEDS.value or not all(seed.isdigit() for seed in SEEDS.value):
-    raise UserError(f'--seeds: {",".join(SEEDS.value)!r} is not legal; give whole numbers, e.g. 0,1,2')
+    raise UserError(
+      f'--seeds: {",".join(SEEDS.value)!r} is not legal; give whole numbers, e.g. 0,1,2'
+    )
   return [int(seed) for seed in SEEDS.value]
 
 
 def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
-  """Makes or reads every run of these methods; returns data set -> method -> seed -> run, without methods that nobody asked for and none finished."""
+  """Makes or reads every run of these methods; returns data set -> method -> seed -> run, without
+  methods that nobody asked for and none finished.
+  """
   made = {}
   for data in DATA.value:
     name = name_of(data)
@@ -129,8 +171,11 @@ def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
         if re.search(ONLY.value, method) or (folder / 'result.json').exists():
           table[method][seed] = Made(folder, runs.run(config, folder))
           run = table[method][seed]
-          scores = ', '.join(f'{label} {runs.spread([run.score(c, metric(config))])}'
-                             for c, label in CONDITIONS.items() if c in run.result['test'])
+          scores = ', '.join(
+            f'{label} {runs.spread([run.score(c, metric(config))])}'
+            for c, label in CONDITIONS.items()
+            if c in run.result['test']
+          )
           print(f'{name}, seed {seed}, {method}: {scores}', flush=True)
     made[name] = {method: table[method] for method in methods if table[method]}
     if not made[name]:
@@ -157,14 +202,22 @@ def values(table: Table, method: str, condition: str, key: str) -> list[float]:
 
 def paired(table: Table, method: str, reference: str, condition: str, key: str) -> list[float]:
   """Score of `method` minus that of `reference`, seed by seed where both have one."""
-  pairs = [(made.score(condition, key), table[reference][seed].score(condition, key))
-           for seed, made in table[method].items() if seed in table[reference]]
+  pairs = [
+    (made.score(condition, key), table[reference][seed].score(condition, key))
+    for seed, made in table[method].items()
+    if seed in table[reference]
+  ]
   return [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
 
 
 def signed(differences: Sequence[float]) -> str:
   """'+1.2 ± 0.3', in points."""
-  return ('+' if 100 * np.mean(differences) > -0.05 else '') + runs.spread(differences).replace('-0.0', '0.0') if differences else '-'
+  return (
+    ('+' if 100 * np.mean(differences) > -0.05 else '')
+    + runs.spread(differences).replace('-0.0', '0.0')
+    if differences
+    else '-'
+  )
 
 
 def seconds(table: Table, method: str) -> float:
@@ -174,28 +227,44 @@ def seconds(table: Table, method: str) -> float:
 
 def numbers(table: Table) -> dict[str, Any]:
   """What the JSON file keeps of runs."""
+
   def of(made):
     validation = {'validation': made.result['validation'].get('score')}
     found = {key: value for key, value in validation.items() if value is not None}
     return {'seconds': made.result['seconds'], **found, 'test': made.result['test']}
-  return {method: {str(seed): of(made) for seed, made in by_seed.items()} for method, by_seed in table.items()}
+
+  return {
+    method: {str(seed): of(made) for seed, made in by_seed.items()}
+    for method, by_seed in table.items()
+  }
 
 
 def folder_of(script: str) -> pathlib.Path:
   """The folder of a script's results, made."""
-  folder = pathlib.Path(OUT.value) if OUT.value else pathlib.Path(__file__).parent / 'results' / script
+  folder = (
+    pathlib.Path(OUT.value) if OUT.value else pathlib.Path(__file__).parent / 'results' / script
+  )
   folder.mkdir(parents=True, exist_ok=True)
   return folder
 
 
 def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start: float) -> None:
-  """Writes NAME.json and NAME.md, with command, versions, seeds, device and seconds, and prints the second."""
+  """Writes NAME.json and NAME.md, with command, versions, seeds, device and seconds, and prints the
+  second.
+  """
   folder = folder_of(script)
   meta = runs.provenance() | {
-    'seeds': seeds(), 'device': jax.devices()[0].device_kind, 'seconds_of_this_call': round(time.monotonic() - start, 1), 'set': SET.value}
+    'seeds': seeds(),
+    'device': jax.devices()[0].device_kind,
+    'seconds_of_this_call': round(time.monotonic() - start, 1),
+    'set': SET.value,
+  }
   versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
-  foot = (f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; {meta["seconds_of_this_call"]:.0f} s in this '
-          'call (runs that were finished before are read).')
+  foot = (
+    f'`{meta["command"]}`; seeds {", ".join(SEEDS.value)}; {versions}; device {meta["device"]}; '
+    f'{meta["seconds_of_this_call"]:.0f} s in this '
+    'call (runs that were finished before are read).'
+  )
   atomic.write(folder / f'{script}.json', logbook.to_json(meta | dict(content), indent=1) + '\n')
   atomic.write(folder / f'{script}.md', '\n'.join([*lines, '', foot]) + '\n')
   print('\n'.join([*lines, '', foot]))

@@ -1,4 +1,6 @@
-"""Runs that experiments share: trains and evaluates a config in a folder of its own, once; what is finished is read, not repeated."""
+"""Runs that experiments share: trains and evaluates a config in a folder of its own, once; what is
+finished is read, not repeated.
+"""
 
 import contextlib
 import importlib.metadata
@@ -21,14 +23,16 @@ LIBRARIES = ('jax', 'flax', 'optax', 'numpy')
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
-  """Trains and evaluates `config` in `folder` unless that is done; a run that was cut off goes on where it stopped.
+  """Trains and evaluates `config` in `folder` unless that is done; a run that was cut off goes on
+  where it stopped.
 
   Args:
     config: validated here.
     folder: the run's own; its console output goes to `log.txt` there.
 
   Returns:
-    {'config_hash', 'test': condition -> metrics, 'validation': the record of the selected step, 'seconds': of this call's training}.
+    {'config_hash', 'test': condition -> metrics, 'validation': the record of the selected step,
+    'seconds': of this call's training}.
   """
   config = config_lib.validate(config)
   path = folder / 'result.json'
@@ -38,16 +42,31 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
       return result
   folder.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
-  with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+  with (
+    (folder / 'log.txt').open('a', encoding='utf-8') as log,
+    contextlib.redirect_stdout(log),
+    contextlib.redirect_stderr(log),
+  ):
     record = train.train(config, folder)
   seconds = time.monotonic() - start
-  validation = next(line for line in logbook.read(folder) if line['kind'] == 'validation' and line['step'] == record['step'])
-  result = {'config_hash': config_lib.config_hash(config), 'test': record['results'], 'validation': validation, 'seconds': round(seconds, 1)}
+  validation = next(
+    line
+    for line in logbook.read(folder)
+    if line['kind'] == 'validation' and line['step'] == record['step']
+  )
+  result = {
+    'config_hash': config_lib.config_hash(config),
+    'test': record['results'],
+    'validation': validation,
+    'seconds': round(seconds, 1),
+  }
   atomic.write(path, logbook.to_json(result) + '\n')
   return result
 
 
-def override(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def override(
+  config: ml_collections.ConfigDict, changes: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
   """Returns a copy of `config` with dotted fields changed, validated."""
   config = config.copy_and_resolve_references()
   for name, value in changes.items():
@@ -56,8 +75,8 @@ def override(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> m
 
 
 def spread(values: Iterable[float | None], *, scale: float = 100.0, digits: int = 1) -> str:
-  """Returns 'mean ± sample standard deviation' of a few runs, in percent unless scaled otherwise; of
-  the runs that have a value (not None or NaN), '-' where none has.
+  """Returns 'mean ± sample standard deviation' of a few runs, in percent unless scaled otherwise;
+  of the runs that have a value (not None or NaN), '-' where none has.
   """
   values = scale * np.array(list(values), float)
   values = values[np.isfinite(values)]
@@ -68,6 +87,15 @@ def spread(values: Iterable[float | None], *, scale: float = 100.0, digits: int 
 
 
 def provenance() -> dict[str, Any]:
-  """Returns the command, with FOLDER for absolute paths, and versions that results are published with."""
-  versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {'python': platform.python_version()}
-  return {'command': ' '.join(['python', *(re.sub(r'(^|=)/\S*', r'\1FOLDER', word) for word in sys.argv)]), 'versions': versions}
+  """Returns the command, with FOLDER for absolute paths, and versions that results are published
+  with.
+  """
+  versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {
+    'python': platform.python_version()
+  }
+  return {
+    'command': ' '.join(
+      ['python', *(re.sub(r'(^|=)/\S*', r'\1FOLDER', word) for word in sys.argv)]
+    ),
+    'versions': versions,
+  }

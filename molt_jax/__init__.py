@@ -1,14 +1,20 @@
-"""molt_jax: one robust image+text classifier on two frozen foundation models, that still answers when the image or the text is absent."""
+"""molt_jax: one robust image+text classifier on two frozen foundation models, that still answers
+when the image or the text is absent.
+"""
 
 import os
 
-# Before SciPy, whose LAPACK JAX calls, is loaded: on a CPU its threads fight with XLA's (an eigh of 64 x 64 took 60 times as long).
+# Before SciPy, whose LAPACK JAX calls, is loaded: on a CPU its threads fight with XLA's (an eigh of
+# 64 x 64 took 60 times as long).
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 __version__ = '0.1.0'
 
 
 def load(workdir):
-  """Opens a trained classifier: `molt_jax.load(DIR).predict(image=..., text=...)`; see `molt_jax.predict.Predictor`."""
+  """Opens a trained classifier: `molt_jax.load(DIR).predict(image=..., text=...)`; see
+  `molt_jax.predict.Predictor`.
+  """
   from molt_jax import predict  # Importing the package alone must stay quick: no JAX.
+
   return predict.load(workdir)

@@ -13,26 +13,26 @@ class UserError(ValueError):
 
 # What helps, by the number of the error.
 REMEDIES = {
-    errno.ENOSPC: 'make room there',
-    errno.EDQUOT: 'the quota there is used up: make room, or have it raised',
-    errno.EFBIG: 'larger files are not allowed here: see ulimit -f',
-    errno.EROFS: 'it is mounted read-only: give a folder that can be written',
-    errno.EACCES: 'change its permissions, or give another',
-    errno.EPERM: 'change its permissions, or give another',
-    errno.ENOENT: 'a part of the path is not there: give another',
-    errno.ENOTDIR: 'a part of the path is a file and no folder: give another',
-    errno.EISDIR: 'it is a folder: give a file',
-    errno.EEXIST: 'something else has that name: move it away, or give another',
-    errno.ENOTEMPTY: 'something else has that name: move it away, or give another',
-    errno.ELOOP: 'its symbolic links lead in a circle: mend them, or give another',
-    errno.ENAMETOOLONG: 'give a shorter name',
-    errno.EMFILE: 'this process has too many files open: raise the limit (ulimit -n)',
-    errno.ENFILE: 'this machine has too many files open: close other programs',
-    errno.EIO: 'the disk or the network fails: check it, or give a folder elsewhere',
-    errno.ESTALE: 'the network folder was removed or remounted: start again',
-    errno.ETIMEDOUT: 'the network does not answer: start again when it does',
-    errno.ENOMEM: 'free memory, or give less to do at once',
-    errno.EINVAL: 'the file system does not allow it: give a folder elsewhere',
+  errno.ENOSPC: 'make room there',
+  errno.EDQUOT: 'the quota there is used up: make room, or have it raised',
+  errno.EFBIG: 'larger files are not allowed here: see ulimit -f',
+  errno.EROFS: 'it is mounted read-only: give a folder that can be written',
+  errno.EACCES: 'change its permissions, or give another',
+  errno.EPERM: 'change its permissions, or give another',
+  errno.ENOENT: 'a part of the path is not there: give another',
+  errno.ENOTDIR: 'a part of the path is a file and no folder: give another',
+  errno.EISDIR: 'it is a folder: give a file',
+  errno.EEXIST: 'something else has that name: move it away, or give another',
+  errno.ENOTEMPTY: 'something else has that name: move it away, or give another',
+  errno.ELOOP: 'its symbolic links lead in a circle: mend them, or give another',
+  errno.ENAMETOOLONG: 'give a shorter name',
+  errno.EMFILE: 'this process has too many files open: raise the limit (ulimit -n)',
+  errno.ENFILE: 'this machine has too many files open: close other programs',
+  errno.EIO: 'the disk or the network fails: check it, or give a folder elsewhere',
+  errno.ESTALE: 'the network folder was removed or remounted: start again',
+  errno.ETIMEDOUT: 'the network does not answer: start again when it does',
+  errno.ENOMEM: 'free memory, or give less to do at once',
+  errno.EINVAL: 'the file system does not allow it: give a folder elsewhere',
 }
 NO_MEMORY = 'free memory, or give less to do at once (a smaller batch_size, fewer threads)'
 
@@ -40,9 +40,22 @@ NO_MEMORY = 'free memory, or give less to do at once (a smaller batch_size, fewe
 # How TensorStore writes the number of an error, and what other libraries in C++ write of it.
 _NUMBER = re.compile(r'os[_ ]error\D{0,10}(\d+)', re.IGNORECASE)
 _TEXTS = {
-    os.strerror(number): number for number in (
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE,
-        errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)}
+  os.strerror(number): number
+  for number in (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ELOOP,
+  )
+}
 
 
 def reason(error: BaseException) -> tuple[str, str]:

@@ -47,10 +47,15 @@ def absences(names: Iterable[str], num_examples: int) -> dict[str, np.ndarray]:
 
 
 def eval_step(
-    variables: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], totals: tuple[ClassificationMetrics, jax.Array], *,
-    model: model_lib.Model) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput, jax.Array]:
-  """Adds one batch to the totals (metrics; int32[conditions, 3], rows of each kind of ROWS), one for each condition of batch['keep'] bool[B,
-  conditions, 2].
+  variables: Mapping[str, Any],
+  frozen: Mapping[str, Any],
+  batch: Mapping[str, jax.Array],
+  totals: tuple[ClassificationMetrics, jax.Array],
+  *,
+  model: model_lib.Model,
+) -> tuple[tuple[ClassificationMetrics, jax.Array], HeadOutput, jax.Array]:
+  """Adds one batch to the totals (metrics; int32[conditions, 3], rows of each kind of ROWS), one
+  for each condition of batch['keep'] bool[B, conditions, 2].
 
   The towers run once, the head once a condition. A row that a condition leaves with nothing has
   weight 0 there, and one without a label everywhere. Returns the new totals, the head's output with
@@ -68,7 +73,8 @@ def eval_step(
   finite_cb1 = jnp.all(jnp.isfinite(out_c.logits_bk), axis=-1, keepdims=True)
   logits_cbk = jnp.where(finite_cb1, out_c.logits_bk, jnp.nan)
   metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, label, weight_b))(
-      metrics_c, logits_cbk, weight_cb)
+    metrics_c, logits_cbk, weight_cb
+  )
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   rows_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
@@ -76,9 +82,20 @@ def eval_step(
 
 
 def evaluate(
-    model: model_lib.Model, variables: Mapping[str, Any], frozen: Mapping[str, Any], source: Source, preprocess: pipeline.Preprocess,
-    conditions: Mapping[str, np.ndarray], *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, title: str = 'evaluating',
-    step=None, stored: Mapping[str, pipeline.StoredTaps] | None = None, observers: Sequence[Observer] = ()) -> dict[str, dict[str, float]]:
+  model: model_lib.Model,
+  variables: Mapping[str, Any],
+  frozen: Mapping[str, Any],
+  source: Source,
+  preprocess: pipeline.Preprocess,
+  conditions: Mapping[str, np.ndarray],
+  *,
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  title: str = 'evaluating',
+  step=None,
+  stored: Mapping[str, pipeline.StoredTaps] | None = None,
+  observers: Sequence[Observer] = (),
+) -> dict[str, dict[str, float]]:
   """Scores `source` under every condition in one pass.
 
   Args:
@@ -106,14 +123,30 @@ def evaluate(
   """
   keep_ncm = np.stack(list(conditions.values()), axis=1)
   step = step or make_eval_step(model)
-  empty = ClassificationMetrics.empty(num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label)
+  empty = ClassificationMetrics.empty(
+    num_classes=preprocess.num_classes, multi_label=config.dataset.multi_label
+  )
   start = (empty, np.zeros(len(ROWS), np.int32))
-  totals = jax.device_put(jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), start), sharding.replicated(mesh))
+  totals = jax.device_put(
+    jax.tree.map(lambda x: np.zeros((len(conditions), *x.shape), x.dtype), start),
+    sharding.replicated(mesh),
+  )
   batches = pipeline.eval_batches(
-      source, preprocess, batch_size=config.eval.batch_size, present=keep_ncm.any(axis=1), stored=stored,
-      pack=sharding.packing(config, mesh), num_threads=config.input.num_threads, prefetch=config.input.prefetch,
-      **sharding.data_shard(mesh))
-  ranking = Ranking(multi_label=config.dataset.multi_label) if config.dataset.multi_label or preprocess.num_classes == 2 else None
+    source,
+    preprocess,
+    batch_size=config.eval.batch_size,
+    present=keep_ncm.any(axis=1),
+    stored=stored,
+    pack=sharding.packing(config, mesh),
+    num_threads=config.input.num_threads,
+    prefetch=config.input.prefetch,
+    **sharding.data_shard(mesh),
+  )
+  ranking = (
+    Ranking(multi_label=config.dataset.multi_label)
+    if config.dataset.multi_label or preprocess.num_classes == 2
+    else None
+  )
   with cli.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
@@ -146,9 +179,10 @@ def _check_finite(scores: Mapping[str, Mapping[str, float]]) -> None:
   for name, result in scores.items():
     if not math.isfinite(result.get('loss', 0.0)):
       raise UserError(
-          f'{name.replace("_", " ")}: outputs of the model are not finite, and no score is made of '
-          'them; the weights of the head or of a tower (config.backbones) are damaged, or a lower '
-          'optimizer.learning_rate is needed')
+        f'{name.replace("_", " ")}: outputs of the model are not finite, and no score is made of '
+        'them; the weights of the head or of a tower (config.backbones) are damaged, or a lower '
+        'optimizer.learning_rate is needed'
+      )
 
 
 def make_eval_step(model: model_lib.Model):
@@ -188,8 +222,13 @@ def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:
 
 
 def write(
-    workdir: pathlib.Path, *, split: str, results: Mapping[str, Any], meta: Mapping[str, Any],
-    data: Mapping[str, Any]) -> dict[str, Any]:
+  workdir: pathlib.Path,
+  *,
+  split: str,
+  results: Mapping[str, Any],
+  meta: Mapping[str, Any],
+  data: Mapping[str, Any],
+) -> dict[str, Any]:
   """Writes `evaluation.json`; `data` is the split's fingerprint (`trained.open_split`).
 
   Results already there for the same checkpoint, split and data are kept beside the new ones.
@@ -197,10 +236,16 @@ def write(
   path = workdir / 'evaluation.json'
   config = config_lib.from_json(json.dumps(meta['config']))
   record = {
-      'split': split, 'num_examples': data['examples'], 'step': meta['step'],
-      'results': dict(results), 'config_hash': config_lib.config_hash(config),
-      'dataset': _data(config), 'data': dict(data),
-      'backbones': meta['backbones'], 'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
+    'split': split,
+    'num_examples': data['examples'],
+    'step': meta['step'],
+    'results': dict(results),
+    'config_hash': config_lib.config_hash(config),
+    'dataset': _data(config),
+    'data': dict(data),
+    'backbones': meta['backbones'],
+    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+  }
   old = logbook.kept(path)
   same = ('split', 'step', 'config_hash', 'backbones', 'data')
   if all(old.get(key) == record[key] for key in same) and isinstance(old.get('results'), dict):
@@ -244,37 +289,65 @@ def _counted(result) -> list[str]:
 
 
 FLAGS = (
-    cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-    cli.Flag('split', 'split to evaluate: train, validation or test', 'test'),
-    cli.Flag('absent', "comma-separated conditions: none, text, image; default: all that the run's dataset.modalities allow"),
-    cli.Flag('missing_rate', 'also evaluate with these shares of rows lacking a modality, 0 to 1, comma-separated', ''),
-    cli.Flag('missing_type', 'what those rows lack: text, image or both; several: each at each rate', 'both'),
+  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
+  cli.Flag('split', 'split to evaluate: train, validation or test', 'test'),
+  cli.Flag(
+    'absent',
+    (
+      "comma-separated conditions: none, text, image; default: all that the run's "
+      'dataset.modalities '
+      'allow'
+    ),
+  ),
+  cli.Flag(
+    'missing_rate',
+    'also evaluate with these shares of rows lacking a modality, 0 to 1, comma-separated',
+    '',
+  ),
+  cli.Flag(
+    'missing_type', 'what those rows lack: text, image or both; several: each at each rate', 'both'
+  ),
 )
 
 
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the module."""
-  flags, _ = cli.parse('molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv)
+  flags, _ = cli.parse(
+    'molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv
+  )
   processes.join()
-  run(pathlib.Path(flags.workdir), split=flags.split, absent=None if flags.absent is None else _words(flags.absent),
-      missing_rates=[_rate(word) for word in _words(flags.missing_rate)], missing_types=_words(flags.missing_type))
+  run(
+    pathlib.Path(flags.workdir),
+    split=flags.split,
+    absent=None if flags.absent is None else _words(flags.absent),
+    missing_rates=[_rate(word) for word in _words(flags.missing_rate)],
+    missing_types=_words(flags.missing_type),
+  )
 
 
 def run(
-    workdir: pathlib.Path, *, split: str = 'test', absent: Collection[str] | None = None, missing_rates: Collection[float] = (),
-    missing_types: Collection[str] = ('both',)) -> dict[str, Any]:
-  """Evaluates the run in `workdir` in one pass, prints the table, writes `evaluation.json` and returns its content.
+  workdir: pathlib.Path,
+  *,
+  split: str = 'test',
+  absent: Collection[str] | None = None,
+  missing_rates: Collection[float] = (),
+  missing_types: Collection[str] = ('both',),
+) -> dict[str, Any]:
+  """Evaluates the run in `workdir` in one pass, prints the table, writes `evaluation.json` and
+  returns its content.
 
   Args:
     workdir: the run's folder.
     split: train, validation or test.
     absent: names in KEPT; default: all that leave something to the run.
-    missing_rates: one more condition for each of these and of missing_types, 'missing_TYPE_RATE', see `missing.present_table`.
+    missing_rates: one more condition for each of these and of missing_types, 'missing_TYPE_RATE',
+      see `missing.present_table`.
     missing_types: 'text', 'image' or 'both'.
 
   Raises:
-    UserError: no run there, an unknown split, a condition that is unknown or leaves the run with nothing, a tower that has changed.
+    UserError: no run there, an unknown split, a condition that is unknown or leaves the run with
+      nothing, a tower that has changed.
   """
   _check_choice('--split', split, ('train', 'validation', 'test'))
   for kind in missing_types:
@@ -291,8 +364,13 @@ def run(
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   source, data = runs.open_split(opened, split)
   conditions = absences(absent, len(source))
-  conditions |= {f'missing_{kind}_{rate:g}': missing.present_table(
-      source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present) for kind in missing_types for rate in missing_rates}
+  conditions |= {
+    f'missing_{kind}_{rate:g}': missing.present_table(
+      source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present
+    )
+    for kind in missing_types
+    for rate in missing_rates
+  }
   if not conditions:
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
   towers = model_lib.describe_towers(config)
@@ -303,28 +381,66 @@ def run(
   preprocess = model_lib.make_preprocess(config, towers, num_classes=num_classes)
   variables = runs.restore_variables(opened, model.init, mesh)
   wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
-  frozen, stored = extract.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh, modalities=modalities)
+  frozen, stored = extract.open_taps(
+    config,
+    wanted,
+    model=model,
+    towers=towers,
+    preprocess=preprocess,
+    mesh=mesh,
+    modalities=modalities,
+  )
   recorder = None
-  if list(absent) == absence_names(config):  # A part of the conditions leaves an earlier record of all as it is.
-    recorder = PredictionRecorder(source, meta['class_names'], [f'{name}_absent' for name in absent], multi_label=config.dataset.multi_label)
+  if list(absent) == absence_names(
+    config
+  ):  # A part of the conditions leaves an earlier record of all as it is.
+    recorder = PredictionRecorder(
+      source,
+      meta['class_names'],
+      [f'{name}_absent' for name in absent],
+      multi_label=config.dataset.multi_label,
+    )
   results = evaluate(
-      model, variables, frozen, source, preprocess, conditions, config=config, mesh=mesh, title=f'evaluating {split}', stored=stored[split],
-      observers=[recorder] if recorder else [])
+    model,
+    variables,
+    frozen,
+    source,
+    preprocess,
+    conditions,
+    config=config,
+    mesh=mesh,
+    title=f'evaluating {split}',
+    stored=stored[split],
+    observers=[recorder] if recorder else [],
+  )
   for line in processes.lines_of_all(preprocess.report.line()):
     cli.say(line)
   return publish(workdir, split=split, results=results, meta=meta, recorder=recorder, data=data)
 
 
 def publish(
-    workdir: pathlib.Path, *, split: str, results: Mapping[str, Any], meta: Mapping[str, Any],
-    recorder: PredictionRecorder | None, data: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns the content of the first."""
+  workdir: pathlib.Path,
+  *,
+  split: str,
+  results: Mapping[str, Any],
+  meta: Mapping[str, Any],
+  recorder: PredictionRecorder | None,
+  data: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns
+  the content of the first.
+  """
   record = write(workdir, split=split, results=results, meta=meta, data=data)
   if processes.leads():
     if recorder:
       recorder.write(
-          workdir, split=split, step=meta['step'], config_hash=record['config_hash'],
-          seed=meta['config']['seed'], data=data['digest'])
+        workdir,
+        split=split,
+        step=meta['step'],
+        config_hash=record['config_hash'],
+        seed=meta['config']['seed'],
+        data=data['digest'],
+      )
     title = f'{split} split, {data["examples"]} examples, checkpoint of step {meta["step"]}'
     print_table(results, title)
   return record
@@ -344,9 +460,14 @@ def _rate(text: str) -> float:
   return rate
 
 
-def _check_left(config: ml_collections.ConfigDict, absent: Collection[str], missing_rates: Collection[float]) -> None:
+def _check_left(
+  config: ml_collections.ConfigDict, absent: Collection[str], missing_rates: Collection[float]
+) -> None:
   """Raises UserError where a specialist would be left with nothing, or has nothing to lose."""
-  legal, this_run = absence_names(config), f'a run with config.dataset.modalities={config.dataset.modalities!r}'
+  legal, this_run = (
+    absence_names(config),
+    f'a run with config.dataset.modalities={config.dataset.modalities!r}',
+  )
   for name in absent:
     if name not in legal:
       raise UserError(f'--absent: {name!r} leaves nothing to {this_run}; give {" or ".join(legal)}')

@@ -1,7 +1,8 @@
 """Evaluates a pretrained pair of towers: `python -m molt_jax.evaluate_pair --workdir=DIR`.
 
-Zero-shot classification, retrieval both ways, the shape of the common space, and linear probes on the frozen image tower beside probes that need no
-tower (raw pixels, their principal components). See `pair_metrics` for what each number means. One JSON file, one table.
+Zero-shot classification, retrieval both ways, the shape of the common space, and linear probes on
+the frozen image tower beside probes that need no tower (raw pixels, their principal components).
+See `pair_metrics` for what each number means. One JSON file, one table.
 """
 
 import dataclasses
@@ -27,20 +28,26 @@ from molt_jax.training import runs
 from molt_jax.training import workdir as workdir_lib
 
 SPLITS = ('train', 'validation', 'test')
-TAPS = 4  # Last layers of the tower that a probe reads, as the heads of the classifier do by default.
+TAPS = (
+  4  # Last layers of the tower that a probe reads, as the heads of the classifier do by default.
+)
 LIBRARIES = ('jax', 'flax', 'optax', 'numpy', 'scipy')
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """The images of a split, decoded, with their texts (None: absent) and classes; examples without an image are left out."""
+  """The images of a split, decoded, with their texts (None: absent) and classes; examples without
+  an image are left out.
+  """
 
   images: list[Image.Image]
   texts: list[str | None]
   labels: list[Any]
 
 
-def read_examples(source: Source, report: pipeline.DecodeReport, *, title: str = 'reading') -> Examples:
+def read_examples(
+  source: Source, report: pipeline.DecodeReport, *, title: str = 'reading'
+) -> Examples:
   """Reads and decodes a split; what cannot be decoded is reported and left out."""
   found = []
   with cli.progress(title, len(source), 'examples') as bar:
@@ -48,57 +55,77 @@ def read_examples(source: Source, report: pipeline.DecodeReport, *, title: str =
       if source.present[index, 0]:
         example = pipeline.read_example(source, int(index), image=True, report=report)
         try:
-          found.append((transforms.decode(example['image'] or b''), example['text'] or None, example['label']))
+          found.append(
+            (transforms.decode(example['image'] or b''), example['text'] or None, example['label'])
+          )
         except transforms.DecodeError as error:
           report.add(example['id'], 'image', str(error))
       bar.advance()
-  return Examples(*(list(column) for column in zip(*found, strict=True))) if found else Examples([], [], [])
+  return (
+    Examples(*(list(column) for column in zip(*found, strict=True)))
+    if found
+    else Examples([], [], [])
+  )
 
 
 def read_dataset(dataset: Dataset, splits: Iterable[str] = SPLITS) -> dict[str, Examples]:
   """Reads the splits of a data set; says on stderr what could not be decoded."""
   report = pipeline.DecodeReport()
-  examples = {split: read_examples(dataset.splits[split], report, title=f'reading {split}') for split in splits}
+  examples = {
+    split: read_examples(dataset.splits[split], report, title=f'reading {split}')
+    for split in splits
+  }
   if report.counts():
     cli.say(report.line())
   return examples
 
 
 def _each_split(features: Callable) -> Callable:
-  return lambda pair, examples: {split: features(pair, part.images) for split, part in examples.items()}
+  return lambda pair, examples: {
+    split: features(pair, part.images) for split, part in examples.items()
+  }
 
 
 def _tower_features(pair, images):
-  return pair.image_features(images, num_layers=min(TAPS, pair.model.trained.image_tower.config.num_layers))
+  return pair.image_features(
+    images, num_layers=min(TAPS, pair.model.trained.image_tower.config.num_layers)
+  )
 
 
 _PIXELS = _each_split(lambda pair, images: retrieval_and_probes.pixels(images))
 # Name -> function(pair, examples by split) -> features by split, [N, D] each.
 PROBES: dict[str, Callable] = {
-    'tower': _each_split(_tower_features),
-    'tokens': _each_split(lambda pair, images: pair.image_tokens(images)),
-    'embedding': _each_split(lambda pair, images: pair.embed_images(images)),
-    'pixels': _PIXELS,
-    'pca': lambda pair, examples: retrieval_and_probes.principal_components(_PIXELS(pair, examples)),
+  'tower': _each_split(_tower_features),
+  'tokens': _each_split(lambda pair, images: pair.image_tokens(images)),
+  'embedding': _each_split(lambda pair, images: pair.embed_images(images)),
+  'pixels': _PIXELS,
+  'pca': lambda pair, examples: retrieval_and_probes.principal_components(_PIXELS(pair, examples)),
 }
 
 
 def evaluate_examples(
-    pair: model.TowerPair, examples: Mapping[str, Examples], class_names: Sequence[str] | None, *, splits: Iterable[str] = ('test',),
-    templates: Sequence[str] = retrieval_and_probes.TEMPLATES, probes: Collection[str] = tuple(PROBES)) -> dict[str, dict[str, Any]]:
+  pair: model.TowerPair,
+  examples: Mapping[str, Examples],
+  class_names: Sequence[str] | None,
+  *,
+  splits: Iterable[str] = ('test',),
+  templates: Sequence[str] = retrieval_and_probes.TEMPLATES,
+  probes: Collection[str] = tuple(PROBES),
+) -> dict[str, dict[str, Any]]:
   """Scores towers on splits of a data set.
 
   Args:
     pair: the towers; its image_features, embed_images and embed_texts are called.
     examples: by split; the probes read 'train' and 'validation' too.
-    class_names: None leaves zero-shot classification and probes out, as for several labels an example.
-      Without rows to fit or to score them on they are left out as well.
+    class_names: None leaves zero-shot classification and probes out, as for several labels an
+      example. Without rows to fit or to score them on they are left out as well.
     splits: which to score.
     templates: prompts with {} for the class name.
     probes: names in `PROBES`.
 
   Returns:
-    split -> as `pair_metrics.evaluate_pair`, with 'linear_probe': {name: {'accuracy': .., 'C': ..}}.
+    split -> as `pair_metrics.evaluate_pair`, with 'linear_probe': {name: {'accuracy': .., 'C':
+    ..}}.
 
   Raises:
     UserError: see `pair_metrics`.
@@ -116,8 +143,11 @@ def evaluate_examples(
   for split in splits:
     embedded = features.get('embedding', {}).get(split)
     results[split] = _pair_scores(pair, examples[split], embedded, prompts_kpc)
-    found = {name: {'accuracy': fit['accuracy'][split], 'C': fit['C']}
-             for name, fit in fitted.items() if split in fit['accuracy']}
+    found = {
+      name: {'accuracy': fit['accuracy'][split], 'C': fit['C']}
+      for name, fit in fitted.items()
+      if split in fit['accuracy']
+    }
     results[split] |= {'linear_probe': found} if found else {}
   return results
 
@@ -140,13 +170,22 @@ def _pair_scores(pair, part, image_nc, prompts_kpc) -> dict[str, Any]:
     return counts
   image_nc = pair.embed_images(part.images) if image_nc is None else image_nc
   text_mc = pair.embed_texts(texts) if texts else image_nc[:0]
-  return retrieval_and_probes.evaluate_pair(
-      image_nc, text_mc, image_of_text=captioned, texts=texts,
-      labels=None if prompts_kpc is None else part.labels, class_prompts_kpc=prompts_kpc) | counts
+  return (
+    retrieval_and_probes.evaluate_pair(
+      image_nc,
+      text_mc,
+      image_of_text=captioned,
+      texts=texts,
+      labels=None if prompts_kpc is None else part.labels,
+      class_prompts_kpc=prompts_kpc,
+    )
+    | counts
+  )
 
 
 def left_out(
-    results: Mapping[str, Any], *, labelled: bool, probes: Collection[str]) -> Iterator[str]:
+  results: Mapping[str, Any], *, labelled: bool, probes: Collection[str]
+) -> Iterator[str]:
   """Yields what there is no score of, and why.
 
   Args:
@@ -159,8 +198,10 @@ def left_out(
   if labelled and 'zero_shot' not in results:
     yield 'no zero-shot classification: one class alone, or no image of a known class'
   if labelled and probes and 'linear_probe' not in results:
-    yield ('no linear probe: fewer than two classes among the images of train, or none of a known '
-           'class in validation or in this split')
+    yield (
+      'no linear probe: fewer than two classes among the images of train, or none of a known '
+      'class in validation or in this split'
+    )
 
 
 def open_dataset(config: Any, table: str = '') -> Dataset:
@@ -183,31 +224,59 @@ def print_table(results: Mapping[str, Any], title: str) -> None:
         share = value['accuracy'] if isinstance(value, Mapping) else value
         table.add_row(group.replace('_', ' '), name, f'{100 * share:.1f} %')
     else:
-      table.add_row(group.replace('_', ' '), '', f'{values:.3f}' if isinstance(values, float) else str(values))
+      table.add_row(
+        group.replace('_', ' '), '', f'{values:.3f}' if isinstance(values, float) else str(values)
+      )
   terminal.print_table(table)
 
 
 FLAGS = (
-    cli.Flag('workdir', 'folder of a run of molt_jax.pretrain', required=True),
-    cli.Flag('split', 'split to score: train, validation or test', 'test'),
-    cli.Flag('table', 'another data set in the own-data layout, in the place of the one it was trained on', ''),
-    cli.Flag('templates', 'prompts for zero-shot classification, {} is the class name, joined by |', '|'.join(retrieval_and_probes.TEMPLATES)),
-    cli.Flag('probes', f'comma-separated linear probes: {", ".join(PROBES)}; empty: none', ','.join(PROBES)),
+  cli.Flag('workdir', 'folder of a run of molt_jax.pretrain', required=True),
+  cli.Flag('split', 'split to score: train, validation or test', 'test'),
+  cli.Flag(
+    'table',
+    'another data set in the own-data layout, in the place of the one it was trained on',
+    '',
+  ),
+  cli.Flag(
+    'templates',
+    'prompts for zero-shot classification, {} is the class name, joined by |',
+    '|'.join(retrieval_and_probes.TEMPLATES),
+  ),
+  cli.Flag(
+    'probes', f'comma-separated linear probes: {", ".join(PROBES)}; empty: none', ','.join(PROBES)
+  ),
 )
 
 
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the module."""
-  flags, _ = cli.parse('molt_jax.evaluate_pair', 'Evaluate a pretrained pair of an image and a text tower.', FLAGS, argv)
-  run(pathlib.Path(flags.workdir), split=flags.split, table=flags.table, templates=flags.templates.split('|'),
-      probes=[name for name in flags.probes.split(',') if name])
+  flags, _ = cli.parse(
+    'molt_jax.evaluate_pair',
+    'Evaluate a pretrained pair of an image and a text tower.',
+    FLAGS,
+    argv,
+  )
+  run(
+    pathlib.Path(flags.workdir),
+    split=flags.split,
+    table=flags.table,
+    templates=flags.templates.split('|'),
+    probes=[name for name in flags.probes.split(',') if name],
+  )
 
 
 def run(
-    workdir: pathlib.Path, *, split: str = 'test', table: str = '', templates: Sequence[str] = retrieval_and_probes.TEMPLATES,
-    probes: Collection[str] = tuple(PROBES)) -> dict[str, Any]:
-  """Evaluates the pair in `workdir`, prints the table, writes `pair_evaluation.json` and returns its content.
+  workdir: pathlib.Path,
+  *,
+  split: str = 'test',
+  table: str = '',
+  templates: Sequence[str] = retrieval_and_probes.TEMPLATES,
+  probes: Collection[str] = tuple(PROBES),
+) -> dict[str, Any]:
+  """Evaluates the pair in `workdir`, prints the table, writes `pair_evaluation.json` and returns
+  its content.
 
   The file holds one record for each (data set, split); the others are kept as they are.
 
@@ -236,14 +305,21 @@ def run(
   class_names = None if dataset.multi_label else dataset.class_names
   if not examples[split].images:
     raise UserError(f'--split: no image of {dataset.name}, {split}, can be read; there is no score')
-  results = evaluate_examples(pair, examples, class_names, splits=[split], templates=templates, probes=probes)[split]
+  results = evaluate_examples(
+    pair, examples, class_names, splits=[split], templates=templates, probes=probes
+  )[split]
   for line in left_out(results, labelled=class_names is not None, probes=probes):
     cli.say(line)
   print_table(results, f'{dataset.name}, {split} split')
   record = {
-      'dataset': dataset.name, 'split': split, 'data': data, 'templates': list(templates),
-      'results': results, 'step': opened.meta['step'],
-      'versions': {name: importlib.metadata.version(name) for name in LIBRARIES}}
+    'dataset': dataset.name,
+    'split': split,
+    'data': data,
+    'templates': list(templates),
+    'results': results,
+    'step': opened.meta['step'],
+    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+  }
   kept[f'{dataset.name}/{split}'] = record
   atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
   return record

@@ -1,4 +1,6 @@
-"""Predicts from an image, a text or both: `python -m molt_jax.predict --workdir=DIR [--image=FILE] [--text=STRING]`."""
+"""Predicts from an image, a text or both: `python -m molt_jax.predict --workdir=DIR [--image=FILE]
+[--text=STRING]`.
+"""
 
 import itertools
 import numbers
@@ -21,7 +23,9 @@ from molt_jax.training import runs
 
 
 class Predictor:
-  """A trained classifier, ready to use; made by `molt_jax.load(DIR)`. A tower is loaded when an input first needs it."""
+  """A trained classifier, ready to use; made by `molt_jax.load(DIR)`. A tower is loaded when an
+  input first needs it.
+  """
 
   def __init__(self, workdir: str | pathlib.Path):
     """Opens the run in `workdir`.
@@ -36,7 +40,9 @@ class Predictor:
     self._towers = model_lib.describe_towers(self.config)
     self._mesh = sharding.make_mesh(self.config)
     self._model = model_lib.make_model(self.config, self._towers, num_classes=len(self.class_names))
-    self._preprocess = model_lib.make_preprocess(self.config, self._towers, num_classes=len(self.class_names))
+    self._preprocess = model_lib.make_preprocess(
+      self.config, self._towers, num_classes=len(self.class_names)
+    )
     self._variables = runs.restore_variables(run, self._model.init, self._mesh)
     self._frozen: dict[str, Any] = dict.fromkeys(model_lib.MODALITIES)
     self._step = jax.jit(self._forward)
@@ -44,7 +50,9 @@ class Predictor:
   def __repr__(self) -> str:
     return f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._towers)}>'
 
-  def predict(self, image: Any = None, text: Any = None, *, top_k: int = 5) -> dict[str, Any] | list[dict[str, Any]]:
+  def predict(
+    self, image: Any = None, text: Any = None, *, top_k: int = 5
+  ) -> dict[str, Any] | list[dict[str, Any]]:
     """Classifies one example, or a list of them.
 
     Args:
@@ -58,12 +66,14 @@ class Predictor:
     (`molt_jax/data/cells.py`).
 
     Returns:
-      {'labels': [{'label', 'probability'}, ...] best first, 'image': bool, 'text': bool (what was there)}; for lists a list of these.
-      Probabilities are softmax's, or each label's own sigmoid for a multi-label model.
+      {'labels': [{'label', 'probability'}, ...] best first, 'image': bool, 'text': bool (what was
+      there)}; for lists a list of these. Probabilities are softmax's, or each label's own sigmoid
+      for a multi-label model.
 
     Raises:
-      UserError: an example with neither image nor text, a modality that this run does not know, an unreadable image, lists of unequal
-        length, a value of another kind, top_k below 1, probabilities that are not finite.
+      UserError: an example with neither image nor text, a modality that this run does not know, an
+        unreadable image, lists of unequal length, a value of another kind, top_k below 1,
+        probabilities that are not finite.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
       raise UserError(f'top_k: {cells.plain(str(top_k))} is not legal; give a whole number >= 1')
@@ -75,8 +85,12 @@ class Predictor:
     if broken:
       where = f' of example {broken[0]}' if many else ''
       raise UserError(
-          f'predict: the probabilities{where} are not finite; check the towers (config.backbones)')
-    results = [self._result(p, example['present'], top_k) for p, example in zip(probabilities_nk, examples, strict=True)]
+        f'predict: the probabilities{where} are not finite; check the towers (config.backbones)'
+      )
+    results = [
+      self._result(p, example['present'], top_k)
+      for p, example in zip(probabilities_nk, examples, strict=True)
+    ]
     return results if many else results[0]
 
   def _example(self, image: Any, text: str | None, number: int | None) -> dict[str, np.ndarray]:
@@ -92,13 +106,16 @@ class Predictor:
   def _check_used(self, pairs: Sequence[tuple[Any, Any]]) -> None:
     for modality, given in zip(model_lib.MODALITIES, zip(*pairs, strict=True), strict=False):
       if modality not in self._towers and any(content is not None for content in given):
-        other, = self._towers
-        raise UserError(f'predict: {config_lib.article(modality)} was given, but this run knows {other}s alone '
-                        f'(config.dataset.modalities={other!r}); give {config_lib.article(other)} and nothing else')
+        (other,) = self._towers
+        raise UserError(
+          f'predict: {config_lib.article(modality)} was given, but this run knows {other}s alone '
+          f'(config.dataset.modalities={other!r}); give {config_lib.article(other)} and nothing '
+          'else'
+        )
 
   def _probabilities(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     size = self.config.eval.batch_size
-    chunks = [examples[i:i + size] for i in range(0, len(examples), size)]
+    chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
     return np.concatenate([self._batch(chunk) for chunk in chunks])
 
   def _batch(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -106,9 +123,14 @@ class Predictor:
     while rows < len(examples):  # Few batch sizes, so that few programs are compiled.
       rows *= 2
     padded = list(examples) + [examples[0]] * (rows - len(examples))
-    batch = {name: np.stack([example[name] for example in padded]) for name in ('image', 'tokens', 'token_mask', 'present')}
+    batch = {
+      name: np.stack([example[name] for example in padded])
+      for name in ('image', 'tokens', 'token_mask', 'present')
+    }
     frozen = self._towers_for(batch['present'].any(axis=0))
-    return np.asarray(self._step(self._variables, frozen, sharding.put_batch(batch, self._mesh)))[: len(examples)]
+    return np.asarray(self._step(self._variables, frozen, sharding.put_batch(batch, self._mesh)))[
+      : len(examples)
+    ]
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
     modalities = [m for m, use in zip(model_lib.MODALITIES, used, strict=True) if use]
@@ -120,12 +142,18 @@ class Predictor:
     return {m: self._frozen[m] if m in modalities else None for m in model_lib.MODALITIES}
 
   def _forward(self, variables, frozen, batch):
-    logits_bk = self._model.classify(variables, self._model.taps(frozen, batch), batch['present']).logits_bk
-    return jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
+    logits_bk = self._model.classify(
+      variables, self._model.taps(frozen, batch), batch['present']
+    ).logits_bk
+    return (
+      jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
+    )
 
   def _result(self, probability_k: np.ndarray, present_m: np.ndarray, top_k: int) -> dict[str, Any]:
     best = np.argsort(-probability_k, kind='stable')[:top_k]
-    labels = [{'label': self.class_names[k], 'probability': round(float(probability_k[k]), 6)} for k in best]
+    labels = [
+      {'label': self.class_names[k], 'probability': round(float(probability_k[k]), 6)} for k in best
+    ]
     return {'labels': labels, 'image': bool(present_m[0]), 'text': bool(present_m[1])}
 
 
@@ -150,8 +178,9 @@ def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bo
   images, texts = _several('image', image), _several('text', text)
   many = images is not None or texts is not None
   if images is not None and texts is not None and len(images) != len(texts):
-    raise UserError(f'predict: {len(images)} images and {len(texts)} texts; '
-                    'give lists of equal length')
+    raise UserError(
+      f'predict: {len(images)} images and {len(texts)} texts; give lists of equal length'
+    )
   count = len(images if images is not None else texts) if many else 1
   images = [image] * count if images is None else images
   texts = [text] * count if texts is None else texts
@@ -197,8 +226,9 @@ def _several(column: str, value: Any) -> list[Any] | None:
   if isinstance(value, Sequence | Iterator):
     items = list(itertools.islice(value, _MOST_ITEMS + 1))
     if len(items) > _MOST_ITEMS:
-      raise UserError(f'predict: {column} has more than {_MOST_ITEMS:,} items, perhaps no end: '
-                      'give them in parts')
+      raise UserError(
+        f'predict: {column} has more than {_MOST_ITEMS:,} items, perhaps no end: give them in parts'
+      )
     return items
   return None
 
@@ -206,8 +236,8 @@ def _several(column: str, value: Any) -> list[Any] | None:
 _SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, PIL.Image.Image, numbers.Number)
 _MOST_ITEMS = 1 << 22
 _REMEDIES = {
-    'image': 'give a path, the bytes of a file, a PIL image, a uint8 array, or a list of these',
-    'text': 'give a string, or a list of strings such as one column of a table',
+  'image': 'give a path, the bytes of a file, a PIL image, a uint8 array, or a list of these',
+  'text': 'give a string, or a list of strings such as one column of a table',
 }
 
 
@@ -239,8 +269,9 @@ def _decoded(image: str | bytes, name: str) -> PIL.Image.Image:
     why = error.strerror or str(error)
     raise UserError(f'predict: {name} cannot be opened ({why}): {_path_remedy(image)}') from error
   except transforms.DecodeError as error:
-    raise UserError(f'predict: {name} cannot be decoded ({error}): '
-                    'save it again, as PNG or JPEG for instance') from error
+    raise UserError(
+      f'predict: {name} cannot be decoded ({error}): save it again, as PNG or JPEG for instance'
+    ) from error
 
 
 def _path_remedy(path: str) -> str:
@@ -252,10 +283,10 @@ def _path_remedy(path: str) -> str:
 
 
 FLAGS = (
-    cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-    cli.Flag('image', 'image file'),
-    cli.Flag('text', 'text'),
-    cli.Flag('top_k', 'labels to print', '5'),
+  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
+  cli.Flag('image', 'image file'),
+  cli.Flag('text', 'text'),
+  cli.Flag('top_k', 'labels to print', '5'),
 )
 
 

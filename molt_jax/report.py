@@ -1,6 +1,8 @@
-"""One page about one run, or several side by side: `python -m molt_jax.report --workdir=DIR [DIR ...]`.
+"""One page about one run, or several side by side: `python -m molt_jax.report --workdir=DIR [DIR
+...]`.
 
-The page is one HTML file that opens from disk: no scripts, nothing from elsewhere. It is made from files in the runs' folders; no model is loaded.
+The page is one HTML file that opens from disk: no scripts, nothing from elsewhere. It is made from
+files in the runs' folders; no model is loaded.
 """
 
 import os
@@ -14,36 +16,60 @@ from molt_jax.runtime import atomic, cli, terminal
 from molt_jax.training import workdir
 
 
-def write(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path | None = None) -> pathlib.Path:
+def write(
+  workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path | None = None
+) -> pathlib.Path:
   """Writes the page about finished runs and returns its path.
 
   Args:
-    workdirs: folders of runs of `molt_jax.train`; the first method without MoLT among them is what the others are compared with.
-    out: the page; default: report.html in the folder of one run, comparison.html in the first folder of several.
+    workdirs: folders of runs of `molt_jax.train`; the first method without MoLT among them is what
+      the others are compared with.
+    out: the page; default: report.html in the folder of one run, comparison.html in the first
+      folder of several.
 
   Raises:
-    UserError: no run there, an unfinished one, runs on other data, or a page that cannot be written.
+    UserError: no run there, an unfinished one, runs on other data, or a page that cannot be
+      written.
   """
   runs = read([pathlib.Path(workdir) for workdir in workdirs])
-  out = pathlib.Path(out) if out else runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
+  out = (
+    pathlib.Path(out)
+    if out
+    else runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
+  )
   if not out.parent.is_dir() or out.is_dir():
-    raise UserError(f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file')
+    raise UserError(
+      f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file'
+    )
   workdir.try_out(out.parent, flag='--out')
-  from molt_jax.reporting import page  # Matplotlib takes a second to import; a mistake in the arguments is said before.
+  from molt_jax.reporting import (
+    page,
+  )  # Matplotlib takes a second to import; a mistake in the arguments is said before.
+
   atomic.write(out, page.render(runs))
   return out
 
 
 FLAGS = (
-    cli.Flag('workdir', 'folders of runs of molt_jax.train: several words, commas, or the flag again', required=True, many=True),
-    cli.Flag('out', 'the page; default: report.html in the folder, of several runs comparison.html in the first'),
+  cli.Flag(
+    'workdir',
+    'folders of runs of molt_jax.train: several words, commas, or the flag again',
+    required=True,
+    many=True,
+  ),
+  cli.Flag(
+    'out',
+    'the page; default: report.html in the folder, of several runs comparison.html in the first',
+  ),
 )
 
 
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the package: prints the page's path."""
-  flags, _ = cli.parse('molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv)
+  flags, _ = cli.parse(
+    'molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv
+  )
   if 'jax' not in sys.modules:  # To compare checkpoints with their checksums takes no device.
     os.environ['JAX_PLATFORMS'] = 'cpu'
   print(terminal.clean(write(flags.workdir, flags.out)))

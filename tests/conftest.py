@@ -16,9 +16,9 @@ JAXLIB = importlib.metadata.version('jaxlib')
 # Unoptimised machine code takes a fifth of the time to make, and these programs hardly run; the
 # arithmetic is the same.
 XLA_FLAGS = [
-    '--xla_backend_optimization_level=0',
-    '--xla_llvm_disable_expensive_passes=true',
-    '--xla_force_host_platform_device_count=4',
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+  '--xla_force_host_platform_device_count=4',
 ]
 # XLA aborts the process on a flag it does not know, and later releases have no such flag.
 if JAXLIB.startswith('0.10.'):
@@ -68,7 +68,9 @@ COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 
 @pytest.fixture(scope='session')
 def tiny_towers(tmp_path_factory) -> dict[str, str]:
-  """Two Hugging Face directories, random weights: {'text': LLaMA of 3 layers with a byte-level tokenizer, 'image': CLIP vision of 3 layers}."""
+  """Two Hugging Face directories, random weights: {'text': LLaMA of 3 layers with a byte-level
+  tokenizer, 'image': CLIP vision of 3 layers}.
+  """
   import tiny_models
   import tokenizers
   import transformers
@@ -76,23 +78,47 @@ def tiny_towers(tmp_path_factory) -> dict[str, str]:
   root = tmp_path_factory.mktemp('towers')
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.train_from_iterator(['a red square', 'a green square', 'the blue one'], tokenizers.trainers.BpeTrainer(
-      vocab_size=300, special_tokens=['<s>', '</s>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+  tokenizer.train_from_iterator(
+    ['a red square', 'a green square', 'the blue one'],
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<s>', '</s>'],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
   text = transformers.LlamaConfig(
-      vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-      max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=1,
+  )
   tiny_models.make('LlamaForCausalLM', text).save_pretrained(root / 'llama')
   tokenizer.save(str(root / 'llama' / 'tokenizer.json'))
   names = {'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
   (root / 'llama' / 'tokenizer_config.json').write_text(json.dumps(names))
-  image = transformers.CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8)
+  image = transformers.CLIPVisionConfig(
+    hidden_size=24,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=8,
+  )
   tiny_models.make('CLIPVisionModel', image).save_pretrained(root / 'clip')
   return {'text': str(root / 'llama'), 'image': str(root / 'clip')}
 
 
 @pytest.fixture(scope='session')
 def tiny_table(tmp_path_factory) -> pathlib.Path:
-  """A folder in the own-data layout: 48 + 12 + 14 coloured squares of 3 classes; some rows lack the image or the text."""
+  """A folder in the own-data layout: 48 + 12 + 14 coloured squares of 3 classes; some rows lack the
+  image or the text.
+  """
   from PIL import Image
 
   root = tmp_path_factory.mktemp('table')
@@ -102,7 +128,9 @@ def tiny_table(tmp_path_factory) -> pathlib.Path:
     lines = ['image,text,label']
     for i in range(count):
       name = list(COLOURS)[i % 3]
-      noisy = np.clip(np.array(COLOURS[name]) + rng.normal(0, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
+      noisy = np.clip(np.array(COLOURS[name]) + rng.normal(0, 30, (20, 20, 3)), 0, 255).astype(
+        np.uint8
+      )
       Image.fromarray(noisy).save(root / 'images' / f'{split}_{i}.png')
       image, text = f'images/{split}_{i}.png', f'"a {name} square, number {i}"'
       lines.append(f'{"" if i % 8 == 5 else image},{"" if i % 8 == 6 else text},{name}')
@@ -112,14 +140,22 @@ def tiny_table(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def make_tiny_config(tiny_towers, tiny_table):
-  """Returns a function that makes a config that trains in seconds: 12 steps an epoch of 4 rows, one device."""
+  """Returns a function that makes a config that trains in seconds: 12 steps an epoch of 4 rows, one
+  device.
+  """
   from molt_jax.config.schema import default_config
 
   def make():
     config = default_config()
     config.dataset.path = str(tiny_table)
-    config.text.max_tokens, config.text.padding = 12, 'max_tokens'  # Batches this small would be packed in many sizes, each to be compiled.
-    config.backbones.text.path, config.backbones.image.path = tiny_towers['text'], tiny_towers['image']
+    config.text.max_tokens, config.text.padding = (
+      12,
+      'max_tokens',
+    )  # Batches this small would be packed in many sizes, each to be compiled.
+    config.backbones.text.path, config.backbones.image.path = (
+      tiny_towers['text'],
+      tiny_towers['image'],
+    )
     config.backbones.dtype = config.compute_dtype = 'float32'
     config.mesh.data = 1
     config.molt.num_layers, config.molt.width = 2, 16
@@ -130,6 +166,7 @@ def make_tiny_config(tiny_towers, tiny_table):
     config.train.batch_size, config.eval.batch_size = 4, 8
     config.train.epochs = 1.0
     return config
+
   return make
 
 
@@ -145,40 +182,58 @@ def _final_state(workdir):
   import orbax.checkpoint as ocp
 
   from molt_jax.training import checkpoint
+
   with ocp.CheckpointManager(folder.parent, item_names=checkpoint.ITEMS) as manager:
-    here = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))  # For one of other processes.
+    here = ocp.args.StandardRestore(
+      fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )  # For one of other processes.
     out = manager.restore(int(folder.name), args=ocp.args.Composite(model=here, optimizer=here))
-  arrays = {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path([out['model'], out['optimizer']])}
+  arrays = {
+    jax.tree_util.keystr(path): np.asarray(x).tobytes()
+    for path, x in jax.tree_util.tree_leaves_with_path([out['model'], out['optimizer']])
+  }
   position = json.loads((folder / 'data' / 'metadata').read_text())
   return arrays, position
 
 
 def _metric_lines(workdir):
   from molt_jax.runtime import logbook
-  return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in logbook.read(workdir)]
+
+  return [
+    {k: v for k, v in line.items() if k != 'images_per_second'} for line in logbook.read(workdir)
+  ]
 
 
 def _assert_same_run(one, two):
   arrays_one, position_one = _final_state(one)
   arrays_two, position_two = _final_state(two)
   # Bare truths: with CI set, pytest would spend minutes on the difference of two files of bytes.
-  differing = sorted(name for name in arrays_one | arrays_two if arrays_one.get(name) != arrays_two.get(name))
+  differing = sorted(
+    name for name in arrays_one | arrays_two if arrays_one.get(name) != arrays_two.get(name)
+  )
   assert not differing, differing[:5]
   assert position_one == position_two
   same_metrics = _metric_lines(one) == _metric_lines(two)
   assert same_metrics
-  assert json.loads((one / 'evaluation.json').read_text())['results'] == json.loads((two / 'evaluation.json').read_text())['results']
+  assert (
+    json.loads((one / 'evaluation.json').read_text())['results']
+    == json.loads((two / 'evaluation.json').read_text())['results']
+  )
 
 
 @pytest.fixture(scope='session')
 def final_state():
-  """Function of a run's folder: every array of its latest checkpoint and its iterator position, as bytes."""
+  """Function of a run's folder: every array of its latest checkpoint and its iterator position, as
+  bytes.
+  """
   return _final_state
 
 
 @pytest.fixture(scope='session')
 def same_run():
-  """Function of two runs' folders: asserts equal parameters, moments, metrics, data position and results, bit for bit."""
+  """Function of two runs' folders: asserts equal parameters, moments, metrics, data position and
+  results, bit for bit.
+  """
   return _assert_same_run
 
 
@@ -186,15 +241,19 @@ def same_run():
 def make_fixture():
   """The tool that writes miniatures of the published data sets."""
   import sys
+
   sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tools'))
   import make_fixture
+
   sys.path.remove(str(pathlib.Path(__file__).parents[1] / 'tools'))
   return make_fixture
 
 
 @pytest.fixture(scope='session')
 def miniature(make_fixture, tmp_path_factory):
-  """Function (data set, layout=None) -> a folder with its miniature, each written once; tests that change one copy it first."""
+  """Function (data set, layout=None) -> a folder with its miniature, each written once; tests that
+  change one copy it first.
+  """
   folders = {}
 
   def get(dataset, layout=None):
@@ -202,13 +261,17 @@ def miniature(make_fixture, tmp_path_factory):
       folders[dataset, layout] = tmp_path_factory.mktemp(dataset) / 'source'
       make_fixture.make(dataset, folders[dataset, layout], layout=layout)
     return folders[dataset, layout]
+
   return get
 
 
 @pytest.fixture(scope='session')
 def fuzz():
-  """Function (generator, count=, seed=) of `tools/fuzz.py`: runs trials, asserts that none failed, returns the outcomes."""
+  """Function (generator, count=, seed=) of `tools/fuzz.py`: runs trials, asserts that none failed,
+  returns the outcomes.
+  """
   import sys
+
   sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tools'))
   import fuzz as tool
 
@@ -216,4 +279,5 @@ def fuzz():
     result = tool.fuzz(name, count=count, seed=seed)
     assert result['num_failures'] == 0, result['failures'][:3]
     return result
+
   return run

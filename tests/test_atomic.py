@@ -36,28 +36,34 @@ class _FullFile:
 
 def _no_content(monkeypatch):
   import builtins
+
   opened = builtins.open
 
   def open_full(path, mode='r', *args, **kwargs):
     file = opened(path, mode, *args, **kwargs)
     return _FullFile(file) if mode == 'xb' else file
+
   monkeypatch.setattr(builtins, 'open', open_full)
 
 
 STEPS = {
-    'opening': lambda patch: patch.setattr('builtins.open', _fails),
-    'writing': _no_content,
-    'synchronising': lambda patch: patch.setattr(os, 'fsync', _fails),
-    'renaming': lambda patch: patch.setattr(os, 'replace', _fails),
+  'opening': lambda patch: patch.setattr('builtins.open', _fails),
+  'writing': _no_content,
+  'synchronising': lambda patch: patch.setattr(os, 'fsync', _fails),
+  'renaming': lambda patch: patch.setattr(os, 'replace', _fails),
 }
 
 
 @pytest.mark.parametrize('step', STEPS)
-@pytest.mark.parametrize('write', [
+@pytest.mark.parametrize(
+  'write',
+  [
     lambda folder: atomic.write(folder / 'file', 'new'),
     lambda folder: atomic.write(folder / 'file', b'new', tried='the thing cannot be kept'),
     lambda folder: atomic.try_out(folder, tried='the thing cannot be kept'),
-], ids=['text', 'bytes', 'trial'])
+  ],
+  ids=['text', 'bytes', 'trial'],
+)
 def test_a_write_that_fails_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, step, write):
   (tmp_path / 'file').write_text('old')
   with monkeypatch.context() as patch:
@@ -78,8 +84,10 @@ def test_a_folder_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     (folder / 'part').write_text('old')
   with monkeypatch.context() as patch:
     STEPS[step](patch)
-    with pytest.raises(UserError, match='folder cannot be written'), \
-        atomic.folder(tmp_path / 'folder') as folder:
+    with (
+      pytest.raises(UserError, match='folder cannot be written'),
+      atomic.folder(tmp_path / 'folder') as folder,
+    ):
       (folder / 'part').write_text('new')
   assert [path.name for path in tmp_path.iterdir()] == ['folder']
   assert (tmp_path / 'folder' / 'part').read_text() == 'old'
@@ -102,11 +110,12 @@ def test_halves_of_surrogate_pairs_are_escaped(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
   code = (
-      'import os, pathlib, signal, sys\nfrom molt_jax import atomic\n'
-      'with atomic.writing(pathlib.Path(sys.argv[1]) / "file") as file:\n'
-      '  file.write(b"half")\n  os.kill(os.getpid(), signal.SIGKILL)\n')
+    'import os, pathlib, signal, sys\nfrom molt_jax.runtime import atomic\n'
+    'with atomic.writing(pathlib.Path(sys.argv[1]) / "file") as file:\n'
+    '  file.write(b"half")\n  os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
   subprocess.run([sys.executable, '-c', code, tmp_path], check=False)
-  left, = tmp_path.iterdir()
+  (left,) = tmp_path.iterdir()
   assert atomic.is_temporary(left.name)
   own = atomic._temporary(tmp_path)  # Of a process that lives: this one.
   other = tmp_path / '.tmp-00000000-1-abc'  # Of another machine,
@@ -119,10 +128,12 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
   assert sorted(tmp_path.iterdir()) == sorted([own, other, foreign, tmp_path / 'file'])
 
 
-# ---- Errors in words --------------------------------------------------------------------------------
+# ---- Errors in words -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('error, words', [
+@pytest.mark.parametrize(
+  'error, words',
+  [
     (OSError(errno.ENOSPC, 'x', '/a/b'), 'No space left on device); make room there'),
     (OSError(errno.EDQUOT, 'x'), 'quota'),
     (OSError(errno.EROFS, 'x'), 'mounted read-only'),
@@ -140,7 +151,8 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (ValueError("Failed writing: x [os_error_code='28']"), 'make room there'),
     (ValueError('open: OS error 30'), 'mounted read-only'),
     (ValueError('embedded null byte'), 'there is a NUL in its name'),
-])
+  ],
+)
 def test_errors_of_the_system_become_one_line(error, words):
   with pytest.raises(UserError) as found, errors.explained('it cannot be done', 'then go on'):
     raise error

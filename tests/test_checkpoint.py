@@ -14,8 +14,13 @@ from molt_jax.errors import UserError
 from molt_jax.training import checkpoint, train_state
 
 META = {
-    'config': {'seed': 0}, 'backbones': {}, 'class_names': ['a', 'b'], 'data': {}, 'score': 0.5,
-    'step': 3}
+  'config': {'seed': 0},
+  'backbones': {},
+  'class_names': ['a', 'b'],
+  'data': {},
+  'score': 0.5,
+  'step': 3,
+}
 
 
 class Iterator:
@@ -36,12 +41,17 @@ def make_state(step=3, sharding=None, seed=0):
   rng = np.random.default_rng(seed)
   kernel = rng.normal(size=(32, 16)).astype(np.float32)  # Too large to be kept within an index.
   params = {
-      'dense': {'kernel': kernel, 'bias': np.zeros(16, np.float32)},
-      'half': jnp.asarray(rng.normal(size=(4,)), jnp.bfloat16)}
+    'dense': {'kernel': kernel, 'bias': np.zeros(16, np.float32)},
+    'half': jnp.asarray(rng.normal(size=(4,)), jnp.bfloat16),
+  }
   state = train_state.TrainState(
-      step=np.int32(step), params=params, statistics={'count': np.int32(7)},
-      opt_state=optax.adam(1e-3).init(params), cca={'moments': rng.normal(size=(2, 8, 8))},
-      seed=np.uint32(0))
+    step=np.int32(step),
+    params=params,
+    statistics={'count': np.int32(7)},
+    opt_state=optax.adam(1e-3).init(params),
+    cca={'moments': rng.normal(size=(2, 8, 8))},
+    seed=np.uint32(0),
+  )
   return jax.device_put(jax.tree.map(jnp.asarray, state), sharding or jax.devices()[0])
 
 
@@ -98,8 +108,9 @@ def mesh_of(shape):
 
 
 SHARDINGS = {
-    'rows': lambda x: jax.P('data') if x.ndim and x.shape[0] % 4 == 0 else jax.P(),
-    'replicated': lambda x: jax.P()}
+  'rows': lambda x: jax.P('data') if x.ndim and x.shape[0] % 4 == 0 else jax.P(),
+  'replicated': lambda x: jax.P(),
+}
 
 
 @pytest.mark.parametrize('before', SHARDINGS)
@@ -107,14 +118,19 @@ SHARDINGS = {
 def test_a_state_comes_back_in_any_sharding_and_has_the_same_checksums(tmp_path, before, after):
   mesh = mesh_of((4, 1))
   one = make_state()
-  placed = {name: jax.tree.map(lambda x, spec=spec: jax.device_put(
-      x, jax.NamedSharding(mesh, spec(x))), one) for name, spec in SHARDINGS.items()}
+  placed = {
+    name: jax.tree.map(
+      lambda x, spec=spec: jax.device_put(x, jax.NamedSharding(mesh, spec(x))), one
+    )
+    for name, spec in SHARDINGS.items()
+  }
   assert checkpoint.checksums(placed[before]) == checkpoint.checksums(one)
   save(tmp_path, placed[before])
   restored, position = restore(tmp_path, placed[after])
   assert leaves(restored) == leaves(one) and position == {'next_index': 5}
   assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
-      lambda x: x.sharding, placed[after])
+    lambda x: x.sharding, placed[after]
+  )
 
 
 def test_checksums_tell_values_types_and_shapes_apart():
@@ -123,7 +139,8 @@ def test_checksums_tell_values_types_and_shapes_apart():
   sums = [checkpoint.checksums({'x': y})['x'] for y in (x, *other)]
   assert len(set(sums)) == len(sums)
   assert checkpoint.checksums({'x': x.reshape(2, 3)}) == checkpoint.checksums(
-      {'x': np.asfortranarray(x.reshape(2, 3))})
+    {'x': np.asfortranarray(x.reshape(2, 3))}
+  )
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(saved, tmp_path):
@@ -166,20 +183,20 @@ def _edit_meta(workdir, **changes):
 
 
 DAMAGES = {
-    'no data': lambda d: shutil.rmtree(latest(d) / 'model' / 'ocdbt.process_0'),
-    'one data file lost': lambda d: _data_file(d).unlink(),
-    'one data file cut': lambda d: _data_file(d).write_bytes(_data_file(d).read_bytes()[:99]),
-    'one data file empty': lambda d: _data_file(d).write_bytes(b''),
-    'no manifest': lambda d: (latest(d) / 'model' / 'manifest.ocdbt').unlink(),
-    'no model': lambda d: shutil.rmtree(latest(d) / 'model'),
-    'structure no JSON': lambda d: (latest(d) / 'model' / '_METADATA').write_text('{'),
-    'no meta': lambda d: shutil.rmtree(latest(d) / 'meta'),
-    'meta cut': lambda d: (latest(d) / 'meta' / 'metadata').write_text('{"config": {'),
-    'meta no object': lambda d: (latest(d) / 'meta' / 'metadata').write_text('[1]'),
-    'other classes': lambda d: _edit_meta(d, class_names=['a', 'c']),
-    'other sums': lambda d: _edit_meta(d, checksums={}),
-    'empty': lambda d: [shutil.rmtree(path) for path in latest(d).iterdir() if path.is_dir()],
-    'another step': lambda d: latest(d).rename(latest(d).with_name('4')),
+  'no data': lambda d: shutil.rmtree(latest(d) / 'model' / 'ocdbt.process_0'),
+  'one data file lost': lambda d: _data_file(d).unlink(),
+  'one data file cut': lambda d: _data_file(d).write_bytes(_data_file(d).read_bytes()[:99]),
+  'one data file empty': lambda d: _data_file(d).write_bytes(b''),
+  'no manifest': lambda d: (latest(d) / 'model' / 'manifest.ocdbt').unlink(),
+  'no model': lambda d: shutil.rmtree(latest(d) / 'model'),
+  'structure no JSON': lambda d: (latest(d) / 'model' / '_METADATA').write_text('{'),
+  'no meta': lambda d: shutil.rmtree(latest(d) / 'meta'),
+  'meta cut': lambda d: (latest(d) / 'meta' / 'metadata').write_text('{"config": {'),
+  'meta no object': lambda d: (latest(d) / 'meta' / 'metadata').write_text('[1]'),
+  'other classes': lambda d: _edit_meta(d, class_names=['a', 'c']),
+  'other sums': lambda d: _edit_meta(d, checksums={}),
+  'empty': lambda d: [shutil.rmtree(path) for path in latest(d).iterdir() if path.is_dir()],
+  'another step': lambda d: latest(d).rename(latest(d).with_name('4')),
 }
 
 
@@ -194,9 +211,10 @@ def test_damage_is_one_line(copy, damage, entry):
 
 
 DAMAGES_OF_TRAINING = {
-    'position': lambda d: (latest(d) / 'data' / 'metadata').write_text('{"next_index": 6}'),
-    'no position': lambda d: shutil.rmtree(latest(d) / 'data'),
-    'no optimizer': lambda d: shutil.rmtree(latest(d) / 'optimizer')}
+  'position': lambda d: (latest(d) / 'data' / 'metadata').write_text('{"next_index": 6}'),
+  'no position': lambda d: shutil.rmtree(latest(d) / 'data'),
+  'no optimizer': lambda d: shutil.rmtree(latest(d) / 'optimizer'),
+}
 
 
 @pytest.mark.parametrize('damage', DAMAGES_OF_TRAINING)
@@ -241,9 +259,9 @@ def test_what_training_replaces_meanwhile_is_not_called_damaged(copy):
 
 
 PLACES = {
-    'params': lambda s, bad: s.replace(
-        params={**s.params, 'half': s.params['half'].at[1].set(bad)}),
-    'cca': lambda s, bad: s.replace(cca={'moments': s.cca['moments'].at[0, 0, 0].set(bad)})}
+  'params': lambda s, bad: s.replace(params={**s.params, 'half': s.params['half'].at[1].set(bad)}),
+  'cca': lambda s, bad: s.replace(cca={'moments': s.cca['moments'].at[0, 0, 0].set(bad)}),
+}
 
 
 @pytest.mark.parametrize('place', PLACES)
@@ -259,13 +277,20 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, place, bad):
 @pytest.fixture
 def old(tmp_path, monkeypatch):
   """Function of a state: a folder as a version without checksums left it."""
+
   def make(state):
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint, 'seal', lambda meta: {
-          key: value for key, value in meta.items() if key not in ('checksums', 'data')})
+      patch.setattr(
+        checkpoint,
+        'seal',
+        lambda meta: {
+          key: value for key, value in meta.items() if key not in ('checksums', 'data')
+        },
+      )
       patch.setattr(checkpoint.Checkpoints, 'check_finite', lambda self, state: None)
       save(tmp_path, state)
     return tmp_path
+
   return make
 
 
@@ -297,4 +322,5 @@ def test_a_model_is_restored_without_knowing_it(saved):
   _, restore_model = checkpoint.load_model(saved, 'latest')
   state = make_state()
   assert leaves(restore_model(None)) == leaves(
-      {'params': state.params, 'statistics': state.statistics})
+    {'params': state.params, 'statistics': state.statistics}
+  )

@@ -14,10 +14,15 @@ PRESET = str(ROOT / 'configs' / 'quickstart.py')
 
 @pytest.mark.parametrize('preset', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
 def test_every_preset_is_valid(preset):
-  config_lib.load_config(str(preset), schema=config_lib.PRETRAIN_SCHEMA if preset.stem.startswith('pretrain') else config_lib.SCHEMA)
+  config_lib.load_config(
+    str(preset),
+    schema=config_lib.PRETRAIN_SCHEMA if preset.stem.startswith('pretrain') else config_lib.SCHEMA,
+  )
 
 
-@pytest.mark.parametrize('overrides, words', [
+@pytest.mark.parametrize(
+  'overrides, words',
+  [
     ({'molt.widht': '64'}, ['config.molt.widht', 'did you mean molt.width']),
     ({'batch_size': '64'}, ['config.batch_size', 'train.batch_size']),
     ({'molt.width': '6.5'}, ['config.molt.width', '6.5', 'int']),
@@ -29,7 +34,8 @@ def test_every_preset_is_valid(preset):
     ({'missing.strategy': 'guess'}, ["'guess'", 'robust', 'null', 'zero']),
     ({'molt.num_heads': '3'}, ['config.molt.num_heads', '3', 'config.molt.width']),
     ({'dataset.name': 'table'}, ['config.dataset.path']),
-])
+  ],
+)
 def test_a_wrong_override_is_one_line_that_says_what_is_legal(overrides, words):
   with pytest.raises(UserError) as error:
     config_lib.load_config(PRESET, overrides)
@@ -40,16 +46,37 @@ def test_a_wrong_override_is_one_line_that_says_what_is_legal(overrides, words):
 
 
 def test_overrides_take_the_type_of_the_field():
-  config = config_lib.load_config(PRESET, {'train.epochs': '2', 'molt.cross_attention': 'false', 'molt.width': '32', 'image.resize': 'letterbox'})
-  assert (config.train.epochs, config.molt.cross_attention, config.molt.width, config.image.resize) == (2.0, False, 32, 'letterbox')
+  config = config_lib.load_config(
+    PRESET,
+    {
+      'train.epochs': '2',
+      'molt.cross_attention': 'false',
+      'molt.width': '32',
+      'image.resize': 'letterbox',
+    },
+  )
+  assert (
+    config.train.epochs,
+    config.molt.cross_attention,
+    config.molt.width,
+    config.image.resize,
+  ) == (2.0, False, 32, 'letterbox')
   assert isinstance(config.train.epochs, float)
 
 
-@pytest.mark.parametrize('text, words', [
+@pytest.mark.parametrize(
+  'text, words',
+  [
     ('import nowhere_to_be_found', ['nowhere_to_be_found']),
     ('def get_config(): return 1 / 0', ['ZeroDivisionError']),
     ('x = 1', ['get_config']),
-    ('from molt_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.molt.widht = 3\n  return c', ['widht']),
+    (
+      (
+        'from molt_jax.config import default_config\ndef get_config():\n  c = default_config()\n  '
+        'c.molt.widht = 3\n  return c'
+      ),
+      ['widht'],
+    ),
     ('def get_config() return', ['SyntaxError']),
     ('import sys; sys.exit(0)', ['SystemExit']),
     ('x = "\0"', ['null bytes']),
@@ -59,7 +86,8 @@ def test_overrides_take_the_type_of_the_field():
     ('def get_config(): return {}', ['returns a dict']),
     ('def get_config(): return 3', ['returns an int']),
     ('x = "caf\udce9"', ['SyntaxError', 'utf-8']),
-])
+  ],
+)
 def test_a_broken_preset_is_one_line(tmp_path, text, words):
   path = tmp_path / 'preset.py'
   path.write_text(text, errors='surrogateescape')
@@ -70,9 +98,14 @@ def test_a_broken_preset_is_one_line(tmp_path, text, words):
     assert word in str(error.value)
 
 
-@pytest.mark.parametrize('name, content, words', [
-    ('preset.json', '{}', 'is no Python file'), ('preset', '', 'is no Python file'),
-    ('folder.py', None, 'no file')])
+@pytest.mark.parametrize(
+  'name, content, words',
+  [
+    ('preset.json', '{}', 'is no Python file'),
+    ('preset', '', 'is no Python file'),
+    ('folder.py', None, 'no file'),
+  ],
+)
 def test_what_is_no_preset_is_refused_in_one_line(tmp_path, name, content, words):
   path = tmp_path / name
   path.mkdir() if content is None else path.write_text(content)
@@ -82,8 +115,9 @@ def test_what_is_no_preset_is_refused_in_one_line(tmp_path, name, content, words
 
 
 @pytest.mark.parametrize('name', ['dataset.path', 'features.store', 'backbones.text.path'])
-@pytest.mark.parametrize('value, words', [
-    ('a\0b', 'NUL'), ('~nobody_of_that_name/x', 'home folder that is not known')])
+@pytest.mark.parametrize(
+  'value, words', [('a\0b', 'NUL'), ('~nobody_of_that_name/x', 'home folder that is not known')]
+)
 def test_what_no_path_can_be_is_refused_by_field(name, value, words):
   with pytest.raises(UserError, match=words) as error:
     config_lib.load_config(PRESET, {name: value})
@@ -111,7 +145,9 @@ def test_json_round_trip_and_differences():
 
 
 def _attributes_read():
-  """Names read as an attribute or by a literal key anywhere in the package but the schema itself."""
+  """Names read as an attribute or by a literal key anywhere in the package but the schema
+  itself.
+  """
   names = set()
   for path in (ROOT / 'molt_jax').rglob('*.py'):
     if path.name == 'config.py':
@@ -124,12 +160,23 @@ def _attributes_read():
   return names
 
 
-@pytest.mark.parametrize('schema', [config_lib.SCHEMA, config_lib.PRETRAIN_SCHEMA], ids=['train', 'pretrain'])
+@pytest.mark.parametrize(
+  'schema', [config_lib.SCHEMA, config_lib.PRETRAIN_SCHEMA], ids=['train', 'pretrain']
+)
 def test_every_field_is_read_by_some_module(schema):
   read = _attributes_read()
-  assert [name for name, _ in config_lib.fields(schema) if name.split('.')[-1] not in read and not name.startswith('objective.')] == []
+  assert [
+    name
+    for name, _ in config_lib.fields(schema)
+    if name.split('.')[-1] not in read and not name.startswith('objective.')
+  ] == []
 
 
 def test_the_objectives_are_those_that_can_be_computed():
   from molt_jax.objectives import contrastive
-  assert set(config_lib.PRETRAIN_SCHEMA['objective']) == set(contrastive.OBJECTIVES) == set(contrastive.NEEDS)
+
+  assert (
+    set(config_lib.PRETRAIN_SCHEMA['objective'])
+    == set(contrastive.OBJECTIVES)
+    == set(contrastive.NEEDS)
+  )

@@ -38,11 +38,18 @@ def trained(estimator, count):
   return state
 
 
-@pytest.mark.parametrize(('seen', 'past', 'names'), [
-    (0, 50, set()), (1, 50, GAP | FITTED), (2, 50, GAP | FITTED),
-    (3, 50, GAP | RANKS | FITTED | set(HELD_OUT)), (9, 0, GAP | RANKS),
+@pytest.mark.parametrize(
+  ('seen', 'past', 'names'),
+  [
+    (0, 50, set()),
+    (1, 50, GAP | FITTED),
+    (2, 50, GAP | FITTED),
+    (3, 50, GAP | RANKS | FITTED | set(HELD_OUT)),
+    (9, 0, GAP | RANKS),
     (9, DIRECTIONS, GAP | RANKS),
-    (9, 50, GAP | RANKS | FITTED | set(HELD_OUT))])
+    (9, 50, GAP | RANKS | FITTED | set(HELD_OUT)),
+  ],
+)
 def test_only_what_the_pairs_determine_is_there(seen, past, names):
   estimator = make_estimator('moving_average', num_directions=DIRECTIONS, window=1000)
   found = observed(seen).compute(estimator, trained(estimator, past), ridge=1e-3)

@@ -1,4 +1,6 @@
-"""Evaluation and prediction of a trained run: conditions, missing rate, files, leaks, agreement with each other, mistakes."""
+"""Evaluation and prediction of a trained run: conditions, missing rate, files, leaks, agreement
+with each other, mistakes.
+"""
 
 import csv
 import json
@@ -53,7 +55,12 @@ def test_evaluating_again_gives_the_numbers_of_the_training_run(run):
 
 def test_missing_rate_zero_is_none_absent_and_one_of_text_is_text_absent(run):
   for rate, kind, same in ((0, 'both', 'none_absent'), (1, 'image', 'image_absent')):
-    assert evaluate.main([f'--workdir={run}', '--absent=', f'--missing_rate={rate}', f'--missing_type={kind}']) == 0
+    assert (
+      evaluate.main(
+        [f'--workdir={run}', '--absent=', f'--missing_rate={rate}', f'--missing_type={kind}']
+      )
+      == 0
+    )
     got = results(run)[f'missing_{kind}_{rate}']
     if rate == 0:
       assert got == pytest.approx(results(run)[same], rel=1e-5)
@@ -62,11 +69,17 @@ def test_missing_rate_zero_is_none_absent_and_one_of_text_is_text_absent(run):
 
 
 def test_recorded_predictions_give_the_scores_of_every_condition(run):
-  assert evaluate.main([f'--workdir={run}', '--missing_rate=0.3,1', '--missing_type=text,both']) == 0
+  assert (
+    evaluate.main([f'--workdir={run}', '--missing_rate=0.3,1', '--missing_type=text,both']) == 0
+  )
   recorded, wanted = records.Predictions.load(run / records.PREDICTIONS), results(run)
   for name, result in wanted.items():
     kind, _, rate = name.removeprefix('missing_').partition('_')
-    got = recorded.scores(name) if name in recorded.conditions else recorded.missing_rate(float(rate), kind)
+    got = (
+      recorded.scores(name)
+      if name in recorded.conditions
+      else recorded.missing_rate(float(rate), kind)
+    )
     assert got == pytest.approx({key: result[key] for key in got}), name
   assert list(recorded.conditions) == list(records.CONDITIONS) and len(wanted) > 6
 
@@ -74,7 +87,11 @@ def test_recorded_predictions_give_the_scores_of_every_condition(run):
 def test_a_run_leaves_a_report_s_material(run):
   pairs = records.Pairs.load(run / records.PAIRS)
   assert pairs.plane_lnmp.shape[::2] == (2, 2) and pairs.held_out_lk.shape == (2, 16)
-  assert np.all(pairs.fitted_lk <= 1) and np.all(np.abs(pairs.held_out_lk) <= 1 + 1e-5) and np.nanmin(pairs.batch_lk) > 0.9  # 4 pairs.
+  assert (
+    np.all(pairs.fitted_lk <= 1)
+    and np.all(np.abs(pairs.held_out_lk) <= 1 + 1e-5)
+    and np.nanmin(pairs.batch_lk) > 0.9
+  )  # 4 pairs.
   assert not np.all(pairs.layer_weights_l == 1)
   page = report.write([run]).read_text()
   assert 'Not recorded' not in page and 'Nothing to show' not in page
@@ -85,9 +102,15 @@ def test_predict_agrees_with_evaluate_row_by_row(run):
   source = datasets.load_dataset(predictor.config).splits['test']
   table = pathlib.Path(predictor.config.dataset.path)
   rows = [source[i] for i in range(len(source))]
-  names = [table / f'images/test_{i}.png' if row['image'] is not None else None for i, row in enumerate(rows)]
+  names = [
+    table / f'images/test_{i}.png' if row['image'] is not None else None
+    for i, row in enumerate(rows)
+  ]
   answers = predictor.predict(image=names, text=[row['text'] for row in rows], top_k=1)
-  right = [answer['labels'][0]['label'] == predictor.class_names[row['label']] for answer, row in zip(answers, rows, strict=True)]
+  right = [
+    answer['labels'][0]['label'] == predictor.class_names[row['label']]
+    for answer, row in zip(answers, rows, strict=True)
+  ]
   assert np.mean(right) == pytest.approx(results(run)['none_absent']['accuracy'])
 
 
@@ -95,9 +118,15 @@ def test_one_image_however_it_is_given(run, tmp_path):
   predictor = molt_jax.load(run)
   picture = Image.new('RGB', (40, 40), (200, 30, 30))
   picture.save(tmp_path / 'red.png')
-  answers = [predictor.predict(image=given) for given in (tmp_path / 'red.png', str(tmp_path / 'red.png'), picture, np.asarray(picture))]
+  answers = [
+    predictor.predict(image=given)
+    for given in (tmp_path / 'red.png', str(tmp_path / 'red.png'), picture, np.asarray(picture))
+  ]
   assert all(answer == answers[0] for answer in answers)
-  assert answers[0]['labels'][0]['label'] == 'red' and (answers[0]['image'], answers[0]['text']) == (True, False)
+  assert answers[0]['labels'][0]['label'] == 'red' and (
+    answers[0]['image'],
+    answers[0]['text'],
+  ) == (True, False)
   assert sum(label['probability'] for label in answers[0]['labels']) == pytest.approx(1, abs=1e-4)
   assert predictor.predict(text='a green square, number 3')['labels'][0]['label'] == 'green'
 
@@ -107,13 +136,19 @@ def test_a_row_does_not_depend_on_its_neighbours(run):
   alone = predictor.predict(text='a blue square, number 1', top_k=3)
   among = predictor.predict(text=['a red square', 'a blue square, number 1', 'x'], top_k=3)[1]
   for one, two in zip(alone['labels'], among['labels'], strict=True):
-    assert one['label'] == two['label'] and one['probability'] == pytest.approx(two['probability'], abs=2e-6)
+    assert one['label'] == two['label'] and one['probability'] == pytest.approx(
+      two['probability'], abs=2e-6
+    )
 
 
 def test_an_absent_tower_is_neither_loaded_nor_run(run, monkeypatch):
   loaded = []
   load = model_lib.weights.load_tower
-  monkeypatch.setattr(model_lib.weights, 'load_tower', lambda path, *, kind, **k: (loaded.append(kind), load(path, kind=kind, **k))[1])
+  monkeypatch.setattr(
+    model_lib.weights,
+    'load_tower',
+    lambda path, *, kind, **k: (loaded.append(kind), load(path, kind=kind, **k))[1],
+  )
   assert evaluate.main([f'--workdir={run}', '--absent=text']) == 0
   assert loaded == ['image']
   predictor = molt_jax.load(run)
@@ -123,8 +158,10 @@ def test_an_absent_tower_is_neither_loaded_nor_run(run, monkeypatch):
 
 def test_an_absent_image_is_not_even_decoded(run, monkeypatch):
   from molt_jax.data import transforms
+
   def explode(*args, **kwargs):
     raise AssertionError('decoded')
+
   monkeypatch.setattr(transforms, 'decode', explode)
   assert evaluate.main([f'--workdir={run}', '--absent=image']) == 0
 
@@ -135,7 +172,9 @@ def test_the_predict_command_prints_one_json_object(run, capsys):
   assert len(answer['labels']) == 2 and answer['text'] and not answer['image']
 
 
-@pytest.mark.parametrize('command, arguments, words', [
+@pytest.mark.parametrize(
+  'command, arguments, words',
+  [
     (predict.main, [], ['--image and --text', 'at least one']),
     (predict.main, ['--image=/nowhere.png'], ['/nowhere.png']),
     (predict.main, ['--image=NOT_AN_IMAGE'], ['not_an_image.txt']),
@@ -146,7 +185,8 @@ def test_the_predict_command_prints_one_json_object(run, capsys):
     (evaluate.main, ['--absent='], ['--absent']),
     (evaluate.main, ['--missing_rate=70'], ["'70'", '0 to 1']),
     (evaluate.main, ['--missing_rate=0.5', '--missing_type=all'], ["'all'", 'both']),
-])
+  ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, capsys, command, arguments, words):
   (tmp_path / 'not_an_image.txt').write_text('hello')
   arguments = [a.replace('NOT_AN_IMAGE', str(tmp_path / 'not_an_image.txt')) for a in arguments]
@@ -212,13 +252,16 @@ def test_a_condition_without_examples_has_no_score_anywhere(textless, capsys):
     both = [line[name]['accuracy'] for name in ('none_absent', 'text_absent')]
     assert line['score'] == pytest.approx(np.mean(both))
   lines = [line for line in said if 'validation score' in line]
-  assert len(lines) == 2 and all(line.endswith(
-      '(accuracy, mean over none absent, text absent; no example to score with image absent)')
-      for line in lines)
+  assert len(lines) == 2 and all(
+    line.endswith(
+      '(accuracy, mean over none absent, text absent; no example to score with image absent)'
+    )
+    for line in lines
+  )
   page = report.write([folder]).read_text()
   assert page.count('no example') >= 3 and not re.search(r'>[^<]*\b(nan|None)\b', page)
   assert evaluate.main([f'--workdir={folder}', '--absent=image']) == 0
-  row, = [line for line in capsys.readouterr().out.splitlines() if 'image absent' in line]
+  (row,) = [line for line in capsys.readouterr().out.splitlines() if 'image absent' in line]
   assert re.sub(r'[^\w.-]+', ' ', row).split() == ['image', 'absent', '0']
   assert results(folder) == scored
   p = records.Predictions.load(folder / records.PREDICTIONS)
@@ -238,28 +281,44 @@ def test_rows_without_a_label_are_neither_right_nor_wrong(textless, tmp_path):
     assert p.scores(name) == pytest.approx({key: result[key] for key in p.scores(name)})
 
 
-@pytest.mark.parametrize(('found', 'multi_label', 'mean', 'said'), [
+@pytest.mark.parametrize(
+  ('found', 'multi_label', 'mean', 'said'),
+  [
     ({'a_b': {'accuracy': 0.5}, 'c': {'accuracy': 1.0}}, False, 0.75, 'accuracy, mean over a b, c'),
-    ({'a': {'accuracy': 0.5}, 'c': NO_EXAMPLE}, False, 0.5,
-     'accuracy, mean over a; no example to score with c'),
-    ({'a': {'accuracy': 0.1, 'f1_micro': 0.5}, 'c': {'accuracy': 1.0}}, True, 0.5,
-     'f1 micro, mean over a; no example to score with c'),
-    ({'a': NO_EXAMPLE, 'c': NO_EXAMPLE}, False, None, 'no example to score with a, c')])
+    (
+      {'a': {'accuracy': 0.5}, 'c': NO_EXAMPLE},
+      False,
+      0.5,
+      'accuracy, mean over a; no example to score with c',
+    ),
+    (
+      {'a': {'accuracy': 0.1, 'f1_micro': 0.5}, 'c': {'accuracy': 1.0}},
+      True,
+      0.5,
+      'f1 micro, mean over a; no example to score with c',
+    ),
+    ({'a': NO_EXAMPLE, 'c': NO_EXAMPLE}, False, None, 'no example to score with a, c'),
+  ],
+)
 def test_the_validation_score_is_the_mean_of_what_has_one(found, multi_label, mean, said):
   assert evaluate.score(found, multi_label=multi_label) == mean
   assert evaluate.describe_score(found, multi_label=multi_label) == said
 
 
-@pytest.mark.parametrize(('scores', 'kept', 'best'), [
-    ([None, None], [], -1.0), ([None, 0.0, None, 0.5, 0.4], [2, 4], 0.5)])
+@pytest.mark.parametrize(
+  ('scores', 'kept', 'best'), [([None, None], [], -1.0), ([None, 0.0, None, 0.5, 0.4], [2, 4], 0.5)]
+)
 def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, capsys):
   saved, logged = [], []
   run = types.SimpleNamespace(
-      best=-1.0, meta={}, plan=types.SimpleNamespace(
-          total=9, validate_at=lambda step: True, save_at=lambda step: False),
-      refresh=lambda state: state,
-      checkpoints=types.SimpleNamespace(
-          check_finite=lambda state: None, save=lambda *a, kind: saved.append(kind)))
+    best=-1.0,
+    meta={},
+    plan=types.SimpleNamespace(total=9, validate_at=lambda step: True, save_at=lambda step: False),
+    refresh=lambda state: state,
+    checkpoints=types.SimpleNamespace(
+      check_finite=lambda state: None, save=lambda *a, kind: saved.append(kind)
+    ),
+  )
   log = types.SimpleNamespace(write=lambda kind, step, record: logged.append(record))
   found = []
   for step, value in enumerate(scores, start=1):
@@ -274,21 +333,27 @@ def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, caps
 
 def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monkeypatch, capsys):
   restore, before = runs.restore_variables, (run / 'evaluation.json').read_text()
-  monkeypatch.setattr(runs, 'restore_variables', lambda *a: jax.tree.map(
-      lambda x: x * np.nan, restore(*a)))
+  monkeypatch.setattr(
+    runs, 'restore_variables', lambda *a: jax.tree.map(lambda x: x * np.nan, restore(*a))
+  )
   assert evaluate.main([f'--workdir={run}']) == 2
   error = capsys.readouterr().err.splitlines()[-1]
   assert error.startswith('error: none absent: ') and 'not finite' in error and 'damaged' in error
   assert (run / 'evaluation.json').read_text() == before
 
 
-@pytest.mark.parametrize('content', [
-    '', '{"results": 1}', '[]', '{"results": {"none_absent": NaN}}'])
+@pytest.mark.parametrize(
+  'content', ['', '{"results": 1}', '[]', '{"results": {"none_absent": NaN}}']
+)
 def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   (tmp_path / 'evaluation.json').write_text(content)
   found = {'a': {'loss': 1.0}}
   record = evaluate.write(
-      tmp_path, split='test', results=found, meta=runs.open_run(run).meta,
-      data={'digest': 'x', 'examples': 1})
+    tmp_path,
+    split='test',
+    results=found,
+    meta=runs.open_run(run).meta,
+    data={'digest': 'x', 'examples': 1},
+  )
   text = (tmp_path / 'evaluation.json').read_text()
   assert record['results'] == json.loads(text)['results'] == found and 'NaN' not in text

@@ -29,28 +29,29 @@ def content(raw):
 
 
 DAMAGES = {
-    'nothing there': (lambda path: None, 'cannot be read .No such file'),
-    'a pipe': (pipe, 'a named pipe, not a file'),
-    'a folder': (lambda path: path.mkdir(), 'a folder, not a file'),
-    'a device': (link('/dev/zero'), 'a device, not a file'),
-    'a link into nothing': (link('nowhere'), 'cannot be read'),
-    'a link to itself': (link('x.json'), 'cannot be read .Too many levels'),
-    'empty': (content(b''), 'is empty'),
-    'a Git LFS pointer': (
-        content(b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n'),
-        'Git LFS pointer.*git lfs pull'),
-    'a terabyte': (sparse, 'has 1099511627776 bytes, more than'),
-    'cut': (content(b'{"a": 1, "b"'), 'not valid JSON'),
-    'words': (content(b'hello'), 'not valid JSON'),
-    'no UTF-8': (content(b'{"a": "\xff"}'), r'not UTF-8 .byte 7'),
-    'UTF-16': (content('{"a": 1}'.encode('utf-16')), 'not UTF-8'),
-    'a byte order mark': (content(b'\xef\xbb\xbf{}'), 'not valid JSON: Unexpected UTF-8 BOM'),
-    'deep': (content(b'[' * 200_000), 'nested too deeply'),
-    'deep objects': (content(b'{"a":' * 200_000), 'nested too deeply'),
-    'a key twice': (content(b'{"a": 1, "b": {"c": 1, "c": 2}}'), "the key 'c' is there twice"),
-    'a list': (content(b'[1, 2]'), r'holds \[1, 2\], expected an object'),
-    'a number': (content(b'7'), 'holds 7, expected an object'),
-    'endless digits': (content(b'{"a": ' + b'1' * 100_000 + b'}'), 'not valid JSON'),
+  'nothing there': (lambda path: None, 'cannot be read .No such file'),
+  'a pipe': (pipe, 'a named pipe, not a file'),
+  'a folder': (lambda path: path.mkdir(), 'a folder, not a file'),
+  'a device': (link('/dev/zero'), 'a device, not a file'),
+  'a link into nothing': (link('nowhere'), 'cannot be read'),
+  'a link to itself': (link('x.json'), 'cannot be read .Too many levels'),
+  'empty': (content(b''), 'is empty'),
+  'a Git LFS pointer': (
+    content(b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n'),
+    'Git LFS pointer.*git lfs pull',
+  ),
+  'a terabyte': (sparse, 'has 1099511627776 bytes, more than'),
+  'cut': (content(b'{"a": 1, "b"'), 'not valid JSON'),
+  'words': (content(b'hello'), 'not valid JSON'),
+  'no UTF-8': (content(b'{"a": "\xff"}'), r'not UTF-8 .byte 7'),
+  'UTF-16': (content('{"a": 1}'.encode('utf-16')), 'not UTF-8'),
+  'a byte order mark': (content(b'\xef\xbb\xbf{}'), 'not valid JSON: Unexpected UTF-8 BOM'),
+  'deep': (content(b'[' * 200_000), 'nested too deeply'),
+  'deep objects': (content(b'{"a":' * 200_000), 'nested too deeply'),
+  'a key twice': (content(b'{"a": 1, "b": {"c": 1, "c": 2}}'), "the key 'c' is there twice"),
+  'a list': (content(b'[1, 2]'), r'holds \[1, 2\], expected an object'),
+  'a number': (content(b'7'), 'holds 7, expected an object'),
+  'endless digits': (content(b'{"a": ' + b'1' * 100_000 + b'}'), 'not valid JSON'),
 }
 
 
@@ -72,9 +73,10 @@ def test_paths_that_no_file_can_have_are_one_line(tmp_path, name):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12)
+  st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+  max_leaves=12,
+)
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=5), st.booleans())

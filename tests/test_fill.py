@@ -1,4 +1,6 @@
-"""Training and evaluation from the feature store: as live, without towers; filling: once, resumable, several at once, damage noticed."""
+"""Training and evaluation from the feature store: as live, without towers; filling: once,
+resumable, several at once, damage noticed.
+"""
 
 import json
 import multiprocessing
@@ -57,32 +59,49 @@ def six_steps(make_tiny_config, full_store):
 
 
 def _open(config, split=None):
-  """Fills the store of `config` with all splits; returns (frozen, stored, model, data, preprocess)."""
+  """Fills the store of `config` with all splits; returns (frozen, stored, model, data,
+  preprocess).
+  """
   towers, data = model_lib.describe_towers(config), datasets.load_dataset(config)
   model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   wanted = {name: (source, source.present) for name, source in data.splits.items()}
-  frozen, stored = extract.open_taps(config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=sharding.make_mesh(config))
+  frozen, stored = extract.open_taps(
+    config,
+    wanted,
+    model=model,
+    towers=towers,
+    preprocess=preprocess,
+    mesh=sharding.make_mesh(config),
+  )
   return frozen, stored, model, data, preprocess
 
 
 @pytest.fixture
 def no_tower(monkeypatch):
   """Loading a tower is an error."""
+
   def explode(*args, **kwargs):
     raise AssertionError('a tower was loaded')
+
   monkeypatch.setattr(model_lib.weights, 'load_tower', explode)
 
 
 def _losses(workdir):
-  return np.array([[line['loss'], line['loss_ce'], line['grad_norm']] for line in logbook.read(workdir) if line['kind'] == 'train'])
+  return np.array(
+    [
+      [line['loss'], line['loss_ce'], line['grad_norm']]
+      for line in logbook.read(workdir)
+      if line['kind'] == 'train'
+    ]
+  )
 
 
 def _results(workdir):
   return json.loads((workdir / 'evaluation.json').read_text())['results']
 
 
-# ---- As live --------------------------------------------------------------------------------------------------------------------------
+# ---- As live -------------------------------------------------------------------------------------
 
 
 def test_a_run_from_the_store_is_the_live_run(live_run, store_run):
@@ -92,13 +111,17 @@ def test_a_run_from_the_store_is_the_live_run(live_run, store_run):
     assert _results(store_run)[name] == pytest.approx(result, rel=1e-5, abs=1e-6), name
 
 
-def test_sigterm_and_resume_from_a_full_store_bit_for_bit_and_no_tower_is_loaded(store_run, six_steps, no_tower, tmp_path, monkeypatch, same_run):
+def test_sigterm_and_resume_from_a_full_store_bit_for_bit_and_no_tower_is_loaded(
+  store_run, six_steps, no_tower, tmp_path, monkeypatch, same_run
+):
   put, steps = sharding.put_batch, []
+
   def put_and_stop(batch, mesh):
     steps.append(1)
     if len(steps) == 2:
       signal.raise_signal(signal.SIGTERM)
     return put(batch, mesh)
+
   with monkeypatch.context() as patch:
     patch.setattr(sharding, 'put_batch', put_and_stop)
     with pytest.raises(loop.Interrupted, match='step 2 of 6'):
@@ -112,34 +135,55 @@ def test_stored_taps_are_live_taps_on_every_valid_token(six_steps):
   _, stored, model, data, preprocess = _open(config)
   source = data.splits['train']
   live = next(iter(pipeline.eval_batches(source, preprocess, batch_size=48)))
-  ours = next(iter(pipeline.eval_batches(source, preprocess, batch_size=48, stored=stored['train'])))
+  ours = next(
+    iter(pipeline.eval_batches(source, preprocess, batch_size=48, stored=stored['train']))
+  )
   for name in ('present', 'token_mask', 'label', 'weight', 'index'):
     np.testing.assert_array_equal(live[name], ours[name])
   assert not {'image', 'tokens'} & set(ours)
   frozen = model_lib.load_frozen(config, sharding.make_mesh(config))
-  a = hidden_states.extract(model.image_tower, model.text_tower, frozen, live, num_taps=model.num_taps)
+  a = hidden_states.extract(
+    model.image_tower, model.text_tower, frozen, live, num_taps=model.num_taps
+  )
   b = model.taps({}, ours)
   has_image, mask = live['present'][:, 0], np.asarray(a.text_mask_bt)
   np.testing.assert_array_equal(mask, b.text_mask_bt)
-  np.testing.assert_allclose(np.asarray(a.image_lbid)[:, has_image], np.asarray(b.image_lbid)[:, has_image], rtol=0, atol=2e-5)
-  np.testing.assert_allclose(np.asarray(a.text_lbtd)[:, mask], np.asarray(b.text_lbtd)[:, mask], rtol=0, atol=2e-5)
-  assert not np.asarray(b.image_lbid)[:, ~has_image].any() and not np.asarray(b.text_lbtd)[:, ~mask].any()
+  np.testing.assert_allclose(
+    np.asarray(a.image_lbid)[:, has_image],
+    np.asarray(b.image_lbid)[:, has_image],
+    rtol=0,
+    atol=2e-5,
+  )
+  np.testing.assert_allclose(
+    np.asarray(a.text_lbtd)[:, mask], np.asarray(b.text_lbtd)[:, mask], rtol=0, atol=2e-5
+  )
+  assert (
+    not np.asarray(b.image_lbid)[:, ~has_image].any()
+    and not np.asarray(b.text_lbtd)[:, ~mask].any()
+  )
 
 
 def test_the_order_and_the_protocol_of_training_are_those_of_live_training(six_steps):
   _, stored, _, data, preprocess = _open(six_steps())
   source = data.splits['train']
   keep = np.tile([[True, True], [False, True], [True, False]], (16, 1))
+
   def batches(**how):
-    iterator = pipeline.train_iterator(source, preprocess, batch_size=7, seed=3, present=keep, **how)
+    iterator = pipeline.train_iterator(
+      source, preprocess, batch_size=7, seed=3, present=keep, **how
+    )
     return [next(iterator) for _ in range(9)]
+
   for live, ours in zip(batches(), batches(stored=stored['train']), strict=True):
     for name in ('present', 'token_mask', 'label', 'weight', 'index'):
       np.testing.assert_array_equal(live[name], ours[name])
-    assert not ours['image_taps'][~live['present'][:, 0]].any() and not ours['text_taps'][~live['present'][:, 1]].any()
+    assert (
+      not ours['image_taps'][~live['present'][:, 0]].any()
+      and not ours['text_taps'][~live['present'][:, 1]].any()
+    )
 
 
-@pytest.mark.parametrize('dtype, bound', [('bfloat16', 2 ** -8), ('int8', 0.5 / 127)])
+@pytest.mark.parametrize('dtype, bound', [('bfloat16', 2**-8), ('int8', 0.5 / 127)])
 def test_smaller_types_stay_near(six_steps, tmp_path, dtype, bound):
   exact = _open(six_steps())[1]
   small = _open(six_steps(tmp_path / 'store', dtype))[1]
@@ -152,10 +196,12 @@ def test_smaller_types_stay_near(six_steps, tmp_path, dtype, bound):
 
 def test_training_from_int8_stays_near(six_steps, live_run, tmp_path):
   train.train(six_steps(tmp_path / 'store', 'int8'), tmp_path / 'run')
-  np.testing.assert_allclose(_losses(tmp_path / 'run')[:, 0], _losses(live_run)[:, 0], rtol=0, atol=0.02)
+  np.testing.assert_allclose(
+    _losses(tmp_path / 'run')[:, 0], _losses(live_run)[:, 0], rtol=0, atol=0.02
+  )
 
 
-# ---- Filling --------------------------------------------------------------------------------------------------------------------------
+# ---- Filling -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -163,21 +209,30 @@ def counted(monkeypatch):
   """The keys of all inputs that were computed, and the towers that were loaded."""
   calls = {'rows': [], 'loaded': []}
   add, load = store_lib.FeatureStore.add, model_lib.load_frozen
+
   def add_and_count(self, key, x):
     calls['rows'].append(key)
     return add(self, key, x)
+
   def load_and_count(config, mesh, modalities=model_lib.MODALITIES):
     calls['loaded'] += modalities
     return load(config, mesh, modalities)
+
   monkeypatch.setattr(store_lib.FeatureStore, 'add', add_and_count)
   monkeypatch.setattr(model_lib, 'load_frozen', load_and_count)
   return calls
 
 
-def test_each_input_is_computed_once_and_what_is_absent_not_at_all(make_tiny_config, tiny_table, tmp_path, counted):
+def test_each_input_is_computed_once_and_what_is_absent_not_at_all(
+  make_tiny_config, tiny_table, tmp_path, counted
+):
   table = tmp_path / 'table'
   shutil.copytree(tiny_table, table)
-  for split in ('train', 'validation', 'test'):  # Every row shares one of two images, twelve rows one text.
+  for split in (
+    'train',
+    'validation',
+    'test',
+  ):  # Every row shares one of two images, twelve rows one text.
     lines = (table / f'{split}.csv').read_text().splitlines()
     rows = [line.split(',') for line in lines[1:]]
     rows = [[f'images/train_{i % 2}.png' if row[0] else '', *row[1:]] for i, row in enumerate(rows)]
@@ -195,7 +250,9 @@ def test_each_input_is_computed_once_and_what_is_absent_not_at_all(make_tiny_con
   assert len(counted['rows']) == 2 + len(texts) and counted['loaded'] == ['image', 'text']
 
 
-def test_more_layers_other_towers_and_other_preprocessing_share_nothing_texts_share_all(six_steps, full_store, tmp_path, counted):
+def test_more_layers_other_towers_and_other_preprocessing_share_nothing_texts_share_all(
+  six_steps, full_store, tmp_path, counted
+):
   shutil.copytree(full_store, tmp_path / 'store')
   config = six_steps(tmp_path / 'store')
   config.image.resize = 'letterbox'
@@ -222,29 +279,45 @@ def test_evaluation_fills_what_it_needs_and_no_more(store_run, tmp_path, counted
   config['features']['store'] = str(tmp_path / 'store')
   (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
   from molt_jax.data import transforms
+
   def explode(*args, **kwargs):
     raise AssertionError('decoded')
+
   monkeypatch.setattr(transforms, 'decode', explode)
   before = _results(tmp_path / 'run')
   assert evaluate.main([f'--workdir={tmp_path / "run"}', '--absent=image']) == 0
   assert counted['loaded'] == ['text']
-  assert _results(tmp_path / 'run')['image_absent'] == pytest.approx(before['image_absent'], rel=1e-5)
+  assert _results(tmp_path / 'run')['image_absent'] == pytest.approx(
+    before['image_absent'], rel=1e-5
+  )
 
 
-def test_unusable_images_are_reported_and_absent_as_in_live_training(make_tiny_config, tiny_table, tmp_path, counted, capsys):
+def test_unusable_images_are_reported_and_absent_as_in_live_training(
+  make_tiny_config, tiny_table, tmp_path, counted, capsys
+):
   table = tmp_path / 'table'
   shutil.copytree(tiny_table, table)
   (table / 'images' / 'train_2.png').write_bytes(b'no picture')
-  (table / 'images' / 'train_3.png').write_bytes((table / 'images' / 'train_4.png').read_bytes()[:60])
+  (table / 'images' / 'train_3.png').write_bytes(
+    (table / 'images' / 'train_4.png').read_bytes()[:60]
+  )
   configs = [_six_steps(make_tiny_config), _six_steps(make_tiny_config, tmp_path / 'store')]
   batches, lines = [], []
   for config in configs:
     config.dataset.path = str(table)
     _, stored, _, data, preprocess = _open(config)
-    batches.append(list(pipeline.eval_batches(data.splits['train'], preprocess, batch_size=8, stored=stored['train'])))
+    batches.append(
+      list(
+        pipeline.eval_batches(
+          data.splits['train'], preprocess, batch_size=8, stored=stored['train']
+        )
+      )
+    )
     lines.append(sorted(preprocess.report.line().split(': ', 1)[1].split(', train')))
   assert len(lines[0]) == 2 and preprocess.report.counts() == {'image': 2}
-  assert {part.removeprefix('train') for part in lines[0]} == {part.removeprefix('train') for part in lines[1]}
+  assert {part.removeprefix('train') for part in lines[0]} == {
+    part.removeprefix('train') for part in lines[1]
+  }
   for live, ours in zip(*batches, strict=True):
     np.testing.assert_array_equal(live['present'], ours['present'])
   counted['loaded'].clear()
@@ -253,9 +326,15 @@ def test_unusable_images_are_reported_and_absent_as_in_live_training(make_tiny_c
   assert counted['loaded'] == [] and 'are there' in capsys.readouterr().err
 
 
-def test_the_size_is_said_before_and_is_right_and_a_disk_too_small_is_refused(six_steps, tmp_path, capsys, monkeypatch):
+def test_the_size_is_said_before_and_is_right_and_a_disk_too_small_is_refused(
+  six_steps, tmp_path, capsys, monkeypatch
+):
   _open(six_steps(tmp_path / 'store', 'int8'))
-  said = [line for line in capsys.readouterr().err.splitlines() if 'go through the tower once and take' in line]
+  said = [
+    line
+    for line in capsys.readouterr().err.splitlines()
+    if 'go through the tower once and take' in line
+  ]
   promised = sum(float(line.split('take ')[1].split(' MB')[0]) for line in said)
   tensors = 0
   for path in (tmp_path / 'store').glob('*/*.safetensors'):
@@ -271,9 +350,11 @@ def _fill_slowly(config_json, pause):
   """Fills in a process of its own, a shard a batch."""
   store_lib.SHARD_SECONDS = 0.0
   add = store_lib.FeatureStore.add
+
   def slow(self, key, x):
     time.sleep(pause)
     add(self, key, x)
+
   store_lib.FeatureStore.add = slow
   _open(config_lib.from_json(config_json))
 
@@ -291,7 +372,9 @@ def _same_content(config_one, config_two):
     for modality in model_lib.MODALITIES:
       assert one[split][modality].keys == two[split][modality].keys
       for key in filter(None, one[split][modality].keys):
-        np.testing.assert_allclose(one[split][modality].read(key), two[split][modality].read(key), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+          one[split][modality].read(key), two[split][modality].read(key), rtol=0, atol=2e-5
+        )
 
 
 def test_a_kill_loses_nothing_that_was_written(six_steps, tmp_path, processes, counted):
@@ -310,12 +393,21 @@ def test_a_kill_loses_nothing_that_was_written(six_steps, tmp_path, processes, c
 
 
 def _keys(stored):
-  return {(modality, key) for taps in stored.values() for modality, t in taps.items() for key in t.keys if key}
+  return {
+    (modality, key)
+    for taps in stored.values()
+    for modality, t in taps.items()
+    for key in t.keys
+    if key
+  }
 
 
 def test_two_processes_fill_one_store_together(six_steps, tmp_path, processes, counted):
   config = six_steps(tmp_path / 'store')
-  both = [processes.Process(target=_fill_slowly, args=(config_lib.to_json(config), 0.01)) for _ in range(2)]
+  both = [
+    processes.Process(target=_fill_slowly, args=(config_lib.to_json(config), 0.01))
+    for _ in range(2)
+  ]
   for process in both:
     process.start()
   for process in both:
@@ -325,15 +417,21 @@ def test_two_processes_fill_one_store_together(six_steps, tmp_path, processes, c
   assert counted['rows'] == [] and not list((tmp_path / 'store').glob('*/.tmp-*'))
 
 
-def test_damage_stops_training_before_it_is_trained_on_and_names_the_file(six_steps, full_store, tmp_path):
+def test_damage_stops_training_before_it_is_trained_on_and_names_the_file(
+  six_steps, full_store, tmp_path
+):
   for n, path in enumerate(sorted(full_store.glob('*/*.safetensors'))):
     shutil.copytree(full_store, tmp_path / f'store{n}')
     damaged = tmp_path / f'store{n}' / path.relative_to(full_store)
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     _, stored, _, data, preprocess = _open(six_steps(tmp_path / f'store{n}'))
-    iterator = pipeline.train_iterator(data.splits['train'], preprocess, batch_size=48, seed=0, stored=stored['train'])
-    other = pipeline.eval_batches(data.splits['test'], preprocess, batch_size=14, stored=stored['test'])
+    iterator = pipeline.train_iterator(
+      data.splits['train'], preprocess, batch_size=48, seed=0, stored=stored['train']
+    )
+    other = pipeline.eval_batches(
+      data.splits['test'], preprocess, batch_size=14, stored=stored['test']
+    )
     with pytest.raises(UserError, match='is damaged') as error:
       next(iterator)
       list(other)

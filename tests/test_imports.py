@@ -9,17 +9,17 @@ ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # From what stands on nothing to what a user types; those of one line may import each other.
 LAYERS = (
-    ('errors',),
-    ('config', 'objectives'),
-    ('runtime',),
-    ('data', 'towers'),
-    ('features',),
-    ('methods', 'pairs'),
-    ('training',),
-    ('evaluation',),
-    ('profiling', 'reporting'),
-    ('train', 'evaluate', 'predict', 'pretrain', 'evaluate_pair', 'describe', 'report'),
-    ('__init__',),
+  ('errors',),
+  ('config', 'objectives'),
+  ('runtime',),
+  ('data', 'towers'),
+  ('features',),
+  ('methods', 'pairs'),
+  ('training',),
+  ('evaluation',),
+  ('profiling', 'reporting'),
+  ('train', 'evaluate', 'predict', 'pretrain', 'evaluate_pair', 'describe', 'report'),
+  ('__init__',),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -44,9 +44,9 @@ def test_imports_go_one_way():
     folder = _folder(path)
     assert folder in LEVEL, f'{path.name}: a new folder or command; give it a place in LAYERS'
     wrong += [
-        f'{path.relative_to(ROOT)} imports {other}'
-        for other in _imported(path)
-        if LEVEL[other] > LEVEL[folder]
+      f'{path.relative_to(ROOT)} imports {other}'
+      for other in _imported(path)
+      if LEVEL[other] > LEVEL[folder]
     ]
   assert wrong == []
 

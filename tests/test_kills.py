@@ -1,4 +1,5 @@
-"""SIGKILL at random moments, many of them during a save: the run that comes out is the uninterrupted one, bit for bit.
+"""SIGKILL at random moments, many of them during a save: the run that comes out is the
+uninterrupted one, bit for bit.
 
 More kills than the usual few: pytest tests/test_kills.py --kills=20
 """
@@ -17,20 +18,33 @@ from molt_jax.training import checkpoint
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory, make_tiny_config):
-  """Returns a function that starts the train command in a process of its own, in the given folder."""
+  """Returns a function that starts the train command in a process of its own, in the given
+  folder.
+  """
   config = make_tiny_config()
-  config.train.epochs, config.train.eval_every, config.train.save_every, config.train.log_every = 3.0, 6, 2, 1
+  config.train.epochs, config.train.eval_every, config.train.save_every, config.train.log_every = (
+    3.0,
+    6,
+    2,
+    1,
+  )
   preset = tmp_path_factory.mktemp('preset') / 'preset.py'
   preset.with_name('config.json').write_text(config_lib.to_json(config))
-  preset.write_text('import pathlib\nfrom molt_jax.config import from_json\n'
-                    'def get_config():\n  return from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n')
+  preset.write_text(
+    'import pathlib\nfrom molt_jax.config import from_json\n'
+    'def get_config():\n  return '
+    'from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n'
+  )
   processes = multiprocessing.get_context('forkserver')
   processes.set_forkserver_preload(['molt_jax.train'])
 
   def call(workdir):
-    process = processes.Process(target=train.main, args=([f'--config={preset}', f'--workdir={workdir}'],))
+    process = processes.Process(
+      target=train.main, args=([f'--config={preset}', f'--workdir={workdir}'],)
+    )
     process.start()
     return process
+
   return call
 
 
@@ -52,9 +66,14 @@ def _latest(workdir):
   return max((int(path.name) for path in folder.glob('*') if path.name.isdigit()), default=0)
 
 
-def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_path, same_run, pytestconfig):
+def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
+  start, tmp_path, same_run, pytestconfig
+):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  for workdir in (whole, tmp_path / 'warm'):  # The first one fills the cache of compiled programs, the second tells how long a run takes.
+  for workdir in (
+    whole,
+    tmp_path / 'warm',
+  ):  # The first one fills the cache of compiled programs, the second tells how long a run takes.
     began = time.monotonic()
     process = start(workdir)
     process.join()
@@ -73,8 +92,14 @@ def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_p
     process.join()
     kills += 1
     assert _latest(killed) >= before
-    assert [line['step'] for line in logbook.read(killed) if line['kind'] == 'train' and line['step'] <= before] == list(range(1, before + 1))
-    if (killed / 'evaluation.json').exists():  # It came to its end: begin anew for the remaining kills.
+    assert [
+      line['step']
+      for line in logbook.read(killed)
+      if line['kind'] == 'train' and line['step'] <= before
+    ] == list(range(1, before + 1))
+    if (
+      killed / 'evaluation.json'
+    ).exists():  # It came to its end: begin anew for the remaining kills.
       same_run(whole, killed)
       killed = tmp_path / f'killed_{kills}'
   assert saves >= num_kills // 4, 'too few kills landed in a save to mean anything'

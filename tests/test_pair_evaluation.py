@@ -1,4 +1,6 @@
-"""The command that evaluates a pair of towers, on towers that know the answer and on a trained pair."""
+"""The command that evaluates a pair of towers, on towers that know the answer and on a trained
+pair.
+"""
 
 import json
 import types
@@ -19,7 +21,11 @@ COLOURS = ('blue', 'green', 'red')
 class ColourPair:
   """Towers that see the mean colour and read its name."""
 
-  model = types.SimpleNamespace(trained=types.SimpleNamespace(image_tower=types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1))))
+  model = types.SimpleNamespace(
+    trained=types.SimpleNamespace(
+      image_tower=types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1))
+    )
+  )
 
   def image_features(self, images, *, num_layers=1):
     assert num_layers == 1
@@ -47,50 +53,79 @@ def test_reading_keeps_images_with_their_texts_and_labels(examples, tiny_config)
   assert 0 < len(with_image) < len(source)
   part = examples['train']
   assert part.labels == [source.labels[n] for n in with_image]
-  assert part.texts == [source.read(n, image=False)['text'] for n in with_image] and None in part.texts
+  assert (
+    part.texts == [source.read(n, image=False)['text'] for n in with_image] and None in part.texts
+  )
   assert all(isinstance(image, Image.Image) and image.mode == 'RGB' for image in part.images)
 
 
 def test_towers_that_know_the_answer_score_full_marks(examples):
-  results = evaluate_pair.evaluate_examples(ColourPair(), examples, COLOURS, splits=('validation', 'test'), templates=['{}', 'a {} square'])
+  results = evaluate_pair.evaluate_examples(
+    ColourPair(), examples, COLOURS, splits=('validation', 'test'), templates=['{}', 'a {} square']
+  )
   for split, scores in results.items():
     assert scores['zero_shot']['top1'] == 1
-    assert {name: probe['accuracy'] for name, probe in scores['linear_probe'].items()} == dict.fromkeys(evaluate_pair.PROBES, 1.0)
-    assert scores['modality_gap'] == pytest.approx(0, abs=1e-6) and scores['alignment'] == pytest.approx(0, abs=1e-6)
-    assert scores['num_images'] == len(examples[split].images) > scores['num_texts'] == sum(text is not None for text in examples[split].texts)
-    # The texts differ by a number that these towers do not read: all pictures of the colour are as near.
+    assert {
+      name: probe['accuracy'] for name, probe in scores['linear_probe'].items()
+    } == dict.fromkeys(evaluate_pair.PROBES, 1.0)
+    assert scores['modality_gap'] == pytest.approx(0, abs=1e-6) and scores[
+      'alignment'
+    ] == pytest.approx(0, abs=1e-6)
+    assert (
+      scores['num_images']
+      == len(examples[split].images)
+      > scores['num_texts']
+      == sum(text is not None for text in examples[split].texts)
+    )
+    # The texts differ by a number that these towers do not read: all pictures of the colour are as
+    # near.
     assert scores['image_to_text']['R@1'] == 0 and scores['image_to_text']['R@10'] == 1
 
 
 def test_equal_captions_are_found_wherever_they_hang(examples):
   part = examples['test']
-  same = evaluate_pair.Examples(part.images, [text and COLOURS[label] for text, label in zip(part.texts, part.labels, strict=True)], part.labels)
+  same = evaluate_pair.Examples(
+    part.images,
+    [text and COLOURS[label] for text, label in zip(part.texts, part.labels, strict=True)],
+    part.labels,
+  )
   scores = evaluate_pair.evaluate_examples(ColourPair(), {'test': same}, COLOURS, probes=())['test']
-  assert scores['image_to_text']['R@1'] == scores['text_to_image']['R@1'] == 1 and 'linear_probe' not in scores
+  assert (
+    scores['image_to_text']['R@1'] == scores['text_to_image']['R@1'] == 1
+    and 'linear_probe' not in scores
+  )
 
 
 def test_several_labels_leave_zero_shot_and_probes_out(examples):
   scores = evaluate_pair.evaluate_examples(ColourPair(), examples, None)['test']
-  assert 'zero_shot' not in scores and 'linear_probe' not in scores and scores['text_to_image']['R@10'] > 0
+  assert (
+    'zero_shot' not in scores
+    and 'linear_probe' not in scores
+    and scores['text_to_image']['R@10'] > 0
+  )
 
 
 def _without(part, keep=lambda n: True, texts=True, labels=True):
   """The rows of a split that are kept, perhaps without texts or labels."""
   rows = [n for n in range(len(part.images)) if keep(n)]
   return evaluate_pair.Examples(
-      [part.images[n] for n in rows], [part.texts[n] if texts else None for n in rows],
-      [part.labels[n] if labels else UNLABELLED for n in rows])
+    [part.images[n] for n in rows],
+    [part.texts[n] if texts else None for n in rows],
+    [part.labels[n] if labels else UNLABELLED for n in rows],
+  )
 
 
 # What is taken away -> what then has no score.
 NOTHING = {
-    'texts of test': ({'test': {'texts': False}}, ['image_to_text']),
-    'labels of test': ({'test': {'labels': False}}, ['zero_shot', 'linear_probe']),
-    'labels of train': ({'train': {'labels': False}}, ['linear_probe']),
-    'images of validation': ({'validation': {'keep': lambda n: False}}, ['linear_probe']),
-    'images of test': (
-        {'test': {'keep': lambda n: False}}, ['image_to_text', 'zero_shot', 'linear_probe']),
-    'nothing': ({}, []),
+  'texts of test': ({'test': {'texts': False}}, ['image_to_text']),
+  'labels of test': ({'test': {'labels': False}}, ['zero_shot', 'linear_probe']),
+  'labels of train': ({'train': {'labels': False}}, ['linear_probe']),
+  'images of validation': ({'validation': {'keep': lambda n: False}}, ['linear_probe']),
+  'images of test': (
+    {'test': {'keep': lambda n: False}},
+    ['image_to_text', 'zero_shot', 'linear_probe'],
+  ),
+  'nothing': ({}, []),
 }
 
 
@@ -115,14 +150,32 @@ def test_one_class_alone_leaves_retrieval(examples):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, tiny_towers, tiny_table):
-  """A pair trained for a few steps; the config of tests/test_pretrain.py, whose compiled programs are then at hand."""
+  """A pair trained for a few steps; the config of tests/test_pretrain.py, whose compiled programs
+  are then at hand.
+  """
   config = config_lib.default_config(PRETRAIN_SCHEMA)
   overrides = {
-      'dataset.path': str(tiny_table), 'text.max_tokens': 12, 'mesh.data': 1, 'input.text_store': '', 'compute_dtype': 'float32',
-      'backbones.text.path': tiny_towers['text'], 'backbones.image.size': 16, 'backbones.image.patch': 8, 'backbones.image.width': 16,
-      'backbones.image.layers': 2, 'backbones.image.heads': 2, 'projection.width': 12, 'optimizer.learning_rate': 3e-3,
-      'optimizer.weight_decay': 0.1, 'objective.v2v': 0.3, 'objective.uniformity': 0.1, 'train.batch_size': 8, 'train.epochs': 3.0,
-      'eval.batch_size': 8, 'eval.select': 'latest'}
+    'dataset.path': str(tiny_table),
+    'text.max_tokens': 12,
+    'mesh.data': 1,
+    'input.text_store': '',
+    'compute_dtype': 'float32',
+    'backbones.text.path': tiny_towers['text'],
+    'backbones.image.size': 16,
+    'backbones.image.patch': 8,
+    'backbones.image.width': 16,
+    'backbones.image.layers': 2,
+    'backbones.image.heads': 2,
+    'projection.width': 12,
+    'optimizer.learning_rate': 3e-3,
+    'optimizer.weight_decay': 0.1,
+    'objective.v2v': 0.3,
+    'objective.uniformity': 0.1,
+    'train.batch_size': 8,
+    'train.epochs': 3.0,
+    'eval.batch_size': 8,
+    'eval.select': 'latest',
+  }
   for name, value in overrides.items():
     config_lib.set_field(config, name, value)
   workdir = tmp_path_factory.mktemp('pair') / 'run'
@@ -132,26 +185,43 @@ def trained(tmp_path_factory, tiny_towers, tiny_table):
 
 def test_the_command_writes_what_it_prints(trained, capsys):
   argv = [f'--workdir={trained}', '--templates={}|a {} square', '--probes=tower,tokens,pixels']
-  assert evaluate_pair.main(argv) == 0 and evaluate_pair.main([*argv[:2], '--probes=', '--split=validation']) == 0
+  assert (
+    evaluate_pair.main(argv) == 0
+    and evaluate_pair.main([*argv[:2], '--probes=', '--split=validation']) == 0
+  )
   out = capsys.readouterr().out
   records = json.loads((trained / 'pair_evaluation.json').read_text())
   assert {record['split'] for record in records.values()} == {'test', 'validation'}
   scores = next(record for record in records.values() if record['split'] == 'test')['results']
   assert set(scores['linear_probe']) == {'tower', 'tokens', 'pixels'}
-  assert f'{100 * scores["zero_shot"]["top1"]:.1f} %' in out and f'{scores["modality_gap"]:.3f}' in out
+  assert (
+    f'{100 * scores["zero_shot"]["top1"]:.1f} %' in out and f'{scores["modality_gap"]:.3f}' in out
+  )
   pair = pretrain.load_pair(trained)
-  examples = evaluate_pair.read_dataset(evaluate_pair.open_dataset(
-      config_lib.from_json((trained / 'config.json').read_text(), PRETRAIN_SCHEMA)), ('test',))
-  expected = evaluate_pair.evaluate_examples(pair, examples, COLOURS, templates=['{}', 'a {} square'], probes=())['test']
+  examples = evaluate_pair.read_dataset(
+    evaluate_pair.open_dataset(
+      config_lib.from_json((trained / 'config.json').read_text(), PRETRAIN_SCHEMA)
+    ),
+    ('test',),
+  )
+  expected = evaluate_pair.evaluate_examples(
+    pair, examples, COLOURS, templates=['{}', 'a {} square'], probes=()
+  )['test']
   assert {name: scores[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize('argument, said', [
+@pytest.mark.parametrize(
+  'argument, said',
+  [
     ('--split=dev', "--split: 'dev' is not legal; give train, validation, test"),
-    ('--probes=tower,knn', "--probes: 'knn' is not legal; give tower, tokens, embedding, pixels, pca"),
+    (
+      '--probes=tower,knn',
+      "--probes: 'knn' is not legal; give tower, tokens, embedding, pixels, pca",
+    ),
     ('--templates=a picture', "templates: 'a picture' is not legal"),
     ('--table=/nowhere', "'/nowhere' is not a folder"),
-])
+  ],
+)
 def test_mistakes_are_one_line(trained, argument, said, capsys):
   assert evaluate_pair.main([f'--workdir={trained}', argument]) == 2
   error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -36,14 +36,21 @@ def unit(x):
 def brute_force(image_nc, text_mc, image_of_text, texts):
   """Sorted lists and membership, one query after the other."""
   scores_nm = unit(image_nc) @ unit(text_mc).T
-  captions = [{texts[m] for m in range(len(texts)) if image_of_text[m] == n} for n in range(len(image_nc))]
+  captions = [
+    {texts[m] for m in range(len(texts)) if image_of_text[m] == n} for n in range(len(image_nc))
+  ]
   found = {'image_to_text': [], 'text_to_image': []}
   for n in range(len(image_nc)):
     if captions[n]:
       found['image_to_text'].append([texts[m] in captions[n] for m in np.argsort(-scores_nm[n])])
   for m in range(len(texts)):
-    found['text_to_image'].append([texts[m] in captions[n] for n in np.argsort(-scores_nm[:, m]) if captions[n]])
-  return {way: {f'R@{k}': np.mean([any(hits[:k]) for hits in lists]) for k in (1, 5, 10)} for way, lists in found.items()}
+    found['text_to_image'].append(
+      [texts[m] in captions[n] for n in np.argsort(-scores_nm[:, m]) if captions[n]]
+    )
+  return {
+    way: {f'R@{k}': np.mean([any(hits[:k]) for hits in lists]) for k in (1, 5, 10)}
+    for way, lists in found.items()
+  }
 
 
 @pytest.mark.parametrize('block', [1024, 7])
@@ -54,8 +61,12 @@ def test_retrieval_matches_brute_force(block, monkeypatch):
   image_nc, text_mc, image_of_text = rows(30, 6), rows(50, 6, seed=1), rng.integers(0, 28, 50)
   texts = [f'text {i}' for i in rng.integers(0, 35, 50)]
   text_mc += 1.5 * image_nc[image_of_text]
-  assert retrieval(image_nc, text_mc, image_of_text=image_of_text, texts=texts) == brute_force(image_nc, text_mc, image_of_text, texts)
-  assert retrieval(image_nc, text_mc[:30]) == brute_force(image_nc, text_mc[:30], np.arange(30), list(map(str, range(30))))
+  assert retrieval(image_nc, text_mc, image_of_text=image_of_text, texts=texts) == brute_force(
+    image_nc, text_mc, image_of_text, texts
+  )
+  assert retrieval(image_nc, text_mc[:30]) == brute_force(
+    image_nc, text_mc[:30], np.arange(30), list(map(str, range(30)))
+  )
 
 
 def test_equal_texts_are_equally_right():
@@ -63,7 +74,8 @@ def test_equal_texts_are_equally_right():
   text_mc = image_nc[[1, 0, 2, 3]]  # Images 0 and 1 find each other's text.
   assert retrieval(image_nc, text_mc)['image_to_text']['R@1'] == 0.5
   assert retrieval(image_nc, text_mc, texts=['flag', 'flag', 'sun', 'moon']) == {
-      way: {'R@1': 1.0, 'R@5': 1.0, 'R@10': 1.0} for way in ('image_to_text', 'text_to_image')}
+    way: {'R@1': 1.0, 'R@5': 1.0, 'R@10': 1.0} for way in ('image_to_text', 'text_to_image')
+  }
 
 
 def test_a_collapsed_space_finds_nothing():
@@ -76,25 +88,46 @@ def test_a_collapsed_space_finds_nothing():
 
 
 def test_zero_shot_matches_scikit_learn():
-  image_nc, prompts_kpc, labels = rows(60, 8), rows(12, 3, 8, seed=1), np.random.default_rng(2).integers(0, 12, 60)
+  image_nc, prompts_kpc, labels = (
+    rows(60, 8),
+    rows(12, 3, 8, seed=1),
+    np.random.default_rng(2).integers(0, 12, 60),
+  )
   scores_nk = unit(image_nc) @ unit(unit(prompts_kpc).mean(axis=1)).T
   assert zero_shot(image_nc, labels, prompts_kpc) == {
-      f'top{k}': sklearn.metrics.top_k_accuracy_score(labels, scores_nk, k=k, labels=range(12)) for k in (1, 3, 5)}
+    f'top{k}': sklearn.metrics.top_k_accuracy_score(labels, scores_nk, k=k, labels=range(12))
+    for k in (1, 3, 5)
+  }
 
 
 def test_prompts_name_the_class():
   assert class_prompts(['face-smiling', 'sky_weather'], ['{}', 'a drawing of {}.']) == [
-      ['face smiling', 'a drawing of face smiling.'], ['sky weather', 'a drawing of sky weather.']]
+    ['face smiling', 'a drawing of face smiling.'],
+    ['sky weather', 'a drawing of sky weather.'],
+  ]
 
 
-@pytest.mark.parametrize('call, said', [
+@pytest.mark.parametrize(
+  'call, said',
+  [
     (lambda: zero_shot(rows(4, 3), [0] * 4, rows(1, 2, 3)), 'zero-shot: 1 class'),
     (lambda: retrieval(rows(1, 3), rows(1, 3)), r'retrieval: 1 image\(s\) with a text'),
     (lambda: class_prompts(['a'], ['a picture']), "templates: 'a picture' is not legal"),
     (lambda: class_prompts(['a'], []), "templates: '' is not legal"),
-    (lambda: linear_probe({'train': rows(4, 3), 'validation': rows(2, 3)}, {'train': [1] * 4, 'validation': [1, 1]}), 'linear probe: 1 class'),
-    (lambda: linear_probe({'train': rows(4, 3), 'validation': rows(0, 3)}, {'train': [1, 0, 1, 0], 'validation': []}), '0 validation rows'),
-])
+    (
+      lambda: linear_probe(
+        {'train': rows(4, 3), 'validation': rows(2, 3)}, {'train': [1] * 4, 'validation': [1, 1]}
+      ),
+      'linear probe: 1 class',
+    ),
+    (
+      lambda: linear_probe(
+        {'train': rows(4, 3), 'validation': rows(0, 3)}, {'train': [1, 0, 1, 0], 'validation': []}
+      ),
+      '0 validation rows',
+    ),
+  ],
+)
 def test_what_cannot_be_scored_is_refused_in_one_line(call, said):
   with pytest.raises(UserError, match=said) as error:
     call()
@@ -107,13 +140,21 @@ def test_what_cannot_be_scored_is_refused_in_one_line(call, said):
 def test_alignment_uniformity_and_gap_match_their_definitions(monkeypatch):
   monkeypatch.setattr(retrieval_and_probes, 'BLOCK_ROWS', 7)
   image_nc, text_nc = rows(20, 6) + 1, rows(20, 6, seed=1) * 3
-  results = evaluate_pair(image_nc, text_nc, labels=np.arange(20) % 3, class_prompts_kpc=rows(3, 2, 6))
+  results = evaluate_pair(
+    image_nc, text_nc, labels=np.arange(20) % 3, class_prompts_kpc=rows(3, 2, 6)
+  )
   v, t = torch.tensor(unit(image_nc)), torch.tensor(unit(text_nc))
   assert results['alignment'] == pytest.approx((v - t).norm(dim=1).pow(2).mean().item(), rel=1e-5)
-  assert results['uniformity_image'] == pytest.approx(torch.pdist(v).pow(2).mul(-2).exp().mean().log().item(), rel=1e-5)
-  assert results['uniformity_text'] == pytest.approx(torch.pdist(t).pow(2).mul(-2).exp().mean().log().item(), rel=1e-5)
+  assert results['uniformity_image'] == pytest.approx(
+    torch.pdist(v).pow(2).mul(-2).exp().mean().log().item(), rel=1e-5
+  )
+  assert results['uniformity_text'] == pytest.approx(
+    torch.pdist(t).pow(2).mul(-2).exp().mean().log().item(), rel=1e-5
+  )
   assert results['modality_gap'] == pytest.approx((v.mean(0) - t.mean(0)).norm().item(), rel=1e-5)
-  assert set(results['zero_shot']) == {'top1', 'top3', 'top5'} and 'zero_shot' not in evaluate_pair(image_nc, text_nc)
+  assert set(results['zero_shot']) == {'top1', 'top3', 'top5'} and 'zero_shot' not in evaluate_pair(
+    image_nc, text_nc
+  )
 
 
 # Linear probes.
@@ -130,23 +171,38 @@ def classes(n, seed, d=10, num_classes=4):
 
 @pytest.mark.parametrize('strength', [0.001, 0.1, 10.0])
 def test_probe_matches_scikit_learn(strength):
-  splits = {split: classes(n, seed) for seed, (split, n) in enumerate({'train': 300, 'validation': 150, 'test': 200}.items())}
+  splits = {
+    split: classes(n, seed)
+    for seed, (split, n) in enumerate({'train': 300, 'validation': 150, 'test': 200}.items())
+  }
   features, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
-  mean_d, deviation_d = features['train'].mean(0), np.where(features['train'].std(0) > 0, features['train'].std(0), 1)
+  mean_d, deviation_d = (
+    features['train'].mean(0),
+    np.where(features['train'].std(0) > 0, features['train'].std(0), 1),
+  )
   scaled = {split: (x_nd - mean_d) / deviation_d for split, x_nd in features.items()}
-  reference = sklearn.linear_model.LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(scaled['train'], labels['train'])
+  reference = sklearn.linear_model.LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(
+    scaled['train'], labels['train']
+  )
   got = linear_probe(features, labels, strengths=[strength])
   assert got['C'] == strength
   for split, accuracy in got['accuracy'].items():
-    assert accuracy == pytest.approx(reference.score(scaled[split], labels[split]), abs=1.01 / len(labels[split]))
+    assert accuracy == pytest.approx(
+      reference.score(scaled[split], labels[split]), abs=1.01 / len(labels[split])
+    )
 
 
 def test_probe_chooses_on_validation_and_repeats_itself():
-  splits = {split: classes(n, seed) for seed, (split, n) in enumerate({'train': 60, 'validation': 150, 'test': 200}.items())}
+  splits = {
+    split: classes(n, seed)
+    for seed, (split, n) in enumerate({'train': 60, 'validation': 150, 'test': 200}.items())
+  }
   features, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
   got = linear_probe(features, labels)
   by_strength = got['validation_by_C']
-  assert got['C'] == min(c for c, accuracy in by_strength.items() if accuracy == max(by_strength.values()))
+  assert got['C'] == min(
+    c for c, accuracy in by_strength.items() if accuracy == max(by_strength.values())
+  )
   assert got['accuracy']['validation'] == by_strength[got['C']]
   assert linear_probe(features, labels) == got
   labels['test'] = (labels['test'] + 1) % 4  # Nothing is chosen on test.
@@ -154,13 +210,18 @@ def test_probe_chooses_on_validation_and_repeats_itself():
 
 
 def test_rows_without_a_label_do_not_count():
-  splits = {split: classes(n, seed) for seed, (split, n) in enumerate({'train': 60, 'validation': 150, 'test': 200}.items())}
+  splits = {
+    split: classes(n, seed)
+    for seed, (split, n) in enumerate({'train': 60, 'validation': 150, 'test': 200}.items())
+  }
   features, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
   more = {split: np.insert(x_nd, [0, 7], 1e3, axis=0) for split, x_nd in features.items()}
   known = {split: np.insert(label_n, [0, 7], UNLABELLED) for split, label_n in labels.items()}
   assert linear_probe(more, known) == linear_probe(features, labels)
   image_nc, prompts_kpc = rows(60, 8), rows(4, 3, 8, seed=1)
-  assert zero_shot(np.insert(image_nc, [0, 7], 1, axis=0), known['train'], prompts_kpc) == zero_shot(image_nc, labels['train'], prompts_kpc)
+  assert zero_shot(
+    np.insert(image_nc, [0, 7], 1, axis=0), known['train'], prompts_kpc
+  ) == zero_shot(image_nc, labels['train'], prompts_kpc)
 
 
 @pytest.mark.parametrize('count', [40, 9])
@@ -177,10 +238,19 @@ def test_pixels_and_their_components_tell_colours_apart():
   rng = np.random.default_rng(0)
   colours = np.array([(200, 30, 30), (30, 180, 40), (40, 60, 210)])
   labels = {'train': np.arange(45) % 3, 'validation': np.arange(15) % 3, 'test': np.arange(30) % 3}
-  images = {split: [Image.fromarray(np.clip(colours[k] + rng.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)) for k in label_n]
-            for split, label_n in labels.items()}
+  images = {
+    split: [
+      Image.fromarray(np.clip(colours[k] + rng.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8))
+      for k in label_n
+    ]
+    for split, label_n in labels.items()
+  }
   features = {split: pixels(batch, size=8) for split, batch in images.items()}
-  assert features['test'].shape == (30, 192) and features['test'].min() >= 0 and features['test'].max() <= 1
+  assert (
+    features['test'].shape == (30, 192)
+    and features['test'].min() >= 0
+    and features['test'].max() <= 1
+  )
   for rows_of in (features, principal_components(features, 4)):
     assert linear_probe(rows_of, labels)['accuracy']['test'] == 1
 
@@ -188,25 +258,61 @@ def test_pixels_and_their_components_tell_colours_apart():
 # What there is no score of.
 
 
-@pytest.mark.parametrize(('images', 'texts', 'labels', 'kinds', 'there'), [
+@pytest.mark.parametrize(
+  ('images', 'texts', 'labels', 'kinds', 'there'),
+  [
     (0, 0, [], 3, set()),
     (1, 0, [1], 3, {'zero_shot'}),
     (1, 1, [1], 3, {'modality_gap', 'alignment', 'zero_shot'}),
     (4, 1, [0, 1, 2, 0], 3, {'modality_gap', 'alignment', 'zero_shot', 'uniformity_image'}),
     (4, 0, [0, 1, 2, 0], 3, {'zero_shot', 'uniformity_image'}),
-    (4, 4, [UNLABELLED] * 4, 3, {'modality_gap', 'alignment', 'uniformity_image', 'uniformity_text',
-                                 'image_to_text', 'text_to_image'}),
-    (4, 4, [0] * 4, 1, {'modality_gap', 'alignment', 'uniformity_image', 'uniformity_text',
-                        'image_to_text', 'text_to_image'}),
-])
+    (
+      4,
+      4,
+      [UNLABELLED] * 4,
+      3,
+      {
+        'modality_gap',
+        'alignment',
+        'uniformity_image',
+        'uniformity_text',
+        'image_to_text',
+        'text_to_image',
+      },
+    ),
+    (
+      4,
+      4,
+      [0] * 4,
+      1,
+      {
+        'modality_gap',
+        'alignment',
+        'uniformity_image',
+        'uniformity_text',
+        'image_to_text',
+        'text_to_image',
+      },
+    ),
+  ],
+)
 @pytest.mark.filterwarnings('error')
 def test_what_the_rows_do_not_determine_is_left_out(images, texts, labels, kinds, there):
   found = evaluate_pair(
-      rows(images, 5), rows(texts, 5, seed=1), image_of_text=list(range(texts)), labels=labels,
-      class_prompts_kpc=rows(kinds, 2, 5, seed=2))
+    rows(images, 5),
+    rows(texts, 5, seed=1),
+    image_of_text=list(range(texts)),
+    labels=labels,
+    class_prompts_kpc=rows(kinds, 2, 5, seed=2),
+  )
   assert set(found) == there
-  assert np.isfinite([x for value in found.values() for x in (
-      value.values() if isinstance(value, dict) else [value])]).all()
+  assert np.isfinite(
+    [
+      x
+      for value in found.values()
+      for x in (value.values() if isinstance(value, dict) else [value])
+    ]
+  ).all()
 
 
 def test_a_split_without_a_known_label_has_no_accuracy():

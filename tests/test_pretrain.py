@@ -1,4 +1,6 @@
-"""Pretraining of a tower pair: the step, the loop, resuming, what comes out, what is refused. Tiny towers; oracles are Hugging Face and NumPy."""
+"""Pretraining of a tower pair: the step, the loop, resuming, what comes out, what is refused. Tiny
+towers; oracles are Hugging Face and NumPy.
+"""
 
 import configparser
 import itertools
@@ -40,20 +42,42 @@ FROM_PRETRAIN = 'import sys; from molt_jax import pretrain; sys.exit(pretrain.ma
 
 @pytest.fixture(scope='module')
 def make_config(tiny_towers, tiny_table, tmp_path_factory):
-  """Returns a function of overrides (dotted names): a config that trains in seconds, 36 pairs, 4.5 steps an epoch."""
+  """Returns a function of overrides (dotted names): a config that trains in seconds, 36 pairs, 4.5
+  steps an epoch.
+  """
   store = tmp_path_factory.mktemp('texts')
 
   def make(**overrides):
     values = {
-        'dataset.path': str(tiny_table), 'text.max_tokens': 12, 'mesh.data': 1, 'input.text_store': str(store), 'compute_dtype': 'float32',
-        'backbones.text.path': tiny_towers['text'], 'backbones.image.size': 16, 'backbones.image.patch': 8, 'backbones.image.width': 16,
-        'backbones.image.layers': 2, 'backbones.image.heads': 2, 'projection.width': 12, 'optimizer.learning_rate': 3e-3,
-        'optimizer.weight_decay': 0.1, 'objective.v2v': 0.3, 'objective.uniformity': 0.1, 'train.batch_size': 8, 'train.epochs': 3.0,
-        'train.log_every': 1, 'train.save_every': 2, 'eval.batch_size': 8, 'eval.select': 'latest', 'export.dtype': 'float32'} | overrides
+      'dataset.path': str(tiny_table),
+      'text.max_tokens': 12,
+      'mesh.data': 1,
+      'input.text_store': str(store),
+      'compute_dtype': 'float32',
+      'backbones.text.path': tiny_towers['text'],
+      'backbones.image.size': 16,
+      'backbones.image.patch': 8,
+      'backbones.image.width': 16,
+      'backbones.image.layers': 2,
+      'backbones.image.heads': 2,
+      'projection.width': 12,
+      'optimizer.learning_rate': 3e-3,
+      'optimizer.weight_decay': 0.1,
+      'objective.v2v': 0.3,
+      'objective.uniformity': 0.1,
+      'train.batch_size': 8,
+      'train.epochs': 3.0,
+      'train.log_every': 1,
+      'train.save_every': 2,
+      'eval.batch_size': 8,
+      'eval.select': 'latest',
+      'export.dtype': 'float32',
+    } | overrides
     config = config_lib.default_config(PRETRAIN_SCHEMA)
     for name, value in values.items():
       config_lib.set_field(config, name, value)
     return config_lib.validate(config, PRETRAIN_SCHEMA)
+
   return make
 
 
@@ -65,7 +89,7 @@ def whole(make_config, tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
-# ---- What comes out --------------------------------------------------------------------------------------------------------------------
+# ---- What comes out ------------------------------------------------------------------------------
 
 
 def test_the_log_tells_losses_speed_and_validation(whole):
@@ -74,31 +98,49 @@ def test_the_log_tells_losses_speed_and_validation(whole):
   assert [line['step'] for line in trained] == list(range(1, 15))
   for line in trained:
     parts = {name: line[f'loss_{name}'] for name in ('v2t', 't2v', 'v2v', 'uniformity')}
-    expected = 0.5 * parts['v2t'] + 0.5 * parts['t2v'] + 0.3 * parts['v2v'] + 0.1 * parts['uniformity']
+    expected = (
+      0.5 * parts['v2t'] + 0.5 * parts['t2v'] + 0.3 * parts['v2v'] + 0.1 * parts['uniformity']
+    )
     assert line['loss'] == pytest.approx(expected, rel=1e-5)
   assert trained[0]['scale'] == pytest.approx(1 / 0.07)
   validated = [line for line in lines if line['kind'] == 'validation']
   assert [line['step'] for line in validated] == [4, 8, 12, 14]
-  assert all(line['epoch_seconds'] > 0 and 0 <= line['text_to_image']['R@1'] <= 1 for line in validated)
+  assert all(
+    line['epoch_seconds'] > 0 and 0 <= line['text_to_image']['R@1'] <= 1 for line in validated
+  )
 
 
 @needs_torch
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype):
   from molt_jax.towers import export
+
   folder = whole / 'tower'
   if dtype == 'float16':
-    tower = loading.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
-    folder = export.save_image_tower(tmp_path / 'half', tower.params, tower.config, tower.preprocess, dtype=dtype)
-    assert (folder / 'model.safetensors').stat().st_size < 0.7 * (whole / 'tower' / 'model.safetensors').stat().st_size
+    tower = loading.load_tower(
+      str(folder), kind='image', dtype='float32', attention='xla', with_pool=True
+    )
+    folder = export.save_image_tower(
+      tmp_path / 'half', tower.params, tower.config, tower.preprocess, dtype=dtype
+    )
+    assert (folder / 'model.safetensors').stat().st_size < 0.7 * (
+      whole / 'tower' / 'model.safetensors'
+    ).stat().st_size
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
-  assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')) and model.dtype == torch.float32
-  tower = loading.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
+  assert (
+    not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    and model.dtype == torch.float32
+  )
+  tower = loading.load_tower(
+    str(folder), kind='image', dtype='float32', attention='xla', with_pool=True
+  )
   image_bhwc = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
   with torch.inference_mode():
     theirs = model.eval()(torch.tensor(image_bhwc).permute(0, 3, 1, 2), output_hidden_states=True)
   bound = tower.module.bind({'params': tower.params})
-  ours, pooled = jax.jit(lambda x: (bound(x, num_taps=3), bound.pool(bound(x, num_taps=1)[0])))(image_bhwc)
+  ours, pooled = jax.jit(lambda x: (bound(x, num_taps=3), bound.pool(bound(x, num_taps=1)[0])))(
+    image_bhwc
+  )
   np.testing.assert_allclose(ours, np.stack([h.numpy() for h in theirs.hidden_states]), atol=2e-5)
   np.testing.assert_allclose(pooled, theirs.pooler_output.numpy(), atol=2e-5)
 
@@ -106,9 +148,12 @@ def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype)
 def test_the_written_preprocessing_is_that_of_training(whole):
   processor = transformers.CLIPImageProcessor.from_pretrained(whole / 'tower')
   from PIL import Image
+
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 27, 3), dtype=np.uint8))
   spec = loading.describe_tower(str(whole / 'tower'), kind='image').preprocess
-  ours = transforms.preprocess_image(image, size=spec.size, mean=spec.mean, std=spec.std, resize='crop')
+  ours = transforms.preprocess_image(
+    image, size=spec.size, mean=spec.mean, std=spec.std, resize='crop'
+  )
   theirs = np.asarray(processor(image, return_tensors='np')['pixel_values'][0]).transpose(1, 2, 0)
   np.testing.assert_allclose(ours, theirs, atol=2.5 / 255 / min(spec.std))
 
@@ -120,11 +165,15 @@ def pair(whole):
 
 @needs_torch
 def test_tokens_laid_flat_are_the_last_hidden_state(whole, pair):
-  images = [np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8) for seed in range(3)]
+  images = [
+    np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8) for seed in range(3)
+  ]
   model = transformers.CLIPVisionModel.from_pretrained(whole / 'tower').eval()
   processor = transformers.CLIPImageProcessor.from_pretrained(whole / 'tower')
   with torch.inference_mode():
-    wanted_bid = model(processor(images, return_tensors='pt')['pixel_values']).last_hidden_state.numpy()
+    wanted_bid = model(
+      processor(images, return_tensors='pt')['pixel_values']
+    ).last_hidden_state.numpy()
   np.testing.assert_allclose(pair.image_tokens(images), wanted_bid.reshape(3, -1), atol=2e-5)
 
 
@@ -142,37 +191,63 @@ def test_a_loaded_pair_scores_as_the_last_validation_did(whole, pair, make_confi
 
 
 @needs_torch
-def test_embedded_texts_are_hugging_faces_mean_states_standardised_and_projected(pair, tiny_towers, make_config):
+def test_embedded_texts_are_hugging_faces_mean_states_standardised_and_projected(
+  pair, tiny_towers, make_config
+):
   texts = ['a red square', 'the blue one, number 3', 'green']
   model = transformers.LlamaModel.from_pretrained(tiny_towers['text']).eval()
   tokenizer = pair.preprocess.encode
   pooled = []
   for text in texts:
     with torch.inference_mode():
-      pooled.append(model(torch.tensor([tokenizer(text, 12)])).last_hidden_state.mean(dim=1)[0].numpy())
-  statistics, head = pair.variables['statistics'], jax.device_get(pair.variables['params']['text_head'])
+      pooled.append(
+        model(torch.tensor([tokenizer(text, 12)])).last_hidden_state.mean(dim=1)[0].numpy()
+      )
+  statistics, head = (
+    pair.variables['statistics'],
+    jax.device_get(pair.variables['params']['text_head']),
+  )
   x = (np.stack(pooled) - np.asarray(statistics['mean'])) / np.asarray(statistics['deviation'])
   x = np.asarray(jax.nn.gelu(x @ head['linear']['kernel'] + head['linear']['bias']), np.float64)
-  x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6) * head['norm']['scale'] + head['norm']['bias']
-  np.testing.assert_allclose(pair.embed_texts(texts), x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-4)
+  x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6) * head[
+    'norm'
+  ]['scale'] + head['norm']['bias']
+  np.testing.assert_allclose(
+    pair.embed_texts(texts), x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-4
+  )
   config = make_config()
   train = datasets.load_dataset(config).splits['train']
   own = [train[int(i)]['text'] for i in np.flatnonzero(train.present.all(axis=1))]
-  all_nd = dual.pool_texts(pair.model, {**pair.variables, 'statistics': {}}, pair.preprocess, own, batch_size=8, mesh=pair.mesh)
+  all_nd = dual.pool_texts(
+    pair.model,
+    {**pair.variables, 'statistics': {}},
+    pair.preprocess,
+    own,
+    batch_size=8,
+    mesh=pair.mesh,
+  )
   np.testing.assert_allclose(statistics['mean'], all_nd.mean(axis=0), atol=1e-5)
   np.testing.assert_allclose(statistics['deviation'], all_nd.std(axis=0), atol=1e-5)
 
 
 def test_features_of_a_probe_are_class_and_mean_patch_token(pair):
-  images = [np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8) for k in range(3)]
+  images = [
+    np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8) for k in range(3)
+  ]
   tower = pair.model.trained.image_tower
-  x_bhwc = np.stack([pipeline.single_example(pair.preprocess, image=image)['image'] for image in images])
-  taps = np.asarray(tower.apply({'params': pair.variables['params']['image_tower']}, x_bhwc, num_taps=2))
-  expected = np.concatenate([np.concatenate([h[:, 0], h[:, 1:].mean(axis=1)], axis=1) for h in taps], axis=1)
+  x_bhwc = np.stack(
+    [pipeline.single_example(pair.preprocess, image=image)['image'] for image in images]
+  )
+  taps = np.asarray(
+    tower.apply({'params': pair.variables['params']['image_tower']}, x_bhwc, num_taps=2)
+  )
+  expected = np.concatenate(
+    [np.concatenate([h[:, 0], h[:, 1:].mean(axis=1)], axis=1) for h in taps], axis=1
+  )
   np.testing.assert_allclose(pair.image_features(images, num_layers=2), expected, atol=1e-4)
 
 
-# ---- Resuming --------------------------------------------------------------------------------------------------------------------------
+# ---- Resuming ------------------------------------------------------------------------------------
 
 
 def _lines(workdir):
@@ -183,9 +258,15 @@ def _start(config, workdir, tmp_path):
   """The command in a process of its own."""
   preset = tmp_path / 'preset.py'
   preset.with_name('config.json').write_text(config_lib.to_json(config))
-  preset.write_text('import pathlib\nfrom molt_jax.config import PRETRAIN_SCHEMA, from_json\ndef get_config():\n'
-                    '  return from_json(pathlib.Path(__file__).with_name("config.json").read_text(), PRETRAIN_SCHEMA)\n')
-  return subprocess.Popen([sys.executable, '-c', FROM_PRETRAIN, f'--config={preset}', f'--workdir={workdir}'], stderr=subprocess.DEVNULL)
+  preset.write_text(
+    'import pathlib\nfrom molt_jax.config import PRETRAIN_SCHEMA, from_json\ndef get_config():\n'
+    '  return from_json(pathlib.Path(__file__).with_name("config.json").read_text(), '
+    'PRETRAIN_SCHEMA)\n'
+  )
+  return subprocess.Popen(
+    [sys.executable, '-c', FROM_PRETRAIN, f'--config={preset}', f'--workdir={workdir}'],
+    stderr=subprocess.DEVNULL,
+  )
 
 
 def _wait_for_step(workdir, step, process):
@@ -198,7 +279,9 @@ def _wait_for_step(workdir, step, process):
 
 
 def test_kill_and_signal_lose_nothing(whole, make_config, tmp_path, final_state, monkeypatch):
-  """SIGKILL in a process of its own, then SIGTERM in this one, then to the end: the same bits as the run that nothing interrupted."""
+  """SIGKILL in a process of its own, then SIGTERM in this one, then to the end: the same bits as
+  the run that nothing interrupted.
+  """
   workdir = tmp_path / 'broken'
   process = _start(make_config(), workdir, tmp_path)
   _wait_for_step(workdir, 5, process)
@@ -211,6 +294,7 @@ def test_kill_and_signal_lose_nothing(whole, make_config, tmp_path, final_state,
     if len(calls) == 3:
       os.kill(os.getpid(), signal.SIGTERM)
     return put_batch(batch, mesh)
+
   monkeypatch.setattr(sharding, 'put_batch', put_and_signal)
   with pytest.raises(loop.Interrupted, match='the same command goes on'):
     pretrain.pretrain(make_config(), workdir)
@@ -222,7 +306,9 @@ def test_kill_and_signal_lose_nothing(whole, make_config, tmp_path, final_state,
   assert position == wanted_position
   same_lines = _lines(workdir) == _lines(whole)
   assert same_lines
-  assert (workdir / 'tower' / 'model.safetensors').read_bytes() == (whole / 'tower' / 'model.safetensors').read_bytes()
+  assert (workdir / 'tower' / 'model.safetensors').read_bytes() == (
+    whole / 'tower' / 'model.safetensors'
+  ).read_bytes()
 
 
 def test_a_folder_of_another_run_is_refused(whole, make_config):
@@ -230,12 +316,18 @@ def test_a_folder_of_another_run_is_refused(whole, make_config):
     pretrain.pretrain(make_config(**{'projection.width': 16}), whole)
 
 
-# ---- The step --------------------------------------------------------------------------------------------------------------------------
+# ---- The step ------------------------------------------------------------------------------------
 
 
 def _batch(rows, rng, *, pooled=None, vocab=300):
-  batch = {name: rng.standard_normal((rows, 16, 16, 3)).astype(np.float32) for name in ('image', 'image_augmented')}
-  batch |= {'weight': np.where(np.arange(rows) == 3, 0, 1).astype(np.float32), 'index': np.arange(rows, dtype=np.int32)}
+  batch = {
+    name: rng.standard_normal((rows, 16, 16, 3)).astype(np.float32)
+    for name in ('image', 'image_augmented')
+  }
+  batch |= {
+    'weight': np.where(np.arange(rows) == 3, 0, 1).astype(np.float32),
+    'index': np.arange(rows, dtype=np.int32),
+  }
   if pooled:
     return batch | {'text_pooled': rng.standard_normal((rows, pooled)).astype(np.float32)}
   for view in ('', '_augmented'):
@@ -245,23 +337,33 @@ def _batch(rows, rng, *, pooled=None, vocab=300):
 
 
 def _make_gradient(config):
-  """Returns a function of a batch: (metrics, the gradient, which is what one step of plain descent with rate one takes away)."""
+  """Returns a function of a batch: (metrics, the gradient, which is what one step of plain descent
+  with rate one takes away).
+  """
   mesh = sharding.make_mesh(config)
   towers = dual.describe_towers(config)
   model = dual.make_model(config, towers)
   tx = optax.sgd(1.0)
   width = towers['text'].config.hidden_size
-  statistics = {'mean': np.full(width, 0.1, np.float32), 'deviation': np.full(width, 0.9, np.float32)} if 'text' in model.frozen else {}
+  statistics = (
+    {'mean': np.full(width, 0.1, np.float32), 'deviation': np.full(width, 0.9, np.float32)}
+    if 'text' in model.frozen
+    else {}
+  )
 
   def init(key):
     return model.init(key, statistics)
+
   state = train_state.create(init, tx, lambda: (), seed=0, mesh=mesh)
-  step = jax.jit(lambda state, batch: pretrain.pretrain_step(state, {}, batch, model=model, tx=tx, config=config))
+  step = jax.jit(
+    lambda state, batch: pretrain.pretrain_step(state, {}, batch, model=model, tx=tx, config=config)
+  )
 
   def gradient(batch):
     after, metrics = step(state, sharding.put_batch(batch, mesh))
     taken = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, after.params)
     return {name: float(x) for name, x in metrics.items()}, taken
+
   return gradient
 
 
@@ -271,14 +373,22 @@ def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
   model = dual.make_model(config, dual.describe_towers(config))
   variables = flax.linen.unbox(model.init(jax.random.key(0), {}))
   batch = _batch(4, np.random.default_rng(0), pooled=32)
-  tokens_bid = np.asarray(model(variables, 'image_tokens', batch['image']), np.float64).reshape(4, 5, 16)
-  kernel_dx, bias_x = (np.asarray(variables['params']['image_decoder'][name], np.float64) for name in ('kernel', 'bias'))
+  tokens_bid = np.asarray(model(variables, 'image_tokens', batch['image']), np.float64).reshape(
+    4, 5, 16
+  )
+  kernel_dx, bias_x = (
+    np.asarray(variables['params']['image_decoder'][name], np.float64)
+    for name in ('kernel', 'bias')
+  )
   wanted_b = np.zeros(4)
   for b in range(4):
     for row in range(2):
       for column in range(2):
-        patch = batch['image'][b, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
-        wanted_b[b] += np.mean((tokens_bid[b, 1 + 2 * row + column] @ kernel_dx + bias_x - patch.ravel()) ** 2) / 4
+        patch = batch['image'][b, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        wanted_b[b] += (
+          np.mean((tokens_bid[b, 1 + 2 * row + column] @ kernel_dx + bias_x - patch.ravel()) ** 2)
+          / 4
+        )
   embeddings = model.embed_batch(variables, batch)
   np.testing.assert_allclose(embeddings.image_error_b, wanted_b, rtol=1e-5)
   loss, parts = contrastive.pair_loss(embeddings, {'reconstruction': 2.0}, 1.0, jax.random.key(0))
@@ -287,7 +397,9 @@ def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
 
 
 def test_views_keep_a_share_of_their_patches(make_config):
-  """Each embedding and each error of decoding is that of one choice of two of the four patches; the choices differ; without a key all are there."""
+  """Each embedding and each error of decoding is that of one choice of two of the four patches; the
+  choices differ; without a key all are there.
+  """
   config = make_config(**{'objective.reconstruction': 2.0, 'augment.image.kept': 0.5})
   model = dual.make_model(config, dual.describe_towers(config))
   variables = flax.linen.unbox(model.init(jax.random.key(0), {}))
@@ -298,22 +410,44 @@ def test_views_keep_a_share_of_their_patches(make_config):
   entering_bid, choices = tower.embed(image_bhwc), list(itertools.combinations(range(4), 2))
   wanted = {}
   for chosen in choices:
-    hidden_bid = tower.run(entering_bid[:, jnp.array([0, *(1 + p for p in chosen)])], start=0, stop=2)
-    cut = np.stack([image_bhwc[:, 8 * (p // 2):8 * (p // 2) + 8, 8 * (p % 2):8 * (p % 2) + 8] for p in chosen], axis=1).reshape(16, 2, -1)
-    decoded_bkx = np.asarray(hidden_bid[:, 1:], np.float64) @ np.asarray(decoder['kernel'], np.float64) + np.asarray(decoder['bias'])
-    wanted[chosen] = np.asarray(tower.pool(hidden_bid)), ((decoded_bkx - cut) ** 2).mean(axis=(1, 2))
+    hidden_bid = tower.run(
+      entering_bid[:, jnp.array([0, *(1 + p for p in chosen)])], start=0, stop=2
+    )
+    cut = np.stack(
+      [
+        image_bhwc[:, 8 * (p // 2) : 8 * (p // 2) + 8, 8 * (p % 2) : 8 * (p % 2) + 8]
+        for p in chosen
+      ],
+      axis=1,
+    ).reshape(16, 2, -1)
+    decoded_bkx = np.asarray(hidden_bid[:, 1:], np.float64) @ np.asarray(
+      decoder['kernel'], np.float64
+    ) + np.asarray(decoder['bias'])
+    wanted[chosen] = (
+      np.asarray(tower.pool(hidden_bid)),
+      ((decoded_bkx - cut) ** 2).mean(axis=(1, 2)),
+    )
 
   def chosen_of_each(key):
     pooled_bd, error_b = model(variables, 'pool_image', image_bhwc, key)
-    distance_bc = np.stack([np.abs(pooled_bd - wanted[chosen][0]).max(axis=1) for chosen in choices], axis=1)
+    distance_bc = np.stack(
+      [np.abs(pooled_bd - wanted[chosen][0]).max(axis=1) for chosen in choices], axis=1
+    )
     found_b = distance_bc.argmin(axis=1)
-    assert (distance_bc.min(axis=1) < 1e-5).all() and (np.sort(distance_bc, axis=1)[:, 1] > 1e-3).all()
-    np.testing.assert_allclose(error_b, [wanted[choices[c]][1][b] for b, c in enumerate(found_b)], rtol=1e-4)
+    assert (distance_bc.min(axis=1) < 1e-5).all() and (
+      np.sort(distance_bc, axis=1)[:, 1] > 1e-3
+    ).all()
+    np.testing.assert_allclose(
+      error_b, [wanted[choices[c]][1][b] for b, c in enumerate(found_b)], rtol=1e-4
+    )
     return found_b.tolist()
 
   one, again, other = (chosen_of_each(jax.random.key(seed)) for seed in (0, 0, 1))
   assert one == again != other and len(set(one)) > 3
-  same = _batch(16, np.random.default_rng(0), pooled=32) | {'image': image_bhwc, 'image_augmented': image_bhwc}
+  same = _batch(16, np.random.default_rng(0), pooled=32) | {
+    'image': image_bhwc,
+    'image_augmented': image_bhwc,
+  }
   views = model.embed_batch(variables, same, jax.random.key(0))
   assert np.abs(views.image_bc - views.image_augmented_bc).max() > 1e-3
   whole = model(variables, 'pool_image', image_bhwc)[0]
@@ -331,6 +465,7 @@ def test_four_devices_take_the_step_of_one(make_config):
 
   def close(a, b):  # Float32 sums over 16 rows or 4: XLA takes other kernels for other shapes.
     np.testing.assert_allclose(a, b, atol=5e-6 * max(1, np.abs(a).max()))
+
   jax.tree.map(close, one[1], four[1])
 
 
@@ -346,30 +481,66 @@ def test_a_picture_that_cannot_be_read_counts_for_nothing(make_config):
 
 def test_a_clip_text_tower_trains_jointly(make_config):
   """Both towers get gradients, from text augmentation on; the scale is clipped and learned."""
-  config = make_config(**{
-      'backbones.text.kind': 'clip', 'backbones.text.path': 'random:clip-text-tiny', 'backbones.text.pretrained': False,
-      'backbones.text.freeze': False, 'augment.text.delete': 0.2, 'objective.t2t': 0.3, 'temperature.init': 0.011, 'temperature.max_scale': 90.0})
+  config = make_config(
+    **{
+      'backbones.text.kind': 'clip',
+      'backbones.text.path': 'random:clip-text-tiny',
+      'backbones.text.pretrained': False,
+      'backbones.text.freeze': False,
+      'augment.text.delete': 0.2,
+      'objective.t2t': 0.3,
+      'temperature.init': 0.011,
+      'temperature.max_scale': 90.0,
+    }
+  )
   metrics, gradient = _make_gradient(config)(_batch(8, np.random.default_rng(0), vocab=258))
   assert {'loss_v2t', 'loss_t2v', 'loss_v2v', 'loss_t2t', 'loss_uniformity'} <= set(metrics)
-  assert {name for name, g in gradient.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(g))} == {
-      'image_tower', 'text_tower', 'image_head', 'text_head', 'image_independent', 'text_independent', 'log_scale'}
+  assert {
+    name for name, g in gradient.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(g))
+  } == {
+    'image_tower',
+    'text_tower',
+    'image_head',
+    'text_head',
+    'image_independent',
+    'text_independent',
+    'log_scale',
+  }
   start = np.log(np.float32(1 / 0.011))
   assert start - gradient['log_scale'] <= np.log(90.0) + 1e-6
 
 
 def test_frozen_image_tower_and_trained_text_tower(make_config, tiny_towers, tmp_path):
-  """The other way round: a pretrained image tower stays as it is, beside a LLaMA that is trained on from its weights."""
-  config = make_config(**{
-      'backbones.image.path': tiny_towers['image'], 'backbones.image.pretrained': True, 'backbones.image.freeze': True,
-      'backbones.text.freeze': False, 'objective.v2v': 0.0, 'objective.uniformity': 0.0, 'train.epochs': 0.5})
+  """The other way round: a pretrained image tower stays as it is, beside a LLaMA that is trained on
+  from its weights.
+  """
+  config = make_config(
+    **{
+      'backbones.image.path': tiny_towers['image'],
+      'backbones.image.pretrained': True,
+      'backbones.image.freeze': True,
+      'backbones.text.freeze': False,
+      'objective.v2v': 0.0,
+      'objective.uniformity': 0.0,
+      'train.epochs': 0.5,
+    }
+  )
   assert pretrain.pretrain(config, tmp_path / 'run') is None
   _, _, _, model, variables, _ = pretrain._open(tmp_path / 'run')
   assert model.frozen == ('image',) and 'image_tower' not in variables['params']
-  before = loading.load_tower(tiny_towers['text'], kind='text', dtype='float32', attention='xla').params
-  moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), before, variables['params']['text_tower'])
+  before = loading.load_tower(
+    tiny_towers['text'], kind='text', dtype='float32', attention='xla'
+  ).params
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.max(jnp.abs(a - b))), before, variables['params']['text_tower']
+  )
   assert 0 < max(jax.tree.leaves(moved)) < 0.1
   pair = pretrain.load_pair(tmp_path / 'run')
-  assert pair.embed_texts(['a red square'] * 3).shape == pair.embed_images([np.zeros((9, 9, 3), np.uint8)] * 3).shape == (3, 12)
+  assert (
+    pair.embed_texts(['a red square'] * 3).shape
+    == pair.embed_images([np.zeros((9, 9, 3), np.uint8)] * 3).shape
+    == (3, 12)
+  )
 
 
 def test_bfloat16_is_near_float32(make_config):
@@ -382,25 +553,53 @@ def test_bfloat16_is_near_float32(make_config):
   assert results[0] == pytest.approx(results[1], rel=0.02) and results[0] != results[1]
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------------------------
+# ---- What is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('overrides, words', [
+@pytest.mark.parametrize(
+  'overrides, words',
+  [
     ({'train.batch_size': 1}, ['config.train.batch_size: 1', 'at least 2']),
-    ({'backbones.image.path': 'random:clip-vit-tiny', 'backbones.image.pretrained': True, 'backbones.image.freeze': True},
-     ['image.freeze', 'text.freeze', 'no tower to train']),
+    (
+      {
+        'backbones.image.path': 'random:clip-vit-tiny',
+        'backbones.image.pretrained': True,
+        'backbones.image.freeze': True,
+      },
+      ['image.freeze', 'text.freeze', 'no tower to train'],
+    ),
     ({'augment.text.delete': 0.1}, ['config.augment.text', 'backbones.text.freeze', 'once']),
     ({'objective.t2t': 0.5}, ['config.objective.t2t', 'augment.text.delete']),
-    ({'objective.reconstruction': 1.0, 'backbones.image.path': 'random:clip-vit-tiny', 'backbones.image.pretrained': True,
-      'backbones.image.freeze': True, 'backbones.text.freeze': False}, ['config.objective.reconstruction: 1.0', 'image.freeze', 'give 0']),
-    ({'objective.v2t': 0.0, 'objective.t2v': 0.0, 'objective.v2v': 0.0, 'objective.uniformity': 0.0}, ['every weight is 0']),
-    ({'backbones.image.freeze': True, 'backbones.text.freeze': False}, ['random weights', 'pretrained']),
+    (
+      {
+        'objective.reconstruction': 1.0,
+        'backbones.image.path': 'random:clip-vit-tiny',
+        'backbones.image.pretrained': True,
+        'backbones.image.freeze': True,
+        'backbones.text.freeze': False,
+      },
+      ['config.objective.reconstruction: 1.0', 'image.freeze', 'give 0'],
+    ),
+    (
+      {
+        'objective.v2t': 0.0,
+        'objective.t2v': 0.0,
+        'objective.v2v': 0.0,
+        'objective.uniformity': 0.0,
+      },
+      ['every weight is 0'],
+    ),
+    (
+      {'backbones.image.freeze': True, 'backbones.text.freeze': False},
+      ['random weights', 'pretrained'],
+    ),
     ({'backbones.image.pretrained': True}, ['config.backbones.image.path']),
     ({'backbones.image.heads': 5}, ['5', 'backbones.image.width = 16']),
     ({'backbones.image.patch': 32}, ['config.backbones.image.patch: 32', '16']),
     ({'dataset.modalities': 'image'}, ['config.dataset.modalities']),
     ({'temperature.init': 2.0}, ['config.temperature.init: 2.0']),
-])
+  ],
+)
 def test_an_unusable_choice_is_one_line(make_config, overrides, words):
   with pytest.raises(UserError) as error:
     make_config(**overrides)
@@ -431,25 +630,44 @@ def test_every_field_of_the_schema_survives_json(make_config):
   assert model_lib.identities(dual.describe_towers(config))['image']['path'] == dual.SCRATCH
 
 
-# ---- The shipped tower -----------------------------------------------------------------------------------------------------------------
+# ---- The shipped tower ---------------------------------------------------------------------------
 
 
 def test_the_shipped_tower_is_small_whole_and_packaged():
   folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
   assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
   readme = (folder / 'README.md').read_text()
-  for words in ('CC BY-SA 4.0', 'OpenMoji', 'python -m molt_jax.pretrain --config=configs/pretrain_openmoji.py'):
+  for words in (
+    'CC BY-SA 4.0',
+    'OpenMoji',
+    'python -m molt_jax.pretrain --config=configs/pretrain_openmoji.py',
+  ):
     assert words in readme
   packaging = configparser.ConfigParser()
   packaging.read(ROOT / 'setup.cfg')
-  patterns = [pattern.strip() for pattern in packaging['options.package_data']['molt_jax'].split(',')]
+  patterns = [
+    pattern.strip() for pattern in packaging['options.package_data']['molt_jax'].split(',')
+  ]
   for file in folder.iterdir():
     assert any(pattern == f'**/*{file.suffix}' for pattern in patterns), file
-  tower = loading.load_tower('pkg://molt_jax/pretrained/openmoji', kind='image', dtype='float32', attention='xla', with_pool=True)
-  config = config_lib.load_config(str(ROOT / 'configs' / 'pretrain_openmoji.py'), schema=PRETRAIN_SCHEMA).backbones.image
+  tower = loading.load_tower(
+    'pkg://molt_jax/pretrained/openmoji',
+    kind='image',
+    dtype='float32',
+    attention='xla',
+    with_pool=True,
+  )
+  config = config_lib.load_config(
+    str(ROOT / 'configs' / 'pretrain_openmoji.py'), schema=PRETRAIN_SCHEMA
+  ).backbones.image
   architecture = tower.config
-  assert (architecture.image_size, architecture.patch_size, architecture.hidden_size, architecture.num_layers, architecture.num_heads) == (
-      config.size, config.patch, config.width, config.layers, config.heads)
+  assert (
+    architecture.image_size,
+    architecture.patch_size,
+    architecture.hidden_size,
+    architecture.num_layers,
+    architecture.num_heads,
+  ) == (config.size, config.patch, config.width, config.layers, config.heads)
 
 
 @needs_torch
@@ -457,7 +675,9 @@ def test_transformers_reads_the_shipped_tower():
   folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
-  tower = loading.load_tower(str(folder), kind='image', dtype='float32', attention='xla', with_pool=True)
+  tower = loading.load_tower(
+    str(folder), kind='image', dtype='float32', attention='xla', with_pool=True
+  )
   size = tower.config.image_size
   image_bhwc = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
   with torch.inference_mode():
@@ -475,10 +695,17 @@ def test_presets_use_the_shipped_tower(preset):
   assert config.backbones.image.path == 'pkg://molt_jax/pretrained/openmoji'
 
 
-@pytest.mark.parametrize(('scores', 'score', 'said'), [
-    ({'image_to_text': {'R@10': 0.5}, 'text_to_image': {'R@10': 1.0}}, 0.75,
-     'R@10, mean of both ways'),
-    ({'modality_gap': 0.5}, None, 'fewer than two validation images with a text can be read')])
+@pytest.mark.parametrize(
+  ('scores', 'score', 'said'),
+  [
+    (
+      {'image_to_text': {'R@10': 0.5}, 'text_to_image': {'R@10': 1.0}},
+      0.75,
+      'R@10, mean of both ways',
+    ),
+    ({'modality_gap': 0.5}, None, 'fewer than two validation images with a text can be read'),
+  ],
+)
 def test_a_validation_without_retrieval_has_no_score(scores, score, said):
   run = types.SimpleNamespace(frozen={}, _scores=lambda variables: scores)
   state = types.SimpleNamespace(params={}, statistics={})

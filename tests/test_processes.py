@@ -1,4 +1,6 @@
-"""One device, several, and several processes: the same run, checkpoints that go from one to the other, no example lost or seen twice."""
+"""One device, several, and several processes: the same run, checkpoints that go from one to the
+other, no example lost or seen twice.
+"""
 
 import json
 import os
@@ -20,10 +22,12 @@ from molt_jax.runtime import logbook, processes, sharding
 from molt_jax.training import loop
 
 STEPS = 6  # An epoch.
-# Trains as the command line does, notes the indices of the rows it is given, and may send itself SIGTERM when it gets batch number `stop_at`.
+# Trains as the command line does, notes the indices of the rows it is given, and may send itself
+# SIGTERM when it gets batch number `stop_at`.
 TRAIN = """
 import json, pathlib, signal, sys
-from molt_jax import sharding, train
+from molt_jax import train
+from molt_jax.runtime import sharding
 preset, note, workdir, stop_at = sys.argv[1:]
 put, seen = sharding.put_batch, []
 def noted(batch, mesh):
@@ -37,22 +41,27 @@ code = train.main([f'--config={preset}', f'--workdir={workdir}'])
 pathlib.Path(note).write_text(json.dumps(seen))
 sys.exit(code)
 """
-# Fills a feature store; notes the inputs it computed itself, those it finds, and what it finds unusable.
+# Fills a feature store; notes the inputs it computed itself, those it finds, and what it finds
+# unusable.
 FILL = """
 import json, pathlib, sys
-from molt_jax import config, fill, model, processes, sharding
-from molt_jax.backbones import store
+from molt_jax import config
 from molt_jax.data import datasets
+from molt_jax.features import extract, store
+from molt_jax.methods import model
+from molt_jax.runtime import processes, sharding
 preset, note = sys.argv[1:]
 processes.join()
 config = config.load_config(preset)
-mesh, towers, data = sharding.make_mesh(config), model.describe_towers(config), datasets.load_dataset(config)
+mesh, data = sharding.make_mesh(config), datasets.load_dataset(config)
+towers = model.describe_towers(config)
 net = model.make_model(config, towers, num_classes=3)
 preprocess = model.make_preprocess(config, towers, num_classes=3)
 add, added = store.FeatureStore.add, []
 store.FeatureStore.add = lambda self, key, x: (added.append(key), add(self, key, x))
 wanted = {split: (source, source.present) for split, source in data.splits.items()}
-_, stored = fill.open_taps(config, wanted, model=net, towers=towers, preprocess=preprocess, mesh=mesh)
+how = {'model': net, 'towers': towers, 'preprocess': preprocess, 'mesh': mesh}
+_, stored = extract.open_taps(config, wanted, **how)
 found = {split: {m: s.keys for m, s in taps.items()} for split, taps in stored.items()}
 pathlib.Path(note).write_text(json.dumps([added, found, preprocess.report.line()]))
 """
@@ -61,28 +70,49 @@ pathlib.Path(note).write_text(json.dumps([added, found, preprocess.report.line()
 def _config(make_tiny_config, data, model):
   config = make_tiny_config()
   config.mesh.data, config.mesh.model = data, model
-  config.train.batch_size, config.train.epochs, config.train.eval_every, config.train.log_every = 8, 1.0, 3, 1
+  config.train.batch_size, config.train.epochs, config.train.eval_every, config.train.log_every = (
+    8,
+    1.0,
+    3,
+    1,
+  )
   config.text.max_tokens = 24
   return config
 
 
 def _start_two(script, config, folder, *arguments):
-  """Runs a script in two processes with two devices each, as script(preset, note, *arguments of its own); returns [(exit code, stderr, note)]."""
+  """Runs a script in two processes with two devices each, as script(preset, note, *arguments of its
+  own); returns [(exit code, stderr, note)].
+  """
   folder.mkdir()
   (folder / 'config.json').write_text(config_lib.to_json(config))
   (folder / 'preset.py').write_text(
-      'import pathlib\nfrom molt_jax.config import from_json\n'
-      'def get_config():\n  return from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n')
+    'import pathlib\nfrom molt_jax.config import from_json\n'
+    'def get_config():\n  return '
+    'from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n'
+  )
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
   started, notes = [], [folder / f'{index}.json' for index in range(2)]
   for index, note in enumerate(notes):
     env = os.environ | {
-        'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=4', 'device_count=2'),
-        processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)}
-    argv = [sys.executable, '-c', script, folder / 'preset.py', note, *(str(argument[index]) for argument in arguments)]
-    started.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=4', 'device_count=2'),
+      processes.ADDRESS: address,
+      processes.COUNT: '2',
+      processes.INDEX: str(index),
+    }
+    argv = [
+      sys.executable,
+      '-c',
+      script,
+      folder / 'preset.py',
+      note,
+      *(str(argument[index]) for argument in arguments),
+    ]
+    started.append(
+      subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    )
   try:
     errors = [process.communicate(timeout=900)[1] for process in started]
   finally:
@@ -90,32 +120,51 @@ def _start_two(script, config, folder, *arguments):
       process.kill()
   if not all(note.exists() for note in notes):
     pytest.fail('\n\n'.join(errors), pytrace=False)
-  return [(process.returncode, error, json.loads(note.read_text())) for process, error, note in zip(started, errors, notes, strict=True)]
+  return [
+    (process.returncode, error, json.loads(note.read_text()))
+    for process, error, note in zip(started, errors, notes, strict=True)
+  ]
 
 
 def _stop_after(monkeypatch, steps):
   """Sends SIGTERM to this process when it takes training batch number `steps`."""
   put, seen = sharding.put_batch, []
+
   def noted(batch, mesh):
     seen.append(1)
     if len(seen) == steps:
       signal.raise_signal(signal.SIGTERM)
     return put(batch, mesh)
+
   monkeypatch.setattr(sharding, 'put_batch', noted)
 
 
 def _assert_as(workdir: pathlib.Path, whole: pathlib.Path, final_state):
-  """The same losses at every step, the same validations, final state and scores, to float32's rounding."""
-  lines = [[line for line in logbook.read(folder) if line['kind'] == 'train'] for folder in (workdir, whole)]
+  """The same losses at every step, the same validations, final state and scores, to float32's
+  rounding.
+  """
+  lines = [
+    [line for line in logbook.read(folder) if line['kind'] == 'train']
+    for folder in (workdir, whole)
+  ]
   assert [line['step'] for line in lines[0]] == list(range(1, STEPS + 1))
   for name in ('loss', 'loss_ce', 'loss_distill', 'loss_cca', 'grad_norm'):
-    np.testing.assert_allclose(*([line[name] for line in run] for run in lines), rtol=1e-5, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(
+      *([line[name] for line in run] for run in lines), rtol=1e-5, atol=1e-5, err_msg=name
+    )
   states = [final_state(folder)[0] for folder in (workdir, whole)]
   assert states[0].keys() == states[1].keys() and final_state(workdir)[1] == final_state(whole)[1]
   for name in states[0]:
     if 'params' in name:
-      np.testing.assert_allclose(*(np.frombuffer(state[name], np.float32) for state in states), rtol=1e-3, atol=1e-4, err_msg=name)
-  results = [json.loads((folder / 'evaluation.json').read_text())['results'] for folder in (workdir, whole)]
+      np.testing.assert_allclose(
+        *(np.frombuffer(state[name], np.float32) for state in states),
+        rtol=1e-3,
+        atol=1e-4,
+        err_msg=name,
+      )
+  results = [
+    json.loads((folder / 'evaluation.json').read_text())['results'] for folder in (workdir, whole)
+  ]
   for name in results[0]:
     assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5), name
 
@@ -128,13 +177,19 @@ def whole(tmp_path_factory, make_tiny_config):
   return workdir
 
 
-def test_one_two_and_four_devices_and_two_processes_are_the_same_run(whole, make_tiny_config, tmp_path, monkeypatch, final_state):
-  """Two processes of two devices until one of them gets a signal, then one process of two devices; one process of four, then two processes."""
+def test_one_two_and_four_devices_and_two_processes_are_the_same_run(
+  whole, make_tiny_config, tmp_path, monkeypatch, final_state
+):
+  """Two processes of two devices until one of them gets a signal, then one process of two devices;
+  one process of four, then two processes.
+  """
   four, two = _config(make_tiny_config, 2, 2), _config(make_tiny_config, 1, 2)
   first, second = tmp_path / 'first', tmp_path / 'second'
   stopped = _start_two(TRAIN, four, tmp_path / 'a', (first, first), (0, 2))
   assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
-  assert 'stopped at step 4 of 6, saved' in stopped[0][1] and 'stopped' not in stopped[1][1], 'one speaks'
+  assert 'stopped at step 4 of 6, saved' in stopped[0][1] and 'stopped' not in stopped[1][1], (
+    'one speaks'
+  )
   assert [line['step'] for line in logbook.read(first) if line['kind'] == 'train'] == [1, 2, 3, 4]
   train.train(two, first)
   _assert_as(first, whole, final_state)
@@ -161,11 +216,17 @@ def test_two_processes_fill_one_store_together(make_tiny_config, tmp_path):
   assert [code for code, _, _ in filled] == [0, 0], filled
   (added_0, found_0, report_0), (added_1, found_1, report_1) = (note for _, _, note in filled)
   assert added_0 and added_1 and not set(added_0) & set(added_1), 'nothing is computed twice'
-  assert found_0 == found_1 and {key for split in found_0.values() for keys in split.values() for key in keys if key} == {*added_0, *added_1}
-  assert report_0 == report_1 and report_0.startswith('1 unusable image') and found_0['train']['image'][0] is None
+  assert found_0 == found_1 and {
+    key for split in found_0.values() for keys in split.values() for key in keys if key
+  } == {*added_0, *added_1}
+  assert (
+    report_0 == report_1
+    and report_0.startswith('1 unusable image')
+    and found_0['train']['image'][0] is None
+  )
 
 
-# ---- The parts ------------------------------------------------------------------------------------------------------------------------
+# ---- The parts -----------------------------------------------------------------------------------
 
 
 class _Device:
@@ -181,12 +242,15 @@ class _Mesh:
     self.shape = dict(zip(('data', 'model'), self.devices.shape, strict=True))
 
 
-@pytest.mark.parametrize('rows, parts', [
+@pytest.mark.parametrize(
+  'rows, parts',
+  [
     ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
     ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),
     ([[0, 1]], [(0, 1), (0, 1)]),
     ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-])
+  ],
+)
 def test_each_process_reads_the_rows_of_its_devices(rows, parts, monkeypatch):
   for process, part in enumerate(parts):
     monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
@@ -200,17 +264,24 @@ def test_devices_that_are_no_equal_part_are_refused(monkeypatch):
 
 
 def test_lines_are_said_once():
-  assert processes.lines_of_all('2 unusable images: é') == ['2 unusable images: é'] and processes.lines_of_all('') == []
+  assert (
+    processes.lines_of_all('2 unusable images: é') == ['2 unusable images: é']
+    and processes.lines_of_all('') == []
+  )
 
 
-@pytest.mark.parametrize('address, count, index, words', [
+@pytest.mark.parametrize(
+  'address, count, index, words',
+  [
     ('127.0.0.1:1', '2', '', "JAX_PROCESS_ID is ''"),
     ('127.0.0.1:1', 'two', '0', "JAX_NUM_PROCESSES is 'two'"),
     ('127.0.0.1:1', '2', '2', 'JAX_PROCESS_ID is 2, JAX_NUM_PROCESSES is 2'),
     ('127.0.0.1', '2', '0', "'127.0.0.1' is no address; give HOST:PORT"),
-])
+  ],
+)
 def test_an_incomplete_description_of_the_processes_is_refused(
-    monkeypatch, capsys, address, count, index, words):
+  monkeypatch, capsys, address, count, index, words
+):
   monkeypatch.setenv(processes.ADDRESS, address)
   monkeypatch.setenv(processes.COUNT, count)
   monkeypatch.setenv(processes.INDEX, index)
@@ -219,13 +290,13 @@ def test_an_incomplete_description_of_the_processes_is_refused(
   assert words in capsys.readouterr().err
 
 
-# ---- Another process is gone ----------------------------------------------------------------------
+# ---- Another process is gone ---------------------------------------------------------------------
 
 # Joins, and does what its arguments say: process 0 the first, process 1 the second.
 PAIR = """
 import os, signal, sys, time
-from molt_jax import cli, lost, processes
-from molt_jax.config import UserError
+from molt_jax.errors import UserError
+from molt_jax.runtime import cli, lost, processes
 lost.HEARTBEAT_SECONDS = 4
 def fail():
   raise UserError('something to mend')
@@ -244,22 +315,31 @@ def main(argv):
 sys.exit(main(sys.argv[1:]))
 """
 GONE = (
-    'error: another process of this run is gone; start all of them again, and the same command '
-    'goes on from step 40\n')
+  'error: another process of this run is gone; start all of them again, and the same command '
+  'goes on from step 40\n'
+)
 
 
 def _start_pair(*arguments):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
-  return [subprocess.Popen(
-      [sys.executable, '-c', PAIR, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      text=True, env=os.environ | {
-          processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)})
-          for index in range(2)]
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', PAIR, *arguments],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=os.environ
+      | {processes.ADDRESS: address, processes.COUNT: '2', processes.INDEX: str(index)},
+    )
+    for index in range(2)
+  ]
 
 
-@pytest.mark.parametrize('deeds, codes, messages', [
+@pytest.mark.parametrize(
+  'deeds, codes, messages',
+  [
     # Process 0 runs the service by which the others are watched.
     (('die', 'work'), (-signal.SIGKILL, 75), ('', GONE)),
     # Nothing but the heartbeats that do not come tells of the end of process 1 here,
@@ -267,7 +347,8 @@ def _start_pair(*arguments):
     # and a broken connection here.
     (('wait', 'fail'), (75, 2), (GONE, 'error: something to mend\n')),
     (('fail', 'fail'), (2, 2), ('error: something to mend\n',) * 2),
-])
+  ],
+)
 def test_a_process_that_is_left_alone_ends_with_one_line_and_no_stack(deeds, codes, messages):
   pair = _start_pair(*deeds)
   try:

@@ -1,4 +1,6 @@
-"""FLOP counts against closed forms and XLA, the split of a step, and the tools that report them; on a machine without data packages too."""
+"""FLOP counts against closed forms and XLA, the split of a step, and the tools that report them; on
+a machine without data packages too.
+"""
 
 import json
 import os
@@ -22,7 +24,10 @@ def workload():
   config = default_config()
   config.dataset.path = 'unread'
   config.text.max_tokens, config.train.batch_size, config.mesh.data = 8, 8, 1
-  config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
+  config.backbones.text.path, config.backbones.image.path = (
+    'random:llama-tiny',
+    'random:clip-vit-tiny',
+  )
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.width = config.classifier.hidden = 32
   return accounting.Workload.open(validate(config), num_classes=5)
@@ -30,11 +35,15 @@ def workload():
 
 def test_products_are_counted_as_often_as_they_run():
   a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 7))
+
   def f(a, b):
     once = jnp.einsum('bij,bjk->bik', a, b)
     looped = jax.lax.scan(lambda c, _: (c @ jnp.ones((7, 7)), None), once[0], None, length=11)[0]
-    branched = jax.lax.cond(looped.sum() > 0, lambda x: x @ jnp.ones((7, 2)), lambda x: x[:, :2], looped)
+    branched = jax.lax.cond(
+      looped.sum() > 0, lambda x: x @ jnp.ones((7, 2)), lambda x: x[:, :2], looped
+    )
     return jax.jit(jnp.sum)(branched)
+
   assert accounting.matmul_flops(f, a, b) == 2 * (3 * 4 * 5 * 7 + 11 * 4 * 7 * 7 + 4 * 7 * 2)
   # A product and its gradient are three products.
   gradient = jax.grad(lambda w, x: (x @ w).sum(), argnums=(0, 1))
@@ -45,17 +54,23 @@ def test_products_are_counted_as_often_as_they_run():
 def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
   llama, clip = workload.model.text_tower, workload.model.image_tower
   _, frozen, _ = workload.shapes()
-  text = (jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows, tokens), bool))
+  text = (
+    jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+    jax.ShapeDtypeStruct((rows, tokens), bool),
+  )
   image = jax.ShapeDtypeStruct((rows, 64, 64, 3), jnp.float32)
-  assert accounting.matmul_flops(lambda p, *x: llama.apply({'params': p}, *x, num_taps=4), frozen['text'], *text) == \
-      accounting.llama_flops(llama.config, rows, tokens)
-  assert accounting.matmul_flops(lambda p, x: clip.apply({'params': p}, x, num_taps=4), frozen['image'], image) == \
-      accounting.clip_flops(clip.config, rows)
+  assert accounting.matmul_flops(
+    lambda p, *x: llama.apply({'params': p}, *x, num_taps=4), frozen['text'], *text
+  ) == accounting.llama_flops(llama.config, rows, tokens)
+  assert accounting.matmul_flops(
+    lambda p, x: clip.apply({'params': p}, x, num_taps=4), frozen['image'], image
+  ) == accounting.clip_flops(clip.config, rows)
 
 
 def test_llama_7b_takes_two_flops_a_weight_and_token():
   from molt_jax.towers.architectures import ARCHITECTURES
   from molt_jax.towers.llama import LlamaConfig
+
   config = LlamaConfig.from_hf(ARCHITECTURES['text']['llama-7b'])
   matrices, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 128
   attention = 32 * 4 * tokens * tokens * 4096  # Q K' and A V, over all pairs.
@@ -63,13 +78,33 @@ def test_llama_7b_takes_two_flops_a_weight_and_token():
 
 
 def test_xla_counts_the_same_where_no_loop_hides_it(workload):
-  """One layer, so that counting a loop's body once is counting it right; XLA adds elementwise work."""
+  """One layer, so that counting a loop's body once is counting it right; XLA adds elementwise
+  work.
+  """
   from molt_jax.towers.llama import Llama, LlamaConfig
   from molt_jax.towers.loading import abstract_params, nn
-  config = LlamaConfig.from_hf({'vocab_size': 64, 'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 1, 'num_attention_heads': 4})
+
+  config = LlamaConfig.from_hf(
+    {
+      'vocab_size': 64,
+      'hidden_size': 128,
+      'intermediate_size': 512,
+      'num_hidden_layers': 1,
+      'num_attention_heads': 4,
+    }
+  )
   module = Llama(config, jnp.dtype('float32'), 'xla')
-  shapes = nn.unbox(abstract_params(module)), jax.ShapeDtypeStruct((4, 32), jnp.int32), jax.ShapeDtypeStruct((4, 32), bool)
-  counted = jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=1)).lower(*shapes).compile().cost_analysis()['flops']
+  shapes = (
+    nn.unbox(abstract_params(module)),
+    jax.ShapeDtypeStruct((4, 32), jnp.int32),
+    jax.ShapeDtypeStruct((4, 32), bool),
+  )
+  counted = (
+    jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=1))
+    .lower(*shapes)
+    .compile()
+    .cost_analysis()['flops']
+  )
   assert 1.0 < counted / accounting.llama_flops(config, 4, 32) < 1.1
 
 
@@ -86,7 +121,8 @@ def get_config():
   config = default_config()
   config.dataset.path = 'unread'
   config.text.max_tokens, config.train.batch_size, config.mesh.data = 8, 8, 1
-  config.backbones.text.path, config.backbones.image.path = 'random:llama-tiny', 'random:clip-vit-tiny'
+  config.backbones.text.path = 'random:llama-tiny'
+  config.backbones.image.path = 'random:clip-vit-tiny'
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.width, config.cca.estimator, config.missing.views = 32, 'batch', False
   return config
@@ -109,38 +145,66 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def test_the_tool_runs_on_noise_without_any_data_package(tmp_path):
   (tmp_path / 'tiny.py').write_text(PRESET)
-  command = [sys.executable, '-c', BARE, str(ROOT), str(ROOT / 'tools/profile_step.py'), f'--config={tmp_path}/tiny.py', '--rounds=2', '--json',
-             f'--trace={tmp_path}/trace', '--config.train.batch_size=4']
+  command = [
+    sys.executable,
+    '-c',
+    BARE,
+    str(ROOT),
+    str(ROOT / 'tools/profile_step.py'),
+    f'--config={tmp_path}/tiny.py',
+    '--rounds=2',
+    '--json',
+    f'--trace={tmp_path}/trace',
+    '--config.train.batch_size=4',
+  ]
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+  out = subprocess.run(
+    command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+  )
   assert out.returncode == 0, out.stderr
   report = json.loads(out.stdout)
-  assert report['batch_size'] == 4 and report['step_seconds']['median'] > 0 and report['mfu'] is None
+  assert (
+    report['batch_size'] == 4 and report['step_seconds']['median'] > 0 and report['mfu'] is None
+  )
   assert set(report['parts']) == {'image_tower', 'text_tower', 'head', 'cca', 'optimizer'}
-  assert sum(part['share'] for part in (*report['parts'].values(), report['rest'])) == pytest.approx(1)
+  assert sum(
+    part['share'] for part in (*report['parts'].values(), report['rest'])
+  ) == pytest.approx(1)
   towers = sum(report['parts'][name]['flops'] for name in ('image_tower', 'text_tower'))
   assert towers == report['flops']['towers_closed_form']
   assert report['flops']['step'] == sum(part['flops'] for part in report['parts'].values())
   assert report['flops']['xla_counting_loops_once'] < report['flops']['step']
   busy = report['trace']['busy_seconds']
-  assert all(busy[name] > 0 for name in report['parts']) and busy['unknown'] < 0.3 * sum(busy.values())
+  assert all(busy[name] > 0 for name in report['parts']) and busy['unknown'] < 0.3 * sum(
+    busy.values()
+  )
   assert list((tmp_path / 'trace').rglob('*.xplane.pb'))
   memory = report['memory']
-  assert memory['step'] == memory['argument'] + memory['temp'] + memory['output'] - memory['alias'] > 0
+  assert (
+    memory['step'] == memory['argument'] + memory['temp'] + memory['output'] - memory['alias'] > 0
+  )
 
 
-@pytest.mark.parametrize('arguments, says', [
-    (['--rounds=none'], '--rounds'), (['--data=more'], '--data'), (['--config.molt.wdth=3'], 'molt.width'), (['--traces=x'], 'did you mean --trace')])
+@pytest.mark.parametrize(
+  'arguments, says',
+  [
+    (['--rounds=none'], '--rounds'),
+    (['--data=more'], '--data'),
+    (['--config.molt.wdth=3'], 'molt.width'),
+    (['--traces=x'], 'did you mean --trace'),
+  ],
+)
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
   (tmp_path / 'tiny.py').write_text(PRESET)
   monkeypatch.syspath_prepend(str(ROOT / 'tools'))
   import profile_step
+
   assert profile_step.main([f'--config={tmp_path}/tiny.py', *arguments]) == 2
   err = capsys.readouterr().err
   assert says in err and err.count('\n') == 1
 
 
-# ---- The rival -----------------------------------------------------------------------------------------------------------------------
+# ---- The rival -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -149,6 +213,7 @@ def tools():
   sys.path.insert(0, str(ROOT / 'tools'))
   import bench_train
   import rival_torch
+
   yield bench_train, rival_torch
   sys.path.remove(str(ROOT / 'tools'))
 
@@ -156,15 +221,26 @@ def tools():
 def copy_head(head, params):
   """Our head's parameters into the rival's."""
   import torch
+
   params = jax.tree.map(np.asarray, params)
 
   def put(module, kernel, bias):
-    module.weight.data, module.bias.data = torch.tensor(kernel.T.copy()), torch.tensor(np.array(bias))
+    module.weight.data, module.bias.data = (
+      torch.tensor(kernel.T.copy()),
+      torch.tensor(np.array(bias)),
+    )
 
-  def put_map(module, ours, layer):  # A bias of keys moves all scores of a query alike: we have none.
+  def put_map(
+    module, ours, layer
+  ):  # A bias of keys moves all scores of a query alike: we have none.
     kernel = ours['kernel'][layer]
     put(module, kernel, ours['bias'][layer] if 'bias' in ours else np.zeros_like(kernel[0]))
-  translation, fusion, logits = params['translation'], params['fusion'], params['classifier']['logits']
+
+  translation, fusion, logits = (
+    params['translation'],
+    params['fusion'],
+    params['classifier']['logits'],
+  )
   head.layer_weights.data = torch.tensor(params['layer_weights'].copy())
   for k, layer in enumerate(head.layers):
     for m in ('image', 'text'):
@@ -180,21 +256,42 @@ def copy_head(head, params):
 
 
 def test_the_rival_computes_what_our_paper_preset_does(tools):
-  """Same weights, same batch, more rows than directions: the same losses, and the same cross-entropy after a step of either."""
+  """Same weights, same batch, more rows than directions: the same losses, and the same
+  cross-entropy after a step of either.
+  """
   import torch
 
   from molt_jax.towers.architectures import ARCHITECTURES
   from molt_jax.towers.loading import hugging_face_tensors
+
   bench_train, rival_torch = tools
-  sizes = ['--text=llama-tiny', '--image=clip-vit-tiny', '--tokens=6', '--lengths=3,2', '--classes=5', '--batch=24', '--width=8', '--preset=paper']
-  flags = bench_train.cli.parse('bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,rival', '--rounds=2'])[0]
+  sizes = [
+    '--text=llama-tiny',
+    '--image=clip-vit-tiny',
+    '--tokens=6',
+    '--lengths=3,2',
+    '--classes=5',
+    '--batch=24',
+    '--width=8',
+    '--preset=paper',
+  ]
+  flags = bench_train.cli.parse(
+    'bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,rival', '--rounds=2']
+  )[0]
   config = bench_train.make_config(flags, batch=24, width=8, preset='paper')
   ours = bench_train.Ours(config, 5, None, bench_train.lengths(flags, 24))
   assert 'token_position' in ours.host
   ours.host['label'] = np.arange(24, dtype=np.int32) % 5
-  rival = rival_torch.Rival(ARCHITECTURES['text']['llama-tiny'], ARCHITECTURES['image']['clip-vit-tiny'], rival_torch.Settings(8, 4, 5))
+  rival = rival_torch.Rival(
+    ARCHITECTURES['text']['llama-tiny'],
+    ARCHITECTURES['image']['clip-vit-tiny'],
+    rival_torch.Settings(8, 4, 5),
+  )
   for tower, kind in ((rival.text, 'text'), (rival.image, 'image')):
-    tensors = {name: torch.tensor(np.array(x)) for name, x in hugging_face_tensors(ours.frozen[kind], kind=kind).items()}
+    tensors = {
+      name: torch.tensor(np.array(x))
+      for name, x in hugging_face_tensors(ours.frozen[kind], kind=kind).items()
+    }
     missing, unexpected = tower.load_state_dict(tensors, strict=False)
     assert not unexpected and all('post_layernorm' in name for name in missing)
   state = ours.workload.state()
@@ -210,13 +307,20 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
     assert float(metrics['loss_cca']) == pytest.approx(cca, rel=1e-3)
     assert float(metrics['loss']) == pytest.approx(loss, rel=1e-3)
   report = bench_train.measure(flags)
-  assert set(report['cases'][0]['speedup']) == {'live_over_rival'} and report['cases'][0]['seconds']['rival']['median'] > 0
+  assert (
+    set(report['cases'][0]['speedup']) == {'live_over_rival'}
+    and report['cases'][0]['seconds']['rival']['median'] > 0
+  )
 
 
 def test_the_rival_survives_the_gradient_of_small_batches(tools):
   import torch
+
   rival_torch = tools[1]
-  x, y = (torch.randn(6, 16, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(2))
+  x, y = (
+    torch.randn(6, 16, generator=torch.Generator().manual_seed(i), requires_grad=True)
+    for i in range(2)
+  )
   loss = rival_torch.cca_loss(x, y, 1e-3)
   loss.backward()
   assert -1.01 < loss.item() < -0.5 and x.grad.isfinite().all() and y.grad.isfinite().all()
@@ -224,12 +328,15 @@ def test_the_rival_survives_the_gradient_of_small_batches(tools):
 
 def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
   import profile_step
+
   bench_train = tools[0]
   fake = tmp_path / 'python'
   fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\necho "{{}}"\n')
   fake.chmod(0o755)
   environment = {**os.environ, 'OUT': str(tmp_path / 'out'), 'PYTHON': str(fake)}
-  subprocess.run(['bash', str(ROOT / 'tools/bench_gpu.sh')], env=environment, check=True, capture_output=True)
+  subprocess.run(
+    ['bash', str(ROOT / 'tools/bench_gpu.sh')], env=environment, check=True, capture_output=True
+  )
   names = {'rival', 'profile', 'flash', 'compiled', 'batches', 'texts', 'int8'}
   assert {path.stem for path in (tmp_path / 'out').glob('*.json')} == names
   commands = [line.split() for line in (tmp_path / 'commands').read_text().splitlines()]
@@ -243,12 +350,21 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
     else:
       for preset in flags.preset.split(','):
         config = bench_train.make_config(flags, batch=32, width=int(flags.width), preset=preset)
-    assert config.backbones.text.path == 'random:llama-7b' and config.backbones.dtype == config.compute_dtype == 'bfloat16'
+    assert (
+      config.backbones.text.path == 'random:llama-7b'
+      and config.backbones.dtype == config.compute_dtype == 'bfloat16'
+    )
 
 
 def test_the_gpu_benchmark_runs_with_tiny_shapes(tmp_path):
   environment = {**os.environ, 'OUT': str(tmp_path), 'PYTHON': sys.executable}
-  out = subprocess.run(['bash', str(ROOT / 'tools/bench_gpu.sh'), '--small', 'int8'], env=environment, capture_output=True, text=True, check=False)
+  out = subprocess.run(
+    ['bash', str(ROOT / 'tools/bench_gpu.sh'), '--small', 'int8'],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert out.returncode == 0, out.stdout + (tmp_path / 'log.txt').read_text()
   assert {path.stem for path in tmp_path.glob('*.json')} == {'int8'}
   report = json.loads((tmp_path / 'int8.json').read_text())

@@ -13,24 +13,47 @@ from molt_jax.data import datasets
 from molt_jax.evaluation import metrics
 
 CHOICES = {
-    'mm_imdb': {'text': 'longest', 'genres': 'all'}, 'upmc_food101': {'text': 'title'}, 'snli_ve': {'neutral': 'original'}, 'hateful_memes': {}}
+  'mm_imdb': {'text': 'longest', 'genres': 'all'},
+  'upmc_food101': {'text': 'title'},
+  'snli_ve': {'neutral': 'original'},
+  'hateful_memes': {},
+}
 
 
 @pytest.mark.parametrize('name', CHOICES)
 def test_presets_are_the_papers_setting_and_have_variants(name):
   file = str(pathlib.Path(__file__).parents[1] / 'configs' / f'{name}.py')
-  paper, small, robust, both = (config_lib.load_config(file + variant) for variant in ('', ':small', ':robust', ':small,robust'))
+  paper, small, robust, both = (
+    config_lib.load_config(file + variant) for variant in ('', ':small', ':robust', ':small,robust')
+  )
   printed = {
-      'molt.width': 1024, 'molt.num_layers': 4, 'cca.weight': 0.1, 'loss.weight': 0.9, 'optimizer.learning_rate': 4e-4,
-      'backbones.dtype': 'bfloat16', 'compute_dtype': 'bfloat16', 'missing.views': False, 'molt.input_norm': 'none', 'fusion.residual': False}
+    'molt.width': 1024,
+    'molt.num_layers': 4,
+    'cca.weight': 0.1,
+    'loss.weight': 0.9,
+    'optimizer.learning_rate': 4e-4,
+    'backbones.dtype': 'bfloat16',
+    'compute_dtype': 'bfloat16',
+    'missing.views': False,
+    'molt.input_norm': 'none',
+    'fusion.residual': False,
+  }
   assert {field: config_lib.get(paper, field) for field in printed} == printed
-  assert 'llama-7b' in paper.backbones.text.path and 'clip-vit-large-patch14' in paper.backbones.image.path
-  assert all(config.backbones.text.path.startswith('pkg://') and config.train.epochs == 1 for config in (small, both))
+  assert (
+    'llama-7b' in paper.backbones.text.path
+    and 'clip-vit-large-patch14' in paper.backbones.image.path
+  )
+  assert all(
+    config.backbones.text.path.startswith('pkg://') and config.train.epochs == 1
+    for config in (small, both)
+  )
   default = config_lib.default_config()
   for field in ('missing', 'cca', 'fusion'):
     assert robust[field] == both[field] == default[field] and small[field] == paper[field]
   assert both.backbones == small.backbones and robust.backbones == paper.backbones
-  with pytest.raises(config_lib.UserError, match="no variant 'tiny' after the colon; give one of small, robust"):
+  with pytest.raises(
+    config_lib.UserError, match="no variant 'tiny' after the colon; give one of small, robust"
+  ):
     config_lib.load_config(file + ':tiny')
 
 
@@ -44,27 +67,43 @@ def seen(monkeypatch):
     observe(self, *batch)
 
   def done(self):
-    computed.update(logits=np.concatenate([b[0] for b in batches], 1), label=np.concatenate([b[1] for b in batches]),
-                    weight=np.concatenate([b[2] for b in batches], 1))
+    computed.update(
+      logits=np.concatenate([b[0] for b in batches], 1),
+      label=np.concatenate([b[1] for b in batches]),
+      weight=np.concatenate([b[2] for b in batches], 1),
+    )
     batches.clear()
     return compute(self)
+
   monkeypatch.setattr(metrics.Ranking, 'observe', observed)
   monkeypatch.setattr(metrics.Ranking, 'compute', done)
   return computed
 
 
 @pytest.mark.parametrize('name', CHOICES)
-def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_scores(make_tiny_config, miniature, tmp_path, seen, name):
+def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_scores(
+  make_tiny_config, miniature, tmp_path, seen, name
+):
   config = make_tiny_config()
-  config.dataset.name, config.dataset.path, config.dataset.data_dir = name, str(miniature(name)), str(tmp_path / 'data')
+  config.dataset.name, config.dataset.path, config.dataset.data_dir = (
+    name,
+    str(miniature(name)),
+    str(tmp_path / 'data'),
+  )
   config.dataset.allow_count_mismatch, config.dataset.multi_label = True, name == 'mm_imdb'
   config.loss.class_weights = 'balanced'
-  config.method, config.missing.views, config.classifier.kind = 'late_fusion', False, 'linear'  # Few programs, soon compiled.
+  config.method, config.missing.views, config.classifier.kind = (
+    'late_fusion',
+    False,
+    'linear',
+  )  # Few programs, soon compiled.
   config.train.batch_size = config.eval.batch_size = 12
   config.train.log_every = 1
   config.train.epochs = 2 * 12 / len(datasets.load_dataset(config).splits['train'])
   record = train.train(config, tmp_path / 'run')
-  lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+  ]
   losses = [line['loss'] for line in lines if line['kind'] == 'train']
   assert len(losses) == 2 and np.isfinite(losses).all()
   assert record == json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
@@ -75,9 +114,15 @@ def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_score
     logits_nk, label = seen['logits'][c][live], seen['label'][live]
     assert result['num_examples'] == len(label)
     if name == 'hateful_memes':
-      assert result['auroc'] == pytest.approx(roc_auc_score(label, logits_nk[:, 1] - logits_nk[:, 0]), rel=1e-6)
+      assert result['auroc'] == pytest.approx(
+        roc_auc_score(label, logits_nk[:, 1] - logits_nk[:, 0]), rel=1e-6
+      )
       continue
     for average in ('micro', 'macro', 'samples', 'weighted'):
-      assert result[f'f1_{average}'] == pytest.approx(f1_score(label, logits_nk > 0, average=average, zero_division=0), rel=1e-6)
+      assert result[f'f1_{average}'] == pytest.approx(
+        f1_score(label, logits_nk > 0, average=average, zero_division=0), rel=1e-6
+      )
     there_k = label.any(axis=0)  # Most of the 23 genres are not in the miniature.
-    assert result['auroc'] == pytest.approx(roc_auc_score(label[:, there_k], logits_nk[:, there_k], average='macro'), rel=1e-6)
+    assert result['auroc'] == pytest.approx(
+      roc_auc_score(label[:, there_k], logits_nk[:, there_k], average='macro'), rel=1e-6
+    )

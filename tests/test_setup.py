@@ -19,9 +19,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# ---- Deprecations ----
+# ---- Deprecations --------------------------------------------------------------------------------
 
-OURS = ['molt_jax', 'molt_jax.objectives.cca.loss', 'tests.test_train', 'quickstart', 'make_fixture']
+OURS = [
+  'molt_jax',
+  'molt_jax.objectives.cca.loss',
+  'tests.test_train',
+  'quickstart',
+  'make_fixture',
+]
 THEIRS = ['jax', 'jax._src.core', 'flax.linen', 'orbax.checkpoint', 'gridfs', 'testsuite', 'numpy']
 
 
@@ -44,6 +50,7 @@ def test_deprecations_are_errors_where_our_code_uses_the_thing(category):
 def test_what_jax_deprecates_is_an_error_in_a_module_of_ours(monkeypatch):
   """By JAX's own way of deprecating a name, which blames whoever reads it."""
   from jax._src import deprecations
+
   old = {'old': ('jax.old is deprecated; use jax.new', 1)}
   monkeypatch.setattr(jax, '__getattr__', deprecations.deprecation_getattr('jax', old))
   with pytest.raises(DeprecationWarning, match='use jax.new'):
@@ -66,7 +73,7 @@ def test_what_a_library_logs_as_deprecated_is_an_error_where_we_call_it():
   between('the old way is deprecated')  # Theirs to mend.
 
 
-# ---- Compiled programs ----
+# ---- Compiled programs ---------------------------------------------------------------------------
 
 CPUINFO = 'processor\t: {}\nmodel name\t: X\ncpu MHz\t\t: {}\nflags\t\t: fpu sse2{}\n\n'
 
@@ -80,6 +87,7 @@ def test_compiled_programs_are_kept_apart(monkeypatch, tmp_path):
     parts = [CPUINFO.format(i, mhz + i, features) for i in range(cpus)]
     program_cache.CPUINFO.write_text(''.join(parts))
     return program_cache.folder(flags)
+
   assert folder() == folder(cpus=8, mhz=3000)
   assert len({folder(), folder('--b'), folder(features=' avx512f')}) == 3
   assert folder().parent == tmp_path / 'molt_jax' / 'tests'
@@ -109,13 +117,13 @@ def test_broken_old_and_excessive_programs_are_removed(monkeypatch, tmp_path):
   whole = zlib.compress(os.urandom(980))
   here = tmp_path / 'here'
   contents = {  # Name -> (bytes, seconds since it was written).
-      'oldest': (whole, 900),
-      'old': (whole, 800),
-      'new': (whole, 700),
-      'cut': (whole[:700], 600),
-      'empty': (b'', 600),
-      'zstandard': (b'\x28\xb5\x2f\xfd....', 600),
-      'being_written': (whole[:300], 1),
+    'oldest': (whole, 900),
+    'old': (whole, 800),
+    'new': (whole, 700),
+    'cut': (whole[:700], 600),
+    'empty': (b'', 600),
+    'zstandard': (b'\x28\xb5\x2f\xfd....', 600),
+    'being_written': (whole[:300], 1),
   }
   entries = {}
   for name, (content, age) in contents.items():
@@ -135,7 +143,7 @@ def test_broken_old_and_excessive_programs_are_removed(monkeypatch, tmp_path):
   assert not entries['being_written'].exists() and entries['new'].exists()
 
 
-# ---- Environments ----
+# ---- Environments --------------------------------------------------------------------------------
 
 
 def test_pytorch_comes_only_with_the_extra_that_brings_a_cpu_build():
@@ -175,10 +183,10 @@ case "$1" in
 esac
 """
 INTERPRETERS = {
-    'missing': (None, 'does not run (command not found)'),
-    'shim': (SHIM, 'does not run (pyenv: python3.12: command not found)'),
-    'old': (OLD, 'Python 3.9.18, and Python >= 3.11 is needed'),
-    'without venv': (WITHOUT_VENV, 'cannot make an environment'),
+  'missing': (None, 'does not run (command not found)'),
+  'shim': (SHIM, 'does not run (pyenv: python3.12: command not found)'),
+  'old': (OLD, 'Python 3.9.18, and Python >= 3.11 is needed'),
+  'without venv': (WITHOUT_VENV, 'cannot make an environment'),
 }
 
 
@@ -193,9 +201,13 @@ def test_an_interpreter_that_will_not_do_costs_one_line(tmp_path, name):
     python.write_text(f'#!/bin/sh\n{script}\n')
     python.chmod(0o755)
   out = subprocess.run(
-      ['bash', '-c', 'source tools/environment.sh; environment test'], cwd=tmp_path,
-      env={'PATH': os.environ['PATH'], 'PYTHON': str(python) if script else 'python9.99'},
-      capture_output=True, text=True, check=False)
+    ['bash', '-c', 'source tools/environment.sh; environment test'],
+    cwd=tmp_path,
+    env={'PATH': os.environ['PATH'], 'PYTHON': str(python) if script else 'python9.99'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert out.returncode in (1, 2)
   assert out.stderr.startswith('error: ') and out.stderr.count('\n') == 1 and says in out.stderr
   assert not (tmp_path / '.venv').exists()

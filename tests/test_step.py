@@ -1,4 +1,6 @@
-"""The step as compiled: exact accumulation, donation, no residuals of the towers, a program that does not grow with their depth."""
+"""The step as compiled: exact accumulation, donation, no residuals of the towers, a program that
+does not grow with their depth.
+"""
 
 import functools
 
@@ -20,16 +22,24 @@ from molt_jax.training import step as step_lib
 
 
 def _batch(rows, *, size, tokens, seed=0):
-  """Complete rows, some without image or text, one without both (it counts nothing), ragged texts."""
+  """Complete rows, some without image or text, one without both (it counts nothing), ragged
+  texts.
+  """
   rng = np.random.default_rng(seed)
-  present = np.array([[True, True], [True, True], [True, False], [False, True], [True, True]] * rows)[:rows]
+  present = np.array(
+    [[True, True], [True, True], [True, False], [False, True], [True, True]] * rows
+  )[:rows]
   length_b = np.where(present[:, 1], rng.integers(1, tokens + 1, rows), 0)
   weight = np.ones(rows, np.float32)
   present[-1], weight[-1], length_b[-1] = False, 0, 0
   return {
-      'image': rng.normal(size=(rows, size, size, 3)).astype(np.float32), 'tokens': rng.integers(2, 200, (rows, tokens)).astype(np.int32),
-      'token_mask': np.arange(tokens)[None, :] < length_b[:, None], 'present': present, 'weight': weight,
-      'label': rng.integers(0, 3, rows).astype(np.int32)}
+    'image': rng.normal(size=(rows, size, size, 3)).astype(np.float32),
+    'tokens': rng.integers(2, 200, (rows, tokens)).astype(np.int32),
+    'token_mask': np.arange(tokens)[None, :] < length_b[:, None],
+    'present': present,
+    'weight': weight,
+    'label': rng.integers(0, 3, rows).astype(np.int32),
+  }
 
 
 class Setup:
@@ -38,15 +48,25 @@ class Setup:
   def __init__(self, config):
     self.config, self.mesh = config, sharding.make_mesh(config)
     self.model = model_lib.make_model(config, model_lib.describe_towers(config), num_classes=3)
-    self.tx, self.estimator = optax.chain(optax.trace(decay=0.0), optax.scale(-1e-2)), step_lib.make_cca_estimator(config)
+    self.tx, self.estimator = (
+      optax.chain(optax.trace(decay=0.0), optax.scale(-1e-2)),
+      step_lib.make_cca_estimator(config),
+    )
 
   def state(self):
     init_cca = functools.partial(self.estimator.init, self.model.num_taps, self.config.molt.width)
-    return train_state.create(self.model.init, self.tx, init_cca, seed=self.config.seed, mesh=self.mesh)
+    return train_state.create(
+      self.model.init, self.tx, init_cca, seed=self.config.seed, mesh=self.mesh
+    )
 
   def step(self, **options):
     step = functools.partial(
-        step_lib.train_step, model=self.model, tx=self.tx, estimator=self.estimator, config=ml_collections.FrozenConfigDict(self.config))
+      step_lib.train_step,
+      model=self.model,
+      tx=self.tx,
+      estimator=self.estimator,
+      config=ml_collections.FrozenConfigDict(self.config),
+    )
     return jax.jit(step, **options)
 
 
@@ -55,14 +75,33 @@ def test_runs_that_differ_in_their_seed_share_a_program(tiny_config):
   for seed in (0, 1):
     tiny_config.seed = seed
     setup = Setup(tiny_config)
-    texts.append(setup.step().lower(setup.state(), model_lib.load_frozen(tiny_config, setup.mesh), _batch(4, size=16, tokens=12), None).as_text())
+    texts.append(
+      setup.step()
+      .lower(
+        setup.state(),
+        model_lib.load_frozen(tiny_config, setup.mesh),
+        _batch(4, size=16, tokens=12),
+        None,
+      )
+      .as_text()
+    )
   assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize('fields', [
+@pytest.mark.parametrize(
+  'fields',
+  [
     {},
-    {'method': 'late_fusion', 'dataset.multi_label': True, 'missing.views': False, 'missing.train_dropout': 0.4, 'missing.strategy': 'null'},
-], ids=['defaults', 'multi-label without pairs and views'])
+    {
+      'method': 'late_fusion',
+      'dataset.multi_label': True,
+      'missing.views': False,
+      'missing.train_dropout': 0.4,
+      'missing.strategy': 'null',
+    },
+  ],
+  ids=['defaults', 'multi-label without pairs and views'],
+)
 def test_accumulation_is_the_whole_batch(tiny_config, fields):
   tiny_config.train.batch_size, tiny_config.classifier.dropout = 16, 0.0
   for name, value in fields.items():
@@ -72,37 +111,62 @@ def test_accumulation_is_the_whole_batch(tiny_config, fields):
   for accumulate in (1, 4):
     tiny_config.train.accumulate = accumulate
     setup = Setup(tiny_config)
-    frozen, state, step = model_lib.load_frozen(tiny_config, setup.mesh), setup.state(), setup.step()
+    frozen, state, step = (
+      model_lib.load_frozen(tiny_config, setup.mesh),
+      setup.state(),
+      setup.step(),
+    )
     seen = []
     for seed in range(2):  # The second step has a past and statistics to add to.
       batch = _batch(16, size=16, tokens=12, seed=seed)
       if accumulate > 1:
-        batch |= packing.token_positions(batch['token_mask'], packing.groups(16, (1, accumulate)), size=44)
+        batch |= packing.token_positions(
+          batch['token_mask'], packing.groups(16, (1, accumulate)), size=44
+        )
       if tiny_config.dataset.multi_label:
         batch['label'] = np.eye(3, dtype=np.float32)[batch['label']]
       state, metrics = step(state, frozen, batch, class_weight_k)
       seen.append(metrics)
-    results.append(jax.device_get((seen, state.opt_state, state.statistics, state.cca, state.params)))
+    results.append(
+      jax.device_get((seen, state.opt_state, state.statistics, state.cca, state.params))
+    )
   for path, (one, four) in zip(
-      [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(results[0])],
-      zip(*map(jax.tree.leaves, results), strict=True), strict=True):
+    [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(results[0])],
+    zip(*map(jax.tree.leaves, results), strict=True),
+    strict=True,
+  ):
     # Directions fitted on a few past pairs amplify rounding; that number is only logged.
     tolerance = 1e-3 if 'held_out' in path else 2e-6
-    np.testing.assert_allclose(four, one, rtol=2e-5, atol=tolerance * max(1.0, float(np.max(np.abs(one), initial=0))), err_msg=path)
+    np.testing.assert_allclose(
+      four,
+      one,
+      rtol=2e-5,
+      atol=tolerance * max(1.0, float(np.max(np.abs(one), initial=0))),
+      err_msg=path,
+    )
 
 
 def test_a_row_without_a_label_takes_part_in_cca_alone(tiny_config):
-  tiny_config.molt.input_norm, tiny_config.classifier.dropout = 'none', 0.0  # So that the cross-entropy knows the other rows by nothing else.
+  tiny_config.molt.input_norm, tiny_config.classifier.dropout = (
+    'none',
+    0.0,
+  )  # So that the cross-entropy knows the other rows by nothing else.
   setup = Setup(tiny_config)
   frozen, step = model_lib.load_frozen(tiny_config, setup.mesh), setup.step()
   labelled = _batch(16, size=16, tokens=12)
   some = np.arange(16) % 3 == 0
   blank = labelled | {'label': np.where(some, labelled['label'], UNLABELLED).astype(np.int32)}
   fewer = labelled | {'weight': labelled['weight'] * some}
-  seen = {name: step(setup.state(), frozen, batch, None)[1] for name, batch in (('all', labelled), ('blank', blank), ('fewer', fewer))}
+  seen = {
+    name: step(setup.state(), frozen, batch, None)[1]
+    for name, batch in (('all', labelled), ('blank', blank), ('fewer', fewer))
+  }
   np.testing.assert_allclose(seen['blank']['loss_ce'], seen['fewer']['loss_ce'], rtol=1e-6)
   np.testing.assert_allclose(seen['blank']['loss_cca'], seen['all']['loss_cca'], rtol=1e-6)
-  assert abs(seen['all']['loss_ce'] - seen['fewer']['loss_ce']) > 1e-4 and abs(seen['all']['loss_cca'] - seen['fewer']['loss_cca']) > 1e-4
+  assert (
+    abs(seen['all']['loss_ce'] - seen['fewer']['loss_ce']) > 1e-4
+    and abs(seen['all']['loss_cca'] - seen['fewer']['loss_cca']) > 1e-4
+  )
 
 
 def test_the_parts_of_a_batch_are_strided_and_join_again():
@@ -112,7 +176,7 @@ def test_the_parts_of_a_batch_are_strided_and_join_again():
   np.testing.assert_array_equal(step_lib._join(parts, 2), x)
 
 
-# ---- As compiled ------------------------------------------------------------------------------------------------------------------------
+# ---- As compiled ---------------------------------------------------------------------------------
 
 
 def _compiled(tiny_config, monkeypatch, layers):
@@ -126,8 +190,12 @@ def _compiled(tiny_config, monkeypatch, layers):
   return work.step().lower(*work.shapes(), None).compile(), work.shapes()
 
 
-def test_depth_costs_no_compilation_and_towers_keep_nothing_for_a_way_back(tiny_config, monkeypatch):
-  (shallow, _), (deep, (state, frozen, _)) = (_compiled(tiny_config, monkeypatch, layers) for layers in (2, 8))
+def test_depth_costs_no_compilation_and_towers_keep_nothing_for_a_way_back(
+  tiny_config, monkeypatch
+):
+  (shallow, _), (deep, (state, frozen, _)) = (
+    _compiled(tiny_config, monkeypatch, layers) for layers in (2, 8)
+  )
   instructions = [program.as_text().count(' = ') for program in (shallow, deep)]
   assert abs(instructions[1] - instructions[0]) <= 0.01 * instructions[0]
   temporary = [program.memory_analysis().temp_size_in_bytes for program in (shallow, deep)]
@@ -158,7 +226,9 @@ def test_the_loop_looks_at_a_loss_two_steps_late():
   looked = []
   watch = loop.Watch(run, log=None, step=0)
   for step in range(1, 10):
-    watch.dispatched(step, {'loss': _Late(step, looked), 'grad_norm': _Late(step, looked)}, np.arange(4))
+    watch.dispatched(
+      step, {'loss': _Late(step, looked), 'grad_norm': _Late(step, looked)}, np.arange(4)
+    )
     assert max(looked, default=0) == max(step - loop.IN_FLIGHT, 0)
   watch.drain()
   assert sorted(set(looked)) == list(range(1, 10))
@@ -168,12 +238,26 @@ def test_speed_is_that_of_steps_that_were_waited_for(monkeypatch):
   config = config_lib.default_config()
   config.train.log_every, lines, now = 1, {}, [0.0]
   monkeypatch.setattr(loop.time, 'monotonic', lambda: now[0])
-  run = type('Run', (), {
-      'config': config, 'plan': type('Plan', (), {'total': 9, 'per_epoch': 3}), 'schedule': staticmethod(lambda step: 0.1)})()
-  log = type('Log', (), {'write': staticmethod(lambda kind, step, values: lines.__setitem__(step, values))})
+  run = type(
+    'Run',
+    (),
+    {
+      'config': config,
+      'plan': type('Plan', (), {'total': 9, 'per_epoch': 3}),
+      'schedule': staticmethod(lambda step: 0.1),
+    },
+  )()
+  log = type(
+    'Log', (), {'write': staticmethod(lambda kind, step, values: lines.__setitem__(step, values))}
+  )
   watch = loop.Watch(run, log, step=0)
   for step in range(1, 10):
     now[0] = 0.5 * step
     watch.dispatched(step, {'loss': np.float32(1), 'grad_norm': np.float32(1)}, np.arange(4))
   watch.drain()  # The last two have been computed long before they are looked at.
-  assert {step: line.get('images_per_second') for step, line in lines.items()} == {1: None, **dict.fromkeys(range(2, 8), 8.0), 8: None, 9: None}
+  assert {step: line.get('images_per_second') for step, line in lines.items()} == {
+    1: None,
+    **dict.fromkeys(range(2, 8), 8.0),
+    8: None,
+    9: None,
+  }

@@ -16,19 +16,35 @@ from molt_jax.runtime import cli, terminal
 
 COUNTS = {'num_examples': 60, 'both': 51, 'image_only': 4, 'text_only': 5}
 ONE_LABEL = {
-    'accuracy': 0.5501, 'f1_micro': 0.5501, 'f1_macro': 0.2502, 'f1_samples': 0.5501,
-    'f1_weighted': 0.4593, 'loss': 1234.5674} | COUNTS
+  'accuracy': 0.5501,
+  'f1_micro': 0.5501,
+  'f1_macro': 0.2502,
+  'f1_samples': 0.5501,
+  'f1_weighted': 0.4593,
+  'loss': 1234.5674,
+} | COUNTS
 LABEL_SETS = ONE_LABEL | {'f1_micro': 0.6104, 'f1_samples': 0.5803, 'auroc': 1.0}
 NOTHING = dict.fromkeys(COUNTS, 0)
 
 
-@pytest.mark.parametrize(('text', 'shown'), [
-    ('plain', 'plain'), ('a\nb\tc', 'a\\nb\\tc'), ('\x1b[31mred', '\\x1b[31mred'),
+@pytest.mark.parametrize(
+  ('text', 'shown'),
+  [
+    ('plain', 'plain'),
+    ('a\nb\tc', 'a\\nb\\tc'),
+    ('\x1b[31mred', '\\x1b[31mred'),
     ('\x9b31m', '\\x9b31m'),
-    ('a\x00', 'a\\x00'), ('\u202egnp', '\\u202egnp'), ('\ud800', '\\ud800'), ('\u2028', '\\u2028'),
-    ('\ufffe', '\\ufffe'), ('שלום é 😀', 'שלום é 😀'),
+    ('a\x00', 'a\\x00'),
+    ('\u202egnp', '\\u202egnp'),
+    ('\ud800', '\\ud800'),
+    ('\u2028', '\\u2028'),
+    ('\ufffe', '\\ufffe'),
+    ('שלום é 😀', 'שלום é 😀'),
     ('\U0001f469\u200d\U0001f680', '\U0001f469\u200d\U0001f680'),
-    ('', ''), ('[red]', '[red]')])
+    ('', ''),
+    ('[red]', '[red]'),
+  ],
+)
 def test_what_would_be_obeyed_is_spelled_out(text, shown):
   assert terminal.clean(text) == shown
 
@@ -61,6 +77,7 @@ def screen(monkeypatch, capsys):
     monkeypatch.setenv('COLUMNS', str(width))
     draw()
     return capsys.readouterr().out
+
   return show
 
 
@@ -71,9 +88,13 @@ def numbers(text):
 
 
 @pytest.mark.parametrize('width', [20, 40, 60, 80, 100, 130])
-@pytest.mark.parametrize(('result', 'shown'), [
+@pytest.mark.parametrize(
+  ('result', 'shown'),
+  [
     (ONE_LABEL, ['55.0', '25.0', '45.9', '1234.567']),
-    (LABEL_SETS, ['55.0', '61.0', '25.0', '58.0', '45.9', '100.0', '1234.567'])])
+    (LABEL_SETS, ['55.0', '61.0', '25.0', '58.0', '45.9', '100.0', '1234.567']),
+  ],
+)
 def test_every_number_of_the_score_table_is_whole(screen, width, result, shown):
   results = {'none_absent': result, 'missing_both_0.25': result, 'image_absent': NOTHING}
   out = screen(width, lambda: evaluate.print_table(results, 'test split'))
@@ -110,11 +131,15 @@ def test_labels_and_names_are_shown_as_they_are(screen, capsys):
   split |= dict.fromkeys(('words', 'tokens', 'image_width', 'image_height'))
   split |= {'longer_than_max_tokens': None, 'class_named_in_text': None, 'image_formats': {}}
   report = {
-      'dataset': HOSTILE, 'classes': {HOSTILE: counts, 'y' * 10_000: counts},
-      'splits': {'train': split | {'examples': 3}, 'test': split | {'examples': 0}}}
+    'dataset': HOSTILE,
+    'classes': {HOSTILE: counts, 'y' * 10_000: counts},
+    'splits': {'train': split | {'examples': 3}, 'test': split | {'examples': 0}},
+  }
   shown = '[red]x[/red]\\x1b[31m\\n\\u202e'
-  for out in (screen(200, lambda: describe.print_tables(report)),
-              screen(200, lambda: evaluate_pair.print_table({'modality_gap': 0.5}, HOSTILE))):
+  for out in (
+    screen(200, lambda: describe.print_tables(report)),
+    screen(200, lambda: evaluate_pair.print_table({'modality_gap': 0.5}, HOSTILE)),
+  ):
     assert shown in ''.join(out.split()) and '\x1b' not in out and '\u202e' not in out
   assert '3 (100.0 %)' in screen(200, lambda: describe.print_tables(report))
 
@@ -125,6 +150,7 @@ def test_messages_and_errors_are_one_line_whatever_they_quote(capsys):
   @cli.command
   def fail(argv):
     raise UserError(f'label {HOSTILE}: {"x" * 100_000}')
+
   assert fail([]) == 2
   said, error = capsys.readouterr().err.splitlines()
   assert said == 'label [red]x[/red]\\x1b[31m\\n\\u202e'

@@ -29,14 +29,18 @@ def preprocessed(folder, **content):
 SQUASH = {'size': {'height': 16, 'width': 16}, 'do_center_crop': False}
 
 
-@pytest.mark.parametrize('content, config_resize, expected', [
+@pytest.mark.parametrize(
+  'content, config_resize, expected',
+  [
     ({}, 'crop', ('crop', 3)),
     ({'resample': 2}, 'crop', ('crop', 2)),
     (SQUASH, 'crop', ('squash', 3)),
     ({**SQUASH, 'resample': 1}, 'letterbox', ('letterbox', 1)),
-])
-def test_the_towers_own_preprocessing_reaches_pixels_and_store(copied, content, config_resize,
-    expected):
+  ],
+)
+def test_the_towers_own_preprocessing_reaches_pixels_and_store(
+  copied, content, config_resize, expected
+):
   config, folders = copied
   config.image.resize = config_resize
   towers = model_lib.describe_towers(config)
@@ -72,7 +76,9 @@ def test_a_checkpoint_belongs_to_the_preprocessing_and_the_tokenizer_too(copied)
 def test_checkpoints_from_before_this_was_kept_still_open(copied):
   config, _ = copied
   towers = model_lib.describe_towers(config)
-  old = {m: {k: v for k, v in identity.items() if k != 'input_sha256'}
-         for m, identity in model_lib.identities(towers).items()}
+  old = {
+    m: {k: v for k, v in identity.items() if k != 'input_sha256'}
+    for m, identity in model_lib.identities(towers).items()
+  }
   assert 'input_sha256' not in old['text']
   model_lib.check_same_towers(old, towers)

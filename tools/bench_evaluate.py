@@ -2,8 +2,9 @@
 
   python tools/bench_evaluate.py --workdir=DIR [--split=test] [--absent=none,text,image] [--json]
 
-Each condition is a process of its own, so loading and compiling count too. What the run's `features.store` holds is read and not computed: to see
-the towers, give a run that was trained with --config.features.store= (none). DIR/evaluation.json gets the scores, as from any evaluation.
+Each condition is a process of its own, so loading and compiling count too. What the run's
+`features.store` holds is read and not computed: to see the towers, give a run that was trained with
+--config.features.store= (none). DIR/evaluation.json gets the scores, as from any evaluation.
 """
 
 import json
@@ -16,16 +17,21 @@ from molt_jax.errors import UserError
 from molt_jax.runtime import cli
 
 FLAGS = (
-    cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-    cli.Flag('split', 'split to evaluate', 'test'),
-    cli.Flag('absent', 'conditions, comma-separated', 'none,text,image'),
+  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
+  cli.Flag('split', 'split to evaluate', 'test'),
+  cli.Flag('absent', 'conditions, comma-separated', 'none,text,image'),
 )
 UNIT = 1 if sys.platform == 'darwin' else 1024  # Of ru_maxrss, in bytes.
 
 
 def measure(arguments: Sequence[str]) -> dict[str, float]:
   """Runs one evaluation; raises UserError with what it said if it failed."""
-  process = subprocess.Popen([sys.executable, '-m', 'molt_jax.evaluate', *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'molt_jax.evaluate', *arguments],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   said = process.stderr.read()  # Until it ends.
   _, status, usage = os.wait4(process.pid, 0)
   process.returncode = os.waitstatus_to_exitcode(status)
@@ -38,13 +44,26 @@ def measure(arguments: Sequence[str]) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
   """Command line."""
   as_json = '--json' in argv
-  flags, _ = cli.parse('tools.bench_evaluate', 'Memory and CPU seconds of an evaluation.', FLAGS, [a for a in argv if a != '--json'])
-  found = {name: measure([f'--workdir={flags.workdir}', f'--split={flags.split}', f'--absent={name}']) for name in flags.absent.split(',')}
+  flags, _ = cli.parse(
+    'tools.bench_evaluate',
+    'Memory and CPU seconds of an evaluation.',
+    FLAGS,
+    [a for a in argv if a != '--json'],
+  )
+  found = {
+    name: measure([f'--workdir={flags.workdir}', f'--split={flags.split}', f'--absent={name}'])
+    for name in flags.absent.split(',')
+  }
   if as_json:
     print(json.dumps(found))
   else:
     for name, x in found.items():
-      print(f'{name} absent: {x["peak_bytes"] / 1e6:,.0f} MB at most, {x["cpu_seconds"]:.0f} CPU seconds')
+      print(
+
+          f'{name} absent: {x["peak_bytes"] / 1e6:,.0f} MB at most, {x["cpu_seconds"]:.0f} CPU '
+          'seconds'
+
+      )
 
 
 if __name__ == '__main__':

@@ -1,9 +1,12 @@
-"""Does the input pipeline keep ahead of training? `python tools/bench_pipeline.py [--config=configs/quickstart.py] [--json] [--out=FILE]`.
+"""Does the input pipeline keep ahead of training? `python tools/bench_pipeline.py
+[--config=configs/quickstart.py] [--json] [--out=FILE]`.
 
-Times the pipeline alone (read, decode, resize to `--size` pixels, normalise, tokenise, batch) with several numbers of workers, which are threads
-(`input.num_threads`), on the config's data set and on made-up JPEG photographs; and the config's training step on a batch that is there, `live`
-(towers run) and `stored` (their taps come with the batch, as with `features.store`). All take turns within a round, so that other work on the machine
-weighs on all of them; numbers are medians over rounds. A ratio above 1 means that the pipeline keeps ahead of that step.
+Times the pipeline alone (read, decode, resize to `--size` pixels, normalise, tokenise, batch) with
+several numbers of workers, which are threads (`input.num_threads`), on the config's data set and on
+made-up JPEG photographs; and the config's training step on a batch that is there, `live` (towers
+run) and `stored` (their taps come with the batch, as with `features.store`). All take turns within
+a round, so that other work on the machine weighs on all of them; numbers are medians over rounds. A
+ratio above 1 means that the pipeline keeps ahead of that step.
 """
 
 import dataclasses
@@ -28,13 +31,17 @@ from molt_jax.profiling import accounting
 from molt_jax.runtime import atomic, cli, sharding
 
 FLAGS = (
-    cli.Flag('config', 'preset whose data set, tokenizer and training step are measured', 'configs/quickstart.py'),
-    cli.Flag('workers', 'numbers of threads, comma-separated', '1,2'),
-    cli.Flag('size', 'side of the images that come out, pixels', '224'),
-    cli.Flag('photos', 'WIDTHxHEIGHT of the made-up photographs', '500x375'),
-    cli.Flag('rounds', 'rounds of turns', '5'),
-    cli.Flag('batches', 'batches a turn', '4'),
-    cli.Flag('out', 'file to write the JSON to', ''),
+  cli.Flag(
+    'config',
+    'preset whose data set, tokenizer and training step are measured',
+    'configs/quickstart.py',
+  ),
+  cli.Flag('workers', 'numbers of threads, comma-separated', '1,2'),
+  cli.Flag('size', 'side of the images that come out, pixels', '224'),
+  cli.Flag('photos', 'WIDTHxHEIGHT of the made-up photographs', '500x375'),
+  cli.Flag('rounds', 'rounds of turns', '5'),
+  cli.Flag('batches', 'batches a turn', '4'),
+  cli.Flag('out', 'file to write the JSON to', ''),
 )
 DISTINCT = 16  # Photographs that are made; decoding does not know that they come again.
 
@@ -56,14 +63,24 @@ class Photographs:
     return self.read(index, image=True)
 
   def read(self, index, *, image):
-    return {**self._source.read(index, image=False), 'image': self._files[index % DISTINCT] if image else None}
+    return {
+      **self._source.read(index, image=False),
+      'image': self._files[index % DISTINCT] if image else None,
+    }
 
 
 def _photograph(rng, width, height) -> bytes:
   """Noise at several scales, which compresses about as photographs do."""
-  layers = [Image.fromarray(rng.integers(0, 256, (max(2, height // s), max(2, width // s), 3), np.uint8)).resize(
-      (width, height), Image.Resampling.BICUBIC) for s in (128, 32, 8, 2)]
-  mixed = sum(weight * np.asarray(layer, np.float32) for weight, layer in zip((0.5, 0.25, 0.15, 0.1), layers, strict=True))
+  layers = [
+    Image.fromarray(
+      rng.integers(0, 256, (max(2, height // s), max(2, width // s), 3), np.uint8)
+    ).resize((width, height), Image.Resampling.BICUBIC)
+    for s in (128, 32, 8, 2)
+  ]
+  mixed = sum(
+    weight * np.asarray(layer, np.float32)
+    for weight, layer in zip((0.5, 0.25, 0.15, 0.1), layers, strict=True)
+  )
   buffer = io.BytesIO()
   Image.fromarray(mixed.astype(np.uint8)).save(buffer, 'JPEG', quality=90)
   return buffer.getvalue()
@@ -71,22 +88,36 @@ def _photograph(rng, width, height) -> bytes:
 
 def _loader(source, preprocess, config, threads: int, batches: int) -> Callable[[], float]:
   """Returns a function that gives images/s over some batches, made by as many threads."""
+
   def images_per_second():
-    start = time.perf_counter()  # From a cold start: what lies ready when a clock starts later would count as made in no time.
+    # From a cold start: what lies ready when a clock starts later would count as made in no time.
+    start = time.perf_counter()
     iterator = pipeline.train_iterator(
-        source, preprocess, batch_size=config.train.batch_size, seed=0, num_threads=threads, prefetch=threads)
+      source,
+      preprocess,
+      batch_size=config.train.batch_size,
+      seed=0,
+      num_threads=threads,
+      prefetch=threads,
+    )
     for _ in range(batches):
       next(iterator)
     return batches * config.train.batch_size / (time.perf_counter() - start)
+
   return images_per_second
 
 
 def _steppers(config, num_classes: int, batches: int) -> dict[str, Callable[[], float]]:
-  """Returns name -> a function that gives images/s of some training steps on a batch that is there."""
+  """Returns name -> a function that gives images/s of some training steps on a batch that is
+  there.
+  """
   workload = accounting.Workload.open(config, num_classes=num_classes)
   frozen, batch = workload.frozen(), sharding.put_batch(workload.batch(), workload.mesh)
   stored = accounting.Parts(workload, frozen, batch).stored_batch()
-  return {name: _stepper(workload, *inputs, batches) for name, inputs in {'live': (frozen, batch), 'stored': (dict.fromkeys(frozen), stored)}.items()}
+  return {
+    name: _stepper(workload, *inputs, batches)
+    for name, inputs in {'live': (frozen, batch), 'stored': (dict.fromkeys(frozen), stored)}.items()
+  }
 
 
 def _stepper(workload, frozen, batch, batches) -> Callable[[], float]:
@@ -99,17 +130,37 @@ def _stepper(workload, frozen, batch, batches) -> Callable[[], float]:
       state, metrics = step(state, frozen, batch, None)
     jax.block_until_ready(metrics)
     return batches * workload.config.train.batch_size / (time.perf_counter() - start)
+
   return images_per_second
 
 
-def measure(config, *, name: str, workers: Sequence[int], size: int, sides: tuple[int, int], rounds: int, batches: int) -> dict:
+def measure(
+  config,
+  *,
+  name: str,
+  workers: Sequence[int],
+  size: int,
+  sides: tuple[int, int],
+  rounds: int,
+  batches: int,
+) -> dict:
   """Returns the report."""
   data = datasets.load_dataset(config)
-  preprocess = model_lib.make_preprocess(config, model_lib.describe_towers(config), num_classes=len(data.class_names))
+  preprocess = model_lib.make_preprocess(
+    config, model_lib.describe_towers(config), num_classes=len(data.class_names)
+  )
   preprocess = dataclasses.replace(preprocess, image_size=size)
-  sources = {data.name: data.splits['train'], 'photographs': Photographs(data.splits['train'], *sides)}
-  turns = {f'{what}, {threads} worker{"s" if threads > 1 else ""}': _loader(source, preprocess, config, threads, batches)
-           for what, source in sources.items() for threads in workers}
+  sources = {
+    data.name: data.splits['train'],
+    'photographs': Photographs(data.splits['train'], *sides),
+  }
+  turns = {
+    f'{what}, {threads} worker{"s" if threads > 1 else ""}': _loader(
+      source, preprocess, config, threads, batches
+    )
+    for what, source in sources.items()
+    for threads in workers
+  }
   steps = _steppers(config, len(data.class_names), batches)
   for run in steps.values():
     run()  # Compiles.
@@ -117,12 +168,21 @@ def measure(config, *, name: str, workers: Sequence[int], size: int, sides: tupl
   for number in range(rounds):
     for what, run in (turns | steps).items():
       rates[what].append(run())
-    cli.say(f'round {number + 1}: ' + ', '.join(f'{what} {values[-1]:.0f}/s' for what, values in rates.items()))
+    cli.say(
+      f'round {number + 1}: '
+      + ', '.join(f'{what} {values[-1]:.0f}/s' for what, values in rates.items())
+    )
   median = {what: statistics.median(values) for what, values in rates.items()}
   return {
-      'config': name, 'size': size, 'batch_size': config.train.batch_size, 'photograph': {'sides': sides, 'bytes': sources['photographs'].mean_bytes},
-      'cores': len(os.sched_getaffinity(0)), 'images_per_second': median, 'all_rounds': rates,
-      'ratio': {what: {step: median[what] / median[step] for step in steps} for what in turns}}
+    'config': name,
+    'size': size,
+    'batch_size': config.train.batch_size,
+    'photograph': {'sides': sides, 'bytes': sources['photographs'].mean_bytes},
+    'cores': len(os.sched_getaffinity(0)),
+    'images_per_second': median,
+    'all_rounds': rates,
+    'ratio': {what: {step: median[what] / median[step] for step in steps} for what in turns},
+  }
 
 
 def _positive(name: str, text: str) -> int:
@@ -142,11 +202,21 @@ def _sides(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
   as_json = '--json' in argv
-  flags, overrides = cli.parse('tools.bench_pipeline', 'Input pipeline against training step.', FLAGS, [a for a in argv if a != '--json'])
+  flags, overrides = cli.parse(
+    'tools.bench_pipeline',
+    'Input pipeline against training step.',
+    FLAGS,
+    [a for a in argv if a != '--json'],
+  )
   report = measure(
-      config_lib.load_config(flags.config, overrides), name=flags.config, workers=[_positive('workers', word) for word in flags.workers.split(',')],
-      size=_positive('size', flags.size), sides=_sides(flags.photos), rounds=_positive('rounds', flags.rounds),
-      batches=_positive('batches', flags.batches))
+    config_lib.load_config(flags.config, overrides),
+    name=flags.config,
+    workers=[_positive('workers', word) for word in flags.workers.split(',')],
+    size=_positive('size', flags.size),
+    sides=_sides(flags.photos),
+    rounds=_positive('rounds', flags.rounds),
+    batches=_positive('batches', flags.batches),
+  )
   text = json.dumps(report, indent=2)
   if flags.out:
     atomic.write(pathlib.Path(flags.out), text + '\n')
@@ -154,7 +224,9 @@ def main(argv: Sequence[str]) -> None:
     print(text)
     return
   for name, rate in report['images_per_second'].items():
-    ratios = ', '.join(f'{value:.2f} x the {step} step' for step, value in report['ratio'].get(name, {}).items())
+    ratios = ', '.join(
+      f'{value:.2f} x the {step} step' for step, value in report['ratio'].get(name, {}).items()
+    )
     print(f'{name}: {rate:.0f} images/s' + (f', {ratios}' if ratios else ''))
 
 

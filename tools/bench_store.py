@@ -1,9 +1,12 @@
-"""Live training steps against steps from the feature store, and the cost of filling it: `python tools/bench_store.py [--json]`.
+"""Live training steps against steps from the feature store, and the cost of filling it: `python
+tools/bench_store.py [--json]`.
 
-The steps are those of `molt_jax.train`, batches and transfers included: live and stored, and each with padding computed too (what packing saves is
-no merit of the store, and makes `speedup` smaller than `speedup_over_padded`). They take turns, so that other work on the machine
-weighs on all. Filling is timed between two live forward passes over the same rows; loading the towers, which a live run does too, is taken
-off for their ratio. Programs are compiled, or in the cache, before the clock starts.
+The steps are those of `molt_jax.train`, batches and transfers included: live and stored, and each
+with padding computed too (what packing saves is no merit of the store, and makes `speedup` smaller
+than `speedup_over_padded`). They take turns, so that other work on the machine weighs on all.
+Filling is timed between two live forward passes over the same rows; loading the towers, which a
+live run does too, is taken off for their ratio. Programs are compiled, or in the cache, before the
+clock starts.
 """
 
 import contextlib
@@ -31,10 +34,10 @@ from molt_jax.training import step as step_lib
 from molt_jax.training import train_state
 
 FLAGS = (
-    cli.Flag('config', 'preset', 'configs/quickstart.py'),
-    cli.Flag('rows', 'training rows to use', '512'),
-    cli.Flag('rounds', 'rounds of live steps and stored steps in turn', '6'),
-    cli.Flag('dtype', 'float32, bfloat16 or int8', 'bfloat16'),
+  cli.Flag('config', 'preset', 'configs/quickstart.py'),
+  cli.Flag('rows', 'training rows to use', '512'),
+  cli.Flag('rounds', 'rounds of live steps and stored steps in turn', '6'),
+  cli.Flag('dtype', 'float32, bfloat16 or int8', 'bfloat16'),
 )
 STORED_PER_LIVE = 8  # Stored steps a live step, since they are short.
 
@@ -44,7 +47,11 @@ class Subset:
 
   def __init__(self, source, count):
     self._source, self._count = source, min(count, len(source))
-    self.ids, self.labels, self.present = source.ids[:count], source.labels[:count], source.present[:count]
+    self.ids, self.labels, self.present = (
+      source.ids[:count],
+      source.labels[:count],
+      source.present[:count],
+    )
 
   def __len__(self):
     return self._count
@@ -64,12 +71,19 @@ class Bench:
     self.towers = model_lib.describe_towers(config)
     data = datasets.load_dataset(config)
     self.model = model_lib.make_model(config, self.towers, num_classes=len(data.class_names))
-    self.preprocess = model_lib.make_preprocess(config, self.towers, num_classes=len(data.class_names))
+    self.preprocess = model_lib.make_preprocess(
+      config, self.towers, num_classes=len(data.class_names)
+    )
     self.source = Subset(data.splits['train'], rows)
     self.tx = train_state.make_optimizer(config, 1000)
     self.estimator = step_lib.make_cca_estimator(config)
     step = functools.partial(
-        step_lib.train_step, model=self.model, tx=self.tx, estimator=self.estimator, config=ml_collections.FrozenConfigDict(config))
+      step_lib.train_step,
+      model=self.model,
+      tx=self.tx,
+      estimator=self.estimator,
+      config=ml_collections.FrozenConfigDict(config),
+    )
     self.step = jax.jit(step, donate_argnums=0)
     start = time.perf_counter()
     self.frozen = model_lib.load_frozen(config, self.mesh)
@@ -81,22 +95,42 @@ class Bench:
 
   def batches(self, stored, *, padded=False):
     return pipeline.train_iterator(
-        self.source, self.preprocess, batch_size=self.config.train.batch_size, seed=0, stored=stored,
-        pack=None if padded else sharding.packing(self.config, self.mesh), num_threads=self.config.input.num_threads,
-        prefetch=self.config.input.prefetch)
+      self.source,
+      self.preprocess,
+      batch_size=self.config.train.batch_size,
+      seed=0,
+      stored=stored,
+      pack=None if padded else sharding.packing(self.config, self.mesh),
+      num_threads=self.config.input.num_threads,
+      prefetch=self.config.input.prefetch,
+    )
 
   def extract(self):
     """Returns (stored taps, seconds)."""
     start = time.perf_counter()
     _, stored = extract.open_taps(
-        self.config, {'train': (self.source, self.source.present)}, model=self.model, towers=self.towers, preprocess=self.preprocess, mesh=self.mesh)
+      self.config,
+      {'train': (self.source, self.source.present)},
+      model=self.model,
+      towers=self.towers,
+      preprocess=self.preprocess,
+      mesh=self.mesh,
+    )
     return stored['train'], time.perf_counter() - start
 
   def forward(self):
-    """Returns the seconds that the towers take for all rows once, as a live epoch runs them (decoding included)."""
-    forward = jax.jit(lambda frozen, batch: jax.tree.map(lambda x: x.sum(), self.model.taps(frozen, batch)))
+    """Returns the seconds that the towers take for all rows once, as a live epoch runs them
+    (decoding included).
+    """
+    forward = jax.jit(
+      lambda frozen, batch: jax.tree.map(lambda x: x.sum(), self.model.taps(frozen, batch))
+    )
     batches = pipeline.eval_batches(
-        self.source, self.preprocess, batch_size=self.config.train.batch_size, pack=sharding.packing(self.config, self.mesh))
+      self.source,
+      self.preprocess,
+      batch_size=self.config.train.batch_size,
+      pack=sharding.packing(self.config, self.mesh),
+    )
     for batch in one_of_each_size(batches):
       jax.block_until_ready(forward(self.frozen, sharding.put_batch(batch, self.mesh)))
     start = time.perf_counter()
@@ -114,7 +148,9 @@ class Bench:
 
 
 def one_of_each_size(batches):
-  """Batches of all the shapes that occur, so that every program is compiled before the clock starts."""
+  """Batches of all the shapes that occur, so that every program is compiled before the clock
+  starts.
+  """
   return {str({name: x.shape for name, x in batch.items()}): batch for batch in batches}.values()
 
 
@@ -128,10 +164,18 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   forward.append(bench.forward())
   _, again = bench.fill()
   nothing = dict.fromkeys(model_lib.MODALITIES)
-  lanes = {'live': [bench.state(), bench.frozen, bench.batches(None), 1, []],
-           'live_padded': [bench.state(), bench.frozen, bench.batches(None, padded=True), 1, []],
-           'store_padded': [bench.state(), nothing, bench.batches(stored, padded=True), STORED_PER_LIVE, []],
-           'store': [bench.state(), nothing, bench.batches(stored), STORED_PER_LIVE, []]}
+  lanes = {
+    'live': [bench.state(), bench.frozen, bench.batches(None), 1, []],
+    'live_padded': [bench.state(), bench.frozen, bench.batches(None, padded=True), 1, []],
+    'store_padded': [
+      bench.state(),
+      nothing,
+      bench.batches(stored, padded=True),
+      STORED_PER_LIVE,
+      [],
+    ],
+    'store': [bench.state(), nothing, bench.batches(stored), STORED_PER_LIVE, []],
+  }
   for batch in one_of_each_size(itertools.islice(bench.batches(None), rounds + 1)):
     bench.step(bench.state(), bench.frozen, sharding.put_batch(batch, bench.mesh), None)
   for turn in range(rounds + 1):
@@ -147,18 +191,34 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
     jax.block_until_ready(metrics)
     head.append(time.perf_counter() - start)
   taken = {name: lane[4] for name, lane in lanes.items()}
-  step_seconds = {f'{name}_step_seconds': statistics.median(seconds) for name, seconds in taken.items()}
+  step_seconds = {
+    f'{name}_step_seconds': statistics.median(seconds) for name, seconds in taken.items()
+  }
   speedup, over_padded = (
-      statistics.median(a / b for a, b in zip(taken[name], taken['store'], strict=True)) for name in ('live', 'live_padded'))
+    statistics.median(a / b for a, b in zip(taken[name], taken['store'], strict=True))
+    for name in ('live', 'live_padded')
+  )
   size = sum(path.stat().st_size for path in _files(config))
   return {
-      'rows': len(bench.source), 'batch_size': config.train.batch_size, 'dtype': config.features.dtype, **step_seconds,
-      'head_step_seconds': statistics.median(head),
-      **{f'{name}_images_per_second': config.train.batch_size / step_seconds[f'{name}_step_seconds'] for name in ('live', 'store')},
-      'speedup': speedup, 'speedup_over_padded': over_padded,
-      'load_seconds': bench.load_seconds, 'fill_seconds': fill_seconds, 'forward_seconds': float(np.mean(forward)),
-      'fill_over_forward': (fill_seconds - bench.load_seconds) / float(np.mean(forward)),
-      'open_full_store_seconds': again, 'store_bytes': size, 'bytes_per_row': size / len(bench.source)}
+    'rows': len(bench.source),
+    'batch_size': config.train.batch_size,
+    'dtype': config.features.dtype,
+    **step_seconds,
+    'head_step_seconds': statistics.median(head),
+    **{
+      f'{name}_images_per_second': config.train.batch_size / step_seconds[f'{name}_step_seconds']
+      for name in ('live', 'store')
+    },
+    'speedup': speedup,
+    'speedup_over_padded': over_padded,
+    'load_seconds': bench.load_seconds,
+    'fill_seconds': fill_seconds,
+    'forward_seconds': float(np.mean(forward)),
+    'fill_over_forward': (fill_seconds - bench.load_seconds) / float(np.mean(forward)),
+    'open_full_store_seconds': again,
+    'store_bytes': size,
+    'bytes_per_row': size / len(bench.source),
+  }
 
 
 def _files(config):
@@ -169,11 +229,19 @@ def _files(config):
 def main(argv: Sequence[str]) -> None:
   """Command line."""
   as_json = '--json' in argv
-  flags, overrides = cli.parse('tools.bench_store', 'Live steps against steps from the store.', FLAGS, [a for a in argv if a != '--json'])
+  flags, overrides = cli.parse(
+    'tools.bench_store',
+    'Live steps against steps from the store.',
+    FLAGS,
+    [a for a in argv if a != '--json'],
+  )
   rows, rounds = (cli.whole_number(flags, name) for name in ('rows', 'rounds'))
   with contextlib.ExitStack() as stack:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='molt_jax_store_'))
-    config = config_lib.load_config(flags.config, {**overrides, 'features.store': f'{directory}/store', 'features.dtype': flags.dtype})
+    config = config_lib.load_config(
+      flags.config,
+      {**overrides, 'features.store': f'{directory}/store', 'features.dtype': flags.dtype},
+    )
     result = measure(config, rows, rounds)
   if as_json:
     print(json.dumps(result))

@@ -1,15 +1,20 @@
-"""Our training step against PyTorch's (`tools/rival_torch.py`) on noise: `python tools/bench_train.py [--json] [--out=FILE]`.
+"""Our training step against PyTorch's (`tools/rival_torch.py`) on noise: `python
+tools/bench_train.py [--json] [--out=FILE]`.
 
-Every case trains the same head on the same architectures, batch and sizes. Contestants take turns within a case, so that other work on the machine
-weighs on all of them (on an idle machine the ratios are steadier, and PyTorch's threads do not spin against ours: OMP_WAIT_POLICY=PASSIVE).
+Every case trains the same head on the same architectures, batch and sizes. Contestants take turns
+within a case, so that other work on the machine weighs on all of them (on an idle machine the
+ratios are steadier, and PyTorch's threads do not spin against ours: OMP_WAIT_POLICY=PASSIVE).
 
-  paper    our step with the paper's settings: one view, no normalisation of taps, linear classifier, CCA over the batch: what the rival computes
-  robust   our default step, three views of each example, normalised taps, MLP classifiers: the rival computes less
+  paper    our step with the paper's settings: one view, no normalisation of taps, linear
+  classifier, CCA over the batch: what the rival computes robust   our default step, three views of
+  each example, normalised taps, MLP classifiers: the rival computes less
 
-`live` runs the towers, `store` reads their taps from a batch, as training does from the second epoch on (`features.store`). Texts have the lengths
-that --lengths says: our text tower computes their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the longest of the
-batch. The defaults are the quickstart's: SmolLM2-135M, the shipped vision tower, batches of 64, texts of 6 +- 3.6 tokens, at most 16 (--width=128
---preset=robust is its head). `tools/bench_gpu.sh` calls this with LLaMA-7B and CLIP ViT-L/14.
+`live` runs the towers, `store` reads their taps from a batch, as training does from the second
+epoch on (`features.store`). Texts have the lengths that --lengths says: our text tower computes
+their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the longest of
+the batch. The defaults are the quickstart's: SmolLM2-135M, the shipped vision tower, batches of 64,
+texts of 6 +- 3.6 tokens, at most 16 (--width=128 --preset=robust is its head). `tools/bench_gpu.sh`
+calls this with LLaMA-7B and CLIP ViT-L/14.
 """
 
 import functools
@@ -40,32 +45,48 @@ from molt_jax.towers.architectures import ARCHITECTURES
 SHIPPED = 'openmoji'
 CONTESTANTS = ('live', 'live_padded', 'store', 'rival', 'rival_compiled')
 FLAGS = (
-    cli.Flag('text', 'text architecture', 'smollm2-135m'),
-    cli.Flag('image', f'image architecture, or {SHIPPED}: the shipped tower', SHIPPED),
-    cli.Flag('tokens', 'most tokens of a text', '16'),
-    cli.Flag('lengths', 'of texts: mean,deviation in tokens (log-normal), or full: all have --tokens', '6,3.6'),
-    cli.Flag('batch', 'batch sizes, comma-separated', '64'),
-    cli.Flag('width', 'd_c, comma-separated', '128,1024'),
-    cli.Flag('preset', 'paper, robust or both', 'paper,robust'),
-    cli.Flag('contestants', f'of {", ".join(CONTESTANTS)}', 'live,live_padded,store,rival'),
-    cli.Flag('dtype', 'float32 or bfloat16, of towers and head', 'float32'),
-    cli.Flag('attention', 'xla or cudnn, in our towers', 'xla'),
-    cli.Flag('quantization', 'none, int8 or int4, of our towers', 'none'),
-    cli.Flag('solver', 'eigh or newton_schulz, of our CCA', 'eigh'),
-    cli.Flag('classes', 'number of classes', '101'),
-    cli.Flag('rounds', 'timed steps of each contestant', '5'),
-    cli.Flag('out', 'file to write the JSON to', ''),
+  cli.Flag('text', 'text architecture', 'smollm2-135m'),
+  cli.Flag('image', f'image architecture, or {SHIPPED}: the shipped tower', SHIPPED),
+  cli.Flag('tokens', 'most tokens of a text', '16'),
+  cli.Flag(
+    'lengths',
+    'of texts: mean,deviation in tokens (log-normal), or full: all have --tokens',
+    '6,3.6',
+  ),
+  cli.Flag('batch', 'batch sizes, comma-separated', '64'),
+  cli.Flag('width', 'd_c, comma-separated', '128,1024'),
+  cli.Flag('preset', 'paper, robust or both', 'paper,robust'),
+  cli.Flag('contestants', f'of {", ".join(CONTESTANTS)}', 'live,live_padded,store,rival'),
+  cli.Flag('dtype', 'float32 or bfloat16, of towers and head', 'float32'),
+  cli.Flag('attention', 'xla or cudnn, in our towers', 'xla'),
+  cli.Flag('quantization', 'none, int8 or int4, of our towers', 'none'),
+  cli.Flag('solver', 'eigh or newton_schulz, of our CCA', 'eigh'),
+  cli.Flag('classes', 'number of classes', '101'),
+  cli.Flag('rounds', 'timed steps of each contestant', '5'),
+  cli.Flag('out', 'file to write the JSON to', ''),
 )
-PAPER = {name: presets.PAPER[name] for name in (
-    'molt.input_norm', 'fusion.residual', 'classifier.kind', 'classifier.dropout', 'classifier.per_pattern', 'missing.views', 'cca.estimator',
-    'optimizer.schedule')}
+PAPER = {
+  name: presets.PAPER[name]
+  for name in (
+    'molt.input_norm',
+    'fusion.residual',
+    'classifier.kind',
+    'classifier.dropout',
+    'classifier.per_pattern',
+    'missing.views',
+    'cca.estimator',
+    'optimizer.schedule',
+  )
+}
 PRESETS = {'paper': PAPER, 'robust': {}}
 
 
 def shape_of(kind: str, name: str) -> dict:
   """The Hugging Face configuration of a tower."""
   if name == SHIPPED:
-    return json.loads((pathlib.Path(molt_jax.__file__).parent / 'towers' / SHIPPED / 'config.json').read_text())
+    return json.loads(
+      (pathlib.Path(molt_jax.__file__).parent / 'towers' / SHIPPED / 'config.json').read_text()
+    )
   return ARCHITECTURES[kind][name]
 
 
@@ -83,11 +104,24 @@ def make_config(flags, *, batch: int, width: int, preset: str):
   """The config of a case."""
   config = default_config()
   values = {
-      'dataset.path': 'unread', 'text.max_tokens': cli.whole_number(flags, 'tokens'), 'train.batch_size': batch, 'molt.width': width,
-      'backbones.text.path': f'random:{flags.text}', 'backbones.image.path': f'pkg://molt_jax/towers/{SHIPPED}' if flags.image == SHIPPED else
-      f'random:{flags.image}', 'classifier.hidden': min(512, 2 * width), 'backbones.dtype': flags.dtype,
-      'compute_dtype': flags.dtype, 'backbones.attention': flags.attention, 'backbones.quantization': flags.quantization,
-      'cca.solver': flags.solver, 'cca.num_directions': min(16, width), 'mesh.data': 1, **PRESETS[preset]}
+    'dataset.path': 'unread',
+    'text.max_tokens': cli.whole_number(flags, 'tokens'),
+    'train.batch_size': batch,
+    'molt.width': width,
+    'backbones.text.path': f'random:{flags.text}',
+    'backbones.image.path': f'pkg://molt_jax/towers/{SHIPPED}'
+    if flags.image == SHIPPED
+    else f'random:{flags.image}',
+    'classifier.hidden': min(512, 2 * width),
+    'backbones.dtype': flags.dtype,
+    'compute_dtype': flags.dtype,
+    'backbones.attention': flags.attention,
+    'backbones.quantization': flags.quantization,
+    'cca.solver': flags.solver,
+    'cca.num_directions': min(16, width),
+    'mesh.data': 1,
+    **PRESETS[preset],
+  }
   for name, value in values.items():
     *parents, leaf = name.split('.')
     functools.reduce(lambda c, part: c[part], parents, config)[leaf] = value
@@ -109,9 +143,14 @@ class Ours:
     if 'live' in wanted:
       runs['live'] = self._stepper(self.frozen, self._batch)
     if 'live_padded' in wanted:
-      runs['live_padded'] = self._stepper(self.frozen, {name: x for name, x in self._batch.items() if name != 'token_position'})
+      runs['live_padded'] = self._stepper(
+        self.frozen, {name: x for name, x in self._batch.items() if name != 'token_position'}
+      )
     if 'store' in wanted:
-      runs['store'] = self._stepper(dict.fromkeys(self.frozen), accounting.Parts(self.workload, self.frozen, self._batch).stored_batch())
+      runs['store'] = self._stepper(
+        dict.fromkeys(self.frozen),
+        accounting.Parts(self.workload, self.frozen, self._batch).stored_batch(),
+      )
     return runs
 
   def _stepper(self, frozen, batch):
@@ -121,6 +160,7 @@ class Ours:
       nonlocal state
       state, metrics = step(state, frozen, batch, None)
       return metrics
+
     return run
 
 
@@ -130,6 +170,7 @@ class Theirs:
   def __init__(self, flags):
     import rival_torch
     import torch
+
     self._lib, self._torch, self._flags = rival_torch, torch, flags
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self._shapes = shape_of('text', flags.text), shape_of('image', flags.image)
@@ -138,14 +179,31 @@ class Theirs:
   def runs(self, wanted, config, host):
     """Contestant -> a function that does one step; its loss waits for the device."""
     settings = self._lib.Settings(
-        width=config.molt.width, num_layers=config.molt.num_layers, num_classes=int(self._flags.classes), ridge=config.cca.ridge)
+      width=config.molt.width,
+      num_layers=config.molt.num_layers,
+      num_classes=int(self._flags.classes),
+      ridge=config.cca.ridge,
+    )
     batch = self._lib.make_batch(host, self.device)
-    rivals = {name: self._lib.Rival(*self._shapes, settings, device=self.device, compiled=name == 'rival_compiled', towers=self._towers)
-              for name in ('rival', 'rival_compiled') if name in wanted}
+    rivals = {
+      name: self._lib.Rival(
+        *self._shapes,
+        settings,
+        device=self.device,
+        compiled=name == 'rival_compiled',
+        towers=self._towers,
+      )
+      for name in ('rival', 'rival_compiled')
+      if name in wanted
+    }
     return {name: functools.partial(rival.step, batch) for name, rival in rivals.items()}
 
   def versions(self):
-    return {'torch': self._torch.__version__, 'torch_threads': self._torch.get_num_threads(), 'rival_device': self.device}
+    return {
+      'torch': self._torch.__version__,
+      'torch_threads': self._torch.get_num_threads(),
+      'rival_device': self.device,
+    }
 
   def forget_peak(self):
     if self.device == 'cuda':
@@ -162,7 +220,9 @@ def measure(flags) -> dict:
   presets = _choices('preset', flags.preset, tuple(PRESETS))
   theirs = Theirs(flags) if any(name.startswith('rival') for name in wanted) else None
   frozen, cases = None, []
-  for batch, width, preset in itertools.product(_numbers('batch', flags.batch), _numbers('width', flags.width), presets):
+  for batch, width, preset in itertools.product(
+    _numbers('batch', flags.batch), _numbers('width', flags.width), presets
+  ):
     config = make_config(flags, batch=batch, width=width, preset=preset)
     ours = Ours(config, cli.whole_number(flags, 'classes'), frozen, lengths(flags, batch))
     frozen = ours.frozen
@@ -171,35 +231,72 @@ def measure(flags) -> dict:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
     taken = accounting.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
-    cases.append(_case(batch, width, preset, taken, theirs) | {'real_tokens': int(ours.host['token_mask'].sum())})
+    cases.append(
+      _case(batch, width, preset, taken, theirs)
+      | {'real_tokens': int(ours.host['token_mask'].sum())}
+    )
     cli.say(_line(cases[-1]))
     del runs, ours
     gc.collect()
   return {
-      'text': flags.text, 'image': flags.image, 'tokens': int(flags.tokens), 'lengths': flags.lengths, 'classes': int(flags.classes),
-      'dtype': flags.dtype, 'attention': flags.attention, 'quantization': flags.quantization, 'solver': flags.solver,
-      'rounds': cli.whole_number(flags, 'rounds'), 'cases': cases,
-      'device': jax.devices()[0].device_kind, 'cpus': os.cpu_count(), 'load_average': os.getloadavg()[0],
-      'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
-      'versions': {'python': platform.python_version(), 'jax': jax.__version__, **(theirs.versions() if theirs else {})}}
+    'text': flags.text,
+    'image': flags.image,
+    'tokens': int(flags.tokens),
+    'lengths': flags.lengths,
+    'classes': int(flags.classes),
+    'dtype': flags.dtype,
+    'attention': flags.attention,
+    'quantization': flags.quantization,
+    'solver': flags.solver,
+    'rounds': cli.whole_number(flags, 'rounds'),
+    'cases': cases,
+    'device': jax.devices()[0].device_kind,
+    'cpus': os.cpu_count(),
+    'load_average': os.getloadavg()[0],
+    'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY', 'default'),
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      **(theirs.versions() if theirs else {}),
+    },
+  }
 
 
 def _case(batch, width, preset, taken, theirs):
-  case = {'batch': batch, 'width': width, 'preset': preset, 'seconds': {name: accounting.spread(values) for name, values in taken.items()}}
+  case = {
+    'batch': batch,
+    'width': width,
+    'preset': preset,
+    'seconds': {name: accounting.spread(values) for name, values in taken.items()},
+  }
   rivals = [name for name in taken if name.startswith('rival')]
   case['speedup'] = {  # Medians over rounds of the ratio within a round.
-      f'{ours}_over_{rival}': statistics.median(b / a for a, b in zip(taken[ours], taken[rival], strict=True))
-      for ours in CONTESTANTS[:3] if ours in taken for rival in rivals}
-  case['examples_per_second'] = {name: batch / statistics.median(values) for name, values in taken.items()}
+    f'{ours}_over_{rival}': statistics.median(
+      b / a for a, b in zip(taken[ours], taken[rival], strict=True)
+    )
+    for ours in CONTESTANTS[:3]
+    if ours in taken
+    for rival in rivals
+  }
+  case['examples_per_second'] = {
+    name: batch / statistics.median(values) for name, values in taken.items()
+  }
   stats = jax.devices()[0].memory_stats() or {}
-  case['peak_bytes'] = {'ours_so_far': stats.get('peak_bytes_in_use'), 'rival': theirs.peak() if theirs else None}
+  case['peak_bytes'] = {
+    'ours_so_far': stats.get('peak_bytes_in_use'),
+    'rival': theirs.peak() if theirs else None,
+  }
   return case
 
 
 def _line(case):
   seconds = ', '.join(f'{name} {1e3 * s["median"]:.1f} ms' for name, s in case['seconds'].items())
-  ratios = ', '.join(f'{name.replace("_over_", " ")} {ratio:.2f}x' for name, ratio in case['speedup'].items())
-  return f'batch {case["batch"]}, width {case["width"]}, {case["preset"]}: {seconds}' + (f'; {ratios}' if ratios else '')
+  ratios = ', '.join(
+    f'{name.replace("_over_", " ")} {ratio:.2f}x' for name, ratio in case['speedup'].items()
+  )
+  return f'batch {case["batch"]}, width {case["width"]}, {case["preset"]}: {seconds}' + (
+    f'; {ratios}' if ratios else ''
+  )
 
 
 def _numbers(name, text):
@@ -218,11 +315,21 @@ def _choices(name, text, legal):
 def main(argv: Sequence[str]) -> None:
   """Command line."""
   as_json = '--json' in argv
-  flags, _ = cli.parse('tools.bench_train', "Our training step against PyTorch's.", FLAGS, [a for a in argv if a != '--json'])
-  for name, legal in (('text', ARCHITECTURES['text']), ('image', (*ARCHITECTURES['image'], SHIPPED))):
+  flags, _ = cli.parse(
+    'tools.bench_train',
+    "Our training step against PyTorch's.",
+    FLAGS,
+    [a for a in argv if a != '--json'],
+  )
+  for name, legal in (
+    ('text', ARCHITECTURES['text']),
+    ('image', (*ARCHITECTURES['image'], SHIPPED)),
+  ):
     _choices(name, getattr(flags, name), tuple(legal))
   if flags.lengths != 'full' and not re.fullmatch(r'[\d.]+,[\d.]+', flags.lengths):
-    raise UserError(f'--lengths: {flags.lengths!r} is not legal; give full, or mean,deviation such as 6,3.6')
+    raise UserError(
+      f'--lengths: {flags.lengths!r} is not legal; give full, or mean,deviation such as 6,3.6'
+    )
   _numbers('rounds', flags.rounds)
   report = json.dumps(measure(flags), indent=2)
   if flags.out:

@@ -60,8 +60,8 @@ def wrong_end(code: int, lines: list[str]) -> str:
 
 
 def trial(
-    work: kills.Work, inputs: pathlib.Path, folder: pathlib.Path, printed: pathlib.Path, *,
-    sizes: int) -> dict[str, Any]:
+  work: kills.Work, inputs: pathlib.Path, folder: pathlib.Path, printed: pathlib.Path, *, sizes: int
+) -> dict[str, Any]:
   """Does the work on an ample disk, then at each size.
 
   Returns:
@@ -111,10 +111,16 @@ def _one(work, inputs, folder, printed, options, expected, counts) -> None:
 
 def main(argv: list[str]) -> int:
   from molt_jax.runtime import cli
-  flags, _ = cli.parse('disk_full', 'Fill the disk under commands.', (
+
+  flags, _ = cli.parse(
+    'disk_full',
+    'Fill the disk under commands.',
+    (
       cli.Flag('work', 'comma-separated kinds of work', ','.join(kills.works(pathlib.Path()))),
       cli.Flag('sizes', 'how many, of bytes and of numbers of files each', '12'),
-  ), argv)
+    ),
+    argv,
+  )
   names = flags.work.split(',')
   with tempfile.TemporaryDirectory(prefix='disk_full_') as folder:
     folder = pathlib.Path(folder)

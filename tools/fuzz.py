@@ -6,11 +6,11 @@ A generator is a module of `tools/fuzzing/` with one function:
 
   trial(rng, folder) -> dict[str, int]
 
-It makes one input from `rng` (a NumPy generator), gives it to the product, and returns how often which
-outcome came, e.g. {'used': 1} or {'refused': 1}; `folder` is an empty directory of the trial's own. It
-raises where the product did something that it must not do: an exception other than its one-line errors,
-a value that is not finite, a wrong result without a word. Trial i of seed s can be repeated alone with
-`--first=i --count=1 --seed=s`.
+It makes one input from `rng` (a NumPy generator), gives it to the product, and returns how often
+which outcome came, e.g. {'used': 1} or {'refused': 1}; `folder` is an empty directory of the
+trial's own. It raises where the product did something that it must not do: an exception other than
+its one-line errors, a value that is not finite, a wrong result without a word. Trial i of seed s
+can be repeated alone with `--first=i --count=1 --seed=s`.
 """
 
 import argparse
@@ -66,15 +66,15 @@ def fuzz(name: str, *, count: int, seed: int = 0, first: int = 0) -> dict:
       slowest = max(slowest, time.monotonic() - start)
       shutil.rmtree(folder, ignore_errors=True)
   return {
-      'generator': name,
-      'seed': seed,
-      'first': first,
-      'count': count,
-      'outcomes': dict(sorted(outcomes.items())),
-      'num_failures': num_failures,
-      'failures': failures,
-      'slowest_seconds': round(slowest, 3),
-      'peak_megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    'generator': name,
+    'seed': seed,
+    'first': first,
+    'count': count,
+    'outcomes': dict(sorted(outcomes.items())),
+    'num_failures': num_failures,
+    'failures': failures,
+    'slowest_seconds': round(slowest, 3),
+    'peak_megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
   }
 
 

@@ -1,10 +1,11 @@
 """Kills commands at random moments, many while they write, and compares what comes out in the end.
 
-  python tools/kills.py [--work=train,store,prepare,pretrain,evaluate,report] [--kills=20] [--seed=0]
+  python tools/kills.py [--work=train,store,prepare,pretrain,evaluate,report] [--kills=20]
+  [--seed=0]
 
-Each kind of work is first done without a kill. Then the same command is started and killed (SIGKILL)
-again and again; what it leaves when it comes to its end must be what the first one left, bit for
-bit. Times and the order of folders are not compared.
+Each kind of work is first done without a kill. Then the same command is started and killed
+(SIGKILL) again and again; what it leaves when it comes to its end must be what the first one left,
+bit for bit. Times and the order of folders are not compared.
 """
 
 import dataclasses
@@ -59,6 +60,7 @@ def checkpoint(run: pathlib.Path) -> dict[str, Any]:
   """Returns every array of the latest checkpoint and the position of the data, as bytes."""
   import jax
   import orbax.checkpoint as ocp
+
   steps = (run / 'checkpoints' / 'latest').iterdir()
   folder = max(steps, key=lambda path: int(path.name)).absolute()
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -142,6 +144,7 @@ def evaluated(inputs: pathlib.Path, folder: pathlib.Path) -> None:
 
 def works(inputs: pathlib.Path) -> dict[str, Work]:
   """Returns the kinds of work over the inputs that `make_inputs` made."""
+
   def run(folder):
     return [f'--workdir={folder / "run"}']
 
@@ -150,13 +153,19 @@ def works(inputs: pathlib.Path) -> dict[str, Work]:
 
   def fill(folder):
     return [
-        *train(folder), f'--config.features.store={folder / "store"}',
-        '--config.features.dtype=float32', '--config.train.epochs=0.25']
+      *train(folder),
+      f'--config.features.store={folder / "store"}',
+      '--config.features.dtype=float32',
+      '--config.train.epochs=0.25',
+    ]
 
   def prepare(folder):
     return [
-        f'--config={inputs / "imdb.py"}', f'--out={folder / "described"}',
-        f'--config.dataset.data_dir={folder / "data"}', '--allow_count_mismatch']
+      f'--config={inputs / "imdb.py"}',
+      f'--out={folder / "described"}',
+      f'--config.dataset.data_dir={folder / "data"}',
+      '--allow_count_mismatch',
+    ]
 
   def pretrain(folder):
     return [f'--config={inputs / "pretrain.py"}', *run(folder)]
@@ -167,15 +176,18 @@ def works(inputs: pathlib.Path) -> dict[str, Work]:
   of_run = ('run/.tmp-*', 'run/checkpoints/*/*tmp*')
   one_shard_an_input = (('backbones.store.SHARD_BYTES', 1),)
   return {
-      'train': Work('train', train, trained, of_run),
-      'store': Work(
-          'train', fill, stored, ('store/*/.tmp-*',), moments=(0.0, 0.4), patch=one_shard_an_input),
-      'prepare': Work(
-          'data.describe', prepare, prepared, ('data/*/*/*incomplete*/*', 'described/.tmp-*')),
-      'pretrain': Work('pretrain', pretrain, pretrained, of_run),
-      'evaluate': Work(
-          'evaluate', run, lambda folder: scores(folder / 'run'), ('run/.tmp-*',), begin=evaluated),
-      'report': Work('report', run, page, ('run/.tmp-*',), begin=finished),
+    'train': Work('train', train, trained, of_run),
+    'store': Work(
+      'train', fill, stored, ('store/*/.tmp-*',), moments=(0.0, 0.4), patch=one_shard_an_input
+    ),
+    'prepare': Work(
+      'data.describe', prepare, prepared, ('data/*/*/*incomplete*/*', 'described/.tmp-*')
+    ),
+    'pretrain': Work('pretrain', pretrain, pretrained, of_run),
+    'evaluate': Work(
+      'evaluate', run, lambda folder: scores(folder / 'run'), ('run/.tmp-*',), begin=evaluated
+    ),
+    'report': Work('report', run, page, ('run/.tmp-*',), begin=finished),
   }
 
 
@@ -194,6 +206,7 @@ def get_config():
 def make_inputs(inputs: pathlib.Path, names: list[str]) -> None:
   """Writes what the kinds of work need."""
   import make_fixture
+
   tiny_run.make(inputs)
   if 'prepare' in names:
     make_fixture.make('mm_imdb', inputs / 'imdb', examples=200)
@@ -213,6 +226,7 @@ def make_inputs(inputs: pathlib.Path, names: list[str]) -> None:
 def _do(module: str, flags: list[str], printed: pathlib.Path, patch) -> None:
   """In a process of its own: does the work, what it prints goes to files."""
   import importlib
+
   for name, descriptor in (('stdout', 1), ('stderr', 2)):
     os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
   for name, value in patch:
@@ -257,8 +271,8 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
 
 
 def trial(
-    work: Work, inputs: pathlib.Path, folder: pathlib.Path, *, kills: int, seed: int,
-    whole: int = 2) -> dict:
+  work: Work, inputs: pathlib.Path, folder: pathlib.Path, *, kills: int, seed: int, whole: int = 2
+) -> dict:
   """Does the work whole, so many times, and then with kills, the first of them while it writes.
 
   Returns:
@@ -318,11 +332,17 @@ def _finish(work: Work, folder: pathlib.Path) -> float:
 
 def main(argv: list[str]) -> int:
   from molt_jax.runtime import cli
-  flags, _ = cli.parse('kills', 'Kill commands at random moments.', (
+
+  flags, _ = cli.parse(
+    'kills',
+    'Kill commands at random moments.',
+    (
       cli.Flag('work', 'comma-separated kinds of work', ','.join(works(pathlib.Path()))),
       cli.Flag('kills', 'of each kind', '20'),
       cli.Flag('seed', 'of the moments', '0'),
-  ), argv)
+    ),
+    argv,
+  )
   names = flags.work.split(',')
   with tempfile.TemporaryDirectory(prefix='kills_') as folder:
     folder = pathlib.Path(folder)
@@ -333,7 +353,8 @@ def main(argv: list[str]) -> int:
       (folder / name).mkdir()
       work = works(folder / 'inputs')[name]
       counts = trial(
-          work, folder / 'inputs', folder / name, kills=int(flags.kills), seed=int(flags.seed))
+        work, folder / 'inputs', folder / name, kills=int(flags.kills), seed=int(flags.seed)
+      )
       print(json.dumps({'work': name, **counts}), flush=True)
       failed |= bool(counts['differing'] or counts['failed'])
       shutil.rmtree(folder / name)

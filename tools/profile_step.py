@@ -33,11 +33,11 @@ from molt_jax.profiling import accounting
 from molt_jax.runtime import cli, sharding
 
 FLAGS = (
-    cli.Flag('config', 'preset', required=True),
-    cli.Flag('rounds', 'timed steps', '10'),
-    cli.Flag('data', "noise, or dataset: the config's own, through the input pipeline", 'noise'),
-    cli.Flag('classes', 'number of classes, for noise', '101'),
-    cli.Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+  cli.Flag('config', 'preset', required=True),
+  cli.Flag('rounds', 'timed steps', '10'),
+  cli.Flag('data', "noise, or dataset: the config's own, through the input pipeline", 'noise'),
+  cli.Flag('classes', 'number of classes, for noise', '101'),
+  cli.Flag('trace', 'folder for the trace; default: a new temporary one', ''),
 )
 TRACED = 3  # Steps in the trace.
 
@@ -64,31 +64,60 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
   batch = sharding.put_batch(host, workload.mesh)
   parts = accounting.Parts(workload, stepper.frozen, batch)
   calls = parts.calls()
-  taken = accounting.seconds_in_turn({
-      'step': lambda: stepper(batch), 'transfer': lambda: sharding.put_batch(host, workload.mesh),
-      **{name: functools.partial(call, *arguments) for name, (call, arguments) in calls.items()}}, rounds=rounds)
+  taken = accounting.seconds_in_turn(
+    {
+      'step': lambda: stepper(batch),
+      'transfer': lambda: sharding.put_batch(host, workload.mesh),
+      **{name: functools.partial(call, *arguments) for name, (call, arguments) in calls.items()},
+    },
+    rounds=rounds,
+  )
   median = {name: statistics.median(values) for name, values in taken.items()}
   step = median['step']
-  split = {name: {'seconds': median[name], 'share': median[name] / step, 'flops': accounting.matmul_flops(call, *arguments)}
-           for name, (call, arguments) in calls.items()}
+  split = {
+    name: {
+      'seconds': median[name],
+      'share': median[name] / step,
+      'flops': accounting.matmul_flops(call, *arguments),
+    }
+    for name, (call, arguments) in calls.items()
+  }
   rest = step - sum(part['seconds'] for part in split.values())
   device = jax.devices()[0]
   flops = accounting.matmul_flops(workload.step(), *workload.shapes(), None)
   peak = accounting.PEAK_FLOPS.get(device.device_kind)
   peak = peak and peak * workload.mesh.size
   return {
-      'device': {'kind': device.device_kind, 'platform': device.platform, 'used': workload.mesh.size, 'load_average': os.getloadavg()[0]},
-      'batch_size': config.train.batch_size, 'max_tokens': config.text.max_tokens, 'quantization': config.backbones.quantization,
-      'attention': config.backbones.attention, 'backbones': {m: config.backbones[m].path for m in config_lib.modalities(config)},
-      'compile_seconds': stepper.compile_seconds, 'step_seconds': accounting.spread(taken['step']),
-      'examples_per_second': config.train.batch_size / step,
-      'parts': split, 'rest': {'seconds': rest, 'share': rest / step},
-      'trace': _traced(stepper, batch, trace) | {'folder': str(trace)},
-      'flops': {'step': flops, 'towers_closed_form': _closed_form(workload), 'xla_counting_loops_once': _xla_flops(stepper.compiled)},
-      'flops_per_second': flops / step, 'peak_flops_per_second': peak, 'mfu': peak and flops / step / peak,
-      'memory': _memory(stepper.compiled, device),
-      'input': _pipeline(config, workload, stepper, rounds) if data == 'dataset' else {'data': 'noise', 'transfer_seconds': median['transfer']},
-      'versions': {'jax': jax.__version__},
+    'device': {
+      'kind': device.device_kind,
+      'platform': device.platform,
+      'used': workload.mesh.size,
+      'load_average': os.getloadavg()[0],
+    },
+    'batch_size': config.train.batch_size,
+    'max_tokens': config.text.max_tokens,
+    'quantization': config.backbones.quantization,
+    'attention': config.backbones.attention,
+    'backbones': {m: config.backbones[m].path for m in config_lib.modalities(config)},
+    'compile_seconds': stepper.compile_seconds,
+    'step_seconds': accounting.spread(taken['step']),
+    'examples_per_second': config.train.batch_size / step,
+    'parts': split,
+    'rest': {'seconds': rest, 'share': rest / step},
+    'trace': _traced(stepper, batch, trace) | {'folder': str(trace)},
+    'flops': {
+      'step': flops,
+      'towers_closed_form': _closed_form(workload),
+      'xla_counting_loops_once': _xla_flops(stepper.compiled),
+    },
+    'flops_per_second': flops / step,
+    'peak_flops_per_second': peak,
+    'mfu': peak and flops / step / peak,
+    'memory': _memory(stepper.compiled, device),
+    'input': _pipeline(config, workload, stepper, rounds)
+    if data == 'dataset'
+    else {'data': 'noise', 'transfer_seconds': median['transfer']},
+    'versions': {'jax': jax.__version__},
   }
 
 
@@ -99,7 +128,9 @@ def _xla_flops(compiled):
 def _closed_form(workload):
   rows, tokens = workload.config.train.batch_size, workload.config.text.max_tokens
   image, text = workload.model.image_tower, workload.model.text_tower
-  return (accounting.clip_flops(image.config, rows) if image else 0) + (accounting.llama_flops(text.config, rows, tokens) if text else 0)
+  return (accounting.clip_flops(image.config, rows) if image else 0) + (
+    accounting.llama_flops(text.config, rows, tokens) if text else 0
+  )
 
 
 def _traced(stepper, batch, folder):
@@ -111,24 +142,41 @@ def _traced(stepper, batch, folder):
         jax.block_until_ready(stepper(batch))
   busy = accounting.trace_parts(folder, stepper.compiled.as_text(), steps=TRACED)
   total = sum(busy.values())
-  return {'busy_seconds': busy, 'share': {name: value / total if total else None for name, value in busy.items()}}
+  return {
+    'busy_seconds': busy,
+    'share': {name: value / total if total else None for name, value in busy.items()},
+  }
 
 
 def _memory(compiled, device):
   m = compiled.memory_analysis()
-  bytes_of = {name: getattr(m, f'{name}_size_in_bytes') for name in ('argument', 'temp', 'output', 'alias')}
+  bytes_of = {
+    name: getattr(m, f'{name}_size_in_bytes') for name in ('argument', 'temp', 'output', 'alias')
+  }
   peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
-  return {**bytes_of, 'step': bytes_of['argument'] + bytes_of['temp'] + bytes_of['output'] - bytes_of['alias'], 'peak_of_the_process': peak}
+  return {
+    **bytes_of,
+    'step': bytes_of['argument'] + bytes_of['temp'] + bytes_of['output'] - bytes_of['alias'],
+    'peak_of_the_process': peak,
+  }
 
 
 def _pipeline(config, workload, stepper, rounds):
   from molt_jax.data import datasets, pipeline
   from molt_jax.methods import model as model_lib
+
   data = datasets.load_dataset(config)
-  preprocess = model_lib.make_preprocess(config, model_lib.describe_towers(config), num_classes=workload.num_classes)
+  preprocess = model_lib.make_preprocess(
+    config, model_lib.describe_towers(config), num_classes=workload.num_classes
+  )
   iterator = pipeline.train_iterator(
-      data.splits['train'], preprocess, batch_size=config.train.batch_size, seed=config.seed, num_threads=config.input.num_threads,
-      prefetch=config.input.prefetch)
+    data.splits['train'],
+    preprocess,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    num_threads=config.input.num_threads,
+    prefetch=config.input.prefetch,
+  )
   waits, metrics = [], None
   begin = time.perf_counter()
   for _ in range(rounds + 1):
@@ -136,17 +184,28 @@ def _pipeline(config, workload, stepper, rounds):
     batch = next(iterator)
     waits.append(time.perf_counter() - start)
     jax.block_until_ready(metrics)  # One step is in flight while the next batch is fetched.
-    metrics = stepper(sharding.put_batch({name: x for name, x in batch.items() if name != 'index'}, workload.mesh))
+    metrics = stepper(
+      sharding.put_batch({name: x for name, x in batch.items() if name != 'index'}, workload.mesh)
+    )
   jax.block_until_ready(metrics)
   total = time.perf_counter() - begin
-  return {'data': config.dataset.name, 'wait_seconds': accounting.spread(waits[1:]), 'wait_share': sum(waits[1:]) / total}
+  return {
+    'data': config.dataset.name,
+    'wait_seconds': accounting.spread(waits[1:]),
+    'wait_share': sum(waits[1:]) / total,
+  }
 
 
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
   as_json = '--json' in argv
-  flags, overrides = cli.parse('tools.profile_step', 'Where the time and memory of a training step go.', FLAGS, [a for a in argv if a != '--json'])
+  flags, overrides = cli.parse(
+    'tools.profile_step',
+    'Where the time and memory of a training step go.',
+    FLAGS,
+    [a for a in argv if a != '--json'],
+  )
   for name in ('rounds', 'classes'):
     if not getattr(flags, name).isdigit() or not int(getattr(flags, name)):
       raise UserError(f'--{name}: {getattr(flags, name)!r} is not a positive number')
@@ -164,15 +223,25 @@ def main(argv: Sequence[str]) -> None:
 
 def _classes(config):
   from molt_jax.data import datasets
+
   return len(datasets.load_dataset(config).class_names)
 
 
 def _lines(r):
-  yield f'{r["device"]["used"]} x {r["device"]["kind"]}, batch {r["batch_size"]} x {r["max_tokens"]} tokens; compiled in {r["compile_seconds"]:.1f} s'
+  yield (
+    f'{r["device"]["used"]} x {r["device"]["kind"]}, batch {r["batch_size"]} x '
+    f'{r["max_tokens"]} tokens; compiled in {r["compile_seconds"]:.1f} s'
+  )
   mfu = f', {100 * r["mfu"]:.1f} % of peak' if r['mfu'] else ''
-  yield (f'step {1e3 * r["step_seconds"]["median"]:.2f} ms, {r["examples_per_second"]:.1f} examples/s, {r["flops"]["step"] / 1e12:.3f} TFLOP, '
-         f'{r["flops_per_second"] / 1e12:.3f} TFLOP/s{mfu}')
-  yield f'memory of the step {r["memory"]["step"] / 1e9:.2f} GB, of which {r["memory"]["temp"] / 1e9:.2f} GB temporary'
+  yield (
+    f'step {1e3 * r["step_seconds"]["median"]:.2f} ms, {r["examples_per_second"]:.1f} examples/s, '
+    f'{r["flops"]["step"] / 1e12:.3f} TFLOP, '
+    f'{r["flops_per_second"] / 1e12:.3f} TFLOP/s{mfu}'
+  )
+  yield (
+    f'memory of the step {r["memory"]["step"] / 1e9:.2f} GB, of which '
+    f'{r["memory"]["temp"] / 1e9:.2f} GB temporary'
+  )
   yield f'{"part":12} {"on its own":>14} {"share":>7} {"in the trace":>14}'
   parts = r['parts'] | {'rest': r['rest']}
   for name in (*r['trace']['share'], 'rest'):
@@ -180,9 +249,15 @@ def _lines(r):
     own = f'{1e3 * part["seconds"]:11.2f} ms {100 * part["share"]:5.1f} %' if part else ' ' * 22
     traced = '-' if busy is None else f'{100 * busy:.1f} %'
     yield f'{name:12} {own} {traced:>14}'
-  yield f'rest: what the parts cost more (or less) together than one after the other; trace: {r["trace"]["folder"]}'
+  yield (
+    'rest: what the parts cost more (or less) together than one after the other; trace: '
+    f'{r["trace"]["folder"]}'
+  )
   if 'wait_share' in r['input']:
-    yield f'input: a step waits {1e3 * r["input"]["wait_seconds"]["median"]:.2f} ms for its batch, {100 * r["input"]["wait_share"]:.1f} % of the time'
+    yield (
+      f'input: a step waits {1e3 * r["input"]["wait_seconds"]["median"]:.2f} ms for its batch, '
+      f'{100 * r["input"]["wait_share"]:.1f} % of the time'
+    )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
-"""Writes one OpenMoji picture as a PNG file, as the data set renders it: python tools/save_emoji.py EMOJI FILE"""
+"""Writes one OpenMoji picture as a PNG file, as the data set renders it: python tools/save_emoji.py
+EMOJI FILE
+"""
 
 import pathlib
 import sys

@@ -2,8 +2,8 @@
 
   python tools/tiny_run.py --out=DIR
 
-DIR/train.py and DIR/pretrain.py are presets; what stands in DIR is the same on every call. For tools
-that start many commands, and for trials by hand.
+DIR/train.py and DIR/pretrain.py are presets; what stands in DIR is the same on every call. For
+tools that start many commands, and for trials by hand.
 """
 
 import json
@@ -21,28 +21,59 @@ from molt_jax.runtime import cli
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 COUNTS = {'train': 48, 'validation': 12, 'test': 14}
 TEXT = {
-    'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 48,
-    'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
-    'max_position_embeddings': 64, 'bos_token_id': 0, 'eos_token_id': 1,
+  'model_type': 'llama',
+  'vocab_size': 320,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 64,
+  'bos_token_id': 0,
+  'eos_token_id': 1,
 }
 IMAGE = {
-    'model_type': 'clip_vision_model', 'hidden_size': 24, 'intermediate_size': 48,
-    'num_hidden_layers': 3, 'num_attention_heads': 4, 'image_size': 16, 'patch_size': 8,
+  'model_type': 'clip_vision_model',
+  'hidden_size': 24,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'image_size': 16,
+  'patch_size': 8,
 }
 # Fields of both commands, then of each. Evaluation is due twice, a checkpoint every other step.
 SHARED = {
-    'text.max_tokens': 12, 'mesh.data': 1, 'compute_dtype': 'float32', 'train.log_every': 1,
-    'train.save_every': 2, 'eval.batch_size': 8, 'input.num_threads': 2,
+  'text.max_tokens': 12,
+  'mesh.data': 1,
+  'compute_dtype': 'float32',
+  'train.log_every': 1,
+  'train.save_every': 2,
+  'eval.batch_size': 8,
+  'input.num_threads': 2,
 }
 TRAIN = {
-    'text.padding': 'max_tokens', 'backbones.dtype': 'float32', 'molt.num_layers': 2,
-    'molt.width': 16, 'classifier.hidden': 16, 'cca.num_directions': 4, 'cca.window': 32,
-    'train.batch_size': 4, 'train.epochs': 1.0, 'train.eval_every': 6,
+  'text.padding': 'max_tokens',
+  'backbones.dtype': 'float32',
+  'molt.num_layers': 2,
+  'molt.width': 16,
+  'classifier.hidden': 16,
+  'cca.num_directions': 4,
+  'cca.window': 32,
+  'train.batch_size': 4,
+  'train.epochs': 1.0,
+  'train.eval_every': 6,
 }
 PRETRAIN = {
-    'backbones.image.size': 16, 'backbones.image.patch': 8, 'backbones.image.width': 16,
-    'backbones.image.layers': 2, 'backbones.image.heads': 2, 'projection.width': 12,
-    'train.batch_size': 8, 'train.epochs': 3.0, 'eval.select': 'latest', 'export.dtype': 'float32',
+  'backbones.image.size': 16,
+  'backbones.image.patch': 8,
+  'backbones.image.width': 16,
+  'backbones.image.layers': 2,
+  'backbones.image.heads': 2,
+  'projection.width': 12,
+  'train.batch_size': 8,
+  'train.epochs': 3.0,
+  'eval.select': 'latest',
+  'export.dtype': 'float32',
 }
 PRESET = """from molt_jax import config as lib
 
@@ -62,9 +93,13 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
   cache of compiled programs for all of them.
   """
   return os.environ | {
-      'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'XLA_FLAGS': XLA_FLAGS,
-      'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
+    'JAX_PLATFORMS': 'cpu',
+    'HF_HUB_OFFLINE': '1',
+    'XLA_FLAGS': XLA_FLAGS,
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'PYTHONPATH': os.pathsep.join(path for path in sys.path if path),
+  }
 
 
 def make(out: pathlib.Path) -> None:
@@ -76,7 +111,9 @@ def make(out: pathlib.Path) -> None:
   train = SHARED | TRAIN | paths | {'backbones.image.path': str(out / 'clip')}
   pretrain = SHARED | PRETRAIN | paths | {'input.text_store': str(out / 'texts')}
   for name, schema, values in (
-      ('train', 'SCHEMA', train), ('pretrain', 'PRETRAIN_SCHEMA', pretrain)):
+    ('train', 'SCHEMA', train),
+    ('pretrain', 'PRETRAIN_SCHEMA', pretrain),
+  ):
     (out / f'{name}.py').write_text(PRESET.format(schema=schema, values=values))
 
 
@@ -85,23 +122,33 @@ def _write_text_tower(folder: pathlib.Path) -> None:
   width, inner = TEXT['hidden_size'], TEXT['intermediate_size']
   keys = width * TEXT['num_key_value_heads'] // TEXT['num_attention_heads']
   layer = {
-      'input_layernorm': (width,), 'post_attention_layernorm': (width,),
-      'self_attn.q_proj': (width, width), 'self_attn.k_proj': (keys, width),
-      'self_attn.v_proj': (keys, width), 'self_attn.o_proj': (width, width),
-      'mlp.gate_proj': (inner, width), 'mlp.up_proj': (inner, width),
-      'mlp.down_proj': (width, inner)}
+    'input_layernorm': (width,),
+    'post_attention_layernorm': (width,),
+    'self_attn.q_proj': (width, width),
+    'self_attn.k_proj': (keys, width),
+    'self_attn.v_proj': (keys, width),
+    'self_attn.o_proj': (width, width),
+    'mlp.gate_proj': (inner, width),
+    'mlp.up_proj': (inner, width),
+    'mlp.down_proj': (width, inner),
+  }
   shapes = {'model.embed_tokens.weight': (TEXT['vocab_size'], width), 'model.norm.weight': (width,)}
   for number in range(TEXT['num_hidden_layers']):
     shapes |= {f'model.layers.{number}.{name}.weight': shape for name, shape in layer.items()}
   _write_tower(folder, TEXT, shapes)
   words = tokenizers.Tokenizer(tokenizers.models.BPE())
   words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  words.train_from_iterator(['a red square'], tokenizers.trainers.BpeTrainer(
-      vocab_size=300, special_tokens=['<s>', '</s>'], show_progress=False,
-      initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+  words.train_from_iterator(
+    ['a red square'],
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<s>', '</s>'],
+      show_progress=False,
+      initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    ),
+  )
   words.save(str(folder / 'tokenizer.json'))
-  special = {
-      'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
+  special = {'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
   (folder / 'tokenizer_config.json').write_text(json.dumps(special))
 
 
@@ -112,9 +159,10 @@ def _write_image_tower(folder: pathlib.Path) -> None:
   matrices = {f'self_attn.{name}_proj': (width, width) for name in ('q', 'k', 'v', 'out')}
   matrices |= {'mlp.fc1': (inner, width), 'mlp.fc2': (width, inner)}
   shapes = {
-      'embeddings.class_embedding': (width,),
-      'embeddings.patch_embedding.weight': (width, 3, patch, patch),
-      'embeddings.position_embedding.weight': (places, width)}
+    'embeddings.class_embedding': (width,),
+    'embeddings.patch_embedding.weight': (width, 3, patch, patch),
+    'embeddings.position_embedding.weight': (places, width),
+  }
   norms = ['pre_layrnorm', 'post_layernorm']
   for number in range(IMAGE['num_hidden_layers']):
     prefix = f'encoder.layers.{number}'

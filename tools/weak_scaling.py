@@ -1,7 +1,9 @@
-"""Weak scaling on paper: FLOPs and collectives of a training step on 1 ... 64 devices, `python tools/weak_scaling.py [--check=8]`.
+"""Weak scaling on paper: FLOPs and collectives of a training step on 1 ... 64 devices, `python
+tools/weak_scaling.py [--check=8]`.
 
-Prints a Markdown table, and what L_CCA takes of the FLOPs. Nothing is allocated or run: FLOPs are those of the traced step's matrix products, bytes
-those of `sharding.collectives`. With --check the step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are
+Prints a Markdown table, and what L_CCA takes of the FLOPs. Nothing is allocated or run: FLOPs are
+those of the traced step's matrix products, bytes those of `sharding.collectives`. With --check the
+step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are
 printed beside these.
 """
 
@@ -16,24 +18,44 @@ from molt_jax.runtime import cli, sharding
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 FLAGS = (
-    cli.Flag('text', 'text tower', 'random:llama-7b'),
-    cli.Flag('image', 'image tower', 'random:clip-vit-l-14'),
-    cli.Flag('rows', 'examples a device', '32'),
-    cli.Flag('tokens', 'tokens a text', '128'),
-    cli.Flag('flops', 'peak FLOP/s of a device in bfloat16 (H100 SXM: 989e12)', '989e12'),
-    cli.Flag('mfu', 'share of the peak that one device reaches alone', '0.5'),
-    cli.Flag('link', 'bytes/s each way of a device to those of its node (H100 SXM, NVLink 4: 450e9)', '450e9'),
-    cli.Flag('network', 'bytes/s each way of a device to other nodes (one 400 Gb/s port a GPU: 50e9)', '50e9'),
-    cli.Flag('node', 'devices a node', '8'),
-    cli.Flag('check', 'compile for this many devices too, with model=1 and model=2, and print the bytes found; 0: do not', '0'),
+  cli.Flag('text', 'text tower', 'random:llama-7b'),
+  cli.Flag('image', 'image tower', 'random:clip-vit-l-14'),
+  cli.Flag('rows', 'examples a device', '32'),
+  cli.Flag('tokens', 'tokens a text', '128'),
+  cli.Flag('flops', 'peak FLOP/s of a device in bfloat16 (H100 SXM: 989e12)', '989e12'),
+  cli.Flag('mfu', 'share of the peak that one device reaches alone', '0.5'),
+  cli.Flag(
+    'link', 'bytes/s each way of a device to those of its node (H100 SXM, NVLink 4: 450e9)', '450e9'
+  ),
+  cli.Flag(
+    'network', 'bytes/s each way of a device to other nodes (one 400 Gb/s port a GPU: 50e9)', '50e9'
+  ),
+  cli.Flag('node', 'devices a node', '8'),
+  cli.Flag(
+    'check',
+    (
+      'compile for this many devices too, with model=1 and model=2, and print the bytes found; 0: '
+      'do '
+      'not'
+    ),
+    '0',
+  ),
 )
 
 
-def open_work(flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True) -> accounting.Workload:
-  """The step on that many devices, every one with its share of rows; without `cca` it has no L_CCA."""
+def open_work(
+  flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True
+) -> accounting.Workload:
+  """The step on that many devices, every one with its share of rows; without `cca` it has no
+  L_CCA.
+  """
   config = config_lib.default_config()
   config.platform, config.mesh.data, config.mesh.model = 'cpu', devices // model, model
-  config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = flags.text, flags.image, dtype
+  config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = (
+    flags.text,
+    flags.image,
+    dtype,
+  )
   config.text.max_tokens, config.train.batch_size = int(flags.tokens), int(flags.rows) * devices
   config.cca.weight *= cca
   return accounting.Workload.open(config, num_classes=101)
@@ -48,53 +70,87 @@ def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
   rows, model = int(flags.rows), whole.model
-  towers = accounting.llama_flops(model.text_tower.config, rows, int(flags.tokens)) + accounting.clip_flops(model.image_tower.config, rows)
-  step, rest = (accounting.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
+  towers = accounting.llama_flops(
+    model.text_tower.config, rows, int(flags.tokens)
+  ) + accounting.clip_flops(model.image_tower.config, rows)
+  step, rest = (
+    accounting.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without)
+  )
   return towers, step - towers, step - rest
 
 
 def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags) -> float:
-  """Time on a ring: an all-reduce passes each byte 2 (n - 1) / n times through a device, an all-gather half as often."""
+  """Time on a ring: an all-reduce passes each byte 2 (n - 1) / n times through a device, an
+  all-gather half as often.
+  """
   n = work.mesh.shape[collective.axis]
   leaves_node = collective.axis == 'data' and work.mesh.devices.size > int(flags.node)
   passes = (2 if collective.kind == 'all-reduce' else 1) * (n - 1) / n
-  return collective.times * collective.bytes * passes / float(flags.network if leaves_node else flags.link)
+  return (
+    collective.times
+    * collective.bytes
+    * passes
+    / float(flags.network if leaves_node else flags.link)
+  )
 
 
 def check(flags, devices: int, model: int) -> None:
   """Compiles the step and counts its bytes; in float32, which is what a CPU computes in."""
   work = open_work(flags, devices, model, 'float32')
   found = sharding.compiled_collectives(work.step().lower(*work.shapes(), None).compile().as_text())
-  depth = {'Llama': work.model.text_tower.config.num_layers, 'ClipVision': work.model.image_tower.config.num_layers}
+  depth = {
+    'Llama': work.model.text_tower.config.num_layers,
+    'ClipVision': work.model.image_tower.config.num_layers,
+  }
   total = {'model': 0, 'data': 0}
   for _, size, name in found:
     tower = next((tower for tower in depth if tower in name), None)
     total['model' if tower else 'data'] += size * (depth[tower] if tower and 'while' in name else 1)
   for axis, size in total.items():
     wanted = sum(x.times * x.bytes for x in listed(work) if x.axis == axis)
-    cli.say(f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, {wanted:,} listed')
+    cli.say(
+
+        f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
+        f'{wanted:,} listed'
+
+    )
 
 
 @cli.command
 def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
-  flags, _ = cli.parse('tools.weak_scaling', 'Weak scaling of a training step on paper.', FLAGS, argv)
+  flags, _ = cli.parse(
+    'tools.weak_scaling', 'Weak scaling of a training step on paper.', FLAGS, argv
+  )
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', max(DEVICES))
   towers, head, cca = flops_of(flags)
   alone = (towers + head) / (float(flags.flops) * float(flags.mfu))
-  print('| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | collectives ms | efficiency |')
+  print(
+
+      '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
+      'collectives ms | efficiency |'
+
+  )
   print('|--:|:-:|--:|--:|--:|--:|--:|--:|')
   for model in (1, 2):
     for devices in DEVICES:
       if devices < model:
         continue
       work = open_work(flags, devices, model)
-      compute = (towers + head * model) / (float(flags.flops) * float(flags.mfu))  # The head is whole on every device of the model axis.
+      compute = (towers + head * model) / (
+        float(flags.flops) * float(flags.mfu)
+      )  # The head is whole on every device of the model axis.
       sent = sum(seconds_of(x, work, flags) for x in listed(work))
-      megabytes = [sum(x.times * x.bytes for x in listed(work) if x.axis == axis) / 1e6 for axis in ('model', 'data')]
-      print(f'| {devices} | {devices // model} x {model} | {(towers + head * model) / 1e12:.1f} | {megabytes[0]:,.0f} | {megabytes[1]:,.0f} '
-            f'| {1e3 * compute:.1f} | {1e3 * sent:.1f} | {100 * alone / (compute + sent):.0f} % |')
+      megabytes = [
+        sum(x.times * x.bytes for x in listed(work) if x.axis == axis) / 1e6
+        for axis in ('model', 'data')
+      ]
+      print(
+        f'| {devices} | {devices // model} x {model} | {(towers + head * model) / 1e12:.1f} | '
+        f'{megabytes[0]:,.0f} | {megabytes[1]:,.0f} '
+        f'| {1e3 * compute:.1f} | {1e3 * sent:.1f} | {100 * alone / (compute + sent):.0f} % |'
+      )
   print(f'L_CCA takes {cca / 1e6:.1f} MFLOP of a step, {cca / (towers + head):.1e} of it.')
   if int(flags.check):
     for model in (1, 2):

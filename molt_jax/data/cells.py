@@ -53,10 +53,36 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-NULL_WORDS = frozenset((
-    'nan', 'NaN', '-nan', '-NaN', 'None', 'NA', 'N/A', 'n/a', 'NULL', 'null', 'NaT', '<NA>',
-    '#N/A', '#N/A N/A', '#NA', '#NULL!', '#REF!', '#VALUE!', '#DIV/0!', '#NAME?', '#NUM!',
-    '1.#IND', '-1.#IND', '1.#QNAN', '-1.#QNAN', '\\N'))
+NULL_WORDS = frozenset(
+  (
+    'nan',
+    'NaN',
+    '-nan',
+    '-NaN',
+    'None',
+    'NA',
+    'N/A',
+    'n/a',
+    'NULL',
+    'null',
+    'NaT',
+    '<NA>',
+    '#N/A',
+    '#N/A N/A',
+    '#NA',
+    '#NULL!',
+    '#REF!',
+    '#VALUE!',
+    '#DIV/0!',
+    '#NAME?',
+    '#NUM!',
+    '1.#IND',
+    '-1.#IND',
+    '1.#QNAN',
+    '-1.#QNAN',
+    '\\N',
+  )
+)
 _NULL_WORDS_FOLDED = frozenset(word.casefold() for word in NULL_WORDS)
 _LONGEST_NULL_WORD = max(map(len, NULL_WORDS))
 MOST_LABEL = 1000
@@ -68,8 +94,9 @@ MOST_PATH = 300  # Characters of a path that a line shows.
 # second join or vary their neighbours, so they matter there.
 _DROPPED = '\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb'
 _JOINING = (
-    '\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0'
-    '\U000e0000-\U000e0fff')
+  '\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0'
+  '\U000e0000-\U000e0fff'
+)
 _VISIBLE = re.compile(f'[^\\s\x00-\x1f\x7f-\x9f{_DROPPED}{_JOINING}]')
 _DROP = re.compile(f'[{_DROPPED}]')
 _UNSEEN = re.compile(f'[\\s{_DROPPED}{_JOINING}]')
@@ -82,14 +109,16 @@ _NUMBER = re.compile(r'[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?')
 # What str() or json.dumps makes of objects, by how it begins and ends: ['a'], [1, 2], [], {'a': 1},
 # {1, 2}, {}, ('a', 'b'), (1, 2), <Thing at 0x1f>.
 _WRITTEN = {
-    '[': (']', re.compile(
-        r"""\[\s*(?:['"\[{(\]]|(?:None|nan|null|[Tt]rue|[Ff]alse)\b|[-\d.,\s]*\])""")),
-    '{': ('}', re.compile(r"""\{\s*(?:['"}]|-?\d[\d.]*\s*[:,])""")),
-    '(': (')', re.compile(r"""\(\s*(?:(['"]).{0,200}?\1|-?\d[\d.]*)\s*,""", re.DOTALL)),
-    '<': ('>', re.compile(r'<[^<>]* at 0x[0-9A-Fa-f]+>')),
+  '[': (
+    ']',
+    re.compile(r"""\[\s*(?:['"\[{(\]]|(?:None|nan|null|[Tt]rue|[Ff]alse)\b|[-\d.,\s]*\])"""),
+  ),
+  '{': ('}', re.compile(r"""\{\s*(?:['"}]|-?\d[\d.]*\s*[:,])""")),
+  '(': (')', re.compile(r"""\(\s*(?:(['"]).{0,200}?\1|-?\d[\d.]*)\s*,""", re.DOTALL)),
+  '<': ('>', re.compile(r'<[^<>]* at 0x[0-9A-Fa-f]+>')),
 }
 _BOOLEANS = {word: word.lower() for word in ('true', 'True', 'TRUE', 'false', 'False', 'FALSE')}
-_ALIKE = str.maketrans('‐‑‒–—−‘’“”', "------''\"\"")
+_ALIKE = str.maketrans('‐‑‒–—−‘’“”', '------\'\'""')
 _BLANK_TYPES = ('NAType', 'NaTType')  # Of pandas, which is not imported for them.
 
 # What is remarked of a cell that is not refused.
@@ -135,8 +164,9 @@ def read(column: str, value: Any, remark: Remark = lambda kind, value: None) -> 
   return _RULES[column](value, remark)
 
 
-def read_labels(value: Any, *, several: bool, remark: Remark = lambda kind, value: None
-                ) -> tuple[str, ...]:
+def read_labels(
+  value: Any, *, several: bool, remark: Remark = lambda kind, value: None
+) -> tuple[str, ...]:
   """Reads the labels of a row.
 
   Args:
@@ -157,7 +187,8 @@ def read_labels(value: Any, *, several: bool, remark: Remark = lambda kind, valu
     for part in parts:
       if isinstance(part, str) and '|' in part:
         raise CellError(
-            'label', 'is a list with | in a name', 'write each label by itself', shown(part))
+          'label', 'is a list with | in a name', 'write each label by itself', shown(part)
+        )
   else:
     parts = value.split('|') if several and isinstance(value, str) else [value]
   names = {read('label', part, remark) for part in parts}
@@ -228,13 +259,18 @@ def _image(value: Any, remark: Remark) -> Any:
 
 def _path(path: str) -> str:
   if '\0' in path:
-    raise CellError('image', 'has a zero character', 'give the path of an image file',
-                    shown(path, most=MOST_PATH))
+    raise CellError(
+      'image', 'has a zero character', 'give the path of an image file', shown(path, most=MOST_PATH)
+    )
   try:
     os.fsencode(path)
   except UnicodeEncodeError:
-    raise CellError('image', 'has half of a surrogate pair', 'write the path of the file anew',
-                    shown(path, most=MOST_PATH)) from None
+    raise CellError(
+      'image',
+      'has half of a surrogate pair',
+      'write the path of the file anew',
+      shown(path, most=MOST_PATH),
+    ) from None
   return path
 
 
@@ -247,8 +283,10 @@ def _pixels(value: Any) -> np.ndarray:
   if np.ma.isMaskedArray(value) or array.dtype != np.uint8 or not legal or not array.size:
     kind = 'a masked array' if np.ma.isMaskedArray(value) else 'an array'
     raise CellError(
-        'image', f'is {kind} {array.dtype}{list(array.shape)}',
-        'give uint8 of 0 to 255, [H, W] or [H, W, 3 or 4]')
+      'image',
+      f'is {kind} {array.dtype}{list(array.shape)}',
+      'give uint8 of 0 to 255, [H, W] or [H, W, 3 or 4]',
+    )
   return array
 
 
@@ -265,7 +303,8 @@ def _label(value: Any, remark: Remark) -> str | None:
     return _digits('label', int(value), remedy)
   if not abs(value) < _EXACT:
     raise CellError(
-        'label', 'is a number too large to be exact', 'write it as a string', str(value))
+      'label', 'is a number too large to be exact', 'write it as a string', str(value)
+    )
   return str(int(value)) if value == int(value) else str(value)
 
 
@@ -278,22 +317,28 @@ def _name(text: str) -> str | None:
   name = ' '.join(unicodedata.normalize('NFC', _DROP.sub('', text)).split())
   if name in NULL_WORDS:
     raise CellError(
-        'label', 'is a word that tables write for nothing',
-        "leave it empty where there is no label; a class needs another name, such as 'no label'",
-        shown(name))
+      'label',
+      'is a word that tables write for nothing',
+      "leave it empty where there is no label; a class needs another name, such as 'no label'",
+      shown(name),
+    )
   if _CONTROL.search(name):
     raise CellError('label', 'has control characters', 'write it without them', shown(name))
   if _is_written(name):
     raise CellError(
-        'label', 'is a list, dict, bytes or object that was written as text',
-        'give one label, or several as a|b with dataset.multi_label=True', shown(name))
+      'label',
+      'is a list, dict, bytes or object that was written as text',
+      'give one label, or several as a|b with dataset.multi_label=True',
+      shown(name),
+    )
   return _BOOLEANS.get(name) or _whole(name)
 
 
 def _check_name(text: str) -> None:
   if len(text) > MOST_LABEL:
     raise CellError(
-        'label', f'has more than {MOST_LABEL:,} characters', 'is it the right column?', shown(text))
+      'label', f'has more than {MOST_LABEL:,} characters', 'is it the right column?', shown(text)
+    )
   if _SURROGATE.search(text):
     raise CellError('label', 'has half of a surrogate pair', 'write it anew', shown(text))
 
@@ -381,17 +426,17 @@ def _refused_type(column: str, value: Any, remedy: str) -> CellError:
 
 # The first that fits; booleans are whole numbers to Python.
 _TYPES = (
-    ((bool, np.bool_), 'true or false'),
-    (numbers.Number, 'a number'),
-    (str, 'a string'),
-    ((bytes, bytearray, memoryview), 'bytes'),
-    (list, 'a list'),
-    (tuple, 'a tuple'),
-    (Mapping, 'a dict'),
-    ((set, frozenset), 'a set'),
-    (np.ndarray, 'an array'),
-    (Image.Image, 'an image'),
-    (os.PathLike, 'a path object'),
+  ((bool, np.bool_), 'true or false'),
+  (numbers.Number, 'a number'),
+  (str, 'a string'),
+  ((bytes, bytearray, memoryview), 'bytes'),
+  (list, 'a list'),
+  (tuple, 'a tuple'),
+  (Mapping, 'a dict'),
+  ((set, frozenset), 'a set'),
+  (np.ndarray, 'an array'),
+  (Image.Image, 'an image'),
+  (os.PathLike, 'a path object'),
 )
 
 

@@ -1,4 +1,6 @@
-"""The table of data sets. To add one: write a function `config -> Dataset`, give it a row here, and its name to `dataset.name` in `config.SCHEMA`."""
+"""The table of data sets. To add one: write a function `config -> Dataset`, give it a row here, and
+its name to `dataset.name` in `config.SCHEMA`.
+"""
 
 import dataclasses
 import importlib
@@ -12,13 +14,19 @@ from molt_jax.data.sources import Dataset
 
 def _builder(name: str) -> Callable[[Any], Dataset]:
   def load(config):
-    return importlib.import_module(f'molt_jax.data.builders.{name}').load(config)  # Imports TFDS, which costs a second.
+    return importlib.import_module(f'molt_jax.data.published.{name}').load(
+      config
+    )  # Imports TFDS, which costs a second.
+
   return load
 
 
 DATASETS = {
-    'table': table.load,
-    **{name: _builder(name) for name in ('openmoji', 'mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes')},
+  'table': table.load,
+  **{
+    name: _builder(name)
+    for name in ('openmoji', 'mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes')
+  },
 }
 # Those of which one split can be read without the others; the classes are then those of the split.
 ONE_SPLIT = {'table': table.load_split}
@@ -40,7 +48,8 @@ def load_split(config: Any, split: str) -> Dataset:
 
 
 def load_dataset(config: Any) -> Dataset:
-  """Opens `config.dataset.name`, preparing it under `config.dataset.data_dir` where needed, with what `config.dataset.modalities` leaves of it.
+  """Opens `config.dataset.name`, preparing it under `config.dataset.data_dir` where needed, with
+  what `config.dataset.modalities` leaves of it.
 
   Args:
     config: the whole configuration; `dataset.*` and `seed` are read.
@@ -56,4 +65,9 @@ def _used(data: Dataset, config: Any) -> Dataset:
   used = modalities(config)
   if len(used) == 2:
     return data
-  return dataclasses.replace(data, splits={split: missing.only(source, *used, split=split) for split, source in data.splits.items()})
+  return dataclasses.replace(
+    data,
+    splits={
+      split: missing.only(source, *used, split=split) for split, source in data.splits.items()
+    },
+  )

@@ -8,11 +8,11 @@ from molt_jax.errors import UserError
 
 _SHOWN = 5  # Rows, values and names that a line names.
 _REMARKS = {
-    cells.NULL_WORD: 'is a word that tables write for nothing ({}): taken as absent',
-    cells.REPLACED: 'has half of a surrogate pair or a zero character: replaced by U+FFFD',
-    cells.WRITTEN: 'is a list, dict, bytes or object that was written as text ({}): '
-                   'read as the text that it is',
-    cells.TWICE: 'is there twice with different labels ({}): the last one counts',
+  cells.NULL_WORD: 'is a word that tables write for nothing ({}): taken as absent',
+  cells.REPLACED: 'has half of a surrogate pair or a zero character: replaced by U+FFFD',
+  cells.WRITTEN: 'is a list, dict, bytes or object that was written as text ({}): '
+  'read as the text that it is',
+  cells.TWICE: 'is there twice with different labels ({}): the last one counts',
 }
 
 

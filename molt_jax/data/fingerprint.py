@@ -14,8 +14,7 @@ import numpy as np
 from molt_jax.data.sources import Source, classes_of
 
 # Of a fingerprint: what each part is called where it changed.
-_PARTS = {
-    'ids': 'ids', 'labels': 'labels', 'present': 'gaps', 'images': 'images', 'texts': 'texts'}
+_PARTS = {'ids': 'ids', 'labels': 'labels', 'present': 'gaps', 'images': 'images', 'texts': 'texts'}
 
 
 def of(source: Source, class_names: Sequence[str]) -> dict[str, Any]:
@@ -36,10 +35,11 @@ def of(source: Source, class_names: Sequence[str]) -> dict[str, Any]:
   known = [column.view(np.uint64) for column in columns.values() if column is not None]
   rows_nc = np.stack(known, axis=1)
   found = {
-      'examples': len(source),
-      'ids': _hash(json.dumps(list(source.ids)).encode()),
-      **{name: column if column is None else _hash(column) for name, column in columns.items()},
-      'unordered': _hash(rows_nc[np.lexsort(rows_nc.T)])}
+    'examples': len(source),
+    'ids': _hash(json.dumps(list(source.ids)).encode()),
+    **{name: column if column is None else _hash(column) for name, column in columns.items()},
+    'unordered': _hash(rows_nc[np.lexsort(rows_nc.T)]),
+  }
   return {**found, 'digest': _hash(json.dumps(found, sort_keys=True).encode())}
 
 
@@ -68,7 +68,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
   if old.get('examples') != new['examples']:
     return f'{old.get("examples")} -> {new["examples"]} examples'
   different = [
-      part for part in _PARTS if None not in (old.get(part), new[part]) and old[part] != new[part]]
+    part for part in _PARTS if None not in (old.get(part), new[part]) and old[part] != new[part]
+  ]
   if different and different != ['ids'] and old.get('unordered') == new['unordered']:
     return 'the same examples in another order'
   return f'other {", ".join(_PARTS[part] for part in different)}' if different else ''

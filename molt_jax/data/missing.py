@@ -1,4 +1,5 @@
-"""Which examples lack their image or their text for good: the missing-modality protocol, and sources with a part of what they have.
+"""Which examples lack their image or their text for good: the missing-modality protocol, and
+sources with a part of what they have.
 
 Column 0 of a `present` table is the image, column 1 the text, as everywhere in the library.
 """
@@ -18,11 +19,14 @@ _COLUMN = {'image': 0, 'text': 1}
 
 
 def _digest(example_id: str, key: bytes) -> bytes:
-  return hashlib.blake2b(example_id.encode('utf-8', 'surrogatepass'), digest_size=16, key=key).digest()
+  return hashlib.blake2b(
+    example_id.encode('utf-8', 'surrogatepass'), digest_size=16, key=key
+  ).digest()
 
 
 def hash_order(ids: Sequence[str], *, seed: int, name: str) -> list[int]:
-  """Returns the positions of `ids` in the order of a keyed hash of each id, which their own order does not influence.
+  """Returns the positions of `ids` in the order of a keyed hash of each id, which their own order
+  does not influence.
 
   Args:
     ids: unique strings.
@@ -41,19 +45,30 @@ def hash_order(ids: Sequence[str], *, seed: int, name: str) -> list[int]:
 
 
 def present_table(
-    ids: Sequence[str], *, rate: float, kind: str, seed: int, split: str, natural: np.ndarray | None = None) -> np.ndarray:
-  """Draws the rows that lack a modality, by the field's standard protocol (rate eta; text, image or both).
+  ids: Sequence[str],
+  *,
+  rate: float,
+  kind: str,
+  seed: int,
+  split: str,
+  natural: np.ndarray | None = None,
+) -> np.ndarray:
+  """Draws the rows that lack a modality, by the field's standard protocol (rate eta; text, image or
+  both).
 
-  A row is hit by the rank of a keyed hash of its id, so the table is a pure function of (seed, split, set of ids): the order of the rows, the
-  batch size, the number of workers and a resume do not matter, and a row hit at one rate is hit in the same way at every higher rate.
+  A row is hit by the rank of a keyed hash of its id, so the table is a pure function of (seed,
+  split, set of ids): the order of the rows, the batch size, the number of workers and a resume do
+  not matter, and a row hit at one rate is hit in the same way at every higher rate.
 
-  The rate counts the complete rows: round(rate * number of complete rows) of them lose one modality. A row that is incomplete by nature is
-  neither counted nor touched, so that no row ever loses its only modality.
+  The rate counts the complete rows: round(rate * number of complete rows) of them lose one
+  modality. A row that is incomplete by nature is neither counted nor touched, so that no row ever
+  loses its only modality.
 
   Args:
     ids: unique names of the N examples.
     rate: eta, the share of the complete rows that lose a modality, in [0, 1].
-    kind: 'text' or 'image', what they lose; 'both': of those rows one half loses its text, the other its image, never both (an odd row loses text).
+    kind: 'text' or 'image', what they lose; 'both': of those rows one half loses its text, the
+      other its image, never both (an odd row loses text).
     seed: root of the draw.
     split: name of the split; each has its own draw.
     natural: bool[N, 2], what the rows have by nature (`Source.present`); None: all are complete.
@@ -64,7 +79,7 @@ def present_table(
   present_nm = np.ones((len(ids), 2), bool) if natural is None else np.array(natural, bool)
   complete = present_nm.all(axis=1)
   ranked = [n for n in hash_order(ids, seed=seed, name=f'missing/{split}') if complete[n]]
-  affected = ranked[:int(np.floor(rate * len(ranked) + 0.5))]
+  affected = ranked[: int(np.floor(rate * len(ranked) + 0.5))]
   if kind == 'both':
     present_nm[affected[0::2], _COLUMN['text']] = False
     present_nm[affected[1::2], _COLUMN['image']] = False
@@ -125,5 +140,11 @@ def only(source: Source, modality: str, *, split: str) -> Part:
   column = _COLUMN[modality]
   rows = np.flatnonzero(source.present[:, column])
   if not len(rows):
-    raise UserError(f'config.dataset.modalities: {modality!r}, but no example of the {split} split has one; give another value')
+    raise UserError(
+
+        f'config.dataset.modalities: {modality!r}, but no example of the {split} split has one; '
+        'give '
+        'another value'
+
+    )
   return Part(source, tuple(rows.tolist()), keep=(column == 0, column == 1))

@@ -1,4 +1,6 @@
-"""What a data set is to the rest of the library: named splits with random access to undecoded examples."""
+"""What a data set is to the rest of the library: named splits with random access to undecoded
+examples.
+"""
 
 import contextlib
 import dataclasses
@@ -16,12 +18,15 @@ UNLABELLED = -1  # In place of a class index: the example's label is not known.
 
 
 class Source(Protocol):
-  """One split. Random access, thread-safe, picklable; nothing is decoded and no image file is read before it is asked for.
+  """One split. Random access, thread-safe, picklable; nothing is decoded and no image file is read
+  before it is asked for.
 
   Attributes:
     ids: names of the N examples, unique within the data set.
-    labels: class indices, an int an example (`UNLABELLED` where there is none), or a sorted tuple of ints where the data set is multi-label.
-    present: bool[N, 2], what the example naturally has; column 0 = image, column 1 = text. Never False in both.
+    labels: class indices, an int an example (`UNLABELLED` where there is none), or a sorted tuple
+      of ints where the data set is multi-label.
+    present: bool[N, 2], what the example naturally has; column 0 = image, column 1 = text. Never
+      False in both.
     contents: optional; int64[N, 2], numbers that change with the image and with the text, as far as
       that is known without reading images (0 where absent). The fingerprint of the data reads them.
   """
@@ -30,11 +35,12 @@ class Source(Protocol):
   labels: Sequence[Any]
   present: np.ndarray
 
-  def __len__(self) -> int:
-    ...
+  def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or tuple of ints}."""
+    """Returns {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or
+    tuple of ints}.
+    """
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     """Returns the same as `self[index]`; with `image=False` its image is None and is not read."""
@@ -54,7 +60,9 @@ def text_number(text: str | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A classification data set: `splits` has 'train', 'validation' and 'test'; a label is an index into `class_names`."""
+  """A classification data set: `splits` has 'train', 'validation' and 'test'; a label is an index
+  into `class_names`.
+  """
 
   name: str
   class_names: tuple[str, ...]
@@ -70,13 +78,17 @@ def reading_prepared(folder: str | os.PathLike) -> Iterator[None]:
   except (UserError, MemoryError):
     raise
   except Exception as error:  # TFDS, array_record and NumPy raise a dozen types on damaged files.
-    raise UserError(f'config.dataset.data_dir: {folder} is damaged ({type(error).__name__}): '
-                    'remove that folder, and it is prepared anew') from error
+    raise UserError(
+      f'config.dataset.data_dir: {folder} is damaged ({type(error).__name__}): '
+      'remove that folder, and it is prepared anew'
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-  """A split of a prepared TFDS builder whose features are id, image, text and label (one class index)."""
+  """A split of a prepared TFDS builder whose features are id, image, text and label (one class
+  index).
+  """
 
   builder_dir: str
   split: str
@@ -87,6 +99,7 @@ class TfdsSource:
   @functools.cached_property
   def _examples(self) -> Sequence[dict[str, Any]]:
     import tensorflow_datasets as tfds
+
     with reading_prepared(self.builder_dir):
       builder = tfds.builder_from_directory(self.builder_dir)
       return builder.as_data_source(self.split, decoders={'image': tfds.decode.SkipDecoding()})
@@ -127,7 +140,12 @@ class TfdsSource:
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     with reading_prepared(self.builder_dir):
       x = self._examples[index]
-    return {'id': x['id'].decode(), 'image': bytes(x['image']) if image else None, 'text': x['text'].decode() or None, 'label': int(x['label'])}
+    return {
+      'id': x['id'].decode(),
+      'image': bytes(x['image']) if image else None,
+      'text': x['text'].decode() or None,
+      'label': int(x['label']),
+    }
 
 
 # ---- Labels by name ------------------------------------------------------------------------------
@@ -202,9 +220,10 @@ def _check_known(source, split, own_names, index_k, class_names, where) -> None:
   if unknown:
     shown = [f'{name!r} ({some(ids)})' for name, ids in unknown.items()]
     raise UserError(
-        f'{where}: the {split} split has labels that this run does not know: {some(shown)}; it '
-        f'knows {len(class_names)} classes: {some(list(map(repr, class_names)))}; correct the '
-        'labels, or train a run on these data')
+      f'{where}: the {split} split has labels that this run does not know: {some(shown)}; it '
+      f'knows {len(class_names)} classes: {some(list(map(repr, class_names)))}; correct the '
+      'labels, or train a run on these data'
+    )
 
 
 def some(words: Sequence[str]) -> str:

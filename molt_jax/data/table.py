@@ -56,7 +56,9 @@ class TableSource:
 
   @functools.cached_property
   def present(self) -> np.ndarray:
-    return np.array([(row.image is not None, row.text is not None) for row in self.rows], bool).reshape(-1, 2)
+    return np.array(
+      [(row.image is not None, row.text is not None) for row in self.rows], bool
+    ).reshape(-1, 2)
 
   @functools.cached_property
   def contents(self) -> np.ndarray:
@@ -93,8 +95,11 @@ def load(config: Any) -> Dataset:
   folder, multi_label = _folder(config), config.dataset.multi_label
   names = ('train', 'validation', 'test')
   files = {split: _find(folder, split, required=split != 'validation') for split in names}
-  read = {split: _read_table(file, multi_label, unlabelled=split == 'train')
-          for split, file in files.items() if file}
+  read = {
+    split: _read_table(file, multi_label, unlabelled=split == 'train')
+    for split, file in files.items()
+    if file
+  }
   tables = {split: rows for split, (rows, _) in read.items()}
   class_names = _class_names(files['train'], tables['train'])
   remarks = [line for _, lines in read.values() for line in lines]
@@ -104,15 +109,19 @@ def load(config: Any) -> Dataset:
       _check_seen(files[split], tables[split], class_names)
   if 'validation' not in tables:
     tables['train'], tables['validation'] = split_off(
-        tables['train'], fraction=config.dataset.validation_fraction, seed=config.seed)
+      tables['train'], fraction=config.dataset.validation_fraction, seed=config.seed
+    )
     if not tables['validation']:
-      raise UserError(f'{files["train"].name} is too small to set a validation split aside: '
-                      'add rows or a validation.csv')
+      raise UserError(
+        f'{files["train"].name} is too small to set a validation split aside: '
+        'add rows or a validation.csv'
+      )
   for line in remarks:
     cli.say(line)
   splits = {split: _source(tables[split], class_names, multi_label) for split in names}
   return Dataset(
-      name=folder.resolve().name, class_names=class_names, multi_label=multi_label, splits=splits)
+    name=folder.resolve().name, class_names=class_names, multi_label=multi_label, splits=splits
+  )
 
 
 def load_split(config: Any, split: str) -> Dataset:
@@ -141,22 +150,34 @@ def load_split(config: Any, split: str) -> Dataset:
 def _folder(config: Any) -> pathlib.Path:
   folder = pathlib.Path(os.path.expanduser(config.dataset.path))
   if not config.dataset.path or not os.path.isdir(folder):
-    raise UserError(f'dataset.path {config.dataset.path!r} is not a folder: '
-                    'give the folder that holds train.csv and test.csv')
+    raise UserError(
+      f'dataset.path {config.dataset.path!r} is not a folder: '
+      'give the folder that holds train.csv and test.csv'
+    )
   return folder
 
 
 def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`); returns (rest, aside), in their order."""
+  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`); returns (rest,
+  aside), in their order.
+  """
   labelled = [row for row in rows if row.labels]
-  aside = {labelled[n].id for n in set_aside([row.id for row in labelled], [row.labels for row in labelled], fraction=fraction, seed=seed)}
+  aside = {
+    labelled[n].id
+    for n in set_aside(
+      [row.id for row in labelled], [row.labels for row in labelled], fraction=fraction, seed=seed
+    )
+  }
   return [row for row in rows if row.id not in aside], [row for row in rows if row.id in aside]
 
 
 def _source(rows: Sequence[Row], class_names: Sequence[str], multi_label: bool) -> TableSource:
   index = {name: k for k, name in enumerate(class_names)}
   labels = [tuple(index[name] for name in row.labels) for row in rows]
-  return TableSource(tuple(rows), tuple(labels if multi_label else (label[0] if label else UNLABELLED for label in labels)))
+  return TableSource(
+    tuple(rows),
+    tuple(labels if multi_label else (label[0] if label else UNLABELLED for label in labels)),
+  )
 
 
 def _find(folder: pathlib.Path, split: str, *, required: bool) -> pathlib.Path | None:
@@ -173,7 +194,8 @@ def _find(folder: pathlib.Path, split: str, *, required: bool) -> pathlib.Path |
 
 
 def _read_table(
-    file: pathlib.Path, multi_label: bool, *, unlabelled: bool) -> tuple[list[Row], list[str]]:
+  file: pathlib.Path, multi_label: bool, *, unlabelled: bool
+) -> tuple[list[Row], list[str]]:
   """Reads and checks one file; a kind of mistake is reported with the first rows that have it.
 
   Args:
@@ -197,8 +219,9 @@ def _read_table(
     numbers.append(number)
     images.append(image)
   if not rows:
-    raise UserError(f'{file.name} has no rows: '
-                    f'it needs the columns {", ".join(COLUMNS)} and at least one row')
+    raise UserError(
+      f'{file.name} has no rows: it needs the columns {", ".join(COLUMNS)} and at least one row'
+    )
   found.check()
   remarks = found.remarks()
   _check_complete(file, dict(zip(numbers, rows, strict=True)), multi_label, unlabelled, remarks)
@@ -211,19 +234,26 @@ def _where(file: pathlib.Path, column: str, numbers: Sequence[int]) -> str:
 
 
 def _check_complete(
-    file: pathlib.Path, rows: Mapping[int, Row], multi_label: bool, unlabelled: bool,
-    remarks: Sequence[str]) -> None:
+  file: pathlib.Path,
+  rows: Mapping[int, Row],
+  multi_label: bool,
+  unlabelled: bool,
+  remarks: Sequence[str],
+) -> None:
   """Raises UserError where a row has no content or lacks a label that it needs."""
   empty = [n for n, row in rows.items() if row.image is None and row.text is None]
   if empty:
     hint = ' (a word such as nan is an empty cell)' if any('nothing' in x for x in remarks) else ''
     rows_in_words = findings.rows_in_words(empty)
-    raise UserError(f'{file.name} {rows_in_words}: both image and text are empty{hint}; '
-                    'fill one in or remove the row')
+    raise UserError(
+      f'{file.name} {rows_in_words}: both image and text are empty{hint}; '
+      'fill one in or remove the row'
+    )
   blank = [n for n, row in rows.items() if not row.labels]
   if blank and (multi_label or not unlabelled or len(blank) == len(rows)):
-    raise UserError(f'{file.name} {findings.rows_in_words(blank)}: label is empty; '
-                    'fill it in or remove the row')
+    raise UserError(
+      f'{file.name} {findings.rows_in_words(blank)}: label is empty; fill it in or remove the row'
+    )
 
 
 def _read_csv(file: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -238,8 +268,10 @@ def _read_csv(file: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f'{file.name} begins with a blank line: its first line names the columns')
       _check_columns(file, header)
     elif row and len(row) != len(header):
-      raise UserError(f'{file.name} row {number} has {len(row)} cells, the header {len(header)}: '
-                      'put a text with commas or line breaks in double quotes')
+      raise UserError(
+        f'{file.name} row {number} has {len(row)} cells, the header {len(header)}: '
+        'put a text with commas or line breaks in double quotes'
+      )
     elif row:
       yield number, {name: row[place] for name, place in columns.items()}
 
@@ -255,11 +287,14 @@ def _read_jsonl(file: pathlib.Path) -> list[tuple[int, dict[str, Any]]]:
     try:
       record = textfiles.parse_json(line)
     except textfiles.NotJson as error:
-      raise UserError(f'{file.name} row {number} is not valid JSON ({error}): '
-                      'write one object a line') from error
+      raise UserError(
+        f'{file.name} row {number} is not valid JSON ({error}): write one object a line'
+      ) from error
     if not isinstance(record, dict):
-      raise UserError(f'{file.name} row {number} is not a JSON object: '
-                      'write {"image": ..., "text": ..., "label": ...}')
+      raise UserError(
+        f'{file.name} row {number} is not a JSON object: '
+        'write {"image": ..., "text": ..., "label": ...}'
+      )
     columns.update(dict.fromkeys(record))
     records.append((number, {name: record[name] for name in COLUMNS if name in record}))
   if records:
@@ -268,8 +303,8 @@ def _read_jsonl(file: pathlib.Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 _READERS: dict[str, Callable[[pathlib.Path], Iterable[tuple[int, dict[str, Any]]]]] = {
-    '.csv': _read_csv,
-    '.jsonl': _read_jsonl,
+  '.csv': _read_csv,
+  '.jsonl': _read_jsonl,
 }
 
 
@@ -280,14 +315,18 @@ def _check_columns(file: pathlib.Path, found: Sequence[str]) -> None:
     alike = [name for key, name in likeness if key == column]
     if len(alike) > 1:
       names = ', '.join(map(cells.shown, alike))
-      raise UserError(f'{file.name} has the column {column} {len(alike)} times ({names}): '
-                      'which one counts? Rename or remove the others')
+      raise UserError(
+        f'{file.name} has the column {column} {len(alike)} times ({names}): '
+        'which one counts? Rename or remove the others'
+      )
   missing = [name for name in COLUMNS if name not in found]
   if missing:
     more = f' and {len(found) - _MOST_COLUMNS} more' if len(found) > _MOST_COLUMNS else ''
     has = ', '.join(map(cells.plain, found[:_MOST_COLUMNS])) + more
-    raise UserError(f'{file.name} lacks the column {", ".join(missing)} (it has {has}): '
-                    f'{_columns_remedy(missing, likeness)}')
+    raise UserError(
+      f'{file.name} lacks the column {", ".join(missing)} (it has {has}): '
+      f'{_columns_remedy(missing, likeness)}'
+    )
 
 
 def _columns_remedy(missing: Sequence[str], likeness: Sequence[tuple[Any, str]]) -> str:
@@ -307,8 +346,9 @@ def _columns_remedy(missing: Sequence[str], likeness: Sequence[tuple[Any, str]])
 def _class_names(file: pathlib.Path, rows: Iterable[Row]) -> tuple[str, ...]:
   names = tuple(sorted({label for row in rows for label in row.labels}))
   if len(names) < 2:
-    raise UserError(f'{file.name} has one class only, {names[0]!r}: '
-                    'a classifier needs at least two')
+    raise UserError(
+      f'{file.name} has one class only, {names[0]!r}: a classifier needs at least two'
+    )
   return names
 
 
@@ -321,18 +361,25 @@ def _check_classes(file: pathlib.Path, rows: Iterable[Row], multi_label: bool) -
     UserError: a class is several others, joined.
   """
   count = collections.Counter(label for row in rows for label in row.labels)
-  alike = [' and '.join(_counted(name, count) for name in group)
-           for group in cells.lookalikes(sorted(count))]
+  alike = [
+    ' and '.join(_counted(name, count) for name in group)
+    for group in cells.lookalikes(sorted(count))
+  ]
   words = [_counted(name, count) for name in sorted(count) if cells.is_null_word(name)]
   joined = _joined(file, count, multi_label)
-  remedy = ('give each label by itself, joined by |' if multi_label
-            else 'set dataset.multi_label=True if | joins labels')
+  remedy = (
+    'give each label by itself, joined by |'
+    if multi_label
+    else 'set dataset.multi_label=True if | joins labels'
+  )
   kinds = (
-      (alike, 'labels that look alike are different classes', 'write them alike if they are one'),
-      (words, 'a word that may mean nothing is a class', 'leave the label empty if there is none'),
-      (joined, 'what may be several labels is one class', remedy))
-  return [f'{file.name}: {what}: {findings.some(names)}; {hint}'
-          for names, what, hint in kinds if names]
+    (alike, 'labels that look alike are different classes', 'write them alike if they are one'),
+    (words, 'a word that may mean nothing is a class', 'leave the label empty if there is none'),
+    (joined, 'what may be several labels is one class', remedy),
+  )
+  return [
+    f'{file.name}: {what}: {findings.some(names)}; {hint}' for names, what, hint in kinds if names
+  ]
 
 
 def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> list[str]:
@@ -346,10 +393,15 @@ def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> 
     parts = [part.strip() for part in name.split(mark) if part.strip()]
     known = [part for part in parts if part in count]
     if known and (mark == '|' or len(known) == len(parts)):
-      remedy = ('join labels by |' if multi_label
-                else 'set dataset.multi_label=True, or give the class a name without |')
-      raise UserError(f'{file.name}: the label {_counted(name, count)} is several labels, '
-                      f'{findings.some([repr(part) for part in known])} among them: {remedy}')
+      remedy = (
+        'join labels by |'
+        if multi_label
+        else 'set dataset.multi_label=True, or give the class a name without |'
+      )
+      raise UserError(
+        f'{file.name}: the label {_counted(name, count)} is several labels, '
+        f'{findings.some([repr(part) for part in known])} among them: {remedy}'
+      )
     named.append(_counted(name, count))
   return named
 
@@ -368,25 +420,33 @@ def _check_seen(file: pathlib.Path, rows: Iterable[Row], class_names: Sequence[s
       like = near.get(cells.likeness(label))
       hint = f', train has {like!r}' if like else ''
       words.append(f'{cells.shown(label)} (row {row_id.rpartition(":")[2]}{hint})')
-    raise UserError(f'{file.name}: labels that train does not have: {findings.some(words)}; '
-                    'correct them, or add such rows to train')
+    raise UserError(
+      f'{file.name}: labels that train does not have: {findings.some(words)}; '
+      'correct them, or add such rows to train'
+    )
 
 
 def _check_images(
-    file: pathlib.Path, numbers: Sequence[int], rows: Sequence[Row], images: Sequence[str | None]
+  file: pathlib.Path, numbers: Sequence[int], rows: Sequence[Row], images: Sequence[str | None]
 ) -> None:
   """Raises UserError where an image is not there, or is no regular file."""
   why = {row.image: imagefiles.why_no_file(row.image) for row in rows if row.image}
-  bad = [(number, image, why[row.image])
-         for number, row, image in zip(numbers, rows, images, strict=True)
-         if row.image and why[row.image]]
+  bad = [
+    (number, image, why[row.image])
+    for number, row, image in zip(numbers, rows, images, strict=True)
+    if row.image and why[row.image]
+  ]
   for missing in (True, False):
-    named = [f'row {number} {cells.plain(image)}' + ('' if missing else f' ({reason})')
-             for number, image, reason in bad if (reason == imagefiles.NO_FILE) is missing]
+    named = [
+      f'row {number} {cells.plain(image)}' + ('' if missing else f' ({reason})')
+      for number, image, reason in bad
+      if (reason == imagefiles.NO_FILE) is missing
+    ]
     what = 'image files do not exist' if missing else 'images are not files'
     if named:
-      raise UserError(f'{file.name}: {len(named)} {what}: {findings.some(named)}; '
-                      f'{_images_remedy(file, bad)}')
+      raise UserError(
+        f'{file.name}: {len(named)} {what}: {findings.some(named)}; {_images_remedy(file, bad)}'
+      )
 
 
 def _images_remedy(file: pathlib.Path, bad: Sequence[tuple[int, str, str]]) -> str:

@@ -20,10 +20,10 @@ from molt_jax.errors import UserError
 _LONGEST_CELL = (1 << 31) - 1
 # What a file begins with that is not UTF-8. UTF-32 comes first: it begins like UTF-16.
 _MARKS = (
-    (b'\xff\xfe\x00\x00', 'UTF-32'),
-    (b'\x00\x00\xfe\xff', 'UTF-32'),
-    (b'\xff\xfe', 'UTF-16'),
-    (b'\xfe\xff', 'UTF-16'),
+  (b'\xff\xfe\x00\x00', 'UTF-32'),
+  (b'\x00\x00\xfe\xff', 'UTF-32'),
+  (b'\xff\xfe', 'UTF-16'),
+  (b'\xfe\xff', 'UTF-16'),
 )
 
 
@@ -32,7 +32,8 @@ class NotJson(ValueError):
 
 
 def csv_rows(
-    file: pathlib.Path, *, name: str, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+  file: pathlib.Path, *, name: str, strict: bool = True
+) -> Iterator[tuple[int, list[str]]]:
   """Yields (row number, cells) of a CSV file as in RFC 4180; a blank line is a row without cells.
 
   Args:
@@ -51,8 +52,9 @@ def csv_rows(
           _check_is_text(name, ''.join(cells))
         yield number, cells
     except csv.Error as error:
-      raise UserError(f'{name} is not a valid CSV file (row {number + 1}: {error}): '
-                      'check its quotes') from error
+      raise UserError(
+        f'{name} is not a valid CSV file (row {number + 1}: {error}): check its quotes'
+      ) from error
 
 
 def lines(file: pathlib.Path, *, name: str) -> Iterator[tuple[int, str]]:
@@ -133,16 +135,19 @@ def _why_not_utf8(file: pathlib.Path) -> str:
       try:
         line.decode('utf-8')
       except UnicodeDecodeError as error:
-        return (f'is not UTF-8 (byte {offset + error.start}) in line {number}: save it as UTF-8 '
-                '(in a spreadsheet: "CSV UTF-8")')
+        return (
+          f'is not UTF-8 (byte {offset + error.start}) in line {number}: save it as UTF-8 '
+          '(in a spreadsheet: "CSV UTF-8")'
+        )
       offset += len(line)
   return 'is not UTF-8: save it as UTF-8'
 
 
 def _check_is_text(name: str, first: str) -> None:
   if '\0' in first:
-    raise UserError(f'{name} has zero bytes in its first line: it is UTF-16, or no text at all; '
-                    'save it as UTF-8')
+    raise UserError(
+      f'{name} has zero bytes in its first line: it is UTF-16, or no text at all; save it as UTF-8'
+    )
 
 
 class _LongCells:

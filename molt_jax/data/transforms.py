@@ -1,4 +1,6 @@
-"""From bytes to arrays, with numpy and Pillow alone. Pixels come out as Hugging Face's CLIP image processor makes them."""
+"""From bytes to arrays, with numpy and Pillow alone. Pixels come out as Hugging Face's CLIP image
+processor makes them.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -11,22 +13,24 @@ from molt_jax.data.formats import DecodeError as DecodeError
 
 # Version of what `decode` makes of a file; features are stored under it.
 DECODING = 2
-# A longer strip is cut (centred) to this aspect ratio before it is resized, since resizing keeps the ratio and would blow it up.
+# A longer strip is cut (centred) to this aspect ratio before it is resized, since resizing keeps
+# the ratio and would blow it up.
 MAX_ASPECT = 64
 # A side that shrinks by more than 2 * MAX_SHRINK is averaged down to MAX_SHRINK times its new size
-# first: the weights of a bicubic filter take 32 bytes a pixel of it. Other images come out the same.
+# first: the weights of a bicubic filter take 32 bytes a pixel of it. Other images come out the
+# same.
 MAX_SHRINK = 1024
 # Metadata of more bytes is left alone: what is in them is read number by number.
 _MAX_EXIF_BYTES = 1 << 20
 _ORIENTATION = 0x0112
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -44,7 +48,9 @@ def decode(data: bytes) -> Image.Image:
 
 
 def check(data: bytes) -> None:
-  """Raises DecodeError where `decode` would; cheaper, since a JPEG is read to its end but decoded at its smallest scale."""
+  """Raises DecodeError where `decode` would; cheaper, since a JPEG is read to its end but decoded
+  at its smallest scale.
+  """
   with formats.opened(data) as image:
     image.draft(None, (1, 1))
     as_rgb(image)
@@ -76,8 +82,14 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def preprocess_image(
-    image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], resize: str,
-    resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
+  image: Image.Image,
+  *,
+  size: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  resize: str,
+  resample: int = Image.Resampling.BICUBIC,
+) -> np.ndarray:
   """Resizes, rescales by 1/255 and normalises an RGB image.
 
   Args:
@@ -85,9 +97,9 @@ def preprocess_image(
     size: side of the square that comes out.
     mean: of each channel, in [0, 1].
     std: of each channel.
-    resize: 'crop' brings the shortest side to `size` and crops the centre, as Hugging Face's CLIPImageProcessor does; 'letterbox' brings
-      the longest side to `size` and pads with the mean, which is zero after normalisation;
-      'squash' brings both sides to `size`.
+    resize: 'crop' brings the shortest side to `size` and crops the centre, as Hugging Face's
+      CLIPImageProcessor does; 'letterbox' brings the longest side to `size` and pads with the mean,
+      which is zero after normalisation; 'squash' brings both sides to `size`.
     resample: a `PIL.Image.Resampling` value.
 
   Returns:
@@ -96,7 +108,8 @@ def preprocess_image(
   pixels_hwc = np.asarray(_RESIZE[resize](image, size, resample))
   height, width, _ = pixels_hwc.shape
   scale, offset = (np.tile(row, width) for row in _affine(tuple(mean), tuple(std)))
-  # One row of all pixels' channels at a time: four times as fast as broadcasting over a last axis of three.
+  # One row of all pixels' channels at a time: four times as fast as broadcasting over a last axis
+  # of three.
   values_hx = pixels_hwc.reshape(height, width * 3) * scale
   values_hx += offset
   values_hwc = values_hx.reshape(height, width, 3)
@@ -104,7 +117,7 @@ def preprocess_image(
     return values_hwc
   out_hwc = np.zeros((size, size, 3), np.float32)
   top, left = (size - height) // 2, (size - width) // 2
-  out_hwc[top:top + height, left:left + width] = values_hwc
+  out_hwc[top : top + height, left : left + width] = values_hwc
   return out_hwc
 
 
@@ -117,7 +130,9 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray
 
 def _crop(image: Image.Image, size: int, resample: int) -> Image.Image:
   image = cut_strip(image)
-  width, height = (size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size)
+  width, height = (
+    size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size
+  )
   left, top = (width - size) // 2, (height - size) // 2
   cut = left, top, left + size, top + size
   return resized(image, (width, height), resample).crop(cut)
@@ -151,9 +166,13 @@ def cut_strip(image: Image.Image) -> Image.Image:
   return image.crop((left, top, left + width, top + height))
 
 
-def pad_tokens(ids: Sequence[int], *, max_tokens: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts and right-pads token ids; returns (int32[max_tokens], bool[max_tokens] True on real tokens)."""
+def pad_tokens(
+  ids: Sequence[int], *, max_tokens: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts and right-pads token ids; returns (int32[max_tokens], bool[max_tokens] True on real
+  tokens).
+  """
   ids = list(ids)[:max_tokens]
   tokens_t = np.full(max_tokens, pad_id, np.int32)
-  tokens_t[:len(ids)] = ids
+  tokens_t[: len(ids)] = ids
   return tokens_t, np.arange(max_tokens) < len(ids)

@@ -1,4 +1,6 @@
-"""Classification metrics as sums and counts: they add up over batches, shards and hosts to the numbers of the whole split. AUROC does not."""
+"""Classification metrics as sums and counts: they add up over batches, shards and hosts to the
+numbers of the whole split. AUROC does not.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +40,24 @@ class ClassificationMetrics:
   @classmethod
   def empty(cls, *, num_classes: int, multi_label: bool) -> 'ClassificationMetrics':
     """The metrics of no example."""
-    per_class = {f'{name}_k': jnp.zeros(num_classes, jnp.int32) for name in ('true_positive', 'false_positive', 'false_negative', 'support')}
+    per_class = {
+      f'{name}_k': jnp.zeros(num_classes, jnp.int32)
+      for name in ('true_positive', 'false_positive', 'false_negative', 'support')
+    }
     counts = {name: jnp.zeros((), jnp.int32) for name in ('correct', 'count')}
-    sums = {name: jnp.zeros((), jnp.float32) for name in ('samples_f1_sum', 'loss_sum', 'weight_sum')}
+    sums = {
+      name: jnp.zeros((), jnp.float32) for name in ('samples_f1_sum', 'loss_sum', 'weight_sum')
+    }
     return cls(**per_class, **counts, **sums, multi_label=multi_label)
 
-  def update(self, logits_bk: jax.Array, label: jax.Array, weight_b: jax.Array) -> 'ClassificationMetrics':
+  def update(
+    self, logits_bk: jax.Array, label: jax.Array, weight_b: jax.Array
+  ) -> 'ClassificationMetrics':
     """Adds a batch.
 
     Args:
-      logits_bk: [B, K]. Prediction: the largest; multi-label: those above zero, that is of probability above 0.5.
+      logits_bk: [B, K]. Prediction: the largest; multi-label: those above zero, that is of
+        probability above 0.5.
       label: integers [B]; multi-label: [B, K] of zeros and ones.
       weight_b: [B]; rows of weight zero do not count.
     """
@@ -58,11 +68,15 @@ class ClassificationMetrics:
       true_bk, predicted_bk = label == 1, logits_bk > 0
     else:
       class_1k = jnp.arange(logits_bk.shape[-1])[None, :]
-      true_bk, predicted_bk = label[:, None] == class_1k, jnp.argmax(logits_bk, axis=-1)[:, None] == class_1k
+      true_bk, predicted_bk = (
+        label[:, None] == class_1k,
+        jnp.argmax(logits_bk, axis=-1)[:, None] == class_1k,
+      )
     true_bk, predicted_bk = true_bk & live_b1, predicted_bk & live_b1
     hit_b = jnp.sum(true_bk & predicted_bk, axis=-1)
     size_b = jnp.sum(true_bk, axis=-1) + jnp.sum(predicted_bk, axis=-1)
-    return self.merge(ClassificationMetrics(
+    return self.merge(
+      ClassificationMetrics(
         true_positive_k=jnp.sum(true_bk & predicted_bk, axis=0, dtype=jnp.int32),
         false_positive_k=jnp.sum(~true_bk & predicted_bk, axis=0, dtype=jnp.int32),
         false_negative_k=jnp.sum(true_bk & ~predicted_bk, axis=0, dtype=jnp.int32),
@@ -72,7 +86,9 @@ class ClassificationMetrics:
         count=jnp.sum(live_b1, dtype=jnp.int32),
         loss_sum=loss_sum,
         weight_sum=weight_sum,
-        multi_label=self.multi_label))
+        multi_label=self.multi_label,
+      )
+    )
 
   def merge(self, other: 'ClassificationMetrics') -> 'ClassificationMetrics':
     """The metrics of both sets of examples together."""
@@ -100,11 +116,11 @@ class ClassificationMetrics:
       f1_k = hits_k / np.maximum(all_k, 1)
       averaged_k = np.ones(len(f1_k), bool) if self.multi_label else all_k > 0
       scores |= {
-          'f1_micro': float(hits_k.sum() / all_k.sum()),
-          'f1_macro': float(f1_k[averaged_k].mean()),
-          'f1_samples': float(m.samples_f1_sum.astype(np.float64) / m.count),
-          # Without a truth every F1 is 0, however it is weighed.
-          'f1_weighted': float(np.sum(f1_k * m.support_k) / max(m.support_k.sum(), 1)),
+        'f1_micro': float(hits_k.sum() / all_k.sum()),
+        'f1_macro': float(f1_k[averaged_k].mean()),
+        'f1_samples': float(m.samples_f1_sum.astype(np.float64) / m.count),
+        # Without a truth every F1 is 0, however it is weighed.
+        'f1_weighted': float(np.sum(f1_k * m.support_k) / max(m.support_k.sum(), 1)),
       }
     if m.weight_sum > 0:
       scores['loss'] = float(m.loss_sum.astype(np.float64) / m.weight_sum)
@@ -112,12 +128,15 @@ class ClassificationMetrics:
 
 
 def auroc(score_nk: np.ndarray, true_nk: np.ndarray) -> float | None:
-  """Area under the ROC curve, averaged over the classes that some examples have and some have not; None where there is no such class.
+  """Area under the ROC curve, averaged over the classes that some examples have and some have not;
+  None where there is no such class.
 
-  The same as scikit-learn's `roc_auc_score(..., average='macro')` over those classes; ties count half.
+  The same as scikit-learn's `roc_auc_score(..., average='macro')` over those classes; ties count
+  half.
 
   Args:
-    score_nk: [N, K], larger for more likely. Of one class against the others these are probabilities, of labels on their own logits do.
+    score_nk: [N, K], larger for more likely. Of one class against the others these are
+      probabilities, of labels on their own logits do.
     true_nk: bool[N, K].
   """
   positive_k, count = true_nk.sum(axis=0), len(true_nk)
@@ -126,12 +145,16 @@ def auroc(score_nk: np.ndarray, true_nk: np.ndarray) -> float | None:
     return None
   true_nk, positive_k = true_nk[:, defined_k], positive_k[defined_k].astype(np.float64)
   rank_nk = scipy.stats.rankdata(score_nk[:, defined_k], axis=0)
-  above_k = (rank_nk * true_nk).sum(axis=0) - positive_k * (positive_k + 1) / 2  # Pairs of a positive above a negative (Mann and Whitney).
+  above_k = (rank_nk * true_nk).sum(axis=0) - positive_k * (
+    positive_k + 1
+  ) / 2  # Pairs of a positive above a negative (Mann and Whitney).
   return float(np.mean(above_k / (positive_k * (count - positive_k))))
 
 
 class Ranking:
-  """Collects the scores of an evaluation under C conditions for AUROC: of two classes, or of the labels of a multi-label data set."""
+  """Collects the scores of an evaluation under C conditions for AUROC: of two classes, or of the
+  labels of a multi-label data set.
+  """
 
   def __init__(self, *, multi_label: bool):
     self._multi_label = multi_label
@@ -145,10 +168,19 @@ class Ranking:
     """Returns the AUROC of each condition that saw a batch; all processes call it together."""
     if not self._batches:
       return []
-    logits, labels, weights = ([processes.fetch(x) for x in column] for column in zip(*self._batches, strict=True))
-    logits_cnk, label, weight_cn = np.concatenate(logits, axis=1), np.concatenate(labels), np.concatenate(weights, axis=1)
+    logits, labels, weights = (
+      [processes.fetch(x) for x in column] for column in zip(*self._batches, strict=True)
+    )
+    logits_cnk, label, weight_cn = (
+      np.concatenate(logits, axis=1),
+      np.concatenate(labels),
+      np.concatenate(weights, axis=1),
+    )
     if self._multi_label:
       score_cnk, true_nk = logits_cnk, label == 1
     else:
       score_cnk, true_nk = np.diff(logits_cnk, axis=-1), label[:, None] == 1
-    return [auroc(score_nk[weight_n > 0], true_nk[weight_n > 0]) for score_nk, weight_n in zip(score_cnk, weight_cn, strict=True)]
+    return [
+      auroc(score_nk[weight_n > 0], true_nk[weight_n > 0])
+      for score_nk, weight_n in zip(score_cnk, weight_cn, strict=True)
+    ]

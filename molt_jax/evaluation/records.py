@@ -1,10 +1,13 @@
-"""What an evaluation leaves beside its scores, and what follows from it without a model: predictions, pooled pairs, pictures of mistakes.
+"""What an evaluation leaves beside its scores, and what follows from it without a model:
+predictions, pooled pairs, pictures of mistakes.
 
-DIR/predictions.npz  each example's probabilities under each absence        (`Predictions`; of the split and step that it names)
-DIR/mistakes.json    the worst mistakes under each absence, with thumbnails (of the same)
-DIR/pairs.npz        the pooled pairs (h_i, h_t) in the plane, their canonical correlations, the learned M (`Pairs`; written by training)
+DIR/predictions.npz  each example's probabilities under each absence        (`Predictions`; of the
+split and step that it names) DIR/mistakes.json    the worst mistakes under each absence, with
+thumbnails (of the same) DIR/pairs.npz        the pooled pairs (h_i, h_t) in the plane, their
+canonical correlations, the learned M (`Pairs`; written by training)
 
-Rows do not influence each other, so every missing rate follows from the three absences: `missing_rate` gives `evaluate --missing_rate`'s numbers.
+Rows do not influence each other, so every missing rate follows from the three absences:
+`missing_rate` gives `evaluate --missing_rate`'s numbers.
 """
 
 import dataclasses
@@ -70,8 +73,9 @@ class _Saved:
       fault = f'{type(error).__name__}: {error}'
     if fault:
       raise UserError(
-          f'{str(path)!r} is damaged ({terminal.clean(fault, 200)}); delete it, and what it shows '
-          'is left out until an evaluation (pairs: training) writes it anew')
+        f'{str(path)!r} is damaged ({terminal.clean(fault, 200)}); delete it, and what it shows '
+        'is left out until an evaluation (pairs: training) writes it anew'
+      )
     return found
 
 
@@ -109,7 +113,8 @@ class Predictions(_Saved):
     ids: N names.
     label: int32[N]; multi-label: bool[N, K].
     present_nm: bool[N, 2], what the examples have by nature (image, text).
-    counted_cn: bool[C, N], whether the condition leaves the example anything; the rest is undefined where not.
+    counted_cn: bool[C, N], whether the condition leaves the example anything; the rest is undefined
+      where not.
     probability_cnk: float32[C, N, K], softmax; multi-label: sigmoid.
     loss_cn: float32[C, N], cross-entropy; multi-label: mean over classes.
     data: digest of the fingerprint of the split's data; '' in files of older versions.
@@ -131,8 +136,7 @@ class Predictions(_Saved):
   data: str = ''
 
   def _faults(self) -> Iterator[str]:
-    facts = {
-        'split': str, 'config_hash': str, 'step': int, 'seed': int, 'of': int, 'data': str}
+    facts = {'split': str, 'config_hash': str, 'step': int, 'seed': int, 'of': int, 'data': str}
     yield from _wrong_facts(self, facts)
     for name in ('conditions', 'class_names', 'ids'):
       if not _are_strings(getattr(self, name)):
@@ -146,8 +150,11 @@ class Predictions(_Saved):
 
   def _wrong_arrays(self, c, n, k) -> Iterator[str]:
     shapes = {
-        'present_nm': ('b', n, 2), 'counted_cn': ('b', c, n), 'probability_cnk': ('f', c, n, k),
-        'loss_cn': ('f', c, n)}
+      'present_nm': ('b', n, 2),
+      'counted_cn': ('b', c, n),
+      'probability_cnk': ('f', c, n, k),
+      'loss_cn': ('f', c, n),
+    }
     for name, (kinds, *shape) in shapes.items():
       if not _is_array(getattr(self, name), kinds, *shape):
         yield f'{name}: not an array of {shape}'
@@ -170,7 +177,11 @@ class Predictions(_Saved):
   def right_cn(self) -> np.ndarray:
     """bool[C, N], whether the label, or the whole label set, is right."""
     predicted = self.predicted
-    return (predicted == self.label[None]).all(axis=-1) if self.multi_label else predicted == self.label[None]
+    return (
+      (predicted == self.label[None]).all(axis=-1)
+      if self.multi_label
+      else predicted == self.label[None]
+    )
 
   @property
   def predicted(self) -> np.ndarray:
@@ -185,16 +196,20 @@ class Predictions(_Saved):
     return self._scores(np.full(len(self.ids), c))
 
   def missing_rate(self, rate: float, kind: str) -> dict[str, float]:
-    """Returns the scores when that share of the complete rows loses `kind` ('text', 'image', or half of them each: 'both').
+    """Returns the scores when that share of the complete rows loses `kind` ('text', 'image', or
+    half of them each: 'both').
 
     Args:
       rate: eta, 0 to 1.
       kind: 'text', 'image' or 'both'; see `missing.present_table`.
 
     Raises:
-      ValueError: a condition is not among `conditions`: a specialist has no second modality to lose.
+      ValueError: a condition is not among `conditions`: a specialist has no second modality to
+        lose.
     """
-    drawn_nm = missing.present_table(self.ids, rate=rate, kind=kind, seed=self.seed, split=self.split, natural=self.present_nm)
+    drawn_nm = missing.present_table(
+      self.ids, rate=rate, kind=kind, seed=self.seed, split=self.split, natural=self.present_nm
+    )
     lost_nm = self.present_nm & ~drawn_nm
     none, text, image = (self.conditions.index(name) for name in CONDITIONS)
     return self._scores(np.select([lost_nm[:, 1], lost_nm[:, 0]], [text, image], none))
@@ -268,10 +283,11 @@ class Predictions(_Saved):
     return [(*map(int, found[i]), int(count[i])) for i in order]
 
   def calibration(self, condition: str, *, bins: int = 10) -> dict[str, Any]:
-    """Returns reliability over equal bins and the expected calibration error (Naeini et al. 2015; Guo et al. 2017).
+    """Returns reliability over equal bins and the expected calibration error (Naeini et al. 2015;
+    Guo et al. 2017).
 
-    Single label: the likeliest class, its probability and whether it is right. Multi-label: every class of every example, its probability and
-    whether the example carries it.
+    Single label: the likeliest class, its probability and whether it is right. Multi-label: every
+    class of every example, its probability and whether the example carries it.
 
     Returns:
       {'confidence': mean of each bin that holds something, 'accuracy': .., 'count': .., 'ece': ..};
@@ -279,12 +295,22 @@ class Predictions(_Saved):
     """
     c = self.conditions.index(condition)
     probability_nk, counted_n = self.probability_cnk[c], self.counted_cn[c]
-    confidence, right = (probability_nk, self.label) if self.multi_label else (probability_nk.max(axis=-1), self.right_cn[c])
-    confidence, right = confidence[counted_n].ravel().astype(float), right[counted_n].ravel().astype(float)
+    confidence, right = (
+      (probability_nk, self.label)
+      if self.multi_label
+      else (probability_nk.max(axis=-1), self.right_cn[c])
+    )
+    confidence, right = (
+      confidence[counted_n].ravel().astype(float),
+      right[counted_n].ravel().astype(float),
+    )
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(bin_of, minlength=bins)
     held = count > 0
-    means = {name: np.bincount(bin_of, x, bins)[held] / count[held] for name, x in (('confidence', confidence), ('accuracy', right))}
+    means = {
+      name: np.bincount(bin_of, x, bins)[held] / count[held]
+      for name, x in (('confidence', confidence), ('accuracy', right))
+    }
     found = {**means, 'count': count[held]}
     if held.any():
       distance = np.abs(means['confidence'] - means['accuracy'])
@@ -298,7 +324,9 @@ class Predictions(_Saved):
     return wrong[np.argsort(-self.loss_cn[c, wrong], kind='stable')][:count].tolist()
 
   def _one_hot(self, label):
-    return label if self.multi_label else label[:, None] == np.arange(len(self.class_names))[None, :]
+    return (
+      label if self.multi_label else label[:, None] == np.arange(len(self.class_names))[None, :]
+    )
 
 
 def _hits(true_nk, predicted_nk):
@@ -315,7 +343,8 @@ class Pairs(_Saved):
     split, step: of the pairs shown.
     num_fitted: training pairs that the directions were fitted on.
     num_batch: pairs of one training batch.
-    plane_lnmp: float32[L, n, 2, 2], image and text vector, brought to unit length, on the two leading principal axes of both together.
+    plane_lnmp: float32[L, n, 2, 2], image and text vector, brought to unit length, on the two
+      leading principal axes of both together.
     share_l: [L], share of the variance that these axes show.
     gap_l: [L], distance of the centroids of the unit vectors (all pairs seen, not the n alone).
     batch_lk: [L, k], leading canonical correlations of one training batch, over all directions.
@@ -344,9 +373,14 @@ class Pairs(_Saved):
       yield f'{layers} layers, {points} pairs, {directions} directions'
     # Of the last three, what is not there is NaN.
     shapes = {
-        'plane_lnmp': (layers, points, 2, 2), 'share_l': (layers,), 'gap_l': (layers,),
-        'layer_weights_l': (layers,), 'batch_lk': (layers, directions),
-        'fitted_lk': (layers, directions), 'held_out_lk': (layers, directions)}
+      'plane_lnmp': (layers, points, 2, 2),
+      'share_l': (layers,),
+      'gap_l': (layers,),
+      'layer_weights_l': (layers,),
+      'batch_lk': (layers, directions),
+      'fitted_lk': (layers, directions),
+      'held_out_lk': (layers, directions),
+    }
     for name, shape in shapes.items():
       value = getattr(self, name)
       if not _is_array(value, 'f', *shape):
@@ -357,6 +391,8 @@ class Pairs(_Saved):
 
 
 def write_mistakes(workdir: pathlib.Path, mistakes: Mapping[str, Any]) -> None:
-  """Writes mistakes.json: {'split', 'step', 'conditions': condition -> rows, worst first, 'examples': row -> {'id', 'text', 'image'}}."""
+  """Writes mistakes.json: {'split', 'step', 'conditions': condition -> rows, worst first,
+  'examples': row -> {'id', 'text', 'image'}}.
+  """
   text = logbook.to_json(mistakes)  # In ASCII: a lone half of a surrogate pair has no UTF-8.
   atomic.write(workdir / MISTAKES, text + '\n')

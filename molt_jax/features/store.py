@@ -1,11 +1,15 @@
 """Taps of a frozen tower on disk: each input computed once, every byte checked when it is read.
 
-  STORE/<sha256 of spec.json>/spec.json                            what was computed: tower, preprocessing, layers, stored type
-                              <sha256 of its header>.safetensors   a shard: one tensor an input, named by the hash of the input
+  STORE/<sha256 of spec.json>/spec.json                            what was computed: tower,
+  preprocessing, layers, stored type
+                              <sha256 of its header>.safetensors   a shard: one tensor an input,
+                              named by the hash of the input
 
-A folder is named by the hash of its spec.json, a shard by the hash of its header, and the header holds the place and the CRC-32 of every entry.
-So a byte that changed is noticed, features of another tower or preprocessing are never found, and whoever writes the same shard twice
-writes the same file. Files appear whole, by renaming; there is no other index. Any number of processes may read and write at once.
+A folder is named by the hash of its spec.json, a shard by the hash of its header, and the header
+holds the place and the CRC-32 of every entry. So a byte that changed is noticed, features of
+another tower or preprocessing are never found, and whoever writes the same shard twice writes the
+same file. Files appear whole, by renaming; there is no other index. Any number of processes may
+read and write at once.
 """
 
 import dataclasses
@@ -29,7 +33,9 @@ from molt_jax import errors
 from molt_jax.errors import UserError
 from molt_jax.runtime import atomic
 
-FORMAT = 1  # Part of every key: raise it when the layout, the preprocessing or the arithmetic of the towers changes.
+# Part of every key: raise it when the layout, the preprocessing or the arithmetic of the towers
+# changes.
+FORMAT = 1
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 30.0  # A shard is written at the latest after this time: what a kill may cost.
 ADVICE = 'delete it, and what it held is computed again'
@@ -37,7 +43,9 @@ ADVICE = 'delete it, and what it held is computed again'
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-  """How taps [L, T, D] are stored: the type on disk, the type that comes out, and the way there and back."""
+  """How taps [L, T, D] are stored: the type on disk, the type that comes out, and the way there and
+  back.
+  """
 
   stored: np.dtype
   read: np.dtype
@@ -50,9 +58,13 @@ class Codec:
 
 
 def _quantize(x_ltd: np.ndarray) -> np.ndarray:
-  """Symmetric int8 with one float32 scale a token and layer, whose four bytes are appended to the token: int8[L, T, D + 4]."""
+  """Symmetric int8 with one float32 scale a token and layer, whose four bytes are appended to the
+  token: int8[L, T, D + 4].
+  """
   scale_lt1 = (np.max(np.abs(x_ltd), axis=-1, keepdims=True) / 127).astype(np.float32)
-  with np.errstate(invalid='ignore'):  # What is not finite comes out as NaN, and training stops on it.
+  with np.errstate(
+    invalid='ignore'
+  ):  # What is not finite comes out as NaN, and training stops on it.
     code_ltd = np.rint(x_ltd / np.where(scale_lt1 == 0, 1, scale_lt1)).astype(np.int8)
   return np.concatenate([code_ltd, scale_lt1.view(np.int8)], axis=-1)
 
@@ -68,9 +80,9 @@ def _plain(dtype: Any) -> Codec:
 
 
 CODECS = {
-    'float32': _plain(np.float32),
-    'bfloat16': _plain(ml_dtypes.bfloat16),
-    'int8': Codec(np.dtype(np.int8), np.dtype(np.float32), _quantize, _dequantize),
+  'float32': _plain(np.float32),
+  'bfloat16': _plain(ml_dtypes.bfloat16),
+  'int8': Codec(np.dtype(np.int8), np.dtype(np.float32), _quantize, _dequantize),
 }
 
 
@@ -93,11 +105,13 @@ class _Entry(NamedTuple):
 
 
 class FeatureStore:
-  """The taps of one tower: key of an input -> [L, T, D], real tokens only. Reading is thread-safe; one thread writes.
+  """The taps of one tower: key of an input -> [L, T, D], real tokens only. Reading is thread-safe;
+  one thread writes.
 
   Args:
     directory: the store, shared by all towers, runs and data sets; made if need be.
-    spec: all that the taps depend on beside the input; JSON types. The type they are stored in belongs to it.
+    spec: all that the taps depend on beside the input; JSON types. The type they are stored in
+      belongs to it.
     dtype: 'float32', 'bfloat16', or 'int8' with one scale a token and layer.
 
   Raises:
@@ -107,7 +121,9 @@ class FeatureStore:
   def __init__(self, directory: str | os.PathLike, spec: Mapping[str, Any], dtype: str):
     self.root = pathlib.Path(directory).expanduser()
     self.codec = CODECS[dtype]
-    content = json.dumps({'format': FORMAT, **spec, 'dtype': dtype}, indent=1, sort_keys=True).encode()
+    content = json.dumps(
+      {'format': FORMAT, **spec, 'dtype': dtype}, indent=1, sort_keys=True
+    ).encode()
     self.folder = self.root / hashlib.sha256(content).hexdigest()
     self._entries: dict[str, _Entry] = {}
     self._shards: set[str] = set()
@@ -120,10 +136,16 @@ class FeatureStore:
 
   def _open(self, content: bytes) -> None:
     make_root(self.root)
-    foreign = sorted(p.name for p in self.root.iterdir() if not re.fullmatch(r'[0-9a-f]{64}|\..*', p.name))
+    foreign = sorted(
+      p.name for p in self.root.iterdir() if not re.fullmatch(r'[0-9a-f]{64}|\..*', p.name)
+    )
     if foreign:
       raise UserError(
-          f'config.features.store: {str(self.root)!r} is no feature store, it holds {", ".join(foreign[:3])}; give a new or empty folder')
+
+          f'config.features.store: {str(self.root)!r} is no feature store, it holds '
+          f'{", ".join(foreign[:3])}; give a new or empty folder'
+
+      )
     self.folder.mkdir(exist_ok=True)
     atomic.remove_leftovers(self.folder)
     path = self.folder / 'spec.json'
@@ -150,7 +172,9 @@ class FeatureStore:
       new = [path for path in self.folder.glob('*.safetensors') if path.name not in self._shards]
       for path in sorted(new, key=lambda p: (p.stat().st_mtime_ns, p.name)):
         for key, entry in self._index(path).items():
-          self._entries.setdefault(key, entry)  # The oldest of two stays, so that a resumed run reads the same bits.
+          self._entries.setdefault(
+            key, entry
+          )  # The oldest of two stays, so that a resumed run reads the same bits.
         self._shards.add(path.name)
 
   def read(self, key: str) -> np.ndarray:
@@ -163,9 +187,17 @@ class FeatureStore:
     try:
       raw = _read(entry.shard, entry.offset, self._length(entry))
     except OSError as error:
-      raise UserError(f'{entry.shard} can no longer be read ({error.strerror}); start again, and what it held is computed again') from error
+      raise UserError(
+
+          f'{entry.shard} can no longer be read ({error.strerror}); start again, and what it held '
+          'is '
+          'computed again'
+
+      ) from error
     if zlib.crc32(raw) != entry.crc32:
-      raise UserError(f'{entry.shard} is damaged (the checksum of entry {key[:12]} does not fit); {ADVICE}')
+      raise UserError(
+        f'{entry.shard} is damaged (the checksum of entry {key[:12]} does not fit); {ADVICE}'
+      )
     return self.codec.decode(np.frombuffer(raw, self.codec.stored).reshape(entry.shape))
 
   def num_tokens(self, key: str) -> int:
@@ -173,12 +205,16 @@ class FeatureStore:
     return self._entries[key].shape[1]
 
   def add(self, key: str, x_ltd: np.ndarray) -> None:
-    """Takes the taps of one input; they are on disk after the next `flush`, which comes by itself every SHARD_BYTES or SHARD_SECONDS."""
+    """Takes the taps of one input; they are on disk after the next `flush`, which comes by itself
+    every SHARD_BYTES or SHARD_SECONDS.
+    """
     if not self._pending:
       self._pending_bytes, self._pending_since = 0, time.monotonic()
     self._pending[key] = code = self.codec.encode(x_ltd)
     self._pending_bytes += code.nbytes
-    if self._pending_bytes >= SHARD_BYTES or time.monotonic() - self._pending_since >= SHARD_SECONDS:
+    if (
+      self._pending_bytes >= SHARD_BYTES or time.monotonic() - self._pending_since >= SHARD_SECONDS
+    ):
       self.flush()
 
   def flush(self) -> None:
@@ -192,7 +228,7 @@ class FeatureStore:
     if new:
       crc32 = {key: zlib.crc32(x.tobytes()) for key, x in new.items()}
       content = safetensors.numpy.save(new, metadata={'crc32': json.dumps(crc32)})
-      name = hashlib.sha256(content[:_header_bytes(content)]).hexdigest()
+      name = hashlib.sha256(content[: _header_bytes(content)]).hexdigest()
       atomic.write(self.folder / f'{name}.safetensors', content, tried=self._failed())
       self.refresh()
     self._pending = {}
@@ -215,18 +251,27 @@ class FeatureStore:
     header = json.loads(head[8:])
     crc32 = json.loads(header.pop('__metadata__')['crc32'])
     if size != len(head) + max(entry['data_offsets'][1] for entry in header.values()):
-      raise UserError(f'{path} is damaged (it has {size} bytes, its header promises another number); {ADVICE}')
-    return {key: _Entry(path, len(head) + e['data_offsets'][0], tuple(e['shape']), crc32[key]) for key, e in header.items()}
+      raise UserError(
+        f'{path} is damaged (it has {size} bytes, its header promises another number); {ADVICE}'
+      )
+    return {
+      key: _Entry(path, len(head) + e['data_offsets'][0], tuple(e['shape']), crc32[key])
+      for key, e in header.items()
+    }
 
   def _length(self, entry: _Entry) -> int:
     return math.prod(entry.shape) * self.codec.stored.itemsize
 
 
 def _read(path: pathlib.Path, offset: int, size: int) -> bytes:
-  """Reads a part of a file without Python's file objects, whose making takes longer than the reading."""
+  """Reads a part of a file without Python's file objects, whose making takes longer than the
+  reading.
+  """
   descriptor = os.open(path, os.O_RDONLY)
   try:
-    return os.pread(descriptor, size, offset)  # The rest of a file that was cut off is missing, which the checksum tells.
+    return os.pread(
+      descriptor, size, offset
+    )  # The rest of a file that was cut off is missing, which the checksum tells.
   finally:
     os.close(descriptor)
 

@@ -1,4 +1,6 @@
-"""MoLT: modality latent translation (eq. 1-5), fusion (eq. 6-7) and classifier over the taps of two frozen towers."""
+"""MoLT: modality latent translation (eq. 1-5), fusion (eq. 6-7) and classifier over the taps of two
+frozen towers.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -20,7 +22,8 @@ from molt_jax.methods.parts.interface import (
 
 
 class Translation(nn.Module):
-  """Eq. 1-3 and pooling: two token sequences -> one vector per sample, layer and modality, (h_i, h_t), float32[L, B, C] each.
+  """Eq. 1-3 and pooling: two token sequences -> one vector per sample, layer and modality, (h_i,
+  h_t), float32[L, B, C] each.
 
   Attributes:
     width: C.
@@ -38,22 +41,30 @@ class Translation(nn.Module):
   def __call__(self, image: TokenSequence, text: TokenSequence) -> tuple[jax.Array, jax.Array]:
     """A modality with nothing to read gives zero, and adds nothing to the other.
 
-    Each row is encoded in every way that a view may ask for, whatever is present; the views differ in which of the results they take.
+    Each row is encoded in every way that a view may ask for, whatever is present; the views differ
+    in which of the results they take.
     """
     sequences = dict(zip(MODALITIES, (image, text), strict=True))
     maps = {m: self._maps(m, *s.tokens.x_lbtd.shape[::3]) for m, s in sequences.items()}
     norms = {m: PooledLayerNorm(name=f'{m}_norm') for m in MODALITIES}
     tokens = {m: s.tokens.map(maps[m]['project']) for m, s in sequences.items()}
-    stand_ins = {m: None if s.stand_in_l11d is None else Tokens(maps[m]['project'](s.stand_in_l11d)) for m, s in sequences.items()}
+    stand_ins = {
+      m: None if s.stand_in_l11d is None else Tokens(maps[m]['project'](s.stand_in_l11d))
+      for m, s in sequences.items()
+    }
     pooled = []
     for own, other in (('image', 'text'), ('text', 'image')):
-      ask = functools.partial(self._ask, maps[own].get('query'), maps[other].get('key'), maps[other].get('value'))
+      ask = functools.partial(
+        self._ask, maps[own].get('query'), maps[other].get('key'), maps[other].get('value')
+      )
       own_mask_bt, other_mask_bt = sequences[own].mask_bt, sequences[other].mask_bt
       together_lbc = norms[own](ask(tokens[own], tokens[other], other_mask_bt), own_mask_bt)
       alone_lbc = norms[own](ask(tokens[own], stand_ins[other], None), own_mask_bt)
       absent_lbc = jnp.zeros_like(alone_lbc)
       if stand_ins[own] is not None:
-        absent_lbc = norms[own](ask(stand_ins[own], tokens[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1]))
+        absent_lbc = norms[own](
+          ask(stand_ins[own], tokens[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1])
+        )
       present_lbc = jnp.where(sequences[other].present_b[None, :, None], together_lbc, alone_lbc)
       pooled.append(jnp.where(sequences[own].present_b[None, :, None], present_lbc, absent_lbc))
     return tuple(pooled)
@@ -61,19 +72,30 @@ class Translation(nn.Module):
   def _maps(self, modality, num_layers, width):
     """The maps of eq. 1 and, with cross-attention, of eq. 2."""
     axes = {'project': (width, ('embed', 'common'))}
-    axes |= {role: (self.width, ('common', 'heads')) for role in ('query', 'key', 'value') if self.cross_attention}
+    axes |= {
+      role: (self.width, ('common', 'heads'))
+      for role in ('query', 'key', 'value')
+      if self.cross_attention
+    }
     return {
-        role: LayerAffine(num_layers, self.width, names, self.dtype, use_bias=role != 'key', name=f'{modality}_{role}')(width)
-        for role, (width, names) in axes.items()}
+      role: LayerAffine(
+        num_layers, self.width, names, self.dtype, use_bias=role != 'key', name=f'{modality}_{role}'
+      )(width)
+      for role, (width, names) in axes.items()
+    }
 
   def _ask(self, query, key, value, own, other, other_mask_bs):
-    """Eq. 2 and the sum of eq. 3, float32 Tokens; other_mask_bs None: `other` is one token for all rows, or nothing."""
+    """Eq. 2 and the sum of eq. 3, float32 Tokens; other_mask_bs None: `other` is one token for all
+    rows, or nothing.
+    """
     residual = own.map(lambda x: x.astype(jnp.float32))
     if not self.cross_attention or other is None:
       return residual
     if other_mask_bs is None:  # The softmax over one key is one.
       return residual.map(lambda x: x + value(other.x_lbtd).astype(jnp.float32))
-    answer = attend(own, other, other_mask_bs, query=query, key=key, value=value, num_heads=self.num_heads)
+    answer = attend(
+      own, other, other_mask_bs, query=query, key=key, value=value, num_heads=self.num_heads
+    )
     return residual.map(lambda x: x + answer.x_lbtd.astype(jnp.float32))
 
 
@@ -83,8 +105,10 @@ class MoLTHead(nn.Module):
   Attributes:
     inputs: taps -> (image, text) sequences, an `InputPair`.
     classifier: a module of `fusion.CLASSIFIERS`.
-    alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None: the same one reads all rows.
-    translator: fills the absent h_l in eq. 5, a `translation.Translator`; None: H_l is of the usable ones.
+    alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None:
+      the same one reads all rows.
+    translator: fills the absent h_l in eq. 5, a `translation.Translator`; None: H_l is of the
+      usable ones.
     width: C (d_c).
     num_layers: L (L_s).
     num_heads: attention heads in the common space.
@@ -108,25 +132,47 @@ class MoLTHead(nn.Module):
 
   @nn.compact
   def __call__(
-      self, taps: Taps, present_bm: jax.Array, *, train: bool, content_bm: jax.Array | None = None, row_weight_b: jax.Array | None = None
+    self,
+    taps: Taps,
+    present_bm: jax.Array,
+    *,
+    train: bool,
+    content_bm: jax.Array | None = None,
+    row_weight_b: jax.Array | None = None,
   ) -> HeadOutput:
     """See `heads.make_head`."""
-    image, text = self.inputs(taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b)
+    image, text = self.inputs(
+      taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
+    )
     usable_bm = jnp.stack([image.usable_b, text.usable_b], axis=-1)
-    pooled = Translation(self.width, self.num_heads, self.cross_attention, self.dtype, name='translation')(image, text)
-    layers_lbc = usable_mean(*(self.translator(*pooled, usable_bm) if self.translator else (*pooled, usable_bm)))
+    pooled = Translation(
+      self.width, self.num_heads, self.cross_attention, self.dtype, name='translation'
+    )(image, text)
+    layers_lbc = usable_mean(
+      *(self.translator(*pooled, usable_bm) if self.translator else (*pooled, usable_bm))
+    )
     if self.layer_weights:
       init = nn.with_logical_partitioning(nn.initializers.ones, ('layers',))
-      layers_lbc *= self.param('layer_weights', init, (self.num_layers,), jnp.float32)[:, None, None]
+      layers_lbc *= self.param('layer_weights', init, (self.num_layers,), jnp.float32)[
+        :, None, None
+      ]
     joint_bc = jnp.mean(layers_lbc, axis=0)
     features_bc = joint_bc
     if self.fusion_attention:
-      features_bc = Fusion(self.width, self.num_heads, self.dtype, name='fusion')(joint_bc, image, text)
+      features_bc = Fusion(self.width, self.num_heads, self.dtype, name='fusion')(
+        joint_bc, image, text
+      )
       features_bc += joint_bc if self.fusion_residual else 0.0
-    return HeadOutput(self._logits(features_bc, image.present_b, text.present_b, train=train), *pooled)
+    return HeadOutput(
+      self._logits(features_bc, image.present_b, text.present_b, train=train), *pooled
+    )
 
   def _logits(self, features_bc, image_b, text_b, *, train):
     logits_bk = self.classifier(features_bc, train=train)
-    for modality, alone_b in (('image', image_b & ~text_b), ('text', text_b & ~image_b)) if self.alone else ():
-      logits_bk = jnp.where(alone_b[:, None], self.alone[modality](features_bc, train=train), logits_bk)
+    for modality, alone_b in (
+      (('image', image_b & ~text_b), ('text', text_b & ~image_b)) if self.alone else ()
+    ):
+      logits_bk = jnp.where(
+        alone_b[:, None], self.alone[modality](features_bc, train=train), logits_bk
+      )
     return logits_bk

@@ -1,6 +1,8 @@
-"""Cross-entropies as (sum, weight) pairs, so that shards, steps and padded rows add up to the exact mean.
+"""Cross-entropies as (sum, weight) pairs, so that shards, steps and padded rows add up to the exact
+mean.
 
-A row of weight zero contributes nothing, to the gradient either, whatever its logits and labels hold (NaN included).
+A row of weight zero contributes nothing, to the gradient either, whatever its logits and labels
+hold (NaN included).
 """
 
 from collections.abc import Callable
@@ -17,7 +19,11 @@ LARGEST_LOGIT = 1e30
 
 
 def softmax_cross_entropy(
-    logits_bk: jax.Array, label_b: jax.Array, *, weight_b: jax.Array, class_weight_k: jax.Array | None = None
+  logits_bk: jax.Array,
+  label_b: jax.Array,
+  *,
+  weight_b: jax.Array,
+  class_weight_k: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Single-label loss, -log softmax(logits)[label].
 
@@ -25,8 +31,8 @@ def softmax_cross_entropy(
     logits_bk: [B, K].
     label_b: integers [B] from 0 to K - 1.
     weight_b: [B], zero for padding rows.
-    class_weight_k: [K]; multiplies the weight of each row by that of its class (so loss_sum / weight_sum is the weighted mean that
-      PyTorch's `cross_entropy(weight=...)` returns).
+    class_weight_k: [K]; multiplies the weight of each row by that of its class (so loss_sum /
+      weight_sum is the weighted mean that PyTorch's `cross_entropy(weight=...)` returns).
 
   Returns:
     (loss_sum, weight_sum), float32 scalars.
@@ -42,9 +48,14 @@ def softmax_cross_entropy(
 
 
 def sigmoid_cross_entropy(
-    logits_bk: jax.Array, label_bk: jax.Array, *, weight_b: jax.Array, positive_weight_k: jax.Array | None = None
+  logits_bk: jax.Array,
+  label_bk: jax.Array,
+  *,
+  weight_b: jax.Array,
+  positive_weight_k: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Multi-label loss, the mean over classes of -[p y log s(z) + (1 - y) log s(-z)], s the logistic function, p the positive weight.
+  """Multi-label loss, the mean over classes of -[p y log s(z) + (1 - y) log s(-z)], s the logistic
+  function, p the positive weight.
 
   Args:
     logits_bk: [B, K].
@@ -67,8 +78,10 @@ def sigmoid_cross_entropy(
 
 
 def softmax_distillation(
-    logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-  """T^2 KL(softmax(teacher / T) || softmax(logits / T)), Hinton et al. 2015; no gradient reaches the teacher.
+  logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """T^2 KL(softmax(teacher / T) || softmax(logits / T)), Hinton et al. 2015; no gradient reaches
+  the teacher.
 
   Args:
     logits_bk: [B, K] of the student.
@@ -79,19 +92,26 @@ def softmax_distillation(
   Returns:
     (loss_sum, weight_sum), float32 scalars.
   """
-  log_p_bk, log_q_bk = (jax.nn.log_softmax(z_bk) for z_bk in _softened(logits_bk, teacher_bk, weight_b, temperature))
+  log_p_bk, log_q_bk = (
+    jax.nn.log_softmax(z_bk) for z_bk in _softened(logits_bk, teacher_bk, weight_b, temperature)
+  )
   loss_b = jnp.sum(jnp.exp(log_p_bk) * (log_p_bk - log_q_bk), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
   return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
 
 
 def sigmoid_distillation(
-    logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-  """The same for independent labels: the mean over classes of T^2 KL between Bernoulli distributions. Arguments as `softmax_distillation`."""
+  logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """The same for independent labels: the mean over classes of T^2 KL between Bernoulli
+  distributions. Arguments as `softmax_distillation`.
+  """
   teacher_bk, logits_bk = _softened(logits_bk, teacher_bk, weight_b, temperature)
+
   def divergence(sign):
     log_p_bk, log_q_bk = jax.nn.log_sigmoid(sign * teacher_bk), jax.nn.log_sigmoid(sign * logits_bk)
     return jnp.exp(log_p_bk) * (log_p_bk - log_q_bk)
+
   loss_b = jnp.mean(divergence(1) + divergence(-1), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
   return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
@@ -111,24 +131,34 @@ def _read(logits_bk, live_b1):
 
 
 class Kind(NamedTuple):
-  """The losses of one kind of label: cross_entropy(logits, label, weight, class weights), distillation(logits, teacher, weight, temperature)."""
+  """The losses of one kind of label: cross_entropy(logits, label, weight, class weights),
+  distillation(logits, teacher, weight, temperature).
+  """
 
   cross_entropy: Callable[..., tuple[jax.Array, jax.Array]]
   distillation: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 KINDS = {
-    False: Kind(lambda z_bk, y_b, w_b, c_k: softmax_cross_entropy(z_bk, y_b, weight_b=w_b, class_weight_k=c_k),
-                lambda z_bk, t_bk, w_b, t: softmax_distillation(z_bk, t_bk, weight_b=w_b, temperature=t)),
-    True: Kind(lambda z_bk, y_bk, w_b, c_k: sigmoid_cross_entropy(z_bk, y_bk, weight_b=w_b, positive_weight_k=c_k),
-               lambda z_bk, t_bk, w_b, t: sigmoid_distillation(z_bk, t_bk, weight_b=w_b, temperature=t)),
+  False: Kind(
+    lambda z_bk, y_b, w_b, c_k: softmax_cross_entropy(z_bk, y_b, weight_b=w_b, class_weight_k=c_k),
+    lambda z_bk, t_bk, w_b, t: softmax_distillation(z_bk, t_bk, weight_b=w_b, temperature=t),
+  ),
+  True: Kind(
+    lambda z_bk, y_bk, w_b, c_k: sigmoid_cross_entropy(
+      z_bk, y_bk, weight_b=w_b, positive_weight_k=c_k
+    ),
+    lambda z_bk, t_bk, w_b, t: sigmoid_distillation(z_bk, t_bk, weight_b=w_b, temperature=t),
+  ),
 }  # By whether the data set is multi-label.
 
 
 def balanced_class_weights(count_k: np.ndarray) -> np.ndarray:
-  """Weights inverse to class frequency for `softmax_cross_entropy`: n / (classes seen * count); one for a class never seen.
+  """Weights inverse to class frequency for `softmax_cross_entropy`: n / (classes seen * count); one
+  for a class never seen.
 
-  count_k: [K], training examples of each class. Returns float32[K]; their mean over the training examples is one.
+  count_k: [K], training examples of each class. Returns float32[K]; their mean over the training
+  examples is one.
   """
   count_k = np.asarray(count_k, np.float64)
   share_k = count_k.sum() / max((count_k > 0).sum(), 1)
@@ -136,7 +166,8 @@ def balanced_class_weights(count_k: np.ndarray) -> np.ndarray:
 
 
 def balanced_positive_weights(count_k: np.ndarray, *, num_examples: int) -> np.ndarray:
-  """Negatives over positives of each class for `sigmoid_cross_entropy`; one for a class never seen or always there.
+  """Negatives over positives of each class for `sigmoid_cross_entropy`; one for a class never seen
+  or always there.
 
   count_k: [K], training examples that carry each label. Returns float32[K].
   """

@@ -1,7 +1,8 @@
 """What sums over all pairs of a batch share: the pairs in blocks, the weights of rows.
 
-A batch of B rows has B^2 pairs. `over_columns` visits them in blocks of all rows against at most `BLOCK_COLUMNS` of them and recomputes each
-block on the way back, so that no B x B array lives. Rows may be split over devices: a block then is split alike, and only columns travel.
+A batch of B rows has B^2 pairs. `over_columns` visits them in blocks of all rows against at most
+`BLOCK_COLUMNS` of them and recomputes each block on the way back, so that no B x B array lives.
+Rows may be split over devices: a block then is split alike, and only columns travel.
 """
 
 import functools
@@ -19,8 +20,10 @@ def over_columns(step, carry, columns):
   """Folds `step(carry, block) -> carry` over blocks of the columns.
 
   Args:
-    step: its `block` is a tree like `columns` with [n, ...] leaves, n <= BLOCK_COLUMNS; blocks have one size, filled up with zeros.
-    columns: a tree of arrays [B, ...]; one leaf should be a weight, so that `step` can tell the filling by its weight of 0.
+    step: its `block` is a tree like `columns` with [n, ...] leaves, n <= BLOCK_COLUMNS; blocks have
+      one size, filled up with zeros.
+    columns: a tree of arrays [B, ...]; one leaf should be a weight, so that `step` can tell the
+      filling by its weight of 0.
   """
   num_rows = len(jax.tree.leaves(columns)[0])
   num_blocks = -(-num_rows // BLOCK_COLUMNS)
@@ -28,10 +31,15 @@ def over_columns(step, carry, columns):
 
   def blocks(x):
     x = jnp.pad(x, [(0, num_blocks * size - num_rows)] + [(0, 0)] * (x.ndim - 1))
-    # Every num_blocks-th row makes a block: each device holds a part of each block, so none has to send all of its rows at once.
+    # Every num_blocks-th row makes a block: each device holds a part of each block, so none has to
+    # send all of its rows at once.
     return jnp.moveaxis(x.reshape(size, num_blocks, *x.shape[1:]), 1, 0)
 
-  return lax.scan(lambda c, block: (jax.checkpoint(step, prevent_cse=False)(c, block), None), carry, jax.tree.map(blocks, columns))[0]
+  return lax.scan(
+    lambda c, block: (jax.checkpoint(step, prevent_cse=False)(c, block), None),
+    carry,
+    jax.tree.map(blocks, columns),
+  )[0]
 
 
 def dots(rows_bc, columns_nc):
@@ -41,7 +49,9 @@ def dots(rows_bc, columns_nc):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def in_range(x, largest):
-  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone wrong."""
+  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone
+  wrong.
+  """
   return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
 
 
@@ -56,7 +66,9 @@ def present_rows(weight_b, *arrays_bc):
   Rows of weight 0 are not read and get no gradient; numbers beyond LARGEST count as LARGEST.
   """
   num_rows = len(arrays_bc[0])
-  weight_b = jnp.ones(num_rows) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
+  weight_b = (
+    jnp.ones(num_rows) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
+  )
   is_present_b1 = weight_b[:, None] > 0
   read = (jnp.where(is_present_b1, x_bc.astype(jnp.float32), 0.0) for x_bc in arrays_bc)
   return weight_b, *(in_range(x_bc, LARGEST) for x_bc in read)

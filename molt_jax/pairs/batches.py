@@ -1,13 +1,13 @@
 """Batches of augmented pairs for pretraining, with Grain: shuffled, prefetched, exactly resumable.
 
 A batch is a dict of numpy arrays (B pairs, S image size, T = max_tokens):
-  image                 float32[B, S, S, 3]  a random view of the picture; zeros where it cannot be decoded
-  image_augmented       float32[B, S, S, 3]  another one, with two views of images: of the same picture, or of any with the same text
-  tokens, token_mask    int32, bool[B, T]    of the text, varied at random
-  tokens_augmented, token_mask_augmented     of another variation, with two views of texts
-  text_pooled           float32[B, D]        in the place of all tokens, where the text tower is frozen
-  weight                float32[B]           0 where the picture cannot be decoded, else 1
-  index                 int32[B]             position in the source
+  image                 float32[B, S, S, 3]  a random view of the picture; zeros where it cannot be
+  decoded image_augmented       float32[B, S, S, 3]  another one, with two views of images: of the
+  same picture, or of any with the same text tokens, token_mask    int32, bool[B, T]    of the text,
+  varied at random tokens_augmented, token_mask_augmented     of another variation, with two views
+  of texts text_pooled           float32[B, D]        in the place of all tokens, where the text
+  tower is frozen weight                float32[B]           0 where the picture cannot be decoded,
+  else 1 index                 int32[B]             position in the source
 """
 
 import collections
@@ -35,7 +35,8 @@ class PairViews:
     image: how images are varied.
     text: how texts are varied.
     num_views: {'image': 1 or 2, 'text': 1 or 2}.
-    across: whether the second view of an image is of any picture with the same text (perhaps the same picture), not only of the same one.
+    across: whether the second view of an image is of any picture with the same text (perhaps the
+      same picture), not only of the same one.
     keep: whether decoded pictures stay in memory.
   """
 
@@ -47,7 +48,9 @@ class PairViews:
 
 
 class _Pictures:
-  """Decoded pictures of a source, at most KEPT_SCALE times `size` on the shorter side. Threads may share it: a race only decodes twice."""
+  """Decoded pictures of a source, at most KEPT_SCALE times `size` on the shorter side. Threads may
+  share it: a race only decodes twice.
+  """
 
   def __init__(self, source: Source, preprocess: pipeline.Preprocess, *, keep: bool):
     self._source, self._preprocess, self._keep = source, preprocess, keep
@@ -94,7 +97,9 @@ class _Pictures:
 
 
 def _squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-  """Pads an image to a square with the mean colour, as `transforms.preprocess_image` letterboxes."""
+  """Pads an image to a square with the mean colour, as `transforms.preprocess_image`
+  letterboxes.
+  """
   side = max(image.size)
   square = Image.new('RGB', (side, side), tuple(round(255 * m) for m in mean))
   square.paste(image, tuple((side - s) // 2 for s in image.size))
@@ -107,11 +112,20 @@ def complete_rows(source: Source) -> np.ndarray:
 
 
 def train_iterator(
-    source: Source, preprocess: pipeline.Preprocess, views: PairViews, *, batch_size: int, seed: int, text_pooled_nd: np.ndarray | None,
-    num_threads: int, prefetch: int) -> grain.DatasetIterator:
+  source: Source,
+  preprocess: pipeline.Preprocess,
+  views: PairViews,
+  *,
+  batch_size: int,
+  seed: int,
+  text_pooled_nd: np.ndarray | None,
+  num_threads: int,
+  prefetch: int,
+) -> grain.DatasetIterator:
   """Returns an endless iterator of batches of pairs; `get_state` and `set_state` resume exactly.
 
-  Epoch e is a permutation of the complete rows, a function of (seed, e); a view is a function of (seed, e, id of the example).
+  Epoch e is a permutation of the complete rows, a function of (seed, e); a view is a function of
+  (seed, e, id of the example).
 
   Args:
     source: the training split; rows that lack a modality are left out.
@@ -119,18 +133,37 @@ def train_iterator(
     views: what is made of a pair.
     batch_size: pairs a batch.
     seed: root of order and augmentation.
-    text_pooled_nd: float32[N, D], stands for the texts of the source's rows; None: texts are encoded.
+    text_pooled_nd: float32[N, D], stands for the texts of the source's rows; None: texts are
+      encoded.
     num_threads: threads that make batches.
     prefetch: batches prepared ahead.
   """
   rows = complete_rows(source)
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   make = functools.partial(
-      _pair, rows=rows, siblings=_siblings(source, rows) if views.across and views.num_views['image'] == 2 else None, source=source,
-      pictures=_Pictures(source, preprocess, keep=views.keep), preprocess=preprocess, views=views, seed=seed, text_pooled_nd=text_pooled_nd)
-  stream = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat().map_with_index(make)
-  return iter(pipeline.local_batches(
-      stream, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, process_index=0, process_count=1))
+    _pair,
+    rows=rows,
+    siblings=_siblings(source, rows) if views.across and views.num_views['image'] == 2 else None,
+    source=source,
+    pictures=_Pictures(source, preprocess, keep=views.keep),
+    preprocess=preprocess,
+    views=views,
+    seed=seed,
+    text_pooled_nd=text_pooled_nd,
+  )
+  stream = (
+    grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat().map_with_index(make)
+  )
+  return iter(
+    pipeline.local_batches(
+      stream,
+      batch_size=batch_size,
+      num_threads=num_threads,
+      prefetch=prefetch,
+      process_index=0,
+      process_count=1,
+    )
+  )
 
 
 def _siblings(source: Source, rows: np.ndarray) -> dict[int, np.ndarray]:
@@ -142,23 +175,39 @@ def _siblings(source: Source, rows: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def _pair(
-    position: int, row: int, *, rows: np.ndarray, siblings: Mapping[int, np.ndarray] | None, source: Source, pictures: _Pictures,
-    preprocess: pipeline.Preprocess, views: PairViews, seed: int, text_pooled_nd: np.ndarray | None) -> dict[str, np.ndarray]:
-  """Makes one row of a batch: `position` in the endless stream tells the epoch, `row` which of the complete rows."""
+  position: int,
+  row: int,
+  *,
+  rows: np.ndarray,
+  siblings: Mapping[int, np.ndarray] | None,
+  source: Source,
+  pictures: _Pictures,
+  preprocess: pipeline.Preprocess,
+  views: PairViews,
+  seed: int,
+  text_pooled_nd: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+  """Makes one row of a batch: `position` in the endless stream tells the epoch, `row` which of the
+  complete rows.
+  """
   index, epoch = int(rows[row]), position // len(rows)
   draw = functools.partial(augment.generator, seed, epoch, source.ids[index])
   image = pictures.get(index)
   pair = {'weight': np.float32(image is not None), 'index': np.int32(index)}
-  for view in VIEWS[:views.num_views['image']]:
+  for view in VIEWS[: views.num_views['image']]:
     rng = draw('image' + view)
     seen = pictures.get(int(rng.choice(siblings[index]))) if view and siblings else image
     pair['image' + view] = _image(image if seen is None else seen, preprocess, views.image, rng)
   if text_pooled_nd is not None:
     return pair | {'text_pooled': text_pooled_nd[index]}
   text = source.read(index, image=False)['text']
-  for view in VIEWS[:views.num_views['text']]:
-    ids = preprocess.encode(augment.augment_text(text, views.text, draw('text' + view)), preprocess.max_tokens)
-    tokens_t, mask_t = transforms.pad_tokens(ids, max_tokens=preprocess.max_tokens, pad_id=preprocess.pad_id)
+  for view in VIEWS[: views.num_views['text']]:
+    ids = preprocess.encode(
+      augment.augment_text(text, views.text, draw('text' + view)), preprocess.max_tokens
+    )
+    tokens_t, mask_t = transforms.pad_tokens(
+      ids, max_tokens=preprocess.max_tokens, pad_id=preprocess.pad_id
+    )
     pair |= {'tokens' + view: tokens_t, 'token_mask' + view: mask_t}
   return pair
 

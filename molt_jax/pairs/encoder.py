@@ -27,28 +27,40 @@ class Projection(nn.Module):
   def __call__(self, x_bd):
     """Returns float32[B, C], rows of length one."""
     x_bc = nn.Dense(
-        self.width, dtype=self.dtype, name='linear', kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', 'common')),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)))(x_bd)
+      self.width,
+      dtype=self.dtype,
+      name='linear',
+      kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', 'common')),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)),
+    )(x_bd)
     x_bc = nn.LayerNorm(
-        dtype=jnp.float32, name='norm', scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('common',)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)))(nn.gelu(x_bc).astype(jnp.float32))
-    return x_bc * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_bc), axis=-1, keepdims=True), 1e-12))
+      dtype=jnp.float32,
+      name='norm',
+      scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('common',)),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)),
+    )(nn.gelu(x_bc).astype(jnp.float32))
+    return x_bc * jax.lax.rsqrt(
+      jnp.maximum(jnp.sum(jnp.square(x_bc), axis=-1, keepdims=True), 1e-12)
+    )
 
 
 class DualEncoder(nn.Module):
-  """An image tower and a text tower, each with a projection head; parameters: {image,text}_tower, {image,text}_head.
+  """An image tower and a text tower, each with a projection head; parameters: {image,text}_tower,
+  {image,text}_head.
 
-  With `independent`, each tower has one more head, {image,text}_independent, for deep feature separation; with `reconstruct`, the image tower has a
-  linear decoder of pixels, image_decoder.
+  With `independent`, each tower has one more head, {image,text}_independent, for deep feature
+  separation; with `reconstruct`, the image tower has a linear decoder of pixels, image_decoder.
 
   Attributes:
     image_tower: a ClipVision with its final norm.
-    text_tower: a LLaMA (its mean-pooled last hidden states are projected) or a CLIP text tower (its pooled token).
+    text_tower: a LLaMA (its mean-pooled last hidden states are projected) or a CLIP text tower (its
+      pooled token).
     width: C, of the common space.
     dtype: of computation in the heads.
     independent: whether to project into independent features too.
     reconstruct: whether to decode each image from its patch tokens too.
-    kept: share of the patches of an image that `pool_image` keeps when it is given a key, in (0, 1].
+    kept: share of the patches of an image that `pool_image` keeps when it is given a key, in (0,
+      1].
   """
 
   image_tower: ClipVision
@@ -60,62 +72,101 @@ class DualEncoder(nn.Module):
   kept: float
 
   def setup(self):
-    self.image_head, self.text_head = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
+    self.image_head, self.text_head = (
+      Projection(self.width, self.dtype),
+      Projection(self.width, self.dtype),
+    )
     if self.independent:
-      self.image_independent, self.text_independent = Projection(self.width, self.dtype), Projection(self.width, self.dtype)
+      self.image_independent, self.text_independent = (
+        Projection(self.width, self.dtype),
+        Projection(self.width, self.dtype),
+      )
     if self.reconstruct:
       self.image_decoder = nn.Dense(
-          3 * self.image_tower.config.patch_size ** 2, dtype=self.dtype, kernel_init=nn.with_logical_partitioning(
-              nn.initializers.lecun_normal(), ('embed', 'patch')), bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('patch',)))
+        3 * self.image_tower.config.patch_size**2,
+        dtype=self.dtype,
+        kernel_init=nn.with_logical_partitioning(
+          nn.initializers.lecun_normal(), ('embed', 'patch')
+        ),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('patch',)),
+      )
 
   def __call__(self, image_bhwc, tokens_bt, mask_bt):
     """Makes every parameter; used for initialisation alone."""
-    return self.project_image(self.pool_image(image_bhwc)[0]), self.project_text(self.pool_text(tokens_bt, mask_bt))
+    return self.project_image(self.pool_image(image_bhwc)[0]), self.project_text(
+      self.pool_text(tokens_bt, mask_bt)
+    )
 
   def pool_image(self, image_bhwc, key=None):
-    """Returns (one vector an image, [B, D_i], that the image head reads; the error of decoding the image, float32[B], or None).
+    """Returns (one vector an image, [B, D_i], that the image head reads; the error of decoding the
+    image, float32[B], or None).
 
-    The error: mean square over pixels and channels (normalised, so about 1 for a decoder that knows their mean alone) between the image and what
-    one linear map makes of each of its patch tokens in the last layer. With a key, patches are left out of each image at random, the same number
-    of each, before the first layer, and are not decoded (FLIP: Li et al., CVPR 2023).
+    The error: mean square over pixels and channels (normalised, so about 1 for a decoder that knows
+    their mean alone) between the image and what one linear map makes of each of its patch tokens in
+    the last layer. With a key, patches are left out of each image at random, the same number of
+    each, before the first layer, and are not decoded (FLIP: Li et al., CVPR 2023).
     """
-    hidden_bid, patches_bpx = self.image_tower.embed(image_bhwc), patches(image_bhwc, self.image_tower.config.patch_size)
+    hidden_bid, patches_bpx = (
+      self.image_tower.embed(image_bhwc),
+      patches(image_bhwc, self.image_tower.config.patch_size),
+    )
     if key is not None and self.kept < 1:
       hidden_bid, patches_bpx = self._thin_out(hidden_bid, patches_bpx, key)
     hidden_bid = self.image_tower.run(hidden_bid, start=0, stop=self.image_tower.config.num_layers)
-    return self.image_tower.pool(hidden_bid), self._decoding_error(hidden_bid[:, 1:], patches_bpx) if self.reconstruct else None
+    return self.image_tower.pool(hidden_bid), self._decoding_error(
+      hidden_bid[:, 1:], patches_bpx
+    ) if self.reconstruct else None
 
   def _thin_out(self, hidden_bid, patches_bpx, key):
     """Keeps the class token and a random choice of patches, in their order."""
     b, p = patches_bpx.shape[:2]
     order_bp = jnp.argsort(jax.random.uniform(key, (b, p)), axis=1)
-    chosen_bk1 = jnp.sort(order_bp[:, :max(1, round(self.kept * p))], axis=1)[:, :, None]
+    chosen_bk1 = jnp.sort(order_bp[:, : max(1, round(self.kept * p))], axis=1)[:, :, None]
     tokens_bkd = jnp.take_along_axis(hidden_bid[:, 1:], chosen_bk1, axis=1)
-    return jnp.concatenate([hidden_bid[:, :1], tokens_bkd], axis=1), jnp.take_along_axis(patches_bpx, chosen_bk1, axis=1)
+    return jnp.concatenate([hidden_bid[:, :1], tokens_bkd], axis=1), jnp.take_along_axis(
+      patches_bpx, chosen_bk1, axis=1
+    )
 
   def _decoding_error(self, tokens_bpd, patches_bpx):
-    return jnp.mean(jnp.square(self.image_decoder(tokens_bpd).astype(jnp.float32) - patches_bpx), axis=(1, 2))
+    return jnp.mean(
+      jnp.square(self.image_decoder(tokens_bpd).astype(jnp.float32) - patches_bpx), axis=(1, 2)
+    )
 
   def pool_text(self, tokens_bt, mask_bt):
-    """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised, where it is)."""
+    """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised,
+    where it is).
+    """
     if isinstance(self.text_tower, ClipText):
       return self.text_tower.pooled(tokens_bt, mask_bt).astype(jnp.float32)
     h_btd = self.text_tower(tokens_bt, mask_bt, num_taps=1)[0].astype(jnp.float32)
-    return jnp.sum(h_btd, axis=1, where=mask_bt[:, :, None]) / jnp.maximum(jnp.sum(mask_bt, axis=1), 1)[:, None]
+    return (
+      jnp.sum(h_btd, axis=1, where=mask_bt[:, :, None])
+      / jnp.maximum(jnp.sum(mask_bt, axis=1), 1)[:, None]
+    )
 
   def image_features(self, image_bhwc, num_layers: int):
-    """Class token and mean patch token of each of the image tower's last layers, side by side, float32[B, num_layers * 2 * D_i]."""
+    """Class token and mean patch token of each of the image tower's last layers, side by side,
+    float32[B, num_layers * 2 * D_i].
+    """
     taps_lbid = self.image_tower(image_bhwc, num_taps=num_layers).astype(jnp.float32)
     both_lbd = jnp.concatenate([taps_lbid[:, :, 0], jnp.mean(taps_lbid[:, :, 1:], axis=2)], axis=-1)
     return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
 
   def image_tokens(self, image_bhwc):
-    """Every token of the image tower's last layer, laid flat, float32[B, I * D_i]: what `image_features` averages over places."""
-    return self.image_tower(image_bhwc, num_taps=1)[0].astype(jnp.float32).reshape(len(image_bhwc), -1)
+    """Every token of the image tower's last layer, laid flat, float32[B, I * D_i]: what
+    `image_features` averages over places.
+    """
+    return (
+      self.image_tower(image_bhwc, num_taps=1)[0].astype(jnp.float32).reshape(len(image_bhwc), -1)
+    )
 
   def project_image(self, pooled_bd):
-    """Returns (embeddings, independent features or None), each float32[B, C] with rows of length one."""
-    return self.image_head(pooled_bd), self.image_independent(pooled_bd) if self.independent else None
+    """Returns (embeddings, independent features or None), each float32[B, C] with rows of length
+    one.
+    """
+    return self.image_head(pooled_bd), self.image_independent(
+      pooled_bd
+    ) if self.independent else None
 
   def project_text(self, pooled_bd):
     """As `project_image`, of pooled texts."""

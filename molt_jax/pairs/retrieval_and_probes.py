@@ -1,7 +1,9 @@
-"""What a pair of an image and a text tower is worth, measured on their features alone: numpy arrays in, numbers out, whatever made the features.
+"""What a pair of an image and a text tower is worth, measured on their features alone: numpy arrays
+in, numbers out, whatever made the features.
 
-Zero-shot classification and retrieval (Radford et al. 2021), linear probes, modality gap (Liang et al. 2022), alignment and uniformity (Wang and
-Isola 2020). Features of a pair are brought to unit length first. Ties count against: an item ranks behind every wrong one that scores as high.
+Zero-shot classification and retrieval (Radford et al. 2021), linear probes, modality gap (Liang et
+al. 2022), alignment and uniformity (Wang and Isola 2020). Features of a pair are brought to unit
+length first. Ties count against: an item ranks behind every wrong one that scores as high.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +24,21 @@ RECALL_AT = (1, 5, 10)
 TEMPLATES = ('{}', 'a picture of {}', 'a drawing of {}', 'an image of {}')
 # Inverse strengths of the probe's penalty that validation chooses from.
 STRENGTHS = tuple(10.0**e for e in range(-5, 3))
-# Weaker penalties take longer to fit and overfit more: after so many in a row that are no better, the rest is not tried.
+# Weaker penalties take longer to fit and overfit more: after so many in a row that are no better,
+# the rest is not tried.
 PATIENCE = 2
 BLOCK_ROWS = 1024
 
 
 def evaluate_pair(
-    image_nc: np.ndarray, text_mc: np.ndarray, *, image_of_text: Sequence[int] | None = None, texts: Sequence[str] | None = None,
-    labels: Sequence[int] | None = None, class_prompts_kpc: np.ndarray | None = None) -> dict[str, Any]:
+  image_nc: np.ndarray,
+  text_mc: np.ndarray,
+  *,
+  image_of_text: Sequence[int] | None = None,
+  texts: Sequence[str] | None = None,
+  labels: Sequence[int] | None = None,
+  class_prompts_kpc: np.ndarray | None = None,
+) -> dict[str, Any]:
   """Scores the embeddings of one split.
 
   Args:
@@ -41,8 +50,9 @@ def evaluate_pair(
     class_prompts_kpc: [K, P, C], embeddings of P prompts of each class; see `class_prompts`.
 
   Returns:
-    {'image_to_text': {'R@1': ..}, 'text_to_image': {..}, 'modality_gap': .., 'alignment': .., 'uniformity_image': .., 'uniformity_text': ..}, with
-    labels and prompts also 'zero_shot': {'top1': ..}. Shares lie in [0, 1].
+    {'image_to_text': {'R@1': ..}, 'text_to_image': {..}, 'modality_gap': .., 'alignment': ..,
+    'uniformity_image': .., 'uniformity_text': ..}, with labels and prompts also 'zero_shot':
+    {'top1': ..}. Shares lie in [0, 1].
 
     What the rows do not determine is left out: retrieval of fewer than two images with a text, gap
     and alignment without a pair, uniformity of fewer than two rows, zero-shot classification
@@ -69,20 +79,34 @@ def evaluate_pair(
 # Zero-shot classification.
 
 
-def class_prompts(class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[list[str]]:
-  """Returns P prompts of each of K classes: each template with the class's name, its - and _ as spaces, in the place of {}.
+def class_prompts(
+  class_names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> list[list[str]]:
+  """Returns P prompts of each of K classes: each template with the class's name, its - and _ as
+  spaces, in the place of {}.
 
   Raises:
     UserError: no template, or one without {}.
   """
   wrong = [template for template in templates if template.count('{}') != 1]
   if wrong or not templates:
-    raise UserError(f'templates: {(wrong or [""])[0]!r} is not legal; give prompts with one {{}} for the class name, such as "a picture of {{}}"')
-  return [[template.replace('{}', name.replace('-', ' ').replace('_', ' ')) for template in templates] for name in class_names]
+    raise UserError(
+
+        f'templates: {(wrong or [""])[0]!r} is not legal; give prompts with one {{}} for the class '
+        f'name, such as "a picture of {{}}"'
+
+    )
+  return [
+    [template.replace('{}', name.replace('-', ' ').replace('_', ' ')) for template in templates]
+    for name in class_names
+  ]
 
 
-def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np.ndarray) -> dict[str, float]:
-  """Top-1, 3 and 5 accuracy of the class whose prompts are nearest; a class is the mean of its prompts' unit vectors (ensembling).
+def zero_shot(
+  image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np.ndarray
+) -> dict[str, float]:
+  """Top-1, 3 and 5 accuracy of the class whose prompts are nearest; a class is the mean of its
+  prompts' unit vectors (ensembling).
 
   Images of a negative label, which is none, do not count; {} where there is no other.
 
@@ -90,7 +114,13 @@ def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np
     UserError: fewer than two classes.
   """
   if len(class_prompts_kpc) < 2:
-    raise UserError(f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set of two classes or more')
+    raise UserError(
+
+        f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set '
+        'of '
+        'two classes or more'
+
+    )
   class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
   labelled_n = np.asarray(labels) >= 0
   if not labelled_n.any():
@@ -105,22 +135,35 @@ def zero_shot(image_nc: np.ndarray, labels: Sequence[int], class_prompts_kpc: np
 
 
 def retrieval(
-    image_nc: np.ndarray, text_mc: np.ndarray, *, image_of_text: Sequence[int] | None = None, texts: Sequence[str] | None = None
+  image_nc: np.ndarray,
+  text_mc: np.ndarray,
+  *,
+  image_of_text: Sequence[int] | None = None,
+  texts: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float]]:
   """R@1, 5 and 10 both ways: the share of queries with at least one right item among the k best.
 
-  Right for an image is each of its own texts and every text equal to one of them, whichever image that came from; right for a text is every image
-  that has an equal text. So data with the same caption on many images does not punish a model for not telling apart what is the same. Images
+  Right for an image is each of its own texts and every text equal to one of them, whichever image
+  that came from; right for a text is every image that has an equal text. So data with the same
+  caption on many images does not punish a model for not telling apart what is the same. Images
   without a text take no part. Arguments as in `evaluate_pair`.
 
   Raises:
     UserError: fewer than two images with a text.
   """
-  used, image_of_text = np.unique(np.arange(len(text_mc)) if image_of_text is None else image_of_text, return_inverse=True)
+  used, image_of_text = np.unique(
+    np.arange(len(text_mc)) if image_of_text is None else image_of_text, return_inverse=True
+  )
   if len(used) < 2:
-    raise UserError(f'retrieval: {len(used)} image(s) with a text leave nothing to choose; give two or more')
+    raise UserError(
+      f'retrieval: {len(used)} image(s) with a text leave nothing to choose; give two or more'
+    )
   image_nc, text_mc = normalise(np.asarray(image_nc)[used]), normalise(text_mc)
-  kind_m = np.arange(len(text_mc)) if texts is None else np.unique(np.asarray(texts, object).astype(str), return_inverse=True)[1].reshape(-1)
+  kind_m = (
+    np.arange(len(text_mc))
+    if texts is None
+    else np.unique(np.asarray(texts, object).astype(str), return_inverse=True)[1].reshape(-1)
+  )
   best_m = np.full(len(text_mc), -np.inf)
   for scores_bm, right_bm, _ in _blocks(image_nc, text_mc, image_of_text, kind_m):
     best_m = np.maximum(best_m, np.max(scores_bm, axis=0, where=right_bm, initial=-np.inf))
@@ -130,10 +173,14 @@ def retrieval(
     best_b = np.max(scores_bm, axis=1, where=right_bm, initial=-np.inf)
     rank_n[rows] = np.sum(~right_bm & (scores_bm >= best_b[:, None]), axis=1)
   ranks = {'image_to_text': rank_n, 'text_to_image': rank_m}
-  return {way: {f'R@{k}': float(np.mean(rank < k)) for k in RECALL_AT} for way, rank in ranks.items()}
+  return {
+    way: {f'R@{k}': float(np.mean(rank < k)) for k in RECALL_AT} for way, rank in ranks.items()
+  }
 
 
-def _blocks(image_nc, text_mc, image_of_text, kind_m) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
+def _blocks(
+  image_nc, text_mc, image_of_text, kind_m
+) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
   """Yields (scores [b, M], right [b, M], rows) of a few images after the other."""
   for start in range(0, len(image_nc), BLOCK_ROWS):
     rows = slice(start, min(start + BLOCK_ROWS, len(image_nc)))
@@ -164,20 +211,27 @@ def _check_finite(value_n: np.ndarray) -> None:
   if not np.all(np.isfinite(value_n)):
     wrong = int(np.sum(~np.isfinite(value_n)))
     raise UserError(
-        f'{wrong} of {value_n.size} features are not finite: the weights of a tower are damaged; '
-        'export or download them again')
+      f'{wrong} of {value_n.size} features are not finite: the weights of a tower are damaged; '
+      'export or download them again'
+    )
 
 
 def alignment(x_nc: np.ndarray, y_nc: np.ndarray) -> float:
-  """Mean squared distance of the pairs (row n of both) on the unit sphere, in [0, 4]; 0 is perfect."""
+  """Mean squared distance of the pairs (row n of both) on the unit sphere, in [0, 4]; 0 is
+  perfect.
+  """
   return float(np.mean(np.sum((normalise(x_nc) - normalise(y_nc)) ** 2, axis=1)))
 
 
 def uniformity(x_nc: np.ndarray, *, sharpness: float = 2.0) -> float:
-  """log of the mean over n != m of exp(-sharpness ||x_n - x_m||^2) on the unit sphere; lower is more evenly spread, 0 is collapsed."""
+  """log of the mean over n != m of exp(-sharpness ||x_n - x_m||^2) on the unit sphere; lower is
+  more evenly spread, 0 is collapsed.
+  """
   x_nc = normalise(x_nc).astype(np.float64)
   total = sum(
-      np.sum(np.exp(2 * sharpness * (np.minimum(x_nc[start:start + BLOCK_ROWS] @ x_nc.T, 1) - 1))) for start in range(0, len(x_nc), BLOCK_ROWS))
+    np.sum(np.exp(2 * sharpness * (np.minimum(x_nc[start : start + BLOCK_ROWS] @ x_nc.T, 1) - 1)))
+    for start in range(0, len(x_nc), BLOCK_ROWS)
+  )
   own = np.sum(np.exp(2 * sharpness * (np.minimum(np.sum(x_nc**2, axis=1), 1) - 1)))
   return float(np.log((total - own) / (len(x_nc) * (len(x_nc) - 1))))
 
@@ -186,13 +240,18 @@ def uniformity(x_nc: np.ndarray, *, sharpness: float = 2.0) -> float:
 
 
 def linear_probe(
-    features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[int]], *, strengths: Sequence[float] = STRENGTHS) -> dict[str, Any]:
+  features: Mapping[str, np.ndarray],
+  labels: Mapping[str, Sequence[int]],
+  *,
+  strengths: Sequence[float] = STRENGTHS,
+) -> dict[str, Any]:
   """Accuracy of multinomial logistic regression on frozen features.
 
-  Fitted on 'train' with features standardised by its means and deviations, for each C in `strengths` in ascending order, until `PATIENCE` in a row
-  are no better; C as scikit-learn's LogisticRegression defines it: C sum_n cross-entropy_n + ||W||^2 / 2, biases free. The C of the highest accuracy
-  on 'validation' counts (the smaller of equals); it is not refitted with validation. Rows of a negative label, which is none, are left out.
-  Deterministic.
+  Fitted on 'train' with features standardised by its means and deviations, for each C in
+  `strengths` in ascending order, until `PATIENCE` in a row are no better; C as scikit-learn's
+  LogisticRegression defines it: C sum_n cross-entropy_n + ||W||^2 / 2, biases free. The C of the
+  highest accuracy on 'validation' counts (the smaller of equals); it is not refitted with
+  validation. Rows of a negative label, which is none, are left out. Deterministic.
 
   Args:
     features: split -> [N, D]; 'train', 'validation' and whatever else is to be scored.
@@ -209,22 +268,32 @@ def linear_probe(
   features = {split: np.asarray(x_nd)[labels[split] >= 0] for split, x_nd in features.items()}
   labels = {split: y[y >= 0] for split, y in labels.items()}
   if len(np.unique(labels['train'])) < 2 or not len(labels['validation']):
-    raise UserError(f'linear probe: {len(np.unique(labels["train"]))} class(es) in train and {len(labels["validation"])} validation rows; '
-                    'give at least two classes and one row')
+    raise UserError(
+      f'linear probe: {len(np.unique(labels["train"]))} class(es) in train and '
+      f'{len(labels["validation"])} validation rows; '
+      'give at least two classes and one row'
+    )
   for x_nd in features.values():
     _check_finite(x_nd)
-  mean_d, deviation_d = features['train'].mean(axis=0, dtype=np.float64), features['train'].std(axis=0, dtype=np.float64)
+  mean_d, deviation_d = (
+    features['train'].mean(axis=0, dtype=np.float64),
+    features['train'].std(axis=0, dtype=np.float64),
+  )
   scale_d = 1 / np.where(deviation_d > 1e-6 * deviation_d.max(), deviation_d, np.inf)
   rows = {split: ((x_nd - mean_d) * scale_d).astype(np.float32) for split, x_nd in features.items()}
   num_classes = 1 + max(int(y.max()) for y in labels.values() if len(y))
 
   def score(weight_dk, split):
-    return float(np.mean(np.argmax(rows[split] @ weight_dk[:-1] + weight_dk[-1:], axis=1) == labels[split]))
+    return float(
+      np.mean(np.argmax(rows[split] @ weight_dk[:-1] + weight_dk[-1:], axis=1) == labels[split])
+    )
 
   best, by_strength, weight_dk = None, {}, np.zeros((rows['train'].shape[1] + 1, num_classes))
   train, no_better = (jnp.asarray(rows['train']), jnp.asarray(labels['train'])), 0
   for strength in sorted(strengths):
-    weight_dk = _fit(*train, strength, weight_dk)  # From the solution of the stronger penalty before.
+    weight_dk = _fit(
+      *train, strength, weight_dk
+    )  # From the solution of the stronger penalty before.
     by_strength[strength] = score(weight_dk, 'validation')
     if best is None or by_strength[strength] > by_strength[best[0]]:
       best, no_better = (strength, weight_dk), 0
@@ -238,11 +307,23 @@ def linear_probe(
 
 def _fit(x_nd, label_n, strength, start_dk):
   """L-BFGS; the last row of the weights [D + 1, K] is the bias."""
+
   def loss(flat):
-    value, gradient = _probe_loss(jnp.asarray(flat.reshape(start_dk.shape), jnp.float32), x_nd, label_n, 1 / (strength * len(label_n)))
+    value, gradient = _probe_loss(
+      jnp.asarray(flat.reshape(start_dk.shape), jnp.float32),
+      x_nd,
+      label_n,
+      1 / (strength * len(label_n)),
+    )
     return float(value), np.asarray(gradient, np.float64).ravel()
 
-  found = scipy.optimize.minimize(loss, start_dk.ravel(), jac=True, method='L-BFGS-B', options={'maxiter': 200, 'ftol': 1e-7, 'gtol': 1e-6})
+  found = scipy.optimize.minimize(
+    loss,
+    start_dk.ravel(),
+    jac=True,
+    method='L-BFGS-B',
+    options={'maxiter': 200, 'ftol': 1e-7, 'gtol': 1e-6},
+  )
   return found.x.reshape(start_dk.shape)
 
 
@@ -255,7 +336,9 @@ def _probe_loss(weight_dk, x_nd, label_n, penalty):
 
 
 def pixels(images: Sequence[Image.Image], *, size: int = 32) -> np.ndarray:
-  """Features without a tower: RGB images of any size, resized to `size` x `size`; float32[N, 3 size^2] in [0, 1]."""
+  """Features without a tower: RGB images of any size, resized to `size` x `size`; float32[N, 3
+  size^2] in [0, 1].
+  """
   # The gap bounds the memory for sides of more than 2,048 times `size`; others come out the same.
   how = {'resample': Image.Resampling.BILINEAR, 'reducing_gap': 1024}
   resized = (image.resize((size, size), **how) for image in images)
@@ -263,8 +346,12 @@ def pixels(images: Sequence[Image.Image], *, size: int = 32) -> np.ndarray:
   return np.stack(rows) if rows else np.zeros((0, 3 * size**2), np.float32)
 
 
-def principal_components(features: Mapping[str, np.ndarray], components: int = 128) -> dict[str, np.ndarray]:
-  """Projects every split [N, D] on the leading principal components of 'train', at most as many as it has rows or columns."""
+def principal_components(
+  features: Mapping[str, np.ndarray], components: int = 128
+) -> dict[str, np.ndarray]:
+  """Projects every split [N, D] on the leading principal components of 'train', at most as many as
+  it has rows or columns.
+  """
   mean_d = features['train'].mean(axis=0)
   centred_nd = (features['train'] - mean_d).astype(np.float64)
   wide = centred_nd.shape[0] < centred_nd.shape[1]

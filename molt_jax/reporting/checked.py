@@ -48,7 +48,8 @@ SHARE = Rule('a number from 0 to 1', lambda v: is_number(v) and 0 <= v <= 1)
 # What is not finite, as older logs may have it, is a gap in a curve.
 LOGGED = Rule('a number or null', _is_logged)
 LOGGED_SHARE = Rule(
-    'a number from 0 to 1 or null', lambda v: v is None or (_is_logged(v) and not (v < 0 or v > 1)))
+  'a number from 0 to 1 or null', lambda v: v is None or (_is_logged(v) and not (v < 0 or v > 1))
+)
 
 
 class Each(NamedTuple):
@@ -68,29 +69,44 @@ class Listed(NamedTuple):
 # A mapping says what it must have; a key that ends in ? may be left out.
 SCORES = {f'{name}?': SHARE for name in ('accuracy', 'f1_micro', 'f1_macro')}
 EVALUATION = {
-    'split': TEXT, 'num_examples': COUNT, 'step': COUNT, 'config_hash': TEXT,
-    'results': Each(SCORES | {'num_examples?': COUNT}),
-    'versions': Each(TEXT, 100),
-    'backbones': Each({'path': TEXT, 'sha256': TEXT}, 2),
-    'data?': {'digest': TEXT},
+  'split': TEXT,
+  'num_examples': COUNT,
+  'step': COUNT,
+  'config_hash': TEXT,
+  'results': Each(SCORES | {'num_examples?': COUNT}),
+  'versions': Each(TEXT, 100),
+  'backbones': Each({'path': TEXT, 'sha256': TEXT}, 2),
+  'data?': {'digest': TEXT},
 }
 LINE = {
-    'kind': TEXT, 'step': COUNT,
-    **{f'{name}?': LOGGED for name in (
-        'loss', 'loss_ce', 'loss_distill', 'loss_cca', 'images_per_second')},
-    'cca_correlation?': Listed(LOGGED, MOST_LAYERS),
-    **{f'{name}?': {'accuracy?': LOGGED_SHARE, 'f1_micro?': LOGGED_SHARE}
-       for name in records.CONDITIONS},
-    'pairs?': {'held_out_correlation?': Listed(LOGGED, MOST_LAYERS)},
+  'kind': TEXT,
+  'step': COUNT,
+  **{
+    f'{name}?': LOGGED
+    for name in ('loss', 'loss_ce', 'loss_distill', 'loss_cca', 'images_per_second')
+  },
+  'cca_correlation?': Listed(LOGGED, MOST_LAYERS),
+  **{
+    f'{name}?': {'accuracy?': LOGGED_SHARE, 'f1_micro?': LOGGED_SHARE}
+    for name in records.CONDITIONS
+  },
+  'pairs?': {'held_out_correlation?': Listed(LOGGED, MOST_LAYERS)},
 }
 CALL = {'seconds': SECONDS, 'peak_device_bytes?': COUNT_OR_NULL, 'peak_host_bytes?': COUNT_OR_NULL}
 ABOUT = {
-    'examples?': Each(COUNT, 100), 'parameters?': COUNT, 'device?': TEXT, 'devices?': COUNT,
-    'calls?': Listed(CALL, 1_000_000)}
+  'examples?': Each(COUNT, 100),
+  'parameters?': COUNT,
+  'device?': TEXT,
+  'devices?': COUNT,
+  'calls?': Listed(CALL, 1_000_000),
+}
 MISTAKES = {
-    'split': TEXT, 'step': COUNT, 'data?': TEXT,
-    'conditions': Each(Listed(COUNT, 100), len(records.CONDITIONS)),
-    'examples': Each({'id': TEXT, 'text': TEXT_OR_NULL, 'image': URL_OR_NULL})}
+  'split': TEXT,
+  'step': COUNT,
+  'data?': TEXT,
+  'conditions': Each(Listed(COUNT, 100), len(records.CONDITIONS)),
+  'examples': Each({'id': TEXT, 'text': TEXT_OR_NULL, 'image': URL_OR_NULL}),
+}
 AGAIN = 'python -m molt_jax.evaluate --workdir={} writes it anew'
 
 
@@ -124,7 +140,8 @@ def about(path: pathlib.Path, content: Any) -> dict[str, Any]:
 
 
 def mistakes(
-    path: pathlib.Path, content: Any, predictions: records.Predictions) -> dict[str, Any] | None:
+  path: pathlib.Path, content: Any, predictions: records.Predictions
+) -> dict[str, Any] | None:
   """Returns the content of mistakes.json, None where it is of another evaluation.
 
   Raises:
@@ -140,7 +157,8 @@ def mistakes(
       known = name in predictions.conditions and row < len(predictions.ids)
       if not known or str(row) not in found['examples']:
         raise UserError(
-            f'{str(path)!r}: conditions.{name} names row {row}, which is not there; {remedy}')
+          f'{str(path)!r}: conditions.{name} names row {row}, which is not there; {remedy}'
+        )
   return found
 
 
@@ -196,7 +214,8 @@ def _listed_faults(value: Any, schema: Listed, where: str) -> Iterator[str]:
 
 
 def _object_faults(
-    value: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> Iterator[str]:
+  value: Mapping[str, Any], schema: Mapping[str, Any], where: str
+) -> Iterator[str]:
   for key, each in schema.items():
     name = key.removesuffix('?')
     if name in value:

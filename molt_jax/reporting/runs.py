@@ -29,7 +29,8 @@ class Run:
     evaluation: evaluation.json.
     log: lines of metrics.jsonl.
     about: run.json; {} where it is not there.
-    predictions, mistakes, pairs: see `molt_jax.evaluation.records`; None where they are not there or belong to another evaluation.
+    predictions, mistakes, pairs: see `molt_jax.evaluation.records`; None where they are not there
+      or belong to another evaluation.
   """
 
   name: str
@@ -102,7 +103,8 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   """Opens runs, in this order.
 
   Raises:
-    UserError: a folder holds no run of molt_jax.train, or one that is not finished; a folder is named twice; the data are not the same.
+    UserError: a folder holds no run of molt_jax.train, or one that is not finished; a folder is
+      named twice; the data are not the same.
   """
   paths = [folder.resolve() for folder in folders]
   for path, folder in zip(paths, folders, strict=True):
@@ -114,7 +116,13 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
     classes = [r.predictions.class_names for r in (first, run) if r.predictions]
     if not _same_data(first, run) or classes[1:] not in ([], classes[:1]):
       one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
-      raise UserError(f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one data set')
+      raise UserError(
+
+          f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one '
+          'data '
+          'set'
+
+      )
   return runs
 
 
@@ -139,7 +147,7 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
   """The last parts of the paths, as many as tell them apart, less what all share at the end."""
   if len(paths) == 1:
     return [paths[0].name]
-  parts = [path.parts[len(pathlib.Path(os.path.commonpath(paths)).parts):] for path in paths]
+  parts = [path.parts[len(pathlib.Path(os.path.commonpath(paths)).parts) :] for path in paths]
   while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
     parts = [part[:-1] for part in parts]
   for count in range(1, max(map(len, parts)) + 1):
@@ -152,7 +160,10 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 def _verify(folder: pathlib.Path) -> None:
   """Compares config.json and the arrays of the run's checkpoint with what was saved."""
   if any((folder / 'checkpoints').glob('*/[0-9]*')):
-    from molt_jax.training import runs as trained  # Imports JAX, which a page without checkpoints does without.
+    from molt_jax.training import (
+      runs as trained,
+    )  # Imports JAX, which a page without checkpoints does without.
+
     trained.verify(trained.open_run(folder))
 
 
@@ -162,15 +173,27 @@ def _read(folder: pathlib.Path, name: str) -> Run:
   log = checked.log(folder / 'metrics.jsonl', logbook.read(folder))
   if not evaluation_path.is_file():
     raise UserError(
-        f'--workdir: the run in {str(folder)!r} is not finished (evaluation.json is not there; last logged step: {log[-1]["step"] if log else 0}); '
-        f'run its train command again, or python -m molt_jax.evaluate --workdir={folder}')
+      f'--workdir: the run in {str(folder)!r} is not finished (evaluation.json is not there; last '
+      f'logged step: {log[-1]["step"] if log else 0}); '
+      f'run its train command again, or python -m molt_jax.evaluate --workdir={folder}'
+    )
   evaluation = checked.evaluation(evaluation_path, _json(evaluation_path))
   if not set(LABELS) & set(evaluation['results']):
-    raise UserError(f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m molt_jax.evaluate --workdir={folder}')
-  predictions, pairs = records.Predictions.load(folder / records.PREDICTIONS), records.Pairs.load(folder / records.PAIRS)
+    raise UserError(
+
+        f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m '
+        f'molt_jax.evaluate --workdir={folder}'
+
+    )
+  predictions, pairs = (
+    records.Predictions.load(folder / records.PREDICTIONS),
+    records.Pairs.load(folder / records.PAIRS),
+  )
   data = evaluation.get('data', {}).get('digest', '')
-  if predictions and (predictions.data != data or any(
-      getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash'))):
+  if predictions and (
+    predictions.data != data
+    or any(getattr(predictions, key) != evaluation[key] for key in ('split', 'step', 'config_hash'))
+  ):
     predictions = None
   mistakes = _json(folder / records.MISTAKES) if predictions else None
   if mistakes is not None:
@@ -187,4 +210,6 @@ def _json(path: pathlib.Path) -> Any:
   """Reads a file that training or evaluation wrote; None where it is not there."""
   if not path.is_file():
     return None
-  return config_lib.read_json(path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew')
+  return config_lib.read_json(
+    path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew'
+  )

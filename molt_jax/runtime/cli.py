@@ -52,8 +52,9 @@ class Together(Protocol):
 
 together: Together | None = None  # Set by `processes` where there are others.
 DEVICE_MEMORY = (
-    'give smaller batches (train.batch_size, eval.batch_size), train.accumulate, '
-    'backbones.dtype=bfloat16 or backbones.quantization, or more devices')
+  'give smaller batches (train.batch_size, eval.batch_size), train.accumulate, '
+  'backbones.dtype=bfloat16 or backbones.quantization, or more devices'
+)
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str]], int]:
@@ -62,6 +63,7 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[s
   That is a `UserError`, and whatever the operating system or the memory refused that no place
   nearer to it has explained. Other exceptions are mistakes of ours and keep their traceback.
   """
+
   @functools.wraps(main)
   def wrapped(argv):
     _prepare_streams()
@@ -83,6 +85,7 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[s
     if together:
       together.leave(code)
     return code
+
   return wrapped
 
 
@@ -144,7 +147,9 @@ class _Parser(argparse.ArgumentParser):
     raise UserError(f'{message}; see {self.prog} --help')
 
 
-def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+def parse(
+  prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
   """Returns the flags' values and the `--config.FIELD=VALUE` overrides.
 
   Raises:
@@ -161,10 +166,14 @@ def parse(prog: str, purpose: str, flags: Sequence[Flag], argv: Sequence[str]) -
   takes_config = any(flag.name == 'config' for flag in flags)
   if takes_config:
     parser.epilog = (
-        'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: molt_jax/config/schema.py). '
-        f'{", ".join(SHORTHANDS)}: the field of that name.')
+      'Any field of the config: --config.FIELD=VALUE (fields, meanings, legal values: '
+      'molt_jax/config/schema.py). '
+      f'{", ".join(SHORTHANDS)}: the field of that name.'
+    )
   many = [flag for flag in flags if flag.many]
-  known, rest = parser.parse_known_args([part for word in argv for part in _apart(word, [flag.name for flag in many])])
+  known, rest = parser.parse_known_args(
+    [part for word in argv for part in _apart(word, [flag.name for flag in many])]
+  )
   for flag in flags:
     if flag.required and getattr(known, flag.name) == '':
       raise UserError(f'--{flag.name}: empty; give {flag.meaning}')
@@ -195,7 +204,9 @@ def _apart(word: str, many: Sequence[str]) -> list[str]:
   return [name, value] if equals and name.removeprefix('--') in many else [word]
 
 
-def _overrides(rest: Sequence[str], names: Sequence[str], takes_config: bool) -> Iterator[tuple[str, str]]:
+def _overrides(
+  rest: Sequence[str], names: Sequence[str], takes_config: bool
+) -> Iterator[tuple[str, str]]:
   words = iter(rest)
   for word in words:
     name, equals, value = word.partition('=')
@@ -203,7 +214,11 @@ def _overrides(rest: Sequence[str], names: Sequence[str], takes_config: bool) ->
       name, equals, value = SHORTHANDS[name], '=', value or 'true'
     if not (takes_config and name.startswith('--config.')):
       near = difflib.get_close_matches(name, names, n=1)
-      hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(names)}' + (', --config.FIELD=VALUE' if takes_config else '')
+      hint = (
+        f'did you mean {near[0]}?'
+        if near
+        else f'known: {", ".join(names)}' + (', --config.FIELD=VALUE' if takes_config else '')
+      )
       raise UserError(f'unknown argument {word!r}; {hint}')
     if not equals:
       value = next(words, None)
@@ -226,7 +241,9 @@ def be_silent() -> None:
 
 
 class Progress:
-  """Counts work: a bar with rate and time left on a terminal, a plain line every now and then otherwise."""
+  """Counts work: a bar with rate and time left on a terminal, a plain line every now and then
+  otherwise.
+  """
 
   def __init__(self, title: str, total: int, unit: str, *, done: int = 0):
     self.title, self.total, self.unit, self.done = title, total, unit, done
@@ -248,7 +265,12 @@ class Progress:
   def _line(self, note: str) -> str:
     rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
     left = (self.total - self.done) / rate if rate else 0
-    parts = [f'{self.title}: {self.done}/{self.total} {self.unit}', f'{rate:.3g} {self.unit}/s', f'{int(left) // 60}:{int(left) % 60:02d} left', note]
+    parts = [
+      f'{self.title}: {self.done}/{self.total} {self.unit}',
+      f'{rate:.3g} {self.unit}/s',
+      f'{int(left) // 60}:{int(left) % 60:02d} left',
+      note,
+    ]
     return ', '.join(part for part in parts if part)
 
   def close(self) -> None:
@@ -259,8 +281,16 @@ class Progress:
 def _bar(unit: str) -> rich.progress.Progress:
   p = rich.progress
   return p.Progress(
-      p.TextColumn('{task.description}'), p.BarColumn(), p.MofNCompleteColumn(), p.TextColumn(unit), _Rate(unit), p.TimeRemainingColumn(),
-      p.TextColumn('{task.fields[note]}'), console=_CONSOLE, transient=True)
+    p.TextColumn('{task.description}'),
+    p.BarColumn(),
+    p.MofNCompleteColumn(),
+    p.TextColumn(unit),
+    _Rate(unit),
+    p.TimeRemainingColumn(),
+    p.TextColumn('{task.fields[note]}'),
+    console=_CONSOLE,
+    transient=True,
+  )
 
 
 class _Rate(rich.progress.ProgressColumn):

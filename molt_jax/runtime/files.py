@@ -13,11 +13,11 @@ from molt_jax.errors import UserError
 MAX_JSON_BYTES = 1 << 26
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 KINDS = {
-    stat.S_IFDIR: 'a folder',
-    stat.S_IFIFO: 'a named pipe',
-    stat.S_IFCHR: 'a device',
-    stat.S_IFBLK: 'a device',
-    stat.S_IFSOCK: 'a socket',
+  stat.S_IFDIR: 'a folder',
+  stat.S_IFIFO: 'a named pipe',
+  stat.S_IFCHR: 'a device',
+  stat.S_IFBLK: 'a device',
+  stat.S_IFSOCK: 'a socket',
 }
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -47,8 +47,9 @@ def check_file(path: str | os.PathLike) -> int:
     raise UserError(f'{printable(path)} is empty: download or write it again')
   if head == LFS_POINTER:
     raise UserError(
-        f'{printable(path)} is a Git LFS pointer in the place of the file: run "git lfs pull" in '
-        f'{printable(pathlib.Path(path).parent)}, or download the file itself')
+      f'{printable(path)} is a Git LFS pointer in the place of the file: run "git lfs pull" in '
+      f'{printable(pathlib.Path(path).parent)}, or download the file itself'
+    )
   return found.st_size
 
 
@@ -66,7 +67,8 @@ def read_bytes(path: str | os.PathLike, *, limit: int) -> bytes:
   size = check_file(path)
   if size > limit:
     raise UserError(
-        f'{printable(path)} has {size} bytes, more than the {limit} that are read of such a file')
+      f'{printable(path)} has {size} bytes, more than the {limit} that are read of such a file'
+    )
   try:
     with open(path, 'rb') as file:
       return file.read(limit)

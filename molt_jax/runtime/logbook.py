@@ -81,7 +81,13 @@ class NoLogbook:
 
 def flatten(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
   """Yields (path, number) over nested mappings and lists; what is not finite is left out."""
-  items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
+  items = (
+    values.items()
+    if isinstance(values, Mapping)
+    else enumerate(values)
+    if isinstance(values, list)
+    else None
+  )
   if items is None:
     if values is not None and math.isfinite(values):
       yield prefix, float(values)

@@ -22,12 +22,14 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again.
 # What JAX logs before it aborts, and what other parts of it say on the way.
 _VERDICT = b'Terminating process because the JAX distributed service detected fatal errors'
 _NOISE = re.compile(
-    rb'[IWEF]\d{4} [^\]]*\b(coordination_service\w*|preemption_\w+|client|add_port)\.(cc|h):\d+\]')
+  rb'[IWEF]\d{4} [^\]]*\b(coordination_service\w*|preemption_\w+|client|add_port)\.(cc|h):\d+\]'
+)
 _LOGGED = re.compile(rb'[IWEF]\d{4} [^\]]*\w\.\w+:\d+\]')
 # What collectives say that lose their connection.
 _CONNECTION = re.compile(
-    r'[Cc]onnection (closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe|'
-    r'remote process exited|[Cc]onnect(ion)? timeout|UNAVAILABLE')
+  r'[Cc]onnection (closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe|'
+  r'remote process exited|[Cc]onnect(ion)? timeout|UNAVAILABLE'
+)
 
 _GONE = 'another process of this run is gone; start all of them again, and the same command '
 

@@ -1,6 +1,8 @@
-"""Several processes as one run: how they find each other, who speaks and writes, and what they agree on.
+"""Several processes as one run: how they find each other, who speaks and writes, and what they
+agree on.
 
-Process 0 leads: it alone logs, prints and writes files. Checkpoints are written by all (Orbax), to a folder that all can reach.
+Process 0 leads: it alone logs, prints and writes files. Checkpoints are written by all (Orbax), to
+a folder that all can reach.
 """
 
 import collections
@@ -20,8 +22,13 @@ from molt_jax.runtime import cli, lost
 
 JOIN_SECONDS = 300  # How long the first process waits for the last.
 ADDRESS, COUNT, INDEX = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
-# Launchers that JAX can ask for the rest: the variable that says how many processes they started (srun, mpirun), or the hosts of a TPU slice.
-LAUNCHERS = {'SLURM_STEP_NUM_TASKS': int, 'OMPI_COMM_WORLD_SIZE': int, 'TPU_WORKER_HOSTNAMES': lambda hosts: len(hosts.split(','))}
+# Launchers that JAX can ask for the rest: the variable that says how many processes they started
+# (srun, mpirun), or the hosts of a TPU slice.
+LAUNCHERS = {
+  'SLURM_STEP_NUM_TASKS': int,
+  'OMPI_COMM_WORLD_SIZE': int,
+  'TPU_WORKER_HOSTNAMES': lambda hosts: len(hosts.split(',')),
+}
 
 
 def join() -> None:
@@ -40,7 +47,9 @@ def join() -> None:
     if not re.fullmatch(r'.+:[0-9]{1,5}', address):
       raise UserError(f'{ADDRESS}: {address!r} is no address; give HOST:PORT of process 0')
     if index >= count:
-      raise UserError(f'{INDEX} is {index}, {COUNT} is {count}; give each process its number from 0 on')
+      raise UserError(
+        f'{INDEX} is {index}, {COUNT} is {count}; give each process its number from 0 on'
+      )
     found = {'coordinator_address': address, 'num_processes': count, 'process_id': index}
   elif any(count(os.environ[name]) > 1 for name, count in LAUNCHERS.items() if name in os.environ):
     found = {}
@@ -48,14 +57,17 @@ def join() -> None:
     return
   where = f'{ADDRESS}={os.environ[ADDRESS]}' if found else 'what the launcher says'
   apart = (
-      f'the processes of the run do not find each other by {where}; see that all of them are '
-      'started, that they reach process 0, and that no other program has its port')
+    f'the processes of the run do not find each other by {where}; see that all of them are '
+    'started, that they reach process 0, and that no other program has its port'
+  )
   cli.together = lost
   with lost.watching(apart):
     try:
       jax.distributed.initialize(
-          **found, heartbeat_timeout_seconds=lost.HEARTBEAT_SECONDS,
-          initialization_timeout=JOIN_SECONDS)
+        **found,
+        heartbeat_timeout_seconds=lost.HEARTBEAT_SECONDS,
+        initialization_timeout=JOIN_SECONDS,
+      )
     except (RuntimeError, ValueError, OSError) as error:
       raise UserError(f'{apart} ({" ".join(str(error).split())[:200]})') from error
   if not leads():
@@ -66,8 +78,9 @@ def _number(name: str) -> int:
   text = os.environ.get(name, '')
   if not text.isdecimal():
     raise UserError(
-        f'{ADDRESS} is set and {name} is {text!r}; give each process its number from 0 on and '
-        f'their count: {COUNT}, {INDEX}')
+      f'{ADDRESS} is set and {name} is {text!r}; give each process its number from 0 on and '
+      f'their count: {COUNT}, {INDEX}'
+    )
   return int(text)
 
 
@@ -92,24 +105,32 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
-  """Returns the whole array on the host, whatever process holds its parts; all processes call it together."""
+  """Returns the whole array on the host, whatever process holds its parts; all processes call it
+  together.
+  """
   if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
 
 
 def lines_of_all(line: str, *, size: int = 4096) -> list[str]:
-  """Returns what each process has to say, empty and equal lines left out; all processes call it together."""
+  """Returns what each process has to say, empty and equal lines left out; all processes call it
+  together.
+  """
   raw = np.frombuffer(line.encode()[:size].ljust(size, b'\0'), np.uint8)
   rows = multihost_utils.process_allgather(raw) if jax.process_count() > 1 else raw[None]
-  return [text for text in dict.fromkeys(row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows) if text]
+  return [
+    text
+    for text in dict.fromkeys(row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows)
+    if text
+  ]
 
 
 class Agreement:
   """What one process asks for, all do at the same step.
 
-  The question goes round by an all-reduce of one number beside each step, and the answer is read `delay` steps later, when it has come: nobody
-  waits. One process alone need not ask.
+  The question goes round by an all-reduce of one number beside each step, and the answer is read
+  `delay` steps later, when it has come: nobody waits. One process alone need not ask.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh, *, delay: int):
@@ -119,8 +140,16 @@ class Agreement:
     self._flying: collections.deque[Any] = collections.deque()
 
   def __call__(self, own: int) -> int:
-    """Takes what this process asks for (0: nothing) and returns what all are to do now: the largest number that one asked for `delay` calls ago."""
+    """Takes what this process asks for (0: nothing) and returns what all are to do now: the largest
+    number that one asked for `delay` calls ago.
+    """
     if jax.process_count() == 1:
       return own
-    self._flying.append(self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: np.array([own], np.int32))))
+    self._flying.append(
+      self._max(
+        jax.make_array_from_callback(
+          self._shape, self._sharding, lambda _: np.array([own], np.int32)
+        )
+      )
+    )
     return int(self._flying.popleft()) if len(self._flying) > self._delay else 0

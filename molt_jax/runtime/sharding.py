@@ -17,40 +17,44 @@ import numpy as np
 from molt_jax.config.schema import modalities
 from molt_jax.errors import UserError
 
-# Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the hidden layer of the MLP over `model`, so that a
-# layer needs two all-reduces of its activations and its weights never move. The head is small (megabytes) and every device holds it whole.
+# Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the
+# hidden layer of the MLP over `model`, so that a layer needs two all-reduces of its activations and
+# its weights never move. The head is small (megabytes) and every device holds it whole.
 #
-# All that devices send each other in a step (b rows a device, B in all, I and T tokens, D widths, L layers tapped, k directions of L_CCA):
+# All that devices send each other in a step (b rows a device, B in all, I and T tokens, D widths, L
+# layers tapped, k directions of L_CCA):
 #   over `model`   all-reduce   2 a layer of the text tower and 1 of its embedding     b T D_t   of the towers' type
 #                  all-reduce   2 a layer of the image tower                           b I D_i   of the towers' type
 #   over `data`    all-reduce   the head's gradient                                    its parameters, float32
 #                  all-reduce   sums for the statistics of the taps (standardize)      2 L (D_i + D_t) float32
 #                  all-reduce   sums of losses and of their weights                    some ten numbers
 #                  all-gather   the pairs of L_CCA, projected, and their weights       2 L B k + B float32 (k = d_c with cca.estimator=batch)
-# `collectives` counts them, and a test finds these and no others in the compiled program (where gradients of parameters that two branches share
-# may be reduced once for each).
+# `collectives` counts them, and a test finds these and no others in the compiled program (where
+# gradients of parameters that two branches share may be reduced once for each).
 RULES: dict[str, str | None] = {
-    'batch': 'data',
-    'layers': None,
-    'embed': None,
-    'vocab': 'model',
-    'heads': 'model',
-    'kv_heads': 'model',
-    'head_dim': None,
-    'mlp': 'model',
-    'patch': None,
-    'position': None,
-    'common': None,
-    'hidden': None,
-    'classes': None,
+  'batch': 'data',
+  'layers': None,
+  'embed': None,
+  'vocab': 'model',
+  'heads': 'model',
+  'kv_heads': 'model',
+  'head_dim': None,
+  'mlp': 'model',
+  'patch': None,
+  'position': None,
+  'common': None,
+  'hidden': None,
+  'classes': None,
 }
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-  """Returns the ('data', 'model') mesh that `config.mesh` asks for on `config.platform`, over the devices of all processes.
+  """Returns the ('data', 'model') mesh that `config.mesh` asks for on `config.platform`, over the
+  devices of all processes.
 
   Raises:
-    UserError: the platform is not there, the axes do not fit the number of devices, or a process would be left without any.
+    UserError: the platform is not there, the axes do not fit the number of devices, or a process
+      would be left without any.
   """
   devices = _devices(config.platform)
   _keep_compiled_programs()
@@ -63,16 +67,29 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     model = len(devices) // data
   if data * model == 0 or data * model > len(devices):
     raise UserError(
-        f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit {len(devices)} {devices[0].platform} device(s)')
+
+        f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit '
+        f'{len(devices)} {devices[0].platform} device(s)'
+
+    )
   if jax.process_count() > 1 and data * model < len(devices):
     raise UserError(
-        f'config.mesh: data x model = {data} x {model} leaves devices idle, and {jax.process_count()} processes have {len(devices)}; give '
-        'mesh.data=-1')
-  return jax.make_mesh((data, model), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices[: data * model])
+      f'config.mesh: data x model = {data} x {model} leaves devices idle, and '
+      f'{jax.process_count()} processes have {len(devices)}; give '
+      'mesh.data=-1'
+    )
+  return jax.make_mesh(
+    (data, model),
+    ('data', 'model'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    devices=devices[: data * model],
+  )
 
 
 def _keep_compiled_programs() -> None:
-  """Keeps what XLA compiled on disk, so that resuming, evaluating and predicting start at once; JAX_COMPILATION_CACHE_DIR goes before."""
+  """Keeps what XLA compiled on disk, so that resuming, evaluating and predicting start at once;
+  JAX_COMPILATION_CACHE_DIR goes before.
+  """
   # JAX says so, in several lines, for each program that it cannot keep.
   warnings.filterwarnings('ignore', message='Error writing persistent compilation cache')
   if jax.config.jax_compilation_cache_dir:
@@ -88,28 +105,43 @@ def _devices(platform: str) -> list[jax.Device]:
   try:
     return jax.devices() if platform == 'auto' else jax.devices(platform)
   except RuntimeError as error:
-    remedy = {'gpu': "pip install 'molt_jax[cuda12]' on a machine with an NVIDIA GPU", 'tpu': "pip install 'molt_jax[tpu]' on a TPU machine"}
+    remedy = {
+      'gpu': "pip install 'molt_jax[cuda12]' on a machine with an NVIDIA GPU",
+      'tpu': "pip install 'molt_jax[tpu]' on a TPU machine",
+    }
     found = sorted({d.platform for d in jax.devices()})
     raise UserError(
-        f'config.platform: {platform!r} is not here, JAX finds {", ".join(found)}; give auto, or '
-        f'{remedy.get(platform, "set JAX_PLATFORMS")}') from error
+      f'config.platform: {platform!r} is not here, JAX finds {", ".join(found)}; give auto, or '
+      f'{remedy.get(platform, "set JAX_PLATFORMS")}'
+    ) from error
 
 
 def param_shardings(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
-  """Returns a function from a boxed abstract tree (of `jax.eval_shape`) to the sharding of each leaf.
+  """Returns a function from a boxed abstract tree (of `jax.eval_shape`) to the sharding of each
+  leaf.
 
-  An axis that the devices do not divide evenly stays whole (SmolLM's 3 key heads on 2 devices). An unknown axis name raises ValueError.
+  An axis that the devices do not divide evenly stays whole (SmolLM's 3 key heads on 2 devices). An
+  unknown axis name raises ValueError.
   """
+
   def shardings(abstract_boxed):
     specs = nn.get_partition_spec(abstract_boxed)
     shapes = nn.unbox(abstract_boxed)
-    return jax.tree.map(lambda leaf, spec: jax.NamedSharding(mesh, _fit(leaf.shape, spec, mesh)), shapes, specs)
+    return jax.tree.map(
+      lambda leaf, spec: jax.NamedSharding(mesh, _fit(leaf.shape, spec, mesh)), shapes, specs
+    )
+
   return shardings
 
 
 def _fit(shape: tuple[int, ...], spec: jax.P, mesh: jax.sharding.Mesh) -> jax.P:
   axes = [_mesh_axis(name) for name in spec]
-  return jax.P(*[axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=False)])
+  return jax.P(
+    *[
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(axes, shape, strict=False)
+    ]
+  )
 
 
 def _mesh_axis(name: str | None) -> str | None:
@@ -126,41 +158,72 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
 
 
 def data_shard(mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """Returns the part of each batch that this process reads, {'process_index', 'process_count'}, as the pipeline's functions take it.
+  """Returns the part of each batch that this process reads, {'process_index', 'process_count'}, as
+  the pipeline's functions take it.
 
   Processes along `model` read the same rows.
 
   Raises:
     UserError: the process's devices are no equal, unbroken part of the data axis.
   """
-  here = [row for row, devices in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in devices)]
+  here = [
+    row
+    for row, devices in enumerate(mesh.devices)
+    if any(d.process_index == jax.process_index() for d in devices)
+  ]
   count, remainder = divmod(mesh.shape['data'], len(here))
   if remainder or here[0] % len(here) or here != list(range(here[0], here[0] + len(here))):
     raise UserError(
-        f'config.mesh: data x model = {mesh.shape["data"]} x {mesh.shape["model"]} gives process {jax.process_index()} the rows of devices {here}, '
-        'no equal part of the batch; give mesh.model a divisor or a multiple of the devices of a process')
+      f'config.mesh: data x model = {mesh.shape["data"]} x {mesh.shape["model"]} gives process '
+      f'{jax.process_index()} the rows of devices {here}, '
+      'no equal part of the batch; give mesh.model a divisor or a multiple of the devices of a '
+      'process'
+    )
   return {'process_index': here[0] // len(here), 'process_count': count}
 
 
-def packing(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, *, parts: int = 1) -> tuple[int, int] | None:
-  """Returns how the pipeline packs texts, (devices that rows are split over, parts that each works its rows through in), or None: padded."""
-  return (mesh.shape['data'], parts) if config.text.padding == 'packed' and 'text' in modalities(config) else None
+def packing(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, *, parts: int = 1
+) -> tuple[int, int] | None:
+  """Returns how the pipeline packs texts, (devices that rows are split over, parts that each works
+  its rows through in), or None: padded.
+  """
+  return (
+    (mesh.shape['data'], parts)
+    if config.text.padding == 'packed' and 'text' in modalities(config)
+    else None
+  )
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
   """Returns the mesh of this process's own devices, None where a model axis spans processes."""
   if jax.process_count() == 1:
     return mesh
-  here = [devices for devices in mesh.devices if all(d.process_index == jax.process_index() for d in devices)]
-  return jax.sharding.Mesh(np.array(here), mesh.axis_names, axis_types=mesh.axis_types) if here else None
+  here = [
+    devices
+    for devices in mesh.devices
+    if all(d.process_index == jax.process_index() for d in devices)
+  ]
+  return (
+    jax.sharding.Mesh(np.array(here), mesh.axis_names, axis_types=mesh.axis_types) if here else None
+  )
 
 
-KINDS = 'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast'  # As XLA calls them.
+KINDS = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'collective-broadcast',
+)  # As XLA calls them.
 TYPES = {'f32': 'float32', 'bf16': 'bfloat16', 's32': 'int32', 'u32': 'uint32', 'pred': 'bool'}
 
 
 class Collective(NamedTuple):
-  """What devices along `axis` send each other in a step: `times` operations of `bytes` each, the size of the result on one device."""
+  """What devices along `axis` send each other in a step: `times` operations of `bytes` each, the
+  size of the result on one device.
+  """
 
   what: str
   kind: str
@@ -169,8 +232,11 @@ class Collective(NamedTuple):
   bytes: int
 
 
-def collectives(model: Any, state: Any, *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> list[Collective]:
-  """Returns all collectives of a live training step without accumulation (but for the dozen numbers of the losses), from shapes alone.
+def collectives(
+  model: Any, state: Any, *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> list[Collective]:
+  """Returns all collectives of a live training step without accumulation (but for the dozen numbers
+  of the losses), from shapes alone.
 
   Args:
     model: a `model.Model`.
@@ -178,34 +244,59 @@ def collectives(model: Any, state: Any, *, config: ml_collections.ConfigDict, me
     config: reads train.batch_size, text.max_tokens, backbones.dtype, cca and molt.
     mesh: the devices.
   """
-  rows, itemsize = config.train.batch_size // mesh.shape['data'], np.dtype(config.backbones.dtype).itemsize
+  rows, itemsize = (
+    config.train.batch_size // mesh.shape['data'],
+    np.dtype(config.backbones.dtype).itemsize,
+  )
   found = []
   for name, tower in (('image', model.image_tower), ('text', model.text_tower)):
     if tower is None or mesh.shape['model'] == 1:
       continue
     c = tower.config
-    size = rows * (c.num_tokens if name == 'image' else config.text.max_tokens) * c.hidden_size * itemsize
-    split = [units % mesh.shape['model'] == 0 for units in (c.num_heads, c.intermediate_size)]  # What does not divide stays whole.
-    found.append(Collective(f'{name} tower, layers', 'all-reduce', 'model', c.num_layers * sum(split), size))
+    size = (
+      rows
+      * (c.num_tokens if name == 'image' else config.text.max_tokens)
+      * c.hidden_size
+      * itemsize
+    )
+    split = [
+      units % mesh.shape['model'] == 0 for units in (c.num_heads, c.intermediate_size)
+    ]  # What does not divide stays whole.
+    found.append(
+      Collective(f'{name} tower, layers', 'all-reduce', 'model', c.num_layers * sum(split), size)
+    )
     if name == 'text' and c.vocab_size % mesh.shape['model'] == 0:
       found.append(Collective('text tower, embedding', 'all-reduce', 'model', 1, size))
   if mesh.shape['data'] > 1:
-    statistics = {name: x for name, x in state.statistics.items() if name != 'translator'}  # Its maps are fitted between steps.
+    statistics = {
+      name: x for name, x in state.statistics.items() if name != 'translator'
+    }  # Its maps are fitted between steps.
     found.append(Collective('gradient of the head', 'all-reduce', 'data', 1, _bytes(state.params)))
     found.append(Collective('statistics of the taps', 'all-reduce', 'data', 1, _bytes(statistics)))
     if config.cca.weight and config.method == 'molt':
       k = config.molt.width if config.cca.estimator == 'batch' else config.cca.num_directions
-      found.append(Collective(
-          'pairs of L_CCA', 'all-gather', 'data', 1, 4 * config.train.batch_size * (2 * config.molt.num_layers * k + 1)))
+      found.append(
+        Collective(
+          'pairs of L_CCA',
+          'all-gather',
+          'data',
+          1,
+          4 * config.train.batch_size * (2 * config.molt.num_layers * k + 1),
+        )
+      )
   return found
 
 
 def compiled_collectives(program: str) -> list[tuple[str, int, str]]:
-  """Returns (kind, bytes of the result on a device, op name) of every collective in the text of a compiled program; one in a loop is there once."""
+  """Returns (kind, bytes of the result on a device, op name) of every collective in the text of a
+  compiled program; one in a loop is there once.
+  """
   found = []
   for shapes, kind, rest in re.findall(rf' = (.*?) ({"|".join(KINDS)})(?:-start)?\((.*)', program):
-    size = sum(jnp.dtype(TYPES[name]).itemsize * math.prod(map(int, filter(None, dims.split(','))))
-               for name, dims in re.findall(r'(\w+)\[([\d,]*)\]', shapes))
+    size = sum(
+      jnp.dtype(TYPES[name]).itemsize * math.prod(map(int, filter(None, dims.split(','))))
+      for name, dims in re.findall(r'(\w+)\[([\d,]*)\]', shapes)
+    )
     name = re.search(r'op_name="([^"]*)"', rest)
     found.append((kind, size, name.group(1) if name else ''))
   return found
@@ -218,20 +309,32 @@ def _bytes(tree: Any) -> int:
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Returns the batch on the devices, rows split over `data`; each process gives its own rows."""
   rows = jax.NamedSharding(mesh, jax.P('data'))
-  return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+  return {
+    name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()
+  }
 
 
 def gather_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
-  """Returns a function for use under jit that brings the rows of x [B] or [L, B, k], split over `data`, to every device."""
+  """Returns a function for use under jit that brings the rows of x [B] or [L, B, k], split over
+  `data`, to every device.
+  """
+
   def gather(x):
-    split = jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim > 1), 'data')))  # Gather x, not what it is made of.
+    split = jax.lax.with_sharding_constraint(
+      x, jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim > 1), 'data'))
+    )  # Gather x, not what it is made of.
     return jax.lax.with_sharding_constraint(split, replicated(mesh))
+
   return gather
 
 
 def check_batch_size(name: str, size: int, mesh: jax.sharding.Mesh, *, parts: int = 1) -> None:
-  """Raises UserError unless each of `parts` equal parts of `size` rows splits evenly over the mesh's data axis."""
+  """Raises UserError unless each of `parts` equal parts of `size` rows splits evenly over the
+  mesh's data axis.
+  """
   data = mesh.shape['data']
   if size % (data * parts):
     over = f'{data} devices' + (f' in {parts} parts (train.accumulate)' if parts > 1 else '')
-    raise UserError(f'config.{name}: {size} rows do not split over {over}; give a multiple of {data * parts}')
+    raise UserError(
+      f'config.{name}: {size} rows do not split over {over}; give a multiple of {data * parts}'
+    )

@@ -26,7 +26,7 @@ def clean(text: str, most: int | None = None) -> str:
   """
   text = str(text)
   if most is not None and len(text) > most:
-    text = text[:most - 1] + '…'
+    text = text[: most - 1] + '…'
   if text.isprintable():  # Nearly always.
     return text
   return ''.join(_spelled(c) if _is_obeyed(c) else c for c in text)
@@ -68,8 +68,10 @@ def print_columns(columns: Mapping[str, Sequence[str]], title: str) -> None:
   screen = console()
   shown = {clean(head): [clean(cell) for cell in cells] for head, cells in columns.items()}
   if _width(screen, _table(shown, title)) > screen.width:
-    shown = {head.replace(' ', '\n'): [cell.replace(', ', ',\n') for cell in cells]
-             for head, cells in shown.items()}
+    shown = {
+      head.replace(' ', '\n'): [cell.replace(', ', ',\n') for cell in cells]
+      for head, cells in shown.items()
+    }
   for part in _parts(screen, shown):
     print_table(_table(part, title))
 

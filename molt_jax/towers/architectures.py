@@ -1,49 +1,86 @@
-"""Named architectures as Hugging Face config.json dicts, for random weights (`random:NAME`) and for tracing full-size models."""
+"""Named architectures as Hugging Face config.json dicts, for random weights (`random:NAME`) and for
+tracing full-size models.
+"""
 
 
-def _llama(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, **overrides):
+def _llama(
+  hidden_size,
+  intermediate_size,
+  num_hidden_layers,
+  num_attention_heads,
+  num_key_value_heads,
+  **overrides,
+):
   return {
-      'model_type': 'llama', 'vocab_size': 32000, 'hidden_size': hidden_size, 'intermediate_size': intermediate_size,
-      'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads, 'num_key_value_heads': num_key_value_heads,
-      'hidden_act': 'silu', 'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5, 'rope_theta': 10000.0, **overrides,
+    'model_type': 'llama',
+    'vocab_size': 32000,
+    'hidden_size': hidden_size,
+    'intermediate_size': intermediate_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'num_key_value_heads': num_key_value_heads,
+    'hidden_act': 'silu',
+    'max_position_embeddings': 4096,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 10000.0,
+    **overrides,
   }
 
 
 def _clip(hidden_size, num_hidden_layers, num_attention_heads, image_size, patch_size):
   return {
-      'model_type': 'clip_vision_model', 'hidden_size': hidden_size, 'intermediate_size': 4 * hidden_size, 'num_hidden_layers': num_hidden_layers,
-      'num_attention_heads': num_attention_heads, 'num_channels': 3, 'image_size': image_size, 'patch_size': patch_size,
-      'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
+    'model_type': 'clip_vision_model',
+    'hidden_size': hidden_size,
+    'intermediate_size': 4 * hidden_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'num_channels': 3,
+    'image_size': image_size,
+    'patch_size': patch_size,
+    'hidden_act': 'quick_gelu',
+    'layer_norm_eps': 1e-5,
   }
 
 
 def _clip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
   return {
-      'model_type': 'clip_text_model', 'vocab_size': 49408, 'hidden_size': hidden_size, 'intermediate_size': 4 * hidden_size,
-      'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads, 'max_position_embeddings': 77,
-      'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'projection_dim': hidden_size, **overrides,
-      'eos_token_id': 2,  # The end of a text is its largest id: that of random towers' tokenizer.
+    'model_type': 'clip_text_model',
+    'vocab_size': 49408,
+    'hidden_size': hidden_size,
+    'intermediate_size': 4 * hidden_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'max_position_embeddings': 77,
+    'hidden_act': 'quick_gelu',
+    'layer_norm_eps': 1e-5,
+    'projection_dim': hidden_size,
+    **overrides,
+    'eos_token_id': 2,  # The end of a text is its largest id: that of random towers' tokenizer.
   }
 
 
 ARCHITECTURES = {
-    'text': {
-        'llama-7b': _llama(4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6),  # LLaMA 1, the paper's text tower.
-        'llama-13b': _llama(5120, 13824, 40, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6),
-        'llama-70b': _llama(8192, 28672, 80, 64, 8),  # LLaMA 2.
-        'smollm2-135m': _llama(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0),
-        'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
-    },
-    'clip_text': {
-        'clip-text-b': _clip_text(512, 12, 8),
-        'clip-text-l': _clip_text(768, 12, 12),
-        'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=259),
-    },
-    'image': {
-        'clip-vit-b-32': _clip(768, 12, 12, 224, 32),
-        'clip-vit-b-16': _clip(768, 12, 12, 224, 16),
-        'clip-vit-l-14': _clip(1024, 24, 16, 224, 14),
-        'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14),
-        'clip-vit-tiny': _clip(192, 6, 3, 64, 8),
-    },
+  'text': {
+    'llama-7b': _llama(
+      4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6
+    ),  # LLaMA 1, the paper's text tower.
+    'llama-13b': _llama(5120, 13824, 40, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6),
+    'llama-70b': _llama(8192, 28672, 80, 64, 8),  # LLaMA 2.
+    'smollm2-135m': _llama(
+      576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0
+    ),
+    'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
+  },
+  'clip_text': {
+    'clip-text-b': _clip_text(512, 12, 8),
+    'clip-text-l': _clip_text(768, 12, 12),
+    'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=259),
+  },
+  'image': {
+    'clip-vit-b-32': _clip(768, 12, 12, 224, 32),
+    'clip-vit-b-16': _clip(768, 12, 12, 224, 16),
+    'clip-vit-l-14': _clip(1024, 24, 16, 224, 14),
+    'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14),
+    'clip-vit-tiny': _clip(192, 6, 3, 64, 8),
+  },
 }

@@ -1,4 +1,6 @@
-"""A trained image tower as a Hugging Face directory, for `transformers.CLIPVisionModel` and for `backbones.image.path`."""
+"""A trained image tower as a Hugging Face directory, for `transformers.CLIPVisionModel` and for
+`backbones.image.path`.
+"""
 
 import dataclasses
 import json
@@ -14,15 +16,24 @@ from molt_jax.towers.clip import ClipVisionConfig
 from molt_jax.towers.preprocessing import ImageSpec
 
 
-def save_image_tower(directory: pathlib.Path, params: Any, config: ClipVisionConfig, preprocess: ImageSpec, *, dtype: str) -> pathlib.Path:
-  """Writes config.json, model.safetensors and preprocessor_config.json; the directory appears, or replaces an older one, when all is written.
+def save_image_tower(
+  directory: pathlib.Path,
+  params: Any,
+  config: ClipVisionConfig,
+  preprocess: ImageSpec,
+  *,
+  dtype: str,
+) -> pathlib.Path:
+  """Writes config.json, model.safetensors and preprocessor_config.json; the directory appears, or
+  replaces an older one, when all is written.
 
   Args:
     directory: where to.
     params: of a `ClipVision` with `with_pool`.
     config: its architecture.
     preprocess: what it wants to see.
-    dtype: 'float16' or 'float32', of the weights on disk; config.json asks for float32 in memory either way.
+    dtype: 'float16' or 'float32', of the weights on disk; config.json asks for float32 in memory
+      either way.
 
   Returns:
     `directory`.
@@ -41,16 +52,32 @@ def save_image_tower(directory: pathlib.Path, params: Any, config: ClipVisionCon
 def _config(config: ClipVisionConfig) -> dict[str, Any]:
   c = dataclasses.asdict(config)
   return {
-      'architectures': ['CLIPVisionModel'], 'model_type': 'clip_vision_model', 'dtype': 'float32', 'num_channels': 3, 'attention_dropout': 0.0,
-      'projection_dim': c['hidden_size'], 'num_hidden_layers': c.pop('num_layers'), 'num_attention_heads': c.pop('num_heads'), **c}
+    'architectures': ['CLIPVisionModel'],
+    'model_type': 'clip_vision_model',
+    'dtype': 'float32',
+    'num_channels': 3,
+    'attention_dropout': 0.0,
+    'projection_dim': c['hidden_size'],
+    'num_hidden_layers': c.pop('num_layers'),
+    'num_attention_heads': c.pop('num_heads'),
+    **c,
+  }
 
 
 def _preprocessor(spec: ImageSpec) -> dict[str, Any]:
   square = {'height': spec.size, 'width': spec.size}
   crop = spec.resize == 'crop'
   return {
-      'image_processor_type': 'CLIPImageProcessor', 'do_convert_rgb': True,
-      'do_resize': True, 'size': {'shortest_edge': spec.size} if crop else square,
-      'resample': spec.resample,
-      'do_center_crop': crop, 'crop_size': square,
-      'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True, 'image_mean': list(spec.mean), 'image_std': list(spec.std)}
+    'image_processor_type': 'CLIPImageProcessor',
+    'do_convert_rgb': True,
+    'do_resize': True,
+    'size': {'shortest_edge': spec.size} if crop else square,
+    'resample': spec.resample,
+    'do_center_crop': crop,
+    'crop_size': square,
+    'do_rescale': True,
+    'rescale_factor': 1 / 255,
+    'do_normalize': True,
+    'image_mean': list(spec.mean),
+    'image_std': list(spec.std),
+  }

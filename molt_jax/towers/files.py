@@ -1,4 +1,6 @@
-"""Where a tower's files are: Hugging Face directory or hub id, GGUF file, file of an installed package, or nothing but a name (random weights)."""
+"""Where a tower's files are: Hugging Face directory or hub id, GGUF file, file of an installed
+package, or nothing but a name (random weights).
+"""
 
 import abc
 import functools
@@ -39,7 +41,8 @@ class TowerFiles(abc.ABC):
     config: dict of the Hugging Face config.json (or its equivalent).
     identity: {'path': as given, 'sha256': of configuration and tensors}.
     where: what holds the configuration, for errors.
-    shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be read.
+    shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be
+      read.
     types: Hugging Face tensor name -> type, where it is not one of WEIGHT_TYPES.
   """
 
@@ -57,7 +60,9 @@ class TowerFiles(abc.ABC):
 
   @abc.abstractmethod
   def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads one tensor, by Hugging Face name and in Hugging Face's orientation; `shape` is the one it is known to have."""
+    """Reads one tensor, by Hugging Face name and in Hugging Face's orientation; `shape` is the one
+    it is known to have.
+    """
 
   @abc.abstractmethod
   def tokenizer(self) -> tokenizer.Tokenizer:
@@ -73,7 +78,12 @@ class RandomFiles(TowerFiles):
 
   def __init__(self, path: str, kind: str, name: str):
     if name not in ARCHITECTURES[kind]:
-      raise UserError(f'{path!r}: no {kind} architecture has this name; choose one of {", ".join("random:" + n for n in ARCHITECTURES[kind])}')
+      raise UserError(
+
+          f'{path!r}: no {kind} architecture has this name; choose one of '
+          f'{", ".join("random:" + n for n in ARCHITECTURES[kind])}'
+
+      )
     config = dict(ARCHITECTURES[kind][name])
     content = json.dumps({'architecture': config, 'seed': RANDOM_SEED}, sort_keys=True)
     super().__init__(path, kind, config, hashlib.sha256(content.encode()).hexdigest(), path)
@@ -84,11 +94,17 @@ class RandomFiles(TowerFiles):
       return np.zeros(shape, np.float32)
     if 'norm' in name.split('.')[-2]:
       return np.ones(shape, np.float32)
-    draw = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
-    return draw / np.float32(math.prod(shape[1:]) ** 0.5)  # Variance 1 / fan-in; shapes are [out, in...].
+    draw = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())]).standard_normal(
+      shape, np.float32
+    )
+    return draw / np.float32(
+      math.prod(shape[1:]) ** 0.5
+    )  # Variance 1 / fan-in; shapes are [out, in...].
 
   def tokenizer(self):
-    return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=self.kind == 'clip_text')
+    return tokenizer.byte_tokenizer(
+      vocab_size=self.architecture.vocab_size, with_end=self.kind == 'clip_text'
+    )
 
 
 class GgufFiles(TowerFiles):
@@ -97,9 +113,13 @@ class GgufFiles(TowerFiles):
   def __init__(self, path: str, kind: str, file: pathlib.Path):
     if kind != 'text':
       raise UserError(
-          f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face '
-          'directory or hub id')
-    from molt_jax.towers import gguf  # And with it the package of that name, which only these files need.
+        f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face '
+        'directory or hub id'
+      )
+    from molt_jax.towers import (
+      gguf,
+    )  # And with it the package of that name, which only these files need.
+
     self._gguf = gguf
     self._reader = gguf.Reader(file)
     config = gguf.hf_config(self._reader)
@@ -114,7 +134,8 @@ class GgufFiles(TowerFiles):
 
   def tokenizer(self):
     return tokenizer.from_gguf(
-        self._reader.metadata, vocab_size=self.architecture.vocab_size, where=self.where)
+      self._reader.metadata, vocab_size=self.architecture.vocab_size, where=self.where
+    )
 
 
 class HuggingFaceFiles(TowerFiles):
@@ -124,12 +145,15 @@ class HuggingFaceFiles(TowerFiles):
     self._directory = directory
     config = directory / 'config.json'
     if not config.exists():
-      raise UserError(f'{path!r}: there is no config.json in {directory}; expected a Hugging Face model directory')
+      raise UserError(
+        f'{path!r}: there is no config.json in {directory}; expected a Hugging Face model directory'
+      )
     if (adapter := directory / 'adapter_config.json').exists():
       raise UserError(
-          f'{adapter}: the directory holds an adapter (LoRA and the like), which transformers '
-          'would put on the weights and which is not implemented here: merge it into them, '
-          'model.merge_and_unload() and save_pretrained(DIR)')
+        f'{adapter}: the directory holds an adapter (LoRA and the like), which transformers '
+        'would put on the weights and which is not implemented here: merge it into them, '
+        'model.merge_and_unload() and save_pretrained(DIR)'
+      )
     content = files.read_json(config)
     self._tensors = _named(shards.find(directory), kind, directory)
     read = sorted({t.file for t in self._tensors.values()})
@@ -148,7 +172,7 @@ class HuggingFaceFiles(TowerFiles):
 
 
 def _named(
-    tensors: Mapping[str, shards.Tensor], kind: str, directory: pathlib.Path
+  tensors: Mapping[str, shards.Tensor], kind: str, directory: pathlib.Path
 ) -> dict[str, shards.Tensor]:
   """Takes the prefix of a larger model off the names."""
   named = {}
@@ -156,8 +180,9 @@ def _named(
     name = re.sub(PREFIX[kind], '', theirs)
     if name in named:
       raise UserError(
-          f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
-          'tensors for one parameter: which of them is meant is not known')
+        f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
+        'tensors for one parameter: which of them is meant is not known'
+      )
     named[name] = tensor
   return named
 
@@ -190,9 +215,19 @@ def _open(path: str, kind: str) -> TowerFiles:
   if local.suffix == '.gguf' and local.exists():
     return GgufFiles(path, kind, local)
   if local.exists():
-    raise UserError(f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and safetensors) or a .gguf file')
+    raise UserError(
+
+        f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and '
+        'safetensors) or a .gguf file'
+
+    )
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or local.suffix == '.gguf':
-    raise UserError(f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, pkg://package/file, or random:NAME')
+    raise UserError(
+
+        f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, '
+        'pkg://package/file, or random:NAME'
+
+    )
   return HuggingFaceFiles(path, kind, _download(path))
 
 
@@ -204,10 +239,17 @@ def _package_path(path: str) -> pathlib.Path:
   except (ImportError, ValueError):  # ValueError: of __main__.
     spec = None
   if spec is None or not spec.submodule_search_locations:
-    raise UserError(f'{path!r}: the package {package!r} is not installed; pip install {package.replace("_", "-")}')
+    raise UserError(
+      f'{path!r}: the package {package!r} is not installed; pip install {package.replace("_", "-")}'
+    )
   local = pathlib.Path(spec.submodule_search_locations[0], relative)
   if not local.exists():
-    raise UserError(f'{path!r}: the installed package {package!r} holds no {relative!r}; it holds {_listing(local.parent)}')
+    raise UserError(
+
+        f'{path!r}: the installed package {package!r} holds no {relative!r}; it holds '
+        f'{_listing(local.parent)}'
+
+    )
   return local
 
 
@@ -219,12 +261,20 @@ def _listing(directory: pathlib.Path) -> str:
 def _download(repo_id: str) -> pathlib.Path:
   """Fetches (or finds in the cache) the files of a hub repository that we read."""
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        repo_id, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'], ignore_patterns=['*/*']))
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        repo_id,
+        allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'],
+        ignore_patterns=['*/*'],
+      )
+    )
   except Exception as e:  # Of the hub, its client, the network below it, or the disk.
     reason = ' '.join(str(e).split())[:200]
-    raise UserError(f'{repo_id!r} is no directory here and could not be fetched from the Hugging Face hub ({reason}); '
-                    'give the path of a local copy, or check the name and the network') from e
+    raise UserError(
+      f'{repo_id!r} is no directory here and could not be fetched from the Hugging Face hub '
+      f'({reason}); '
+      'give the path of a local copy, or check the name and the network'
+    ) from e
 
 
 def _sha256(files: Iterable[pathlib.Path]) -> str:

@@ -24,7 +24,18 @@ from molt_jax.towers.llama import LlamaConfig, rope_frequencies
 
 # GGUF value type -> struct code
 SCALARS = {
-    0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
+  0: 'B',
+  1: 'b',
+  2: 'H',
+  3: 'h',
+  4: 'I',
+  5: 'i',
+  6: 'f',
+  7: '?',
+  10: 'Q',
+  11: 'q',
+  12: 'd',
+}
 STRING, ARRAY = 8, 9
 IMPLEMENTED = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q5_K', 'Q6_K')
 MOST_DIMENSIONS = 4
@@ -35,19 +46,39 @@ SPLIT_NAME = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.gguf', re.S)
 
 # GGUF tensor -> Hugging Face tensor; {} is the layer.
 NAMES = {
-    'token_embd': 'embed_tokens', 'output_norm': 'norm', 'output': 'lm_head', 'blk.{}.attn_norm': 'layers.{}.input_layernorm',
-    'blk.{}.attn_q': 'layers.{}.self_attn.q_proj', 'blk.{}.attn_k': 'layers.{}.self_attn.k_proj', 'blk.{}.attn_v': 'layers.{}.self_attn.v_proj',
-    'blk.{}.attn_output': 'layers.{}.self_attn.o_proj', 'blk.{}.ffn_norm': 'layers.{}.post_attention_layernorm',
-    'blk.{}.ffn_gate': 'layers.{}.mlp.gate_proj', 'blk.{}.ffn_up': 'layers.{}.mlp.up_proj', 'blk.{}.ffn_down': 'layers.{}.mlp.down_proj',
+  'token_embd': 'embed_tokens',
+  'output_norm': 'norm',
+  'output': 'lm_head',
+  'blk.{}.attn_norm': 'layers.{}.input_layernorm',
+  'blk.{}.attn_q': 'layers.{}.self_attn.q_proj',
+  'blk.{}.attn_k': 'layers.{}.self_attn.k_proj',
+  'blk.{}.attn_v': 'layers.{}.self_attn.v_proj',
+  'blk.{}.attn_output': 'layers.{}.self_attn.o_proj',
+  'blk.{}.ffn_norm': 'layers.{}.post_attention_layernorm',
+  'blk.{}.ffn_gate': 'layers.{}.mlp.gate_proj',
+  'blk.{}.ffn_up': 'layers.{}.mlp.up_proj',
+  'blk.{}.ffn_down': 'layers.{}.mlp.down_proj',
 }
 # Metadata key (after 'llama.') -> config.json key.
 KEYS = {
-    'embedding_length': 'hidden_size', 'feed_forward_length': 'intermediate_size', 'block_count': 'num_hidden_layers',
-    'attention.head_count': 'num_attention_heads', 'attention.head_count_kv': 'num_key_value_heads', 'attention.key_length': 'head_dim',
-    'context_length': 'max_position_embeddings', 'attention.layer_norm_rms_epsilon': 'rms_norm_eps', 'rope.freq_base': 'rope_theta',
+  'embedding_length': 'hidden_size',
+  'feed_forward_length': 'intermediate_size',
+  'block_count': 'num_hidden_layers',
+  'attention.head_count': 'num_attention_heads',
+  'attention.head_count_kv': 'num_key_value_heads',
+  'attention.key_length': 'head_dim',
+  'context_length': 'max_position_embeddings',
+  'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+  'rope.freq_base': 'rope_theta',
 }
-# LLaMA 3.1 to 3.3 as published; the file holds only the resulting divisors of the frequencies (rope_freqs).
-LLAMA3_ROPE = {'rope_type': 'llama3', 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
+# LLaMA 3.1 to 3.3 as published; the file holds only the resulting divisors of the frequencies
+# (rope_freqs).
+LLAMA3_ROPE = {
+  'rope_type': 'llama3',
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
 
 
 class Tensor(NamedTuple):
@@ -81,16 +112,18 @@ class Reader:
     for number, part in enumerate(parts):
       if part.metadata.get('split.no', 0) != number:
         raise UserError(
-            f'{part.path} has split.no = {part.metadata.get("split.no")}, expected {number}: it is '
-            'a part of another model')
+          f'{part.path} has split.no = {part.metadata.get("split.no")}, expected {number}: it is '
+          'a part of another model'
+        )
       if twice := self.tensors.keys() & part.tensors.keys():
         raise UserError(f'{part.path} holds {files.shown(min(twice))}, as does a part before it')
       self.tensors |= part.tensors
     total = first.metadata.get('split.tensors.count', len(self.tensors))
     if len(parts) > 1 and total != len(self.tensors):
       raise UserError(
-          f'{path} promises {total} tensors (split.tensors.count), its {len(parts)} parts hold '
-          f'{len(self.tensors)}: they do not belong together')
+        f'{path} promises {total} tensors (split.tensors.count), its {len(parts)} parts hold '
+        f'{len(self.tensors)}: they do not belong together'
+      )
 
   def read(self, name: str) -> np.ndarray:
     """Returns one tensor as float32."""
@@ -109,8 +142,9 @@ def _other_parts(path: pathlib.Path, metadata: Mapping[str, Any]) -> list[pathli
   name = SPLIT_NAME.fullmatch(path.name)
   if not name or int(name[3]) != count:
     raise UserError(
-        f'{path} is one of {count} parts of a model; parts are found by names such as '
-        f'MODEL-00001-of-{count:05d}.gguf: give it its name back')
+      f'{path} is one of {count} parts of a model; parts are found by names such as '
+      f'MODEL-00001-of-{count:05d}.gguf: give it its name back'
+    )
   parts = [path.with_name(f'{name[1]}-{i + 1:05d}-of-{name[3]}.gguf') for i in range(count)]
   if metadata.get('split.no') != 0 or path != parts[0]:
     raise UserError(f'{path} is not the first of {count} parts of a model: give {parts[0].name}')
@@ -144,13 +178,15 @@ class _File:
     if version not in (2, 3):
       swapped = version in (2 << 24, 3 << 24)
       raise UserError(
-          f'{self.path} is GGUF {"big-endian" if swapped else f"version {version}"}; '
-          'implemented: versions 2 and 3, little-endian')
+        f'{self.path} is GGUF {"big-endian" if swapped else f"version {version}"}; '
+        'implemented: versions 2 and 3, little-endian'
+      )
     room = self._size - self._at
     if num_tensors > room // LEAST_TENSOR or num_keys > room // LEAST_KEY:
       raise UserError(
-          f'{self.path} is damaged, or ends within its header: it promises {num_tensors} tensors '
-          f'and {num_keys} keys in {self._size} bytes; download it again')
+        f'{self.path} is damaged, or ends within its header: it promises {num_tensors} tensors '
+        f'and {num_keys} keys in {self._size} bytes; download it again'
+      )
     return num_tensors, num_keys
 
   def _metadata(self, count: int) -> dict[str, Any]:
@@ -167,11 +203,12 @@ class _File:
     found = {}
     for _ in range(count):
       name = self._string('the name of a tensor')
-      num_dimensions, = self._unpack('I')
+      (num_dimensions,) = self._unpack('I')
       if name in found or not 1 <= num_dimensions <= MOST_DIMENSIONS:
         raise UserError(
-            f'{self.path} has the tensor {files.shown(name)} twice, or with {num_dimensions} '
-            f'dimensions; legal: 1 to {MOST_DIMENSIONS}')
+          f'{self.path} has the tensor {files.shown(name)} twice, or with {num_dimensions} '
+          f'dimensions; legal: 1 to {MOST_DIMENSIONS}'
+        )
       shape = self._unpack(f'{num_dimensions}Q')
       found[name] = (*self._unpack('I'), shape, *self._unpack('Q'))
     return found
@@ -180,8 +217,9 @@ class _File:
     """Finds the bytes of each tensor: one after the other, in the order of the header."""
     if unknown := {_type_name(kind) for kind, _, _ in infos.values()} - set(IMPLEMENTED):
       raise UserError(
-          f'{self.path} holds tensors of type {", ".join(sorted(unknown))}; '
-          f'implemented: {", ".join(IMPLEMENTED)}')
+        f'{self.path} holds tensors of type {", ".join(sorted(unknown))}; '
+        f'implemented: {", ".join(IMPLEMENTED)}'
+      )
     alignment = self.metadata.get('general.alignment', 32)
     start = end = _padded(self._at, alignment)
     found = {}
@@ -189,18 +227,21 @@ class _File:
       kind = gguf.GGMLQuantizationType(number)
       if 0 in shape or shape[0] % gguf.GGML_QUANT_SIZES[kind][0] or start + offset != end:
         raise UserError(
-            f'{self.path} is damaged: {files.shown(name)} of shape {shape[::-1]} and type '
-            f'{kind.name} is said to be at byte {offset}, where it cannot be')
+          f'{self.path} is damaged: {files.shown(name)} of shape {shape[::-1]} and type '
+          f'{kind.name} is said to be at byte {offset}, where it cannot be'
+        )
       found[name] = Tensor(kind, shape[::-1], end, self)
       last = end + _num_bytes(kind, shape)
       end = _padded(last, alignment)
       if last > self._size:
         raise UserError(
-            f'{self.path} is cut short: {self._size} bytes of {last}; download it again')
+          f'{self.path} is cut short: {self._size} bytes of {last}; download it again'
+        )
     if self._size > end:
       raise UserError(
-          f'{self.path} is damaged: {self._size - end} bytes follow the last tensor, which nothing '
-          'in its header explains')
+        f'{self.path} is damaged: {self._size - end} bytes follow the last tensor, which nothing '
+        'in its header explains'
+      )
     return found
 
   def _unpack(self, code: str) -> tuple:
@@ -209,12 +250,12 @@ class _File:
     return values
 
   def _string(self, what: str) -> str:
-    size, = self._unpack('Q')
+    (size,) = self._unpack('Q')
     if self._at + size > self._size:
       raise struct.error
     self._at += size
     try:
-      return self.data[self._at - size:self._at].decode('utf-8')
+      return self.data[self._at - size : self._at].decode('utf-8')
     except UnicodeDecodeError as error:
       raise UserError(f'{self.path} is damaged: {what} is not UTF-8') from error
 
@@ -225,8 +266,9 @@ class _File:
       return self._unpack(SCALARS[kind])[0]
     if kind != ARRAY or depth >= MOST_NESTED:
       raise UserError(
-          f'{self.path} is damaged: {files.shown(key)} has a value of type {kind}, '
-          f'{depth} arrays deep')
+        f'{self.path} is damaged: {files.shown(key)} has a value of type {kind}, '
+        f'{depth} arrays deep'
+      )
     kind, size = self._unpack('IQ')
     least = struct.calcsize('<' + SCALARS[kind]) if kind in SCALARS else 8
     if size > (self._size - self._at) // least:
@@ -262,7 +304,8 @@ def hf_config(reader: Reader) -> dict[str, Any]:
     raise UserError(f'{where} has general.architecture = {name!r}; implemented: llama')
   if 'token_embd.weight' not in reader.tensors:
     raise UserError(
-        f'{where} holds no token_embd.weight: it is no language model, or a part of one')
+      f'{where} holds no token_embd.weight: it is no language model, or a part of one'
+    )
   rows = reader.tensors['token_embd.weight'].shape[0]
   config = {'model_type': 'llama', 'vocab_size': rows}
   config |= {ours: m[f'llama.{key}'] for key, ours in KEYS.items() if f'llama.{key}' in m}
@@ -270,8 +313,10 @@ def hf_config(reader: Reader) -> dict[str, Any]:
     config[flag] = f'blk.0.{name}.bias' in reader.tensors
   head_dim = LlamaConfig.from_hf(config, where).head_dim
   for key, legal in (
-      ('rope.dimension_count', head_dim), ('attention.value_length', head_dim),
-      ('vocab_size', rows)):
+    ('rope.dimension_count', head_dim),
+    ('attention.value_length', head_dim),
+    ('vocab_size', rows),
+  ):
     if m.get(f'llama.{key}', legal) != legal:
       raise UserError(f'{where} has llama.{key} = {m[f"llama.{key}"]}; implemented: {legal}')
   factor = m.get('llama.rope.scaling.factor', m.get('llama.rope.scale_linear', 1.0))
@@ -284,8 +329,7 @@ def hf_config(reader: Reader) -> dict[str, Any]:
   return config
 
 
-def _llama3_rope(
-    config: Mapping[str, Any], divisors: np.ndarray, where: str) -> dict[str, Any]:
+def _llama3_rope(config: Mapping[str, Any], divisors: np.ndarray, where: str) -> dict[str, Any]:
   """Recovers the 'llama3' scaling from its divisors, or refuses what it does not reproduce."""
   plain = LlamaConfig.from_hf({**config, 'rope_scaling': None}, where)
   factor = float(divisors.max())
@@ -297,20 +341,27 @@ def _llama3_rope(
     fits = divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4)
   if not fits:
     raise UserError(
-        f'{where} has rope_freqs.weight other than those of LLaMA 3.1 to 3.3: this RoPE scaling is '
-        'not implemented')
+      f'{where} has rope_freqs.weight other than those of LLaMA 3.1 to 3.3: this RoPE scaling is '
+      'not implemented'
+    )
   return scaling
 
 
 def hf_name(name: str) -> str:
-  """Hugging Face name of a GGUF tensor; a name that the table lacks stays as it is (and is reported as unmapped)."""
+  """Hugging Face name of a GGUF tensor; a name that the table lacks stays as it is (and is reported
+  as unmapped).
+  """
   layer = re.match(r'blk\.(\d+)\.', name)
   stem, _, end = (name.replace(layer[0], 'blk.{}.', 1) if layer else name).rpartition('.')
-  return f'{NAMES[stem]}.{end}'.format(*(layer.groups() if layer else ())) if stem in NAMES else name
+  return (
+    f'{NAMES[stem]}.{end}'.format(*(layer.groups() if layer else ())) if stem in NAMES else name
+  )
 
 
 def unpermute(name: str, w: np.ndarray, config: LlamaConfig) -> np.ndarray:
-  """Undoes the reordering of query and key rows: GGUF pairs neighbours (x_2j, x_2j+1), Hugging Face halves (x_j, x_j+H/2)."""
+  """Undoes the reordering of query and key rows: GGUF pairs neighbours (x_2j, x_2j+1), Hugging Face
+  halves (x_j, x_j+H/2).
+  """
   heads = {'q_proj': config.num_heads, 'k_proj': config.num_kv_heads}.get(name.split('.')[-2])
   if heads is None:
     return w

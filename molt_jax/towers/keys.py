@@ -43,14 +43,16 @@ def check(content: Any, table: Table, where: str) -> None:
   for key, rule in table.items():  # In the table's order: what kind of file it is comes first.
     if key in content and not rule.holds(content[key]):
       raise UserError(
-          f'{where} has {key} = {shown(content[key])}, which is not implemented; '
-          f'implemented: {rule.text}')
+        f'{where} has {key} = {shown(content[key])}, which is not implemented; '
+        f'implemented: {rule.text}'
+      )
   prefixes = tuple(key.removesuffix('*') for key in table if key.endswith('*'))
   unknown = [k for k in content if k not in table and not (prefixes and k.startswith(prefixes))]
   if unknown:
     raise UserError(
-        f'{where} has {listed(map(shown, unknown))}, unknown here: it may change what the model '
-        f'computes; where you know that it does not, take it out of the file')
+      f'{where} has {listed(map(shown, unknown))}, unknown here: it may change what the model '
+      f'computes; where you know that it does not, take it out of the file'
+    )
 
 
 # ---- Rules ---------------------------------------------------------------------------------------
@@ -85,10 +87,12 @@ def number(low: float, high: float) -> Rule:
 
 def only(*values: Any) -> Rule:
   """These values, with which the key changes nothing; 1 is not true, and 0 not false."""
+
   def holds(value):
     if value is not None and type(value) not in (bool, int, float, str, list, dict):
       return False  # An array of a GGUF file.
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
+
   return Rule(' or '.join(map(_as_json, values)), holds)
 
 
@@ -129,51 +133,140 @@ EPSILON = number(0, 1)
 # What every configuration of transformers may hold: training, generation, labels of other heads,
 # what is returned, where it came from. `torch_dtype` is how weights lie on disk; ours is a setting.
 COMMON = {
-    **neutral(
-        '_name_or_path', 'name_or_path', '_commit_hash', 'transformers_version', 'torch_dtype',
-        'dtype', 'id2label', 'label2id', 'num_labels', 'problem_type', 'finetuning_task',
-        'task_specific_params', 'tokenizer_class', 'use_cache', 'return_dict', 'use_return_dict',
-        'output_hidden_states', 'output_attentions', 'output_scores', 'output_logits',
-        'output_router_logits', 'return_dict_in_generate', 'torchscript', 'tie_word_embeddings',
-        'tie_encoder_decoder', 'chunk_size_feed_forward', 'gradient_checkpointing',
-        'gradient_checkpointing_use_reentrant', 'is_decoder', 'tf_legacy_loss', 'use_bfloat16',
-        'prefix', 'attn_implementation', '_attn_implementation', '_attn_implementation_autoset',
-        '_attn_implementation_internal', '_experts_implementation', 'experts_implementation',
-        '_flash_attn_2_enabled', '_use_flash_attention_2', '_use_sdpa', 'auto_map',
-        'custom_pipelines', 'transformers.js_config', 'unsloth_fixed', 'unsloth_version',
-        'neftune_noise_alpha', 'attention_dropout', 'dropout', 'hidden_dropout',
-        'initializer_range', 'initializer_factor', 'pad_token_id', 'bos_token_id',
-        'eos_token_id', 'sep_token_id', 'decoder_start_token_id'),
-    # Of generation.
-    **neutral(
-        'max_length', 'min_length', 'max_new_tokens', 'min_new_tokens', 'do_sample',
-        'early_stopping', 'num_beams', 'num_beam_groups', 'diversity_penalty', 'temperature',
-        'top_k', 'top_p', 'min_p', 'top_h', 'typical_p', 'repetition_penalty', 'length_penalty',
-        'no_repeat_ngram_size',
-        'encoder_no_repeat_ngram_size', 'encoder_repetition_penalty', 'bad_words_ids',
-        'force_words_ids', 'num_return_sequences', 'forced_bos_token_id', 'forced_eos_token_id',
-        'remove_invalid_values', 'exponential_decay_length_penalty', 'suppress_tokens',
-        'begin_suppress_tokens', 'renormalize_logits', 'epsilon_cutoff', 'eta_cutoff',
-        'guidance_scale', 'assistant_confidence_threshold', 'assistant_early_exit',
-        'assistant_ensemble_weight', 'assistant_lookbehind', 'num_assistant_tokens',
-        'num_assistant_tokens_schedule', 'target_lookbehind', 'cache_implementation',
-        'generation_config', 'penalty_alpha', 'stop_strings', 'max_time', 'sequence_bias'),
-    'is_encoder_decoder': only(False, None),
-    'add_cross_attention': only(False, None),
-    'cross_attention_hidden_size': only(None),
-    'pruned_heads': only({}, None),
-    'quantization_config': only(None),
-    'compression_config': only(None),
-    'per_layer_config': only({}, None),
-    'tie_last_hidden_states': only(True, None),
-    'transformers_weights': only(None),
+  **neutral(
+    '_name_or_path',
+    'name_or_path',
+    '_commit_hash',
+    'transformers_version',
+    'torch_dtype',
+    'dtype',
+    'id2label',
+    'label2id',
+    'num_labels',
+    'problem_type',
+    'finetuning_task',
+    'task_specific_params',
+    'tokenizer_class',
+    'use_cache',
+    'return_dict',
+    'use_return_dict',
+    'output_hidden_states',
+    'output_attentions',
+    'output_scores',
+    'output_logits',
+    'output_router_logits',
+    'return_dict_in_generate',
+    'torchscript',
+    'tie_word_embeddings',
+    'tie_encoder_decoder',
+    'chunk_size_feed_forward',
+    'gradient_checkpointing',
+    'gradient_checkpointing_use_reentrant',
+    'is_decoder',
+    'tf_legacy_loss',
+    'use_bfloat16',
+    'prefix',
+    'attn_implementation',
+    '_attn_implementation',
+    '_attn_implementation_autoset',
+    '_attn_implementation_internal',
+    '_experts_implementation',
+    'experts_implementation',
+    '_flash_attn_2_enabled',
+    '_use_flash_attention_2',
+    '_use_sdpa',
+    'auto_map',
+    'custom_pipelines',
+    'transformers.js_config',
+    'unsloth_fixed',
+    'unsloth_version',
+    'neftune_noise_alpha',
+    'attention_dropout',
+    'dropout',
+    'hidden_dropout',
+    'initializer_range',
+    'initializer_factor',
+    'pad_token_id',
+    'bos_token_id',
+    'eos_token_id',
+    'sep_token_id',
+    'decoder_start_token_id',
+  ),
+  # Of generation.
+  **neutral(
+    'max_length',
+    'min_length',
+    'max_new_tokens',
+    'min_new_tokens',
+    'do_sample',
+    'early_stopping',
+    'num_beams',
+    'num_beam_groups',
+    'diversity_penalty',
+    'temperature',
+    'top_k',
+    'top_p',
+    'min_p',
+    'top_h',
+    'typical_p',
+    'repetition_penalty',
+    'length_penalty',
+    'no_repeat_ngram_size',
+    'encoder_no_repeat_ngram_size',
+    'encoder_repetition_penalty',
+    'bad_words_ids',
+    'force_words_ids',
+    'num_return_sequences',
+    'forced_bos_token_id',
+    'forced_eos_token_id',
+    'remove_invalid_values',
+    'exponential_decay_length_penalty',
+    'suppress_tokens',
+    'begin_suppress_tokens',
+    'renormalize_logits',
+    'epsilon_cutoff',
+    'eta_cutoff',
+    'guidance_scale',
+    'assistant_confidence_threshold',
+    'assistant_early_exit',
+    'assistant_ensemble_weight',
+    'assistant_lookbehind',
+    'num_assistant_tokens',
+    'num_assistant_tokens_schedule',
+    'target_lookbehind',
+    'cache_implementation',
+    'generation_config',
+    'penalty_alpha',
+    'stop_strings',
+    'max_time',
+    'sequence_bias',
+  ),
+  'is_encoder_decoder': only(False, None),
+  'add_cross_attention': only(False, None),
+  'cross_attention_hidden_size': only(None),
+  'pruned_heads': only({}, None),
+  'quantization_config': only(None),
+  'compression_config': only(None),
+  'per_layer_config': only({}, None),
+  'tie_last_hidden_states': only(True, None),
+  'transformers_weights': only(None),
 }
 LLAMA_MODELS = (
-    'LlamaForCausalLM', 'LLaMAForCausalLM', 'LlamaModel', 'LlamaForSequenceClassification',
-    'LlamaForTokenClassification', 'LlamaForQuestionAnswering')
+  'LlamaForCausalLM',
+  'LLaMAForCausalLM',
+  'LlamaModel',
+  'LlamaForSequenceClassification',
+  'LlamaForTokenClassification',
+  'LlamaForQuestionAnswering',
+)
 CLIP_MODELS = (
-    'CLIPModel', 'CLIPVisionModel', 'CLIPVisionModelWithProjection', 'CLIPTextModel',
-    'CLIPTextModelWithProjection', 'CLIPForImageClassification')
+  'CLIPModel',
+  'CLIPVisionModel',
+  'CLIPVisionModelWithProjection',
+  'CLIPTextModel',
+  'CLIPTextModelWithProjection',
+  'CLIPForImageClassification',
+)
 
 
 def _models(*names: str) -> Rule:
@@ -181,95 +274,101 @@ def _models(*names: str) -> Rule:
 
 
 LLAMA: Table = {
-    'model_type': only('llama'),
-    **COMMON,
-    'architectures': _models(*LLAMA_MODELS),
-    'vocab_size': WIDTH,
-    'hidden_size': WIDTH,
-    'intermediate_size': WIDTH,
-    'num_hidden_layers': LAYERS,
-    'num_attention_heads': WIDTH,
-    'num_key_value_heads': or_null(WIDTH),
-    'head_dim': or_null(whole(2, MOST_HEAD_DIM)),
-    'hidden_act': only('silu'),
-    'max_position_embeddings': POSITIONS,
-    'rms_norm_eps': EPSILON,
-    'rope_theta': POSITIVE,
-    'rope_scaling': or_null(OBJECT),
-    'rope_parameters': or_null(OBJECT),
-    'attention_bias': FLAG,
-    'mlp_bias': FLAG,
-    **neutral(
-        'pretraining_tp', 'max_sequence_length', 'is_llama_config', 'logits_scaling',
-        'resid_pdrop', 'embd_pdrop', 'attn_pdrop'),
-    # Of relatives of LLaMA that compute something else when they have another value.
-    'rope_interleaved': only(False, None),
-    'partial_rotary_factor': only(1.0, None),
-    'no_rope_layers': only([], None),
-    'sliding_window': only(None),
-    'use_sliding_window': only(False, None),
-    'layer_types': or_null(list_of(only('full_attention'), "a list of 'full_attention'")),
-    'is_causal': only(True, None),
-    'use_bidirectional_attention': only(False, None),
-    'activation': only('swiglu', 'silu', None),
-    'use_qk_norm': only(False, None),
-    'qk_layer_norms': only(False, None),
-    'clip_qkv': only(None),
-    'attn_logit_softcapping': only(None),
-    'num_local_experts': only(0, None),
-    'embedding_multiplier': only(1.0, None),
-    'residual_multiplier': only(1.0, None),
-    'attention_multiplier': only(None),
+  'model_type': only('llama'),
+  **COMMON,
+  'architectures': _models(*LLAMA_MODELS),
+  'vocab_size': WIDTH,
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'num_key_value_heads': or_null(WIDTH),
+  'head_dim': or_null(whole(2, MOST_HEAD_DIM)),
+  'hidden_act': only('silu'),
+  'max_position_embeddings': POSITIONS,
+  'rms_norm_eps': EPSILON,
+  'rope_theta': POSITIVE,
+  'rope_scaling': or_null(OBJECT),
+  'rope_parameters': or_null(OBJECT),
+  'attention_bias': FLAG,
+  'mlp_bias': FLAG,
+  **neutral(
+    'pretraining_tp',
+    'max_sequence_length',
+    'is_llama_config',
+    'logits_scaling',
+    'resid_pdrop',
+    'embd_pdrop',
+    'attn_pdrop',
+  ),
+  # Of relatives of LLaMA that compute something else when they have another value.
+  'rope_interleaved': only(False, None),
+  'partial_rotary_factor': only(1.0, None),
+  'no_rope_layers': only([], None),
+  'sliding_window': only(None),
+  'use_sliding_window': only(False, None),
+  'layer_types': or_null(list_of(only('full_attention'), "a list of 'full_attention'")),
+  'is_causal': only(True, None),
+  'use_bidirectional_attention': only(False, None),
+  'activation': only('swiglu', 'silu', None),
+  'use_qk_norm': only(False, None),
+  'qk_layer_norms': only(False, None),
+  'clip_qkv': only(None),
+  'attn_logit_softcapping': only(None),
+  'num_local_experts': only(0, None),
+  'embedding_multiplier': only(1.0, None),
+  'residual_multiplier': only(1.0, None),
+  'attention_multiplier': only(None),
 }
 # Keys of a RoPE description beside its type and base, and which of them each type has.
 ROPE: Table = {
-    'rope_type': TEXT,
-    'type': TEXT,
-    'rope_theta': POSITIVE,
-    'factor': or_null(POSITIVE),
-    'low_freq_factor': or_null(POSITIVE),
-    'high_freq_factor': or_null(POSITIVE),
-    'original_max_position_embeddings': or_null(POSITIONS),
-    'partial_rotary_factor': only(1.0, None),
+  'rope_type': TEXT,
+  'type': TEXT,
+  'rope_theta': POSITIVE,
+  'factor': or_null(POSITIVE),
+  'low_freq_factor': or_null(POSITIVE),
+  'high_freq_factor': or_null(POSITIVE),
+  'original_max_position_embeddings': or_null(POSITIONS),
+  'partial_rotary_factor': only(1.0, None),
 }
 CLIP_COMMON: Table = {
-    'model_type': ANYTHING,
-    **COMMON,
-    'architectures': _models(*CLIP_MODELS),
-    'hidden_size': WIDTH,
-    'intermediate_size': WIDTH,
-    'num_hidden_layers': LAYERS,
-    'num_attention_heads': WIDTH,
-    'hidden_act': only('quick_gelu', 'gelu'),
-    'layer_norm_eps': EPSILON,
+  'model_type': ANYTHING,
+  **COMMON,
+  'architectures': _models(*CLIP_MODELS),
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'hidden_act': only('quick_gelu', 'gelu'),
+  'layer_norm_eps': EPSILON,
 }
 CLIP_VISION: Table = {
-    **CLIP_COMMON,
-    **neutral('projection_dim'),
-    'model_type': only('clip_vision_model'),
-    'num_channels': only(3),
-    'image_size': PIXELS,
-    'patch_size': PIXELS,
+  **CLIP_COMMON,
+  **neutral('projection_dim'),
+  'model_type': only('clip_vision_model'),
+  'num_channels': only(3),
+  'image_size': PIXELS,
+  'patch_size': PIXELS,
 }
 CLIP_TEXT: Table = {
-    **CLIP_COMMON,
-    'model_type': only('clip_text_model'),
-    'vocab_size': WIDTH,
-    'max_position_embeddings': whole(1, MOST_WIDTH),
-    'eos_token_id': ID,
-    'projection_dim': or_null(WIDTH),
+  **CLIP_COMMON,
+  'model_type': only('clip_text_model'),
+  'vocab_size': WIDTH,
+  'max_position_embeddings': whole(1, MOST_WIDTH),
+  'eos_token_id': ID,
+  'projection_dim': or_null(WIDTH),
 }
 # The whole pair; of the two parts, the one that is read is checked by the list above.
 CLIP: Table = {
-    'model_type': only('clip'),
-    **COMMON,
-    **neutral('logit_scale_init_value'),
-    'architectures': _models(*CLIP_MODELS),
-    'projection_dim': or_null(WIDTH),
-    'vision_config': or_null(OBJECT),
-    'text_config': or_null(OBJECT),
-    'vision_config_dict': or_null(OBJECT),
-    'text_config_dict': or_null(OBJECT),
+  'model_type': only('clip'),
+  **COMMON,
+  **neutral('logit_scale_init_value'),
+  'architectures': _models(*CLIP_MODELS),
+  'projection_dim': or_null(WIDTH),
+  'vision_config': or_null(OBJECT),
+  'text_config': or_null(OBJECT),
+  'vision_config_dict': or_null(OBJECT),
+  'text_config_dict': or_null(OBJECT),
 }
 
 # ---- model.safetensors.index.json ----------------------------------------------------------------
@@ -281,18 +380,27 @@ INDEX: Table = {'weight_map': OBJECT, **neutral('metadata')}
 # In words, since null is false in transformers 4 and the default of true in 5.
 ALWAYS = Rule('true', lambda v: v is True)
 THREE = Rule(
-    'a list of three numbers',
-    lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)))
+  'a list of three numbers',
+  lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)),
+)
 THREE_POSITIVE = Rule(
-    'a list of three positive numbers', lambda v: THREE.holds(v) and min(v) > 1e-6)
+  'a list of three positive numbers', lambda v: THREE.holds(v) and min(v) > 1e-6
+)
 RESAMPLING = Rule(
-    '0 (nearest), 1 (Lanczos), 2 (bilinear), 3 (bicubic), 4 (box) or 5 (Hamming)',
-    lambda v: _is_whole(v) and 0 <= v <= 5)
+  '0 (nearest), 1 (Lanczos), 2 (bilinear), 3 (bicubic), 4 (box) or 5 (Hamming)',
+  lambda v: _is_whole(v) and 0 <= v <= 5,
+)
 SIDES = ('shortest_edge', 'height', 'width')
 SIZE = Rule(
-    'one number, {"shortest_edge": ...} or {"height": ..., "width": ...}',
-    lambda v: PIXELS.holds(v) or isinstance(v, dict) and bool(v) and set(v) <= set(SIDES)
-    and all(map(PIXELS.holds, v.values())))
+  'one number, {"shortest_edge": ...} or {"height": ..., "width": ...}',
+  lambda v: (
+    PIXELS.holds(v)
+    or isinstance(v, dict)
+    and bool(v)
+    and set(v) <= set(SIDES)
+    and all(map(PIXELS.holds, v.values()))
+  ),
+)
 PROCESSORS = ('CLIP', 'Siglip', 'ViT')
 
 
@@ -303,95 +411,168 @@ def _processor_names() -> Iterable[str]:
 
 
 PREPROCESSOR: Table = {
-    'image_processor_type': or_null(only(*_processor_names())),
-    'feature_extractor_type': or_null(only(*_processor_names())),
-    'do_resize': ALWAYS,
-    'do_rescale': ALWAYS,
-    'do_normalize': ALWAYS,
-    'do_center_crop': or_null(FLAG),
-    'size': SIZE,
-    'crop_size': or_null(SIZE),
-    'resample': RESAMPLING,
-    'rescale_factor': Rule('1/255', lambda v: _is_number(v) and abs(v - 1 / 255) < 1e-9),
-    'image_mean': THREE,
-    'image_std': THREE_POSITIVE,
-    'default_to_square': or_null(FLAG),
-    'do_pad': only(False, None),
-    'use_square_size': only(False, None),
-    'do_flip_channel_order': only(False, None),
-    'do_reduce_labels': only(False, None),
-    'reducing_gap': only(None),
-    **neutral(
-        'processor_class', 'do_convert_rgb', 'pad_size', 'data_format', 'input_data_format',
-        'device', 'return_tensors', 'disable_grouping', 'image_seq_length',
-        '_valid_processor_keys', 'auto_map', 'transformers_version'),
+  'image_processor_type': or_null(only(*_processor_names())),
+  'feature_extractor_type': or_null(only(*_processor_names())),
+  'do_resize': ALWAYS,
+  'do_rescale': ALWAYS,
+  'do_normalize': ALWAYS,
+  'do_center_crop': or_null(FLAG),
+  'size': SIZE,
+  'crop_size': or_null(SIZE),
+  'resample': RESAMPLING,
+  'rescale_factor': Rule('1/255', lambda v: _is_number(v) and abs(v - 1 / 255) < 1e-9),
+  'image_mean': THREE,
+  'image_std': THREE_POSITIVE,
+  'default_to_square': or_null(FLAG),
+  'do_pad': only(False, None),
+  'use_square_size': only(False, None),
+  'do_flip_channel_order': only(False, None),
+  'do_reduce_labels': only(False, None),
+  'reducing_gap': only(None),
+  **neutral(
+    'processor_class',
+    'do_convert_rgb',
+    'pad_size',
+    'data_format',
+    'input_data_format',
+    'device',
+    'return_tensors',
+    'disable_grouping',
+    'image_seq_length',
+    '_valid_processor_keys',
+    'auto_map',
+    'transformers_version',
+  ),
 }
 PROCESSOR: Table = {
-    'image_processor': OBJECT, **neutral('processor_class', 'auto_map', 'tokenizer')}
+  'image_processor': OBJECT,
+  **neutral('processor_class', 'auto_map', 'tokenizer'),
+}
 
 # ---- tokenizer_config.json, special_tokens_map.json, added_tokens.json ---------------------------
 
-TOKEN = or_null(Rule(
+TOKEN = or_null(
+  Rule(
     'a string, or an object with its "content"',
-    lambda v: _is_text(v) or isinstance(v, dict) and _is_text(v.get('content'))))
-TOKENS = or_null(Rule(
+    lambda v: _is_text(v) or isinstance(v, dict) and _is_text(v.get('content')),
+  )
+)
+TOKENS = or_null(
+  Rule(
     'a list of tokens, or an object name -> token',
-    lambda v: isinstance(v, list | dict) and all(
-        t is not None and TOKEN.holds(t) for t in (v.values() if isinstance(v, dict) else v))))
+    lambda v: (
+      isinstance(v, list | dict)
+      and all(t is not None and TOKEN.holds(t) for t in (v.values() if isinstance(v, dict) else v))
+    ),
+  )
+)
 NAMED_TOKENS = (
-    'bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+  'bos_token',
+  'eos_token',
+  'unk_token',
+  'sep_token',
+  'pad_token',
+  'cls_token',
+  'mask_token',
+)
 
 SPECIAL_TOKENS: Table = {
-    **dict.fromkeys(NAMED_TOKENS, TOKEN),
-    **dict.fromkeys(('extra_special_tokens', 'additional_special_tokens'), TOKENS),
-    'model_specific_special_tokens': or_null(Rule(
-        'an object name -> token', lambda v: isinstance(v, dict) and TOKENS.holds(v))),
+  **dict.fromkeys(NAMED_TOKENS, TOKEN),
+  **dict.fromkeys(('extra_special_tokens', 'additional_special_tokens'), TOKENS),
+  'model_specific_special_tokens': or_null(
+    Rule('an object name -> token', lambda v: isinstance(v, dict) and TOKENS.holds(v))
+  ),
 }
 # Of how a text is cut and which tokens are put around it, tokenizer.json alone decides, as in
 # transformers; this file adds tokens and names them.
 TOKENIZER_CONFIG: Table = {
-    **SPECIAL_TOKENS,
-    'added_tokens_decoder': OBJECT,
-    'split_special_tokens': only(False, None),
-    'truncation_side': only('right', None),
-    'fast_tokenizer_files': or_null(only(['tokenizer.json'])),
-    'auto_map': only(None),
-    **neutral(
-        'tokenizer_class', 'add_bos_token', 'add_eos_token', 'add_prefix_space', 'legacy',
-        'do_lower_case', 'use_fast', 'from_slow', 'backend', 'chat_template', 'chat_control_tokens',
-        'response_schema', 'response_template', 'use_default_system_prompt', 'errors',
-        'clean_up_tokenization_spaces', 'spaces_between_special_tokens', 'model_max_length',
-        'clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output', 'max_len',
-        'max_length', 'stride', 'truncation', 'truncation_strategy', 'padding', 'padding_side',
-        'pad_to_multiple_of', 'pad_token_type_id', 'model_input_names', 'processor_class',
-        'name_or_path', 'special_tokens_map_file', 'tokenizer_file', 'sp_model_kwargs', 'is_local',
-        'local_files_only', 'verbose', 'trust_remote_code', 'use_auth_token', 'token',
-        'return_tensors', 'init_inputs', 'model_type', 'transformers_version', 'device_map',
-        'tokenizer_type', 'unk_token_id', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
+  **SPECIAL_TOKENS,
+  'added_tokens_decoder': OBJECT,
+  'split_special_tokens': only(False, None),
+  'truncation_side': only('right', None),
+  'fast_tokenizer_files': or_null(only(['tokenizer.json'])),
+  'auto_map': only(None),
+  **neutral(
+    'tokenizer_class',
+    'add_bos_token',
+    'add_eos_token',
+    'add_prefix_space',
+    'legacy',
+    'do_lower_case',
+    'use_fast',
+    'from_slow',
+    'backend',
+    'chat_template',
+    'chat_control_tokens',
+    'response_schema',
+    'response_template',
+    'use_default_system_prompt',
+    'errors',
+    'clean_up_tokenization_spaces',
+    'spaces_between_special_tokens',
+    'model_max_length',
+    'clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output',
+    'max_len',
+    'max_length',
+    'stride',
+    'truncation',
+    'truncation_strategy',
+    'padding',
+    'padding_side',
+    'pad_to_multiple_of',
+    'pad_token_type_id',
+    'model_input_names',
+    'processor_class',
+    'name_or_path',
+    'special_tokens_map_file',
+    'tokenizer_file',
+    'sp_model_kwargs',
+    'is_local',
+    'local_files_only',
+    'verbose',
+    'trust_remote_code',
+    'use_auth_token',
+    'token',
+    'return_tensors',
+    'init_inputs',
+    'model_type',
+    'transformers_version',
+    'device_map',
+    'tokenizer_type',
+    'unk_token_id',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+  ),
 }
 ADDED_TOKEN: Table = {
-    'content': NAME,
-    'id': ID,
-    **dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized', 'special'), FLAG),
-    **neutral('__type'),
+  'content': NAME,
+  'id': ID,
+  **dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized', 'special'), FLAG),
+  **neutral('__type'),
 }
 
 # ---- tokenizer.json ------------------------------------------------------------------------------
 
 TOKENIZER: Table = {
-    'version': only('1.0'),
-    'added_tokens': list_of(OBJECT, 'a list of tokens'),
-    'normalizer': or_null(OBJECT),
-    'pre_tokenizer': or_null(OBJECT),
-    'post_processor': or_null(OBJECT),
-    'model': OBJECT,
-    **neutral('truncation', 'padding', 'decoder'),
+  'version': only('1.0'),
+  'added_tokens': list_of(OBJECT, 'a list of tokens'),
+  'normalizer': or_null(OBJECT),
+  'pre_tokenizer': or_null(OBJECT),
+  'post_processor': or_null(OBJECT),
+  'model': OBJECT,
+  **neutral('truncation', 'padding', 'decoder'),
 }
 SHORT = Rule('a string of at most 64 characters', lambda v: _is_text(v) and len(v) <= 64)
 PATTERN = Rule(
-    'an object with one "String" or "Regex"',
-    lambda v: isinstance(v, dict) and len(v) == 1 and set(v) <= {'String', 'Regex'}
-    and all(map(_is_text, v.values())))
+  'an object with one "String" or "Regex"',
+  lambda v: (
+    isinstance(v, dict)
+    and len(v) == 1
+    and set(v) <= {'String', 'Regex'}
+    and all(map(_is_text, v.values()))
+  ),
+)
 
 
 def _of(*lists: str, **rules: Rule) -> Table:
@@ -402,114 +583,145 @@ def _of(*lists: str, **rules: Rule) -> Table:
 # Types of components and their keys; the tokenizers library checks most values. Its trimming of
 # offsets changes no token.
 NORMALIZERS = {
-    **dict.fromkeys(('NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'StripAccents'), _of()),
-    **dict.fromkeys(('Nmt', 'ByteLevel'), _of()),
-    'BertNormalizer': _of(
-        clean_text=FLAG, handle_chinese_chars=FLAG, strip_accents=or_null(FLAG), lowercase=FLAG),
-    'Precompiled': _of(precompiled_charsmap=TEXT),
-    'Prepend': _of(prepend=SHORT),
-    'Replace': _of(pattern=PATTERN, content=SHORT),
-    'Strip': _of(strip_left=FLAG, strip_right=FLAG),
-    'Sequence': _of('normalizers'),
+  **dict.fromkeys(('NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'StripAccents'), _of()),
+  **dict.fromkeys(('Nmt', 'ByteLevel'), _of()),
+  'BertNormalizer': _of(
+    clean_text=FLAG, handle_chinese_chars=FLAG, strip_accents=or_null(FLAG), lowercase=FLAG
+  ),
+  'Precompiled': _of(precompiled_charsmap=TEXT),
+  'Prepend': _of(prepend=SHORT),
+  'Replace': _of(pattern=PATTERN, content=SHORT),
+  'Strip': _of(strip_left=FLAG, strip_right=FLAG),
+  'Sequence': _of('normalizers'),
 }
 PRE_TOKENIZERS = {
-    **dict.fromkeys(('BertPreTokenizer', 'UnicodeScripts', 'Whitespace', 'WhitespaceSplit'), _of()),
-    'ByteLevel': _of(add_prefix_space=FLAG, trim_offsets=FLAG, use_regex=FLAG),
-    'CharDelimiterSplit': _of(delimiter=TEXT),
-    'Digits': _of(individual_digits=FLAG),
-    'FixedLength': _of(length=whole(1, 1 << 20)),
-    'Metaspace': _of(
-        replacement=TEXT, prepend_scheme=only('always', 'first', 'never'), split=FLAG,
-        add_prefix_space=FLAG, str_rep=TEXT),
-    'Punctuation': _of(behavior=TEXT),
-    'Split': _of(pattern=PATTERN, behavior=TEXT, invert=FLAG),
-    'Sequence': _of('pretokenizers'),
+  **dict.fromkeys(('BertPreTokenizer', 'UnicodeScripts', 'Whitespace', 'WhitespaceSplit'), _of()),
+  'ByteLevel': _of(add_prefix_space=FLAG, trim_offsets=FLAG, use_regex=FLAG),
+  'CharDelimiterSplit': _of(delimiter=TEXT),
+  'Digits': _of(individual_digits=FLAG),
+  'FixedLength': _of(length=whole(1, 1 << 20)),
+  'Metaspace': _of(
+    replacement=TEXT,
+    prepend_scheme=only('always', 'first', 'never'),
+    split=FLAG,
+    add_prefix_space=FLAG,
+    str_rep=TEXT,
+  ),
+  'Punctuation': _of(behavior=TEXT),
+  'Split': _of(pattern=PATTERN, behavior=TEXT, invert=FLAG),
+  'Sequence': _of('pretokenizers'),
 }
 _AROUND = {'sep': ANYTHING, 'cls': ANYTHING, 'trim_offsets': FLAG, 'add_prefix_space': FLAG}
 POST_PROCESSORS = {
-    'ByteLevel': PRE_TOKENIZERS['ByteLevel'],
-    'BertProcessing': _of(**_AROUND),
-    'RobertaProcessing': _of(**_AROUND),
-    'TemplateProcessing': _of(
-        single=list_of(OBJECT, 'a list of pieces'), pair=ANYTHING, special_tokens=OBJECT),
-    'Sequence': _of('processors'),
+  'ByteLevel': PRE_TOKENIZERS['ByteLevel'],
+  'BertProcessing': _of(**_AROUND),
+  'RobertaProcessing': _of(**_AROUND),
+  'TemplateProcessing': _of(
+    single=list_of(OBJECT, 'a list of pieces'), pair=ANYTHING, special_tokens=OBJECT
+  ),
+  'Sequence': _of('processors'),
 }
 _VOCAB = {'vocab': Rule('an object or a list', lambda v: isinstance(v, dict | list))}
 MODELS = {
-    'BPE': _of(
-        **_VOCAB, merges=Rule('a list', lambda v: isinstance(v, list)), dropout=only(None, 0.0),
-        unk_token=or_null(TEXT), continuing_subword_prefix=only('', None),
-        end_of_word_suffix=or_null(SHORT), fuse_unk=FLAG, byte_fallback=FLAG, ignore_merges=FLAG),
-    'Unigram': _of(**_VOCAB, unk_id=or_null(ID), byte_fallback=FLAG),
-    'WordLevel': _of(**_VOCAB, unk_token=TEXT),
-    'WordPiece': _of(
-        **_VOCAB, unk_token=TEXT, continuing_subword_prefix=SHORT,
-        max_input_chars_per_word=whole(1, 1 << 20)),
+  'BPE': _of(
+    **_VOCAB,
+    merges=Rule('a list', lambda v: isinstance(v, list)),
+    dropout=only(None, 0.0),
+    unk_token=or_null(TEXT),
+    continuing_subword_prefix=only('', None),
+    end_of_word_suffix=or_null(SHORT),
+    fuse_unk=FLAG,
+    byte_fallback=FLAG,
+    ignore_merges=FLAG,
+  ),
+  'Unigram': _of(**_VOCAB, unk_id=or_null(ID), byte_fallback=FLAG),
+  'WordLevel': _of(**_VOCAB, unk_token=TEXT),
+  'WordPiece': _of(
+    **_VOCAB,
+    unk_token=TEXT,
+    continuing_subword_prefix=SHORT,
+    max_input_chars_per_word=whole(1, 1 << 20),
+  ),
 }
 
 # ---- GGUF ----------------------------------------------------------------------------------------
 
 ARRAY = Rule('an array', lambda v: not isinstance(v, str | bytes) and hasattr(v, '__len__'))
 GGUF: Table = {
-    'general.architecture': only('llama'),
-    'general.type': only('model'),
-    'general.alignment': Rule(
-        'a power of two from 8 to 65536',
-        lambda v: _is_whole(v) and 8 <= v <= 1 << 16 and v & (v - 1) == 0),
-    'general.quantization_version': only(2),
-    'general.*': ANYTHING,
-    'llama.embedding_length': WIDTH,
-    'llama.feed_forward_length': WIDTH,
-    'llama.block_count': LAYERS,
-    'llama.vocab_size': WIDTH,
-    'llama.context_length': POSITIONS,
-    'llama.attention.head_count': WIDTH,
-    'llama.attention.head_count_kv': WIDTH,
-    'llama.attention.key_length': whole(2, MOST_HEAD_DIM),
-    'llama.attention.value_length': whole(2, MOST_HEAD_DIM),
-    'llama.attention.layer_norm_rms_epsilon': EPSILON,
-    'llama.attention.causal': only(True),
-    'llama.attention.sliding_window': only(0),
-    'llama.rope.dimension_count': whole(2, MOST_HEAD_DIM),
-    'llama.rope.freq_base': POSITIVE,
-    'llama.rope.scaling.type': only('none', 'linear'),
-    'llama.rope.scaling.factor': number(-1e-30, 1e30),
-    'llama.rope.scale_linear': number(-1e-30, 1e30),
-    'llama.rope.scaling.attn_factor': only(0.0, 1.0),
-    'llama.expert_count': only(0),
-    'llama.expert_used_count': only(0),
-    'llama.use_parallel_residual': only(False),
-    'llama.tensor_data_layout': only('Meta AI original pth'),
-    **neutral(
-        'llama.rope.scaling.original_context_length', 'llama.rope.scaling.finetuned',
-        'llama.logit_scale', 'llama.pooling_type'),
-    'split.no': whole(0, 1 << 16),
-    'split.count': whole(0, 1 << 16),
-    'split.tensors.count': whole(0, 1 << 24),
-    'tokenizer.ggml.model': only('gpt2', 'llama'),
-    'tokenizer.ggml.pre': TEXT,
-    'tokenizer.ggml.tokens': ARRAY,
-    'tokenizer.ggml.scores': ARRAY,
-    'tokenizer.ggml.token_type': ARRAY,
-    'tokenizer.ggml.merges': ARRAY,
-    'tokenizer.ggml.bos_token_id': ID,
-    'tokenizer.ggml.eos_token_id': ID,
-    'tokenizer.ggml.padding_token_id': ID,
-    'tokenizer.ggml.add_bos_token': FLAG,
-    'tokenizer.ggml.add_eos_token': FLAG,
-    'tokenizer.ggml.add_sep_token': only(False),
-    'tokenizer.ggml.add_space_prefix': FLAG,
-    'tokenizer.ggml.remove_extra_whitespaces': only(False),
-    'tokenizer.ggml.escape_whitespaces': only(True),
-    **neutral(
-        'tokenizer.ggml.unknown_token_id', 'tokenizer.ggml.seperator_token_id',
-        'tokenizer.ggml.separator_token_id', 'tokenizer.ggml.cls_token_id',
-        'tokenizer.ggml.mask_token_id', 'tokenizer.ggml.eot_token_id',
-        'tokenizer.ggml.eom_token_id', 'tokenizer.ggml.eog_token_ids',
-        'tokenizer.ggml.eos_token_ids',
-        'tokenizer.ggml.middle_token_id', 'tokenizer.ggml.prefix_token_id',
-        'tokenizer.ggml.suffix_token_id', 'tokenizer.ggml.token_type_count'),
-    **neutral(
-        'tokenizer.ggml.fim_*', 'tokenizer.chat_template*', 'tokenizer.huggingface.json',
-        'quantize.*', 'mradermacher.*'),
+  'general.architecture': only('llama'),
+  'general.type': only('model'),
+  'general.alignment': Rule(
+    'a power of two from 8 to 65536',
+    lambda v: _is_whole(v) and 8 <= v <= 1 << 16 and v & (v - 1) == 0,
+  ),
+  'general.quantization_version': only(2),
+  'general.*': ANYTHING,
+  'llama.embedding_length': WIDTH,
+  'llama.feed_forward_length': WIDTH,
+  'llama.block_count': LAYERS,
+  'llama.vocab_size': WIDTH,
+  'llama.context_length': POSITIONS,
+  'llama.attention.head_count': WIDTH,
+  'llama.attention.head_count_kv': WIDTH,
+  'llama.attention.key_length': whole(2, MOST_HEAD_DIM),
+  'llama.attention.value_length': whole(2, MOST_HEAD_DIM),
+  'llama.attention.layer_norm_rms_epsilon': EPSILON,
+  'llama.attention.causal': only(True),
+  'llama.attention.sliding_window': only(0),
+  'llama.rope.dimension_count': whole(2, MOST_HEAD_DIM),
+  'llama.rope.freq_base': POSITIVE,
+  'llama.rope.scaling.type': only('none', 'linear'),
+  'llama.rope.scaling.factor': number(-1e-30, 1e30),
+  'llama.rope.scale_linear': number(-1e-30, 1e30),
+  'llama.rope.scaling.attn_factor': only(0.0, 1.0),
+  'llama.expert_count': only(0),
+  'llama.expert_used_count': only(0),
+  'llama.use_parallel_residual': only(False),
+  'llama.tensor_data_layout': only('Meta AI original pth'),
+  **neutral(
+    'llama.rope.scaling.original_context_length',
+    'llama.rope.scaling.finetuned',
+    'llama.logit_scale',
+    'llama.pooling_type',
+  ),
+  'split.no': whole(0, 1 << 16),
+  'split.count': whole(0, 1 << 16),
+  'split.tensors.count': whole(0, 1 << 24),
+  'tokenizer.ggml.model': only('gpt2', 'llama'),
+  'tokenizer.ggml.pre': TEXT,
+  'tokenizer.ggml.tokens': ARRAY,
+  'tokenizer.ggml.scores': ARRAY,
+  'tokenizer.ggml.token_type': ARRAY,
+  'tokenizer.ggml.merges': ARRAY,
+  'tokenizer.ggml.bos_token_id': ID,
+  'tokenizer.ggml.eos_token_id': ID,
+  'tokenizer.ggml.padding_token_id': ID,
+  'tokenizer.ggml.add_bos_token': FLAG,
+  'tokenizer.ggml.add_eos_token': FLAG,
+  'tokenizer.ggml.add_sep_token': only(False),
+  'tokenizer.ggml.add_space_prefix': FLAG,
+  'tokenizer.ggml.remove_extra_whitespaces': only(False),
+  'tokenizer.ggml.escape_whitespaces': only(True),
+  **neutral(
+    'tokenizer.ggml.unknown_token_id',
+    'tokenizer.ggml.seperator_token_id',
+    'tokenizer.ggml.separator_token_id',
+    'tokenizer.ggml.cls_token_id',
+    'tokenizer.ggml.mask_token_id',
+    'tokenizer.ggml.eot_token_id',
+    'tokenizer.ggml.eom_token_id',
+    'tokenizer.ggml.eog_token_ids',
+    'tokenizer.ggml.eos_token_ids',
+    'tokenizer.ggml.middle_token_id',
+    'tokenizer.ggml.prefix_token_id',
+    'tokenizer.ggml.suffix_token_id',
+    'tokenizer.ggml.token_type_count',
+  ),
+  **neutral(
+    'tokenizer.ggml.fim_*',
+    'tokenizer.chat_template*',
+    'tokenizer.huggingface.json',
+    'quantize.*',
+    'mradermacher.*',
+  ),
 }

@@ -53,56 +53,88 @@ def _unpatched(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
 
 AS_IS = Transform(lambda ours: ours, lambda w: w, np.reshape)
 FLAT = Transform(lambda ours: (math.prod(ours),), lambda w: w, np.reshape)
-DENSE = Transform(lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T, _turned)  # [out, in] -> [in, out...]
-DENSE_OUT = Transform(lambda ours: (ours[-1], math.prod(ours[:-1])), lambda w: w.T, _turned)  # [out, in] -> [in..., out]
+DENSE = Transform(
+  lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T, _turned
+)  # [out, in] -> [in, out...]
+DENSE_OUT = Transform(
+  lambda ours: (ours[-1], math.prod(ours[:-1])), lambda w: w.T, _turned
+)  # [out, in] -> [in..., out]
 PATCHES = Transform(
-    lambda ours: (ours[1], 3, math.isqrt(ours[0] // 3), math.isqrt(ours[0] // 3)), lambda w: w.transpose(2, 3, 1, 0), _unpatched)
+  lambda ours: (ours[1], 3, math.isqrt(ours[0] // 3), math.isqrt(ours[0] // 3)),
+  lambda w: w.transpose(2, 3, 1, 0),
+  _unpatched,
+)
 
-# Hugging Face tensor ({} is the layer) -> path of our parameter, transform. Entries for biases that a configuration does not have are void.
+# Hugging Face tensor ({} is the layer) -> path of our parameter, transform. Entries for biases that
+# a configuration does not have are void.
 NORM = (('weight', 'scale'), ('bias', 'bias'))
 LINEAR = (('weight', 'kernel', DENSE), ('bias', 'bias', FLAT))
 CLIP_LAYER = {
-    **{f'encoder.layers.{{}}.layer_norm1.{theirs}': (f'layers/attention_norm/{ours}', AS_IS) for theirs, ours in NORM},
-    **{f'encoder.layers.{{}}.layer_norm2.{theirs}': (f'layers/mlp_norm/{ours}', AS_IS) for theirs, ours in NORM},
-    **{f'encoder.layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in 'qkv' for theirs, ours, how in LINEAR},
-    'encoder.layers.{}.self_attn.out_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
-    'encoder.layers.{}.self_attn.out_proj.bias': ('layers/o_proj/bias', FLAT),
-    **{f'encoder.layers.{{}}.mlp.fc1.{theirs}': (f'layers/up_proj/{ours}', how) for theirs, ours, how in LINEAR},
-    **{f'encoder.layers.{{}}.mlp.fc2.{theirs}': (f'layers/down_proj/{ours}', how) for theirs, ours, how in LINEAR},
+  **{
+    f'encoder.layers.{{}}.layer_norm1.{theirs}': (f'layers/attention_norm/{ours}', AS_IS)
+    for theirs, ours in NORM
+  },
+  **{
+    f'encoder.layers.{{}}.layer_norm2.{theirs}': (f'layers/mlp_norm/{ours}', AS_IS)
+    for theirs, ours in NORM
+  },
+  **{
+    f'encoder.layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how)
+    for p in 'qkv'
+    for theirs, ours, how in LINEAR
+  },
+  'encoder.layers.{}.self_attn.out_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
+  'encoder.layers.{}.self_attn.out_proj.bias': ('layers/o_proj/bias', FLAT),
+  **{
+    f'encoder.layers.{{}}.mlp.fc1.{theirs}': (f'layers/up_proj/{ours}', how)
+    for theirs, ours, how in LINEAR
+  },
+  **{
+    f'encoder.layers.{{}}.mlp.fc2.{theirs}': (f'layers/down_proj/{ours}', how)
+    for theirs, ours, how in LINEAR
+  },
 }
 MAPS = {
-    'text': {
-        'embed_tokens.weight': ('embedding', AS_IS),
-        'norm.weight': ('norm/scale', AS_IS),
-        'layers.{}.input_layernorm.weight': ('layers/input_norm/scale', AS_IS),
-        'layers.{}.post_attention_layernorm.weight': ('layers/mlp_norm/scale', AS_IS),
-        **{f'layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in 'qkv' for theirs, ours, how in LINEAR},
-        'layers.{}.self_attn.o_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
-        'layers.{}.self_attn.o_proj.bias': ('layers/o_proj/bias', FLAT),
-        **{f'layers.{{}}.mlp.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how) for p in ('gate', 'up', 'down') for theirs, ours, how in LINEAR},
+  'text': {
+    'embed_tokens.weight': ('embedding', AS_IS),
+    'norm.weight': ('norm/scale', AS_IS),
+    'layers.{}.input_layernorm.weight': ('layers/input_norm/scale', AS_IS),
+    'layers.{}.post_attention_layernorm.weight': ('layers/mlp_norm/scale', AS_IS),
+    **{
+      f'layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how)
+      for p in 'qkv'
+      for theirs, ours, how in LINEAR
     },
-    'image': {
-        'embeddings.class_embedding': ('class_embedding', AS_IS),
-        'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
-        'embeddings.patch_embedding.weight': ('patch_kernel', PATCHES),
-        **{f'pre_layrnorm.{theirs}': (f'pre_norm/{ours}', AS_IS) for theirs, ours in NORM},
-        **CLIP_LAYER,
-        **{f'post_layernorm.{theirs}': (f'post_norm/{ours}', AS_IS) for theirs, ours in NORM},
+    'layers.{}.self_attn.o_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
+    'layers.{}.self_attn.o_proj.bias': ('layers/o_proj/bias', FLAT),
+    **{
+      f'layers.{{}}.mlp.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how)
+      for p in ('gate', 'up', 'down')
+      for theirs, ours, how in LINEAR
     },
-    'clip_text': {
-        'embeddings.token_embedding.weight': ('token_embedding', AS_IS),
-        'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
-        **CLIP_LAYER,
-        **{f'final_layer_norm.{theirs}': (f'final_norm/{ours}', AS_IS) for theirs, ours in NORM},
-        'text_projection.weight': ('projection', DENSE),
-    },
+  },
+  'image': {
+    'embeddings.class_embedding': ('class_embedding', AS_IS),
+    'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
+    'embeddings.patch_embedding.weight': ('patch_kernel', PATCHES),
+    **{f'pre_layrnorm.{theirs}': (f'pre_norm/{ours}', AS_IS) for theirs, ours in NORM},
+    **CLIP_LAYER,
+    **{f'post_layernorm.{theirs}': (f'post_norm/{ours}', AS_IS) for theirs, ours in NORM},
+  },
+  'clip_text': {
+    'embeddings.token_embedding.weight': ('token_embedding', AS_IS),
+    'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
+    **CLIP_LAYER,
+    **{f'final_layer_norm.{theirs}': (f'final_norm/{ours}', AS_IS) for theirs, ours in NORM},
+    'text_projection.weight': ('projection', DENSE),
+  },
 }
 # Tensors that the towers have no use for.
 IGNORED = {
-    'text': r'lm_head\.weight|score\.(weight|bias)|.*rotary_emb\.inv_freq',
-    'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids|'
-             r'(classifier|post_layernorm)\.(weight|bias)',
-    'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
+  'text': r'lm_head\.weight|score\.(weight|bias)|.*rotary_emb\.inv_freq',
+  'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids|'
+  r'(classifier|post_layernorm)\.(weight|bias)',
+  'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
 }
 MOST_NAMED = 40  # Unfit tensors in one error.
 MODULES = {'text': Llama, 'clip_text': ClipText, 'image': ClipVision}
@@ -146,8 +178,15 @@ def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> Tower
 
 
 def load_tower(
-    path: str, *, kind: str, dtype: Any, attention: str, quantization: str = 'none', shardings: Callable[[Any], Any] | None = None,
-    with_pool: bool = False) -> Tower:
+  path: str,
+  *,
+  kind: str,
+  dtype: Any,
+  attention: str,
+  quantization: str = 'none',
+  shardings: Callable[[Any], Any] | None = None,
+  with_pool: bool = False,
+) -> Tower:
   """Loads a tower.
 
   Args:
@@ -155,8 +194,10 @@ def load_tower(
     kind: 'text' (LLaMA), 'clip_text' or 'image'.
     dtype: of weights and computation, 'float32' or 'bfloat16'.
     attention: 'xla' or 'cudnn'.
-    quantization: 'none', 'int8' or 'int4', of the layers' matrices; each is quantised as it is read.
-    shardings: maps the abstract parameters (boxed with their logical axes) to a pytree of shardings; None: the default device.
+    quantization: 'none', 'int8' or 'int4', of the layers' matrices; each is quantised as it is
+      read.
+    shardings: maps the abstract parameters (boxed with their logical axes) to a pytree of
+      shardings; None: the default device.
     with_pool: load an image tower's final norm too, which only `ClipVision.pooled` reads.
 
   Raises:
@@ -197,9 +238,10 @@ def _check_memory(path: str, final: Any, places: Any) -> None:
 def _too_large(path: str, final: Any, than: str) -> str:
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(final))
   return (
-      f'{path}: the tower takes {size / 1e9:.1f} GB for each of its copies, more {than}: give a '
-      'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in '
-      'mesh.model')
+    f'{path}: the tower takes {size / 1e9:.1f} GB for each of its copies, more {than}: give a '
+    'smaller one, backbones.dtype=bfloat16, backbones.quantization, or more devices in '
+    'mesh.model'
+  )
 
 
 def total_memory() -> int:
@@ -213,10 +255,17 @@ def total_memory() -> int:
   return most
 
 
-def make_module(files: TowerFiles, *, dtype: Any, attention: str, with_pool: bool = False) -> Llama | ClipText | ClipVision:
+def make_module(
+  files: TowerFiles, *, dtype: Any, attention: str, with_pool: bool = False
+) -> Llama | ClipText | ClipVision:
   """The Linen module of a tower; a CLIP text tower has the projection that its file has."""
-  options = {'image': {'with_pool': with_pool}, 'clip_text': {'with_projection': 'text_projection.weight' in (files.shapes or ())}}
-  return MODULES[files.kind](files.architecture, jnp.dtype(dtype), attention, **options.get(files.kind, {}))
+  options = {
+    'image': {'with_pool': with_pool},
+    'clip_text': {'with_projection': 'text_projection.weight' in (files.shapes or ())},
+  }
+  return MODULES[files.kind](
+    files.architecture, jnp.dtype(dtype), attention, **options.get(files.kind, {})
+  )
 
 
 def abstract_params(module: Llama | ClipText | ClipVision) -> Any:
@@ -226,13 +275,20 @@ def abstract_params(module: Llama | ClipText | ClipVision) -> Any:
     example = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
   else:
     example = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-  return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)['params']
+  return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)[
+    'params'
+  ]
 
 
 def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
   identity = files.identity
-  if quantization != 'none':  # Its taps are others: a head, or a store of taps, belongs to this tower quantised in this way.
-    mixed = hashlib.sha256(f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'.encode()).hexdigest()
+  if (
+    quantization != 'none'
+    # Its taps are others: a head, or a store of taps, belongs to this tower quantised in this way.
+  ):
+    mixed = hashlib.sha256(
+      f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'.encode()
+    ).hexdigest()
     identity = {**identity, 'sha256': mixed, 'quantization': quantization}
   text = files.tokenizer() if files.kind != 'image' else None
   image = files.preprocess() if files.kind == 'image' else None
@@ -251,9 +307,16 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _load(
-    files: TowerFiles, plan: dict[str, tuple[list[str], tuple[int, ...], Transform]], abstract: Any,
-    final: Any, places: Any, hows: dict[str, quantize.How]) -> Any:
-  """Fills the parameters from disk; one tensor at a time is in host memory, and in full precision on the device."""
+  files: TowerFiles,
+  plan: dict[str, tuple[list[str], tuple[int, ...], Transform]],
+  abstract: Any,
+  final: Any,
+  places: Any,
+  hows: dict[str, quantize.How],
+) -> Any:
+  """Fills the parameters from disk; one tensor at a time is in host memory, and in full precision
+  on the device.
+  """
   wanted, final, places = _flat(abstract), _flat(final), _flat(places)
   flat = {}
   for path, (names, source_shape, transform) in plan.items():
@@ -263,36 +326,48 @@ def _load(
     fill = _fill(transform, shape, stacked, hows.get(path), places[path])
     for layer, name in enumerate(names):
       # Waiting keeps a single tensor alive; the buffer is donated and filled in place.
-      buffer, finite = jax.block_until_ready(
-          fill(buffer, files.read(name, source_shape), layer))
+      buffer, finite = jax.block_until_ready(fill(buffer, files.read(name, source_shape), layer))
       if not finite:
         raise UserError(
-            f'{files.identity["path"]}: {name} holds NaN or infinity: the weights are damaged; '
-            'download or save them again')
+          f'{files.identity["path"]}: {name} holds NaN or infinity: the weights are damaged; '
+          'download or save them again'
+        )
     flat[path] = _pack(buffer, final[path], places[path])
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def _zeros(abstract: Any, place: Any) -> Any:
-  """An empty parameter. Of int4 it is int8 until it is full: an update of packed numbers would unpack all of them each time."""
+  """An empty parameter. Of int4 it is int8 until it is full: an update of packed numbers would
+  unpack all of them each time.
+  """
+
   def zeros(x):
     return jnp.zeros(x.shape, jnp.int8 if x.dtype == jnp.int4 else x.dtype)
+
   return jax.jit(lambda: jax.tree.map(zeros, abstract), out_shardings=place)()
 
 
 def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
   """The full buffer in its final types."""
-  if all(x.dtype == to.dtype for x, to in zip(jax.tree.leaves(buffer), jax.tree.leaves(abstract), strict=True)):
+  if all(
+    x.dtype == to.dtype
+    for x, to in zip(jax.tree.leaves(buffer), jax.tree.leaves(abstract), strict=True)
+  ):
     return buffer
-  return jax.jit(lambda b: jax.tree.map(lambda x, to: x.astype(to.dtype), b, abstract), out_shardings=place)(buffer)
+  return jax.jit(
+    lambda b: jax.tree.map(lambda x, to: x.astype(to.dtype), b, abstract), out_shardings=place
+  )(buffer)
 
 
 @functools.cache
-def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any):
+def _fill(
+  transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any
+):
   """Compiled: (parameter, tensor, layer) -> parameter with the tensor in it, whether it is finite.
 
   The tensor is reordered, and quantised where its parameter is.
   """
+
   def fill(buffer, w, layer):
     new = transform.reorder(w).reshape(shape)
     if how is None:  # A number can be too large for the type in which it is computed with.
@@ -303,11 +378,12 @@ def _fill(transform: Transform, shape: tuple[int, ...], stacked: bool, how: quan
       put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
       new = jax.tree.map(lambda old, one: put(old, one.astype(old.dtype)), buffer, new)
     return new, finite
+
   return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
 
 
 def _plan(
-    files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct], *, complete: bool = True
+  files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct], *, complete: bool = True
 ) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
   """Returns our path -> (Hugging Face tensors, one a layer, their shape, their transform).
 
@@ -331,10 +407,16 @@ def _plan(
   if files.shapes is None:
     return plan
   for names, expected, _ in plan.values():
-    wrong += [f'{n} has shape {files.shapes[n]} instead of {expected}' for n in names if files.shapes.get(n, expected) != expected]
     wrong += [
-        f'{n} has type {files.types[n]} instead of {", ".join(WEIGHT_TYPES)}'
-        for n in names if n in files.types]
+      f'{n} has shape {files.shapes[n]} instead of {expected}'
+      for n in names
+      if files.shapes.get(n, expected) != expected
+    ]
+    wrong += [
+      f'{n} has type {files.types[n]} instead of {", ".join(WEIGHT_TYPES)}'
+      for n in names
+      if n in files.types
+    ]
   used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
   unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
@@ -344,12 +426,16 @@ def _plan(
       faults.append(f'{fault}: {", ".join(_by_layer(names))}')
   faults += wrong[:MOST_NAMED] + [f'{len(wrong) - MOST_NAMED} more'] * (len(wrong) > MOST_NAMED)
   if faults:
-    raise UserError(f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); ' + '; '.join(faults))
+    raise UserError(
+      f'{files.identity["path"]}: the tensors do not fit the configuration ({files.architecture}); '
+      + '; '.join(faults)
+    )
   return plan
 
 
 def hugging_face_tensors(params: Any, *, kind: str) -> dict[str, np.ndarray]:
-  """The way back from `load_tower`: Hugging Face tensor name -> tensor, in Hugging Face's orientation and without a prefix.
+  """The way back from `load_tower`: Hugging Face tensor name -> tensor, in Hugging Face's
+  orientation and without a prefix.
 
   Args:
     params: a tower's parameters, unboxed, not quantised.
@@ -360,7 +446,9 @@ def hugging_face_tensors(params: Any, *, kind: str) -> dict[str, np.ndarray]:
   for template, (path, transform) in MAPS[kind].items():
     if path in flat:
       for layer, w in enumerate(flat[path] if path.startswith('layers/') else flat[path][None]):
-        out[template.format(layer)] = np.ascontiguousarray(transform.restore(w, transform.source_shape(w.shape)))
+        out[template.format(layer)] = np.ascontiguousarray(
+          transform.restore(w, transform.source_shape(w.shape))
+        )
   return out
 
 

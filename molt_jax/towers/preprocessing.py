@@ -34,16 +34,28 @@ class ImageSpec:
 # shortest one.
 _HALVES = [0.5, 0.5, 0.5]
 _CLIP: dict[str, Any] = {
-    'resample': 3, 'image_mean': list(ImageSpec.mean), 'image_std': list(ImageSpec.std),
-    'do_center_crop': True, 'default_to_square': False}
+  'resample': 3,
+  'image_mean': list(ImageSpec.mean),
+  'image_std': list(ImageSpec.std),
+  'do_center_crop': True,
+  'default_to_square': False,
+}
 DEFAULTS = {
-    'CLIP': _CLIP,
-    'Siglip': {
-        'resample': 3, 'image_mean': _HALVES, 'image_std': _HALVES, 'do_center_crop': False,
-        'default_to_square': False},
-    'ViT': {
-        'resample': 2, 'image_mean': _HALVES, 'image_std': _HALVES, 'do_center_crop': False,
-        'default_to_square': True},
+  'CLIP': _CLIP,
+  'Siglip': {
+    'resample': 3,
+    'image_mean': _HALVES,
+    'image_std': _HALVES,
+    'do_center_crop': False,
+    'default_to_square': False,
+  },
+  'ViT': {
+    'resample': 2,
+    'image_mean': _HALVES,
+    'image_std': _HALVES,
+    'do_center_crop': False,
+    'default_to_square': True,
+  },
 }
 
 
@@ -75,28 +87,31 @@ def _spec(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:
   c = {**default, **found}
   if c['do_center_crop'] is None and default['do_center_crop']:
     raise UserError(
-        f'{where} has do_center_crop = null, which is false in transformers 4 and true in 5; '
-        f'write which of the two is meant')
+      f'{where} has do_center_crop = null, which is false in transformers 4 and true in 5; '
+      f'write which of the two is meant'
+    )
   size = _as_sides(c.get('size', image_size), c['default_to_square'])
   if size.keys() == {'shortest_edge'} and not c['do_center_crop']:
     raise UserError(
-        f'{where} resizes the shortest side (size = {files.shown(size)}) and crops nothing; '
-        f'implemented: do_center_crop = true, or size = {{"height": ..., "width": ...}}')
+      f'{where} resizes the shortest side (size = {files.shown(size)}) and crops nothing; '
+      f'implemented: do_center_crop = true, or size = {{"height": ..., "width": ...}}'
+    )
   crop = {'height': image_size, 'width': image_size}
   if c['do_center_crop']:
     crop = _as_sides(c.get('crop_size') or image_size, True)
   if crop.keys() != {'height', 'width'}:
     raise UserError(
-        f'{where} has crop_size = {files.shown(crop)}; implemented: one number, or '
-        f'{{"height": ..., "width": ...}}')
+      f'{where} has crop_size = {files.shown(crop)}; implemented: one number, or '
+      f'{{"height": ..., "width": ...}}'
+    )
   sides = {*size.values(), *crop.values()}
   if sides != {image_size}:
     raise UserError(
-        f'{where} asks for images of {sorted(sides)} pixels, the tower reads {image_size} '
-        f'(square); another size or a crop of a larger image is not implemented')
+      f'{where} asks for images of {sorted(sides)} pixels, the tower reads {image_size} '
+      f'(square); another size or a crop of a larger image is not implemented'
+    )
   resize = 'crop' if 'shortest_edge' in size else 'squash'
-  return ImageSpec(
-      image_size, tuple(c['image_mean']), tuple(c['image_std']), c['resample'], resize)
+  return ImageSpec(image_size, tuple(c['image_mean']), tuple(c['image_std']), c['resample'], resize)
 
 
 def _as_sides(size: int | Mapping[str, int], square: bool | None) -> Mapping[str, int]:

@@ -24,7 +24,8 @@ MANY = 16  # A part that may repeat more often counts as one without an upper bo
 _QUANTIFIER = re.compile(r'[*+?]|\{\d+\}|\{\d*,\d+\}|\{\d+,\}')
 _GROUP = re.compile(r'\((\?(?:<?[=!]|[>:]|<[A-Za-z]\w*>|[a-wyz]*(?:-[a-z]+)?[:)]))?')
 _ESCAPE = re.compile(
-    r'\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.)', re.S)
+  r'\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.)', re.S
+)
 _REFUSED_ESCAPES = '123456789kgKXQE'
 
 
@@ -81,9 +82,12 @@ class _Reader:
         parts.append(self._part(depth))
     branches.append(_sequence(parts))
     return _Part(
-        need=all(b.need for b in branches), unbounded=max(b.unbounded for b in branches),
-        open_end=any(b.open_end for b in branches), plain=len(branches) == 1 and branches[0].plain,
-        ways=sum(b.ways for b in branches))
+      need=all(b.need for b in branches),
+      unbounded=max(b.unbounded for b in branches),
+      open_end=any(b.open_end for b in branches),
+      plain=len(branches) == 1 and branches[0].plain,
+      ways=sum(b.ways for b in branches),
+    )
 
   def _part(self, depth: int) -> _Part:
     part = self._atom(depth)
@@ -93,7 +97,7 @@ class _Reader:
     low, high = _bounds(found[0])
     if self.at < len(self.pattern) and self.pattern[self.at] in '?+' and found[0][0] != '{':
       self.at += 1  # Lazy or possessive.
-    elif self.pattern[self.at:self.at + 1] == '?':
+    elif self.pattern[self.at : self.at + 1] == '?':
       self.at += 1
     if _QUANTIFIER.match(self.pattern, self.at):
       raise Unsafe(f'something is repeated repeatedly at character {self.at}')
@@ -103,7 +107,8 @@ class _Reader:
       return _Part(need=low > 0, unbounded=1, plain=False)
     ways = part.ways + 1 if high == 1 else int(high) - low + 1
     return dataclasses.replace(
-        part, need=part.need and low > 0, plain=part.plain and low == high, ways=ways)
+      part, need=part.need and low > 0, plain=part.plain and low == high, ways=ways
+    )
 
   def _atom(self, depth: int) -> _Part:
     start = self.at
@@ -115,7 +120,7 @@ class _Reader:
     elif first == '\\':
       found = _ESCAPE.match(self.pattern, start)
       if not found or found[0][1] in _REFUSED_ESCAPES:
-        raise Unsafe(f'{self.pattern[start:start + 2]} at character {start} is not accepted')
+        raise Unsafe(f'{self.pattern[start : start + 2]} at character {start} is not accepted')
       self.at = found.end()
     elif first in '*+?':
       raise Unsafe(f'nothing to repeat at character {start}')
@@ -128,7 +133,7 @@ class _Reader:
     kind = found[1] or ''
     self.at = found.end()
     if not kind and self.pattern.startswith('?', self.at):
-      found = self.pattern[self.at - 1:self.at + 3]
+      found = self.pattern[self.at - 1 : self.at + 3]
       raise Unsafe(f'{found} at character {self.at} is not accepted')
     if kind.endswith(')'):  # Flags for the rest.
       return _Part(need=False)
@@ -149,7 +154,7 @@ class _Reader:
       character = self.pattern[self.at]
       self.at += 2 if character == '\\' else 1
       depth += {'[': 1, ']': -1}.get(character, 0)
-      first = self.pattern[start:self.at].lstrip('[').lstrip('^') in ('', ']')
+      first = self.pattern[start : self.at].lstrip('[').lstrip('^') in ('', ']')
       if character == ']' and first:  # A bracket right at the beginning stands for itself.
         depth += 1
       if depth == 0:
@@ -180,5 +185,9 @@ def _sequence(parts: list[_Part]) -> _Part:
   if ways > (MOST_WAYS_UNBOUNDED if unbounded else MOST_WAYS):
     raise Unsafe(f'its optional parts and alternatives can be taken together in {ways} ways')
   return _Part(
-      need=any(p.need for p in parts), unbounded=unbounded, open_end=open_end,
-      plain=all(p.plain and p.need for p in parts), ways=ways)
+    need=any(p.need for p in parts),
+    unbounded=unbounded,
+    open_end=open_end,
+    plain=all(p.plain and p.need for p in parts),
+    ways=ways,
+  )

@@ -57,8 +57,9 @@ def find(directory: pathlib.Path) -> dict[str, Tensor]:
   there = any(shard.exists() for shard in shards if shard != single)
   if there and not _equal(whole, _read_shards(index, shards, weight_map)):
     raise UserError(
-        f'{directory} holds {SINGLE} and, listed in {INDEX}, other weights in '
-        f'{files.listed(shard.name for shard in shards)}: remove those that are out of date')
+      f'{directory} holds {SINGLE} and, listed in {INDEX}, other weights in '
+      f'{files.listed(shard.name for shard in shards)}: remove those that are out of date'
+    )
   return whole
 
 
@@ -66,9 +67,10 @@ def _what_else(directory: pathlib.Path) -> str:
   pickled = [p.name for pattern in PICKLED for p in sorted(directory.glob(pattern))]
   if pickled:
     return (
-        f'{directory} holds only pickled weights ({files.listed(pickled, 3)}), which can run code '
-        'when they are read: convert them with transformers, '
-        'model.save_pretrained(DIR, safe_serialization=True)')
+      f'{directory} holds only pickled weights ({files.listed(pickled, 3)}), which can run code '
+      'when they are read: convert them with transformers, '
+      'model.save_pretrained(DIR, safe_serialization=True)'
+    )
   return f'{directory} holds no {SINGLE} and no {INDEX}'
 
 
@@ -82,27 +84,31 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
   for tensor, name in weight_map.items():
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or '\0' in name:
       raise UserError(
-          f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; legal is the name '
-          'of a file beside it')
+        f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; legal is the name '
+        'of a file beside it'
+      )
     if not name.endswith('.safetensors'):
       raise UserError(
-          f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; only .safetensors '
-          f'files are read')
+        f'{index} says that {files.shown(tensor)} is in {files.shown(name)}; only .safetensors '
+        f'files are read'
+      )
   return weight_map
 
 
 def _read_shards(
-    index: pathlib.Path, shards: list[pathlib.Path], weight_map: Mapping[str, str]
+  index: pathlib.Path, shards: list[pathlib.Path], weight_map: Mapping[str, str]
 ) -> dict[str, Tensor]:
   if missing := [f.name for f in shards if not f.exists()]:
     raise UserError(
-        f'{index.parent} lacks {files.listed(missing)}, which {index.name} lists: download them')
+      f'{index.parent} lacks {files.listed(missing)}, which {index.name} lists: download them'
+    )
   found = _headers(shards)
   astray = [t for t, name in weight_map.items() if t not in found or found[t].file.name != name]
   if astray:
     raise UserError(
-        f'{index} says that {files.shown(astray[0])} is in {files.shown(weight_map[astray[0]])}, '
-        f'where it is not ({len(astray)} such tensors): index and files do not belong together')
+      f'{index} says that {files.shown(astray[0])} is in {files.shown(weight_map[astray[0]])}, '
+      f'where it is not ({len(astray)} such tensors): index and files do not belong together'
+    )
   return found
 
 
@@ -112,8 +118,9 @@ def _headers(paths: list[pathlib.Path]) -> dict[str, Tensor]:
     for tensor in _header(path):
       if tensor.name in found:
         raise UserError(
-            f'{files.shown(tensor.name)} is in {found[tensor.name].file.name} and in {path}: which '
-            f'of the two is meant is not known')
+          f'{files.shown(tensor.name)} is in {found[tensor.name].file.name} and in {path}: which '
+          f'of the two is meant is not known'
+        )
       found[tensor.name] = tensor
   return found
 
@@ -128,11 +135,13 @@ def _header(path: pathlib.Path) -> list[Tensor]:
       content = file.read(min(int.from_bytes(file.read(8), 'little'), MAX_HEADER_BYTES))
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(
-        f'{path} is damaged or cut short ({files.reason(error)}); download it again') from error
+      f'{path} is damaged or cut short ({files.reason(error)}); download it again'
+    ) from error
   if made_with not in FORMATS:
     raise UserError(
-        f'{path} says that it was made with {files.shown(made_with)}, whose tensors lie in another '
-        'way; implemented: pt (save_pretrained of a PyTorch model)')
+      f'{path} says that it was made with {files.shown(made_with)}, whose tensors lie in another '
+      'way; implemented: pt (save_pretrained of a PyTorch model)'
+    )
   header = files.parse_json(content, f'the header of {path}')
   header.pop('__metadata__', None)
   return [Tensor(path, name, t['dtype'], tuple(t['shape'])) for name, t in header.items()]

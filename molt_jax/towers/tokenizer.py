@@ -31,7 +31,8 @@ _TRIALS = ('', ' ', 'a', 'Some words, 12 of them.\n', 'naïve 日本語 🦓 e\u
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Turns text into token ids; holds no state between calls, so threads may share it, and it pickles.
+  """Turns text into token ids; holds no state between calls, so threads may share it, and it
+  pickles.
 
   Attributes:
     backend: vocabulary and rules.
@@ -72,7 +73,8 @@ class Tokenizer:
       if not _is_library_error(error):
         raise
       raise UserError(
-          f'{self.source} fails on the text {files.shown(text)} ({files.reason(error)})') from error
+        f'{self.source} fails on the text {files.shown(text)} ({files.reason(error)})'
+      ) from error
     return [*self.before, *ids, *self.after][:max_tokens] or [self.empty_id]
 
   def _beginning(self, text: str, count: int) -> tokenizers.Encoding:
@@ -136,9 +138,16 @@ def _muted() -> Iterator[None]:
 
 
 def wrap(
-    backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None,
-    vocab_size: int, source: str, sha256: str = '',
-    around: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> Tokenizer:
+  backend: tokenizers.Tokenizer,
+  *,
+  bos: str | None,
+  eos: str | None,
+  pad: str | None,
+  vocab_size: int,
+  source: str,
+  sha256: str = '',
+  around: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Tokenizer:
   """Checks and tries a tokenizer, and chooses the ids of padding and of empty text.
 
   Args:
@@ -157,13 +166,15 @@ def wrap(
   vocab = backend.get_vocab(with_added_tokens=True)
   if (size := backend.get_vocab_size(with_added_tokens=False)) > vocab_size:
     raise UserError(
-        f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together')
+      f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together'
+    )
   beyond = sorted(((i, t) for t, i in vocab.items() if i >= vocab_size), reverse=True)
   if beyond:
     named = files.listed(f'{files.shown(t)} the id {i}' for i, t in beyond)
     raise UserError(
-        f'{source} gives {named}, but the model embeds {vocab_size} tokens (ids 0 to '
-        f'{vocab_size - 1}): take the token out of the tokenizer, or give a model that embeds it')
+      f'{source} gives {named}, but the model embeds {vocab_size} tokens (ids 0 to '
+      f'{vocab_size - 1}): take the token out of the tokenizer, or give a model that embeds it'
+    )
 
   def first(*tokens):
     ids = [backend.token_to_id(t) for t in tokens if t is not None]
@@ -176,15 +187,23 @@ def wrap(
   before, after = _around(tried, source) if around is None else around
   if beyond := [i for i in (*before, *after) if i >= vocab_size]:
     raise UserError(
-        f'{source} puts the id {max(beyond)} around texts, but the model embeds {vocab_size} '
-        f'tokens (ids 0 to {vocab_size - 1}): they do not belong together')
+      f'{source} puts the id {max(beyond)} around texts, but the model embeds {vocab_size} '
+      f'tokens (ids 0 to {vocab_size - 1}): they do not belong together'
+    )
   return Tokenizer(
-      backend=backend, pad_id=first(pad, eos, bos), empty_id=first(bos, eos, pad), before=before,
-      after=after, source=source, sha256=sha256)
+    backend=backend,
+    pad_id=first(pad, eos, bos),
+    empty_id=first(bos, eos, pad),
+    before=before,
+    after=after,
+    source=source,
+    sha256=sha256,
+  )
 
 
 def _around(
-    tried: Sequence[tokenizers.Encoding], source: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  tried: Sequence[tokenizers.Encoding], source: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns the ids that a post-processor has put before and after every text."""
   longest = max(tried, key=lambda encoding: encoding.special_tokens_mask.count(0))
   special = longest.special_tokens_mask
@@ -195,21 +214,35 @@ def _around(
 
 
 def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
-  """One token a byte after a begin token, and before an end token of the largest id: what models of random weights read."""
-  backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+  """One token a byte after a begin token, and before an end token of the largest id: what models of
+  random weights read.
+  """
+  backend = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
+    )
+  )
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.decoder = decoders.ByteLevel()
-  names = ['<s>', '<pad>', '</s>'][:2 + with_end]
+  names = ['<s>', '<pad>', '</s>'][: 2 + with_end]
   backend.add_special_tokens(names)
   begin, _, *end = map(backend.token_to_id, names)
   return wrap(
-      backend, bos='<s>', eos=None, pad='<pad>', vocab_size=vocab_size,
-      source='the byte tokenizer', around=((begin,), tuple(end)))
+    backend,
+    bos='<s>',
+    eos=None,
+    pad='<pad>',
+    vocab_size=vocab_size,
+    source='the byte tokenizer',
+    around=((begin,), tuple(end)),
+  )
 
 
 # How text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+LLAMA3_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 
 
 def _gpt2_words():
@@ -221,20 +254,29 @@ def _digits_and_gpt2_words():
 
 
 def _llama3_words():
-  return pre_tokenizers.Sequence([
-      pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior='isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  return pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior='isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
 
 
 LLAMA3 = ('llama-bpe', 'llama3', 'llama-v3')
 PRE_TOKENIZERS = {
-    'gpt-2': _gpt2_words, 'smollm': _digits_and_gpt2_words, **dict.fromkeys(LLAMA3, _llama3_words)}
+  'gpt-2': _gpt2_words,
+  'smollm': _digits_and_gpt2_words,
+  **dict.fromkeys(LLAMA3, _llama3_words),
+}
 LONGEST_PIECE = 1024  # Of SentencePiece; the models have up to 48 characters.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # Values of tokenizer.ggml.token_type that need care.
 
 
 def from_gguf(
-    metadata: Mapping[str, Any], *, vocab_size: int, where: str = 'the GGUF file') -> Tokenizer:
-  """Rebuilds the tokenizer that a GGUF file describes: byte-level BPE ('gpt2') or SentencePiece BPE ('llama').
+  metadata: Mapping[str, Any], *, vocab_size: int, where: str = 'the GGUF file'
+) -> Tokenizer:
+  """Rebuilds the tokenizer that a GGUF file describes: byte-level BPE ('gpt2') or SentencePiece BPE
+  ('llama').
 
   Args:
     metadata: of the file, with or without keys of other things.
@@ -249,8 +291,9 @@ def from_gguf(
   kind, tokens = get('model'), get('tokens')
   if kind not in ('gpt2', 'llama') or tokens is None:
     raise UserError(
-        f'{where} has tokenizer.ggml.model = {kind!r}, which is not implemented; '
-        'implemented: gpt2 (byte-level BPE), llama (SentencePiece)')
+      f'{where} has tokenizer.ggml.model = {kind!r}, which is not implemented; '
+      'implemented: gpt2 (byte-level BPE), llama (SentencePiece)'
+    )
   types = _column(get, 'token_type', len(tokens), where)
   if len(set(tokens)) < len(tokens) or not all(isinstance(t, str) for t in tokens):
     raise UserError(f'{where} has tokenizer.ggml.tokens with a token twice, or that are no strings')
@@ -264,15 +307,18 @@ def from_gguf(
   for role, number in ids.items():
     if number is not None and number >= len(tokens):
       raise UserError(
-          f'{where} has tokenizer.ggml.{role}_token_id = {number}, but {len(tokens)} tokens')
+        f'{where} has tokenizer.ggml.{role}_token_id = {number}, but {len(tokens)} tokens'
+      )
   bos, eos, pad = (None if i is None else tokens[i] for i in ids.values())
   # llama.cpp adds BOS where the file does not say: to SentencePiece vocabularies, and to LLaMA 3's.
-  add = {'bos': get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3),
-         'eos': get('add_eos_token', False)}
+  add = {
+    'bos': get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3),
+    'eos': get('add_eos_token', False),
+  }
   before, after = ((ids[k],) if add[k] and ids[k] is not None else () for k in ('bos', 'eos'))
   return wrap(
-      backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where,
-      around=(before, after))
+    backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where, around=(before, after)
+  )
 
 
 def _column(get, name: str, size: int, where: str) -> Sequence[Any]:
@@ -283,8 +329,9 @@ def _column(get, name: str, size: int, where: str) -> Sequence[Any]:
   column = column.tolist() if isinstance(column, np.ndarray) else column
   if len(column) != size or not all(isinstance(x, int | float) for x in column):
     raise UserError(
-        f'{where} has {len(column)} tokenizer.ggml.{name} for {size} tokens, or such as are no '
-        'numbers')
+      f'{where} has {len(column)} tokenizer.ggml.{name} for {size} tokens, or such as are no '
+      'numbers'
+    )
   return column
 
 
@@ -292,16 +339,22 @@ def _byte_level(tokens, types, get, where: str) -> tokenizers.Tokenizer:
   pre = get('pre')
   if pre not in PRE_TOKENIZERS:
     raise UserError(
-        f'{where} has tokenizer.ggml.pre = {files.shown(pre)}: how texts are cut into words is '
-        f'not said, or not implemented; implemented: {", ".join(PRE_TOKENIZERS)}. Convert the '
-        'model anew with a present-day llama.cpp, or give its Hugging Face directory')
+      f'{where} has tokenizer.ggml.pre = {files.shown(pre)}: how texts are cut into words is '
+      f'not said, or not implemented; implemented: {", ".join(PRE_TOKENIZERS)}. Convert the '
+      'model anew with a present-day llama.cpp, or give its Hugging Face directory'
+    )
   merges = get('merges')
   if merges is None or not all(isinstance(m, str) and m.count(' ') == 1 for m in merges):
     raise UserError(
-        f'{where} has no tokenizer.ggml.merges, or such as are no two tokens with a space between')
-  backend = tokenizers.Tokenizer(models.BPE(
-      vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(' ')) for m in merges],
-      ignore_merges=pre in LLAMA3))
+      f'{where} has no tokenizer.ggml.merges, or such as are no two tokens with a space between'
+    )
+  backend = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={t: i for i, t in enumerate(tokens)},
+      merges=[tuple(m.split(' ')) for m in merges],
+      ignore_merges=pre in LLAMA3,
+    )
+  )
   backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
   backend.decoder = decoders.ByteLevel()
   return backend
@@ -316,15 +369,34 @@ def _sentence_piece(tokens, types, get, where: str) -> tokenizers.Tokenizer:
   scores = _column(get, 'scores', len(tokens), where)
   if not np.isfinite(np.asarray(scores, np.float64)).all():
     raise UserError(f'{where} has tokenizer.ggml.scores that are not finite')
-  # SentencePiece joins the pair whose union scores highest; as ranked merges: every way to cut a piece into two pieces, best score first.
+  # SentencePiece joins the pair whose union scores highest; as ranked merges: every way to cut a
+  # piece into two pieces, best score first.
   rows = zip(scores, tokens, types, strict=True)
   pieces = [(s, t) for s, t, kind in rows if kind not in (UNKNOWN, CONTROL)]
-  merges = [(-s, len(t), t[:i], t[i:]) for s, t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+  merges = [
+    (-s, len(t), t[:i], t[i:])
+    for s, t in pieces
+    for i in range(1, len(t))
+    if t[:i] in vocab and t[i:] in vocab
+  ]
   merges.sort(key=lambda m: (m[0], m[1], vocab[m[2]], vocab[m[3]]))
   unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
-  backend = tokenizers.Tokenizer(models.BPE(
-      vocab=vocab, merges=[m[2:] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True))
+  backend = tokenizers.Tokenizer(
+    models.BPE(
+      vocab=vocab,
+      merges=[m[2:] for m in merges],
+      unk_token=unknown,
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
   space = normalizers.Replace(' ', '▁')
-  backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), space]) if get('add_space_prefix', True) else space
-  backend.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
+  backend.normalizer = (
+    normalizers.Sequence([normalizers.Prepend('▁'), space])
+    if get('add_space_prefix', True)
+    else space
+  )
+  backend.decoder = decoders.Sequence(
+    [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+  )
   return backend

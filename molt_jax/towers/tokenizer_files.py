@@ -19,9 +19,9 @@ from molt_jax.runtime import files
 from molt_jax.towers import keys, regexes, tokenizer
 
 _SECTIONS = {
-    'normalizer': keys.NORMALIZERS,
-    'pre_tokenizer': keys.PRE_TOKENIZERS,
-    'post_processor': keys.POST_PROCESSORS,
+  'normalizer': keys.NORMALIZERS,
+  'pre_tokenizer': keys.PRE_TOKENIZERS,
+  'post_processor': keys.POST_PROCESSORS,
 }
 _PARTS = {'normalizers', 'pretokenizers', 'processors'}
 _FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
@@ -56,8 +56,14 @@ def read(directory: pathlib.Path, *, vocab_size: int) -> tokenizer.Tokenizer:
   roles = {role: _content(token) for role, token in tokens.named.items()}
   digest = hashlib.sha256(content + json.dumps(added).encode()).hexdigest()
   return tokenizer.wrap(
-      backend, bos=roles.get('bos_token'), eos=roles.get('eos_token'), pad=roles.get('pad_token'),
-      vocab_size=vocab_size, source=str(file), sha256=digest)
+    backend,
+    bos=roles.get('bos_token'),
+    eos=roles.get('eos_token'),
+    pad=roles.get('pad_token'),
+    vocab_size=vocab_size,
+    source=str(file),
+    sha256=digest,
+  )
 
 
 def _read_beside(directory: pathlib.Path, name: str, table: keys.Table | None) -> dict[str, Any]:
@@ -99,7 +105,8 @@ def _kind(model: Mapping[str, Any]) -> str:
 
 
 def _components(
-    part: Any, types: Mapping[str, keys.Table], where: str, depth: int) -> Iterator[dict[str, Any]]:
+  part: Any, types: Mapping[str, keys.Table], where: str, depth: int
+) -> Iterator[dict[str, Any]]:
   """Checks a component and those within it, and yields them."""
   if depth > 8:
     raise UserError(f'{where} has sequences of sequences, more than 8 deep')
@@ -114,8 +121,9 @@ def _check_component(part: Any, types: Mapping[str, keys.Table], where: str) -> 
   kind = part.get('type') if isinstance(part, dict) else part
   if not isinstance(kind, str) or kind not in types:
     raise UserError(
-        f'{where} has the type {files.shown(kind)}, which is not implemented; '
-        f'implemented: {", ".join(types)}')
+      f'{where} has the type {files.shown(kind)}, which is not implemented; '
+      f'implemented: {", ".join(types)}'
+    )
   keys.check(part, types[kind], f'{where} {kind}')
 
 
@@ -127,9 +135,10 @@ def _check_pattern(part: Mapping[str, Any], where: str) -> None:
     regexes.check(pattern)
   except regexes.Unsafe as error:
     raise UserError(
-        f'{where} has the regular expression {files.shown(pattern)}, which could take for ever on '
-        f'some text ({error}); implemented are those whose repeated parts do not repeat '
-        f'themselves') from error
+      f'{where} has the regular expression {files.shown(pattern)}, which could take for ever on '
+      f'some text ({error}); implemented are those whose repeated parts do not repeat '
+      f'themselves'
+    ) from error
 
 
 def _check_template(part: Mapping[str, Any], where: str) -> None:
@@ -141,19 +150,22 @@ def _check_template(part: Mapping[str, Any], where: str) -> None:
   special = [p['SpecialToken'].get('id') for p in pieces if isinstance(p.get('SpecialToken'), dict)]
   if texts != ['A'] or len(special) + 1 != len(pieces):
     raise UserError(
-        f'{where} has a template for one text of {files.shown(pieces)}; implemented: special '
-        'tokens and, once, the text (Sequence A)')
+      f'{where} has a template for one text of {files.shown(pieces)}; implemented: special '
+      'tokens and, once, the text (Sequence A)'
+    )
   described = part.get('special_tokens', {})
   if lacking := [s for s in special if not isinstance(s, str) or s not in described]:
     raise UserError(
-        f'{where} has {files.shown(lacking[0])} in its template, but not among its special_tokens')
+      f'{where} has {files.shown(lacking[0])} in its template, but not among its special_tokens'
+    )
 
 
 # ---- What other files add ------------------------------------------------------------------------
 
 
 def _tokens(
-    directory: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> _Tokens:
+  directory: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, Any]
+) -> _Tokens:
   if 'added_tokens_decoder' in config:
     special, by_id = {}, _decoder(config, str(directory / 'tokenizer_config.json'))
   else:
@@ -164,8 +176,10 @@ def _tokens(
   settings = {**config, **special}
   named = {role: settings[role] for role in keys.NAMED_TOKENS if settings.get(role)}
   return _Tokens(
-      by_id, {role: _known(token, by_name) for role, token in named.items()},
-      [_known(token, by_name) for token in _further(config, special)])
+    by_id,
+    {role: _known(token, by_name) for role, token in named.items()},
+    [_known(token, by_name) for token in _further(config, special)],
+  )
 
 
 def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.AddedToken]:
@@ -174,7 +188,8 @@ def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.Adde
     keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens_decoder')
     if not number.isdecimal() or not keys.ID.holds(int(number)):
       raise UserError(
-          f'{where}: added_tokens_decoder has the id {files.shown(number)}; legal: {keys.ID.text}')
+        f'{where}: added_tokens_decoder has the id {files.shown(number)}; legal: {keys.ID.text}'
+      )
     tokens[int(number)] = _token(token)
   return tokens
 
@@ -192,7 +207,8 @@ def _further(config: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]
 
 
 def _old_added_tokens(
-    directory: pathlib.Path, settings: Mapping[str, Any]) -> dict[int, tokenizers.AddedToken]:
+  directory: pathlib.Path, settings: Mapping[str, Any]
+) -> dict[int, tokenizers.AddedToken]:
   """Reads added_tokens.json: name -> id."""
   found = _read_beside(directory, 'added_tokens.json', None)
   special = {_content(settings[role]) for role in keys.NAMED_TOKENS if settings.get(role)}
@@ -200,10 +216,12 @@ def _old_added_tokens(
   for name, number in found.items():
     if not keys.NAME.holds(name) or not keys.ID.holds(number):
       raise UserError(
-          f'{directory / "added_tokens.json"} gives {files.shown(name)} the id '
-          f'{files.shown(number)}; legal: {keys.ID.text}')
+        f'{directory / "added_tokens.json"} gives {files.shown(name)} the id '
+        f'{files.shown(number)}; legal: {keys.ID.text}'
+      )
     tokens[number] = tokenizers.AddedToken(
-        name, normalized=name not in special, special=name in special)
+      name, normalized=name not in special, special=name in special
+    )
   return tokens
 
 
@@ -219,7 +237,7 @@ def _token(described: Mapping[str, Any]) -> tokenizers.AddedToken:
 
 
 def _known(
-    token: str | Mapping[str, Any], by_name: Mapping[str, tokenizers.AddedToken]
+  token: str | Mapping[str, Any], by_name: Mapping[str, tokenizers.AddedToken]
 ) -> tokenizers.AddedToken | str:
   """A token as it is described by its id; else as here."""
   if _content(token) in by_name:
@@ -243,39 +261,50 @@ def _add(backend: tokenizers.Tokenizer, tokens: _Tokens, where: str) -> list[lis
   return [[t.content, *(getattr(t, flag) for flag in _FLAGS)] for t in new]
 
 
-def _check_ids(
-    backend: tokenizers.Tokenizer, declared: Mapping[int, str], where: str) -> None:
+def _check_ids(backend: tokenizers.Tokenizer, declared: Mapping[int, str], where: str) -> None:
   """The library numbers tokens itself where a file's numbers leave gaps, without a word."""
   for number, name in declared.items():
     if (real := backend.token_to_id(name)) != number:
       raise UserError(
-          f'{where} gives the token {files.shown(name)} the id {number}, but beside the other '
-          f'tokens it gets {real}: the files of this tokenizer do not belong together')
+        f'{where} gives the token {files.shown(name)} the id {number}, but beside the other '
+        f'tokens it gets {real}: the files of this tokenizer do not belong together'
+      )
 
 
 # ---- tokenizer.model -----------------------------------------------------------------------------
 
 
 def _convert(
-    directory: pathlib.Path, config: Mapping[str, Any], vocab_size: int) -> tokenizer.Tokenizer:
+  directory: pathlib.Path, config: Mapping[str, Any], vocab_size: int
+) -> tokenizer.Tokenizer:
   """Converts tokenizer.model, whose use must be declared: it does not say it itself."""
   file = directory / 'tokenizer.model'
   if not file.exists():
     raise UserError(
-        f'{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer of the '
-        'model there')
+      f'{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer of the '
+      'model there'
+    )
   files.check_file(file)
   silent = [k for k in ('tokenizer_class', 'add_bos_token') if config.get(k) is None]
   if silent:
     raise UserError(
-        f'{directory} has tokenizer.model, but no tokenizer_config.json that says '
-        f'{" and ".join(silent)}, without which texts would be cut by a guess: save tokenizer.json '
-        'with transformers, tokenizer.save_pretrained(DIR)')
+      f'{directory} has tokenizer.model, but no tokenizer_config.json that says '
+      f'{" and ".join(silent)}, without which texts would be cut by a guess: save tokenizer.json '
+      'with transformers, tokenizer.save_pretrained(DIR)'
+    )
   import transformers  # Only here: it is slow to import.
+
   fast = tokenizer.guarded(
-      str(file), transformers.AutoTokenizer.from_pretrained, str(directory),
-      trust_remote_code=False)
+    str(file), transformers.AutoTokenizer.from_pretrained, str(directory), trust_remote_code=False
+  )
   return tokenizer.wrap(
-      fast.backend_tokenizer, bos=fast.bos_token, eos=fast.eos_token, pad=fast.pad_token,
-      vocab_size=vocab_size, source=str(file), sha256=hashlib.sha256(
-          file.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest())
+    fast.backend_tokenizer,
+    bos=fast.bos_token,
+    eos=fast.eos_token,
+    pad=fast.pad_token,
+    vocab_size=vocab_size,
+    source=str(file),
+    sha256=hashlib.sha256(
+      file.read_bytes() + json.dumps(config, sort_keys=True).encode()
+    ).hexdigest(),
+  )

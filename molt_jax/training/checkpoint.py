@@ -101,11 +101,15 @@ class Checkpoints:
     position = iterator.get_state()  # The same in every process, however many there are.
     sums = {**self._sealed[1], 'data': _checksum_json(position)}
     with saving.explained(self._folder):
-      manager.save(step, args=ocp.args.Composite(
+      manager.save(
+        step,
+        args=ocp.args.Composite(
           model=ocp.args.StandardSave(items['model']),
           optimizer=ocp.args.StandardSave(items['optimizer']),
           data=ocp.args.JsonSave(position),
-          meta=ocp.args.JsonSave(seal({**meta, 'checksums': sums}))))
+          meta=ocp.args.JsonSave(seal({**meta, 'checksums': sums})),
+        ),
+      )
 
   def check(self) -> None:
     """Raises UserError if a save that has ended since went wrong; does not wait."""
@@ -119,9 +123,10 @@ class Checkpoints:
     name = _not_finite(_items(state))
     if name:
       raise UserError(
-          f'the state after step {int(state.step)} is not finite ({name}) and is not saved; the '
-          f'last good one is in {self._folder}; lower config.optimizer.learning_rate or set '
-          'config.optimizer.clip_norm')
+        f'the state after step {int(state.step)} is not finite ({name}) and is not saved; the '
+        f'last good one is in {self._folder}; lower config.optimizer.learning_rate or set '
+        'config.optimizer.clip_norm'
+      )
 
   def restore(self, state: TrainState) -> tuple[TrainState, Any]:
     """Returns the state to go on from, in the shardings of `state`, and the iterator's position.
@@ -170,7 +175,8 @@ def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:
   # pass the other's barriers and wait for ever.
   named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind)
   options = ocp.CheckpointManagerOptions(
-      max_to_keep=1, cleanup_tmp_directories=True, multiprocessing_options=named)
+    max_to_keep=1, cleanup_tmp_directories=True, multiprocessing_options=named
+  )
   folder = (workdir / 'checkpoints' / kind).absolute()
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,19 +184,20 @@ def _manager(workdir: pathlib.Path, kind: str) -> ocp.CheckpointManager:
       return ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
   except OSError as error:
     raise UserError(
-        f'--workdir: {folder} cannot be used for checkpoints: {error.strerror}') from error
+      f'--workdir: {folder} cannot be used for checkpoints: {error.strerror}'
+    ) from error
 
 
 def _items(state: TrainState) -> dict[str, Any]:
   return {
-      'model': {'params': state.params, 'statistics': state.statistics},
-      'optimizer': {'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca}}
+    'model': {'params': state.params, 'statistics': state.statistics},
+    'optimizer': {'step': state.step, 'opt_state': state.opt_state, 'cca': state.cca},
+  }
 
 
 def abstract(tree: Any) -> Any:
   """Returns shapes, types and shardings of a tree of arrays."""
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 # ---- Checksums -----------------------------------------------------------------------------------
@@ -260,8 +267,9 @@ def damaged(folder: pathlib.Path, reason: str) -> UserError:
   *older, newest = [None, *_steps(workdir, kind)]
   if newest != folder:
     return UserError(
-        f'--workdir: the checkpoint {folder} was replaced while it was read, by training that goes '
-        'on beside; give the command again')
+      f'--workdir: the checkpoint {folder} was replaced while it was read, by training that goes '
+      'on beside; give the command again'
+    )
   other = (older and older[-1]) or find(workdir, [k for k in (LATEST, BEST) if k != kind])
   left = f'{other} is then used' if other else 'there is no other, so train anew'
   return UserError(f'--workdir: the checkpoint {folder} is damaged ({reason}); delete it: {left}')
@@ -282,8 +290,9 @@ def load_model(workdir: pathlib.Path, select: str) -> tuple[dict[str, Any], Any]
   folder = find(workdir, (select, other))
   if folder is None:
     raise UserError(
-        f'--workdir: no checkpoint in {str(workdir)!r}; give the --workdir of a run of '
-        'python -m molt_jax.train')
+      f'--workdir: no checkpoint in {str(workdir)!r}; give the --workdir of a run of '
+      'python -m molt_jax.train'
+    )
   meta = read_meta(folder)
   if folder.parent.name != select and meta.get('score') is not None:
     cli.say(f'{workdir / "checkpoints" / select} holds no checkpoint; {folder} is used')
@@ -312,8 +321,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
   return meta
 
 
-def restore_item(
-    folder: pathlib.Path, meta: Mapping[str, Any], item: str, tree: Any) -> Any:
+def restore_item(folder: pathlib.Path, meta: Mapping[str, Any], item: str, tree: Any) -> Any:
   """Restores the arrays of an item in the shapes, types and shardings of `tree` and checks them.
 
   Without a tree (None) the model comes as it was saved, on one device.
@@ -360,9 +368,10 @@ def _check_fits(folder: pathlib.Path, expected: Mapping[str, str], tree: Any) ->
   wrong = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
   if wrong:
     raise UserError(
-        f'--workdir: the checkpoint {folder} has {saved.get(wrong[0], "nothing")} as {wrong[0]}, '
-        f'and this version makes {wanted.get(wrong[0], "nothing")} of its config; use the version '
-        'that it was trained with, or train anew')
+      f'--workdir: the checkpoint {folder} has {saved.get(wrong[0], "nothing")} as {wrong[0]}, '
+      f'and this version makes {wanted.get(wrong[0], "nothing")} of its config; use the version '
+      'that it was trained with, or train anew'
+    )
 
 
 def _read_json(folder: pathlib.Path, item: str) -> Any:
@@ -385,7 +394,8 @@ def _library(folder: pathlib.Path, item: str) -> Iterator[None]:
   except Exception as error:  # Of any type: files that are damaged lead anywhere.
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       raise UserError(
-          f'--workdir: not enough memory for {item} of the checkpoint {folder}') from error
+        f'--workdir: not enough memory for {item} of the checkpoint {folder}'
+      ) from error
     locked = [path for path in folder.rglob('*') if not os.access(path, os.R_OK)]
     if locked:
       raise UserError(f'--workdir: {locked[0]} cannot be read: permission denied') from error
@@ -420,7 +430,9 @@ def _ignore_stragglers() -> None:
     abandoned = code is not None and 'orbax' in code.co_filename
     if not abandoned and str(unraisable.exc_value) != 'Event loop is closed':
       before(unraisable)
+
   hook.is_ours = True
   sys.unraisablehook = hook
   logging.getLogger('asyncio').addFilter(
-      lambda record: 'TensorStore' not in str(record.exc_info and record.exc_info[1]))
+    lambda record: 'TensorStore' not in str(record.exc_info and record.exc_info[1])
+  )

@@ -1,4 +1,6 @@
-"""What training commands share: the order of a run, its numbers, what is watched, and how it stops and goes on."""
+"""What training commands share: the order of a run, its numbers, what is watched, and how it stops
+and goes on.
+"""
 
 import abc
 import collections
@@ -28,17 +30,21 @@ IN_FLIGHT = 2  # Steps dispatched before the oldest one's loss is looked at.
 
 
 STOPPING = {
-    signal.SIGTERM: b'stopping after this step, saved\n',
-    signal.SIGINT: b'stopping after this step, saved; interrupt again to stop at once, unsaved\n',
+  signal.SIGTERM: b'stopping after this step, saved\n',
+  signal.SIGINT: b'stopping after this step, saved; interrupt again to stop at once, unsaved\n',
 }
 
 
 class Interrupted(Exception):
-  """A signal asked the run to stop; its state is saved. Arguments: what to tell the user, the signal's number."""
+  """A signal asked the run to stop; its state is saved. Arguments: what to tell the user, the
+  signal's number.
+  """
 
 
 def exit_code(run: Callable[[], Any]) -> int:
-  """Runs a training command's work: 0 when it is done, 130 or 143 when a signal stopped it, saved."""
+  """Runs a training command's work: 0 when it is done, 130 or 143 when a signal stopped it,
+  saved.
+  """
   try:
     run()
   except Interrupted as stopped:
@@ -92,7 +98,8 @@ class Loop(abc.ABC):
     return state
 
   def run(self, state: Any, iterator: Any) -> Any:
-    """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order makes resuming exact. Returns the last state.
+    """Restored state -> [validate the old state -> save -> next batch -> step -> log]; this order
+    makes resuming exact. Returns the last state.
 
     Raises:
       Interrupted: SIGTERM or SIGINT; the state is saved.
@@ -104,7 +111,10 @@ class Loop(abc.ABC):
     agree = processes.Agreement(self.mesh, delay=IN_FLIGHT)
     watch = Watch(self, log, start)
     count = self.config.train.batch_size if self.unit == 'images' else 1
-    with stop_on_signals() as stop, cli.progress(self.title, self.plan.total * count, self.unit, done=start * count) as bar:
+    with (
+      stop_on_signals() as stop,
+      cli.progress(self.title, self.plan.total * count, self.unit, done=start * count) as bar,
+    ):
       while True:
         asked = agree(stop() or 0)
         stopping = asked and step > start
@@ -116,7 +126,13 @@ class Loop(abc.ABC):
           break
         if asked:
           self.checkpoints.close()
-          raise Interrupted(f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from here', asked)
+          raise Interrupted(
+            (
+              f'stopped at step {step} of {self.plan.total}, saved; the same command goes on from '
+              'here'
+            ),
+            asked,
+          )
         self.checkpoints.check()
         batch = sharding.put_batch(next(iterator), self.mesh)
         state, metrics = self.step(state, batch)
@@ -155,7 +171,9 @@ class Loop(abc.ABC):
 
 
 class Watch:
-  """Looks at each step's loss when it has come, two steps late so that the device never waits; stops the run on one that is not finite."""
+  """Looks at each step's loss when it has come, two steps late so that the device never waits;
+  stops the run on one that is not finite.
+  """
 
   def __init__(self, run: Loop, log: logbook.Logbook, step: int):
     self.run, self.log, self.note = run, log, ''
@@ -191,7 +209,10 @@ class Watch:
       self._write(step, jax.device_get(metrics), timed=timed)
 
   def _count(self, images):
-    if self._since is None:  # The first step after a pause (compilation, validation) starts the clock and is not counted.
+    if (
+      self._since is None
+      # The first step after a pause (compilation, validation) starts the clock and is not counted.
+    ):
       self._since = self._began = time.monotonic()
     else:
       self._images += images
@@ -201,7 +222,10 @@ class Watch:
     seconds = time.monotonic() - self._since
     # What could not be computed (a correlation with a past that is not there yet) is absent.
     values = {name: value.tolist() for name, value in metrics.items() if not np.isnan(value).all()}
-    values |= {'learning_rate': float(self.run.schedule(step - 1)), 'epoch': round(step / self.run.plan.per_epoch, 4)}
+    values |= {
+      'learning_rate': float(self.run.schedule(step - 1)),
+      'epoch': round(step / self.run.plan.per_epoch, 4),
+    }
     if self._images and timed:  # Steps that have been waiting to be looked at take no time.
       values['images_per_second'] = round(self._images / seconds, 2)
     self.log.write('train', step, values)
@@ -213,17 +237,23 @@ class Watch:
     if processes.leads():
       atomic.write(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
     raise UserError(
-        f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in checkpoints/; lower '
-        f'config.optimizer.learning_rate ({self.run.config.optimizer.learning_rate}) or set config.optimizer.clip_norm')
+      f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in '
+      'checkpoints/; lower '
+      f'config.optimizer.learning_rate ({self.run.config.optimizer.learning_rate}) or set '
+      'config.optimizer.clip_norm'
+    )
 
 
-# ---- Around the loop -----------------------------------------------------------------------------------------------------------------
+# ---- Around the loop -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def working_in(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, *,
-    schema: Mapping[str, Any] = config_lib.SCHEMA) -> Iterator[pathlib.Path]:
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  *,
+  schema: Mapping[str, Any] = config_lib.SCHEMA,
+) -> Iterator[pathlib.Path]:
   """Makes the folder of a run and keeps other training out of it; see `workdir_lib.held`.
 
   Args:
@@ -240,8 +270,11 @@ def working_in(
 
 
 def check_workdir(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, *,
-    schema: Mapping[str, Any] = config_lib.SCHEMA) -> None:
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  *,
+  schema: Mapping[str, Any] = config_lib.SCHEMA,
+) -> None:
   """Raises UserError if the folder holds a run with another config."""
   if not (folder / 'config.json').exists():
     return
@@ -249,8 +282,9 @@ def check_workdir(
   changed = [line for line in changed if line.split(':')[0] not in runs.FREE_ON_RESUME]
   if changed:
     raise UserError(
-        f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
-        'another folder or that config')
+      f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
+      'another folder or that config'
+    )
 
 
 def claim_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -270,9 +304,11 @@ def _earlier_calls(path: pathlib.Path) -> list[Any]:
 
 @contextlib.contextmanager
 def accounted(workdir: pathlib.Path, facts: Mapping[str, Any], *, step: int) -> Iterator[None]:
-  """Writes DIR/run.json after the block, however it ends: facts, device, and the seconds and peak memory of each call that worked on the run.
+  """Writes DIR/run.json after the block, however it ends: facts, device, and the seconds and peak
+  memory of each call that worked on the run.
 
-  Where the block failed and the file cannot be written, the block's error is the one that comes out.
+  Where the block failed and the file cannot be written, the block's error is the one that comes
+  out.
 
   Args:
     workdir: the run's folder.
@@ -295,13 +331,17 @@ def _account(path, facts, earlier, step, start) -> None:
   on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')  # None on a CPU.
   unit = 1 if sys.platform == 'darwin' else 1024
   call = {
-      'from_step': step, 'seconds': round(time.monotonic() - start, 1),
-      'peak_device_bytes': on_device,
-      'peak_host_bytes': unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    'from_step': step,
+    'seconds': round(time.monotonic() - start, 1),
+    'peak_device_bytes': on_device,
+    'peak_host_bytes': unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+  }
   if processes.leads():
     devices = {
-        'device': device.device_kind, 'devices': jax.device_count(),
-        'processes': jax.process_count()}
+      'device': device.device_kind,
+      'devices': jax.device_count(),
+      'processes': jax.process_count(),
+    }
     record = {**facts, **devices, 'calls': [*earlier, call]}
     atomic.write(path, json.dumps(record, indent=1) + '\n')
 

@@ -25,13 +25,28 @@ from molt_jax.training import checkpoint
 # Fields that say where things are, and where and how fast to compute, but not what. Data are known
 # by their fingerprint, towers by their identity.
 FREE_ON_RESUME = (
-    'platform', 'mesh.data', 'mesh.model', 'text.padding', 'input.num_threads', 'input.prefetch',
-    'dataset.path', 'dataset.data_dir', 'dataset.allow_count_mismatch', 'eval.batch_size',
-    'eval.select')
+  'platform',
+  'mesh.data',
+  'mesh.model',
+  'text.padding',
+  'input.num_threads',
+  'input.prefetch',
+  'dataset.path',
+  'dataset.data_dir',
+  'dataset.allow_count_mismatch',
+  'eval.batch_size',
+  'eval.select',
+)
 # Of a finished run, whose scores need not be those of training to the last bit.
 FREE_IN_USE = (
-    *FREE_ON_RESUME, 'backbones.image.path', 'backbones.text.path', 'backbones.attention',
-    'features.store', 'input.text_store', 'input.cache')
+  *FREE_ON_RESUME,
+  'backbones.image.path',
+  'backbones.text.path',
+  'backbones.attention',
+  'features.store',
+  'input.text_store',
+  'input.cache',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +70,7 @@ class Run:
     return self.meta['class_names']
 
 
-def open_run(
-    workdir: str | pathlib.Path, *, schema: Mapping[str, Any] = config_lib.SCHEMA) -> Run:
+def open_run(workdir: str | pathlib.Path, *, schema: Mapping[str, Any] = config_lib.SCHEMA) -> Run:
   """Opens the run in a folder; `schema` is that of the command that trained it.
 
   Raises:
@@ -68,9 +82,10 @@ def open_run(
   changed = _other_fields(meta, config, FREE_IN_USE, schema)
   if changed:
     raise UserError(
-        f'--workdir: {workdir / "config.json"} is not what the checkpoint of step {meta["step"]} '
-        f'was trained with ({"; ".join(changed)}, checkpoint -> config.json); give it back these '
-        'values, or train a run with the others')
+      f'--workdir: {workdir / "config.json"} is not what the checkpoint of step {meta["step"]} '
+      f'was trained with ({"; ".join(changed)}, checkpoint -> config.json); give it back these '
+      'values, or train a run with the others'
+    )
   return Run(workdir, config, meta, restore)
 
 
@@ -80,14 +95,16 @@ def _other_fields(meta, config, free, schema) -> list[str]:
     saved = config_lib.from_dict(meta['config'], schema)
   except UserError as error:
     raise UserError(
-        f'--workdir: the config of the checkpoint of step {meta["step"]} is not one of this '
-        f'command and version ({error}); use the version that it was trained with') from error
+      f'--workdir: the config of the checkpoint of step {meta["step"]} is not one of this '
+      f'command and version ({error}); use the version that it was trained with'
+    ) from error
   lines = config_lib.differences(saved, config)
   return [line for line in lines if line.split(':')[0] not in free]
 
 
 def restore_variables(
-    run: Run, init: Callable[[jax.Array], Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  run: Run, init: Callable[[jax.Array], Any], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
   """Restores what was trained onto every device of the mesh.
 
   Args:
@@ -102,7 +119,8 @@ def restore_variables(
   shapes = {'params': shapes['params'], 'statistics': shapes.get('statistics', {})}
   whole = sharding.replicated(mesh)
   return run.restore(
-      jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes))
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+  )
 
 
 def verify(run: Run) -> None:
@@ -139,8 +157,7 @@ def _where(config: ml_collections.ConfigDict) -> str:
 
 def fingerprints(data: Dataset) -> dict[str, dict[str, Any]]:
   """Returns the fingerprint of each split."""
-  return {
-      split: fingerprint.of(source, data.class_names) for split, source in data.splits.items()}
+  return {split: fingerprint.of(source, data.class_names) for split, source in data.splits.items()}
 
 
 def compare(run: Run, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,17 +173,29 @@ def compare(run: Run, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_meta(
-    config: ml_collections.ConfigDict, towers: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+  config: ml_collections.ConfigDict, towers: Mapping[str, Any], data: Dataset
+) -> dict[str, Any]:
   """Returns what the checkpoints of a run belong to, before its first step."""
   return {
-      'config': config.to_dict(), 'backbones': model_lib.identities(towers),
-      'class_names': list(data.class_names), 'data': fingerprints(data), 'score': None, 'step': 0}
+    'config': config.to_dict(),
+    'backbones': model_lib.identities(towers),
+    'class_names': list(data.class_names),
+    'data': fingerprints(data),
+    'score': None,
+    'step': 0,
+  }
 
 
 def go_on(
-    saved: Mapping[str, Any], config: ml_collections.ConfigDict, towers: Mapping[str, Any],
-    data: Dataset, *, checkpoints: checkpoint.Checkpoints, data_changed: bool,
-    schema: Mapping[str, Any] = config_lib.SCHEMA) -> Dataset:
+  saved: Mapping[str, Any],
+  config: ml_collections.ConfigDict,
+  towers: Mapping[str, Any],
+  data: Dataset,
+  *,
+  checkpoints: checkpoint.Checkpoints,
+  data_changed: bool,
+  schema: Mapping[str, Any] = config_lib.SCHEMA,
+) -> Dataset:
   """Checks that a checkpoint can be gone on from, and returns the data labelled by its classes.
 
   Args:
@@ -188,16 +217,18 @@ def go_on(
   fields = _other_fields(saved, config, FREE_ON_RESUME, schema)
   if fields:
     raise UserError(
-        f'--workdir: the checkpoint of step {saved["step"]} was trained with another config '
-        f'({"; ".join(fields)}); give that config, or another folder')
+      f'--workdir: the checkpoint of step {saved["step"]} was trained with another config '
+      f'({"; ".join(fields)}); give that config, or another folder'
+    )
   model_lib.check_same_towers(saved['backbones'], towers)
   mapped = sources.relabel(data, saved['class_names'], where=_where(config))
   changed = _changes(saved, data, mapped)
   how = '; '.join(f'{split}: {text}' for split, text in changed.items())
   if changed and not data_changed:
     raise UserError(
-        f'{_where(config)}: the data have changed since step {saved["step"]} ({how}); give the '
-        'data it was trained on, or go on with these by --data_changed')
+      f'{_where(config)}: the data have changed since step {saved["step"]} ({how}); give the '
+      'data it was trained on, or go on with these by --data_changed'
+    )
   if changed:
     cli.say(f'the data have changed since step {saved["step"]} ({how}); going on with these')
   if 'validation' in changed:

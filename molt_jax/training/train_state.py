@@ -1,4 +1,6 @@
-"""What training changes: parameters, statistics, optimiser moments. Born sharded; frozen towers are never in it."""
+"""What training changes: parameters, statistics, optimiser moments. Born sharded; frozen towers are
+never in it.
+"""
 
 import zlib
 from collections.abc import Callable
@@ -25,7 +27,8 @@ class TrainState:
     statistics: the head's streamed tap statistics (empty unless `molt.input_norm` is standardize).
     opt_state: the optimiser's moments.
     cca: what the CCA estimator remembers.
-    seed: uint32 scalar, root of the random streams; never changes. An array, so that runs that differ in nothing else share compiled programs.
+    seed: uint32 scalar, root of the random streams; never changes. An array, so that runs that
+      differ in nothing else share compiled programs.
   """
 
   step: jax.Array
@@ -37,29 +40,43 @@ class TrainState:
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
+  """Returns the learning rate as a function of the step: linear warm-up, then constant or cosine to
+  zero.
+  """
   c = config.optimizer
   after = max(total_steps - c.warmup_steps, 1)
-  main = {'constant': optax.constant_schedule(c.learning_rate), 'cosine': optax.cosine_decay_schedule(c.learning_rate, after)}[c.schedule]
+  main = {
+    'constant': optax.constant_schedule(c.learning_rate),
+    'cosine': optax.cosine_decay_schedule(c.learning_rate, after),
+  }[c.schedule]
   if not c.warmup_steps:
     return main
-  return optax.join_schedules([optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), main], [c.warmup_steps])
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), main], [c.warmup_steps]
+  )
 
 
-def make_optimizer(config: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  config: ml_collections.ConfigDict, total_steps: int
+) -> optax.GradientTransformation:
   """Returns Adam with the configured clipping, decoupled weight decay and schedule."""
   c = config.optimizer
   return optax.chain(
-      optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
-      optax.scale_by_adam(),
-      optax.add_decayed_weights(c.weight_decay, mask=_is_kernel) if c.weight_decay else optax.identity(),
-      optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+    optax.scale_by_adam(),
+    optax.add_decayed_weights(c.weight_decay, mask=_is_kernel)
+    if c.weight_decay
+    else optax.identity(),
+    optax.scale_by_learning_rate(make_schedule(config, total_steps)),
   )
 
 
 def _is_kernel(params: Any) -> Any:
   def is_kernel(path, _):
-    return [part.key for part in path if isinstance(part, jax.tree_util.DictKey)][-1].endswith('kernel')  # A boxed leaf has a further part.
+    return [part.key for part in path if isinstance(part, jax.tree_util.DictKey)][-1].endswith(
+      'kernel'
+    )  # A boxed leaf has a further part.
+
   return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
@@ -70,8 +87,13 @@ def stream(seed: int | jax.Array, name: str, step: jax.Array | int = 0) -> jax.A
 
 
 def create(
-    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, init_cca: Callable[[], Any], *, seed: int,
-    mesh: jax.sharding.Mesh) -> TrainState:
+  init: Callable[[jax.Array], Any],
+  tx: optax.GradientTransformation,
+  init_cca: Callable[[], Any],
+  *,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
   """Returns a new state, born on every device of the mesh.
 
   Args:
@@ -81,12 +103,20 @@ def create(
     seed: root of the random streams; parameters use the stream 'init'.
     mesh: where the state lives.
   """
+
   def build(seed):
     variables = init(stream(seed, 'init'))
     params = variables['params']
-    return nn.unbox(TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, statistics=variables.get('statistics', {}), opt_state=tx.init(params), cca=init_cca(),
-        seed=seed))
+    return nn.unbox(
+      TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        statistics=variables.get('statistics', {}),
+        opt_state=tx.init(params),
+        cca=init_cca(),
+        seed=seed,
+      )
+    )
 
   return jax.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
 

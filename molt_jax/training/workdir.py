@@ -1,4 +1,5 @@
-"""The folder of a run: tried by writing before anything is loaded, and locked by the training in it.
+"""The folder of a run: tried by writing before anything is loaded, and locked by the training in
+it.
 
 The lock is the kernel's (flock) and ends with the process that holds it, however that ends. Only
 training takes it: an evaluation or a report may be made beside.
@@ -19,8 +20,17 @@ from molt_jax.runtime import atomic, cli
 LOCK = '.lock'
 # What commands write there beside config.json and checkpoints/.
 WRITTEN = (
-    'metrics.jsonl', 'events', 'evaluation.json', 'run.json', 'not_finite.json', 'predictions.npz',
-    'mistakes.json', 'pairs.npz', 'pair_evaluation.json', 'tower')
+  'metrics.jsonl',
+  'events',
+  'evaluation.json',
+  'run.json',
+  'not_finite.json',
+  'predictions.npz',
+  'mistakes.json',
+  'pairs.npz',
+  'pair_evaluation.json',
+  'tower',
+)
 
 
 def try_out(folder: pathlib.Path, flag: str = '--workdir') -> None:
@@ -70,7 +80,8 @@ def _check_encodable(folder: pathlib.Path) -> None:
     os.fspath(folder).encode()
   except UnicodeEncodeError as error:  # TensorStore, which writes checkpoints, takes no other.
     raise UserError(
-        f'--workdir: {str(folder)!r} is not UTF-8; give a folder whose name is') from error
+      f'--workdir: {str(folder)!r} is not UTF-8; give a folder whose name is'
+    ) from error
 
 
 def _check_ours(folder: pathlib.Path) -> None:
@@ -87,8 +98,9 @@ def _check_ours(folder: pathlib.Path) -> None:
     raise UserError(f'--workdir: {str(strange[0])!r} is no checkpoint of a run; move it away')
   if others:
     raise UserError(
-        f'--workdir: {str(folder)!r} holds {", ".join(others[:3])} and no run (neither config.json '
-        'nor a checkpoint); give a new or empty folder')
+      f'--workdir: {str(folder)!r} holds {", ".join(others[:3])} and no run (neither config.json '
+      'nor a checkpoint); give a new or empty folder'
+    )
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
@@ -124,11 +136,13 @@ def _lock(folder: pathlib.Path) -> int:
       holder = _holder(os.pread(descriptor, 4096, 0))
       os.close(descriptor)
       raise UserError(
-          f'--workdir: {holder} trains in {str(folder)!r}; wait for it, stop it, or give another '
-          'folder') from None
+        f'--workdir: {holder} trains in {str(folder)!r}; wait for it, stop it, or give another '
+        'folder'
+      ) from None
     except OSError as error:
       cli.say(
-          f'{folder} cannot be locked ({error.strerror}): see to it that nothing else trains in it')
+        f'{folder} cannot be locked ({error.strerror}): see to it that nothing else trains in it'
+      )
     if _is_at(descriptor, folder / LOCK):
       os.ftruncate(descriptor, 0)
       os.pwrite(descriptor, _own_name(), 0)

@@ -1,4 +1,6 @@
-"""Cells: what is absent, a value or refused, at each entry point, against a table written by hand."""
+"""Cells: what is absent, a value or refused, at each entry point, against a table written by
+hand.
+"""
 
 import copy
 import csv

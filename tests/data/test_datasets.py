@@ -6,5 +6,7 @@ from molt_jax.data import datasets
 
 def test_every_data_set_is_a_legal_name():
   rule = config_lib.SCHEMA['dataset']['name'].rule
-  assert all(map(rule.holds, datasets.DATASETS)) and all(repr(name) in rule.text for name in datasets.DATASETS)
+  assert all(map(rule.holds, datasets.DATASETS)) and all(
+    repr(name) in rule.text for name in datasets.DATASETS
+  )
   assert rule.text.count("'") == 2 * len(datasets.DATASETS)

@@ -1,4 +1,6 @@
-"""Preparing published data sets: the same files twice, nothing half done, nothing lost silently, counts asserted."""
+"""Preparing published data sets: the same files twice, nothing half done, nothing lost silently,
+counts asserted.
+"""
 
 import csv
 import hashlib
@@ -25,8 +27,13 @@ from molt_jax.runtime import cli
 def config_for(name, source, data_dir, **changes):
   config = config_lib.default_config()
   values = {
-      'dataset.name': name, 'dataset.path': str(source), 'dataset.data_dir': str(data_dir), 'dataset.multi_label': name == 'mm_imdb',
-      'dataset.allow_count_mismatch': True, **changes}
+    'dataset.name': name,
+    'dataset.path': str(source),
+    'dataset.data_dir': str(data_dir),
+    'dataset.multi_label': name == 'mm_imdb',
+    'dataset.allow_count_mismatch': True,
+    **changes,
+  }
   for field, value in values.items():
     config_lib.set_field(config, field, value)
   return config
@@ -42,35 +49,59 @@ def examples(dataset, split):
 
 
 def files_of(folder):
-  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob('*')) if path.is_file()}
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
 
 
 def facts_of(data_dir):
   return json.loads(next(data_dir.rglob('metadata.json')).read_text())
 
 
-# ---- MM-IMDb --------------------------------------------------------------------------------------------------------------------------
+# ---- MM-IMDb -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('layout', ['official', 'images_labels', 'image_meta_data'])
 def test_every_layout_of_mm_imdb_gives_the_same_examples(miniature, tmp_path, layout):
   source = miniature('mm_imdb', layout)
   dataset = load('mm_imdb', source, tmp_path)
-  assert {split: len(rows) for split, rows in dataset.splits.items()} == {'train': 24, 'validation': 12, 'test': 12}
+  assert {split: len(rows) for split, rows in dataset.splits.items()} == {
+    'train': 24,
+    'validation': 12,
+    'test': 12,
+  }
   train = examples(dataset, 'train')
   for movie in ('0001000', '0001007', '0001049'):
     record = json.loads(next(source.rglob(f'{movie}.json')).read_text())
     assert train[movie]['text'] == max(record['plot'], key=len)
     assert {dataset.class_names[k] for k in train[movie]['label']} == set(record['genres'])
-    assert train[movie]['image'] == next(source.rglob(f'{movie}.jpeg')).read_bytes()  # The file's own bytes.
-  assert train['0001014']['image'] is None and train['0001021']['image'] is None and train['0001028']['text'] is None
-  assert train['0001042']['label'] == tuple(sorted(dataset.class_names.index(name) for name in ('Horror', 'Family')))  # News is no class.
+    assert (
+      train[movie]['image'] == next(source.rglob(f'{movie}.jpeg')).read_bytes()
+    )  # The file's own bytes.
+  assert (
+    train['0001014']['image'] is None
+    and train['0001021']['image'] is None
+    and train['0001028']['text'] is None
+  )
+  assert train['0001042']['label'] == tuple(
+    sorted(dataset.class_names.index(name) for name in ('Horror', 'Family'))
+  )  # News is no class.
   assert '0001035' not in train and train['0001000#1']['text'] == train['0001000']['text']
-  assert np.array_equal(dataset.splits['train'].present, [[x['image'] is not None, x['text'] is not None] for x in train.values()])
+  assert np.array_equal(
+    dataset.splits['train'].present,
+    [[x['image'] is not None, x['text'] is not None] for x in train.values()],
+  )
   facts = facts_of(tmp_path)
-  records = {'official': 'dataset', 'images_labels': 'labels', 'image_meta_data': 'meta_data'}[layout]
+  records = {'official': 'dataset', 'images_labels': 'labels', 'image_meta_data': 'meta_data'}[
+    layout
+  ]
   assert facts['left_out'] == [['train', '0001035', f'no {records}/0001035.json']]
-  assert facts['repeated'] == [['0001000', 'train', 'train']] and set(facts['lost_images']) == {'0001014.jpeg', '0001021.jpeg'}
+  assert facts['repeated'] == [['0001000', 'train', 'train']] and set(facts['lost_images']) == {
+    '0001014.jpeg',
+    '0001021.jpeg',
+  }
 
 
 @pytest.mark.parametrize('choice', ['longest', 'outline', 'first', 'all'])
@@ -82,10 +113,16 @@ def test_the_text_of_a_movie_is_chosen(miniature, tmp_path, choice):
   outlined = json.loads(next(source.rglob('0001007.json')).read_text())
   wanted = max(record['plot'], key=len) if choice == 'longest' else record['plot'][0]
   assert train['0001056']['text'] == wanted
-  assert train['0001007']['text'] == {'outline': outlined['plot outline'], 'longest': max(outlined['plot'], key=len)}.get(choice, outlined['plot'][0])
+  assert train['0001007']['text'] == {
+    'outline': outlined['plot outline'],
+    'longest': max(outlined['plot'], key=len),
+  }.get(choice, outlined['plot'][0])
   if choice == 'all':
     assert [train[f'0001056/{n}']['text'] for n in (1, 2)] == record['plot'][1:]
-    assert train['0001056/2']['image'] == train['0001056']['image'] and facts_of(tmp_path)['counts']['train'] == 24
+    assert (
+      train['0001056/2']['image'] == train['0001056']['image']
+      and facts_of(tmp_path)['counts']['train'] == 24
+    )
   assert facts_of(tmp_path)['choices'] == {'genres': 'all', 'text': choice}
 
 
@@ -95,25 +132,42 @@ def test_the_papers_genre_filter_leaves_out_movies_with_another_genre(miniature,
   facts = facts_of(tmp_path)
   assert facts['left_out_by_rule'] == {'a genre beside the 23': 3}  # One a split.
   assert facts['published'] == {'train': 15510, 'validation': 2599, 'test': 7779, 'classes': 23}
-  # The four genres beside the 23 are carried by News 64, Adult 4, Talk-Show 2, Reality-TV 1 movies: what the paper lacks of the official split.
+  # The four genres beside the 23 are carried by News 64, Adult 4, Talk-Show 2, Reality-TV 1 movies:
+  # what the paper lacks of the official split.
   assert sum((15552, 2608, 7799)) - sum((15510, 2599, 7779)) == 64 + 4 + 2 + 1
 
 
-# ---- UPMC-Food101 ---------------------------------------------------------------------------------------------------------------------
+# ---- UPMC-Food101 --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('layout', ['titles', 'flat'])
-def test_food101_titles_have_no_header_and_validation_is_set_aside_by_seed(miniature, tmp_path, layout):
+def test_food101_titles_have_no_header_and_validation_is_set_aside_by_seed(
+  miniature, tmp_path, layout
+):
   source = miniature('upmc_food101', layout)
   dataset = load('upmc_food101', source, tmp_path, seed=1)
   with open(source / 'texts/train_titles.csv', encoding='utf-8', newline='') as file:
     rows = {name: (title, label) for name, title, label in csv.reader(file)}
   train = examples(dataset, 'train') | examples(dataset, 'validation')
-  assert len(rows) == len(dataset.splits['train']) + len(dataset.splits['validation']) == 24 and len(dataset.splits['test']) == 12
-  assert {name: (x['text'] or '', dataset.class_names[x['label']]) for name, x in train.items()} == rows
-  assert train['cheese_plate_1-2.jpg']['image'] == next(source.rglob('cheese_plate_1-2.jpg')).read_bytes()
-  assert {name for name, x in train.items() if x['image'] is None} == {'pizza_2.jpg', 'apple_pie_3.jpg'} == set(facts_of(tmp_path)['lost_images'])
-  again, other = (load('upmc_food101', source, tmp_path, seed=seed).splits['validation'].ids for seed in (1, 2))
+  assert (
+    len(rows) == len(dataset.splits['train']) + len(dataset.splits['validation']) == 24
+    and len(dataset.splits['test']) == 12
+  )
+  assert {
+    name: (x['text'] or '', dataset.class_names[x['label']]) for name, x in train.items()
+  } == rows
+  assert (
+    train['cheese_plate_1-2.jpg']['image']
+    == next(source.rglob('cheese_plate_1-2.jpg')).read_bytes()
+  )
+  assert (
+    {name for name, x in train.items() if x['image'] is None}
+    == {'pizza_2.jpg', 'apple_pie_3.jpg'}
+    == set(facts_of(tmp_path)['lost_images'])
+  )
+  again, other = (
+    load('upmc_food101', source, tmp_path, seed=seed).splits['validation'].ids for seed in (1, 2)
+  )
   assert again == dataset.splits['validation'].ids != other
 
 
@@ -121,45 +175,72 @@ def test_food101_pages_leave_out_what_has_none(miniature, tmp_path):
   source = miniature('upmc_food101', 'pages')
   dataset = load('upmc_food101', source, tmp_path, **{'dataset.upmc_food101.text': 'page'})
   train = examples(dataset, 'train') | examples(dataset, 'validation')
-  assert len(train) == 22 and 'pizza_5.jpg' not in train and facts_of(tmp_path)['left_out_by_rule'] == {'no page': 2}
+  assert (
+    len(train) == 22
+    and 'pizza_5.jpg' not in train
+    and facts_of(tmp_path)['left_out_by_rule'] == {'no page': 2}
+  )
   page = (source / 'texts_txt/apple_pie/apple_pie_0.txt').read_bytes()
-  assert train['apple_pie_0.jpg']['text'] == page.replace(b'\r\n', b'\n').decode('utf-8', 'replace') and '\ufffd' in train['apple_pie_0.jpg']['text']
+  assert (
+    train['apple_pie_0.jpg']['text'] == page.replace(b'\r\n', b'\n').decode('utf-8', 'replace')
+    and '\ufffd' in train['apple_pie_0.jpg']['text']
+  )
   with pytest.raises(UserError, match='does not hold upmc_food101; expected .* text=page'):
-    load('upmc_food101', miniature('upmc_food101', 'flat'), tmp_path, **{'dataset.upmc_food101.text': 'page'})
+    load(
+      'upmc_food101',
+      miniature('upmc_food101', 'flat'),
+      tmp_path,
+      **{'dataset.upmc_food101.text': 'page'},
+    )
 
 
-# ---- SNLI-VE --------------------------------------------------------------------------------------------------------------------------
+# ---- SNLI-VE -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('layout, suffix', [('flickr30k_images', ''), ('Flickr30K', '.jpg')])
-def test_snli_ve_reads_the_hypothesis_alone_and_ids_with_and_without_suffix(miniature, tmp_path, layout, suffix):
+def test_snli_ve_reads_the_hypothesis_alone_and_ids_with_and_without_suffix(
+  miniature, tmp_path, layout, suffix
+):
   source = miniature('snli_ve', layout)
   dataset = load('snli_ve', source, tmp_path)
-  records = [json.loads(line) for line in (source / 'snli_ve_test.jsonl').read_text('utf-8').splitlines()]
+  records = [
+    json.loads(line) for line in (source / 'snli_ve_test.jsonl').read_text('utf-8').splitlines()
+  ]
   assert {record['Flickr30K_ID'].endswith('.jpg') for record in records} == {suffix == '.jpg'}
   test = examples(dataset, 'test')
   assert {name: (x['text'], dataset.class_names[x['label']]) for name, x in test.items()} == {
-      record['pairID']: (record['sentence2'], record['gold_label']) for record in records}
+    record['pairID']: (record['sentence2'], record['gold_label']) for record in records
+  }
   for record in records:
     file = next(source.rglob(record['Flickr30K_ID'].removesuffix('.jpg') + '.jpg'))
     assert test[record['pairID']]['image'] == file.read_bytes()
   facts = facts_of(tmp_path)
-  assert facts['left_out'] == [['train', '200017.jpg#2r1n', "gold label '-'"]] and facts['repeated'] == [['17.jpg#0r1e', 'train', 'train']]
+  assert facts['left_out'] == [['train', '200017.jpg#2r1n', "gold label '-'"]] and facts[
+    'repeated'
+  ] == [['17.jpg#0r1e', 'train', 'train']]
   assert examples(dataset, 'train')['200017.jpg#1r1e']['image'] is None
-  images = array_record_data_source.ArrayRecordDataSource([str(next(tmp_path.rglob('images.array_record')))])
-  assert len(images) == len(list(source.rglob('*.jpg'))) - 1  # Each once, whatever the number of its hypotheses; one is cut short.
+  images = array_record_data_source.ArrayRecordDataSource(
+    [str(next(tmp_path.rglob('images.array_record')))]
+  )
+  assert (
+    len(images) == len(list(source.rglob('*.jpg'))) - 1
+  )  # Each once, whatever the number of its hypotheses; one is cut short.
 
 
 def test_snli_ve_takes_the_new_labels_of_validation_and_test(miniature, tmp_path):
   source = miniature('snli_ve')
   choice = {'dataset.snli_ve.neutral': 'relabelled'}
-  old, new = load('snli_ve', source, tmp_path / 'old'), load('snli_ve', source, tmp_path / 'new', **choice)
+  old, new = (
+    load('snli_ve', source, tmp_path / 'old'),
+    load('snli_ve', source, tmp_path / 'new', **choice),
+  )
   for split, file in (('validation', 'dev'), ('test', 'test')):
     with open(source / f'esnlive_{file}.csv', encoding='utf-8', newline='') as stream:
       labels = {row['pairID']: row['gold_label'] for row in csv.DictReader(stream)}
     before, after = examples(old, split), examples(new, split)
     assert {name: new.class_names[x['label']] for name, x in after.items()} == {
-        name: labels.get(name, old.class_names[x['label']]) for name, x in before.items()}
+      name: labels.get(name, old.class_names[x['label']]) for name, x in before.items()
+    }
     changed = sum(before[name]['label'] != after[name]['label'] for name in before)
     assert changed == facts_of(tmp_path / 'new')['notes'][f'{split} labels replaced'] > 0
   assert new.splits['train'].labels == old.splits['train'].labels
@@ -167,24 +248,31 @@ def test_snli_ve_takes_the_new_labels_of_validation_and_test(miniature, tmp_path
     load('snli_ve', miniature('snli_ve', 'Flickr30K'), tmp_path, **choice)
 
 
-# ---- Hateful Memes --------------------------------------------------------------------------------------------------------------------
+# ---- Hateful Memes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('layout', ['root', 'data'])
 def test_hateful_memes_reads_the_test_that_has_labels(miniature, tmp_path, layout):
   source = miniature('hateful_memes', layout)
   dataset = load('hateful_memes', source, tmp_path)
-  records = [json.loads(line) for line in next(source.rglob('test_seen.jsonl')).read_text('utf-8').splitlines()]
+  records = [
+    json.loads(line)
+    for line in next(source.rglob('test_seen.jsonl')).read_text('utf-8').splitlines()
+  ]
   test = examples(dataset, 'test')
-  assert {name: (x['text'] or '', x['label']) for name, x in test.items()} == {f'{r["id"]:05d}': (r['text'], r['label']) for r in records}
-  assert test['01270']['image'] == next(source.rglob('img/01270.png')).read_bytes() and dataset.class_names == ('not hateful', 'hateful')
+  assert {name: (x['text'] or '', x['label']) for name, x in test.items()} == {
+    f'{r["id"]:05d}': (r['text'], r['label']) for r in records
+  }
+  assert test['01270']['image'] == next(
+    source.rglob('img/01270.png')
+  ).read_bytes() and dataset.class_names == ('not hateful', 'hateful')
   shutil.copytree(source, tmp_path / 'unlabelled')
   next((tmp_path / 'unlabelled').rglob('test_seen.jsonl')).unlink()
   with pytest.raises(UserError, match='test.jsonl, which has no labels; add test_seen.jsonl'):
     load('hateful_memes', tmp_path / 'unlabelled', tmp_path)
 
 
-# ---- All data sets --------------------------------------------------------------------------------------------------------------------
+# ---- All data sets -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dataset', ['mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes'])
@@ -195,8 +283,13 @@ def test_preparing_twice_gives_the_same_files(miniature, tmp_path, dataset):
 
 
 def test_more_than_tfds_holds_in_memory_needs_no_tensorflow(miniature, tmp_path, monkeypatch):
-  monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1000)  # Past it TFDS imports TensorFlow, which is not here.
-  assert len(load('snli_ve', miniature('snli_ve'), tmp_path).splits['train']) == 24 and shuffle.MAX_MEM_BUFFER_SIZE == 1000
+  monkeypatch.setattr(
+    shuffle, 'MAX_MEM_BUFFER_SIZE', 1000
+  )  # Past it TFDS imports TensorFlow, which is not here.
+  assert (
+    len(load('snli_ve', miniature('snli_ve'), tmp_path).splits['train']) == 24
+    and shuffle.MAX_MEM_BUFFER_SIZE == 1000
+  )
 
 
 def test_one_corrupt_image_loses_only_that_image_and_says_so(miniature, tmp_path, capsys):
@@ -206,22 +299,33 @@ def test_one_corrupt_image_loses_only_that_image_and_says_so(miniature, tmp_path
   file.write_bytes(file.read_bytes()[:200])
   capsys.readouterr()
   damaged = load('mm_imdb', tmp_path / 'source', tmp_path / 'damaged')
-  assert 'images that cannot be used (their examples have a text alone): 3, ' in (said := capsys.readouterr().err) and '0001063.jpeg (' in said
+  assert (
+    'images that cannot be used (their examples have a text alone): 3, '
+    in (said := capsys.readouterr().err)
+    and '0001063.jpeg (' in said
+  )
   for split in whole.splits:
     before, after = examples(whole, split), examples(damaged, split)
-    assert [row for row in before if before[row] != after[row]] == (['0001063'] if split == 'train' else [])
-  assert after.keys() == before.keys() and examples(damaged, 'train')['0001063'] == examples(whole, 'train')['0001063'] | {'image': None}
+    assert [row for row in before if before[row] != after[row]] == (
+      ['0001063'] if split == 'train' else []
+    )
+  assert after.keys() == before.keys() and examples(damaged, 'train')['0001063'] == examples(
+    whole, 'train'
+  )['0001063'] | {'image': None}
 
 
 def test_half_a_surrogate_pair_is_replaced(miniature, tmp_path):
   shutil.copytree(miniature('hateful_memes'), tmp_path / 'source')
   file = tmp_path / 'source/test_seen.jsonl'
   first, rest = file.read_text('utf-8').split('\n', 1)
-  file.write_text(json.dumps(json.loads(first) | {'text': 'half \ud83d of it'}) + '\nno JSON\n' + rest, 'utf-8')
+  file.write_text(
+    json.dumps(json.loads(first) | {'text': 'half \ud83d of it'}) + '\nno JSON\n' + rest, 'utf-8'
+  )
   dataset = load('hateful_memes', tmp_path / 'source', tmp_path / 'data')
   assert dataset.splits['test'][0]['text'] == 'half \ufffd of it'
   assert facts_of(tmp_path / 'data')['left_out'] == [
-      ['test', 'test_seen.jsonl:2', 'not JSON: Expecting value at column 1']]
+    ['test', 'test_seen.jsonl:2', 'not JSON: Expecting value at column 1']
+  ]
 
 
 @pytest.mark.parametrize('data', [b'', b'no image', 'truncated', 'cmyk', 'png', 'huge'])
@@ -229,9 +333,15 @@ def test_what_is_checked_fast_is_what_decodes(data):
   image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3)).astype(np.uint8))
   if isinstance(data, str):
     buffer = io.BytesIO()
-    image = Image.new('L', (8200, 8200)) if data == 'huge' else image.convert('CMYK') if data == 'cmyk' else image
+    image = (
+      Image.new('L', (8200, 8200))
+      if data == 'huge'
+      else image.convert('CMYK')
+      if data == 'cmyk'
+      else image
+    )
     image.save(buffer, 'PNG' if data in ('png', 'huge') else 'JPEG')
-    data = buffer.getvalue()[:400 if data == 'truncated' else None]
+    data = buffer.getvalue()[: 400 if data == 'truncated' else None]
 
   def fails(function):
     try:
@@ -239,6 +349,7 @@ def test_what_is_checked_fast_is_what_decodes(data):
     except transforms.DecodeError as error:
       return str(error)
     return None
+
   assert fails(transforms.check) == fails(transforms.decode)
 
 
@@ -253,8 +364,9 @@ def slow(data):
   check(data)
 transforms.check = slow
 config = config_lib.default_config()
-for name, value in dict(name='mm_imdb', path=sys.argv[1], data_dir=sys.argv[2], multi_label=True, allow_count_mismatch=True).items():
-  config.dataset[name] = value
+config.dataset.name = 'mm_imdb'
+config.dataset.path, config.dataset.data_dir = sys.argv[1:3]
+config.dataset.multi_label = config.dataset.allow_count_mismatch = True
 datasets.load_dataset(config)
 """
 
@@ -285,7 +397,9 @@ def test_two_processes_at_once_prepare_it_once(miniature, tmp_path):
 def test_counts_are_asserted_and_differences_printed_row_by_row(miniature, tmp_path, capsys):
   changes = {'dataset.allow_count_mismatch': False}
   for _ in range(2):  # Not prepared; prepared.
-    with pytest.raises(UserError, match='3 counts of mm_imdb are not the published ones .* --allow_count_mismatch$'):
+    with pytest.raises(
+      UserError, match='3 counts of mm_imdb are not the published ones .* --allow_count_mismatch$'
+    ):
       load('mm_imdb', miniature('mm_imdb'), tmp_path, **changes)
     said = capsys.readouterr().err.splitlines()
     assert 'mm_imdb train: 24 here, 15,552 published (-15,528)' in said
@@ -295,8 +409,14 @@ def test_counts_are_asserted_and_differences_printed_row_by_row(miniature, tmp_p
 
 
 def test_the_flag_is_the_field():
-  given = [cli.parse('x', '', (cli.Flag('config', ''),), argv)[1] for argv in (
-      ['--allow_count_mismatch'], ['--allow_count_mismatch=false'], ['--config.dataset.allow_count_mismatch=true'])]
+  given = [
+    cli.parse('x', '', (cli.Flag('config', ''),), argv)[1]
+    for argv in (
+      ['--allow_count_mismatch'],
+      ['--allow_count_mismatch=false'],
+      ['--config.dataset.allow_count_mismatch=true'],
+    )
+  ]
   assert given == [{'dataset.allow_count_mismatch': value} for value in ('true', 'false', 'true')]
 
 
@@ -308,7 +428,11 @@ def test_what_is_prepared_needs_no_source_and_notices_a_changed_one(miniature, t
   after = load('mm_imdb', source, tmp_path / 'data')
   assert examples(after, 'test') == before
   again = pickle.loads(pickle.dumps(after.splits['test']))
-  assert again.ids == list(before) and again[3] == before[again.ids[3]] and again.read(3, image=False)['image'] is None
+  assert (
+    again.ids == list(before)
+    and again[3] == before[again.ids[3]]
+    and again.read(3, image=False)['image'] is None
+  )
   (tmp_path / 'moved').rename(source)
   split = next(source.rglob('split.json'))
   split.write_text(split.read_text() + ' ')
@@ -335,7 +459,9 @@ def other_split(folder):
   next(folder.rglob('split.json')).write_text('{"train": 3}')
 
 
-@pytest.mark.parametrize('damage, changes, says', [
+@pytest.mark.parametrize(
+  'damage, changes, says',
+  [
     (shutil.rmtree, {}, 'is not a folder; give the one that holds split.json with'),
     (empty, {}, 'does not hold mm_imdb; expected split.json with'),
     (without_images, {}, '0 images of mm_imdb are there; expected split.json'),
@@ -343,7 +469,8 @@ def other_split(folder):
     (other_split, {}, 'split.json is not JSON with lists of ids'),
     (lambda folder: None, {'dataset.multi_label': False}, 'give True'),
     (lambda folder: None, {'dataset.data_dir': '/dev/null/x'}, 'cannot be prepared in /dev/null/x'),
-])
+  ],
+)
 def test_mistakes_are_one_line(miniature, tmp_path, damage, changes, says):
   shutil.copytree(miniature('mm_imdb'), tmp_path / 'source')
   damage(tmp_path / 'source')
@@ -364,7 +491,7 @@ def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
     if how == 'gone':
       file.unlink()
     else:
-      contents = {'cut': kept[:len(kept) // 2], 'empty': b'', 'other': b'[1]' * len(kept)}
+      contents = {'cut': kept[: len(kept) // 2], 'empty': b'', 'other': b'[1]' * len(kept)}
       file.write_bytes(contents[how])
     try:
       assert examples(load('hateful_memes', source, data), 'test') == before
@@ -374,13 +501,21 @@ def test_damaged_prepared_files_are_one_line(miniature, tmp_path, how):
     # Without metadata.json nothing is prepared, so it is prepared again.
     file.write_bytes(kept)
   assert {'rows.npz', 'images.array_record', 'dataset_info.json'} <= set(damaged)
-# ---- What was prepared -------------------------------------------------------------------------------
+
+
+# ---- What was prepared ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['metadata.json', 'rows.npz'])
-@pytest.mark.parametrize('damage', [
-    lambda raw: raw[:-9], lambda raw: b'', lambda raw: raw[:150] + bytes(8) + raw[158:],
-    lambda raw: b'{}'])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda raw: raw[:-9],
+    lambda raw: b'',
+    lambda raw: raw[:150] + bytes(8) + raw[158:],
+    lambda raw: b'{}',
+  ],
+)
 def test_what_was_prepared_and_is_damaged_is_named(miniature, tmp_path, name, damage):
   source = miniature('hateful_memes')
   load('hateful_memes', source, tmp_path)
@@ -391,7 +526,8 @@ def test_what_was_prepared_and_is_damaged_is_named(miniature, tmp_path, name, da
 
 
 def test_contents_change_with_images_and_texts_and_are_unknown_where_they_were_not_prepared(
-    miniature, tmp_path):
+  miniature, tmp_path
+):
   source = load('mm_imdb', miniature('mm_imdb'), tmp_path).splits['train']
   for n in range(len(source)):
     example = source[n]

@@ -1,4 +1,6 @@
-"""The missing-modality protocol: exact rates, never both, no dependence on the order of the rows."""
+"""The missing-modality protocol: exact rates, never both, no dependence on the order of the
+rows.
+"""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -20,7 +22,9 @@ def test_rates_are_exact_and_no_row_loses_both(ids, rate, kind, seed):
   lost_m = (~present_nm).sum(axis=0)
   assert present_nm.any(axis=1).all() or not ids
   assert abs(lost_m.sum() - rate * len(ids)) <= 0.5 + 1e-9
-  assert {'text': lost_m[0] == 0, 'image': lost_m[1] == 0, 'both': 0 <= lost_m[1] - lost_m[0] <= 1}[kind]
+  assert {'text': lost_m[0] == 0, 'image': lost_m[1] == 0, 'both': 0 <= lost_m[1] - lost_m[0] <= 1}[
+    kind
+  ]
 
 
 @SETTINGS
@@ -35,16 +39,23 @@ def test_order_of_the_rows_does_not_matter(ids, rate, kind, random):
 @SETTINGS
 @hypothesis.given(IDS, RATES, RATES, KINDS)
 def test_what_is_hit_stays_hit_at_a_higher_rate(ids, a, b, kind):
-  low, high = (missing.present_table(ids, rate=rate, kind=kind, seed=0, split='train') for rate in sorted((a, b)))
+  low, high = (
+    missing.present_table(ids, rate=rate, kind=kind, seed=0, split='train')
+    for rate in sorted((a, b))
+  )
   assert (high <= low).all()
 
 
 @SETTINGS
-@hypothesis.given(st.lists(st.sampled_from([(True, True), (True, False), (False, True)]), max_size=50), RATES, KINDS)
+@hypothesis.given(
+  st.lists(st.sampled_from([(True, True), (True, False), (False, True)]), max_size=50), RATES, KINDS
+)
 def test_rows_incomplete_by_nature_are_left_alone_and_not_counted(natural, rate, kind):
   natural_nm = np.array(natural, bool).reshape(-1, 2)
   ids = [str(n) for n in range(len(natural))]
-  present_nm = missing.present_table(ids, rate=rate, kind=kind, seed=1, split='train', natural=natural_nm)
+  present_nm = missing.present_table(
+    ids, rate=rate, kind=kind, seed=1, split='train', natural=natural_nm
+  )
   complete = natural_nm.all(axis=1)
   assert (present_nm[~complete] == natural_nm[~complete]).all() and present_nm.any(axis=1).all()
   assert abs((~present_nm[complete]).sum() - rate * complete.sum()) <= 0.5 + 1e-9
@@ -52,7 +63,9 @@ def test_rows_incomplete_by_nature_are_left_alone_and_not_counted(natural, rate,
 
 def test_seed_and_split_change_the_draw():
   ids = [str(n) for n in range(200)]
-  draw = lambda **changed: missing.present_table(ids, **({'rate': 0.5, 'kind': 'text', 'seed': 0, 'split': 'train'} | changed))  # noqa: E731
+  draw = lambda **changed: missing.present_table(
+    ids, **({'rate': 0.5, 'kind': 'text', 'seed': 0, 'split': 'train'} | changed)
+  )
   assert (draw() == draw()).all()
   for other in (draw(seed=1), draw(split='test')):
     assert 0.3 < (draw() == other)[:, 1].mean() < 0.7
@@ -61,7 +74,16 @@ def test_seed_and_split_change_the_draw():
 def test_the_draw_is_the_same_for_good():
   """A change here changes every result that was reported with a missing rate."""
   present_nm = missing.present_table(list('abcdefgh'), rate=0.5, kind='both', seed=0, split='test')
-  assert [''.join(x for x, kept in zip('it', row, strict=True) if kept) for row in present_nm] == ['i', 'it', 'it', 't', 't', 'i', 'it', 'it']
+  assert [''.join(x for x, kept in zip('it', row, strict=True) if kept) for row in present_nm] == [
+    'i',
+    'it',
+    'it',
+    't',
+    't',
+    'i',
+    'it',
+    'it',
+  ]
 
 
 def test_ids_must_be_unique():

@@ -6,7 +6,9 @@ import pytest
 from molt_jax.data import packing
 
 
-@pytest.mark.parametrize('length,padded', [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (65, 100), (100, 100)])
+@pytest.mark.parametrize(
+  'length,padded', [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (65, 100), (100, 100)]
+)
 def test_lengths_that_batches_are_padded_to(length, padded):
   assert packing.padded_length(length, 100) == padded
   assert packing.padded_length(length, 8) == 8
@@ -23,7 +25,10 @@ def test_nearly_every_batch_keeps_to_the_usual_size():
   lengths_n = np.minimum(1 + rng.geometric(0.2, 3000), 16)
   usual = packing.usual_size(lengths_n, 64)
   assert usual == packing.packed_size(usual) < 0.6 * 16 * 64
-  assert np.mean([lengths_n[rng.choice(3000, 64, replace=False)].sum() <= usual for _ in range(2000)]) > 0.995
+  assert (
+    np.mean([lengths_n[rng.choice(3000, 64, replace=False)].sum() <= usual for _ in range(2000)])
+    > 0.995
+  )
   assert packing.usual_size([], 64) == packing.usual_size([0, 0], 64) == 16
 
 
@@ -38,7 +43,13 @@ def test_positions_are_those_of_the_real_tokens_in_order():
   rows = packing.groups(6, (2, 1))
   position_gn = packing.token_positions(mask_bt, rows)['token_position']
   assert position_gn.shape == (2, 24) and position_gn.dtype == np.int32
-  assert position_gn[0].tolist() == [0, 1, 2, *range(40, 60), 60] and position_gn[1].tolist() == [0, *range(20, 25), 40, 41, *[60] * 16]
+  assert position_gn[0].tolist() == [0, 1, 2, *range(40, 60), 60] and position_gn[1].tolist() == [
+    0,
+    *range(20, 25),
+    40,
+    41,
+    *[60] * 16,
+  ]
 
 
 def test_nothing_is_packed_where_nothing_is_gained():

@@ -1,4 +1,6 @@
-"""Decoding of odd and broken files; pixels against Hugging Face's PIL-based CLIP image processor."""
+"""Decoding of odd and broken files; pixels against Hugging Face's PIL-based CLIP image
+processor.
+"""
 
 import io
 import struct
@@ -22,48 +24,95 @@ def save(image, kind, **options):
 
 
 def noise(width, height, mode='RGB', seed=0):
-  image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+  image = Image.fromarray(
+    np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+  )
   return image.convert(mode)
 
 
 @pytest.mark.parametrize('size', [32, 224])
-@pytest.mark.parametrize('width,height', [(127, 192), (640, 480), (50, 61), (224, 224), (33, 20), (1, 1), (1200, 31)])
+@pytest.mark.parametrize(
+  'width,height', [(127, 192), (640, 480), (50, 61), (224, 224), (33, 20), (1, 1), (1200, 31)]
+)
 def test_crop_matches_hugging_face(size, width, height):
   image = noise(width, height)
-  processor = CLIPImageProcessorPil(size={'shortest_edge': size}, crop_size={'height': size, 'width': size})
+  processor = CLIPImageProcessorPil(
+    size={'shortest_edge': size}, crop_size={'height': size, 'width': size}
+  )
   want_chw = processor(image, return_tensors='np')['pixel_values'][0]
-  got_hwc = transforms.preprocess_image(image, size=size, mean=CLIP_MEAN, std=CLIP_STD, resize='crop')
+  got_hwc = transforms.preprocess_image(
+    image, size=size, mean=CLIP_MEAN, std=CLIP_STD, resize='crop'
+  )
   assert got_hwc.shape == (size, size, 3) and got_hwc.dtype == np.float32
   np.testing.assert_allclose(got_hwc, want_chw.transpose(1, 2, 0), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize('mode,kind', [
-    ('RGB', 'PNG'), ('L', 'PNG'), ('P', 'PNG'), ('1', 'PNG'), ('RGB', 'JPEG'), ('L', 'JPEG'), ('RGB', 'WEBP'), ('P', 'GIF')])
+@pytest.mark.parametrize(
+  'mode,kind',
+  [
+    ('RGB', 'PNG'),
+    ('L', 'PNG'),
+    ('P', 'PNG'),
+    ('1', 'PNG'),
+    ('RGB', 'JPEG'),
+    ('L', 'JPEG'),
+    ('RGB', 'WEBP'),
+    ('P', 'GIF'),
+  ],
+)
 def test_files_match_hugging_face(mode, kind):
   data = save(noise(70, 45, mode), kind)
-  processor = CLIPImageProcessorPil(size={'shortest_edge': 32}, crop_size={'height': 32, 'width': 32})
+  processor = CLIPImageProcessorPil(
+    size={'shortest_edge': 32}, crop_size={'height': 32, 'width': 32}
+  )
   want_chw = processor(Image.open(io.BytesIO(data)), return_tensors='np')['pixel_values'][0]
-  got_hwc = transforms.preprocess_image(transforms.decode(data), size=32, mean=CLIP_MEAN, std=CLIP_STD, resize='crop')
+  got_hwc = transforms.preprocess_image(
+    transforms.decode(data), size=32, mean=CLIP_MEAN, std=CLIP_STD, resize='crop'
+  )
   np.testing.assert_allclose(got_hwc, want_chw.transpose(1, 2, 0), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize('width,height,rows,columns', [(40, 20, 8, 16), (20, 40, 16, 8), (16, 16, 16, 16), (300, 1, 1, 16)])
+@pytest.mark.parametrize(
+  'width,height,rows,columns', [(40, 20, 8, 16), (20, 40, 16, 8), (16, 16, 16, 16), (300, 1, 1, 16)]
+)
 def test_letterbox_pads_with_the_mean(width, height, rows, columns):
-  got_hwc = transforms.preprocess_image(Image.new('RGB', (width, height), (255, 0, 255)), size=16, mean=CLIP_MEAN, std=CLIP_STD, resize='letterbox')
+  got_hwc = transforms.preprocess_image(
+    Image.new('RGB', (width, height), (255, 0, 255)),
+    size=16,
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    resize='letterbox',
+  )
   filled = got_hwc.any(axis=2)
-  assert got_hwc.shape == (16, 16, 3) and filled.any(axis=1).sum() == rows and filled.any(axis=0).sum() == columns
-  np.testing.assert_allclose(got_hwc[filled], np.tile((np.array([1, 0, 1]) - CLIP_MEAN) / CLIP_STD, (rows * columns, 1)), rtol=1e-5)
+  assert (
+    got_hwc.shape == (16, 16, 3)
+    and filled.any(axis=1).sum() == rows
+    and filled.any(axis=0).sum() == columns
+  )
+  np.testing.assert_allclose(
+    got_hwc[filled],
+    np.tile((np.array([1, 0, 1]) - CLIP_MEAN) / CLIP_STD, (rows * columns, 1)),
+    rtol=1e-5,
+  )
 
 
 def test_a_long_strip_stays_cheap():
   strip = Image.new('RGB', (60_000, 1), (10, 20, 30))
-  got_hwc = transforms.preprocess_image(strip, size=224, mean=(0, 0, 0), std=(1, 1, 1), resize='crop')
-  np.testing.assert_allclose(got_hwc, np.broadcast_to(np.array([10, 20, 30]) / 255, (224, 224, 3)), atol=1e-6)
+  got_hwc = transforms.preprocess_image(
+    strip, size=224, mean=(0, 0, 0), std=(1, 1, 1), resize='crop'
+  )
+  np.testing.assert_allclose(
+    got_hwc, np.broadcast_to(np.array([10, 20, 30]) / 255, (224, 224, 3)), atol=1e-6
+  )
 
 
 def test_pad_tokens_cuts_and_pads():
   tokens_t, mask_t = transforms.pad_tokens([5, 6], max_tokens=4, pad_id=9)
-  assert tokens_t.tolist() == [5, 6, 9, 9] and mask_t.tolist() == [True, True, False, False] and tokens_t.dtype == np.int32
+  assert (
+    tokens_t.tolist() == [5, 6, 9, 9]
+    and mask_t.tolist() == [True, True, False, False]
+    and tokens_t.dtype == np.int32
+  )
   tokens_t, mask_t = transforms.pad_tokens([1, 2, 3, 4, 5], max_tokens=4, pad_id=9)
   assert tokens_t.tolist() == [1, 2, 3, 4] and mask_t.all()
 
@@ -92,7 +141,9 @@ def test_palette_with_a_transparent_colour():
 @pytest.mark.parametrize('kind', ['GIF', 'PNG', 'WEBP'])
 def test_the_first_frame_of_an_animation(kind):
   frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue')]
-  red, _, blue = transforms.decode(save(frames[0], kind, save_all=True, append_images=frames[1:])).getpixel((3, 3))
+  red, _, blue = transforms.decode(
+    save(frames[0], kind, save_all=True, append_images=frames[1:])
+  ).getpixel((3, 3))
   assert red > 200 and blue < 50
 
 
@@ -126,19 +177,26 @@ def bomb(width, height):
 
 JPEG = save(noise(64, 64), 'JPEG')
 BROKEN = {
-    'empty': b'',
-    'text': b'hello, world',
-    'truncated jpeg': JPEG[:len(JPEG) // 2],
-    'header only': JPEG[:20],
-    'truncated png': save(noise(64, 64), 'PNG')[:3000],
-    'truncated webp': save(noise(64, 64), 'WEBP')[:200],
-    'truncated gif': save(noise(64, 64, 'P'), 'GIF')[:800],
-    'no data in png': save(noise(8, 8), 'PNG').replace(b'IDAT', b'IDAX'),
-    'bomb': bomb(12_000, 12_000),
-    'huge bomb': bomb(60_000, 60_000),
-    'no pixels': bomb(0, 5),
+  'empty': b'',
+  'text': b'hello, world',
+  'truncated jpeg': JPEG[: len(JPEG) // 2],
+  'header only': JPEG[:20],
+  'truncated png': save(noise(64, 64), 'PNG')[:3000],
+  'truncated webp': save(noise(64, 64), 'WEBP')[:200],
+  'truncated gif': save(noise(64, 64, 'P'), 'GIF')[:800],
+  'no data in png': save(noise(8, 8), 'PNG').replace(b'IDAT', b'IDAX'),
+  'bomb': bomb(12_000, 12_000),
+  'huge bomb': bomb(60_000, 60_000),
+  'no pixels': bomb(0, 5),
 }
-FORMATS = [('RGB', 'PNG'), ('RGB', 'JPEG'), ('P', 'GIF'), ('RGB', 'WEBP'), ('RGB', 'TIFF'), ('RGB', 'BMP')]
+FORMATS = [
+  ('RGB', 'PNG'),
+  ('RGB', 'JPEG'),
+  ('P', 'GIF'),
+  ('RGB', 'WEBP'),
+  ('RGB', 'TIFF'),
+  ('RGB', 'BMP'),
+]
 
 
 @pytest.mark.parametrize('name', BROKEN)
@@ -160,7 +218,9 @@ def test_random_damage_never_raises_anything_else():
       for _ in range(int(rng.integers(1, 6))):
         data[int(rng.integers(len(data)))] = int(rng.integers(256))
       try:
-        image = transforms.decode(bytes(data[:int(rng.integers(1, len(data) + 1))]) if trial % 2 else bytes(data))
+        image = transforms.decode(
+          bytes(data[: int(rng.integers(1, len(data) + 1))]) if trial % 2 else bytes(data)
+        )
         assert image.mode == 'RGB'
       except transforms.DecodeError:
         pass

@@ -1,4 +1,6 @@
-"""Small heads, batches with every pattern of presence, and one compiled training loss per case, shared by all tests of the room."""
+"""Small heads, batches with every pattern of presence, and one compiled training loss per case,
+shared by all tests of the room.
+"""
 
 import dataclasses
 import functools
@@ -23,20 +25,40 @@ WIDTHS = {'image': 11, 'text': 10}
 LAYERS, BATCH, IMAGE_TOKENS, TEXT_TOKENS, CLASSES = 2, 24, 4, 5, 3
 
 # Eighteen complete rows, three without text, three without an image.
-MIXED = np.array([[True, True]] * 18 + [[True, False]] * 3 + [[False, True]] * 3)[np.random.default_rng(7).permutation(BATCH)]
-PRESENCE = {'mixed': MIXED, 'no_text': np.tile([True, False], (BATCH, 1)), 'no_image': np.tile([False, True], (BATCH, 1))}
+MIXED = np.array([[True, True]] * 18 + [[True, False]] * 3 + [[False, True]] * 3)[
+  np.random.default_rng(7).permutation(BATCH)
+]
+PRESENCE = {
+  'mixed': MIXED,
+  'no_text': np.tile([True, False], (BATCH, 1)),
+  'no_image': np.tile([False, True], (BATCH, 1)),
+}
 
 CASES = {
-    'default': {},
-    'paper': {
-        'molt.input_norm': 'none', 'fusion.residual': False, 'classifier.kind': 'linear', 'classifier.per_pattern': False, 'molt.width': 32},
-    'null_two_heads': {'missing.strategy': 'null', 'molt.input_norm': 'rms', 'molt.num_heads': 2},
-    'zero_multi_label': {'missing.strategy': 'zero', 'dataset.multi_label': True, 'classifier.kind': 'linear'},
-    'no_cross_attention': {'molt.cross_attention': False},
-    'no_layer_weights': {'molt.layer_weights': False, 'fusion.residual': False, 'molt.num_heads': 2},
-    'no_fusion': {'fusion.attention': False, 'missing.strategy': 'null', 'classifier.kind': 'linear'},
-    'late_fusion': {'method': 'late_fusion'},
-    'late_fusion_null': {'method': 'late_fusion', 'missing.strategy': 'null', 'molt.input_norm': 'none', 'classifier.kind': 'linear'},
+  'default': {},
+  'paper': {
+    'molt.input_norm': 'none',
+    'fusion.residual': False,
+    'classifier.kind': 'linear',
+    'classifier.per_pattern': False,
+    'molt.width': 32,
+  },
+  'null_two_heads': {'missing.strategy': 'null', 'molt.input_norm': 'rms', 'molt.num_heads': 2},
+  'zero_multi_label': {
+    'missing.strategy': 'zero',
+    'dataset.multi_label': True,
+    'classifier.kind': 'linear',
+  },
+  'no_cross_attention': {'molt.cross_attention': False},
+  'no_layer_weights': {'molt.layer_weights': False, 'fusion.residual': False, 'molt.num_heads': 2},
+  'no_fusion': {'fusion.attention': False, 'missing.strategy': 'null', 'classifier.kind': 'linear'},
+  'late_fusion': {'method': 'late_fusion'},
+  'late_fusion_null': {
+    'method': 'late_fusion',
+    'missing.strategy': 'null',
+    'molt.input_norm': 'none',
+    'classifier.kind': 'linear',
+  },
 }
 
 
@@ -68,25 +90,43 @@ def make_config(**overrides):
 def make_batch(multi_label=False, seed=0):
   """Taps with channel offsets and scales far from standard, ragged texts, labels."""
   rng = np.random.default_rng(seed)
+
   def tapped(tokens, width):
-    scale, shift = rng.uniform(0.5, 3, (LAYERS, 1, 1, width)), rng.normal(0, 2, (LAYERS, 1, 1, width))
+    scale, shift = (
+      rng.uniform(0.5, 3, (LAYERS, 1, 1, width)),
+      rng.normal(0, 2, (LAYERS, 1, 1, width)),
+    )
     return (rng.normal(size=(LAYERS, BATCH, tokens, width)) * scale + shift).astype(np.float32)
+
   mask_bt = np.arange(TEXT_TOKENS) < rng.integers(1, TEXT_TOKENS + 1, (BATCH, 1))
   label = rng.integers(0, 2, (BATCH, CLASSES)) if multi_label else rng.integers(0, CLASSES, BATCH)
-  return Batch(Taps(tapped(IMAGE_TOKENS, WIDTHS['image']), tapped(TEXT_TOKENS, WIDTHS['text']), mask_bt), label, np.ones(BATCH, np.float32))
+  return Batch(
+    Taps(tapped(IMAGE_TOKENS, WIDTHS['image']), tapped(TEXT_TOKENS, WIDTHS['text']), mask_bt),
+    label,
+    np.ones(BATCH, np.float32),
+  )
 
 
 def random_variables(head, batch):
-  """Variables of the head's shapes, every parameter random (at their initial values norms, biases and M would hide mistakes)."""
-  abstract = nn.unbox(jax.eval_shape(functools.partial(head.init, train=False), jax.random.key(0), batch.taps, MIXED))
+  """Variables of the head's shapes, every parameter random (at their initial values norms, biases
+  and M would hide mistakes).
+  """
+  abstract = nn.unbox(
+    jax.eval_shape(functools.partial(head.init, train=False), jax.random.key(0), batch.taps, MIXED)
+  )
+
   def draw(path, leaf):
     name = jax.tree_util.keystr(path)
     if name.startswith("['statistics']"):
       return np.zeros(leaf.shape, np.float32)
     value = np.random.default_rng(zlib.crc32(name.encode())).normal(size=leaf.shape)
-    centre, spread = {'scale': (1, 0.3), 'layer_weights': (1, 0.3), 'kernel': (0, (leaf.shape or (1,))[-2 if leaf.ndim > 1 else -1] ** -0.5)}.get(
-        path[-1].key, (0, 0.3))
+    centre, spread = {
+      'scale': (1, 0.3),
+      'layer_weights': (1, 0.3),
+      'kernel': (0, (leaf.shape or (1,))[-2 if leaf.ndim > 1 else -1] ** -0.5),
+    }.get(path[-1].key, (0, 0.3))
     return (centre + spread * value).astype(np.float32)
+
   return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
@@ -97,7 +137,9 @@ class Case:
 
   def __init__(self, overrides):
     self.config = make_config(**overrides)
-    self.head = make_head(self.config, num_classes=CLASSES, image_width=WIDTHS['image'], text_width=WIDTHS['text'])
+    self.head = make_head(
+      self.config, num_classes=CLASSES, image_width=WIDTHS['image'], text_width=WIDTHS['text']
+    )
     self.batch = make_batch(self.config.dataset.multi_label)
     self.variables = random_variables(self.head, self.batch)
     self.step = jax.jit(self._step)
@@ -110,23 +152,40 @@ class Case:
 
   def _step(self, params, statistics, taps, present_bm, label, weight_b):
     """((loss, (HeadOutput, parts, new statistics)), gradient)."""
+
     def loss_fn(params):
       variables = {'params': params, 'statistics': statistics}
-      out, mutated = self.head.apply(variables, taps, present_bm, train=True, row_weight_b=weight_b, mutable=['statistics'])
-      entropy = cross_entropy.sigmoid_cross_entropy if self.config.dataset.multi_label else cross_entropy.softmax_cross_entropy
+      out, mutated = self.head.apply(
+        variables, taps, present_bm, train=True, row_weight_b=weight_b, mutable=['statistics']
+      )
+      entropy = (
+        cross_entropy.sigmoid_cross_entropy
+        if self.config.dataset.multi_label
+        else cross_entropy.softmax_cross_entropy
+      )
       loss_sum, weight_sum = entropy(out.logits_bk, label, weight_b=weight_b)
       parts = {'ce': loss_sum / weight_sum, 'cca': jnp.zeros(())}
       if out.pooled_image_lbc is not None:
         both_b = weight_b * present_bm.all(-1)
         layer_loss = functools.partial(loss.cca_loss, weight_n=both_b, ridge=self.ridge)
         parts['cca'] = jnp.mean(jax.vmap(layer_loss)(out.pooled_image_lbc, out.pooled_text_lbc))
-      return self.beta * parts['ce'] + self.alpha * parts['cca'], (out, parts, mutated.get('statistics', {}))
+      return self.beta * parts['ce'] + self.alpha * parts['cca'], (
+        out,
+        parts,
+        mutated.get('statistics', {}),
+      )
+
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
   def run(self, present_bm, taps=None, statistics=None, weight_b=None):
     return self.step(
-        self.variables['params'], self.statistics if statistics is None else statistics, self.batch.taps if taps is None else taps, present_bm,
-        self.batch.label, self.batch.weight_b if weight_b is None else weight_b)
+      self.variables['params'],
+      self.statistics if statistics is None else statistics,
+      self.batch.taps if taps is None else taps,
+      present_bm,
+      self.batch.label,
+      self.batch.weight_b if weight_b is None else weight_b,
+    )
 
 
 @functools.cache
@@ -160,7 +219,9 @@ def presence():
 
 @pytest.fixture(scope='session')
 def oracle():
-  """tests/reference/molt_torch.py; its tensors are tiny, so threads only get in each other's way."""
+  """tests/reference/molt_torch.py; its tensors are tiny, so threads only get in each other's
+  way.
+  """
   torch.set_num_threads(1)
   path = pathlib.Path(__file__).parents[1] / 'reference' / 'molt_torch.py'
   spec = importlib.util.spec_from_file_location('molt_torch', path)

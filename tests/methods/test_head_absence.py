@@ -1,4 +1,6 @@
-"""An absent modality is never fed: nothing under it reaches an output, a gradient or a statistic, and the parameters do not depend on it."""
+"""An absent modality is never fed: nothing under it reaches an output, a gradient or a statistic,
+and the parameters do not depend on it.
+"""
 
 import flax.linen as nn
 import jax
@@ -7,9 +9,9 @@ import pytest
 
 STRATEGIES = ['default', 'null_two_heads', 'zero_multi_label', 'late_fusion_null']
 JUNK = {
-    'nan': lambda rng, shape: np.full(shape, np.nan),
-    'huge': lambda rng, shape: np.where(rng.random(shape) < 0.5, np.inf, -3e38),
-    'random': lambda rng, shape: rng.normal(size=shape) * 50,
+  'nan': lambda rng, shape: np.full(shape, np.nan),
+  'huge': lambda rng, shape: np.where(rng.random(shape) < 0.5, np.inf, -3e38),
+  'random': lambda rng, shape: rng.normal(size=shape) * 50,
 }
 
 
@@ -17,28 +19,44 @@ def with_junk(taps, present_bm, kind):
   """Taps with junk in absent rows and under text padding, and another token mask in absent rows."""
   rng = np.random.default_rng(3)
   absent_image, absent_text = (~present_bm[None, :, m, None, None] for m in (0, 1))
+
   def junk(x):
     return JUNK[kind](rng, x.shape).astype(np.float32)
+
   unread = absent_text | ~taps.text_mask_bt[None, :, :, None]
   return taps.replace(
-      image_lbid=np.where(absent_image, junk(taps.image_lbid), taps.image_lbid),
-      text_lbtd=np.where(unread, junk(taps.text_lbtd), taps.text_lbtd),
-      text_mask_bt=np.where(present_bm[:, 1:], taps.text_mask_bt, rng.random(taps.text_mask_bt.shape) < 0.5))
+    image_lbid=np.where(absent_image, junk(taps.image_lbid), taps.image_lbid),
+    text_lbtd=np.where(unread, junk(taps.text_lbtd), taps.text_lbtd),
+    text_mask_bt=np.where(
+      present_bm[:, 1:], taps.text_mask_bt, rng.random(taps.text_mask_bt.shape) < 0.5
+    ),
+  )
 
 
 def assert_same_bits(actual, expected):
-  jax.tree.map(lambda a, e: np.testing.assert_array_equal(np.asarray(a), np.asarray(e)), actual, expected)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_array_equal(np.asarray(a), np.asarray(e)), actual, expected
+  )
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
 
 
 def assert_close(actual, expected, tolerance=2e-6):
-  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(1e-3, np.abs(e).max())), actual, expected)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(
+      a, e, rtol=0, atol=tolerance * max(1e-3, np.abs(e).max())
+    ),
+    actual,
+    expected,
+  )
 
 
 @pytest.mark.parametrize('kind', JUNK)
 def test_content_of_an_absent_modality_changes_no_bit_in_training(each_case, presence, kind):
   for present_bm in presence.values():
-    assert_same_bits(each_case.run(present_bm, with_junk(each_case.batch.taps, present_bm, kind)), each_case.run(present_bm))
+    assert_same_bits(
+      each_case.run(present_bm, with_junk(each_case.batch.taps, present_bm, kind)),
+      each_case.run(present_bm),
+    )
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -47,7 +65,10 @@ def test_content_of_an_absent_modality_changes_no_bit_in_evaluation(case, presen
   for present_bm in presence.values():
     clean = case.predict(case.variables, case.batch.taps, present_bm)
     for kind in JUNK:
-      assert_same_bits(case.predict(case.variables, with_junk(case.batch.taps, present_bm, kind), present_bm), clean)
+      assert_same_bits(
+        case.predict(case.variables, with_junk(case.batch.taps, present_bm, kind), present_bm),
+        clean,
+      )
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -55,9 +76,14 @@ def test_content_of_an_absent_modality_changes_no_bit_in_evaluation(case, presen
 def test_a_tower_that_was_not_run_equals_one_that_is_masked(case, presence, name, pattern, gone):
   case, present_bm = case(name), presence[pattern]
   masked = case.predict(case.variables, case.batch.taps, present_bm)
-  assert_close(case.predict(case.variables, case.batch.taps.replace(**{gone: None}), present_bm), masked)
+  assert_close(
+    case.predict(case.variables, case.batch.taps.replace(**{gone: None}), present_bm), masked
+  )
   # What was not run is absent, whatever present_bm says.
-  assert_close(case.predict(case.variables, case.batch.taps.replace(**{gone: None}), np.ones_like(present_bm)), masked)
+  assert_close(
+    case.predict(case.variables, case.batch.taps.replace(**{gone: None}), np.ones_like(present_bm)),
+    masked,
+  )
 
 
 def test_gradients_without_a_tower_equal_the_masked_ones(case, presence):
@@ -67,34 +93,51 @@ def test_gradients_without_a_tower_equal_the_masked_ones(case, presence):
 
 def test_parameters_do_not_depend_on_what_is_present(each_case):
   case, taps = each_case, each_case.batch.taps
+
   def init(taps):
     return nn.unbox(jax.eval_shape(case.init, jax.random.key(0), taps, np.ones((24, 2), bool)))
+
   expected = init(taps)
   assert init(taps.replace(text_lbtd=None)) == init(taps.replace(image_lbid=None)) == expected
-  has_null = any('null' in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected))
+  has_null = any(
+    'null' in jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(expected)
+  )
   assert has_null == (case.config.missing.strategy == 'null')
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
 def test_a_row_does_not_depend_on_the_others(case, presence, name):
   case, taps, present_bm = case(name), case(name).batch.taps, presence['mixed'].copy()
-  expected = np.asarray(case.predict(case.variables, taps, present_bm).logits_bk)  # Done before its inputs are changed in place.
+  expected = np.asarray(
+    case.predict(case.variables, taps, present_bm).logits_bk
+  )  # Done before its inputs are changed in place.
   others = np.arange(24) % 2 == 1
   changed = taps.replace(image_lbid=taps.image_lbid.copy(), text_lbtd=taps.text_lbtd.copy())
   changed.image_lbid[:, others] += 1
   changed.text_lbtd[:, others] *= -2
   present_bm[others] = present_bm[others][:, ::-1]
-  np.testing.assert_array_equal(case.predict(case.variables, changed, present_bm).logits_bk[~others], expected[~others])
+  np.testing.assert_array_equal(
+    case.predict(case.variables, changed, present_bm).logits_bk[~others], expected[~others]
+  )
   order = np.random.default_rng(0).permutation(24)
-  shuffled = taps.replace(image_lbid=taps.image_lbid[:, order], text_lbtd=taps.text_lbtd[:, order], text_mask_bt=taps.text_mask_bt[order])
-  np.testing.assert_array_equal(case.predict(case.variables, shuffled, presence['mixed'][order]).logits_bk, expected[order])
+  shuffled = taps.replace(
+    image_lbid=taps.image_lbid[:, order],
+    text_lbtd=taps.text_lbtd[:, order],
+    text_mask_bt=taps.text_mask_bt[order],
+  )
+  np.testing.assert_array_equal(
+    case.predict(case.variables, shuffled, presence['mixed'][order]).logits_bk, expected[order]
+  )
 
 
 def test_a_text_without_tokens_is_an_absent_text(case):
   case, taps = case('default'), case('default').batch.taps
   both, no_text = np.ones((24, 2), bool), np.tile([True, False], (24, 1))
   empty = taps.replace(text_mask_bt=np.zeros_like(taps.text_mask_bt))
-  assert_same_bits(case.predict(case.variables, empty, both), case.predict(case.variables, taps, no_text))
+  assert_same_bits(
+    case.predict(case.variables, empty, both), case.predict(case.variables, taps, no_text)
+  )
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -103,4 +146,6 @@ def test_rows_without_anything_stay_finite_and_leave_the_others_alone(case, pres
   present_bm[3] = False
   weight_b = np.where(np.arange(24) == 3, 0, 1).astype(np.float32)
   result = case.run(present_bm, weight_b=weight_b)
-  assert_same_bits(case.run(present_bm, with_junk(case.batch.taps, present_bm, 'nan'), weight_b=weight_b), result)
+  assert_same_bits(
+    case.run(present_bm, with_junk(case.batch.taps, present_bm, 'nan'), weight_b=weight_b), result
+  )

@@ -1,4 +1,6 @@
-"""The map that translates an absent modality, against ridge regression (scikit-learn) and against the canonical form in float64 NumPy."""
+"""The map that translates an absent modality, against ridge regression (scikit-learn) and against
+the canonical form in float64 NumPy.
+"""
 
 import jax
 import numpy as np
@@ -12,7 +14,9 @@ LAYERS, ROWS, WIDTH, RIDGE = 2, 60, 7, 1e-3
 
 @pytest.fixture(scope='module')
 def pairs():
-  """x, y float32[L, N, C] with canonical correlations of their own in each layer, far from centred, and weights with rows that must not be read."""
+  """x, y float32[L, N, C] with canonical correlations of their own in each layer, far from centred,
+  and weights with rows that must not be read.
+  """
   rng = np.random.default_rng(0)
   shared = rng.normal(size=(LAYERS, ROWS, WIDTH))
   mix_x, mix_y = rng.normal(size=(2, LAYERS, WIDTH, WIDTH))
@@ -42,17 +46,24 @@ def test_the_map_is_ridge_regression_whatever_the_batches(pairs, cuts):
     x_nc, y_nc = live(pairs, layer)
     centred_nc = x_nc - x_nc.mean(0)
     oracle = Ridge(alpha=RIDGE * np.trace(centred_nc.T @ centred_nc) / WIDTH).fit(x_nc, y_nc)
-    np.testing.assert_allclose(x_nc @ fitted['kernel_lcc'][layer] + fitted['bias_lc'][layer], oracle.predict(x_nc), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(
+      x_nc @ fitted['kernel_lcc'][layer] + fitted['bias_lc'][layer],
+      oracle.predict(x_nc),
+      rtol=2e-4,
+      atol=2e-4,
+    )
 
 
 def test_the_map_shrinks_each_canonical_direction_by_its_correlation(pairs):
   fitted = moments(pairs, [30]).solve(ridge=RIDGE)
   for layer in range(LAYERS):
     x_nc, y_nc = (view_nc - view_nc.mean(0) for view_nc in live(pairs, layer))
+
     def root(view_nc, power):
       s_cc = view_nc.T @ view_nc
       e_c, u_cc = np.linalg.eigh(s_cc + RIDGE * np.trace(s_cc) / WIDTH * np.eye(WIDTH))
       return (u_cc * e_c**power) @ u_cc.T
+
     u_ck, rho_k, v_kc = np.linalg.svd(root(x_nc, -0.5) @ x_nc.T @ y_nc @ root(y_nc, -0.5))
     assert rho_k.min() < 0.1 and 0.6 < rho_k.max() < 1
     canonical_cc = root(x_nc, -0.5) @ (u_ck * rho_k) @ v_kc @ root(y_nc, 0.5)
@@ -60,7 +71,9 @@ def test_the_map_shrinks_each_canonical_direction_by_its_correlation(pairs):
 
 
 def test_moments_of_a_batch_sharded_over_devices_are_those_of_the_whole(pairs):
-  rows = jax.NamedSharding(jax.make_mesh((4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)), jax.P(None, 'data'))
+  rows = jax.NamedSharding(
+    jax.make_mesh((4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)), jax.P(None, 'data')
+  )
   whole = moments(pairs, [20])
   sharded = moments(pairs, [20], put=lambda x_lnc: jax.device_put(x_lnc, rows))
   jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-3), sharded, whole)
@@ -69,7 +82,10 @@ def test_moments_of_a_batch_sharded_over_devices_are_those_of_the_whole(pairs):
 def test_a_constant_view_predicts_the_mean():
   x_lnc, y_lnc = np.ones((1, 5, 3), np.float32), np.arange(15, dtype=np.float32).reshape(1, 5, 3)
   fitted = Moments.empty(1, 3).update(x_lnc, y_lnc, np.ones(5, np.float32)).solve(ridge=RIDGE)
-  np.testing.assert_allclose(x_lnc @ fitted['kernel_lcc'] + fitted['bias_lc'][:, None], np.broadcast_to(y_lnc.mean(1, keepdims=True), (1, 5, 3)))
+  np.testing.assert_allclose(
+    x_lnc @ fitted['kernel_lcc'] + fitted['bias_lc'][:, None],
+    np.broadcast_to(y_lnc.mean(1, keepdims=True), (1, 5, 3)),
+  )
 
 
 def test_only_gaps_are_filled_and_none_before_the_fit(pairs):
@@ -81,11 +97,17 @@ def test_only_gaps_are_filled_and_none_before_the_fit(pairs):
   for got, expected in ((image, x_lnc), (text, y_lnc), (usable, usable_nm)):
     np.testing.assert_array_equal(got, expected)
   fitted = moments(pairs, []).solve(ridge=RIDGE)
-  maps = {'to_text': fitted, 'to_image': {name: -value for name, value in fitted.items()}, 'pairs': np.float32(60)}
+  maps = {
+    'to_text': fitted,
+    'to_image': {name: -value for name, value in fitted.items()},
+    'pairs': np.float32(60),
+  }
   image, text, usable = module.apply({'statistics': maps}, x_lnc, y_lnc, usable_nm)
   np.testing.assert_array_equal(usable, [[True, True]] * 3 + [[False, False]])
   np.testing.assert_array_equal(image[:, [0, 1, 3]], x_lnc[:, [0, 1, 3]])
   np.testing.assert_array_equal(text[:, [0, 2, 3]], y_lnc[:, [0, 2, 3]])
-  predict = lambda view_lc: np.einsum('lc,lce->le', view_lc, fitted['kernel_lcc']) + fitted['bias_lc']  # noqa: E731
+  predict = lambda view_lc: (
+    np.einsum('lc,lce->le', view_lc, fitted['kernel_lcc']) + fitted['bias_lc']
+  )
   np.testing.assert_allclose(text[:, 1], predict(x_lnc[:, 1]), rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(image[:, 2], -predict(y_lnc[:, 2]), rtol=1e-4, atol=1e-4)

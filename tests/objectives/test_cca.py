@@ -16,7 +16,9 @@ from molt_jax.objectives.cca.loss import SOLVERS, canonical_correlations, cca_lo
 
 
 def oracle(x_nd, y_nd, ridge, weight_n=None):
-  """Loss and gradients in float64 from the d x d definition (Andrew et al. 2013), with the ridge's own movement."""
+  """Loss and gradients in float64 from the d x d definition (Andrew et al. 2013), with the ridge's
+  own movement.
+  """
   x_nd, y_nd = np.asarray(x_nd, np.float64), np.asarray(y_nd, np.float64)
   w_n1 = np.ones((len(x_nd), 1)) if weight_n is None else np.asarray(weight_n, np.float64)[:, None]
   views = []
@@ -28,7 +30,9 @@ def oracle(x_nd, y_nd, ridge, weight_n=None):
   (a_nd, p_dd), (b_nd, q_dd) = views
   u_dk, s_k, v_kd = np.linalg.svd(p_dd @ a_nd.T @ b_nd @ q_dd, full_matrices=False)
   k = min(int((w_n1 > 0).sum()) - 1, x_nd.shape[1], y_nd.shape[1])
-  there_k = (s_k > 1e-9) & (np.arange(len(s_k)) < k)  # Directions without correlation get no gradient.
+  there_k = (s_k > 1e-9) & (
+    np.arange(len(s_k)) < k
+  )  # Directions without correlation get no gradient.
   u_dk, s_k, v_kd = u_dk[:, there_k], s_k[there_k], v_kd[there_k]
 
   def gradient(one_nd, other_nd, p_dd, q_dd, u_dk, v_dk):
@@ -38,7 +42,11 @@ def oracle(x_nd, y_nd, ridge, weight_n=None):
     g_nd = np.sqrt(w_n1) * (g_nd - np.sqrt(w_n1) * (np.sqrt(w_n1) * g_nd).sum(0) / w_n1.sum())
     return -g_nd / k
 
-  return -s_k.sum() / k, gradient(a_nd, b_nd, p_dd, q_dd, u_dk, v_kd.T), gradient(b_nd, a_nd, q_dd, p_dd, v_kd.T, u_dk)
+  return (
+    -s_k.sum() / k,
+    gradient(a_nd, b_nd, p_dd, q_dd, u_dk, v_kd.T),
+    gradient(b_nd, a_nd, q_dd, p_dd, v_kd.T, u_dk),
+  )
 
 
 def pair(n, d1, d2, seed=0, shared=3, dtype=np.float32):
@@ -51,12 +59,22 @@ def pair(n, d1, d2, seed=0, shared=3, dtype=np.float32):
 
 @functools.partial(jax.jit, static_argnums=4)
 def jitted(x_nd, y_nd, weight_n, ridge, solver):
-  return jax.value_and_grad(lambda x, y: cca_loss(x, y, weight_n=weight_n, ridge=ridge, solver=solver), argnums=(0, 1))(x_nd, y_nd)
+  return jax.value_and_grad(
+    lambda x, y: cca_loss(x, y, weight_n=weight_n, ridge=ridge, solver=solver), argnums=(0, 1)
+  )(x_nd, y_nd)
 
 
 def loss_and_gradients(x_nd, y_nd, weight_n=None, *, ridge=1e-3, solver='eigh'):
-  """One compilation for each shape and solver: tests share shapes, because compiling is what takes their time."""
-  return jitted(x_nd, y_nd, jnp.ones(len(x_nd)) if weight_n is None else jnp.asarray(weight_n, jnp.float32), ridge, solver)
+  """One compilation for each shape and solver: tests share shapes, because compiling is what takes
+  their time.
+  """
+  return jitted(
+    x_nd,
+    y_nd,
+    jnp.ones(len(x_nd)) if weight_n is None else jnp.asarray(weight_n, jnp.float32),
+    ridge,
+    solver,
+  )
 
 
 spectrum = jax.jit(canonical_correlations)
@@ -101,11 +119,13 @@ def test_dominating_directions_match_float64(shape):
 
 @pytest.mark.parametrize('shape', [(32, 256, 200), (200, 64, 48)], ids=str)
 def test_any_condition_number_matches_float64(shape):
-  """Well-conditioned views go without eigenvectors; to either side of where that ends, and at it, the value is the same."""
+  """Well-conditioned views go without eigenvectors; to either side of where that ends, and at it,
+  the value is the same.
+  """
   x_nd, y_nd = pair(*shape)
   left, _, right = np.linalg.svd(x_nd - x_nd.mean(0), full_matrices=False)
   for condition in (1, 4, 10, 20, 40, 80, 160, 1e3, 1e5):
-    spectrum_k = np.geomspace(1, condition ** -0.5, len(right))
+    spectrum_k = np.geomspace(1, condition**-0.5, len(right))
     graded_nd = (left * spectrum_k @ right).astype(np.float32)
     assert_matches(loss_and_gradients(graded_nd, y_nd, ridge=0.1), oracle(graded_nd, y_nd, 0.1))
 
@@ -113,7 +133,12 @@ def test_any_condition_number_matches_float64(shape):
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_newton_schulz_is_the_same_function(shape):
   x_nd, y_nd = pair(*shape)
-  assert_matches(loss_and_gradients(x_nd, y_nd, solver='newton_schulz'), oracle(x_nd, y_nd, 1e-3), value=2e-5, gradient=2e-3)
+  assert_matches(
+    loss_and_gradients(x_nd, y_nd, solver='newton_schulz'),
+    oracle(x_nd, y_nd, 1e-3),
+    value=2e-5,
+    gradient=2e-3,
+  )
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
@@ -121,7 +146,10 @@ def test_newton_schulz_is_the_same_function(shape):
 def test_fractional_weights_match_float64(shape, solver):
   x_nd, y_nd = pair(*shape)
   weight_n = np.random.default_rng(1).uniform(0, 3, shape[0]) * (np.arange(shape[0]) % 5 > 0)
-  assert_matches(loss_and_gradients(x_nd, y_nd, jnp.asarray(weight_n), solver=solver), oracle(x_nd, y_nd, 1e-3, weight_n))
+  assert_matches(
+    loss_and_gradients(x_nd, y_nd, jnp.asarray(weight_n), solver=solver),
+    oracle(x_nd, y_nd, 1e-3, weight_n),
+  )
 
 
 def test_gradient_matches_central_differences():
@@ -138,11 +166,22 @@ def test_scale_shift_rotation_and_order_do_not_matter(solver):
   rotation_dd = np.linalg.qr(np.random.default_rng(3).normal(size=(64, 64)))[0]
   order_n = np.random.default_rng(4).permutation(65)
   loss, (dx_nd, _) = loss_and_gradients(x_nd, y_nd, solver=solver)
-  moved = [(7.5e-4 * x_nd, y_nd), (x_nd + 10, y_nd - 3), (x_nd @ rotation_dd, y_nd), (x_nd[order_n], y_nd[order_n]), (-x_nd, y_nd)]
+  moved = [
+    (7.5e-4 * x_nd, y_nd),
+    (x_nd + 10, y_nd - 3),
+    (x_nd @ rotation_dd, y_nd),
+    (x_nd[order_n], y_nd[order_n]),
+    (-x_nd, y_nd),
+  ]
   for x2_nd, y2_nd in moved:
-    assert relative(loss_and_gradients(np.float32(x2_nd), np.float32(y2_nd), solver=solver)[0], loss) <= 1e-5
+    assert (
+      relative(loss_and_gradients(np.float32(x2_nd), np.float32(y2_nd), solver=solver)[0], loss)
+      <= 1e-5
+    )
   assert relative(cca_loss(y_nd, x_nd, solver=solver), loss) <= 1e-6
-  assert abs(np.sum(dx_nd * (x_nd - x_nd.mean(0, keepdims=True)))) <= 1e-5 * np.linalg.norm(dx_nd) * np.linalg.norm(x_nd)
+  assert abs(np.sum(dx_nd * (x_nd - x_nd.mean(0, keepdims=True)))) <= 1e-5 * np.linalg.norm(
+    dx_nd
+  ) * np.linalg.norm(x_nd)
   assert np.abs(dx_nd.sum(0)).max() <= 1e-5 * np.linalg.norm(dx_nd)
 
 
@@ -160,7 +199,9 @@ def test_equals_linear_cca_as_the_ridge_vanishes():
   s_k = np.asarray(spectrum(x_nd, y_nd, ridge=1e-9))
   model = cross.CCA(n_components=3, max_iter=2000, tol=1e-10).fit(x_nd, y_nd)
   a_nk, b_nk = model.transform(x_nd, y_nd)
-  np.testing.assert_allclose(s_k[:3], [np.corrcoef(a_nk[:, i], b_nk[:, i])[0, 1] for i in range(3)], atol=2e-4)
+  np.testing.assert_allclose(
+    s_k[:3], [np.corrcoef(a_nk[:, i], b_nk[:, i])[0, 1] for i in range(3)], atol=2e-4
+  )
   np.testing.assert_allclose(s_k.mean(), -np.float32(cca_loss(x_nd, y_nd, ridge=1e-9)), rtol=1e-5)
 
 
@@ -170,18 +211,27 @@ def test_equals_cca_zoo_as_the_ridge_vanishes():
   model = linear.CCA(n_components=4).fit([x_nd, y_nd])
   a_nk, b_nk = model.transform([x_nd, y_nd])
   expected = [np.corrcoef(np.asarray(a_nk)[:, i], np.asarray(b_nk)[:, i])[0, 1] for i in range(4)]
-  np.testing.assert_allclose(np.asarray(spectrum(x_nd, y_nd, ridge=1e-9))[:4], np.abs(expected), atol=1e-4)
+  np.testing.assert_allclose(
+    np.asarray(spectrum(x_nd, y_nd, ridge=1e-9))[:4], np.abs(expected), atol=1e-4
+  )
 
 
 # Absent and padded rows, layers, types, mistakes.
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
-@pytest.mark.parametrize(('shape', 'present'), [((32, 256, 200), 20), ((65, 64, 64), 40), ((200, 64, 48), 150), ((200, 64, 48), 30)])
+@pytest.mark.parametrize(
+  ('shape', 'present'),
+  [((32, 256, 200), 20), ((65, 64, 64), 40), ((200, 64, 48), 150), ((200, 64, 48), 30)],
+)
 def test_rows_of_weight_zero_are_not_there(shape, present, solver):
-  """Also where the rows alone would be computed in another space (n <= d) than with their padding."""
+  """Also where the rows alone would be computed in another space (n <= d) than with their
+  padding.
+  """
   x_nd, y_nd = pair(*shape)
-  is_present_n = np.isin(np.arange(shape[0]), np.random.default_rng(5).permutation(shape[0])[:present])
+  is_present_n = np.isin(
+    np.arange(shape[0]), np.random.default_rng(5).permutation(shape[0])[:present]
+  )
   expected = oracle(x_nd[is_present_n], y_nd[is_present_n], 1e-3)
   x_nd[~is_present_n], y_nd[~is_present_n] = np.nan, np.inf
   loss, gradients = loss_and_gradients(x_nd, y_nd, is_present_n, solver=solver)
@@ -190,14 +240,19 @@ def test_rows_of_weight_zero_are_not_there(shape, present, solver):
 
 
 def test_layers_are_a_batch_axis():
-  x_lnd, y_lnd = (np.stack(views) for views in zip(*(pair(10, 16, 12, seed=seed) for seed in range(3)), strict=True))
+  x_lnd, y_lnd = (
+    np.stack(views)
+    for views in zip(*(pair(10, 16, 12, seed=seed) for seed in range(3)), strict=True)
+  )
   weight_n = jnp.arange(10) > 1
   loss_l, pull_back = jax.vjp(jax.jit(lambda x: cca_loss(x, y_lnd, weight_n=weight_n)), x_lnd)
-  gradient_lnd, = pull_back(jnp.asarray([1.0, 0.0, 2.0]))
+  (gradient_lnd,) = pull_back(jnp.asarray([1.0, 0.0, 2.0]))
   for l, share in enumerate((1, 0, 2)):
     expected_loss, expected_nd, _ = oracle(x_lnd[l, 2:], y_lnd[l, 2:], 1e-3)
     np.testing.assert_allclose(loss_l[l], expected_loss, rtol=1e-5)
-    np.testing.assert_allclose(gradient_lnd[l, 2:], share * expected_nd, atol=1e-3 * np.abs(expected_nd).max())
+    np.testing.assert_allclose(
+      gradient_lnd[l, 2:], share * expected_nd, atol=1e-3 * np.abs(expected_nd).max()
+    )
   assert spectrum(x_lnd, y_lnd).shape == (3, 10)
 
 
@@ -206,17 +261,32 @@ def test_half_precision_is_cast_up_first(dtype):
   x_nd, y_nd = (jnp.asarray(view_nd, dtype) for view_nd in pair(200, 64, 48))
   loss, (dx_nd, dy_nd) = loss_and_gradients(x_nd, y_nd)
   assert loss.dtype == jnp.float32 and dx_nd.dtype == dy_nd.dtype == dtype
-  assert_matches((loss, (dx_nd, dy_nd)), oracle(x_nd.astype(jnp.float32), y_nd.astype(jnp.float32), 1e-3), gradient=1e-2)
+  assert_matches(
+    (loss, (dx_nd, dy_nd)),
+    oracle(x_nd.astype(jnp.float32), y_nd.astype(jnp.float32), 1e-3),
+    gradient=1e-2,
+  )
   for spoiler in sorted(SPOILERS):
     spoiled_nd = SPOILERS[spoiler](np.asarray(x_nd, np.float32), np.random.default_rng(0))
     largest = float(jnp.finfo(dtype).max)
-    loss, gradients = loss_and_gradients(jnp.asarray(np.clip(spoiled_nd, -largest, largest), dtype), y_nd)
+    loss, gradients = loss_and_gradients(
+      jnp.asarray(np.clip(spoiled_nd, -largest, largest), dtype), y_nd
+    )
     assert -1 <= loss <= 0 and all(bool(jnp.isfinite(g_nd).all()) for g_nd in gradients)
 
 
-@pytest.mark.parametrize('arguments', [
-  {'y_nd': np.zeros((5, 3))}, {'x_nd': np.zeros(4)}, {'weight_n': np.ones(3)}, {'solver': 'qr'}, {'ridge': -1.0}, {'ridge': float('nan')},
-], ids=lambda a: next(iter(a)))
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    {'y_nd': np.zeros((5, 3))},
+    {'x_nd': np.zeros(4)},
+    {'weight_n': np.ones(3)},
+    {'solver': 'qr'},
+    {'ridge': -1.0},
+    {'ridge': float('nan')},
+  ],
+  ids=lambda a: next(iter(a)),
+)
 def test_mistakes_are_named(arguments):
   with pytest.raises(ValueError, match=r'^cca: '):
     cca_loss(**({'x_nd': np.zeros((4, 3)), 'y_nd': np.zeros((4, 3))} | arguments))
@@ -244,12 +314,16 @@ SPOILERS = {
   'tiny': lambda v, rng: v * np.float32(1e-36),
   'largest': lambda v, rng: np.sign(v) * np.finfo(np.float32).max,
   'far away': lambda v, rng: v + np.float32(1e6),
-  'mixed scales': lambda v, rng: v * (10.0 ** rng.integers(-30, 30, (1, v.shape[1]))).astype(np.float32),
+  'mixed scales': lambda v, rng: (
+    v * (10.0 ** rng.integers(-30, 30, (1, v.shape[1]))).astype(np.float32)
+  ),
   'binary': lambda v, rng: (v > 1).astype(np.float32),
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+  max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
   shape=st.sampled_from([(3, 5, 5), (9, 8, 8), (12, 8, 20)]),
   spoil=st.tuples(st.sampled_from(sorted(SPOILERS)), st.sampled_from(sorted(SPOILERS))),
@@ -260,11 +334,16 @@ SPOILERS = {
 )
 def test_always_finite(shape, spoil, identical, dtype, present, seed):
   rng = np.random.default_rng(seed)
-  views = [SPOILERS[name](view_nd, rng) for name, view_nd in zip(spoil, pair(*shape, seed=seed), strict=True)]
+  views = [
+    SPOILERS[name](view_nd, rng)
+    for name, view_nd in zip(spoil, pair(*shape, seed=seed), strict=True)
+  ]
   if identical and shape[1] == shape[2]:
     views[1] = views[0]
   largest = float(jnp.finfo(dtype).max)
-  views = [np.clip(view_nd, -largest, largest).astype(dtype).astype(np.float32) for view_nd in views]
+  views = [
+    np.clip(view_nd, -largest, largest).astype(dtype).astype(np.float32) for view_nd in views
+  ]
   assert_finite(*views, rng.permutation(shape[0]) < present)
 
 
@@ -276,10 +355,18 @@ def test_finite_at_real_sizes(shape, spoiler):
 
 
 @pytest.mark.parametrize('shape', [(32, 256, 200), (200, 64, 48)], ids=str)
-@pytest.mark.parametrize(('spoil', 'present'), [
-  (lambda v: 0 * v, 300), (lambda v: 0 * v + np.float32(0.3), 300), (lambda v: 0 * v + v[:1], 300),
-  (lambda v: v, 2), (lambda v: v, 1), (lambda v: v, 0),
-], ids=['zero view', 'one number', 'constant rows', 'two rows', 'one row', 'no row'])
+@pytest.mark.parametrize(
+  ('spoil', 'present'),
+  [
+    (lambda v: 0 * v, 300),
+    (lambda v: 0 * v + np.float32(0.3), 300),
+    (lambda v: 0 * v + v[:1], 300),
+    (lambda v: v, 2),
+    (lambda v: v, 1),
+    (lambda v: v, 0),
+  ],
+  ids=['zero view', 'one number', 'constant rows', 'two rows', 'one row', 'no row'],
+)
 def test_what_is_undefined_is_zero(shape, spoil, present):
   x_nd, y_nd = pair(*shape)
   loss, gradients = assert_finite(spoil(x_nd), y_nd, np.arange(shape[0]) < present)
@@ -287,7 +374,9 @@ def test_what_is_undefined_is_zero(shape, spoil, present):
 
 
 def test_duplicated_rows_are_one_direction_less():
-  """Each row twice in both views: the value of the distinct rows, over the directions of all rows, and no gradient from rounding."""
+  """Each row twice in both views: the value of the distinct rows, over the directions of all rows,
+  and no gradient from rounding.
+  """
   x_nd, y_nd = (np.repeat(view_nd[:16], 2, axis=0) for view_nd in pair(32, 256, 200))
   loss, (dx_nd, _) = loss_and_gradients(x_nd, y_nd, np.arange(32) % 2)
   twice, (dx2_nd, _) = loss_and_gradients(x_nd, y_nd)
@@ -297,7 +386,9 @@ def test_duplicated_rows_are_one_direction_less():
 
 @pytest.mark.parametrize('shape', [(30, 256, 200), (200, 64, 48)], ids=str)
 def test_duplicates_are_as_in_float64(shape):
-  """Of rows and of columns: singular values of rounding beside small true ones, in whose eigenvectors they mix."""
+  """Of rows and of columns: singular values of rounding beside small true ones, in whose
+  eigenvectors they mix.
+  """
   for seed in range(4):
     x_nd, y_nd = pair(*shape, seed=seed)
     x_nd *= np.geomspace(1, 1e-3, shape[1], dtype=np.float32)[None, :]
@@ -309,11 +400,17 @@ def test_duplicates_are_as_in_float64(shape):
       assert relative(got_nd, want_nd) <= 2e-3
 
 
-@pytest.mark.parametrize('shape', [(24, 40, 36), (90, 20, 16)], ids=str)  # Of no other test: `lax.cond` keeps what it has traced.
+@pytest.mark.parametrize(
+  'shape', [(24, 40, 36), (90, 20, 16)], ids=str
+)  # Of no other test: `lax.cond` keeps what it has traced.
 def test_a_decomposition_that_fails(monkeypatch, shape):
-  """As LAPACK's divide and conquer now and then does on a matrix like any other: all it returns is NaN."""
+  """As LAPACK's divide and conquer now and then does on a matrix like any other: all it returns is
+  NaN.
+  """
   svd = jnp.linalg.svd
-  monkeypatch.setattr(jnp.linalg, 'svd', lambda a_kj, **how: jax.tree.map(lambda m: m * jnp.nan, svd(a_kj, **how)))
+  monkeypatch.setattr(
+    jnp.linalg, 'svd', lambda a_kj, **how: jax.tree.map(lambda m: m * jnp.nan, svd(a_kj, **how))
+  )
   x_nd, y_nd = pair(*shape)
   x_nd[1::2], y_nd[1::3] = x_nd[::2], y_nd[:1]  # Duplicates: singular values of 0 among those of 1.
   loss, gradients = jax.value_and_grad(cca_loss, argnums=(0, 1))(x_nd, y_nd)
@@ -325,7 +422,10 @@ def test_a_decomposition_that_fails(monkeypatch, shape):
   count = min(shape[0] - 1, *shape[1:])
   assert relative(correlations_k.sum(), -count * want_loss) <= 1e-5
   directions = fit_directions(x_nd, y_nd)
-  x_nk, y_nk = ((v - v.mean(0)) @ np.asarray(w, np.float64) for v, w in ((x_nd, directions.x_dk), (y_nd, directions.y_dk)))
+  x_nk, y_nk = (
+    (v - v.mean(0)) @ np.asarray(w, np.float64)
+    for v, w in ((x_nd, directions.x_dk), (y_nd, directions.y_dk))
+  )
   np.testing.assert_allclose((x_nk * y_nk).sum(0), correlations_k, atol=1e-4)
   squares_k = np.linalg.svd(x_nd - x_nd.mean(0), compute_uv=False) ** 2
   share_k = squares_k[squares_k > 0] / squares_k.sum()
@@ -340,22 +440,38 @@ def test_identical_views_correlate_fully():
 # Sharded.
 
 
-@pytest.mark.parametrize(('num_devices', 'shape', 'solver'), [
-  (2, (32, 256, 200), 'eigh'), (4, (32, 256, 200), 'eigh'), (2, (200, 64, 48), 'eigh'), (4, (200, 64, 48), 'newton_schulz'),
-], ids=str)
+@pytest.mark.parametrize(
+  ('num_devices', 'shape', 'solver'),
+  [
+    (2, (32, 256, 200), 'eigh'),
+    (4, (32, 256, 200), 'eigh'),
+    (2, (200, 64, 48), 'eigh'),
+    (4, (200, 64, 48), 'newton_schulz'),
+  ],
+  ids=str,
+)
 def test_statistics_are_those_of_the_global_batch(num_devices, shape, solver):
   x_nd, y_nd = pair(*shape)
   weight_n = jnp.asarray(np.arange(shape[0]) % 7 > 0, jnp.float32)
-  mesh = jax.make_mesh((num_devices,), ('data',), devices=jax.devices()[:num_devices], axis_types=(AxisType.Auto,))
+  mesh = jax.make_mesh(
+    (num_devices,), ('data',), devices=jax.devices()[:num_devices], axis_types=(AxisType.Auto,)
+  )
   place = lambda array: jax.device_put(array, NamedSharding(mesh, P('data')))  # noqa: E731
   single = loss_and_gradients(x_nd, y_nd, weight_n, solver=solver)
   sharded = loss_and_gradients(place(x_nd), place(y_nd), place(weight_n), solver=solver)
   assert relative(sharded[0], single[0]) <= 1e-6
   for got_nd, want_nd in zip(sharded[1], single[1], strict=True):
-    assert relative(got_nd, want_nd) <= 1e-3  # Sums in another order; a saturated batch, here the first shape, amplifies their rounding.
+    assert (
+      relative(got_nd, want_nd) <= 1e-3
+    )  # Sums in another order; a saturated batch, here the first shape, amplifies their rounding.
   gather = lambda array: jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P()))  # noqa: E731
-  gathered = jax.jit(jax.value_and_grad(
-    lambda x_nd, y_nd, weight_n: cca_loss(gather(x_nd), gather(y_nd), weight_n=gather(weight_n), solver=solver), argnums=(0, 1)
-  ))(place(x_nd), place(y_nd), place(weight_n))
+  gathered = jax.jit(
+    jax.value_and_grad(
+      lambda x_nd, y_nd, weight_n: cca_loss(
+        gather(x_nd), gather(y_nd), weight_n=gather(weight_n), solver=solver
+      ),
+      argnums=(0, 1),
+    )
+  )(place(x_nd), place(y_nd), place(weight_n))
   for got, want in zip(jax.tree.leaves(gathered), jax.tree.leaves(single), strict=True):
     assert relative(got, want) <= 1e-6

@@ -1,4 +1,6 @@
-"""Estimators: what the moving average counts, how its gradient flows, that its state is exact, and that it learns planted correlations."""
+"""Estimators: what the moving average counts, how its gradient flows, that its state is exact, and
+that it learns planted correlations.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,13 @@ LAYERS, BATCH, WIDTH, K, WINDOW = 2, 8, 12, 3, 40
 ESTIMATOR = make_estimator('moving_average', num_directions=K, window=WINDOW)
 STEP = jax.jit(ESTIMATOR.loss)
 fit_directions, held_out_correlations, effective_rank, modality_gap = map(
-  jax.jit, (diagnostics.fit_directions, diagnostics.held_out_correlations, diagnostics.effective_rank, diagnostics.modality_gap)
+  jax.jit,
+  (
+    diagnostics.fit_directions,
+    diagnostics.held_out_correlations,
+    diagnostics.effective_rank,
+    diagnostics.modality_gap,
+  ),
 )
 
 
@@ -40,9 +48,14 @@ def project(state, name, view_lbd):
 def test_is_the_cca_of_everything_it_has_seen():
   """With weights that decay by 1 - 7/40 a step."""
   loss, state, aux = run(range(4))
-  x_lnd, y_lnd, weight_n = (np.concatenate(parts, axis=0 if i == 2 else 1) for i, parts in enumerate(zip(*map(batch, range(4)), strict=True)))
+  x_lnd, y_lnd, weight_n = (
+    np.concatenate(parts, axis=0 if i == 2 else 1)
+    for i, parts in enumerate(zip(*map(batch, range(4)), strict=True))
+  )
   weight_n = weight_n * np.repeat((1 - (BATCH - 1) / WINDOW) ** np.arange(3, -1, -1), BATCH)
-  expected_l = jax.jit(cca_loss)(project(state, 'x', x_lnd), project(state, 'y', y_lnd), weight_n=weight_n)
+  expected_l = jax.jit(cca_loss)(
+    project(state, 'x', x_lnd), project(state, 'y', y_lnd), weight_n=weight_n
+  )
   np.testing.assert_allclose(loss, expected_l.mean(), rtol=1e-4)
   np.testing.assert_allclose(aux['correlation'], -expected_l, rtol=1e-4)
 
@@ -57,7 +70,9 @@ def test_absent_rows_are_not_read_and_do_not_count():
   _, state, _ = run(range(3))
   x_lbd, y_lbd, weight_b = batch(3)
   x_lbd[:, weight_b == 0], y_lbd[:, weight_b == 0] = np.nan, np.inf
-  jax.tree.map(np.testing.assert_array_equal, STEP(state, x_lbd, y_lbd, weight_b), STEP(state, *batch(3)))
+  jax.tree.map(
+    np.testing.assert_array_equal, STEP(state, x_lbd, y_lbd, weight_b), STEP(state, *batch(3))
+  )
   loss, after, _ = STEP(state, x_lbd, y_lbd, np.zeros(BATCH, np.float32))
   assert np.isfinite(loss)
   assert after['past']['weight'] == state['past']['weight']
@@ -86,9 +101,13 @@ def test_gradient_is_that_of_the_current_rows_times_all_over_current_weight():
   past_weight = (1 - 7 / WINDOW) * float(state['past']['weight'])
   gain = (past_weight + weight_b.sum()) / weight_b.sum()
   direction_lbd = np.random.default_rng(0).normal(size=x_lbd.shape).astype(np.float32)
-  plus, minus = (STEP(state, x_lbd + step * direction_lbd, y_lbd, weight_b)[0] for step in (1e-2, -1e-2))
+  plus, minus = (
+    STEP(state, x_lbd + step * direction_lbd, y_lbd, weight_b)[0] for step in (1e-2, -1e-2)
+  )
   gradient_lbd = jax.jit(jax.grad(lambda x: ESTIMATOR.loss(state, x, y_lbd, weight_b)[0]))(x_lbd)
-  assert float(jnp.sum(gradient_lbd * direction_lbd)) == pytest.approx(gain * float(plus - minus) / 2e-2, rel=2e-2)
+  assert float(jnp.sum(gradient_lbd * direction_lbd)) == pytest.approx(
+    gain * float(plus - minus) / 2e-2, rel=2e-2
+  )
 
 
 def test_sharded_batch_gives_the_single_device_result():
@@ -96,19 +115,31 @@ def test_sharded_batch_gives_the_single_device_result():
   x_lbd, y_lbd, weight_b = batch(3)
   place = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))  # noqa: E731
   _, state, _ = run(range(3))
-  got = STEP(place(state), place(x_lbd, None, 'data'), place(y_lbd, None, 'data'), place(weight_b, 'data'))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, STEP(state, x_lbd, y_lbd, weight_b))
+  got = STEP(
+    place(state), place(x_lbd, None, 'data'), place(y_lbd, None, 'data'), place(weight_b, 'data')
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+    got,
+    STEP(state, x_lbd, y_lbd, weight_b),
+  )
 
 
 def test_batch_estimator_is_the_plain_loss():
   estimator = make_estimator('batch')
   x_lbd, y_lbd, weight_b = batch(0)
   loss, state, aux = jax.jit(estimator.loss)(estimator.init(LAYERS, WIDTH), x_lbd, y_lbd, weight_b)
-  np.testing.assert_allclose(loss, jax.jit(cca_loss)(x_lbd, y_lbd, weight_n=weight_b).mean(), rtol=1e-6)
+  np.testing.assert_allclose(
+    loss, jax.jit(cca_loss)(x_lbd, y_lbd, weight_n=weight_b).mean(), rtol=1e-6
+  )
   assert state == {} and aux['correlation'].shape == (LAYERS,)
 
 
-@pytest.mark.parametrize('arguments', [('mean', {}), ('moving_average', {'num_directions': 0}), ('moving_average', {'window': -1})], ids=str)
+@pytest.mark.parametrize(
+  'arguments',
+  [('mean', {}), ('moving_average', {'num_directions': 0}), ('moving_average', {'window': -1})],
+  ids=str,
+)
 def test_mistakes_are_named(arguments):
   with pytest.raises(ValueError, match=r'^cca: '):
     make_estimator(arguments[0], **arguments[1])
@@ -141,7 +172,9 @@ def test_independent_views_read_near_zero_where_the_batch_reads_one():
 
 
 def test_linear_encoders_find_planted_directions():
-  """Batch 64 in width 96: the estimator reaches the population's sum, which the batch alone never sees."""
+  """Batch 64 in width 96: the estimator reaches the population's sum, which the batch alone never
+  sees.
+  """
   width, rho_1k, steps = 96, jnp.asarray([[0.9, 0.7, 0.5]]), 700
   estimator = make_estimator('moving_average', num_directions=4, window=2048)
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -162,10 +195,17 @@ def test_linear_encoders_find_planted_directions():
   carry = params, optimizer.init(params), estimator.init(1, width)
   (params, _, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))(carry)
   fit, measure = (
-    [v @ p @ state[f'projection_{view}_ldk'][0] for view, v, p in zip('xy', sample(jax.random.key(seed), 8192, width, rho_1k), params, strict=True)]
+    [
+      v @ p @ state[f'projection_{view}_ldk'][0]
+      for view, v, p in zip(
+        'xy', sample(jax.random.key(seed), 8192, width, rho_1k), params, strict=True
+      )
+    ]
     for seed in (2, 3)
   )
-  assert float(held_out_correlations(fit_directions(*fit), *measure).sum()) >= 0.95 * float(rho_1k.sum())
+  assert float(held_out_correlations(fit_directions(*fit), *measure).sum()) >= 0.95 * float(
+    rho_1k.sum()
+  )
 
 
 # Diagnostics.
@@ -177,7 +217,11 @@ def test_fitted_directions_reproduce_the_training_correlations_and_ignore_absent
   expected_k = canonical_correlations(x_nd[:250], y_nd[:250], ridge=1e-8)
   x_nd[250:] = np.nan
   directions = fit_directions(x_nd, y_nd, weight_n=jnp.asarray(weight_n), ridge=1e-8)
-  np.testing.assert_allclose(held_out_correlations(directions, x_nd, y_nd, weight_n=jnp.asarray(weight_n)), expected_k, atol=1e-4)
+  np.testing.assert_allclose(
+    held_out_correlations(directions, x_nd, y_nd, weight_n=jnp.asarray(weight_n)),
+    expected_k,
+    atol=1e-4,
+  )
   u_nk = (x_nd[:250] - directions.mean_x_d[None, :]) @ directions.x_dk
   np.testing.assert_allclose(u_nk.T @ u_nk, np.eye(6), atol=1e-3)
 
@@ -186,8 +230,15 @@ def test_effective_rank_and_modality_gap():
   rng = np.random.default_rng(0)
   one_nd = rng.normal(size=(50, 1)) * rng.normal(size=(1, 8))
   assert effective_rank(jnp.asarray(one_nd)) == pytest.approx(1, abs=0.01)
-  assert effective_rank(jnp.asarray(np.concatenate([np.eye(8), -np.eye(8)]))) == pytest.approx(8, rel=1e-5)
+  assert effective_rank(jnp.asarray(np.concatenate([np.eye(8), -np.eye(8)]))) == pytest.approx(
+    8, rel=1e-5
+  )
   assert effective_rank(jnp.ones((5, 4))) == 0
-  x_nd, y_nd = jnp.tile(jnp.asarray([[3.0, 0.0]]), (4, 1)), jnp.tile(jnp.asarray([[0.0, 7.0]]), (4, 1))
+  x_nd, y_nd = (
+    jnp.tile(jnp.asarray([[3.0, 0.0]]), (4, 1)),
+    jnp.tile(jnp.asarray([[0.0, 7.0]]), (4, 1)),
+  )
   assert modality_gap(x_nd, y_nd) == pytest.approx(2**0.5)
-  assert modality_gap(x_nd, x_nd.at[0].set(jnp.nan), weight_n=jnp.arange(4) > 0) == pytest.approx(0, abs=1e-6)
+  assert modality_gap(x_nd, x_nd.at[0].set(jnp.nan), weight_n=jnp.arange(4) > 0) == pytest.approx(
+    0, abs=1e-6
+  )

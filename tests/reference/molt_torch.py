@@ -1,7 +1,9 @@
-"""MoLT in float64 PyTorch, one sample and one layer at a time, from the paper's equations. Slow on purpose: it is what the tests believe.
+"""MoLT in float64 PyTorch, one sample and one layer at a time, from the paper's equations. Slow on
+purpose: it is what the tests believe.
 
-A sample is {'image': [L tensors [I, D_i]] or None, 'text': [L tensors [T, D_t]] or None}: only what is present and valid is in it, so that
-nothing else can leak. Parameters come as a nested dict of tensors with a leading layer axis where there is one per layer.
+A sample is {'image': [L tensors [I, D_i]] or None, 'text': [L tensors [T, D_t]] or None}: only what
+is present and valid is in it, so that nothing else can leak. Parameters come as a nested dict of
+tensors with a leading layer axis where there is one per layer.
 """
 
 import dataclasses
@@ -28,17 +30,26 @@ class Settings:
 
 
 def samples_of(taps, mask, present):
-  """NumPy {'image': [L, B, I, D], 'text': [L, B, T, D]} (either may be None), mask [B, T], present [B, 2] -> list of samples."""
+  """NumPy {'image': [L, B, I, D], 'text': [L, B, T, D]} (either may be None), mask [B, T], present
+  [B, 2] -> list of samples.
+  """
+
   def rows(modality, b, keep):
     return [torch.tensor(layer[b][keep], dtype=torch.float64) for layer in taps[modality]]
+
   return [
-      {'image': rows('image', b, slice(None)) if present[b][0] else None, 'text': rows('text', b, mask[b]) if present[b][1] else None}
-      for b in range(len(present))
+    {
+      'image': rows('image', b, slice(None)) if present[b][0] else None,
+      'text': rows('text', b, mask[b]) if present[b][1] else None,
+    }
+    for b in range(len(present))
   ]
 
 
 def channel_statistics(samples, modality, layer):
-  """(mean [D], deviation [D]) over every token of the modality in the samples; None when there is none."""
+  """(mean [D], deviation [D]) over every token of the modality in the samples; None when there is
+  none.
+  """
   tokens = [s[modality][layer] for s in samples if s[modality] is not None]
   if not tokens:
     return None
@@ -56,7 +67,10 @@ def normalise(x, kind, statistics):
 
 
 def prepare(sample, statistics, p, s, widths):
-  """Normalises what is present and fills what is absent; a modality stays None when nothing stands in for it."""
+  """Normalises what is present and fills what is absent; a modality stays None when nothing stands
+  in for it.
+  """
+
   def absent(modality):
     if s.strategy == 'robust':
       return None
@@ -64,8 +78,12 @@ def prepare(sample, statistics, p, s, widths):
     if s.strategy == 'zero':
       return [torch.zeros(1, widths[modality], dtype=torch.float64)] * layers
     return [p['inputs'][modality]['null'][k][None] for k in range(layers)]
+
   def present(modality):
-    return [normalise(x, s.input_norm, statistics[modality][k]) for k, x in enumerate(sample[modality])]
+    return [
+      normalise(x, s.input_norm, statistics[modality][k]) for k, x in enumerate(sample[modality])
+    ]
+
   return {m: absent(m) if sample[m] is None else present(m) for m in OTHER}
 
 
@@ -126,35 +144,51 @@ def molt(x, p, s, there):
     return classify(joint, last, s), pooled
   f = p['fusion']
   query = affine(joint, f['query'], 0)[None]
-  memories = [[affine(x[m][-1], f[f'{m}_{role}'], 0) for role in ('key', 'value')] for m in OTHER if x[m] is not None]
+  memories = [
+    [affine(x[m][-1], f[f'{m}_{role}'], 0) for role in ('key', 'value')]
+    for m in OTHER
+    if x[m] is not None
+  ]
   answers = [attention(query, key, value, s.num_heads)[0] for key, value in memories]
   return classify(mean_of(answers) + (joint if s.fusion_residual else 0), last, s), pooled
 
 
 def late_fusion(x, p, s, widths):
   """Means of the last states side by side."""
-  means = [torch.zeros(widths[m], dtype=torch.float64) if x[m] is None else x[m][-1].mean(0) for m in OTHER]
+  means = [
+    torch.zeros(widths[m], dtype=torch.float64) if x[m] is None else x[m][-1].mean(0) for m in OTHER
+  ]
   return classify(torch.cat(means), p['classifier'], s), None
 
 
 def head(samples, p, s, widths, statistics):
-  """(logits [B, K], pooled per sample and layer); `statistics` is {modality: one (mean, deviation) or None per layer}."""
+  """(logits [B, K], pooled per sample and layer); `statistics` is {modality: one (mean, deviation)
+  or None per layer}.
+  """
   if s.method == 'late_fusion':
     samples = [{m: None if x[m] is None else x[m][-1:] for m in OTHER} for x in samples]
     statistics = {m: v[-1:] for m, v in statistics.items()}
   prepared = [prepare(x, statistics, p, s, widths) for x in samples]
-  outputs = [late_fusion(x, p, s, widths) if s.method == 'late_fusion' else molt(x, p, s, [m for m in OTHER if sample[m] is not None])
-             for x, sample in zip(prepared, samples, strict=True)]
+  outputs = [
+    late_fusion(x, p, s, widths)
+    if s.method == 'late_fusion'
+    else molt(x, p, s, [m for m in OTHER if sample[m] is not None])
+    for x, sample in zip(prepared, samples, strict=True)
+  ]
   return torch.stack([logits for logits, _ in outputs]), [pooled for _, pooled in outputs]
 
 
 def cca_loss(x, y, ridge):
-  """Eq. 4 over its largest possible magnitude: -(sum of canonical correlations) / min(n - 1, d), ridge relative to trace / d."""
+  """Eq. 4 over its largest possible magnitude: -(sum of canonical correlations) / min(n - 1, d),
+  ridge relative to trace / d.
+  """
   n = len(x)
   x, y = x - x.mean(0), y - y.mean(0)
+
   def factor(z):
     s = z.T @ z / (n - 1)
     return torch.linalg.cholesky(s + ridge * s.trace() / len(s) * torch.eye(len(s), dtype=s.dtype))
+
   whiten = torch.linalg.solve_triangular(factor(x), x.T @ y / (n - 1), upper=False)
   f = torch.linalg.solve_triangular(factor(y), whiten.T, upper=False)
   return -torch.linalg.svdvals(f).sum() / min(n - 1, x.shape[1], y.shape[1])
@@ -164,7 +198,10 @@ def mean_cca_loss(pooled, complete, ridge):
   """L_CCA: the mean over layers, from the samples that have both modalities."""
   rows = [p for p, both in zip(pooled, complete, strict=True) if both]
   return sum(
-      cca_loss(torch.stack([r[k]['image'] for r in rows]), torch.stack([r[k]['text'] for r in rows]), ridge) for k in range(len(rows[0]))
+    cca_loss(
+      torch.stack([r[k]['image'] for r in rows]), torch.stack([r[k]['text'] for r in rows]), ridge
+    )
+    for k in range(len(rows[0]))
   ) / len(rows[0])
 
 

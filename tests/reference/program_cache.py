@@ -24,8 +24,15 @@ BEING_WRITTEN = 60  # Seconds; a younger entry may not be whole yet.
 STAMP = 'last_session'  # A file whose time says when.
 CPUINFO = pathlib.Path('/proc/cpuinfo')
 IDENTIFYING = (
-    'vendor_id', 'cpu family', 'model', 'stepping', 'flags',  # x86
-    'CPU implementer', 'CPU variant', 'CPU part', 'Features',  # ARM
+  'vendor_id',
+  'cpu family',
+  'model',
+  'stepping',
+  'flags',  # x86
+  'CPU implementer',
+  'CPU variant',
+  'CPU part',
+  'Features',  # ARM
 )
 
 

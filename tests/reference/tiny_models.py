@@ -90,10 +90,10 @@ def _clip_text(c):
 
 
 ARCHITECTURES = {
-    'LlamaModel': _llama,
-    'LlamaForCausalLM': _causal_lm,
-    'CLIPVisionModel': _clip_vision,
-    'CLIPTextModelWithProjection': _clip_text,
+  'LlamaModel': _llama,
+  'LlamaForCausalLM': _causal_lm,
+  'CLIPVisionModel': _clip_vision,
+  'CLIPTextModelWithProjection': _clip_text,
 }
 
 

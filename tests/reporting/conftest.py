@@ -28,20 +28,45 @@ def make_predictions():
   return _make_predictions
 
 
-def _make_predictions(*, classes=5, rows=60, multi_label=False, conditions=records.CONDITIONS, seed=0):
+def _make_predictions(
+  *, classes=5, rows=60, multi_label=False, conditions=records.CONDITIONS, seed=0
+):
   """Random predictions that are right about half of the time; some rows lack a modality."""
   rng = np.random.default_rng(seed)
   names = [LONG, *(f'class <{k}> & "{k}"' for k in range(1, classes))]
-  label = rng.random((rows, classes)) < 0.4 if multi_label else rng.integers(0, classes, rows).astype(np.int32)
+  label = (
+    rng.random((rows, classes)) < 0.4
+    if multi_label
+    else rng.integers(0, classes, rows).astype(np.int32)
+  )
   hot = label if multi_label else label[:, None] == np.arange(classes)
   logits = rng.normal(0, 1.5, (len(conditions), rows, classes)) + 2.0 * hot
-  probability = 1 / (1 + np.exp(-logits)) if multi_label else np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  probability = (
+    1 / (1 + np.exp(-logits))
+    if multi_label
+    else np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  )
   present = np.ones((rows, 2), bool)
   present[::9, 0] = present[4::9, 1] = False
   keeps = np.array([[True, True], [True, False], [False, True]])[: len(conditions)]
   counted = (present[None] & keeps[:, None]).any(-1)
-  right = np.where(hot[None], probability, 1 - probability) if multi_label else probability[:, np.arange(rows), label][..., None]
+  right = (
+    np.where(hot[None], probability, 1 - probability)
+    if multi_label
+    else probability[:, np.arange(rows), label][..., None]
+  )
   return records.Predictions(
-      split='test', step=40, config_hash='', seed=0, of=rows, conditions=list(conditions), class_names=names, ids=[f'id{n}' for n in range(rows)],
-      label=label, present_nm=present, counted_cn=counted, probability_cnk=probability.astype(np.float32),
-      loss_cn=-np.log(right).mean(-1).astype(np.float32))
+    split='test',
+    step=40,
+    config_hash='',
+    seed=0,
+    of=rows,
+    conditions=list(conditions),
+    class_names=names,
+    ids=[f'id{n}' for n in range(rows)],
+    label=label,
+    present_nm=present,
+    counted_cn=counted,
+    probability_cnk=probability.astype(np.float32),
+    loss_cn=-np.log(right).mean(-1).astype(np.float32),
+  )

@@ -22,10 +22,19 @@ from molt_jax.evaluation import records
 from molt_jax.reporting import checked, figures
 
 HOSTILE = (
-    '', '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onload='alert(1)",
-    '</style></svg><script>alert(1)</script>', 'a$\\frac{1}{x}$_^%{', '$',
-    '_hidden #0072b2 id="x" url(#y)',
-    'a\x00b\x1b[31m\n\u202e\ud800\ufffe', '😀 שלום', 'x' * 10_000, '3.14159 font-family: a;')
+  '',
+  '<script>alert(1)</script>',
+  '"><img src=x onerror=alert(1)>',
+  "' onload='alert(1)",
+  '</style></svg><script>alert(1)</script>',
+  'a$\\frac{1}{x}$_^%{',
+  '$',
+  '_hidden #0072b2 id="x" url(#y)',
+  'a\x00b\x1b[31m\n\u202e\ud800\ufffe',
+  '😀 שלום',
+  'x' * 10_000,
+  '3.14159 font-family: a;',
+)
 
 
 @pytest.fixture(scope='module')
@@ -68,22 +77,24 @@ def put(content, keys, value):
 
 # File -> the places of its strings that a page shows, and how a string is made fit for it.
 FIELDS = {
-    'split': [
-        ('evaluation.json', ['split']), (records.PREDICTIONS, ['split']),
-        ('mistakes.json', ['split'])],
-    'sha256': [('evaluation.json', ['backbones', 'image', 'sha256'])],
-    'tower path': [('evaluation.json', ['backbones', 'text', 'path'])],
-    'version': [('evaluation.json', ['versions', 'jax'])],
-    'versions': [('evaluation.json', ['versions'])],
-    'class name': [(records.PREDICTIONS, ['class_names', 1])],
-    'id': [('mistakes.json', ['examples', 'EACH', 'id'])],
-    'text': [('mistakes.json', ['examples', 'EACH', 'text'])],
-    'image': [('mistakes.json', ['examples', 'EACH', 'image'])],
-    'device': [('run.json', ['device'])],
-    'examples': [('run.json', ['examples'])],
-    'pairs split': [(records.PAIRS, ['split'])],
-    'config path': [('config.json', ['dataset', 'path'])],
-    'tower config': [('config.json', ['backbones', 'image', 'path'])],
+  'split': [
+    ('evaluation.json', ['split']),
+    (records.PREDICTIONS, ['split']),
+    ('mistakes.json', ['split']),
+  ],
+  'sha256': [('evaluation.json', ['backbones', 'image', 'sha256'])],
+  'tower path': [('evaluation.json', ['backbones', 'text', 'path'])],
+  'version': [('evaluation.json', ['versions', 'jax'])],
+  'versions': [('evaluation.json', ['versions'])],
+  'class name': [(records.PREDICTIONS, ['class_names', 1])],
+  'id': [('mistakes.json', ['examples', 'EACH', 'id'])],
+  'text': [('mistakes.json', ['examples', 'EACH', 'text'])],
+  'image': [('mistakes.json', ['examples', 'EACH', 'image'])],
+  'device': [('run.json', ['device'])],
+  'examples': [('run.json', ['examples'])],
+  'pairs split': [(records.PAIRS, ['split'])],
+  'config path': [('config.json', ['dataset', 'path'])],
+  'tower config': [('config.json', ['backbones', 'image', 'path'])],
 }
 
 
@@ -91,10 +102,12 @@ def spoil(run, field, text):
   """Puts the text into every place of the field."""
   value = {'examples': {text: 3}, 'versions': {text: text}}.get(field, text)
   for file, keys in FIELDS[field]:
+
     def function(content, keys=keys):
       rows = list(content['examples']) if 'EACH' in keys else [None]
       for row in rows:
         put(content, [row if key == 'EACH' else key for key in keys], value)
+
     change(run / file, function)
 
 
@@ -125,16 +138,27 @@ def test_a_page_with_hostile_names_everywhere_is_drawn(hostile, run, first):
   for number, field in enumerate(FIELDS):
     text = HOSTILE[(first + number) % len(HOSTILE)]
     spoil(run, field, text if is_legal(field, text) else 'x')
-  change(run / records.PREDICTIONS, lambda content: content.update(
-      class_names=list(HOSTILE[first:first + 3])))
+  change(
+    run / records.PREDICTIONS,
+    lambda content: content.update(class_names=list(HOSTILE[first : first + 3])),
+  )
   page = report.write([run]).read_text(encoding='utf-8')
   hostile.check_page(page)
   assert page.count('<svg') > 10 and len(page) < 2_000_000
 
 
-@pytest.mark.parametrize('name', [
-    '<script>alert(1)<script>', '"onload="x', '$x_{$ [red]', '_', 'a\x1b[31m\n\u202e', '\udcff',
-    "'; rm"])
+@pytest.mark.parametrize(
+  'name',
+  [
+    '<script>alert(1)<script>',
+    '"onload="x',
+    '$x_{$ [red]',
+    '_',
+    'a\x1b[31m\n\u202e',
+    '\udcff',
+    "'; rm",
+  ],
+)
 @pytest.mark.filterwarnings('error')
 def test_the_name_of_a_folder_is_text_too(hostile, run, name, quick, capfd):
   folders = [shutil.copytree(run, run.with_name('good')), shutil.copytree(run, run.with_name(name))]
@@ -159,8 +183,9 @@ class Texts(html.parser.HTMLParser):
     self.texts.append(data)
 
 
-@pytest.mark.parametrize('name', [
-    'a$b$', '_x', '#0072b2', 'id="q"', 'font-family:a', '3.14159', '$', '<b>&'])
+@pytest.mark.parametrize(
+  'name', ['a$b$', '_x', '#0072b2', 'id="q"', 'font-family:a', '3.14159', '$', '<b>&']
+)
 @pytest.mark.filterwarnings('error')
 def test_a_class_is_called_by_its_own_name_in_every_drawing(name):
   matrix = figures.confusion(np.eye(2, dtype=int), [name, 'b'], title='')
@@ -182,19 +207,35 @@ def encoded(kind, size=(8, 6), as_kind=None):
   return f'data:image/{as_kind or kind.lower()};base64,{content}'
 
 
-@pytest.mark.parametrize(('url', 'there'), [
-    (encoded('PNG'), True), (encoded('JPEG'), True), (encoded('WEBP'), True),
-    (encoded('GIF'), False), (encoded('PNG', as_kind='svg+xml'), False),
-    (encoded('PNG', as_kind='jpeg'), False), (encoded('PNG', size=(2_000, 2)), False),
-    (encoded('PNG')[:-40], False), (encoded('PNG') + '\n', False),
-    (encoded('PNG').replace('data:', 'DATA:'), False), ('https://example.com/x.png', False),
-    ('data:image/png;base64,', False), ('data:image/png;base64,AAAA" onerror="x', False),
-    ('data:image/png;base64,' + 'A' * 1_000_000, False), ('data:text/html;base64,PGI+', False),
-    ('x', False)])
+@pytest.mark.parametrize(
+  ('url', 'there'),
+  [
+    (encoded('PNG'), True),
+    (encoded('JPEG'), True),
+    (encoded('WEBP'), True),
+    (encoded('GIF'), False),
+    (encoded('PNG', as_kind='svg+xml'), False),
+    (encoded('PNG', as_kind='jpeg'), False),
+    (encoded('PNG', size=(2_000, 2)), False),
+    (encoded('PNG')[:-40], False),
+    (encoded('PNG') + '\n', False),
+    (encoded('PNG').replace('data:', 'DATA:'), False),
+    ('https://example.com/x.png', False),
+    ('data:image/png;base64,', False),
+    ('data:image/png;base64,AAAA" onerror="x', False),
+    ('data:image/png;base64,' + 'A' * 1_000_000, False),
+    ('data:text/html;base64,PGI+', False),
+    ('x', False),
+  ],
+)
 def test_a_picture_is_a_small_one_of_a_known_kind_or_left_out(run, quick, url, there):
   assert checked.picture(url) == (url if there else None)
-  change(run / 'mistakes.json', lambda content: [put(content, ['examples', row, 'image'], url)
-                                                 for row in content['examples']] and None)
+  change(
+    run / 'mistakes.json',
+    lambda content: (
+      [put(content, ['examples', row, 'image'], url) for row in content['examples']] and None
+    ),
+  )
   page = Texts(report.write([run]).read_text())
   sources = [value for name, value in page.attributes if name == 'src']
   assert set(sources) == ({url} if there else set())
@@ -207,37 +248,38 @@ def test_a_picture_is_a_small_one_of_a_known_kind_or_left_out(run, quick, url, t
 WRONG = (None, True, -1, 1.5, 'x', '1', [], [1], {}, {'a': 1}, float('nan'), 1e308, 10**400)
 # (file, key, an example of what it may be); what else is refused, by the file and the key.
 NUMBERS = [
-    ('evaluation.json', ['step'], (1, 0)),
-    ('evaluation.json', ['num_examples'], (1, 0)),
-    ('evaluation.json', ['results', 'none_absent', 'accuracy'], (0, 0.5, 1)),
-    ('run.json', ['parameters'], (1, 0)),
-    ('run.json', ['devices'], (1, 0)),
-    ('run.json', ['calls', 0, 'seconds'], (1, 1.5, 0)),
-    ('run.json', ['calls', 0, 'peak_host_bytes'], (1, None)),
-    ('mistakes.json', ['step'], (1, 0)),
-    ('mistakes.json', ['conditions', 'none_absent', 0], ()),
+  ('evaluation.json', ['step'], (1, 0)),
+  ('evaluation.json', ['num_examples'], (1, 0)),
+  ('evaluation.json', ['results', 'none_absent', 'accuracy'], (0, 0.5, 1)),
+  ('run.json', ['parameters'], (1, 0)),
+  ('run.json', ['devices'], (1, 0)),
+  ('run.json', ['calls', 0, 'seconds'], (1, 1.5, 0)),
+  ('run.json', ['calls', 0, 'peak_host_bytes'], (1, None)),
+  ('mistakes.json', ['step'], (1, 0)),
+  ('mistakes.json', ['conditions', 'none_absent', 0], ()),
 ]
 TEXTS = [
-    ('evaluation.json', ['split'], ('x', '1')),
-    ('evaluation.json', ['config_hash'], ('x', '1')),
-    ('evaluation.json', ['versions', 'jax'], ('x', '1')),
-    ('evaluation.json', ['backbones', 'image', 'sha256'], ('x', '1')),
-    ('run.json', ['device'], ('x', '1')),
-    ('mistakes.json', ['examples', 'FIRST', 'id'], ('x', '1')),
-    ('mistakes.json', ['examples', 'FIRST', 'text'], ('x', '1', None)),
+  ('evaluation.json', ['split'], ('x', '1')),
+  ('evaluation.json', ['config_hash'], ('x', '1')),
+  ('evaluation.json', ['versions', 'jax'], ('x', '1')),
+  ('evaluation.json', ['backbones', 'image', 'sha256'], ('x', '1')),
+  ('run.json', ['device'], ('x', '1')),
+  ('mistakes.json', ['examples', 'FIRST', 'id'], ('x', '1')),
+  ('mistakes.json', ['examples', 'FIRST', 'text'], ('x', '1', None)),
 ]
 OBJECTS = [
-    ('evaluation.json', ['results'], ()),
-    ('evaluation.json', ['results', 'none_absent'], ({}, {'a': 1})),
-    ('evaluation.json', ['backbones'], ({},)),
-    ('run.json', ['examples'], ({}, {'a': 1})),
-    ('run.json', ['calls'], ([],)),
-    ('mistakes.json', ['examples'], ()),
+  ('evaluation.json', ['results'], ()),
+  ('evaluation.json', ['results', 'none_absent'], ({}, {'a': 1})),
+  ('evaluation.json', ['backbones'], ({},)),
+  ('run.json', ['examples'], ({}, {'a': 1})),
+  ('run.json', ['calls'], ([],)),
+  ('mistakes.json', ['examples'], ()),
 ]
 
 
 @pytest.mark.parametrize(
-    ('file', 'keys', 'legal'), [*NUMBERS, *TEXTS, *OBJECTS], ids=lambda x: str(x)[:60])
+  ('file', 'keys', 'legal'), [*NUMBERS, *TEXTS, *OBJECTS], ids=lambda x: str(x)[:60]
+)
 def test_a_value_of_the_wrong_kind_is_named_with_its_file(run, file, keys, legal):
   original = (run / file).read_text()
   for value in WRONG:
@@ -245,6 +287,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file(run, file, keys, legal
 
     def function(content, value=value):
       put(content, [min(content['examples']) if key == 'FIRST' else key for key in keys], value)
+
     change(run / file, function)
     if any(value is x or (type(value) is type(x) and value == x) for x in legal):
       report.read([run])
@@ -275,14 +318,15 @@ def test_gaps_of_a_log_are_gaps_of_a_curve(run):
   """Older logs have NaN; newer ones null in a list, and no key."""
   nan = float('nan')
   lines = [
-      {'kind': 'train', 'step': 1, 'loss': nan, 'cca_correlation': [nan]},
-      {'kind': 'train', 'step': 1, 'images_per_second': float('inf')},
-      {'kind': 'train', 'step': 2, 'loss': 1.5, 'cca_correlation': [None]},
-      {'kind': 'train', 'step': 3, 'cca_correlation': [0.5, 0.25]},
-      {'kind': 'validation', 'step': 3, 'none_absent': {'accuracy': nan}},
-      {'kind': 'validation', 'step': 3, 'text_absent': {'num_examples': 0}},
-      {'kind': 'validation', 'step': 4, 'none_absent': {'accuracy': 0.5}},
-      {'kind': 'validation', 'step': 4, 'pairs': {'held_out_correlation': [None]}}]
+    {'kind': 'train', 'step': 1, 'loss': nan, 'cca_correlation': [nan]},
+    {'kind': 'train', 'step': 1, 'images_per_second': float('inf')},
+    {'kind': 'train', 'step': 2, 'loss': 1.5, 'cca_correlation': [None]},
+    {'kind': 'train', 'step': 3, 'cca_correlation': [0.5, 0.25]},
+    {'kind': 'validation', 'step': 3, 'none_absent': {'accuracy': nan}},
+    {'kind': 'validation', 'step': 3, 'text_absent': {'num_examples': 0}},
+    {'kind': 'validation', 'step': 4, 'none_absent': {'accuracy': 0.5}},
+    {'kind': 'validation', 'step': 4, 'pairs': {'held_out_correlation': [None]}},
+  ]
   (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   page = Texts(report.write([run]).read_text())
   assert not re.search(r'\b(nan|inf|None|null)\b', ' '.join(page.texts))
@@ -293,13 +337,19 @@ def test_gaps_of_a_log_are_gaps_of_a_curve(run):
 
 def without_examples(run, conditions, scores):
   """Makes it a run that found no example to score under these conditions."""
-  change(run / 'evaluation.json', lambda content: content['results'].update(
-      {name: scores | {'num_examples': 0} for name in conditions}))
+  change(
+    run / 'evaluation.json',
+    lambda content: content['results'].update(
+      {name: scores | {'num_examples': 0} for name in conditions}
+    ),
+  )
   p = records.Predictions.load(run / records.PREDICTIONS)
   p.counted_cn[[p.conditions.index(name) for name in conditions]] = False
   p.save(run / records.PREDICTIONS)
-  change(run / 'mistakes.json', lambda content: content['conditions'].update(
-      dict.fromkeys(conditions, [])))
+  change(
+    run / 'mistakes.json',
+    lambda content: content['conditions'].update(dict.fromkeys(conditions, [])),
+  )
 
 
 @pytest.mark.parametrize('scores', [{}, {'accuracy': 0.0, 'f1_macro': 0.0, 'f1_micro': 0.0}])
@@ -307,7 +357,8 @@ def without_examples(run, conditions, scores):
 @pytest.mark.parametrize('drawn', [False, True])
 @pytest.mark.filterwarnings('error')
 def test_conditions_without_examples_have_no_number_on_the_page(
-    hostile, small, tmp_path, monkeypatch, scores, count, drawn):
+  hostile, small, tmp_path, monkeypatch, scores, count, drawn
+):
   """Older evaluations wrote zeros there."""
   without = list(records.CONDITIONS)[-count:]
   runs = [shutil.copytree(small, tmp_path / name) for name in ('a', 'b')]
@@ -334,7 +385,8 @@ def test_conditions_without_examples_have_no_number_on_the_page(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+  max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 2**32 - 1))
 def test_any_change_of_a_run_file_is_a_page_or_one_line(hostile, quick, tmp_path_factory, seed):
   hostile.trial(np.random.default_rng(seed), tmp_path_factory.mktemp('changed'))

@@ -15,10 +15,12 @@ from molt_jax.runtime import logbook
 @pytest.fixture
 def record(make_predictions):
   """Function (multi_label) -> predictions; no example counts under the last condition."""
+
   def make(multi_label=False, **how):
     p = make_predictions(multi_label=multi_label, rows=20, **how)
     p.counted_cn[2] = False
     return p
+
   return make
 
 
@@ -46,7 +48,8 @@ def test_rows_that_lose_their_only_counted_view_leave_no_score(record):
 def test_label_sets_without_any_label_have_no_f1(record):
   p = record(True)
   nothing = dataclasses.replace(
-      p, label=np.zeros_like(p.label), probability_cnk=np.zeros_like(p.probability_cnk))
+    p, label=np.zeros_like(p.label), probability_cnk=np.zeros_like(p.probability_cnk)
+  )
   assert nothing.scores('none_absent') == {'num_examples': 20, 'accuracy': 1.0}
   assert nothing.influence('none_absent') is None
 
@@ -54,7 +57,8 @@ def test_label_sets_without_any_label_have_no_f1(record):
 def test_a_class_that_occurs_nowhere_has_no_f1(record):
   p = record()
   p = dataclasses.replace(
-      p, label=np.minimum(p.label, 3), probability_cnk=p.probability_cnk * [1, 1, 1, 1, 0])
+    p, label=np.minimum(p.label, 3), probability_cnk=p.probability_cnk * [1, 1, 1, 1, 0]
+  )
   f1_k = p.class_f1('none_absent')
   assert np.isnan(f1_k[4]) and np.isfinite(f1_k[:4]).all()
 
@@ -90,24 +94,24 @@ def _with_json(content, **changes):
 
 # What is done to the content of the file: arrays by name, and 'json'.
 DAMAGE = {
-    'a step that is a list': lambda c: _with_json(c, step=[1]),
-    'a step that is huge': lambda c: _with_json(c, step=10**40),
-    'no class name': lambda c: _with_json(c, class_names=[]),
-    'a class name that is a number': lambda c: _with_json(c, class_names=[1, 2, 3, 4, 5]),
-    'a condition of another kind': lambda c: _with_json(c, conditions=['a', 'b', 'c']),
-    'a condition twice': lambda c: _with_json(c, conditions=['none_absent'] * 3),
-    'an id twice': lambda c: _with_json(c, ids=['a'] * 20),
-    'a field too many': lambda c: _with_json(c, extra=1),
-    'a field too few': lambda c: {k: v for k, v in c.items() if k != 'loss_cn'},
-    'another shape': lambda c: {**c, 'probability_cnk': c['probability_cnk'][:, :3]},
-    'another type': lambda c: {**c, 'probability_cnk': c['probability_cnk'].astype('U8')},
-    'NaN': lambda c: {**c, 'probability_cnk': np.full_like(c['probability_cnk'], np.nan)},
-    'more than 1': lambda c: {**c, 'probability_cnk': c['probability_cnk'] + 1},
-    'a loss that is infinite': lambda c: {**c, 'loss_cn': c['loss_cn'] + np.inf},
-    'a label beyond the classes': lambda c: {**c, 'label': c['label'] + 5},
-    'an unlabelled row that counts': lambda c: {**c, 'label': c['label'] * 0 - 1},
-    'labels of halves': lambda c: {**c, 'label': c['label'] / 2},
-    'objects': lambda c: {**c, 'label': c['label'].astype(object)},
+  'a step that is a list': lambda c: _with_json(c, step=[1]),
+  'a step that is huge': lambda c: _with_json(c, step=10**40),
+  'no class name': lambda c: _with_json(c, class_names=[]),
+  'a class name that is a number': lambda c: _with_json(c, class_names=[1, 2, 3, 4, 5]),
+  'a condition of another kind': lambda c: _with_json(c, conditions=['a', 'b', 'c']),
+  'a condition twice': lambda c: _with_json(c, conditions=['none_absent'] * 3),
+  'an id twice': lambda c: _with_json(c, ids=['a'] * 20),
+  'a field too many': lambda c: _with_json(c, extra=1),
+  'a field too few': lambda c: {k: v for k, v in c.items() if k != 'loss_cn'},
+  'another shape': lambda c: {**c, 'probability_cnk': c['probability_cnk'][:, :3]},
+  'another type': lambda c: {**c, 'probability_cnk': c['probability_cnk'].astype('U8')},
+  'NaN': lambda c: {**c, 'probability_cnk': np.full_like(c['probability_cnk'], np.nan)},
+  'more than 1': lambda c: {**c, 'probability_cnk': c['probability_cnk'] + 1},
+  'a loss that is infinite': lambda c: {**c, 'loss_cn': c['loss_cn'] + np.inf},
+  'a label beyond the classes': lambda c: {**c, 'label': c['label'] + 5},
+  'an unlabelled row that counts': lambda c: {**c, 'label': c['label'] * 0 - 1},
+  'labels of halves': lambda c: {**c, 'label': c['label'] / 2},
+  'objects': lambda c: {**c, 'label': c['label'].astype(object)},
 }
 
 
@@ -148,7 +152,10 @@ def test_json_has_no_nan():
   nan, inf = float('nan'), float('inf')
   value = {'a': nan, 'b': [1.5, inf, {'c': -inf, 'd': 2}], 'e': {'f': (nan,)}, 'g': 'NaN'}
   assert json.loads(logbook.to_json(value)) == {
-      'b': [1.5, None, {'d': 2}], 'e': {'f': [None]}, 'g': 'NaN'}
+    'b': [1.5, None, {'d': 2}],
+    'e': {'f': [None]},
+    'g': 'NaN',
+  }
 
 
 def test_a_log_has_no_nan_and_goes_on(tmp_path):
@@ -157,7 +164,8 @@ def test_a_log_has_no_nan_and_goes_on(tmp_path):
   log.write('validation', 1, values)
   log.close()
   assert logbook.read(tmp_path) == [
-      {'kind': 'validation', 'step': 1, 'pairs': {'gap': [0.5, None]}, 'none': {}}]
+    {'kind': 'validation', 'step': 1, 'pairs': {'gap': [0.5, None]}, 'none': {}}
+  ]
   again = logbook.Logbook(tmp_path, step=1)
   again.write('train', 2, {'loss': 1.0})
   again.close()

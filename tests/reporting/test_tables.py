@@ -1,4 +1,6 @@
-"""The paper's tables and figures (experiments/) on made-up runs: every file, numbers from the runs, nothing made twice, mistakes in one line."""
+"""The paper's tables and figures (experiments/) on made-up runs: every file, numbers from the runs,
+nothing made twice, mistakes in one line.
+"""
 
 import dataclasses
 import importlib
@@ -36,7 +38,10 @@ def get_config():
 def scripts():
   sys.path.insert(0, str(FOLDER))
   try:
-    found = {name: importlib.import_module(name) for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2', 'absence', 'derive')}
+    found = {
+      name: importlib.import_module(name)
+      for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2', 'absence', 'derive')
+    }
   finally:
     sys.path.remove(str(FOLDER))
   if not flags.FLAGS.is_parsed():
@@ -46,7 +51,9 @@ def scripts():
 
 @pytest.fixture
 def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
-  """Runs a script's main() over two data sets and two seeds; returns (its JSON, its Markdown, its folder, how many runs were made so far)."""
+  """Runs a script's main() over two data sets and two seeds; returns (its JSON, its Markdown, its
+  folder, how many runs were made so far).
+  """
   preset = tmp_path / 'preset.py'
   preset.write_text(PRESET.format(path=str(tiny_table)))
   made, without = [], []  # Runs; conditions without examples.
@@ -55,7 +62,10 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
     made.append(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = list(datasets.load_dataset(config).splits['test'].ids)
-    p = dataclasses.replace(make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=len(ids), classes=3), ids=ids)
+    p = dataclasses.replace(
+      make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=len(ids), classes=3),
+      ids=ids,
+    )
     for condition in without:
       p.counted_cn[p.conditions.index(condition)] = False
     p.save(folder / records.PREDICTIONS)
@@ -68,14 +78,30 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
 
   real = scripts['runs'].run
   monkeypatch.setattr(
-      scripts['runs'], 'run', lambda config, folder: real(config, folder) if (folder / 'result.json').exists() else train(config, folder))
+    scripts['runs'],
+    'run',
+    lambda config, folder: (
+      real(config, folder) if (folder / 'result.json').exists() else train(config, folder)
+    ),
+  )
 
   def run(script, **given):
     out = tmp_path / script
-    chosen = {'data': [f'one={preset}', f'two={preset}'], 'seeds': ['0', '1'], 'runs': str(tmp_path / 'runs'), 'out': str(out)} | given
+    chosen = {
+      'data': [f'one={preset}', f'two={preset}'],
+      'seeds': ['0', '1'],
+      'runs': str(tmp_path / 'runs'),
+      'out': str(out),
+    } | given
     with flagsaver.flagsaver(**chosen):
       scripts[script].main()
-    return json.loads((out / f'{script}.json').read_text()), (out / f'{script}.md').read_text(), out, len(made)
+    return (
+      json.loads((out / f'{script}.json').read_text()),
+      (out / f'{script}.md').read_text(),
+      out,
+      len(made),
+    )
+
   run.without, run.data = without, [f'one={preset}', f'two={preset}']
   return run
 
@@ -89,32 +115,61 @@ def picture(path):
 
 def test_table1_has_every_method_and_reads_what_is_finished(study):
   from molt_jax.methods import heads
+
   content, text, out, count = study('table1')
   assert count == 2 * 2 * len(content['methods'])
   assert all(method in content['methods'] for method in heads.METHODS if method != 'molt')
   again, same, _, still = study('table1')
-  assert still == count and again['data'] == content['data'] and same.split('`python')[0] == text.split('`python')[0]
+  assert (
+    still == count
+    and again['data'] == content['data']
+    and same.split('`python')[0] == text.split('`python')[0]
+  )
   for data in ('one', 'two'):
     for method, by_seed in content['data'][data].items():
       accuracies = [100 * by_seed[seed]['test']['text_absent']['accuracy'] for seed in ('0', '1')]
-      line = next(line for line in text.splitlines() if line.startswith(f'| text absent | {method} |'))
+      line = next(
+        line for line in text.splitlines() if line.startswith(f'| text absent | {method} |')
+      )
       assert f'{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}' in line
   for printed in ('64.9 / 59.0', '92.12', '75.10', '59.0 / 51.2', '88.9', '71.0', '73.45'):
     assert printed in text
-  assert {'command', 'versions', 'seeds', 'device', 'seconds_of_this_call'} <= set(content) and str(out.parent) not in text
+  assert {'command', 'versions', 'seeds', 'device', 'seconds_of_this_call'} <= set(content) and str(
+    out.parent
+  ) not in text
   picture(out / 'table1.png')
 
 
-def test_absence_compares_one_model_with_specialists_and_says_what_is_missed(study, monkeypatch, scripts):
+def test_absence_compares_one_model_with_specialists_and_says_what_is_missed(
+  study, monkeypatch, scripts
+):
   monkeypatch.setattr(scripts['absence'], 'head_milliseconds', lambda data, method: 1.25)
   content, text, out, _ = study('absence')
-  ours, image, text_alone = (content['data']['one'][method] for method in ('MoLT, default', 'image specialist', 'text specialist'))
-  for label, condition, rival in (('text absent', 'text_absent', image), ('image absent', 'image_absent', text_alone)):
-    difference = np.mean([ours[seed]['test'][condition]['accuracy'] - rival[seed]['test'][condition]['accuracy'] for seed in ('0', '1')])
+  ours, image, text_alone = (
+    content['data']['one'][method]
+    for method in ('MoLT, default', 'image specialist', 'text specialist')
+  )
+  for label, condition, rival in (
+    ('text absent', 'text_absent', image),
+    ('image absent', 'image_absent', text_alone),
+  ):
+    difference = np.mean(
+      [
+        ours[seed]['test'][condition]['accuracy'] - rival[seed]['test'][condition]['accuracy']
+        for seed in ('0', '1')
+      ]
+    )
     line = next(line for line in text.splitlines() if line.startswith(f'- {label}:'))
-    assert line.endswith('reached' if difference >= -0.005 else 'MISSED') and f'{100 * difference:+.1f}' in line
-  cells = next(line for line in text.splitlines() if line.startswith('| image specialist |')).split(' | ')
-  assert cells[3] == cells[4] == '-' and cells[1] != '-' != cells[2], 'a specialist has no second modality to lose'
+    assert (
+      line.endswith('reached' if difference >= -0.005 else 'MISSED')
+      and f'{100 * difference:+.1f}' in line
+    )
+  cells = next(line for line in text.splitlines() if line.startswith('| image specialist |')).split(
+    ' | '
+  )
+  assert cells[3] == cells[4] == '-' and cells[1] != '-' != cells[2], (
+    'a specialist has no second modality to lose'
+  )
   assert content['methods']['image specialist']['dataset.modalities'] == 'image' and '1.2' in text
   picture(out / 'absence_one.png')
 
@@ -123,9 +178,16 @@ def test_table2_has_the_paper_s_five_rows_and_each_part_alone(study):
   content, text, out, count = study('table2')
   assert count == 2 * 2 * 2 * 10
   whole = content['methods']['default: all']
-  assert content['methods']['default: without M'] == whole | {'molt.layer_weights': False} and whole['missing.views'] is True
+  assert (
+    content['methods']['default: without M'] == whole | {'molt.layer_weights': False}
+    and whole['missing.views'] is True
+  )
   alone = content['methods']['printed: L_CCA alone']
-  assert 'cca.weight' not in alone and {'molt.cross_attention', 'molt.layer_weights', 'fusion.attention'} <= set(alone)
+  assert 'cca.weight' not in alone and {
+    'molt.cross_attention',
+    'molt.layer_weights',
+    'fusion.attention',
+  } <= set(alone)
   assert text.count('| 69.6 |') == text.count('| 73.45 |') == 4  # Two data sets, two recipes.
   row = next(line for line in text.splitlines() if line.startswith('| without L_CCA'))
   assert row.split(' | ')[1:5] == ['✓', '', '✓', '✓']
@@ -137,7 +199,10 @@ def test_robustness_begins_complete_and_ends_as_without_the_modality(study):
   for by_method in content['curves'].values():
     assert len(by_method) == 6
   methods = content['methods']
-  assert [methods[f'MoLT, default, trained at {rate}'].get('missing.train_rate') for rate in ('0 %', '70 %')] == [None, 0.7]
+  assert [
+    methods[f'MoLT, default, trained at {rate}'].get('missing.train_rate')
+    for rate in ('0 %', '70 %')
+  ] == [None, 0.7]
   curve = content['curves']['one']['MoLT, default, trained at 0 %']['text']['0']
   scores = content['data']['one']['MoLT, default, trained at 0 %']['0']['test']
   assert len(curve) == 11 and curve[0] == pytest.approx(scores['none_absent']['accuracy'])
@@ -162,6 +227,7 @@ def test_figure2_counts_both_ways(study):
 @pytest.mark.parametrize(('wins', 'losses'), [(0, 0), (5, 5), (9, 1), (3, 20), (60, 40)])
 def test_the_sign_test_is_the_binomial_one(scripts, wins, losses):
   from scipy import stats
+
   expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
   assert scripts['figure2'].sign_test(wins, losses) == pytest.approx(expected)
 
@@ -202,16 +268,29 @@ def test_the_name_of_a_data_set_is_a_word(scripts, name, tmp_path):
 
 def test_only_what_is_asked_for_or_finished_is_reported(study):
   content, text, _, count = study('table1', methods='default$')
-  assert count == 4 and list(content['data']['one']) == ['MoLT, default'] and '| complete | late_fusion |' not in text
+  assert (
+    count == 4
+    and list(content['data']['one']) == ['MoLT, default']
+    and '| complete | late_fusion |' not in text
+  )
   with pytest.raises(UserError, match='figure needs'):
     study('figure2', methods='default$')
   with pytest.raises(UserError, match='matches none'):
     study('table1', methods='nonsense', runs='elsewhere')
 
 
-@pytest.mark.parametrize(('wrong', 'expected'), [
-    ({'data': ['usda']}, '--data'), ({'data': ['x=nowhere']}, '--data'), ({'data': ['x=preset.py']}, 'preset.py'), ({'seeds': ['one']}, '--seeds'),
-    ({'set': ['train.epochs']}, '--set'), ({'set': ['train.epoch=1']}, 'train.epoch'), ({'recipes': ['paper']}, '--recipes')])
+@pytest.mark.parametrize(
+  ('wrong', 'expected'),
+  [
+    ({'data': ['usda']}, '--data'),
+    ({'data': ['x=nowhere']}, '--data'),
+    ({'data': ['x=preset.py']}, 'preset.py'),
+    ({'seeds': ['one']}, '--seeds'),
+    ({'set': ['train.epochs']}, '--set'),
+    ({'set': ['train.epoch=1']}, 'train.epoch'),
+    ({'recipes': ['paper']}, '--recipes'),
+  ],
+)
 def test_a_mistake_is_named(study, wrong, expected):
   with pytest.raises(UserError, match=expected):
     study('table2', **wrong)
@@ -219,11 +298,21 @@ def test_a_mistake_is_named(study, wrong, expected):
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
   command = [sys.executable, str(FOLDER / 'table1.py'), '--sedes=1']
-  done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {'PYTHONPATH': str(FOLDER.parent)})
-  assert (done.returncode, done.stdout) == (2, '') and done.stderr.count('\n') == 1 and 'sedes' in done.stderr
+  done = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | {'PYTHONPATH': str(FOLDER.parent)},
+  )
+  assert (
+    (done.returncode, done.stdout) == (2, '')
+    and done.stderr.count('\n') == 1
+    and 'sedes' in done.stderr
+  )
 
 
-# ---- derive --------------------------------------------------------------------------------------------------------------------------------------
+# ---- derive --------------------------------------------------------------------------------------
 
 
 def test_a_table_with_few_labels_and_noise(scripts, tmp_path, tiny_table):
@@ -235,16 +324,35 @@ def test_a_table_with_few_labels_and_noise(scripts, tmp_path, tiny_table):
       config.dataset.update(name='table', path=str(tmp_path / name))
     return datasets.load_dataset(config)
 
-  same, few, noisy = derive('same'), derive('few', labelled=0.0), derive('noisy', pixel_noise=0.1, letter_noise=0.5)
+  same, few, noisy = (
+    derive('same'),
+    derive('few', labelled=0.0),
+    derive('noisy', pixel_noise=0.1, letter_noise=0.5),
+  )
   train, blank = same.splits['train'], few.splits['train']
   kept = [label for label in blank.labels if label != UNLABELLED]
-  assert sorted(kept) == sorted(set(train.labels)) and len(blank) == len(train)  # One of each class is left.
-  assert [x if x == UNLABELLED else y for x, y in zip(blank.labels, train.labels, strict=True)] == list(blank.labels)
-  assert list(few.splits['test'].labels) == list(same.splits['test'].labels) == list(noisy.splits['test'].labels)
+  assert sorted(kept) == sorted(set(train.labels)) and len(blank) == len(
+    train
+  )  # One of each class is left.
+  assert [
+    x if x == UNLABELLED else y for x, y in zip(blank.labels, train.labels, strict=True)
+  ] == list(blank.labels)
+  assert (
+    list(few.splits['test'].labels)
+    == list(same.splits['test'].labels)
+    == list(noisy.splits['test'].labels)
+  )
   n = next(n for n in range(len(train)) if train.present[n].all())
-  before, after = (np.asarray(Image.open(io.BytesIO(d.splits['train'][n]['image'])).convert('RGB'), float) for d in (same, noisy))
+  before, after = (
+    np.asarray(Image.open(io.BytesIO(d.splits['train'][n]['image'])).convert('RGB'), float)
+    for d in (same, noisy)
+  )
   inside = (before > 64) & (before < 192)  # Nothing is clipped there.
-  assert before.shape == after.shape and inside.sum() > 50 and 0.08 < (after - before)[inside].std() / 255 < 0.12
+  assert (
+    before.shape == after.shape
+    and inside.sum() > 50
+    and 0.08 < (after - before)[inside].std() / 255 < 0.12
+  )
   texts = [[d.splits['train'][m]['text'] or '' for m in range(len(train))] for d in (same, noisy)]
   pairs = [(a, b) for one, two in zip(*texts, strict=True) for a, b in zip(one, two, strict=True)]
   assert 0.3 < np.mean([a != b for a, b in pairs]) < 0.6

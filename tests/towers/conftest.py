@@ -11,12 +11,24 @@ from optional_torch import torch
 from molt_jax.towers import loading
 
 TINY_LLAMA = {
-    'vocab_size': 97, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
-    'max_position_embeddings': 64, 'initializer_range': 0.3, 'tie_word_embeddings': False,
+  'vocab_size': 97,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 64,
+  'initializer_range': 0.3,
+  'tie_word_embeddings': False,
 }
 TINY_CLIP = {
-    'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'image_size': 20, 'patch_size': 8,
-    'initializer_range': 0.3,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'image_size': 20,
+  'patch_size': 8,
+  'initializer_range': 0.3,
 }
 
 
@@ -39,20 +51,28 @@ class HuggingFace:
   def save(self, model, path, **options):
     """Writes the model as users have it, with a tokenizer of a few words."""
     model.save_pretrained(path, **options)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0, 'red': 1, 'apple': 2}, unk_token='<unk>'))
+    words = tokenizers.Tokenizer(
+      tokenizers.models.WordLevel({'<unk>': 0, 'red': 1, 'apple': 2}, unk_token='<unk>')
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(path / 'tokenizer.json'))
     return str(path)
 
   def text_states(self, model, tokens_bt, mask_bt):
     with torch.inference_mode():
-      out = model(input_ids=torch.tensor(np.asarray(tokens_bt), dtype=torch.long), attention_mask=torch.tensor(np.asarray(mask_bt)).long(),
-                  output_hidden_states=True)
+      out = model(
+        input_ids=torch.tensor(np.asarray(tokens_bt), dtype=torch.long),
+        attention_mask=torch.tensor(np.asarray(mask_bt)).long(),
+        output_hidden_states=True,
+      )
     return np.stack([h.float().numpy() for h in out.hidden_states])
 
   def image_states(self, model, image_bhwc):
     with torch.inference_mode():
-      out = model(pixel_values=torch.tensor(np.asarray(image_bhwc)).permute(0, 3, 1, 2).to(model.dtype), output_hidden_states=True)
+      out = model(
+        pixel_values=torch.tensor(np.asarray(image_bhwc)).permute(0, 3, 1, 2).to(model.dtype),
+        output_hidden_states=True,
+      )
     return np.stack([h.float().numpy() for h in out.hidden_states])
 
 
@@ -64,20 +84,31 @@ def hf():
 @pytest.fixture(scope='session')
 def tower_of(hf, tmp_path_factory):
   """Saves a Hugging Face model and loads it as our tower."""
+
   def load(model, dtype='float32'):
     kind = 'image' if hasattr(model.config, 'patch_size') else 'text'
-    return loading.load_tower(hf.save(model, tmp_path_factory.mktemp(kind)), kind=kind, dtype=dtype, attention='xla')
+    return loading.load_tower(
+      hf.save(model, tmp_path_factory.mktemp(kind)), kind=kind, dtype=dtype, attention='xla'
+    )
+
   return load
 
 
 @pytest.fixture(scope='session')
 def relative_error():
   """Largest error of each layer, relative to the largest entry of the layer (over valid tokens)."""
+
   def measure(ours, theirs, mask_bt=None):
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     valid = np.ones(theirs.shape[1:3], bool) if mask_bt is None else np.asarray(mask_bt)
     assert ours.shape == theirs.shape and np.isfinite(ours).all()
-    return np.array([np.abs(a[valid] - b[valid]).max() / np.abs(b[valid]).max() for a, b in zip(ours, theirs, strict=True)])
+    return np.array(
+      [
+        np.abs(a[valid] - b[valid]).max() / np.abs(b[valid]).max()
+        for a, b in zip(ours, theirs, strict=True)
+      ]
+    )
+
   return measure
 
 
@@ -92,7 +123,11 @@ def batch():
 @pytest.fixture(scope='session')
 def taps():
   """All hidden states of a loaded tower."""
+
   def run(tower, *inputs, module=None):
     module = module or tower.module
-    return jax.jit(lambda p, *x: module.apply({'params': p}, *x, num_taps=tower.config.num_layers + 1))(tower.params, *inputs)
+    return jax.jit(
+      lambda p, *x: module.apply({'params': p}, *x, num_taps=tower.config.num_layers + 1)
+    )(tower.params, *inputs)
+
   return run

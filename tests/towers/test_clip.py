@@ -17,12 +17,21 @@ from molt_jax.towers.architectures import ARCHITECTURES
 from molt_jax.towers.clip import ClipVision, ClipVisionConfig
 
 CASES = {
-    'plain': ({}, {}),
-    'gelu': ({'hidden_act': 'gelu'}, {'hidden_act': 'quick_gelu'}),
-    'quick_gelu': ({'hidden_act': 'quick_gelu'}, {'hidden_act': 'gelu'}),
-    'layer_norm_eps': ({'layer_norm_eps': 0.1}, {'layer_norm_eps': 1e-5}),
-    'patch_size': ({'patch_size': 4, 'image_size': 20}, {}),
-    'sizes': ({'hidden_size': 40, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 5, 'image_size': 32}, {}),
+  'plain': ({}, {}),
+  'gelu': ({'hidden_act': 'gelu'}, {'hidden_act': 'quick_gelu'}),
+  'quick_gelu': ({'hidden_act': 'quick_gelu'}, {'hidden_act': 'gelu'}),
+  'layer_norm_eps': ({'layer_norm_eps': 0.1}, {'layer_norm_eps': 1e-5}),
+  'patch_size': ({'patch_size': 4, 'image_size': 20}, {}),
+  'sizes': (
+    {
+      'hidden_size': 40,
+      'intermediate_size': 24,
+      'num_hidden_layers': 2,
+      'num_attention_heads': 5,
+      'image_size': 32,
+    },
+    {},
+  ),
 }
 
 
@@ -50,14 +59,16 @@ def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relati
   exact = hf.image_states(model, _images(20))
   theirs = relative_error(hf.image_states(model.to(torch.bfloat16), _images(20)), exact)
   ours = relative_error(taps(tower, _images(20)).astype(jnp.float32), exact)
-  assert ours.max() <= max(2 * theirs.max(), 2 ** -7)
+  assert ours.max() <= max(2 * theirs.max(), 2**-7)
 
 
 def test_fewer_taps_and_runs_of_layers(hf, tower_of, taps):
   tower = tower_of(hf.clip())
   all_lbid = taps(tower, _images(20))
   bound = tower.module.bind({'params': tower.params})
-  np.testing.assert_allclose(jax.jit(lambda x: bound(x, num_taps=2))(_images(20)), all_lbid[-2:], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(lambda x: bound(x, num_taps=2))(_images(20)), all_lbid[-2:], rtol=1e-4, atol=1e-5
+  )
   h_bid = jax.jit(bound.embed)(_images(20))
   for start, stop in ((0, 1), (1, 3)):
     h_bid = jax.jit(functools.partial(bound.run, start=start, stop=stop))(h_bid)
@@ -69,42 +80,76 @@ def test_fewer_taps_and_runs_of_layers(hf, tower_of, taps):
     bound(_images(24), num_taps=1)
 
 
-@pytest.mark.parametrize('name', ['clip-vit-b-32', 'clip-vit-b-16', 'clip-vit-l-14', 'clip-vit-l-14-336'])
+@pytest.mark.parametrize(
+  'name', ['clip-vit-b-32', 'clip-vit-b-16', 'clip-vit-l-14', 'clip-vit-l-14-336']
+)
 def test_full_size_models_trace_without_weights(name):
   config = ARCHITECTURES['image'][name]
   module = ClipVision(ClipVisionConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
   params = nn.unbox(loading.abstract_params(module))
   with torch.device('meta'):
-    theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{k: v for k, v in config.items() if k != 'model_type'}))
+    theirs = transformers.CLIPVisionModel(
+      transformers.CLIPVisionConfig(**{k: v for k, v in config.items() if k != 'model_type'})
+    )
   unused = 2 * config['hidden_size']  # post_layernorm
-  assert sum(x.size for x in jax.tree.leaves(params)) == sum(p.numel() for p in theirs.parameters()) - unused
+  assert (
+    sum(x.size for x in jax.tree.leaves(params))
+    == sum(p.numel() for p in theirs.parameters()) - unused
+  )
   size = config['image_size']
-  out = jax.eval_shape(lambda p, x: module.apply({'params': p}, x, num_taps=4), params, jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32))
+  out = jax.eval_shape(
+    lambda p, x: module.apply({'params': p}, x, num_taps=4),
+    params,
+    jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
+  )
   assert out.shape == (4, 2, 1 + (size // config['patch_size']) ** 2, config['hidden_size'])
 
 
 def test_every_parameter_has_known_logical_axes():
-  boxed = loading.abstract_params(ClipVision(ClipVisionConfig.from_hf(ARCHITECTURES['image']['clip-vit-tiny']), jnp.dtype('float32'), 'xla'))
+  boxed = loading.abstract_params(
+    ClipVision(
+      ClipVisionConfig.from_hf(ARCHITECTURES['image']['clip-vit-tiny']), jnp.dtype('float32'), 'xla'
+    )
+  )
   leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-  assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves)
-  assert {n for x in leaves for n in x.names} == {'layers', 'embed', 'heads', 'head_dim', 'mlp', 'patch', 'position'}
+  assert all(
+    isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves
+  )
+  assert {n for x in leaves for n in x.names} == {
+    'layers',
+    'embed',
+    'heads',
+    'head_dim',
+    'mlp',
+    'patch',
+    'position',
+  }
 
 
 def test_a_whole_clip_config_gives_its_vision_part():
-  whole = transformers.CLIPConfig(vision_config={'hidden_size': 64, 'num_attention_heads': 2, 'patch_size': 16})
+  whole = transformers.CLIPConfig(
+    vision_config={'hidden_size': 64, 'num_attention_heads': 2, 'patch_size': 16}
+  )
   part = ClipVisionConfig.from_hf(whole.vision_config.to_dict())
-  assert ClipVisionConfig.from_hf(whole.to_dict()) == ClipVisionConfig.from_hf(whole.to_diff_dict()) == part
+  assert (
+    ClipVisionConfig.from_hf(whole.to_dict())
+    == ClipVisionConfig.from_hf(whole.to_diff_dict())
+    == part
+  )
   assert part.hidden_size == 64 and part.num_layers == 12
 
 
-@pytest.mark.parametrize('changes, says', [
+@pytest.mark.parametrize(
+  'changes, says',
+  [
     ({'model_type': 'siglip_vision_model'}, 'siglip_vision_model'),
     ({'hidden_act': 'gelu_new'}, "hidden_act = 'gelu_new'.*'quick_gelu' or 'gelu'"),
     ({'num_channels': 1}, 'num_channels = 1'),
     ({'image_size': [224, 448]}, 'image_size'),
     ({'num_attention_heads': 7}, 'num_attention_heads = 7'),
     ({'image_size': 8}, 'image_size = 8'),
-])
+  ],
+)
 def test_unimplemented_values_are_refused_by_name(changes, says):
   with pytest.raises(UserError, match=says):
     ClipVisionConfig.from_hf({'model_type': 'clip_vision_model', **changes})

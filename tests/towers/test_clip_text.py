@@ -1,4 +1,6 @@
-"""CLIP's text tower against Hugging Face transformers, and towers of every kind on the way back to Hugging Face's tensors."""
+"""CLIP's text tower against Hugging Face transformers, and towers of every kind on the way back to
+Hugging Face's tensors.
+"""
 
 import json
 
@@ -15,21 +17,38 @@ from molt_jax.towers.architectures import ARCHITECTURES
 from molt_jax.towers.clip import ClipText, ClipTextConfig
 
 TINY = {
-    'vocab_size': 61, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'max_position_embeddings': 12,
-    'initializer_range': 0.3, 'bos_token_id': 58, 'eos_token_id': 59, 'pad_token_id': 1, 'projection_dim': 20,
+  'vocab_size': 61,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'max_position_embeddings': 12,
+  'initializer_range': 0.3,
+  'bos_token_id': 58,
+  'eos_token_id': 59,
+  'pad_token_id': 1,
+  'projection_dim': 20,
 }
 LENGTHS = np.array([9, 5, 2, 9])
 CASES = {
-    'plain': {},
-    'gelu': {'hidden_act': 'gelu'},
-    'layer_norm_eps': {'layer_norm_eps': 0.1},
-    'sizes': {'hidden_size': 40, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 5, 'projection_dim': 48},
-    'old_eos': {'eos_token_id': 2},
+  'plain': {},
+  'gelu': {'hidden_act': 'gelu'},
+  'layer_norm_eps': {'layer_norm_eps': 0.1},
+  'sizes': {
+    'hidden_size': 40,
+    'intermediate_size': 24,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 5,
+    'projection_dim': 48,
+  },
+  'old_eos': {'eos_token_id': 2},
 }
 
 
 def texts():
-  """Tokens [4, 9] with the begin id first and the end id last, then the end id again or another one as padding."""
+  """Tokens [4, 9] with the begin id first and the end id last, then the end id again or another one
+  as padding.
+  """
   rng = np.random.default_rng(0)
   tokens_bt = rng.integers(3, 58, (len(LENGTHS), LENGTHS.max())).astype(np.int32)
   tokens_bt[:, 0], tokens_bt[np.arange(len(LENGTHS)), LENGTHS - 1] = 58, 59
@@ -41,10 +60,12 @@ def texts():
 @pytest.fixture(scope='module')
 def make(hf, tmp_path_factory):
   """Returns a function of overrides: (Hugging Face model, our tower of what it saved)."""
+
   def build(**overrides):
     model = hf.clip_text(**{**TINY, **overrides})
     path = hf.save(model, tmp_path_factory.mktemp('clip_text'))
     return model, loading.load_tower(path, kind='clip_text', dtype='float32', attention='xla')
+
   return build
 
 
@@ -65,7 +86,12 @@ def test_states_pooled_and_projected_match_hugging_face(make, relative_error, ov
   @jax.jit
   def run(params):
     bound = tower.module.bind({'params': params})
-    return bound(tokens_bt, mask_bt, num_taps=tower.config.num_layers + 1), bound.pooled(tokens_bt, mask_bt), bound.projected(tokens_bt, mask_bt)
+    return (
+      bound(tokens_bt, mask_bt, num_taps=tower.config.num_layers + 1),
+      bound.pooled(tokens_bt, mask_bt),
+      bound.projected(tokens_bt, mask_bt),
+    )
+
   ours, our_pooled, our_projected = run(tower.params)
   assert relative_error(ours, states, mask_bt).max() <= 1e-4
   np.testing.assert_allclose(our_pooled, pooled, atol=1e-4 * np.abs(pooled).max())
@@ -81,8 +107,12 @@ def test_padding_reaches_no_valid_token(make):
   (one, pooled_one), (two, pooled_two) = run(tokens_bt), run(other_bt)
   np.testing.assert_array_equal(np.asarray(one)[mask_bt], np.asarray(two)[mask_bt])
   np.testing.assert_array_equal(pooled_one, pooled_two)
-  assert np.isfinite(run(tokens_bt)[0]).all() and np.isfinite(np.asarray(jax.jit(
-      lambda: bound(tokens_bt, np.zeros_like(mask_bt), num_taps=1))())).all()
+  assert (
+    np.isfinite(run(tokens_bt)[0]).all()
+    and np.isfinite(
+      np.asarray(jax.jit(lambda: bound(tokens_bt, np.zeros_like(mask_bt), num_taps=1))())
+    ).all()
+  )
 
 
 def test_runs_of_layers_and_limits(make):
@@ -94,6 +124,7 @@ def test_runs_of_layers_and_limits(make):
   def both():
     part = bound.run(bound.embed(tokens_bt), mask_bt, start=0, stop=2)
     return bound.run(part, mask_bt, start=2, stop=3), bound(tokens_bt, mask_bt, num_taps=1)[0]
+
   np.testing.assert_allclose(*both(), rtol=1e-5, atol=1e-5)
   for n in (0, 5):
     with pytest.raises(UserError, match='1 to 4'):
@@ -104,7 +135,14 @@ def test_runs_of_layers_and_limits(make):
 
 def test_the_text_half_of_a_whole_clip(hf, tmp_path):
   torch.manual_seed(0)
-  vision = {'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'image_size': 8, 'patch_size': 4}
+  vision = {
+    'hidden_size': 16,
+    'intermediate_size': 16,
+    'num_hidden_layers': 1,
+    'num_attention_heads': 2,
+    'image_size': 8,
+    'patch_size': 4,
+  }
   text = {k: v for k, v in TINY.items() if k != 'projection_dim'}
   config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
   model = transformers.CLIPModel(config).eval()
@@ -116,22 +154,31 @@ def test_the_text_half_of_a_whole_clip(hf, tmp_path):
   tower = loading.load_tower(path, kind='clip_text', dtype='float32', attention='xla')
   tokens_bt, mask_bt = texts()
   with torch.inference_mode():
-    inputs = {'input_ids': torch.tensor(tokens_bt, dtype=torch.long), 'attention_mask': torch.tensor(mask_bt).long()}
+    inputs = {
+      'input_ids': torch.tensor(tokens_bt, dtype=torch.long),
+      'attention_mask': torch.tensor(mask_bt).long(),
+    }
     pooled = model.text_model(**inputs).pooler_output
     expected = model.text_projection(pooled).numpy()
-  ours = jax.jit(lambda p: tower.module.apply({'params': p}, tokens_bt, mask_bt, method='projected'))(tower.params)
+  ours = jax.jit(
+    lambda p: tower.module.apply({'params': p}, tokens_bt, mask_bt, method='projected')
+  )(tower.params)
   np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
   image = loading.load_tower(path, kind='image', dtype='float32', attention='xla', with_pool=True)
   pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
   with torch.inference_mode():
-    expected = model.vision_model(pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)).pooler_output.numpy()
+    expected = model.vision_model(
+      pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)
+    ).pooler_output.numpy()
   bound = image.module.bind({'params': image.params})
   ours = jax.jit(lambda x: bound.pool(bound(x, num_taps=1)[0]))(pixels)
   np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_random_text_towers_end_their_texts(make):
-  tower = loading.load_tower('random:clip-text-tiny', kind='clip_text', dtype='float32', attention='xla')
+  tower = loading.load_tower(
+    'random:clip-text-tiny', kind='clip_text', dtype='float32', attention='xla'
+  )
   ids = tower.tokenizer.encode('a text that is cut', 6)
   assert len(ids) == 6 and ids[-1] == 258 and max(ids) == 258 and tower.tokenizer.pad_id == 257
   assert tower.tokenizer.encode('', 6)[-1] == 258
@@ -143,16 +190,21 @@ def test_full_size_models_have_hugging_faces_number_of_parameters(name):
   config = ARCHITECTURES['clip_text'][name]
   module = ClipText(ClipTextConfig.from_hf(config), np.dtype('float32'), 'xla')
   with torch.device('meta'):
-    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k != 'model_type'}))
+    model = transformers.CLIPTextModel(
+      transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k != 'model_type'})
+    )
   params = jax.tree.leaves(loading.abstract_params(module))
   assert sum(x.size for x in params) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize('changes, says', [
+@pytest.mark.parametrize(
+  'changes, says',
+  [
     ({'model_type': 'siglip_text_model'}, 'siglip_text_model'),
     ({'hidden_act': 'gelu_new'}, "hidden_act = 'gelu_new'"),
     ({'num_attention_heads': 7}, 'num_attention_heads = 7'),
-])
+  ],
+)
 def test_unimplemented_values_are_refused_by_name(changes, says):
   with pytest.raises(UserError, match=says):
     ClipTextConfig.from_hf({'model_type': 'clip_text_model', **changes})
@@ -176,7 +228,10 @@ def test_a_missing_tensor_is_named(make, tmp_path):
 def test_every_kind_of_tower_finds_the_way_back(hf, make, tmp_path):
   """Load, turn back, and compare with the tensors in the file, bit for bit."""
   paths = {
-      'clip_text': make()[1].identity['path'], 'image': hf.save(hf.clip(), tmp_path / 'image'), 'text': hf.save(hf.llama(), tmp_path / 'text')}
+    'clip_text': make()[1].identity['path'],
+    'image': hf.save(hf.clip(), tmp_path / 'image'),
+    'text': hf.save(hf.llama(), tmp_path / 'text'),
+  }
   for kind, path in paths.items():
     files = loading.open_files(path, kind=kind)
     tower = loading.load_tower(path, kind=kind, dtype='float32', attention='xla', with_pool=True)

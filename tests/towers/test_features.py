@@ -16,22 +16,36 @@ def towers(hf, tower_of):
 def example(rng, present):
   present = np.array(present, bool)
   return {
-      'image': rng.standard_normal((len(present), 20, 20, 3)).astype(np.float32), 'tokens': rng.integers(0, 97, (len(present), 6)).astype(np.int32),
-      'token_mask': np.arange(6)[None] < np.array([[6], [3], [5], [1]])[:len(present)], 'present': present,
+    'image': rng.standard_normal((len(present), 20, 20, 3)).astype(np.float32),
+    'tokens': rng.integers(0, 97, (len(present), 6)).astype(np.int32),
+    'token_mask': np.arange(6)[None] < np.array([[6], [3], [5], [1]])[: len(present)],
+    'present': present,
   }
 
 
 def run(towers, batch, *, image=True, text=True):
-  frozen = {'image': towers[0].params if image else None, 'text': towers[1].params if text else None}
-  return jax.jit(lambda f, b: hidden_states.extract(towers[0].module, towers[1].module, f, b, num_taps=2))(frozen, batch)
+  frozen = {
+    'image': towers[0].params if image else None,
+    'text': towers[1].params if text else None,
+  }
+  return jax.jit(
+    lambda f, b: hidden_states.extract(towers[0].module, towers[1].module, f, b, num_taps=2)
+  )(frozen, batch)
 
 
 def test_taps_are_those_of_the_towers(towers, taps):
   batch = example(np.random.default_rng(0), [[1, 1]] * 3)
   out = run(towers, batch)
-  np.testing.assert_allclose(out.image_lbid, taps(towers[0], batch['image'])[-2:], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    out.image_lbid, taps(towers[0], batch['image'])[-2:], rtol=1e-4, atol=1e-5
+  )
   valid = batch['token_mask']
-  np.testing.assert_allclose(out.text_lbtd[:, valid], taps(towers[1], batch['tokens'], valid)[-2:, valid], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    out.text_lbtd[:, valid],
+    taps(towers[1], batch['tokens'], valid)[-2:, valid],
+    rtol=1e-4,
+    atol=1e-5,
+  )
   np.testing.assert_array_equal(out.text_mask_bt, valid)
 
 
@@ -40,7 +54,7 @@ def test_no_content_of_an_absent_modality_changes_a_bit(towers):
   batch = example(rng, [[1, 1], [0, 1], [1, 0], [0, 1]])
   junk = {k: v.copy() for k, v in batch.items()}
   junk['image'][1], junk['image'][3] = np.nan, 1e30
-  junk['tokens'][2], junk['token_mask'][2] = 10 ** 9, True
+  junk['tokens'][2], junk['token_mask'][2] = 10**9, True
   one, other = run(towers, batch), run(towers, junk)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -54,7 +68,7 @@ def test_a_tower_without_parameters_is_not_run(towers, side):
   out = run(towers, batch, **{side: False})
   taps = {'image': out.image_lbid, 'text': out.text_lbtd}
   assert taps.pop(side) is None
-  kept, = taps.values()
+  (kept,) = taps.values()
   assert kept.shape[:2] == (2, 2)
   none = hidden_states.extract(None, None, {'image': None, 'text': None}, batch, num_taps=2)
   assert none.image_lbid is None and none.text_lbtd is None

@@ -17,30 +17,50 @@ from molt_jax.towers.architectures import ARCHITECTURES
 from molt_jax.towers.llama import Llama, LlamaConfig, RopeScaling
 
 LLAMA3 = {
-    'rope_type': 'llama3', 'rope_theta': 100.0, 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-    'original_max_position_embeddings': 32,
+  'rope_type': 'llama3',
+  'rope_theta': 100.0,
+  'factor': 4.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 32,
 }
 LINEAR = {'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 3.0}
-WIDE = {'vocab_size': 131, 'hidden_size': 40, 'intermediate_size': 24, 'num_hidden_layers': 5, 'num_attention_heads': 5, 'num_key_value_heads': 5}
+WIDE = {
+  'vocab_size': 131,
+  'hidden_size': 40,
+  'intermediate_size': 24,
+  'num_hidden_layers': 5,
+  'num_attention_heads': 5,
+  'num_key_value_heads': 5,
+}
 
-# Overrides of the Hugging Face config -> a wrong value of ours that must break parity (none: a wrong value does not even load).
+# Overrides of the Hugging Face config -> a wrong value of ours that must break parity (none: a
+# wrong value does not even load).
 CASES = {
-    'plain': ({}, {}),
-    'rope_theta': ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 100.0}}, {'rope_theta': 10000.0}),
-    'linear_rope': ({'rope_parameters': LINEAR}, {'rope_scaling': None}),
-    'llama3_rope': ({'rope_parameters': LLAMA3}, {'rope_scaling': RopeScaling('llama3', 2.0, 1.0, 4.0, 32)}),
-    'multi_head': ({'num_key_value_heads': 4}, {}),
-    'multi_query': ({'num_key_value_heads': 1}, {}),
-    'head_dim': ({'head_dim': 6}, {}),
-    'attention_bias': ({'attention_bias': True}, {'attention_bias': False}),
-    'mlp_bias': ({'mlp_bias': True}, {'mlp_bias': False}),
-    'rms_norm_eps': ({'rms_norm_eps': 0.1}, {'rms_norm_eps': 1e-6}),
-    'sizes': (WIDE, {}),
+  'plain': ({}, {}),
+  'rope_theta': (
+    {'rope_parameters': {'rope_type': 'default', 'rope_theta': 100.0}},
+    {'rope_theta': 10000.0},
+  ),
+  'linear_rope': ({'rope_parameters': LINEAR}, {'rope_scaling': None}),
+  'llama3_rope': (
+    {'rope_parameters': LLAMA3},
+    {'rope_scaling': RopeScaling('llama3', 2.0, 1.0, 4.0, 32)},
+  ),
+  'multi_head': ({'num_key_value_heads': 4}, {}),
+  'multi_query': ({'num_key_value_heads': 1}, {}),
+  'head_dim': ({'head_dim': 6}, {}),
+  'attention_bias': ({'attention_bias': True}, {'attention_bias': False}),
+  'mlp_bias': ({'mlp_bias': True}, {'mlp_bias': False}),
+  'rms_norm_eps': ({'rms_norm_eps': 0.1}, {'rms_norm_eps': 1e-6}),
+  'sizes': (WIDE, {}),
 }
 
 
 def apply(tower, method, *inputs, **options):
-  return jax.jit(lambda p, *x: tower.module.apply({'params': p}, *x, **options, method=method))(tower.params, *inputs)
+  return jax.jit(lambda p, *x: tower.module.apply({'params': p}, *x, **options, method=method))(
+    tower.params, *inputs
+  )
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +70,9 @@ def plain(hf, tower_of):
 
 
 @pytest.mark.parametrize('overrides, wrong', CASES.values(), ids=CASES)
-def test_every_layer_matches_hugging_face(hf, tower_of, taps, relative_error, batch, overrides, wrong):
+def test_every_layer_matches_hugging_face(
+  hf, tower_of, taps, relative_error, batch, overrides, wrong
+):
   tokens_bt, mask_bt = batch
   model = hf.llama(**overrides)
   tower = tower_of(model)
@@ -58,7 +80,9 @@ def test_every_layer_matches_hugging_face(hf, tower_of, taps, relative_error, ba
   assert relative_error(taps(tower, tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
   if wrong:
     module = tower.module.clone(config=dataclasses.replace(tower.config, **wrong))
-    assert relative_error(taps(tower, tokens_bt, mask_bt, module=module), expected, mask_bt).max() > 1e-3
+    assert (
+      relative_error(taps(tower, tokens_bt, mask_bt, module=module), expected, mask_bt).max() > 1e-3
+    )
 
 
 def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relative_error, batch):
@@ -67,16 +91,20 @@ def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relati
   tower = tower_of(model, dtype='bfloat16')
   assert {x.dtype for x in jax.tree.leaves(tower.params)} == {jnp.dtype('bfloat16')}
   exact = hf.text_states(model, tokens_bt, mask_bt)
-  theirs = relative_error(hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), exact, mask_bt)
+  theirs = relative_error(
+    hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), exact, mask_bt
+  )
   ours = relative_error(taps(tower, tokens_bt, mask_bt).astype(jnp.float32), exact, mask_bt)
-  assert ours.max() <= max(2 * theirs.max(), 2 ** -7)
+  assert ours.max() <= max(2 * theirs.max(), 2**-7)
 
 
 def test_fewer_taps_are_the_last_ones(plain, taps, batch):
   tower = plain[1]
   all_lbtd = taps(tower, *batch)
   for n in (1, 3):
-    np.testing.assert_allclose(apply(tower, None, *batch, num_taps=n), all_lbtd[-n:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      apply(tower, None, *batch, num_taps=n), all_lbtd[-n:], rtol=1e-4, atol=1e-5
+    )
   for n in (0, 5):
     with pytest.raises(UserError, match='1 to 4'):
       tower.module.apply({'params': tower.params}, *batch, num_taps=n)
@@ -85,7 +113,9 @@ def test_fewer_taps_are_the_last_ones(plain, taps, batch):
 def test_more_tokens_than_positions_are_refused(plain):
   tower = plain[1]
   with pytest.raises(UserError, match='65 tokens.*64 positions.*text.max_tokens'):
-    tower.module.apply({'params': tower.params}, jnp.zeros((1, 65), jnp.int32), jnp.ones((1, 65), bool), num_taps=1)
+    tower.module.apply(
+      {'params': tower.params}, jnp.zeros((1, 65), jnp.int32), jnp.ones((1, 65), bool), num_taps=1
+    )
 
 
 def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, taps, batch):
@@ -101,10 +131,14 @@ def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, taps, ba
 def test_packed_tokens_are_the_padded_ones(hf, plain, taps, relative_error, batch, shards, size):
   tokens_bt, mask_bt = batch
   model, tower = plain
-  position_gn = packing.token_positions(mask_bt, packing.groups(len(mask_bt), (shards, 1)), size=size)['token_position']
+  position_gn = packing.token_positions(
+    mask_bt, packing.groups(len(mask_bt), (shards, 1)), size=size
+  )['token_position']
   packed = apply(tower, None, tokens_bt, mask_bt, position_gn, num_taps=4)
   assert relative_error(packed, hf.text_states(model, tokens_bt, mask_bt), mask_bt).max() <= 1e-4
-  np.testing.assert_allclose(packed[:, mask_bt], taps(tower, tokens_bt, mask_bt)[:, mask_bt], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    packed[:, mask_bt], taps(tower, tokens_bt, mask_bt)[:, mask_bt], rtol=1e-5, atol=1e-5
+  )
   assert np.isfinite(packed).all()
 
 
@@ -121,7 +155,9 @@ def test_runs_of_layers_compose(plain, taps, batch):
 
 
 def test_tokens_can_be_inserted_between_layers(hf, plain, relative_error, batch):
-  """Inserted in front: equal to Hugging Face's layers on the longer sequence; rotary positions matter only by their differences."""
+  """Inserted in front: equal to Hugging Face's layers on the longer sequence; rotary positions
+  matter only by their differences.
+  """
   model, tower = plain
   tokens_bt, mask_bt = (x[:2] for x in batch)
   h_btd = apply(tower, 'run', apply(tower, 'embed', tokens_bt), mask_bt, start=0, stop=1)
@@ -131,7 +167,9 @@ def test_tokens_can_be_inserted_between_layers(hf, plain, relative_error, batch)
   with torch.inference_mode():
     x = torch.tensor(np.asarray(h_btd))
     for layer in model.layers[1:]:
-      x = layer(x, position_embeddings=model.rotary_emb(x, torch.arange(14)[None]), attention_mask=None)  # Causal; right padding needs no mask.
+      x = layer(
+        x, position_embeddings=model.rotary_emb(x, torch.arange(14)[None]), attention_mask=None
+      )  # Causal; right padding needs no mask.
   assert relative_error(out[None], x.numpy()[None], mask_bt).max() <= 1e-4
   shifted = apply(tower, 'run', h_btd, mask_bt, start=1, stop=3, positions_t=np.arange(14) + 20)
   np.testing.assert_allclose(shifted, out, rtol=1e-3, atol=1e-3)
@@ -146,13 +184,20 @@ def test_gradient_reaches_inserted_tokens(hf, plain):
 
   def loss(h_btd):
     bound = tower.module.bind({'params': tower.params})
-    return (bound.final_norm(bound.run(h_btd, jnp.ones((2, 7), bool), start=0, stop=3)) * weight_btd).sum()
+    return (
+      bound.final_norm(bound.run(h_btd, jnp.ones((2, 7), bool), start=0, stop=3)) * weight_btd
+    ).sum()
 
   np.testing.assert_allclose(jax.jit(jax.grad(loss))(h_btd), x.grad.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def _deep(num_layers):
-  config = {**ARCHITECTURES['text']['llama-tiny'], 'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': num_layers}
+  config = {
+    **ARCHITECTURES['text']['llama-tiny'],
+    'hidden_size': 128,
+    'intermediate_size': 512,
+    'num_hidden_layers': num_layers,
+  }
   module = Llama(LlamaConfig.from_hf(config), jnp.dtype('float32'), 'xla')
   return module, nn.unbox(loading.abstract_params(module))
 
@@ -160,7 +205,10 @@ def _deep(num_layers):
 @pytest.mark.parametrize('direction', ['forward', 'backward'])
 def test_running_some_layers_copies_no_weights(direction):
   module, params = _deep(12)
-  h_btd, mask_bt = jax.ShapeDtypeStruct((1, 4, 128), jnp.float32), jax.ShapeDtypeStruct((1, 4), bool)
+  h_btd, mask_bt = (
+    jax.ShapeDtypeStruct((1, 4, 128), jnp.float32),
+    jax.ShapeDtypeStruct((1, 4), bool),
+  )
 
   def run(params, h_btd, mask_bt):
     return module.apply({'params': params}, h_btd, mask_bt, start=2, stop=11, method='run').sum()
@@ -176,6 +224,7 @@ def test_program_size_does_not_grow_with_depth(batch):
     module, params = _deep(num_layers)
     f = jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=2))
     return len(f.lower(params, *batch).as_text().splitlines())
+
   assert size(2) == size(40)
 
 
@@ -185,10 +234,14 @@ def test_full_size_models_trace_without_weights(name):
   module = Llama(LlamaConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
   params = nn.unbox(loading.abstract_params(module))
   with torch.device('meta'):
-    theirs = transformers.LlamaModel(transformers.LlamaConfig(**{k: v for k, v in config.items() if k != 'model_type'}))
+    theirs = transformers.LlamaModel(
+      transformers.LlamaConfig(**{k: v for k, v in config.items() if k != 'model_type'})
+    )
   assert sum(x.size for x in jax.tree.leaves(params)) == sum(p.numel() for p in theirs.parameters())
   tokens_bt, mask_bt = jax.ShapeDtypeStruct((2, 9), jnp.int32), jax.ShapeDtypeStruct((2, 9), bool)
-  out = jax.eval_shape(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=4), params, tokens_bt, mask_bt)
+  out = jax.eval_shape(
+    lambda p, t, m: module.apply({'params': p}, t, m, num_taps=4), params, tokens_bt, mask_bt
+  )
   assert out.shape == (4, 2, 9, config['hidden_size']) and out.dtype == jnp.bfloat16
 
 
@@ -196,31 +249,55 @@ def test_every_parameter_has_known_logical_axes(hf):
   config = LlamaConfig.from_hf(hf.llama(attention_bias=True, mlp_bias=True).config.to_dict())
   boxed = loading.abstract_params(Llama(config, jnp.dtype('float32'), 'xla'))
   leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-  assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves)
-  assert {n for x in leaves for n in x.names} == {'layers', 'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp'}
+  assert all(
+    isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves
+  )
+  assert {n for x in leaves for n in x.names} == {
+    'layers',
+    'vocab',
+    'embed',
+    'heads',
+    'kv_heads',
+    'head_dim',
+    'mlp',
+  }
 
 
 BASE = {
-    'model_type': 'llama', 'vocab_size': 8, 'hidden_size': 8, 'intermediate_size': 8, 'num_hidden_layers': 2, 'num_attention_heads': 2,
-    'max_position_embeddings': 128,
+  'model_type': 'llama',
+  'vocab_size': 8,
+  'hidden_size': 8,
+  'intermediate_size': 8,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'max_position_embeddings': 128,
 }
 
 
-@pytest.mark.parametrize('changes, says', [
+@pytest.mark.parametrize(
+  'changes, says',
+  [
     ({'model_type': 'mistral'}, "model_type = 'mistral'"),
     ({'hidden_act': 'gelu'}, "hidden_act = 'gelu'.*'silu'"),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'sliding_window': 16}, 'sliding_window = 16'),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5'),
     ({'rope_interleaved': True}, 'rope_interleaved'),
-    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "rope_type = 'dynamic'.*'linear', 'llama3'"),
+    (
+      {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
+      "rope_type = 'dynamic'.*'linear', 'llama3'",
+    ),
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}}, "'yarn'"),
     ({'rope_scaling': {'rope_type': 'linear'}}, "'linear'.*factor"),
-    ({'rope_scaling': {'rope_type': 'linear', 'factor': 2.0, 'attention_factor': 1.2}}, 'attention_factor'),
+    (
+      {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0, 'attention_factor': 1.2}},
+      'attention_factor',
+    ),
     ({'num_key_value_heads': 3}, 'num_key_value_heads = 3'),
     ({'num_attention_heads': 3}, 'num_attention_heads = 3'),
     ({'hidden_size': None}, 'lacks hidden_size'),
-])
+  ],
+)
 def test_unimplemented_values_are_refused_by_name(changes, says):
   with pytest.raises(UserError, match=says):
     LlamaConfig.from_hf({**BASE, **changes})
@@ -229,7 +306,14 @@ def test_unimplemented_values_are_refused_by_name(changes, says):
 def test_old_and_new_rope_descriptions_read_alike():
   def read(**changes):
     return LlamaConfig.from_hf({**BASE, **changes})
-  assert read() == read(rope_theta=10000.0, rope_scaling=None) == read(rope_parameters={'rope_type': 'default', 'rope_theta': 10000.0})
-  assert read(rope_theta=100.0, rope_scaling={'type': 'linear', 'factor': 3.0}) == read(rope_parameters=LINEAR)
+
+  assert (
+    read()
+    == read(rope_theta=10000.0, rope_scaling=None)
+    == read(rope_parameters={'rope_type': 'default', 'rope_theta': 10000.0})
+  )
+  assert read(rope_theta=100.0, rope_scaling={'type': 'linear', 'factor': 3.0}) == read(
+    rope_parameters=LINEAR
+  )
   old = {k: v for k, v in LLAMA3.items() if k != 'rope_theta'}
   assert read(rope_theta=100.0, rope_scaling=old) == read(rope_parameters=LLAMA3)

@@ -7,7 +7,9 @@ import numpy as np
 from molt_jax.towers.packing import Packing
 
 MASK = np.arange(5) < np.array([[2], [0], [5], [1]])
-POSITION = np.array([[0, 1, 10, 10, 10, 10], [0, 1, 2, 3, 4, 5]], np.int32)  # Two groups of two rows: [2, 0] and [5, 1] tokens.
+POSITION = np.array(
+  [[0, 1, 10, 10, 10, 10], [0, 1, 2, 3, 4, 5]], np.int32
+)  # Two groups of two rows: [2, 0] and [5, 1] tokens.
 
 
 def test_pack_unpack_and_sum_are_plain_indexing():
@@ -18,7 +20,9 @@ def test_pack_unpack_and_sum_are_plain_indexing():
   np.testing.assert_array_equal(packed_gnc[1], np.concatenate([x_btc[2], x_btc[3, :1]]))
   np.testing.assert_array_equal(packing.unpack(packed_gnc, 4), np.where(MASK[:, :, None], x_btc, 0))
   sums_bc = x_btc.sum(axis=1, where=MASK[:, :, None])
-  np.testing.assert_allclose(packing.sum_rows(jnp.stack([packed_gnc, -packed_gnc]), 4), [sums_bc, -sums_bc], rtol=1e-6)
+  np.testing.assert_allclose(
+    packing.sum_rows(jnp.stack([packed_gnc, -packed_gnc]), 4), [sums_bc, -sums_bc], rtol=1e-6
+  )
   assert packing.pack(MASK).tolist() == [[True] * 2 + [False] * 4, [True] * 6]
 
 
@@ -30,5 +34,5 @@ def test_gradients_are_those_of_the_linear_maps():
     units = np.eye(np.prod(shape), dtype=np.float32).reshape(-1, *shape)
     matrix = np.stack([np.ravel(function(unit)) for unit in units])
     out = np.random.default_rng(1).normal(size=function(units[0]).shape).astype(np.float32)
-    slope, = jax.vjp(function, jnp.zeros(shape))[1](out)
+    (slope,) = jax.vjp(function, jnp.zeros(shape))[1](out)
     np.testing.assert_allclose(np.ravel(slope), matrix @ out.ravel(), rtol=1e-6, atol=1e-6)

@@ -15,11 +15,19 @@ from molt_jax.towers import preprocessing
 
 SIZE = 20
 WHOLE = {
-    'image_processor_type': 'CLIPImageProcessor', 'do_resize': True,
-    'size': {'shortest_edge': SIZE},
-    'resample': 3, 'do_center_crop': True, 'crop_size': {'height': SIZE, 'width': SIZE},
-    'do_rescale': True, 'rescale_factor': 0.00392156862745098, 'do_normalize': True,
-    'image_mean': [0.5, 0.4, 0.3], 'image_std': [0.2, 0.3, 0.25], 'do_convert_rgb': True}
+  'image_processor_type': 'CLIPImageProcessor',
+  'do_resize': True,
+  'size': {'shortest_edge': SIZE},
+  'resample': 3,
+  'do_center_crop': True,
+  'crop_size': {'height': SIZE, 'width': SIZE},
+  'do_rescale': True,
+  'rescale_factor': 0.00392156862745098,
+  'do_normalize': True,
+  'image_mean': [0.5, 0.4, 0.3],
+  'image_std': [0.2, 0.3, 0.25],
+  'do_convert_rgb': True,
+}
 SQUARE = {'height': SIZE, 'width': SIZE}
 
 
@@ -30,8 +38,8 @@ def read(tmp_path, name='preprocessor_config.json', **content):
 
 def pixels(spec, image):
   return transforms.preprocess_image(
-      image, size=spec.size, mean=spec.mean, std=spec.std, resize=spec.resize,
-      resample=spec.resample)
+    image, size=spec.size, mean=spec.mean, std=spec.std, resize=spec.resize, resample=spec.resample
+  )
 
 
 def noise(width, height):
@@ -39,19 +47,21 @@ def noise(width, height):
   return Image.fromarray(raw)
 
 
-PROCESSORS = {'CLIP': CLIPImageProcessorPil, 'Siglip': SiglipImageProcessorPil,
-    'ViT': ViTImageProcessorPil}
+PROCESSORS = {
+  'CLIP': CLIPImageProcessorPil,
+  'Siglip': SiglipImageProcessorPil,
+  'ViT': ViTImageProcessorPil,
+}
 CHANGES = {
-    **{f'resample {i}': ('CLIP', {'resample': i}) for i in range(6)},
-    'numbers': ('CLIP', {'size': SIZE, 'crop_size': SIZE}),
-    'squash, no crop': ('CLIP', {'size': SQUARE, 'do_center_crop': False}),
-    'squash, crop of all': ('CLIP', {'size': SQUARE}),
-    'squash, bilinear': ('CLIP', {'size': SQUARE, 'do_center_crop': False, 'resample': 2}),
-    'square by default': ('CLIP',
-        {'size': SIZE, 'default_to_square': True, 'do_center_crop': False}),
-    'SigLIP': ('Siglip', {'size': SQUARE}),
-    'ViT, its own filter and colours': ('ViT', {'size': SQUARE}),
-    'ViT, a number': ('ViT', {'size': SIZE, 'resample': 3}),
+  **{f'resample {i}': ('CLIP', {'resample': i}) for i in range(6)},
+  'numbers': ('CLIP', {'size': SIZE, 'crop_size': SIZE}),
+  'squash, no crop': ('CLIP', {'size': SQUARE, 'do_center_crop': False}),
+  'squash, crop of all': ('CLIP', {'size': SQUARE}),
+  'squash, bilinear': ('CLIP', {'size': SQUARE, 'do_center_crop': False, 'resample': 2}),
+  'square by default': ('CLIP', {'size': SIZE, 'default_to_square': True, 'do_center_crop': False}),
+  'SigLIP': ('Siglip', {'size': SQUARE}),
+  'ViT, its own filter and colours': ('ViT', {'size': SQUARE}),
+  'ViT, a number': ('ViT', {'size': SIZE, 'resample': 3}),
 }
 
 
@@ -64,14 +74,17 @@ def test_pixels_are_those_of_hugging_face(tmp_path, name, width, height):
   image = noise(width, height)
   expected_chw = processor(image, return_tensors='np')['pixel_values'][0]
   spec = read(tmp_path, **{**told, 'image_processor_type': f'{family}ImageProcessor'})
-  np.testing.assert_allclose(pixels(spec, image), expected_chw.transpose(1, 2, 0), atol=2e-6,
-      rtol=0)
+  np.testing.assert_allclose(
+    pixels(spec, image), expected_chw.transpose(1, 2, 0), atol=2e-6, rtol=0
+  )
 
 
 def test_squashing_and_filters_change_pixels(tmp_path):
   image = noise(64, 31)
-  made = [pixels(read(tmp_path, **{**WHOLE, **changes}), image) for changes in (
-      {}, {'size': SQUARE}, *({'resample': i} for i in (0, 1, 2, 4, 5)))]
+  made = [
+    pixels(read(tmp_path, **{**WHOLE, **changes}), image)
+    for changes in ({}, {'size': SQUARE}, *({'resample': i} for i in (0, 1, 2, 4, 5)))
+  ]
   for i, one in enumerate(made):
     assert not any(np.array_equal(one, other) for other in made[:i])
 
@@ -83,36 +96,36 @@ def test_the_newer_file_and_no_file_at_all(tmp_path):
 
 
 REFUSED = {
-    'do_resize null': ({'do_resize': None}, 'do_resize = None.*implemented: true'),
-    'do_resize false': ({'do_resize': False}, 'do_resize = False'),
-    'do_rescale': ({'do_rescale': False}, 'do_rescale = False'),
-    'do_normalize': ({'do_normalize': 0}, 'do_normalize = 0'),
-    'do_center_crop null': ({'do_center_crop': None}, 'do_center_crop = null'),
-    'no crop': ({'do_center_crop': False}, 'crops nothing'),
-    'rescale_factor': ({'rescale_factor': 1 / 127.5}, 'rescale_factor = 0.00784.*1/255'),
-    'resample 6': ({'resample': 6}, r'resample = 6.*0 .nearest.*5 .Hamming'),
-    'resample text': ({'resample': 'bicubic'}, "resample = 'bicubic'"),
-    'resample null': ({'resample': None}, 'resample = None'),
-    'resample true': ({'resample': True}, 'resample = True'),
-    'two means': ({'image_mean': [0.5, 0.5]}, 'image_mean.*three numbers'),
-    'one mean': ({'image_mean': 0.5}, 'image_mean = 0.5'),
-    'NaN': ({'image_mean': [0.5, 0.5, float('nan')]}, 'image_mean'),
-    'zero': ({'image_std': [0.5, 0.0, 0.5]}, 'image_std.*three positive'),
-    'negative': ({'image_std': [0.5, -1, 0.5]}, 'image_std'),
-    'texts': ({'image_std': ['a', 'b', 'c']}, 'image_std'),
-    'another size': ({'size': {'shortest_edge': 24}}, r'\[20, 24\].*reads 20'),
-    'another crop': ({'crop_size': 24}, r'\[20, 24\].*reads 20'),
-    'no square': ({'size': {'height': 20, 'width': 40}}, r'\[20, 40\]'),
-    'crop of no square': ({'crop_size': {'height': 20, 'width': 10}}, r'\[10, 20\]'),
-    'crop by its shortest edge': ({'crop_size': {'shortest_edge': 20}}, 'crop_size'),
-    'longest edge': ({'size': {'longest_edge': 20}}, 'size.*implemented'),
-    'a size of nothing': ({'size': {}}, 'size'),
-    'a size of text': ({'size': '20'}, "size = '20'"),
-    'a list': ({'size': [20, 20]}, r'size = \[20, 20\]'),
-    'zero pixels': ({'size': 0}, 'size = 0'),
-    'an unknown key': ({'do_sharpen': True}, "'do_sharpen', unknown here"),
-    'another processor': ({'image_processor_type': 'BlipImageProcessor'}, 'BlipImageProcessor'),
-    'padding': ({'do_pad': True}, 'do_pad = True'),
+  'do_resize null': ({'do_resize': None}, 'do_resize = None.*implemented: true'),
+  'do_resize false': ({'do_resize': False}, 'do_resize = False'),
+  'do_rescale': ({'do_rescale': False}, 'do_rescale = False'),
+  'do_normalize': ({'do_normalize': 0}, 'do_normalize = 0'),
+  'do_center_crop null': ({'do_center_crop': None}, 'do_center_crop = null'),
+  'no crop': ({'do_center_crop': False}, 'crops nothing'),
+  'rescale_factor': ({'rescale_factor': 1 / 127.5}, 'rescale_factor = 0.00784.*1/255'),
+  'resample 6': ({'resample': 6}, r'resample = 6.*0 .nearest.*5 .Hamming'),
+  'resample text': ({'resample': 'bicubic'}, "resample = 'bicubic'"),
+  'resample null': ({'resample': None}, 'resample = None'),
+  'resample true': ({'resample': True}, 'resample = True'),
+  'two means': ({'image_mean': [0.5, 0.5]}, 'image_mean.*three numbers'),
+  'one mean': ({'image_mean': 0.5}, 'image_mean = 0.5'),
+  'NaN': ({'image_mean': [0.5, 0.5, float('nan')]}, 'image_mean'),
+  'zero': ({'image_std': [0.5, 0.0, 0.5]}, 'image_std.*three positive'),
+  'negative': ({'image_std': [0.5, -1, 0.5]}, 'image_std'),
+  'texts': ({'image_std': ['a', 'b', 'c']}, 'image_std'),
+  'another size': ({'size': {'shortest_edge': 24}}, r'\[20, 24\].*reads 20'),
+  'another crop': ({'crop_size': 24}, r'\[20, 24\].*reads 20'),
+  'no square': ({'size': {'height': 20, 'width': 40}}, r'\[20, 40\]'),
+  'crop of no square': ({'crop_size': {'height': 20, 'width': 10}}, r'\[10, 20\]'),
+  'crop by its shortest edge': ({'crop_size': {'shortest_edge': 20}}, 'crop_size'),
+  'longest edge': ({'size': {'longest_edge': 20}}, 'size.*implemented'),
+  'a size of nothing': ({'size': {}}, 'size'),
+  'a size of text': ({'size': '20'}, "size = '20'"),
+  'a list': ({'size': [20, 20]}, r'size = \[20, 20\]'),
+  'zero pixels': ({'size': 0}, 'size = 0'),
+  'an unknown key': ({'do_sharpen': True}, "'do_sharpen', unknown here"),
+  'another processor': ({'image_processor_type': 'BlipImageProcessor'}, 'BlipImageProcessor'),
+  'padding': ({'do_pad': True}, 'do_pad = True'),
 }
 
 
@@ -125,18 +138,39 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, name):
 
 
 PUBLISHED = {
-    'openai/clip-vit-base-patch32': {
-        'crop_size': SIZE, 'do_center_crop': True, 'do_normalize': True, 'do_resize': True,
-        'feature_extractor_type': 'CLIPFeatureExtractor', 'resample': 3, 'size': SIZE,
-        'image_mean': [0.48145466, 0.4578275, 0.40821073],
-        'image_std': [0.26862954, 0.26130258, 0.27577711]},
-    'a fast processor of transformers 4': {
-        'crop_size': None, 'data_format': 'channels_first', 'default_to_square': True,
-        'device': None, 'disable_grouping': None, 'do_center_crop': None, 'do_convert_rgb': None,
-        'do_normalize': True, 'do_pad': None, 'do_rescale': True, 'do_resize': True,
-        'image_mean': [0.5, 0.5, 0.5], 'image_processor_type': 'ViTImageProcessorFast',
-        'image_std': [0.5, 0.5, 0.5], 'input_data_format': None, 'pad_size': None, 'resample': 2,
-        'rescale_factor': 0.00392156862745098, 'return_tensors': None, 'size': SQUARE},
+  'openai/clip-vit-base-patch32': {
+    'crop_size': SIZE,
+    'do_center_crop': True,
+    'do_normalize': True,
+    'do_resize': True,
+    'feature_extractor_type': 'CLIPFeatureExtractor',
+    'resample': 3,
+    'size': SIZE,
+    'image_mean': [0.48145466, 0.4578275, 0.40821073],
+    'image_std': [0.26862954, 0.26130258, 0.27577711],
+  },
+  'a fast processor of transformers 4': {
+    'crop_size': None,
+    'data_format': 'channels_first',
+    'default_to_square': True,
+    'device': None,
+    'disable_grouping': None,
+    'do_center_crop': None,
+    'do_convert_rgb': None,
+    'do_normalize': True,
+    'do_pad': None,
+    'do_rescale': True,
+    'do_resize': True,
+    'image_mean': [0.5, 0.5, 0.5],
+    'image_processor_type': 'ViTImageProcessorFast',
+    'image_std': [0.5, 0.5, 0.5],
+    'input_data_format': None,
+    'pad_size': None,
+    'resample': 2,
+    'rescale_factor': 0.00392156862745098,
+    'return_tensors': None,
+    'size': SQUARE,
+  },
 }
 
 

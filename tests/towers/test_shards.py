@@ -70,6 +70,7 @@ def _remove_weight_map(folder):
 def _send_to(name):
   def damage(folder):
     write_index(folder, {**read_index(folder), Q: name})
+
   return damage
 
 
@@ -108,20 +109,20 @@ def _unknown_key(folder):
 
 
 INDEXES = {
-    'no weight_map': (_remove_weight_map, 'lists no tensors'),
-    'a number for a file': (_send_to(7), 'is in 7; legal is the name of a file'),
-    'an absolute path': (_send_to('/dev/zero'), "is in '/dev/zero'; legal"),
-    'a path outside': (_send_to('../model.safetensors'), 'legal is the name of a file beside it'),
-    'dots': (_send_to('..'), 'legal is the name|only .safetensors'),
-    'a NUL': (_send_to('a\0.safetensors'), 'legal is the name'),
-    'a pickle': (_send_to('pytorch_model.bin'), 'only .safetensors files'),
-    'the other shard': (_swap, r'where it is not .1 such tensors'),
-    'a shard is missing': (_drop_shard, 'lacks model-2.safetensors'),
-    'a tensor in both': (_copy_tensor, 'which of the two is meant'),
-    'a pipe': (_pipe, 'a named pipe, not a file'),
-    'a device': (_device, 'a device, not a file'),
-    'a Git LFS pointer': (_pointer, 'git lfs pull'),
-    'an unknown key': (_unknown_key, "'more', unknown here"),
+  'no weight_map': (_remove_weight_map, 'lists no tensors'),
+  'a number for a file': (_send_to(7), 'is in 7; legal is the name of a file'),
+  'an absolute path': (_send_to('/dev/zero'), "is in '/dev/zero'; legal"),
+  'a path outside': (_send_to('../model.safetensors'), 'legal is the name of a file beside it'),
+  'dots': (_send_to('..'), 'legal is the name|only .safetensors'),
+  'a NUL': (_send_to('a\0.safetensors'), 'legal is the name'),
+  'a pickle': (_send_to('pytorch_model.bin'), 'only .safetensors files'),
+  'the other shard': (_swap, r'where it is not .1 such tensors'),
+  'a shard is missing': (_drop_shard, 'lacks model-2.safetensors'),
+  'a tensor in both': (_copy_tensor, 'which of the two is meant'),
+  'a pipe': (_pipe, 'a named pipe, not a file'),
+  'a device': (_device, 'a device, not a file'),
+  'a Git LFS pointer': (_pointer, 'git lfs pull'),
+  'an unknown key': (_unknown_key, "'more', unknown here"),
 }
 
 
@@ -144,8 +145,9 @@ def test_a_whole_file_beside_shards_counts_if_they_hold_the_same(two, whole):
   found = shards.find(two)
   assert {t.file.name for t in found.values()} == {'model.safetensors'}
   change(two, **{Q: np.zeros_like(found[Q].read())})
-  with pytest.raises(UserError,
-      match='model.safetensors and, listed in .*index.json, other weights'):
+  with pytest.raises(
+    UserError, match='model.safetensors and, listed in .*index.json, other weights'
+  ):
     shards.find(two)
   for file in two.glob('model-*'):
     file.unlink()
@@ -153,16 +155,17 @@ def test_a_whole_file_beside_shards_counts_if_they_hold_the_same(two, whole):
 
 
 def test_an_index_may_list_the_whole_file(one):
-  write_index(one,
-      dict.fromkeys(safetensors.numpy.load_file(one / 'model.safetensors'), 'model.safetensors'))
+  write_index(
+    one, dict.fromkeys(safetensors.numpy.load_file(one / 'model.safetensors'), 'model.safetensors')
+  )
   assert len(shards.find(one)) == len(read_index(one))
 
 
 def _header(folder, edit):
   raw = (folder / 'model.safetensors').read_bytes()
-  size, = struct.unpack('<Q', raw[:8])
-  head = edit(raw[8:8 + size])
-  (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(head)) + head + raw[8 + size:])
+  (size,) = struct.unpack('<Q', raw[:8])
+  head = edit(raw[8 : 8 + size])
+  (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(head)) + head + raw[8 + size :])
 
 
 def _twice(head):
@@ -172,14 +175,17 @@ def _twice(head):
 
 
 HEADERS = {
-    'a name twice': (_twice, 'is there twice'),
-    'no JSON': (lambda head: head[:-3] + b'xyz', 'damaged or cut short'),
-    'deep': (lambda head: b'[' * 5000, 'damaged or cut short'),
-    'a shape too large': (lambda head: head.replace(b'[97,32]', b'[97,99999999999999999999]'),
-        'damaged'),
-    'made by TensorFlow': (
-        lambda head: head.replace(b'"format":"pt"', b'"format":"tf"'),
-        "made with 'tf'.*implemented: pt"),
+  'a name twice': (_twice, 'is there twice'),
+  'no JSON': (lambda head: head[:-3] + b'xyz', 'damaged or cut short'),
+  'deep': (lambda head: b'[' * 5000, 'damaged or cut short'),
+  'a shape too large': (
+    lambda head: head.replace(b'[97,32]', b'[97,99999999999999999999]'),
+    'damaged',
+  ),
+  'made by TensorFlow': (
+    lambda head: head.replace(b'"format":"pt"', b'"format":"tf"'),
+    "made with 'tf'.*implemented: pt",
+  ),
 }
 
 
@@ -212,10 +218,12 @@ def test_weights_of_other_types_are_refused_by_name(one, kind):
 @needs_torch
 def test_bfloat16_and_float16_are_read_as_torch_reads_them(one):
   import safetensors.torch  # Imports PyTorch.
+
   tensors = safetensors.torch.load_file(one / 'model.safetensors')
   for kind in (torch.bfloat16, torch.float16):
-    safetensors.torch.save_file({n: w.to(kind) for n, w in tensors.items()},
-        one / 'model.safetensors')
+    safetensors.torch.save_file(
+      {n: w.to(kind) for n, w in tensors.items()}, one / 'model.safetensors'
+    )
     ours = np.asarray(load(one).params['norm']['scale'])
     np.testing.assert_array_equal(ours, tensors['norm.weight'].to(kind).float().numpy())
 
@@ -224,8 +232,11 @@ def test_bfloat16_and_float16_are_read_as_torch_reads_them(one):
 @pytest.mark.parametrize('everywhere', [True, False])
 def test_weights_that_are_not_finite_are_refused_by_name(one, value, everywhere):
   w = safetensors.numpy.load_file(one / 'model.safetensors')['layers.1.mlp.up_proj.weight']
-  w = np.full_like(w, value) if everywhere else np.where(np.arange(w.size).reshape(w.shape) == 77,
-      value, w)
+  w = (
+    np.full_like(w, value)
+    if everywhere
+    else np.where(np.arange(w.size).reshape(w.shape) == 77, value, w)
+  )
   change(one, **{'layers.1.mlp.up_proj.weight': w.astype(np.float32)})
   with pytest.raises(UserError, match='layers.1.mlp.up_proj.weight holds NaN or infinity'):
     load(one)
@@ -252,15 +263,20 @@ def test_quantising_notices_what_is_not_finite(hf, tmp_path, method):
 def test_two_tensors_for_one_parameter_are_refused(one):
   w = safetensors.numpy.load_file(one / 'model.safetensors')['norm.weight']
   change(one, **{'model.norm.weight': w})
-  with pytest.raises(UserError,
-      match="'model.norm.weight' and 'norm.weight'|'norm.weight' and 'model.norm.weight'"):
+  with pytest.raises(
+    UserError, match="'model.norm.weight' and 'norm.weight'|'norm.weight' and 'model.norm.weight'"
+  ):
     loading.describe_tower(str(one), kind='text')
 
 
 ABSURD = {
-    'vocab_size': 2**20, 'hidden_size': 2**16, 'intermediate_size': 2**20,
-    'num_hidden_layers': 2**14,
-    'head_dim': 2**14, 'num_attention_heads': 2**19}
+  'vocab_size': 2**20,
+  'hidden_size': 2**16,
+  'intermediate_size': 2**20,
+  'num_hidden_layers': 2**14,
+  'head_dim': 2**14,
+  'num_attention_heads': 2**19,
+}
 
 
 @pytest.mark.parametrize('key', ABSURD)
@@ -272,8 +288,9 @@ def test_sizes_are_believed_when_the_tensors_have_them(one, key):
   if key == 'num_attention_heads':
     config |= {'head_dim': 8, 'num_key_value_heads': 1}
   (one / 'config.json').write_text(json.dumps(config))
-  use = load if key == 'num_hidden_layers' else functools.partial(loading.describe_tower,
-      kind='text')
+  use = (
+    load if key == 'num_hidden_layers' else functools.partial(loading.describe_tower, kind='text')
+  )
   with pytest.raises(UserError, match='the tensors do not fit the configuration') as error:
     use(str(one))
   assert '\n' not in str(error.value) and len(str(error.value)) < 10_000
@@ -283,23 +300,31 @@ def test_an_image_tower_of_absurd_size_is_refused_before_an_image_is_made(hf, tm
   path = hf.save(hf.clip(), tmp_path)
   config = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps({**config, 'image_size': 2000}))
-  with pytest.raises(UserError,
-      match=r'position_embedding.weight has shape \(5, 32\) instead of \(62501, 32\)'):
+  with pytest.raises(
+    UserError, match=r'position_embedding.weight has shape \(5, 32\) instead of \(62501, 32\)'
+  ):
     loading.load_tower(path, kind='image', dtype='float32', attention='xla')
 
 
 def test_a_tower_larger_than_the_machine_is_one_line(monkeypatch):
   monkeypatch.setattr(loading, 'total_memory', lambda: 10_000)
-  with pytest.raises(UserError,
-      match='takes 0.0 GB.*more than the 0.0 GB of this machine.*bfloat16') as error:
+  with pytest.raises(
+    UserError, match='takes 0.0 GB.*more than the 0.0 GB of this machine.*bfloat16'
+  ) as error:
     loading.load_tower('random:llama-tiny', kind='text', dtype='float32', attention='xla')
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('path, says', [
-    ('a\0b', 'NUL'), ('x' * 5000, 'cannot be opened|does not exist'),
+@pytest.mark.parametrize(
+  'path, says',
+  [
+    ('a\0b', 'NUL'),
+    ('x' * 5000, 'cannot be opened|does not exist'),
     ('~nobody-of-this-name/x', 'cannot be opened'),
-    ('pkg://__main__/x', 'not installed'), ('', 'does not exist|no config.json')])
+    ('pkg://__main__/x', 'not installed'),
+    ('', 'does not exist|no config.json'),
+  ],
+)
 def test_paths_that_cannot_be_are_one_line(path, says, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=says) as error:

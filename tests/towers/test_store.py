@@ -23,7 +23,10 @@ SPEC = {'modality': 'text', 'tower': 'ab' * 32, 'num_taps': 2}
 
 def _arrays(count, seed=0, width=5):
   rng = np.random.default_rng(seed)
-  return {key_of(bytes([n, seed])): rng.normal(size=(2, 1 + n % 4, width)).astype(np.float32) for n in range(count)}
+  return {
+    key_of(bytes([n, seed])): rng.normal(size=(2, 1 + n % 4, width)).astype(np.float32)
+    for n in range(count)
+  }
 
 
 def _write(directory, arrays, dtype='float32', spec=SPEC):
@@ -58,11 +61,15 @@ def test_int8_of_zero_is_zero_and_what_is_not_finite_stays_so(tmp_path):
   x = np.zeros((1, 3, 4), np.float32)
   x[0, 1, 2], x[0, 2, 0] = np.inf, np.nan
   got = _write(tmp_path, {key_of(b'x'): x}, 'int8').read(key_of(b'x'))
-  assert not got[0, 0].any() and not np.isfinite(got[0, 1]).all() and not np.isfinite(got[0, 2]).all()
+  assert (
+    not got[0, 0].any() and not np.isfinite(got[0, 1]).all() and not np.isfinite(got[0, 2]).all()
+  )
 
 
 @pytest.mark.parametrize('dtype', store_lib.CODECS)
-def test_shards_are_safetensors_files_that_anybody_can_open_and_as_large_as_promised(tmp_path, dtype):
+def test_shards_are_safetensors_files_that_anybody_can_open_and_as_large_as_promised(
+  tmp_path, dtype
+):
   arrays = _arrays(4)
   kept = _write(tmp_path, arrays, dtype)
   (path,) = kept.folder.glob('*.safetensors')
@@ -70,7 +77,11 @@ def test_shards_are_safetensors_files_that_anybody_can_open_and_as_large_as_prom
     assert set(file.keys()) == set(arrays)
     assert set(json.loads(file.metadata()['crc32'])) == set(arrays)
   assert kept.stored_bytes == sum(kept.codec.stored_bytes(*x.shape) for x in arrays.values())
-  assert json.loads((kept.folder / 'spec.json').read_text()) == {**SPEC, 'format': store_lib.FORMAT, 'dtype': dtype}
+  assert json.loads((kept.folder / 'spec.json').read_text()) == {
+    **SPEC,
+    'format': store_lib.FORMAT,
+    'dtype': dtype,
+  }
 
 
 def test_another_tower_preprocessing_type_or_format_finds_nothing(tmp_path, monkeypatch):
@@ -99,7 +110,9 @@ def _read_all(directory, keys):
   return {key: kept.read(key) for key in keys}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+  max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_any_changed_byte_of_any_file_is_noticed_and_the_file_named(small_store, data):
   directory, arrays = small_store
@@ -107,17 +120,32 @@ def test_any_changed_byte_of_any_file_is_noticed_and_the_file_named(small_store,
   content = path.read_bytes()
   place, flip = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(1, 255))
   try:
-    path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1:])
+    path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
     with pytest.raises(UserError, match='is damaged') as error:
       _read_all(directory, arrays)
   finally:
     path.write_bytes(content)
-  assert str(error.value).startswith(f'{path} is damaged') and 'delete it' in str(error.value) and '\n' not in str(error.value)
-  assert {key: x.tobytes() for key, x in _read_all(directory, arrays).items()} == {key: x.tobytes() for key, x in arrays.items()}
+  assert (
+    str(error.value).startswith(f'{path} is damaged')
+    and 'delete it' in str(error.value)
+    and '\n' not in str(error.value)
+  )
+  assert {key: x.tobytes() for key, x in _read_all(directory, arrays).items()} == {
+    key: x.tobytes() for key, x in arrays.items()
+  }
 
 
-@pytest.mark.parametrize('change', [
-    lambda c: c[:-1], lambda c: c[:len(c) // 2], lambda c: c[:3], lambda c: b'', lambda c: c + b'\0', lambda c: c[::-1]])
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda c: c[:-1],
+    lambda c: c[: len(c) // 2],
+    lambda c: c[:3],
+    lambda c: b'',
+    lambda c: c + b'\0',
+    lambda c: c[::-1],
+  ],
+)
 def test_a_file_cut_short_or_grown_is_noticed(small_store, tmp_path, change):
   directory, arrays = small_store
   shutil.copytree(directory, tmp_path / 'store')
@@ -158,7 +186,10 @@ def test_what_is_there_is_not_written_again_and_the_same_shard_twice_is_one(tmp_
   assert len(list(one.folder.glob('*.safetensors'))) == 1 and len(two) == 5
   more = _arrays(7)
   _write(tmp_path, more)
-  names = [json.loads(p.read_bytes()[8:8 + int.from_bytes(p.read_bytes()[:8], 'little')]) for p in one.folder.glob('*.safetensors')]
+  names = [
+    json.loads(p.read_bytes()[8 : 8 + int.from_bytes(p.read_bytes()[:8], 'little')])
+    for p in one.folder.glob('*.safetensors')
+  ]
   assert sorted(len(n) - 1 for n in names) == [2, 5]
   one.refresh()
   assert len(one) == 7
@@ -201,8 +232,11 @@ def test_a_folder_of_something_else_a_file_and_a_forbidden_place_are_refused_in_
   (tmp_path / 'photos').mkdir()
   (tmp_path / 'photos' / 'beach.jpg').write_bytes(b'x')
   (tmp_path / 'file').write_text('x')
-  for directory, words in ((tmp_path / 'photos', 'is no feature store, it holds beach.jpg'), (tmp_path / 'file', 'cannot be used'),
-                           (pathlib.Path('/proc/nothing/here'), 'cannot be used')):
+  for directory, words in (
+    (tmp_path / 'photos', 'is no feature store, it holds beach.jpg'),
+    (tmp_path / 'file', 'cannot be used'),
+    (pathlib.Path('/proc/nothing/here'), 'cannot be used'),
+  ):
     with pytest.raises(UserError, match=words) as error:
       FeatureStore(directory, SPEC, 'float32')
     assert str(error.value).startswith('config.features.store: ') and '\n' not in str(error.value)
@@ -212,8 +246,10 @@ def test_a_folder_of_something_else_a_file_and_a_forbidden_place_are_refused_in_
 def test_a_disk_that_is_full_is_one_line_and_leaves_no_temporary_file(tmp_path, monkeypatch):
   kept = FeatureStore(tmp_path, SPEC, 'float32')
   kept.add(key_of(b'x'), np.zeros((1, 1, 1), np.float32))
+
   def full(descriptor):
     raise OSError(28, 'No space left on device')
+
   monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(UserError, match='cannot be written .No space left on device.; make room'):
     kept.flush()
@@ -224,9 +260,11 @@ def test_threads_read_while_another_store_writes(tmp_path):
   first, second = _arrays(20), _arrays(20, seed=1)
   kept = _write(tmp_path, first)
   wrong = []
+
   def reader():
     for _ in range(30):
       wrong.extend(key for key, x in first.items() if not np.array_equal(kept.read(key), x))
+
   threads = [threading.Thread(target=reader) for _ in range(4)]
   for thread in threads:
     thread.start()

@@ -1,12 +1,12 @@
 """Hostile pairs of views for the CCA loss, compared with its definition in float64.
 
-A trial is PAIRS pairs of one shape, each with a ridge, weights, scales and defects of its own, through
-`jit(vmap(value_and_grad(cca_loss)))` with each solver. It raises if a loss is not in [-1, 0], a gradient
-is not finite or not zero in a row of weight 0, any bit depends on what such rows hold, or a pair that is
-well posed in float32 has another loss or gradient than in float64.
+A trial is PAIRS pairs of one shape, each with a ridge, weights, scales and defects of its own,
+through `jit(vmap(value_and_grad(cca_loss)))` with each solver. It raises if a loss is not in [-1,
+0], a gradient is not finite or not zero in a row of weight 0, any bit depends on what such rows
+hold, or a pair that is well posed in float32 has another loss or gradient than in float64.
 
-A pair is well posed where the definition itself moves by less than a limit when a view moves by what
-float32 rounds away, and where a solver resolves the least of its directions (`Limit`).
+A pair is well posed where the definition itself moves by less than a limit when a view moves by
+what float32 rounds away, and where a solver resolves the least of its directions (`Limit`).
 """
 
 import functools
@@ -29,9 +29,11 @@ class Limit(NamedTuple):
   """When a number is compared, and how exactly.
 
   Attributes:
-    movement: most that what float32 rounds away may move the number (a gradient, relative to its norm).
+    movement: most that what float32 rounds away may move the number (a gradient, relative to its
+      norm).
     least: singular values below this, of T or of A, are not fully resolved.
-    of_s: share of eps ||S||_F / r that counts as movement, of the loss or of the terms of a gradient.
+    of_s: share of eps ||S||_F / r that counts as movement, of the loss or of the terms of a
+      gradient.
     tolerance: the number may be off by this and ten times its movement.
   """
 
@@ -42,8 +44,8 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    'eigh': (Limit(1e-3, 0, 0, 2e-5), Limit(1e-2, 0, 0, 2e-3)),
-    'newton_schulz': (Limit(1e-3, 0, 0.2, 5e-4), Limit(1e-2, 2e-2, 1, 5e-3)),
+  'eigh': (Limit(1e-3, 0, 0, 2e-5), Limit(1e-2, 0, 0, 2e-3)),
+  'newton_schulz': (Limit(1e-3, 0, 0.2, 5e-4), Limit(1e-2, 2e-2, 1, 5e-3)),
 }  # Of the loss, of its gradients.
 
 
@@ -79,37 +81,44 @@ def _dominated(rng, x_nd):
 
 
 DEFECTS = {
-    'none': lambda rng, x_nd: x_nd,
-    'zero': lambda rng, x_nd: 0 * x_nd,
-    'one number': lambda rng, x_nd: 0 * x_nd + np.float32(10.0 ** rng.uniform(-40, 38)),
-    'equal rows': lambda rng, x_nd: 0 * x_nd + x_nd[:1],
-    'constant columns': lambda rng, x_nd: _some_columns(rng, x_nd, np.float32(rng.normal())),
-    'denormal': lambda rng, x_nd: x_nd * 10.0 ** rng.uniform(-45, -38),
-    'denormal columns': lambda rng, x_nd: _some_columns(rng, x_nd, 1e-45),
-    'one entry': _one_entry,
-    'equal columns': lambda rng, x_nd: x_nd[:, rng.integers(0, x_nd.shape[1], x_nd.shape[1])],
-    'duplicate rows': lambda rng, x_nd: x_nd[rng.integers(0, len(x_nd), len(x_nd))],
-    'low rank': _low_rank,
-    'graded': _graded,
-    'dominated': _dominated,
-    'mixed scales': lambda rng, x_nd: x_nd * 10.0 ** rng.uniform(-40, 30, (1, x_nd.shape[1])),
-    'far away': lambda rng, x_nd: x_nd + 10.0 ** rng.uniform(1, 6),
-    'outlier': _outlier,
-    'largest': lambda rng, x_nd: np.sign(x_nd) * LARGEST,
-    'binary': lambda rng, x_nd: (x_nd > 0.5) * 1.0,
+  'none': lambda rng, x_nd: x_nd,
+  'zero': lambda rng, x_nd: 0 * x_nd,
+  'one number': lambda rng, x_nd: 0 * x_nd + np.float32(10.0 ** rng.uniform(-40, 38)),
+  'equal rows': lambda rng, x_nd: 0 * x_nd + x_nd[:1],
+  'constant columns': lambda rng, x_nd: _some_columns(rng, x_nd, np.float32(rng.normal())),
+  'denormal': lambda rng, x_nd: x_nd * 10.0 ** rng.uniform(-45, -38),
+  'denormal columns': lambda rng, x_nd: _some_columns(rng, x_nd, 1e-45),
+  'one entry': _one_entry,
+  'equal columns': lambda rng, x_nd: x_nd[:, rng.integers(0, x_nd.shape[1], x_nd.shape[1])],
+  'duplicate rows': lambda rng, x_nd: x_nd[rng.integers(0, len(x_nd), len(x_nd))],
+  'low rank': _low_rank,
+  'graded': _graded,
+  'dominated': _dominated,
+  'mixed scales': lambda rng, x_nd: x_nd * 10.0 ** rng.uniform(-40, 30, (1, x_nd.shape[1])),
+  'far away': lambda rng, x_nd: x_nd + 10.0 ** rng.uniform(1, 6),
+  'outlier': _outlier,
+  'largest': lambda rng, x_nd: np.sign(x_nd) * LARGEST,
+  'binary': lambda rng, x_nd: (x_nd > 0.5) * 1.0,
 }
 SCALES = (
-    lambda rng: 1.0, lambda rng: 10.0 ** rng.uniform(-3, 3), lambda rng: 10.0 ** rng.uniform(-44, 38))
+  lambda rng: 1.0,
+  lambda rng: 10.0 ** rng.uniform(-3, 3),
+  lambda rng: 10.0 ** rng.uniform(-44, 38),
+)
 RIDGES = (
-    lambda rng: 0.0, lambda rng: 1e-3, lambda rng: 10.0 ** rng.uniform(-12, 0),
-    lambda rng: 10.0 ** rng.uniform(-40, 6))
+  lambda rng: 0.0,
+  lambda rng: 1e-3,
+  lambda rng: 10.0 ** rng.uniform(-12, 0),
+  lambda rng: 10.0 ** rng.uniform(-40, 6),
+)
 WEIGHTS = (
-    lambda rng, n: np.ones(n),
-    lambda rng, n: rng.permutation(n) < rng.integers(0, n + 1),
-    lambda rng, n: rng.permutation(n) < rng.integers(0, 5),
-    lambda rng, n: rng.uniform(0.1, 3, n) * (rng.random(n) < 0.8),
-    lambda rng, n: 10.0 ** rng.uniform(-1, 1, n) * 10.0 ** rng.uniform(-30, 30),
-    lambda rng, n: 10.0 ** rng.uniform(-6, 0, n) * (rng.random(n) < 0.8))
+  lambda rng, n: np.ones(n),
+  lambda rng, n: rng.permutation(n) < rng.integers(0, n + 1),
+  lambda rng, n: rng.permutation(n) < rng.integers(0, 5),
+  lambda rng, n: rng.uniform(0.1, 3, n) * (rng.random(n) < 0.8),
+  lambda rng, n: 10.0 ** rng.uniform(-1, 1, n) * 10.0 ** rng.uniform(-30, 30),
+  lambda rng, n: 10.0 ** rng.uniform(-6, 0, n) * (rng.random(n) < 0.8),
+)
 
 
 def _one_of(rng, choices):
@@ -117,7 +126,9 @@ def _one_of(rng, choices):
 
 
 def pair(rng, n, d1, d2):
-  """Returns ((x [n, d1], y [n, d2], weight [n], ridge), float32 and finite, the names of the defects)."""
+  """Returns ((x [n, d1], y [n, d2], weight [n], ridge), float32 and finite, the names of the
+  defects).
+  """
   z_ns = rng.normal(size=(n, 2))
   noise = 10.0 ** rng.uniform(-3, 1)
   views = [z_ns @ rng.normal(size=(2, d)) + noise * rng.normal(size=(n, d)) for d in (d1, d2)]
@@ -140,14 +151,14 @@ class Reference(NamedTuple):
   Attributes:
     loss_p: [P].
     gradients: of the two views, [P, n, d].
-    moved_p: [3, P], how far loss and gradients move when the views do by NOISE; gradients relative to
-      their norm.
+    moved_p: [3, P], how far loss and gradients move when the views do by NOISE; gradients relative
+      to their norm.
     terms_p: [3, P], size of the terms that a gradient is the difference of, relative to its norm.
-    rounded_a_p: [3, P], what rounding does to the direction of the least correlation, which counts like
-      the others' in a gradient.
+    rounded_a_p: [3, P], what rounding does to the direction of the least correlation, which counts
+      like the others' in a gradient.
     rounded_s_p: [P], eps ||S||_F / r of the worse view, 0 where newton_schulz does not work on S.
-    least_p: [P], the least of the singular values of both T and of A, relative to their bounds; 0 where
-      a view does not span all its directions.
+    least_p: [P], the least of the singular values of both T and of A, relative to their bounds; 0
+      where a view does not span all its directions.
   """
 
   loss_p: np.ndarray
@@ -160,7 +171,9 @@ class Reference(NamedTuple):
 
 
 class Whitened(NamedTuple):
-  """T, B of `molt_jax.objectives.cca.loss`, a bound of the singular values of T, and the least beside it."""
+  """T, B of `molt_jax.objectives.cca.loss`, a bound of the singular values of T, and the least
+  beside it.
+  """
 
   t_pnk: np.ndarray
   back_pkd: np.ndarray
@@ -189,7 +202,9 @@ def _least(x_pk):
 
 
 def centred(view_pnd, weight_pn):
-  """Returns the views minus their weighted mean, times sqrt(weight), over their norm; and the norm."""
+  """Returns the views minus their weighted mean, times sqrt(weight), over their norm; and the
+  norm.
+  """
   is_live_pn1 = weight_pn[:, :, None] > 0
   # A CPU reads denormal numbers as 0.
   is_read_pnd = is_live_pn1 & (np.abs(view_pnd) >= TINY)
@@ -228,17 +243,22 @@ def _gradient(own_pnd, own, other, polar_pjk, weight_pn):
 
 
 def definition(views, weight_pn, ridge_p, cut):
-  """Returns (loss [P], gradients, sizes of their terms, least [P]), of views as `centred` leaves them."""
+  """Returns (loss [P], gradients, sizes of their terms, least [P]), of views as `centred` leaves
+  them.
+  """
   count_p = (weight_pn > 0).sum(axis=1)
   x, y = (_whitened(v, ridge_p, np.minimum(count_p - 1, v.shape[2]), cut) for v in views)
-  left_pks, s_ps, right_psj = np.linalg.svd(x.t_pnk.transpose(0, 2, 1) @ y.t_pnk, full_matrices=False)
+  left_pks, s_ps, right_psj = np.linalg.svd(
+    x.t_pnk.transpose(0, 2, 1) @ y.t_pnk, full_matrices=False
+  )
   is_there_ps = s_ps > 1e-9 * np.maximum(s_ps[:, :1], 1e-300)
   polar_pkj = (left_pks * is_there_ps[:, None, :]) @ right_psj
   most = min(view_pnd.shape[2] for view_pnd in views)
   share_p = np.where(count_p >= 3, 1 / np.clip(count_p - 1, 1, most), 0)
   gradients = (
-      _gradient(views[0], x, y, polar_pkj.transpose(0, 2, 1), weight_pn),
-      _gradient(views[1], y, x, polar_pkj, weight_pn))
+    _gradient(views[0], x, y, polar_pkj.transpose(0, 2, 1), weight_pn),
+    _gradient(views[1], y, x, polar_pkj, weight_pn),
+  )
   gradients = [[-share_p[:, None, None] * m for m in g] for g in gradients]
   relative_ps = np.where(is_there_ps, s_ps, 0) / (x.bound_p * y.bound_p)[:, None]
   least = np.stack([x.least_p, y.least_p, _least(relative_ps)])
@@ -278,8 +298,14 @@ def reference(pairs, rng):
   gradients = [g_pnd * _inverse(norm_p11) for g_pnd, norm_p11 in zip(gradients, norms, strict=True)]
   rounded_a_p = EPS / least_p[2] * np.array([[0], [1], [1]])
   return Reference(
-      loss_p, gradients, np.stack(moved_p), np.stack(terms_p), rounded_a_p, rounded_s_p,
-      least_p.min(axis=0))
+    loss_p,
+    gradients,
+    np.stack(moved_p),
+    np.stack(terms_p),
+    rounded_a_p,
+    rounded_s_p,
+    least_p.min(axis=0),
+  )
 
 
 # The product.
@@ -288,11 +314,14 @@ def reference(pairs, rng):
 @functools.cache
 def compiled(solver):
   """Loss and gradients of many pairs, one program for each shape."""
+
   def one(x_nd, y_nd, weight_n, ridge):
     def loss(x_nd, y_nd):
       return cca_loss(x_nd, y_nd, weight_n=weight_n, ridge=ridge, solver=solver)
+
     loss, gradients = jax.value_and_grad(loss, argnums=(0, 1))(x_nd, y_nd)
     return loss, *gradients
+
   return jax.jit(jax.vmap(one))
 
 
@@ -321,7 +350,9 @@ def same_bits(results, others):
 
 
 def judge(solver, results, expected):
-  """Returns (bool[3, P], whether loss and gradients can be compared; bool[3, P], whether they are right)."""
+  """Returns (bool[3, P], whether loss and gradients can be compared; bool[3, P], whether they are
+  right).
+  """
   limits = LIMITS[solver]
   is_posed, is_right = [], []
   for i, wanted in enumerate((expected.loss_p, *expected.gradients)):
@@ -349,7 +380,9 @@ def trial(rng, folder):
   expected, outcomes = reference(pairs, rng), {}
   for solver in SOLVERS:
     results = [np.asarray(m) for m in compiled(solver)(*pairs)]
-    _must_hold(always_true_of(results, pairs[2]), f'{solver}: not finite or out of range', shape, made)
+    _must_hold(
+      always_true_of(results, pairs[2]), f'{solver}: not finite or out of range', shape, made
+    )
     for value in (np.nan, -np.inf):
       again = compiled(solver)(*with_others_in_absent_rows(pairs, value))
       _must_hold(same_bits(results, again), f'{solver}: absent rows matter', shape, made)
@@ -365,4 +398,5 @@ def _must_hold(holds_p, message, shape, made):
   if not holds_p.all():
     failed = np.flatnonzero(~holds_p)
     raise AssertionError(
-        f'{message}: {len(failed)} pairs of shape {shape}, pair {failed[0]} ({made[failed[0]][1]})')
+      f'{message}: {len(failed)} pairs of shape {shape}, pair {failed[0]} ({made[failed[0]][1]})'
+    )

@@ -25,41 +25,68 @@ WIDTH, FF, VOCAB, LAYERS = 32, 32, 64, 2
 TEXTS = ['!" #', '!"!"$<|end|>', '\ud800 \0', '!" ' * 3000]
 NUMBERS = [0, 1, 2, 3, 7, 31, 63, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
 LARGE = [0, 1, 31, 32, 33, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-STRANGE = ['llama.attention.logit_softcap', 'llama.new', 'tokenizer.ggml.lowercase', 'vendor.key',
-    '']
+STRANGE = [
+  'llama.attention.logit_softcap',
+  'llama.new',
+  'tokenizer.ggml.lowercase',
+  'vendor.key',
+  '',
+]
 # Other values that are legal, each of which makes another tower or other ids.
 LEGAL = [
-    ('llama.rope.freq_base', F32, 777.0), ('llama.attention.layer_norm_rms_epsilon', F32, 0.25),
-    ('llama.context_length', U32, 64), ('tokenizer.ggml.add_bos_token', BOOL, True),
-    ('tokenizer.ggml.eos_token_id', U32, 5)]
-NEUTRAL = ['general.name', 'general.author.0', 'quantize.imatrix.file',
-    'tokenizer.ggml.fim_pre_token_id']
+  ('llama.rope.freq_base', F32, 777.0),
+  ('llama.attention.layer_norm_rms_epsilon', F32, 0.25),
+  ('llama.context_length', U32, 64),
+  ('tokenizer.ggml.add_bos_token', BOOL, True),
+  ('tokenizer.ggml.eos_token_id', U32, 5),
+]
+NEUTRAL = [
+  'general.name',
+  'general.author.0',
+  'quantize.imatrix.file',
+  'tokenizer.ggml.fim_pre_token_id',
+]
 
 
 @functools.cache
 def parts() -> tuple[list[list[Any]], list[list[Any]], bytes]:
   """Returns metadata [key, type, value], tensors [name, shape as in GGUF, type, offset], data."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  tokens = [*alphabet[:VOCAB - 2], alphabet[0] + alphabet[1], '<|end|>']
+  tokens = [*alphabet[: VOCAB - 2], alphabet[0] + alphabet[1], '<|end|>']
   metadata = [
-      ['general.architecture', STRING, 'llama'], ['general.name', STRING, 'tiny'],
-      ['llama.block_count', U32, LAYERS], ['llama.context_length', U32, 128],
-      ['llama.embedding_length', U32, WIDTH], ['llama.feed_forward_length', U32, FF],
-      ['llama.attention.head_count', U32, 2], ['llama.attention.head_count_kv', U32, 1],
-      ['llama.attention.layer_norm_rms_epsilon', F32, 1e-5], ['llama.rope.freq_base', F32, 5000.0],
-      ['llama.rope.dimension_count', U32, WIDTH // 2], ['general.file_type', U32, 0],
-      ['tokenizer.ggml.model', STRING, 'gpt2'], ['tokenizer.ggml.pre', STRING, 'smollm'],
-      ['tokenizer.ggml.tokens', ARRAY, (STRING, tokens)],
-      ['tokenizer.ggml.token_type', ARRAY, (I32, [1] * (VOCAB - 1) + [3])],
-      ['tokenizer.ggml.merges', ARRAY, (STRING, [f'{alphabet[0]} {alphabet[1]}'])],
-      ['tokenizer.ggml.eos_token_id', U32, VOCAB - 1],
-      ['tokenizer.ggml.add_bos_token', BOOL, False],
-      ['general.quantization_version', U32, 2]]
+    ['general.architecture', STRING, 'llama'],
+    ['general.name', STRING, 'tiny'],
+    ['llama.block_count', U32, LAYERS],
+    ['llama.context_length', U32, 128],
+    ['llama.embedding_length', U32, WIDTH],
+    ['llama.feed_forward_length', U32, FF],
+    ['llama.attention.head_count', U32, 2],
+    ['llama.attention.head_count_kv', U32, 1],
+    ['llama.attention.layer_norm_rms_epsilon', F32, 1e-5],
+    ['llama.rope.freq_base', F32, 5000.0],
+    ['llama.rope.dimension_count', U32, WIDTH // 2],
+    ['general.file_type', U32, 0],
+    ['tokenizer.ggml.model', STRING, 'gpt2'],
+    ['tokenizer.ggml.pre', STRING, 'smollm'],
+    ['tokenizer.ggml.tokens', ARRAY, (STRING, tokens)],
+    ['tokenizer.ggml.token_type', ARRAY, (I32, [1] * (VOCAB - 1) + [3])],
+    ['tokenizer.ggml.merges', ARRAY, (STRING, [f'{alphabet[0]} {alphabet[1]}'])],
+    ['tokenizer.ggml.eos_token_id', U32, VOCAB - 1],
+    ['tokenizer.ggml.add_bos_token', BOOL, False],
+    ['general.quantization_version', U32, 2],
+  ]
   half = WIDTH // 2
   shapes = {
-      'attn_q': (WIDTH, WIDTH), 'attn_k': (WIDTH, half), 'attn_v': (WIDTH, half),
-      'attn_output': (WIDTH, WIDTH), 'ffn_gate': (WIDTH, FF), 'ffn_up': (WIDTH, FF),
-      'ffn_down': (FF, WIDTH), 'attn_norm': (WIDTH,), 'ffn_norm': (WIDTH,)}
+    'attn_q': (WIDTH, WIDTH),
+    'attn_k': (WIDTH, half),
+    'attn_v': (WIDTH, half),
+    'attn_output': (WIDTH, WIDTH),
+    'ffn_gate': (WIDTH, FF),
+    'ffn_up': (WIDTH, FF),
+    'ffn_down': (FF, WIDTH),
+    'attn_norm': (WIDTH,),
+    'ffn_norm': (WIDTH,),
+  }
   named = {'token_embd.weight': (WIDTH, VOCAB), 'output_norm.weight': (WIDTH,)}
   for layer in range(LAYERS):
     named |= {f'blk.{layer}.{name}.weight': shape for name, shape in shapes.items()}
@@ -166,16 +193,16 @@ def _bytes(rng: np.random.Generator, path: pathlib.Path) -> tuple[bool, bool]:
   head = header(metadata, tensors)
   content = bytearray(head + data)
   if rng.random() < 0.2:
-    path.write_bytes(content[:int(rng.integers(len(content)))])
+    path.write_bytes(content[: int(rng.integers(len(content)))])
     return False, True
   for _ in range(int(rng.integers(1, 4))):
     at, how = int(rng.integers(len(head))), rng.random()
     if how < 0.6:
       content[at] ^= 1 << int(rng.integers(8))
     elif how < 0.8:
-      content[at:at + 8] = struct.pack('<Q', LARGE[int(rng.integers(len(LARGE)))])
+      content[at : at + 8] = struct.pack('<Q', LARGE[int(rng.integers(len(LARGE)))])
     else:
-      del content[at:at + int(rng.integers(1, 40))]
+      del content[at : at + int(rng.integers(1, 40))]
   path.write_bytes(content)
   return True, False
 
@@ -239,8 +266,13 @@ def _structure(rng: np.random.Generator, path: pathlib.Path) -> tuple[bool, bool
   elif how == 14:
     kind = int(rng.choice([U32, I32, F32, BOOL, STRING, U64]))
     value = {
-        STRING: 'x', BOOL: True, F32: float(rng.choice([np.nan, np.inf, -1, 0, 1e30])), I32: -1,
-        U32: int(rng.choice(NUMBERS)), U64: int(rng.choice(NUMBERS))}[kind]
+      STRING: 'x',
+      BOOL: True,
+      F32: float(rng.choice([np.nan, np.inf, -1, 0, 1e30])),
+      I32: -1,
+      U32: int(rng.choice(NUMBERS)),
+      U64: int(rng.choice(NUMBERS)),
+    }[kind]
     key[1:] = [kind, value]
     may_change, must_refuse = True, False
   else:
@@ -254,16 +286,17 @@ def _split(rng: np.random.Generator, folder: pathlib.Path) -> tuple[pathlib.Path
   metadata, tensors, data = parts()
   at = int(rng.integers(1, len(tensors)))
   bound = tensors[at][3]
-  halves = (tensors[:at], data[:bound]), ([[*t[:3], t[3] - bound] for t in tensors[at:]],
-      data[bound:])
+  halves = (
+    (tensors[:at], data[:bound]),
+    ([[*t[:3], t[3] - bound] for t in tensors[at:]], data[bound:]),
+  )
   paths = [folder / f'm-0000{i + 1}-of-00002.gguf' for i in range(2)]
   how = int(rng.integers(8))
   for i, (path, (part, raw)) in enumerate(zip(paths, halves, strict=True)):
     number = int(rng.integers(2, 9)) if how == 1 and i else i
     count = 3 if how == 2 and not i else 2
     total = len(tensors) + (how == 3)
-    keys = [
-        ['split.no', 2, number], ['split.count', 2, count], ['split.tensors.count', I32, total]]
+    keys = [['split.no', 2, number], ['split.count', 2, count], ['split.tensors.count', I32, total]]
     part = part + [halves[0][0][0]] if how == 4 and i else part
     path.write_bytes(header([*metadata, *keys] if not i else keys, part) + raw)
   if how == 5:

@@ -20,31 +20,155 @@ from molt_jax.evaluation import records
 
 MOST_BYTES = 20_000_000  # Of a page.
 STRINGS = (
-    '', ' ', '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onload='alert(1)",
-    '</style><script>alert(1)</script>', '</svg><script>alert(1)</script>', '<!-- ', ']]>',
-    '&lt;b&gt;', '&#60;script&#62;', 'javascript:alert(1)', 'https://example.com/x.png', '{{7*7}}',
-    '%s %d {0} {x}', '$\\frac{1}{2}$', '$', '$$', '\\alpha_{', '_hidden', '^_^', '50 %', '#0072b2',
-    'url(#x)', 'id="x"', 'font-family: x;', '3.14159265', 'a\nb', 'a\x00b', '\x1b[31mred\x1b[0m',
-    '\x9b31m', '\u202egnp.exe', '\u2066x', '\ud800', '\ufffe', '\u2028', '[red]x[/red]',
-    '\U0001f600 \U0001faf6', 'שלום', 'e\u0301' * 40, 'data:image/svg+xml;base64,PHN2Zz4=',
-    'data:text/html,<script>', 'data:image/png;base64,AAAA',
-    'data:image/png;base64,AAAA" onerror="alert(1)', 'x' * 10_000, '../../etc/passwd', 'nan',
-    'None', '1')
+  '',
+  ' ',
+  '<script>alert(1)</script>',
+  '"><img src=x onerror=alert(1)>',
+  "' onload='alert(1)",
+  '</style><script>alert(1)</script>',
+  '</svg><script>alert(1)</script>',
+  '<!-- ',
+  ']]>',
+  '&lt;b&gt;',
+  '&#60;script&#62;',
+  'javascript:alert(1)',
+  'https://example.com/x.png',
+  '{{7*7}}',
+  '%s %d {0} {x}',
+  '$\\frac{1}{2}$',
+  '$',
+  '$$',
+  '\\alpha_{',
+  '_hidden',
+  '^_^',
+  '50 %',
+  '#0072b2',
+  'url(#x)',
+  'id="x"',
+  'font-family: x;',
+  '3.14159265',
+  'a\nb',
+  'a\x00b',
+  '\x1b[31mred\x1b[0m',
+  '\x9b31m',
+  '\u202egnp.exe',
+  '\u2066x',
+  '\ud800',
+  '\ufffe',
+  '\u2028',
+  '[red]x[/red]',
+  '\U0001f600 \U0001faf6',
+  'שלום',
+  'e\u0301' * 40,
+  'data:image/svg+xml;base64,PHN2Zz4=',
+  'data:text/html,<script>',
+  'data:image/png;base64,AAAA',
+  'data:image/png;base64,AAAA" onerror="alert(1)',
+  'x' * 10_000,
+  '../../etc/passwd',
+  'nan',
+  'None',
+  '1',
+)
 NUMBERS = (
-    0, -1, 1, True, 3.5, -0.0, 1e-320, 1e30, 1e308, -1e308, 10**30, 10**400, 1 << 53, math.nan,
-    math.inf, -math.inf)
+  0,
+  -1,
+  1,
+  True,
+  3.5,
+  -0.0,
+  1e-320,
+  1e30,
+  1e308,
+  -1e308,
+  10**30,
+  10**400,
+  1 << 53,
+  math.nan,
+  math.inf,
+  -math.inf,
+)
 OTHERS = (None, False, [], {}, [[]], [None], {'a': {'b': []}}, [1, 'x'], {'__proto__': 1})
 # What a page is made of, and nothing else.
 TAGS = {
-    'html', 'head', 'meta', 'title', 'style', 'body', 'header', 'nav', 'main', 'section', 'footer',
-    'h1', 'h2', 'h3', 'h4', 'p', 'a', 'b', 'i', 's', 'sub', 'small', 'span', 'code', 'pre', 'div',
-    'figure', 'figcaption', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'ol', 'li', 'article',
-    'img', 'br', 'details', 'summary', 'svg', 'g', 'path', 'text', 'tspan', 'use', 'defs',
-    'clippath', 'rect'}
+  'html',
+  'head',
+  'meta',
+  'title',
+  'style',
+  'body',
+  'header',
+  'nav',
+  'main',
+  'section',
+  'footer',
+  'h1',
+  'h2',
+  'h3',
+  'h4',
+  'p',
+  'a',
+  'b',
+  'i',
+  's',
+  'sub',
+  'small',
+  'span',
+  'code',
+  'pre',
+  'div',
+  'figure',
+  'figcaption',
+  'table',
+  'thead',
+  'tbody',
+  'tr',
+  'th',
+  'td',
+  'ol',
+  'li',
+  'article',
+  'img',
+  'br',
+  'details',
+  'summary',
+  'svg',
+  'g',
+  'path',
+  'text',
+  'tspan',
+  'use',
+  'defs',
+  'clippath',
+  'rect',
+}
 ATTRIBUTES = {
-    'lang', 'charset', 'name', 'content', 'http-equiv', 'class', 'id', 'href', 'src', 'alt',
-    'scope', 'tabindex', 'role', 'aria-label', 'viewbox', 'style', 'transform', 'd', 'x', 'y',
-    'width', 'height', 'clip-path', 'xlink:href', 'data-absent'}
+  'lang',
+  'charset',
+  'name',
+  'content',
+  'http-equiv',
+  'class',
+  'id',
+  'href',
+  'src',
+  'alt',
+  'scope',
+  'tabindex',
+  'role',
+  'aria-label',
+  'viewbox',
+  'style',
+  'transform',
+  'd',
+  'x',
+  'y',
+  'width',
+  'height',
+  'clip-path',
+  'xlink:href',
+  'data-absent',
+}
 VOID = ('meta', 'img', 'br')
 
 
@@ -113,9 +237,13 @@ class _Page(html.parser.HTMLParser):
   def _look(self, tag, name, value):
     self.ids[value] += name == 'id'
     legal = {
-        'href': r'#[a-z]+', 'xlink:href': r'#f\d+-[\w.-]+', 'id': r'[a-z]+|f\d+-[\w.-]+',
-        'src': r'data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}', 'class': r'[a-z_ ]*',
-        'style': r'[a-z0-9 .,:;%()#-]*'}.get(name, r'[\s\S]*')
+      'href': r'#[a-z]+',
+      'xlink:href': r'#f\d+-[\w.-]+',
+      'id': r'[a-z]+|f\d+-[\w.-]+',
+      'src': r'data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}',
+      'class': r'[a-z_ ]*',
+      'style': r'[a-z0-9 .,:;%()#-]*',
+    }.get(name, r'[\s\S]*')
     if name not in ATTRIBUTES or not re.fullmatch(legal, value):
       self.wrong.append(f'<{tag} {name}={value[:60]!r}>')
     if 'url(' in value and name != 'aria-label' and not re.fullmatch(r'url\(#f\d+-\w+\)', value):
@@ -160,23 +288,55 @@ def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
   _pairs(rng).save(folder / records.PAIRS)
   results = {name: p.scores(name) | {'loss': 1.0} for name in p.conditions}
   towers = {m: {'path': 'a/tower', 'sha256': 'a' * 64} for m in ('image', 'text')}
-  _dump(folder / 'evaluation.json', {
-      'split': 'test', 'num_examples': rows, 'step': 40, 'results': results,
-      'config_hash': p.config_hash, 'versions': {'jax': '0.10'}, 'backbones': towers})
+  _dump(
+    folder / 'evaluation.json',
+    {
+      'split': 'test',
+      'num_examples': rows,
+      'step': 40,
+      'results': results,
+      'config_hash': p.config_hash,
+      'versions': {'jax': '0.10'},
+      'backbones': towers,
+    },
+  )
   examples = {str(n): {'id': p.ids[n], 'text': 'a text', 'image': None} for n in range(rows)}
   worst = {name: p.worst(name, 1) for name in p.conditions}
   records.write_mistakes(
-      folder, {'split': 'test', 'step': 40, 'conditions': worst, 'examples': examples})
+    folder, {'split': 'test', 'step': 40, 'conditions': worst, 'examples': examples}
+  )
   scores = {name: {'accuracy': 0.5, 'f1_micro': 0.5} for name in p.conditions}
-  _dump_lines(folder / 'metrics.jsonl', [
-      {'kind': 'train', 'step': 10, 'loss': 1.5, 'images_per_second': 9.5,
-       'cca_correlation': [0.1]},
-      {'kind': 'validation', 'step': 20, 'score': 0.5, **scores,
-       'pairs': {'held_out_correlation': [0.5]}}])
+  _dump_lines(
+    folder / 'metrics.jsonl',
+    [
+      {
+        'kind': 'train',
+        'step': 10,
+        'loss': 1.5,
+        'images_per_second': 9.5,
+        'cca_correlation': [0.1],
+      },
+      {
+        'kind': 'validation',
+        'step': 20,
+        'score': 0.5,
+        **scores,
+        'pairs': {'held_out_correlation': [0.5]},
+      },
+    ],
+  )
   call = {'from_step': 0, 'seconds': 3.4, 'peak_device_bytes': None, 'peak_host_bytes': 25_000_000}
-  _dump(folder / 'run.json', {
-      'examples': {'train': 100, 'test': rows}, 'parameters': 123, 'device': 'cpu', 'devices': 1,
-      'processes': 1, 'calls': [call]})
+  _dump(
+    folder / 'run.json',
+    {
+      'examples': {'train': 100, 'test': rows},
+      'parameters': 123,
+      'device': 'cpu',
+      'devices': 1,
+      'processes': 1,
+      'calls': [call],
+    },
+  )
 
 
 def _predictions(rng, classes, rows, multi_label, config_hash):
@@ -187,19 +347,37 @@ def _predictions(rng, classes, rows, multi_label, config_hash):
   probability = rng.dirichlet(np.ones(classes), shape[:2]).astype(np.float32)
   label = rng.random((rows, classes)) < 0.4 if multi_label else rng.integers(0, classes, rows)
   return records.Predictions(
-      split='test', step=40, config_hash=config_hash, seed=0, of=rows,
-      conditions=list(records.CONDITIONS), class_names=[f'class {k}' for k in range(classes)],
-      ids=[f'test.csv:{n}' for n in range(rows)], label=label, present_nm=present,
-      counted_cn=(present[None] & kept[:, None]).any(-1), probability_cnk=probability,
-      loss_cn=rng.random(shape[:2], np.float32))
+    split='test',
+    step=40,
+    config_hash=config_hash,
+    seed=0,
+    of=rows,
+    conditions=list(records.CONDITIONS),
+    class_names=[f'class {k}' for k in range(classes)],
+    ids=[f'test.csv:{n}' for n in range(rows)],
+    label=label,
+    present_nm=present,
+    counted_cn=(present[None] & kept[:, None]).any(-1),
+    probability_cnk=probability,
+    loss_cn=rng.random(shape[:2], np.float32),
+  )
 
 
 def _pairs(rng):
   spectrum = rng.random((1, 4))
   return records.Pairs(
-      split='test', step=40, num_fitted=90, num_batch=8, plane_lnmp=rng.normal(size=(1, 8, 2, 2)),
-      share_l=np.full(1, 0.4), gap_l=rng.random(1), batch_lk=spectrum, fitted_lk=spectrum,
-      held_out_lk=spectrum - 0.1, layer_weights_l=rng.random(1))
+    split='test',
+    step=40,
+    num_fitted=90,
+    num_batch=8,
+    plane_lnmp=rng.normal(size=(1, 8, 2, 2)),
+    share_l=np.full(1, 0.4),
+    gap_l=rng.random(1),
+    batch_lk=spectrum,
+    fitted_lk=spectrum,
+    held_out_lk=spectrum - 0.1,
+    layer_weights_l=rng.random(1),
+  )
 
 
 def _dump(path, content):
@@ -216,10 +394,21 @@ def _dump_lines(path, lines):
 
 def _spoil(rng, run):
   """Changes one value in one file."""
-  name = rng.choice([
-      'evaluation.json', 'evaluation.json', 'mistakes.json', 'mistakes.json', 'run.json',
-      'run.json', 'metrics.jsonl', 'config.json', records.PREDICTIONS, records.PREDICTIONS,
-      records.PAIRS])
+  name = rng.choice(
+    [
+      'evaluation.json',
+      'evaluation.json',
+      'mistakes.json',
+      'mistakes.json',
+      'run.json',
+      'run.json',
+      'metrics.jsonl',
+      'config.json',
+      records.PREDICTIONS,
+      records.PREDICTIONS,
+      records.PAIRS,
+    ]
+  )
   path = run / name
   if name.endswith('.npz'):
     _spoil_arrays(rng, path)
@@ -292,12 +481,23 @@ def _spoil_arrays(rng, path):
 def _spoilt_array(rng, x):
   flat = x.reshape(-1)
   choices = (
-      lambda: None, lambda: flat[:-1], lambda: x[..., None], lambda: x.astype(np.float64) * np.nan,
-      lambda: x.astype(np.float64) * 1e300, lambda: x.astype(np.int64) - 2, lambda: x.astype('U8'),
-      lambda: x.astype(complex), lambda: np.zeros((0, *x.shape[1:]), x.dtype),
-      lambda: ~x.astype(bool),
-      lambda: np.zeros_like(x), lambda: np.array(3), lambda: x[:0], lambda: np.full_like(x, 1),
-      lambda: x.astype('>f8'), lambda: x[::-1])
+    lambda: None,
+    lambda: flat[:-1],
+    lambda: x[..., None],
+    lambda: x.astype(np.float64) * np.nan,
+    lambda: x.astype(np.float64) * 1e300,
+    lambda: x.astype(np.int64) - 2,
+    lambda: x.astype('U8'),
+    lambda: x.astype(complex),
+    lambda: np.zeros((0, *x.shape[1:]), x.dtype),
+    lambda: ~x.astype(bool),
+    lambda: np.zeros_like(x),
+    lambda: np.array(3),
+    lambda: x[:0],
+    lambda: np.full_like(x, 1),
+    lambda: x.astype('>f8'),
+    lambda: x[::-1],
+  )
   return choices[rng.integers(len(choices))]()
 
 
@@ -305,7 +505,7 @@ def _spoil_bytes(rng, path):
   content = bytearray(path.read_bytes())
   way = rng.random()
   if way < 0.3:
-    content = content[:rng.integers(len(content))]
+    content = content[: rng.integers(len(content))]
   elif way < 0.4:
     content = bytearray(b'')
   elif way < 0.5:

@@ -83,7 +83,7 @@ def flip(rng, path: pathlib.Path) -> None:
 def cut(rng, path: pathlib.Path) -> None:
   """Leaves the first part of a file."""
   content = path.read_bytes()
-  path.write_bytes(content[:rng.integers(len(content))])
+  path.write_bytes(content[: rng.integers(len(content))])
 
 
 def overwrite(rng, path: pathlib.Path) -> None:
@@ -91,7 +91,7 @@ def overwrite(rng, path: pathlib.Path) -> None:
   content = bytearray(path.read_bytes())
   start, length = rng.integers(len(content)), rng.integers(1, 600)
   noise = rng.integers(0, 256 if rng.random() < 0.5 else 1, length, np.uint8).tobytes()
-  content[start:start + length] = noise[:len(content) - start]
+  content[start : start + length] = noise[: len(content) - start]
   path.write_bytes(content)
 
 
@@ -130,8 +130,24 @@ def edit(rng, path: pathlib.Path) -> None:
 
 
 VALUES = (
-    None, True, -1, 0, 7, 1e30, float('nan'), 10**40, '', 'x', 'latest', '/nowhere', '\x00', [],
-    [1], {}, {'a': {'b': 1}})
+  None,
+  True,
+  -1,
+  0,
+  7,
+  1e30,
+  float('nan'),
+  10**40,
+  '',
+  'x',
+  'latest',
+  '/nowhere',
+  '\x00',
+  [],
+  [1],
+  {},
+  {'a': {'b': 1}},
+)
 
 
 def _edited(rng, tree: Any) -> Any:
@@ -206,8 +222,13 @@ def resume(workdir: pathlib.Path) -> Any:
   try:
     saved = checkpoints.meta()
     data = trained.go_on(
-        saved, config, towers, datasets.load_dataset(config), checkpoints=checkpoints,
-        data_changed=False)
+      saved,
+      config,
+      towers,
+      datasets.load_dataset(config),
+      checkpoints=checkpoints,
+      data_changed=False,
+    )
     tx = train_state.make_optimizer(config, 3)
     estimator = step_lib.make_cca_estimator(config, mesh)
     init_cca = functools.partial(estimator.init, model.num_taps, config.molt.width)
@@ -219,20 +240,29 @@ def resume(workdir: pathlib.Path) -> Any:
   finally:
     checkpoints.close()
   return {
-      'meta': saved, 'arrays': _leaves(state), 'position': iterator.state if saved else None,
-      'labels': list(data.splits['train'].labels), 'best': best}
+    'meta': saved,
+    'arrays': _leaves(state),
+    'position': iterator.state if saved else None,
+    'labels': list(data.splits['train'].labels),
+    'best': best,
+  }
 
 
 def report(workdir: pathlib.Path) -> Any:
   """Opens a run as the report does."""
-  run, = report_runs.read([workdir])
+  (run,) = report_runs.read([workdir])
   arrays = {}
   for name in ('predictions', 'pairs'):
     found = getattr(run, name)
     arrays[name] = found and {key: np.asarray(x).tobytes() for key, x in vars(found).items()}
   return {
-      'config': _own(run.config), 'arrays': arrays, 'evaluation': run.evaluation, 'log': run.log,
-      'about': run.about, 'mistakes': run.mistakes}
+    'config': _own(run.config),
+    'arrays': arrays,
+    'evaluation': run.evaluation,
+    'log': run.log,
+    'about': run.about,
+    'mistakes': run.mistakes,
+  }
 
 
 ENTRIES: dict[str, Callable[[pathlib.Path], Any]] = {'use': use, 'resume': resume, 'report': report}

@@ -26,63 +26,172 @@ from molt_jax.errors import UserError
 from molt_jax.towers import loading
 
 CONFIGS = {
-    'text': {
-        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'vocab_size': 300,
-        'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2,
-        'num_attention_heads': 2, 'num_key_value_heads': 1, 'max_position_embeddings': 64,
-        'rms_norm_eps': 1e-5, 'hidden_act': 'silu', 'rope_theta': 10000.0, 'rope_scaling': None,
-        'torch_dtype': 'float32', 'use_cache': True, 'bos_token_id': 0, 'eos_token_id': 1},
-    'clip_text': {
-        'model_type': 'clip_text_model', 'vocab_size': 300, 'hidden_size': 16,
-        'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2,
-        'max_position_embeddings': 20, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
-        'eos_token_id': 1, 'bos_token_id': 0, 'projection_dim': 16, 'dropout': 0.0},
-    'image': {
-        'model_type': 'clip', 'projection_dim': 16, 'text_config': {'hidden_size': 9},
-        'vision_config': {
-            'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
-            'num_hidden_layers': 2, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 8,
-            'hidden_act': 'gelu', 'layer_norm_eps': 1e-5, 'num_channels': 3,
-            'id2label': {'0': 'a'}}},
+  'text': {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'vocab_size': 300,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 2,
+    'num_key_value_heads': 1,
+    'max_position_embeddings': 64,
+    'rms_norm_eps': 1e-5,
+    'hidden_act': 'silu',
+    'rope_theta': 10000.0,
+    'rope_scaling': None,
+    'torch_dtype': 'float32',
+    'use_cache': True,
+    'bos_token_id': 0,
+    'eos_token_id': 1,
+  },
+  'clip_text': {
+    'model_type': 'clip_text_model',
+    'vocab_size': 300,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 2,
+    'max_position_embeddings': 20,
+    'hidden_act': 'quick_gelu',
+    'layer_norm_eps': 1e-5,
+    'eos_token_id': 1,
+    'bos_token_id': 0,
+    'projection_dim': 16,
+    'dropout': 0.0,
+  },
+  'image': {
+    'model_type': 'clip',
+    'projection_dim': 16,
+    'text_config': {'hidden_size': 9},
+    'vision_config': {
+      'model_type': 'clip_vision_model',
+      'hidden_size': 16,
+      'intermediate_size': 24,
+      'num_hidden_layers': 2,
+      'num_attention_heads': 2,
+      'image_size': 16,
+      'patch_size': 8,
+      'hidden_act': 'gelu',
+      'layer_norm_eps': 1e-5,
+      'num_channels': 3,
+      'id2label': {'0': 'a'},
+    },
+  },
 }
 PREPROCESSOR = {
-    'image_processor_type': 'CLIPImageProcessor', 'do_resize': True, 'size': {'shortest_edge': 16},
-    'resample': 3, 'do_center_crop': True, 'crop_size': {'height': 16, 'width': 16},
-    'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True,
-    'image_mean': [0.5, 0.4, 0.3], 'image_std': [0.2, 0.2, 0.2], 'do_convert_rgb': True}
+  'image_processor_type': 'CLIPImageProcessor',
+  'do_resize': True,
+  'size': {'shortest_edge': 16},
+  'resample': 3,
+  'do_center_crop': True,
+  'crop_size': {'height': 16, 'width': 16},
+  'do_rescale': True,
+  'rescale_factor': 1 / 255,
+  'do_normalize': True,
+  'image_mean': [0.5, 0.4, 0.3],
+  'image_std': [0.2, 0.2, 0.2],
+  'do_convert_rgb': True,
+}
 TEXTS = ['a red square', 'The <s> blue\n one 12', 'ünï 日本 \ud800 🦓', 'word ' * 3000]
 HOSTILE = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 10**8, 2**31, 2**63, -2**63, 10**30, 0.0, 0.5, 1.5, -1.0,
-    1e308, 1e-308, float('nan'), float('inf'), '', 'x', '16', 'a' * 10_000, '\0', '\ud800', [], [1],
-    [0.5] * 3, [None] * 3, [[]], {}, {'a': 1}, {'type': 'yarn', 'factor': 2.0}, 'llama', 'gelu',
-    {'rope_type': 'linear', 'factor': 2.0}, {'height': 16, 'width': 16}, {'shortest_edge': 17},
-    '../../etc/passwd', '/dev/zero', 'model.safetensors']
+  None,
+  True,
+  False,
+  0,
+  1,
+  -1,
+  2,
+  3,
+  7,
+  10**8,
+  2**31,
+  2**63,
+  -(2**63),
+  10**30,
+  0.0,
+  0.5,
+  1.5,
+  -1.0,
+  1e308,
+  1e-308,
+  float('nan'),
+  float('inf'),
+  '',
+  'x',
+  '16',
+  'a' * 10_000,
+  '\0',
+  '\ud800',
+  [],
+  [1],
+  [0.5] * 3,
+  [None] * 3,
+  [[]],
+  {},
+  {'a': 1},
+  {'type': 'yarn', 'factor': 2.0},
+  'llama',
+  'gelu',
+  {'rope_type': 'linear', 'factor': 2.0},
+  {'height': 16, 'width': 16},
+  {'shortest_edge': 17},
+  '../../etc/passwd',
+  '/dev/zero',
+  'model.safetensors',
+]
 # What may stand in config.json and changes nothing.
 NEUTRAL = {
-    'torch_dtype': 'bfloat16', 'use_cache': False, 'transformers_version': '4.40.1', 'top_k': 50,
-    'id2label': {'0': 'LABEL_0'}, '_name_or_path': 'x/y', 'attention_dropout': 0.1, 'dtype': None,
-    'initializer_range': 1.0, 'tie_word_embeddings': True, 'unsloth_version': '2024.9',
-    'bad_words_ids': None, 'task_specific_params': {'a': [1]}, '_attn_implementation': 'sdpa'}
+  'torch_dtype': 'bfloat16',
+  'use_cache': False,
+  'transformers_version': '4.40.1',
+  'top_k': 50,
+  'id2label': {'0': 'LABEL_0'},
+  '_name_or_path': 'x/y',
+  'attention_dropout': 0.1,
+  'dtype': None,
+  'initializer_range': 1.0,
+  'tie_word_embeddings': True,
+  'unsloth_version': '2024.9',
+  'bad_words_ids': None,
+  'task_specific_params': {'a': [1]},
+  '_attn_implementation': 'sdpa',
+}
 # Other values that are legal, each of which makes another tower or another input.
 LEGAL = {
-    'config.json': {
-        'text': {'rms_norm_eps': 0.1, 'rope_theta': 500000.0,
-                 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0},
-                 'max_position_embeddings': 32},
-        'clip_text': {'hidden_act': 'gelu', 'layer_norm_eps': 0.1, 'num_attention_heads': 4},
-        'image': {'hidden_act': 'quick_gelu', 'layer_norm_eps': 0.1, 'num_attention_heads': 4}},
-    'preprocessor_config.json': {'image': {
-        'resample': 2, 'image_mean': [0.1, 0.1, 0.1], 'image_std': [1, 1, 1],
-        'size': {'height': 16, 'width': 16}}},
+  'config.json': {
+    'text': {
+      'rms_norm_eps': 0.1,
+      'rope_theta': 500000.0,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 2.0},
+      'max_position_embeddings': 32,
+    },
+    'clip_text': {'hidden_act': 'gelu', 'layer_norm_eps': 0.1, 'num_attention_heads': 4},
+    'image': {'hidden_act': 'quick_gelu', 'layer_norm_eps': 0.1, 'num_attention_heads': 4},
+  },
+  'preprocessor_config.json': {
+    'image': {
+      'resample': 2,
+      'image_mean': [0.1, 0.1, 0.1],
+      'image_std': [1, 1, 1],
+      'size': {'height': 16, 'width': 16},
+    }
+  },
 }
 # Keys that no reader knows.
 STRANGE = ['attn_softcap', 'new_key', 'do_magic', 'rope_dynamic', 'zzz', 'x' * 1000, 'a\nb', '']
 USED = {
-    key for config in CONFIGS.values() for key in (*config, *config.get('vision_config', ()))
-    if key not in ('architectures', 'torch_dtype', 'use_cache', 'bos_token_id', 'dropout',
-        'id2label')}
-FREE_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-    'added_tokens.json')
+  key
+  for config in CONFIGS.values()
+  for key in (*config, *config.get('vision_config', ()))
+  if key not in ('architectures', 'torch_dtype', 'use_cache', 'bos_token_id', 'dropout', 'id2label')
+}
+FREE_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+)
 
 
 @functools.cache
@@ -121,21 +230,35 @@ def wholes() -> dict[str, pathlib.Path]:
 def _write_tokenizer(folder: pathlib.Path) -> None:
   t = tokenizers
   made = t.Tokenizer(t.models.BPE())
-  made.pre_tokenizer = t.pre_tokenizers.Sequence([
+  made.pre_tokenizer = t.pre_tokenizers.Sequence(
+    [
       t.pre_tokenizers.Split(t.Regex(r'\p{N}{1,3}| ?\p{L}+|\s+(?!\S)|\s+'), 'isolated'),
-      t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+      t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   made.normalizer = t.normalizers.Sequence(
-      [t.normalizers.NFC(), t.normalizers.Replace(t.Regex(r'\s+'), ' ')])
+    [t.normalizers.NFC(), t.normalizers.Replace(t.Regex(r'\s+'), ' ')]
+  )
   made.train_from_iterator(
-      ['a red square', 'a green square', 'the blue one'], t.trainers.BpeTrainer(
-          vocab_size=290, special_tokens=['<s>', '</s>'], show_progress=False,
-          initial_alphabet=sorted(t.pre_tokenizers.ByteLevel.alphabet())))
+    ['a red square', 'a green square', 'the blue one'],
+    t.trainers.BpeTrainer(
+      vocab_size=290,
+      special_tokens=['<s>', '</s>'],
+      show_progress=False,
+      initial_alphabet=sorted(t.pre_tokenizers.ByteLevel.alphabet()),
+    ),
+  )
   made.post_processor = t.processors.TemplateProcessing(
-      single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
+    single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)]
+  )
   made.save(str(folder / 'tokenizer.json'))
   named = {
-      'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast',
-      'model_max_length': 64, 'clean_up_tokenization_spaces': False}
+    'bos_token': '<s>',
+    'eos_token': '</s>',
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_max_length': 64,
+    'clean_up_tokenization_spaces': False,
+  }
   (folder / 'tokenizer_config.json').write_text(json.dumps(named))
   (folder / 'special_tokens_map.json').write_text(json.dumps({'pad_token': '</s>'}))
 
@@ -154,8 +277,13 @@ def open_tower(folder: pathlib.Path, kind: str) -> tuple[str, ...]:
     spec = described.preprocess
     picture = transforms.Image.fromarray(np.arange(30 * 20 * 3, dtype=np.uint8).reshape(20, 30, 3))
     inputs = transforms.preprocess_image(
-        picture, size=spec.size, mean=spec.mean, std=spec.std, resize=spec.resize,
-        resample=spec.resample)
+      picture,
+      size=spec.size,
+      mean=spec.mean,
+      std=spec.std,
+      resize=spec.resize,
+      resample=spec.resample,
+    )
     if not np.isfinite(inputs).all():
       raise AssertionError('pixels that are not finite came out')
     inputs = inputs.tobytes()
@@ -262,7 +390,7 @@ def _replace_file(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool, b
     with open(file, 'wb') as f:
       f.truncate(1 << 36)  # A sparse file of 64 GB.
   else:
-    file.write_bytes(content[:int(rng.integers(size))])
+    file.write_bytes(content[: int(rng.integers(size))])
   # What need not be there may be missing, and is then as if it said nothing.
   optional = file.name in (*FREE_FILES[1:], 'preprocessor_config.json')
   return True, how in (0, 1, 3, 4, 5, 6) and not (optional and how == 2)
@@ -283,7 +411,7 @@ def _change_bytes(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool, b
     elif how < 0.8:
       content[at] = int(rng.integers(256))
     else:
-      del content[at:at + int(rng.integers(1, 9))]
+      del content[at : at + int(rng.integers(1, 9))]
   file.write_bytes(bytes(content))
   return True, False
 
@@ -291,8 +419,13 @@ def _change_bytes(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool, b
 def _places(value, path=()):
   """Every place in a JSON value."""
   yield path
-  pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value,
-      list) else ()
+  pairs = (
+    value.items()
+    if isinstance(value, dict)
+    else enumerate(value)
+    if isinstance(value, list)
+    else ()
+  )
   for key, inner in pairs:
     yield from _places(inner, (*path, key))
 
@@ -320,8 +453,9 @@ def _change_json(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool, bo
     del parent[path[-1]]
   else:
     parent[path[-1]] = HOSTILE[int(rng.integers(len(HOSTILE)))]
-  file.write_text(json.dumps(content, ensure_ascii=bool(rng.random() < 0.9)),
-      errors='surrogatepass')
+  file.write_text(
+    json.dumps(content, ensure_ascii=bool(rng.random() < 0.9)), errors='surrogatepass'
+  )
   changes = file.name != 'config.json' or bool(USED & {*map(str, path[:2])})
   return changes or path == (), refused
 
@@ -348,7 +482,7 @@ def _change_tensors(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool,
   elif how == 4:
     del tensors[name]
   elif how == 5:
-    tensors[name] = w.reshape(-1)[:max(w.size // 2, 1)]
+    tensors[name] = w.reshape(-1)[: max(w.size // 2, 1)]
   else:
     tensors['model.layers.0.self_attn.q_norm.weight'] = np.ones(4, np.float32)
   safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})

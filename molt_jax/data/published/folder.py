@@ -1,11 +1,15 @@
-"""What the builders of published data sets share: a user points at the folder as it is unpacked; it is checked, counted and prepared once.
+"""What the builders of published data sets share: a user points at the folder as it is unpacked; it
+is checked, counted and prepared once.
 
-A prepared data set is one TFDS folder (array_record) under `dataset.data_dir`, named by data set, choices and source folder. Rows name their image by
-its position in `images.array_record`, which has each image once, the file's own bytes: rows share images (SNLI-VE has 565,286 on 31,783). Beside them
-lie `rows.npz` (ids, labels, what each row has), so that opening it reads no example, and `metadata.json` (`Facts`).
+A prepared data set is one TFDS folder (array_record) under `dataset.data_dir`, named by data set,
+choices and source folder. Rows name their image by its position in `images.array_record`, which has
+each image once, the file's own bytes: rows share images (SNLI-VE has 565,286 on 31,783). Beside
+them lie `rows.npz` (ids, labels, what each row has), so that opening it reads no example, and
+`metadata.json` (`Facts`).
 
-The folder is walked to count and check, and then to write. Images go by one at a time; the rows of a split, texts and all, are held in memory until
-they are written. The prepared folder appears in one rename when it is complete.
+The folder is walked to count and check, and then to write. Images go by one at a time; the rows of
+a split, texts and all, are held in memory until they are written. The prepared folder appears in
+one rename when it is complete.
 """
 
 import abc
@@ -41,7 +45,13 @@ IMAGES = 'images.array_record'
 LISTED = 100  # Rows left out that are printed one by one.
 _SHOWN = 5
 ROWS, METADATA = 'rows.npz', 'metadata.json'
-_COLUMNS = {'ids': None, 'labels': np.int16, 'label_counts': np.int16, 'images': np.int32, 'texts': bool}
+_COLUMNS = {
+  'ids': None,
+  'labels': np.int16,
+  'label_counts': np.int16,
+  'images': np.int32,
+  'texts': bool,
+}
 # Of what is prepared by this version and later ones: numbers that change with image and text.
 _CONTENTS = {'image_numbers': np.int64, 'text_numbers': np.int64}
 
@@ -115,7 +125,8 @@ class Facts:
     counts: of 'classes' and of each split, as `published` has them.
     left_out: [split, id, reason] of each row in which something is wrong.
     left_out_by_rule: reason -> how many.
-    repeated: [id, split, split where it came first]; every row is kept, the later one under another id.
+    repeated: [id, split, split where it came first]; every row is kept, the later one under another
+      id.
     lost_images: name of the file -> why it cannot be used; its rows have a text alone.
     index_files: name -> size in bytes.
     notes: other counts, by name.
@@ -137,8 +148,14 @@ class Facts:
 
   def differences(self) -> list[str]:
     """Returns one line for each count that is not the published one."""
-    return [f'{name}: {self.counts.get(name, 0):,} here, {number:,} published ({self.counts.get(name, 0) - number:+,})'
-            for name, number in self.published.items() if self.counts.get(name, 0) != number]
+    return [
+      (
+        f'{name}: {self.counts.get(name, 0):,} here, {number:,} published '
+        f'({self.counts.get(name, 0) - number:+,})'
+      )
+      for name, number in self.published.items()
+      if self.counts.get(name, 0) != number
+    ]
 
   def check_counts(self, *, allowed: bool) -> None:
     """Prints every difference from the published counts, and the rows that were left out.
@@ -150,27 +167,40 @@ class Facts:
     if not differences:
       return
     rows = [f'{split} {row_id} left out: {reason}' for split, row_id, reason in self.left_out]
-    rows += [f'{split} {row_id} comes again, first in {first}' for row_id, split, first in self.repeated]
+    rows += [
+      f'{split} {row_id} comes again, first in {first}' for row_id, split, first in self.repeated
+    ]
     more = [f'... and {len(rows) - LISTED:,} more such rows'] if len(rows) > LISTED else []
     for line in [*differences, *rows[:LISTED], *more]:
       cli.say(f'{self.dataset} {line}')
     if not allowed:
       raise UserError(
-          f'config.dataset.path: {len(differences)} counts of {self.dataset} are not the published ones (see above); complete the folder, or go on '
-          'with --allow_count_mismatch')
+        f'config.dataset.path: {len(differences)} counts of {self.dataset} are not the published '
+        'ones (see above); complete the folder, or go on '
+        'with --allow_count_mismatch'
+      )
 
   def lines(self) -> list[str]:
     """Returns what the user should know in each run, a line each."""
     lines = []
     if self.differences():
-      lines.append(f'{self.dataset}: counts are not the published ones ({"; ".join(self.differences())})')
+      lines.append(
+        f'{self.dataset}: counts are not the published ones ({"; ".join(self.differences())})'
+      )
     if self.lost_images:
       lost = self.lost_images.items()
       named = [f'{formats.one_line(name)} ({formats.one_line(reason)})' for name, reason in lost]
-      lines.append(f'{self.dataset}: images that cannot be used (their examples have a text alone): {len(named):,}, {_some(named)}')
+      lines.append(
+
+          f'{self.dataset}: images that cannot be used (their examples have a text alone): '
+          f'{len(named):,}, {_some(named)}'
+
+      )
     if self.repeated:
       named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
-      lines.append(f'{self.dataset}: rows that repeat an id (all are kept): {len(named):,}, {_some(named)}')
+      lines.append(
+        f'{self.dataset}: rows that repeat an id (all are kept): {len(named):,}, {_some(named)}'
+      )
     if self.left_out:
       named = [f'{split} {row_id} ({reason})' for split, row_id, reason in self.left_out]
       lines.append(f'{self.dataset}: rows left out: {len(named):,}, {_some(named)}')
@@ -179,7 +209,9 @@ class Facts:
 
 
 def _some(words: Sequence[str]) -> str:
-  return ', '.join(words[:_SHOWN]) + (f' and {len(words) - _SHOWN:,} more' if len(words) > _SHOWN else '')
+  return ', '.join(words[:_SHOWN]) + (
+    f' and {len(words) - _SHOWN:,} more' if len(words) > _SHOWN else ''
+  )
 
 
 @dataclasses.dataclass(eq=False)
@@ -191,7 +223,8 @@ class Choices(tfds.core.BuilderConfig):
 
 
 class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """TFDS builder of a data set that lies in `manual_dir`; a subclass knows its layouts and published counts.
+  """TFDS builder of a data set that lies in `manual_dir`; a subclass knows its layouts and
+  published counts.
 
   Attributes:
     LAYOUTS: the paths that are looked for, for the error when none fits.
@@ -217,46 +250,69 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=self.DESCRIPTION,
-        homepage=self.HOMEPAGE,
-        disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(),
-        features=tfds.features.FeaturesDict({
-            'id': tfds.features.Text(),
-            'image_number': np.int64,  # Position in IMAGES; -1: none.
-            'text': tfds.features.Text(),
-            'labels': tfds.features.Sequence(np.int64),  # Positions in the metadata's class_names.
-        }))
+      builder=self,
+      description=self.DESCRIPTION,
+      homepage=self.HOMEPAGE,
+      disable_shuffling=True,
+      metadata=tfds.core.MetadataDict(),
+      features=tfds.features.FeaturesDict(
+        {
+          'id': tfds.features.Text(),
+          'image_number': np.int64,  # Position in IMAGES; -1: none.
+          'text': tfds.features.Text(),
+          'labels': tfds.features.Sequence(np.int64),  # Positions in the metadata's class_names.
+        }
+      ),
+    )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-    folder = open_folder(type(self), pathlib.Path(dl_manager.manual_dir), self.builder_config.values)
+    folder = open_folder(
+      type(self), pathlib.Path(dl_manager.manual_dir), self.builder_config.values
+    )
     facts, sizes, files = self._scan(folder)
     facts.check_counts(allowed=self.builder_config.allow_count_mismatch)
     if not files or not all(sizes.values()):
       found = ', '.join(f'{size:,} {split} examples' for split, size in sizes.items())
-      raise UserError(f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; expected {self.LAYOUTS}')
+      raise UserError(
+
+          f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; '
+          f'expected {self.LAYOUTS}'
+
+      )
     self._facts = dataclasses.replace(self._no_facts(folder), lost_images=facts.lost_images)
     self._numbers = self._write_images(files)
     self._folder = folder
     self._table: dict[str, np.ndarray] = {}
     seen: dict[str, str] = {}
-    return {split: self._generate_examples(folder, split, size, seen) for split, size in sizes.items()}
+    return {
+      split: self._generate_examples(folder, split, size, seen) for split, size in sizes.items()
+    }
 
   def _no_facts(self, folder: Folder) -> Facts:
     choices = self.builder_config.values
     sizes = {file.name: file.stat().st_size for file in folder.index_files}
     counts = {**dict.fromkeys(folder.splits, 0), 'classes': len(folder.class_names)}
-    return Facts(self.name, choices, list(folder.class_names), self.published(choices), counts, index_files=sizes, notes=folder.notes)
+    return Facts(
+      self.name,
+      choices,
+      list(folder.class_names),
+      self.published(choices),
+      counts,
+      index_files=sizes,
+      notes=folder.notes,
+    )
 
   def _scan(self, folder: Folder) -> tuple[Facts, dict[str, int], list[str]]:
-    """Walks the folder without opening images: (facts, rows of each split, image files that are there, each once)."""
+    """Walks the folder without opening images: (facts, rows of each split, image files that are
+    there, each once).
+    """
     facts, exists, seen = self._no_facts(folder), {}, {}
 
     def is_there(image):
       if image not in exists and not exists.setdefault(image, os.path.isfile(image)):
         facts.lost_images[os.path.basename(image)] = 'no such file'
       return exists[image]
+
     sizes = dict.fromkeys(folder.splits, 0)
     for split in sizes:
       for row in _walk(folder, split, facts, seen, is_there):
@@ -269,28 +325,44 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes each file that decodes; returns file -> its number."""
     numbers: dict[str, int] = {}
     self._image_numbers: dict[str, int] = {}
-    writer = array_record_module.ArrayRecordWriter(str(pathlib.Path(self.data_dir) / IMAGES), 'group_size:1,uncompressed')
-    with cli.progress(f'preparing {self.name}', len(files), 'images') as bar, contextlib.closing(writer):
+    writer = array_record_module.ArrayRecordWriter(
+      str(pathlib.Path(self.data_dir) / IMAGES), 'group_size:1,uncompressed'
+    )
+    with (
+      cli.progress(f'preparing {self.name}', len(files), 'images') as bar,
+      contextlib.closing(writer),
+    ):
       for file in files:
         bar.advance()
         try:
           data = formats.read_file(file)
           transforms.check(data)
         except (OSError, transforms.DecodeError) as error:
-          self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(error)
+          self._facts.lost_images[os.path.basename(file)] = getattr(error, 'strerror', None) or str(
+            error
+          )
           continue
         numbers[file] = len(numbers)
         self._image_numbers[file] = 1 + zlib.crc32(data)
         writer.write(data)
     if not numbers:
-      raise UserError(f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, e.g. {file}; unpack them again')
+      raise UserError(
+
+          f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, '
+          f'e.g. {file}; unpack them again'
+
+      )
     return numbers
 
-  def _generate_examples(self, folder: Folder, split: str, size: int, seen: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+  def _generate_examples(
+    self, folder: Folder, split: str, size: int, seen: dict[str, str]
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
     types = _COLUMNS | _CONTENTS
     columns = {name: [] for name in types}
     with cli.progress(f'preparing {self.name} {split}', size, 'examples') as bar:
-      for position, row in enumerate(_walk(folder, split, self._facts, seen, self._numbers.__contains__)):
+      for position, row in enumerate(
+        _walk(folder, split, self._facts, seen, self._numbers.__contains__)
+      ):
         bar.advance()
         number = self._numbers.get(row.image, -1)
         values = row.id.encode(), len(row.labels), number, bool(row.text)
@@ -299,22 +371,30 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         columns['labels'].extend(row.labels)
         columns['image_numbers'].append(self._image_numbers.get(row.image, 0))
         columns['text_numbers'].append(text_number(row.text or None))
-        yield position, {
-            'id': row.id, 'image_number': number, 'text': row.text or '', 'labels': row.labels}
+        yield (
+          position,
+          {'id': row.id, 'image_number': number, 'text': row.text or '', 'labels': row.labels},
+        )
     self._table |= {
-        f'{split}_{name}': np.array(values, types[name]) for name, values in columns.items()}
+      f'{split}_{name}': np.array(values, types[name]) for name, values in columns.items()
+    }
 
   def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
     super()._download_and_prepare(*args, **kwargs)
     np.savez(pathlib.Path(self.data_dir) / ROWS, **self._table)
     self._facts.remarks = [
-        line for found in self._folder.found.values() for line in found.remarks()]
+      line for found in self._folder.found.values() for line in found.remarks()
+    ]
     for name, value in dataclasses.asdict(self._facts).items():
       self.info.metadata[name] = value
 
 
-def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_image: Callable[[str], bool]) -> Iterator[Row]:
-  """Yields the rows of a split that are used, with unique ids, and keeps `facts`; `seen` is id -> split of all before."""
+def _walk(
+  folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_image: Callable[[str], bool]
+) -> Iterator[Row]:
+  """Yields the rows of a split that are used, with unique ids, and keeps `facts`; `seen` is id ->
+  split of all before.
+  """
   for row in folder.rows(split):
     row = dataclasses.replace(row, id=cells.clean(row.id))
     if isinstance(row, Row) and not row.text and not (row.image and has_image(row.image)):
@@ -333,24 +413,33 @@ def _walk(folder: Folder, split: str, facts: Facts, seen: dict[str, str], has_im
     yield row
 
 
-# ---- Preparing and opening ------------------------------------------------------------------------------------------------------------
+# ---- Preparing and opening -----------------------------------------------------------------------
 
 
-def open_folder(builder: type[FolderBuilder], folder: pathlib.Path, choices: Mapping[str, str]) -> Folder:
+def open_folder(
+  builder: type[FolderBuilder], folder: pathlib.Path, choices: Mapping[str, str]
+) -> Folder:
   """Finds the data set in `folder` or in one of its subfolders.
 
   Raises:
     UserError: no layout fits.
   """
   if not os.path.isdir(folder):
-    raise UserError(f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds {builder.LAYOUTS}')
+    raise UserError(
+
+        f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds '
+        f'{builder.LAYOUTS}'
+
+    )
   try:
     for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
       if (found := builder.open(root, choices)) is not None:
         return found
   except OSError as error:
     raise UserError(f'config.dataset.path: {str(folder)!r} cannot be read: {error}') from error
-  raise UserError(f'config.dataset.path: {str(folder)!r} does not hold {builder.name}; expected {builder.LAYOUTS}')
+  raise UserError(
+    f'config.dataset.path: {str(folder)!r} does not hold {builder.name}; expected {builder.LAYOUTS}'
+  )
 
 
 def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
@@ -359,18 +448,29 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
   One process at a time prepares; what an interrupted one left is removed.
 
   Raises:
-    UserError: the source folder is not as it must be, its counts are not the published ones, or the prepared data cannot be written.
+    UserError: the source folder is not as it must be, its counts are not the published ones, or the
+      prepared data cannot be written.
   """
   source = _source(config)
   choices = config_lib.data_choices(config)
-  key = '-'.join([*(f'{name}_{value}' for name, value in choices.items()), hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:8]])
+  key = '-'.join(
+    [
+      *(f'{name}_{value}' for name, value in choices.items()),
+      hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:8],
+    ]
+  )
   data_dir = pathlib.Path(os.path.expanduser(config.dataset.data_dir))
   folder = data_dir / builder.name / key / str(builder.VERSION)
   if (folder / METADATA).is_file():
     return folder
   open_folder(builder, source, choices)
   what = ', '.join(f'{name}={value}' for name, value in choices.items())
-  builder_config = Choices(name=key, description=what, values=choices, allow_count_mismatch=config.dataset.allow_count_mismatch)
+  builder_config = Choices(
+    name=key,
+    description=what,
+    values=choices,
+    allow_count_mismatch=config.dataset.allow_count_mismatch,
+  )
   failed = f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}'
   with errors.explained(failed), alone(folder.parent):
     atomic.try_out(folder.parent, tried=failed)
@@ -379,7 +479,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
     download_config = tfds.download.DownloadConfig(manual_dir=source)
     with _tfds_alone():
       builder(
-          config=builder_config, data_dir=data_dir, file_format='array_record'
+        config=builder_config, data_dir=data_dir, file_format='array_record'
       ).download_and_prepare(download_config=download_config)
   cli.say(f'{builder.name} is prepared in {folder}')
   return folder
@@ -404,8 +504,8 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tfds_alone() -> Iterator[None]:
-  """Keeps TFDS from announcing downloads of unknown size on stdout, warning of custom configs, drawing bars of its own, and from spilling what is
-  more than 1 GB to disk, which takes TensorFlow.
+  """Keeps TFDS from announcing downloads of unknown size on stdout, warning of custom configs,
+  drawing bars of its own, and from spilling what is more than 1 GB to disk, which takes TensorFlow.
   """
   tfds.disable_progress_bar()
   level, most = logging.get_verbosity(), shuffle.MAX_MEM_BUFFER_SIZE
@@ -420,13 +520,21 @@ def _tfds_alone() -> Iterator[None]:
 
 
 def load(builder: type[FolderBuilder], config: Any) -> Dataset:
-  """Opens a data set, preparing it the first time; where it has no validation split, one is set aside from train by seed.
+  """Opens a data set, preparing it the first time; where it has no validation split, one is set
+  aside from train by seed.
 
   Raises:
-    UserError: as `prepare`; the source has changed since; `dataset.multi_label` is not the data set's.
+    UserError: as `prepare`; the source has changed since; `dataset.multi_label` is not the data
+      set's.
   """
   if config.dataset.multi_label != builder.MULTI_LABEL:
-    raise UserError(f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; give {builder.MULTI_LABEL}')
+    raise UserError(
+
+        f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; '
+        'give '
+        f'{builder.MULTI_LABEL}'
+
+    )
   folder = prepare(builder, config)
   facts = _read_facts(folder)
   _check_unchanged(builder, config, folder, facts)
@@ -434,10 +542,19 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
     facts.check_counts(allowed=False)
   for line in facts.lines():
     cli.say(line)
-  splits = {split: PreparedSource(str(folder), split, builder.MULTI_LABEL) for split in facts.counts if split != 'classes'}
+  splits = {
+    split: PreparedSource(str(folder), split, builder.MULTI_LABEL)
+    for split in facts.counts
+    if split != 'classes'
+  }
   if 'validation' not in splits:
     splits = _with_validation(splits, fraction=config.dataset.validation_fraction, seed=config.seed)
-  return Dataset(name=builder.name, class_names=tuple(facts.class_names), multi_label=builder.MULTI_LABEL, splits=splits)
+  return Dataset(
+    name=builder.name,
+    class_names=tuple(facts.class_names),
+    multi_label=builder.MULTI_LABEL,
+    splits=splits,
+  )
 
 
 def _read_facts(folder: pathlib.Path) -> Facts:
@@ -448,26 +565,45 @@ def _read_facts(folder: pathlib.Path) -> Facts:
 def _check_unchanged(builder, config, folder, facts) -> None:
   source = _source(config)
   try:
-    now = {file.name: file.stat().st_size for file in open_folder(builder, source, facts.choices).index_files}
+    now = {
+      file.name: file.stat().st_size
+      for file in open_folder(builder, source, facts.choices).index_files
+    }
   except UserError:  # It is gone; what is prepared is all that is needed.
     return
   if now != facts.index_files:
-    changed = [name for name in sorted({*now, *facts.index_files}) if now.get(name) != facts.index_files.get(name)]
+    changed = [
+      name
+      for name in sorted({*now, *facts.index_files})
+      if now.get(name) != facts.index_files.get(name)
+    ]
     raise UserError(
-        f'config.dataset.path: {", ".join(changed)} in {str(source)!r} changed since it was prepared; remove {folder} to prepare it anew')
+
+        f'config.dataset.path: {", ".join(changed)} in {str(source)!r} changed since it was '
+        f'prepared; remove {folder} to prepare it anew'
+
+    )
 
 
-def _with_validation(splits: dict[str, 'PreparedSource'], *, fraction: float, seed: int) -> dict[str, Any]:
+def _with_validation(
+  splits: dict[str, 'PreparedSource'], *, fraction: float, seed: int
+) -> dict[str, Any]:
   train = splits['train']
   labels = train.labels if train.multi_label else [(label,) for label in train.labels]
   aside = set_aside(train.ids, labels, fraction=fraction, seed=seed)
   rest = [row for row in range(len(train)) if row not in aside]
-  return {'train': missing.Part(train, rest), 'validation': missing.Part(train, sorted(aside)), 'test': splits['test']}
+  return {
+    'train': missing.Part(train, rest),
+    'validation': missing.Part(train, sorted(aside)),
+    'test': splits['test'],
+  }
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSource:
-  """A split of a prepared data set; a `Source`. Ids, labels and presence come from the table beside it, so no example is read for them."""
+  """A split of a prepared data set; a `Source`. Ids, labels and presence come from the table beside
+  it, so no example is read for them.
+  """
 
   folder: str
   split: str
@@ -502,7 +638,11 @@ class PreparedSource:
   @functools.cached_property
   def labels(self) -> list[Any]:
     flat, ends = self._table['labels'].tolist(), np.cumsum(self._table['label_counts']).tolist()
-    return [tuple(flat[start:end]) for start, end in zip([0, *ends], ends, strict=False)] if self.multi_label else flat
+    return (
+      [tuple(flat[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+      if self.multi_label
+      else flat
+    )
 
   @functools.cached_property
   def present(self) -> np.ndarray:

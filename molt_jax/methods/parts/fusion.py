@@ -1,4 +1,6 @@
-"""From the joint representation to logits: fusion with the towers' last states (eq. 6 and 7) and the classifier."""
+"""From the joint representation to logits: fusion with the towers' last states (eq. 6 and 7) and
+the classifier.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ from molt_jax.methods.parts.interface import MODALITIES, Tokens, TokenSequence, 
 
 
 class Fusion(nn.Module):
-  """H_r asks the tokens of E_i and of E_t, eq. 6; returns the mean answer over the usable modalities (the classifier's input in eq. 7).
+  """H_r asks the tokens of E_i and of E_t, eq. 6; returns the mean answer over the usable
+  modalities (the classifier's input in eq. 7).
 
-  E is the last tapped layer as the head sees it, so normalised with that layer's own statistics and with its stand-in where absent.
+  E is the last tapped layer as the head sees it, so normalised with that layer's own statistics and
+  with its stand-in where absent.
 
   Attributes:
     width: C.
@@ -27,20 +31,32 @@ class Fusion(nn.Module):
   def __call__(self, joint_bc: jax.Array, image: TokenSequence, text: TokenSequence) -> jax.Array:
     """joint_bc: float32[B, C] -> float32[B, C]."""
     query = self._map('query', ('common', 'heads'), joint_bc.shape[-1])
-    answers = [self._answer(modality, joint_bc, query, sequence) for modality, sequence in zip(MODALITIES, (image, text), strict=True)]
+    answers = [
+      self._answer(modality, joint_bc, query, sequence)
+      for modality, sequence in zip(MODALITIES, (image, text), strict=True)
+    ]
     return usable_mean(*answers, jnp.stack([image.usable_b, text.usable_b], axis=-1))
 
   def _answer(self, modality, joint_bc, query, sequence):
     last = sequence.tokens.map(lambda x_lbtd: x_lbtd[-1:])
-    key, value = (self._map(f'{modality}_{role}', ('embed', 'heads'), last.x_lbtd.shape[-1]) for role in ('key', 'value'))
+    key, value = (
+      self._map(f'{modality}_{role}', ('embed', 'heads'), last.x_lbtd.shape[-1])
+      for role in ('key', 'value')
+    )
     asker = Tokens(joint_bc[None, :, None, :])
-    answer_1b1c = attend(asker, last, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads).x_lbtd
+    answer_1b1c = attend(
+      asker, last, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads
+    ).x_lbtd
     if sequence.stand_in_l11d is not None:  # One key, so the softmax is one.
-      answer_1b1c = jnp.where(sequence.present_b[None, :, None, None], answer_1b1c, value(sequence.stand_in_l11d[-1:]))
+      answer_1b1c = jnp.where(
+        sequence.present_b[None, :, None, None], answer_1b1c, value(sequence.stand_in_l11d[-1:])
+      )
     return answer_1b1c[0, :, 0, :].astype(jnp.float32)
 
   def _map(self, name, axes, width):
-    return LayerAffine(1, self.width, axes, self.dtype, use_bias=not name.endswith('key'), name=name)(width)
+    return LayerAffine(
+      1, self.width, axes, self.dtype, use_bias=not name.endswith('key'), name=name
+    )(width)
 
 
 class Linear(nn.Module):
@@ -55,7 +71,9 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x_bc: jax.Array, *, train: bool) -> jax.Array:
     x_bc = nn.Dropout(self.dropout, deterministic=not train)(x_bc)
-    return dense(self.num_classes, (self.axis, 'classes'), self.dtype, name='logits')(x_bc).astype(jnp.float32)
+    return dense(self.num_classes, (self.axis, 'classes'), self.dtype, name='logits')(x_bc).astype(
+      jnp.float32
+    )
 
 
 class MLP(nn.Module):
@@ -69,11 +87,20 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x_bc: jax.Array, *, train: bool) -> jax.Array:
-    ones, zeros = (nn.with_logical_partitioning(init, (self.axis,)) for init in (nn.initializers.ones, nn.initializers.zeros))
-    x_bc = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, scale_init=ones, bias_init=zeros, name='norm')(x_bc)
-    x_bf = jax.nn.gelu(dense(self.hidden, (self.axis, 'mlp'), self.dtype, name='hidden')(x_bc), approximate=False)
+    ones, zeros = (
+      nn.with_logical_partitioning(init, (self.axis,))
+      for init in (nn.initializers.ones, nn.initializers.zeros)
+    )
+    x_bc = nn.LayerNorm(
+      epsilon=1e-5, use_fast_variance=False, scale_init=ones, bias_init=zeros, name='norm'
+    )(x_bc)
+    x_bf = jax.nn.gelu(
+      dense(self.hidden, (self.axis, 'mlp'), self.dtype, name='hidden')(x_bc), approximate=False
+    )
     x_bf = nn.Dropout(self.dropout, deterministic=not train)(x_bf)
-    return dense(self.num_classes, ('mlp', 'classes'), self.dtype, name='logits')(x_bf).astype(jnp.float32)
+    return dense(self.num_classes, ('mlp', 'classes'), self.dtype, name='logits')(x_bf).astype(
+      jnp.float32
+    )
 
 
 CLASSIFIERS = {'linear': Linear, 'mlp': MLP}

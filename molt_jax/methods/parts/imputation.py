@@ -1,12 +1,14 @@
-"""Translation of an absent modality: in each layer, the pooled vector it would have had, predicted from that of the present one.
+"""Translation of an absent modality: in each layer, the pooled vector it would have had, predicted
+from that of the present one.
 
-The map is ridge regression in closed form. With S the moments of n complete pairs of x (the present modality, encoded as when it is alone) and y (the
-other one, encoded beside it),
+The map is ridge regression in closed form. With S the moments of n complete pairs of x (the present
+modality, encoded as when it is alone) and y (the other one, encoded beside it),
 
   y^ = mean_y + (x - mean_x) (S_xx + r I)^(-1) S_xy,    r = ridge * tr(S_xx) / d
 
-With the whitened cross-covariance (S_xx + r I)^(-1/2) S_xy (S_yy + r' I)^(-1/2) = U diag(rho) V' this is V diag(rho) U' between whitened spaces,
-whatever r': along each canonical direction the prediction is shrunk by its canonical correlation, that of L_CCA's ridge.
+With the whitened cross-covariance (S_xx + r I)^(-1/2) S_xy (S_yy + r' I)^(-1/2) = U diag(rho) V'
+this is V diag(rho) U' between whitened spaces, whatever r': along each canonical direction the
+prediction is shrunk by its canonical correlation, that of L_CCA's ridge.
 """
 
 import jax
@@ -42,50 +44,78 @@ class Moments:
   @classmethod
   def empty(cls, num_layers: int, width: int) -> 'Moments':
     """The moments of no pair."""
-    mean_lc, scatter_lcc = np.zeros((num_layers, width), np.float32), np.zeros((num_layers, width, width), np.float32)
+    mean_lc, scatter_lcc = (
+      np.zeros((num_layers, width), np.float32),
+      np.zeros((num_layers, width, width), np.float32),
+    )
     return cls(np.zeros((), np.float32), mean_lc, mean_lc, scatter_lcc, scatter_lcc)
 
   def update(self, x_lbc: jax.Array, y_lbc: jax.Array, weight_b: jax.Array) -> 'Moments':
-    """Adds a batch [L, B, C] by the pairwise update of Chan, Golub and LeVeque (1979); rows of weight 0 are not read."""
+    """Adds a batch [L, B, C] by the pairwise update of Chan, Golub and LeVeque (1979); rows of
+    weight 0 are not read.
+    """
     new = jnp.sum(weight_b)
     share_b = weight_b / jnp.maximum(new, 1e-6)
     live = (weight_b > 0)[None, :, None]
+
     def centred(view_lbc):
       view_lbc = in_range(jnp.where(live, view_lbc, 0), _LARGEST)
       mean_lc = jnp.einsum('b,lbc->lc', share_b, view_lbc, precision='highest')
       return mean_lc, jnp.where(live, view_lbc - mean_lc[:, None, :], 0)
+
     (mean_x_lc, x_lbc), (mean_y_lc, y_lbc) = centred(x_lbc), centred(y_lbc)
     total = jnp.maximum(self.weight + new, 1e-6)
     step_x_lc, step_y_lc = mean_x_lc - self.mean_x_lc, mean_y_lc - self.mean_y_lc
+
     def scatter(old_lcc, right_lbc, right_step_lc):
       within_lcc = jnp.einsum('b,lbc,lbe->lce', weight_b, x_lbc, right_lbc, precision='highest')
-      return old_lcc + within_lcc + (self.weight * new / total) * step_x_lc[:, :, None] * right_step_lc[:, None, :]
+      return (
+        old_lcc
+        + within_lcc
+        + (self.weight * new / total) * step_x_lc[:, :, None] * right_step_lc[:, None, :]
+      )
+
     return Moments(
-        self.weight + new, self.mean_x_lc + new / total * step_x_lc, self.mean_y_lc + new / total * step_y_lc,
-        scatter(self.scatter_xx_lcc, x_lbc, step_x_lc), scatter(self.scatter_xy_lcc, y_lbc, step_y_lc))
+      self.weight + new,
+      self.mean_x_lc + new / total * step_x_lc,
+      self.mean_y_lc + new / total * step_y_lc,
+      scatter(self.scatter_xx_lcc, x_lbc, step_x_lc),
+      scatter(self.scatter_xy_lcc, y_lbc, step_y_lc),
+    )
 
   def solve(self, *, ridge: float) -> dict[str, np.ndarray]:
-    """Returns {'kernel_lcc', 'bias_lc'}, float32, of y^ = x kernel + bias; computed in float64 on the host, one layer after the other.
+    """Returns {'kernel_lcc', 'bias_lc'}, float32, of y^ = x kernel + bias; computed in float64 on
+    the host, one layer after the other.
 
-    A ridge below the rounding of S_xx, which is summed in float32, 4 eps ||S_xx||_F, is raised to that.
+    A ridge below the rounding of S_xx, which is summed in float32, 4 eps ||S_xx||_F, is raised to
+    that.
     """
     kernels, biases = [], []
     for mean_x_c, mean_y_c, xx_cc, xy_cc in zip(
-        *(np.asarray(m, np.float64) for m in (self.mean_x_lc, self.mean_y_lc, self.scatter_xx_lcc, self.scatter_xy_lcc)), strict=True):
+      *(
+        np.asarray(m, np.float64)
+        for m in (self.mean_x_lc, self.mean_y_lc, self.scatter_xx_lcc, self.scatter_xy_lcc)
+      ),
+      strict=True,
+    ):
       shrinkage = max(ridge * np.trace(xx_cc) / len(xx_cc), 4 * _EPS * np.linalg.norm(xx_cc))
       if shrinkage > 0:
         kernels.append(np.linalg.solve(xx_cc + shrinkage * np.eye(len(xx_cc)), xy_cc))
       else:
         kernels.append(np.zeros_like(xy_cc))  # Of a constant view nothing can be learned.
       biases.append(mean_y_c - mean_x_c @ kernels[-1])
-    return {'kernel_lcc': np.stack(kernels).astype(np.float32), 'bias_lc': np.stack(biases).astype(np.float32)}
+    return {
+      'kernel_lcc': np.stack(kernels).astype(np.float32),
+      'bias_lc': np.stack(biases).astype(np.float32),
+    }
 
 
 class Translator(nn.Module):
   """Fills in what is absent by the fitted map; before it is fitted, nothing.
 
-  The collection `statistics` holds, for each direction 'to_image' and 'to_text', kernel_lcc [L, C, C] and bias_lc [L, C] of `Moments.solve`, and
-  `pairs` [], how many they were fitted on. They are constants of the training step: `molt_jax.training.imputation_fit` fits them at each validation.
+  The collection `statistics` holds, for each direction 'to_image' and 'to_text', kernel_lcc [L, C,
+  C] and bias_lc [L, C] of `Moments.solve`, and `pairs` [], how many they were fitted on. They are
+  constants of the training step: `molt_jax.training.imputation_fit` fits them at each validation.
 
   Attributes:
     num_layers: L.
@@ -96,8 +126,12 @@ class Translator(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, image_lbc: jax.Array, text_lbc: jax.Array, usable_bm: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Float32[L, B, C] of each modality and bool[B, 2], where it is usable -> the same with the gaps of rows that have one of them filled."""
+  def __call__(
+    self, image_lbc: jax.Array, text_lbc: jax.Array, usable_bm: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Float32[L, B, C] of each modality and bool[B, 2], where it is usable -> the same with the
+    gaps of rows that have one of them filled.
+    """
     fitted = self.variable('statistics', 'pairs', jnp.zeros, (), jnp.float32).value > 0
     fill_b = fitted & (usable_bm[:, 0] != usable_bm[:, 1])
     own = {'image': image_lbc, 'text': text_lbc}
@@ -105,10 +139,21 @@ class Translator(nn.Module):
     for column, modality in enumerate(MODALITIES):
       other = MODALITIES[1 - column]
       predicted_lbc = self._map(f'to_{modality}', own[other])
-      filled.append(jnp.where((fill_b & ~usable_bm[:, column])[None, :, None], predicted_lbc, own[modality]))
+      filled.append(
+        jnp.where((fill_b & ~usable_bm[:, column])[None, :, None], predicted_lbc, own[modality])
+      )
     return *filled, usable_bm | fill_b[:, None]
 
   def _map(self, name: str, x_lbc: jax.Array) -> jax.Array:
-    affine = self.variable('statistics', name, lambda: {
-        'kernel_lcc': jnp.zeros((self.num_layers, self.width, self.width)), 'bias_lc': jnp.zeros((self.num_layers, self.width))}).value
-    return jnp.einsum('lbc,lce->lbe', x_lbc, affine['kernel_lcc'], precision='highest') + affine['bias_lc'][:, None, :]
+    affine = self.variable(
+      'statistics',
+      name,
+      lambda: {
+        'kernel_lcc': jnp.zeros((self.num_layers, self.width, self.width)),
+        'bias_lc': jnp.zeros((self.num_layers, self.width)),
+      },
+    ).value
+    return (
+      jnp.einsum('lbc,lce->lbe', x_lbc, affine['kernel_lcc'], precision='highest')
+      + affine['bias_lc'][:, None, :]
+    )

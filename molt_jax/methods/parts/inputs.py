@@ -1,6 +1,8 @@
-"""From taps to token sequences: the normalisation of the taps, and what stands in for an absent modality.
+"""From taps to token sequences: the normalisation of the taps, and what stands in for an absent
+modality.
 
-Whatever sits in the taps of an absent row, or under text padding, is selected away before any arithmetic: NaN there changes no bit.
+Whatever sits in the taps of an absent row, or under text padding, is selected away before any
+arithmetic: NaN there changes no bit.
 """
 
 import dataclasses
@@ -12,8 +14,12 @@ from flax import linen as nn
 from molt_jax.methods.parts.interface import MODALITIES, Taps, Tokens, TokenSequence, in_range
 from molt_jax.towers.packing import Packing
 
-LARGEST = 1e9  # Taps beyond, and normalised ones, count as this much: products of a few stay in float32.
-_CONSTANT = 1e-5  # A channel whose deviation is below this share of its mean is constant: float32 sums resolve no less.
+LARGEST = (
+  1e9  # Taps beyond, and normalised ones, count as this much: products of a few stay in float32.
+)
+# A channel whose deviation is below this share of its mean is constant: float32 sums resolve no
+# less.
+_CONSTANT = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +27,11 @@ class Strategy:
   """How the gap that an absent modality leaves is filled.
 
   Attributes:
-    stands_in: a token takes the place of the absent sequence and counts as usable; otherwise the present modality works alone.
+    stands_in: a token takes the place of the absent sequence and counts as usable; otherwise the
+      present modality works alone.
     learned: the token is a parameter, one per layer; otherwise it is zero.
-    translates: the absent h_l of eq. 5 is predicted from the present one (`translation.Translator`); its tokens stay absent.
+    translates: the absent h_l of eq. 5 is predicted from the present one
+      (`translation.Translator`); its tokens stay absent.
   """
 
   stands_in: bool
@@ -32,10 +40,10 @@ class Strategy:
 
 
 STRATEGIES = {
-    'robust': Strategy(stands_in=False, learned=False),
-    'translate': Strategy(stands_in=False, learned=False, translates=True),
-    'null': Strategy(stands_in=True, learned=True),
-    'zero': Strategy(stands_in=True, learned=False),
+  'robust': Strategy(stands_in=False, learned=False),
+  'translate': Strategy(stands_in=False, learned=False, translates=True),
+  'null': Strategy(stands_in=True, learned=True),
+  'zero': Strategy(stands_in=True, learned=False),
 }
 
 
@@ -55,16 +63,20 @@ class RMSNormalize(nn.Module):
   @nn.compact
   def __call__(self, x_lbtd: jax.Array, counted_bt: jax.Array, *, train: bool) -> jax.Array:
     x_lbtd = x_lbtd.astype(jnp.float32)
-    return x_lbtd * jax.lax.rsqrt(jnp.mean(jnp.square(x_lbtd), axis=-1, keepdims=True) + self.epsilon)
+    return x_lbtd * jax.lax.rsqrt(
+      jnp.mean(jnp.square(x_lbtd), axis=-1, keepdims=True) + self.epsilon
+    )
 
 
 class Standardize(nn.Module):
-  """Each channel of each layer minus its mean, over its deviation, both streamed over the valid tokens of the training taps.
+  """Each channel of each layer minus its mean, over its deviation, both streamed over the valid
+  tokens of the training taps.
 
-  The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances from the mean), merged with those of
-  each training batch by the pairwise update of Chan, Golub and LeVeque (1979). Training and evaluation use the same statistics (in
-  training those that include the batch). Everything is a sum over rows, so sharding the batch changes nothing. Before the first update,
-  and in constant channels, the deviation is taken as one.
+  The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances
+  from the mean), merged with those of each training batch by the pairwise update of Chan, Golub and
+  LeVeque (1979). Training and evaluation use the same statistics (in training those that include
+  the batch). Everything is a sum over rows, so sharding the batch changes nothing. Before the first
+  update, and in constant channels, the deviation is taken as one.
   """
 
   @nn.compact
@@ -75,7 +87,9 @@ class Standardize(nn.Module):
     mean_ld = self.variable('statistics', 'mean', jnp.zeros, shape_ld, jnp.float32)
     m2_ld = self.variable('statistics', 'm2', jnp.zeros, shape_ld, jnp.float32)
     if train and self.is_mutable_collection('statistics') and not self.is_initializing():
-      merged = _merge(count.value, mean_ld.value, m2_ld.value, jax.lax.stop_gradient(x_lbtd), counted_bt)
+      merged = _merge(
+        count.value, mean_ld.value, m2_ld.value, jax.lax.stop_gradient(x_lbtd), counted_bt
+      )
       count.value, mean_ld.value, m2_ld.value = merged
     mean_l11d = mean_ld.value[:, None, None, :]
     variance_l11d = m2_ld.value[:, None, None, :] / jnp.maximum(count.value, 1.0)
@@ -88,11 +102,17 @@ def _merge(count, mean_ld, m2_ld, x_lbtd, counted_bt):
   counted = counted_bt[None, :, :, None]
   batch_count = jnp.sum(counted_bt, dtype=jnp.float32)
   batch_mean_ld = jnp.sum(x_lbtd, axis=(1, 2), where=counted) / jnp.maximum(batch_count, 1.0)
-  batch_m2_ld = jnp.sum(jnp.square(x_lbtd - batch_mean_ld[:, None, None, :]), axis=(1, 2), where=counted)
+  batch_m2_ld = jnp.sum(
+    jnp.square(x_lbtd - batch_mean_ld[:, None, None, :]), axis=(1, 2), where=counted
+  )
   total = count + batch_count
   share = batch_count / jnp.maximum(total, 1.0)
   shift_ld = batch_mean_ld - mean_ld
-  return total, mean_ld + shift_ld * share, m2_ld + batch_m2_ld + jnp.square(shift_ld) * (count * share)
+  return (
+    total,
+    mean_ld + shift_ld * share,
+    m2_ld + batch_m2_ld + jnp.square(shift_ld) * (count * share),
+  )
 
 
 INPUT_NORMS = {'none': Identity, 'rms': RMSNormalize, 'standardize': Standardize}
@@ -103,7 +123,8 @@ class Inputs(nn.Module):
 
   Attributes:
     num_layers: L, layers that are tapped.
-    width: D, the tower's width. The parameters follow from these fields alone, never from which modality is present.
+    width: D, the tower's width. The parameters follow from these fields alone, never from which
+      modality is present.
     norm: a key of INPUT_NORMS.
     strategy: a key of STRATEGIES. A stand-in lives in the space of the normalised taps.
     dtype: type of the tokens that come out.
@@ -117,16 +138,29 @@ class Inputs(nn.Module):
 
   @nn.compact
   def __call__(
-      self, taps_lbtd: jax.Array | None, mask_bt: jax.Array, present_b: jax.Array, counted_b: jax.Array, *, train: bool,
-      content_b: jax.Array | None = None, position_gn: jax.Array | None = None) -> TokenSequence:
-    """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt is bool[B, 1] of False).
+    self,
+    taps_lbtd: jax.Array | None,
+    mask_bt: jax.Array,
+    present_b: jax.Array,
+    counted_b: jax.Array,
+    *,
+    train: bool,
+    content_b: jax.Array | None = None,
+    position_gn: jax.Array | None = None,
+  ) -> TokenSequence:
+    """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt
+    is bool[B, 1] of False).
 
-    present_b: bool[B]; content_b: bool[B], rows whose taps may be read (default: present_b, which must be among them); counted_b: bool[B], rows
-    that enter the statistics if they may be read; position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
+    present_b: bool[B]; content_b: bool[B], rows whose taps may be read (default: present_b, which
+    must be among them); counted_b: bool[B], rows that enter the statistics if they may be read;
+    position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
     """
     content_b = present_b if content_b is None else content_b
     if taps_lbtd is None:
-      taps_lbtd, position_gn = jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype), None
+      taps_lbtd, position_gn = (
+        jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype),
+        None,
+      )
     packing = None if position_gn is None else Packing.of(position_gn, mask_bt.shape)
     placed = packing.pack if packing else lambda x_bt: x_bt
     valid_bt = mask_bt & content_b[:, None]
@@ -142,7 +176,9 @@ class Inputs(nn.Module):
       return None
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('layers', 'embed'))
     shape_ld = (self.num_layers, self.width)
-    token_ld = self.param('null', init, shape_ld, jnp.float32) if strategy.learned else jnp.zeros(shape_ld)
+    token_ld = (
+      self.param('null', init, shape_ld, jnp.float32) if strategy.learned else jnp.zeros(shape_ld)
+    )
     return token_ld[:, None, None, :].astype(self.dtype)
 
 
@@ -167,25 +203,46 @@ class InputPair(nn.Module):
 
   @nn.compact
   def __call__(
-      self, taps: Taps, present_bm: jax.Array, *, train: bool, content_bm: jax.Array | None = None, row_weight_b: jax.Array | None = None
+    self,
+    taps: Taps,
+    present_bm: jax.Array,
+    *,
+    train: bool,
+    content_bm: jax.Array | None = None,
+    row_weight_b: jax.Array | None = None,
   ) -> tuple[TokenSequence, TokenSequence]:
     """Arguments as `heads.make_head` describes them."""
     present_bm = present_bm.astype(bool)
     content_bm = present_bm if content_bm is None else content_bm.astype(bool)
     counted_b = jnp.ones_like(present_bm[:, 0]) if row_weight_b is None else row_weight_b > 0
     masks = (
-        jnp.ones((present_bm.shape[0], _length(taps.image_lbid)), bool),
-        jnp.zeros((present_bm.shape[0], 1), bool) if taps.text_lbtd is None else taps.text_mask_bt.astype(bool),
+      jnp.ones((present_bm.shape[0], _length(taps.image_lbid)), bool),
+      jnp.zeros((present_bm.shape[0], 1), bool)
+      if taps.text_lbtd is None
+      else taps.text_mask_bt.astype(bool),
     )
     columns = zip(
-        MODALITIES, (self.image_width, self.text_width), (taps.image_lbid, taps.text_lbtd), masks, (None, taps.token_position_gn), content_bm.T,
-        present_bm.T, strict=True)
+      MODALITIES,
+      (self.image_width, self.text_width),
+      (taps.image_lbid, taps.text_lbtd),
+      masks,
+      (None, taps.token_position_gn),
+      content_bm.T,
+      present_bm.T,
+      strict=True,
+    )
     return tuple(
-        Inputs(self.num_layers, width, self.norm, self.strategy, self.dtype, name=name)(
-            None if tapped is None else tapped[-self.num_layers:], mask_bt,
-            present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None), counted_b, train=train, content_b=content_b,
-            position_gn=position_gn)
-        for name, width, tapped, mask_bt, position_gn, content_b, present_b in columns)
+      Inputs(self.num_layers, width, self.norm, self.strategy, self.dtype, name=name)(
+        None if tapped is None else tapped[-self.num_layers :],
+        mask_bt,
+        present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None),
+        counted_b,
+        train=train,
+        content_b=content_b,
+        position_gn=position_gn,
+      )
+      for name, width, tapped, mask_bt, position_gn, content_b, present_b in columns
+    )
 
 
 def _length(taps_lbtd):

@@ -1,7 +1,8 @@
 """What goes into a head and what comes out of it.
 
-A head is a Linen module called as `head(taps, present_bm, train=..., row_weight_b=...)`. `taps` is any object with the fields of `Taps`;
-a modality whose taps are None was not run because it is absent in every row. Column 0 of `present_bm` is the image, column 1 the text.
+A head is a Linen module called as `head(taps, present_bm, train=..., row_weight_b=...)`. `taps` is
+any object with the fields of `Taps`; a modality whose taps are None was not run because it is
+absent in every row. Column 0 of `present_bm` is the image, column 1 the text.
 """
 
 import functools
@@ -28,7 +29,8 @@ class Taps(Protocol):
 
 @struct.dataclass
 class Tokens:
-  """Vectors of the tokens of B rows: padded, or packed, so that what is done token by token costs nothing for padding.
+  """Vectors of the tokens of B rows: padded, or packed, so that what is done token by token costs
+  nothing for padding.
 
   Attributes:
     x_lbtd: [L, B, T, D], or with a packing [L, G, N, D].
@@ -44,7 +46,11 @@ class Tokens:
 
   def padded(self, rows: int) -> jax.Array:
     """[L, B, T, ...], B = `rows`; zero where there was nothing to pack."""
-    return jax.vmap(lambda x_gn: self.packing.unpack(x_gn, rows))(self.x_lbtd) if self.packing else self.x_lbtd
+    return (
+      jax.vmap(lambda x_gn: self.packing.unpack(x_gn, rows))(self.x_lbtd)
+      if self.packing
+      else self.x_lbtd
+    )
 
   def like(self, x_lbtd: jax.Array) -> 'Tokens':
     """Other vectors of the same tokens, given padded."""
@@ -53,15 +59,18 @@ class Tokens:
 
 @struct.dataclass
 class TokenSequence:
-  """One modality as a head may see it: nothing of what may not be read, or of padding, is left in it.
+  """One modality as a head may see it: nothing of what may not be read, or of padding, is left in
+  it.
 
-  Only `present_b` differs between the views of a batch, so that what is computed from the tokens alone is computed once for all views.
+  Only `present_b` differs between the views of a batch, so that what is computed from the tokens
+  alone is computed once for all views.
 
   Attributes:
     tokens: in the compute dtype, finite everywhere.
     mask_bt: bool[B, T], which tokens are valid and may be read.
     present_b: bool[B], whether the row has the modality.
-    stand_in_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the other modality works alone.
+    stand_in_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the
+      other modality works alone.
   """
 
   tokens: Tokens
@@ -71,7 +80,9 @@ class TokenSequence:
 
   @property
   def usable_b(self) -> jax.Array:
-    """bool[B], whether the row has anything to read: the modality itself or what stands in for it."""
+    """bool[B], whether the row has anything to read: the modality itself or what stands in for
+    it.
+    """
     return self.present_b if self.stand_in_l11d is None else jnp.ones_like(self.present_b)
 
 
@@ -81,7 +92,8 @@ class HeadOutput:
 
   Attributes:
     logits_bk: float32[B, K].
-    pooled_image_lbc: float32[L, B, C], the h_i that CCA (eq. 4) compares; None for a method without CCA.
+    pooled_image_lbc: float32[L, B, C], the h_i that CCA (eq. 4) compares; None for a method without
+      CCA.
     pooled_text_lbc: float32[L, B, C], the h_t.
   """
 
@@ -92,7 +104,9 @@ class HeadOutput:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def in_range(x: jax.Array, largest: float) -> jax.Array:
-  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone wrong."""
+  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone
+  wrong.
+  """
   return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
 
 
@@ -102,18 +116,24 @@ def _(largest, values, slopes):  # What is beyond gets a gradient too, and no ma
 
 
 def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None) -> jax.Array:
-  """Mean of a row's valid tokens, each times its weight (placed as the tokens are), float32[L, B, C]; zero where no token is valid."""
+  """Mean of a row's valid tokens, each times its weight (placed as the tokens are), float32[L, B,
+  C]; zero where no token is valid.
+  """
   share_bt = mask_bt / jnp.maximum(jnp.sum(mask_bt, axis=-1, keepdims=True), 1).astype(jnp.float32)
   x_lbtc, packing = tokens.x_lbtd.astype(jnp.float32), tokens.packing
   share_bt = packing.pack(share_bt) if packing else share_bt
-  weight_lbt = (jnp.ones_like(x_lbtc[..., 0]) if weight_lbt is None else weight_lbt) * share_bt[None]
+  weight_lbt = (jnp.ones_like(x_lbtc[..., 0]) if weight_lbt is None else weight_lbt) * share_bt[
+    None
+  ]
   if packing:
     return packing.sum_rows(weight_lbt[..., None] * x_lbtc, len(mask_bt))
   return jnp.einsum('lbt,lbtc->lbc', weight_lbt, x_lbtc, precision='highest')
 
 
 def usable_mean(image: jax.Array, text: jax.Array, usable_bm: jax.Array) -> jax.Array:
-  """Mean over the usable modalities of two float32[..., B, C]: the halves of eq. 5 and eq. 7 where both are, zero where none is."""
+  """Mean over the usable modalities of two float32[..., B, C]: the halves of eq. 5 and eq. 7 where
+  both are, zero where none is.
+  """
   both = jnp.stack([image, text], axis=-2)
   count_b1 = jnp.maximum(jnp.sum(usable_bm, axis=-1, keepdims=True), 1).astype(jnp.float32)
   total = jnp.sum(both, axis=-2, where=jnp.broadcast_to(usable_bm[:, :, None], both.shape))

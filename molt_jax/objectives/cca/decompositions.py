@@ -10,10 +10,11 @@ from jax.custom_batching import custom_vmap
 
 
 def in_turn(function):
-  """`function` of arrays, whose vmap takes one slice after the other on a CPU, and all at once elsewhere.
+  """`function` of arrays, whose vmap takes one slice after the other on a CPU, and all at once
+  elsewhere.
 
-  On a CPU jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for work that they have put
-  into the same pool: two at once on two cores hang.
+  On a CPU jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for work that they have
+  put into the same pool: two at once on two cores hang.
   """
   wrapped = custom_vmap(function)
 
@@ -21,22 +22,28 @@ def in_turn(function):
   def rule(axis_size, is_batched, *arguments):
     arguments = _all_batched(axis_size, is_batched, arguments)
     out = lax.platform_dependent(
-        *arguments, cpu=lambda *slices: lax.map(lambda one: wrapped(*one), slices),
-        default=jax.vmap(function))
+      *arguments,
+      cpu=lambda *slices: lax.map(lambda one: wrapped(*one), slices),
+      default=jax.vmap(function),
+    )
     return out, jax.tree.map(lambda _: True, out)
 
   return wrapped
 
 
 def either(is_usual, usual, rare, *operands):
-  """`usual(*operands)` or `rare(*operands)`, as `lax.cond`; under vmap `rare` is computed only if a slice needs it."""
+  """`usual(*operands)` or `rare(*operands)`, as `lax.cond`; under vmap `rare` is computed only if a
+  slice needs it.
+  """
   choose = custom_vmap(lambda is_usual, *operands: lax.cond(is_usual, usual, rare, *operands))
 
   @choose.def_vmap
   def rule(axis_size, is_batched, *arguments):
     is_usual_v, *operands_v = _all_batched(axis_size, is_batched, arguments)
-    usual_v, rare_v = jax.vmap(lambda _, *operands: usual(*operands)), jax.vmap(
-        lambda is_usual, *operands: lax.cond(is_usual, usual, rare, *operands))
+    usual_v, rare_v = (
+      jax.vmap(lambda _, *operands: usual(*operands)),
+      jax.vmap(lambda is_usual, *operands: lax.cond(is_usual, usual, rare, *operands)),
+    )
     out = either(jnp.all(is_usual_v), usual_v, rare_v, is_usual_v, *operands_v)
     return out, jax.tree.map(lambda _: True, out)
 
@@ -45,16 +52,18 @@ def either(is_usual, usual, rare, *operands):
 
 def _all_batched(axis_size, is_batched, arguments):
   """The arguments of a vmap rule, each with the new leading axis."""
+
   def along_axis(is_batched, array):
     return array if is_batched else jnp.broadcast_to(array, (axis_size, *jnp.shape(array)))
+
   return jax.tree.map(along_axis, tuple(is_batched), tuple(arguments))
 
 
 def svd(a_kj):
   """Returns (U [k, m], s [m], V' [m, j]) of one matrix, strongest first, m = min(k, j).
 
-  LAPACK's divide and conquer (gesdd) can fail to converge on a finite matrix, rarely; all it returns is
-  then NaN. Its QR iteration takes longer and finds them.
+  LAPACK's divide and conquer (gesdd) can fail to converge on a finite matrix, rarely; all it
+  returns is then NaN. Its QR iteration takes longer and finds them.
   """
   if a_kj.shape[0] >= 2 * a_kj.shape[1]:
     q_kj, r_jj = jnp.linalg.qr(a_kj)
@@ -92,15 +101,19 @@ def _or_by_qr_iteration(a_kj, *, with_vectors):
 
 
 def raised_cholesky(a_kk, ridge):
-  """Returns (L, r) with L L' = A + r I, r the first of ridge, 16 ridge, 256 ridge, .. for which rounding leaves L real.
+  """Returns (L, r) with L L' = A + r I, r the first of ridge, 16 ridge, 256 ridge, .. for which
+  rounding leaves L real.
 
   `a_kk` is positive semi-definite but for rounding, with eigenvalues of at most about 1; ridge > 0.
   """
+
   def attempt(r):
     return jnp.linalg.cholesky(a_kk + r * jnp.eye(a_kk.shape[0])), r
 
   def has_failed(factor_and_ridge):
     l_kk, r = factor_and_ridge
-    return ~jnp.all(jnp.isfinite(l_kk)) & (r < 1)  # Beyond that it is not rounding: A is not finite.
+    return ~jnp.all(jnp.isfinite(l_kk)) & (
+      r < 1
+    )  # Beyond that it is not rounding: A is not finite.
 
   return lax.while_loop(has_failed, lambda state: attempt(16 * state[1]), attempt(ridge))

@@ -1,4 +1,6 @@
-"""What the CCA of two views looks like: directions fitted on one set and measured on another, effective rank, modality gap."""
+"""What the CCA of two views looks like: directions fitted on one set and measured on another,
+effective rank, modality gap.
+"""
 
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ _EPS, _LARGEST = (float(x) for x in (jnp.finfo(jnp.float32).eps, jnp.finfo(jnp.f
 
 
 class Directions(NamedTuple):
-  """k pairs of canonical directions: of a sample x_d, the canonical variables are (x_d - mean_x_d) @ x_dk."""
+  """k pairs of canonical directions: of a sample x_d, the canonical variables are (x_d - mean_x_d)
+  @ x_dk.
+  """
 
   mean_x_d: jax.Array
   mean_y_d: jax.Array
@@ -42,10 +46,12 @@ def _fit(x_nd, y_nd, weight_n, ridge):
     x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
     p_ks, _, q_sj = svd(cross(x, y) * (x.scale * y.scale))
     x_kd, y_kd = (
-        jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj)))
+      jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj))
+    )
   x_dk, y_dk = (
-      jnp.clip(view_kd.T * view.inverse_norm, -_LARGEST, _LARGEST)
-      for view_kd, view in ((x_kd, view_x), (y_kd, view_y)))
+    jnp.clip(view_kd.T * view.inverse_norm, -_LARGEST, _LARGEST)
+    for view_kd, view in ((x_kd, view_x), (y_kd, view_y))
+  )
   return Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk)
 
 
@@ -54,9 +60,11 @@ def _weights(weight_n, x_nd):
 
 
 def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
-  """Pearson correlation of each pair of canonical variables on rows that the directions have not seen, [k] float32 in [-1, 1].
+  """Pearson correlation of each pair of canonical variables on rows that the directions have not
+  seen, [k] float32 in [-1, 1].
 
-  Its expectation on independent views is 0 for any number of rows, where that of `canonical_correlations` is about 0.85 sqrt(d / n).
+  Its expectation on independent views is 0 for any number of rows, where that of
+  `canonical_correlations` is about 0.85 sqrt(d / n).
 
   Args:
     directions: `Directions`, usually fitted on training rows.
@@ -66,20 +74,26 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
   rows = weigh_rows(_weights(weight_n, x_nd))
 
   def variables(view_nd, direction_dk):
-    """Centred and of length 1, times the roots of the weights; 0 where there is nothing but rounding."""
+    """Centred and of length 1, times the roots of the weights; 0 where there is nothing but
+    rounding.
+    """
     direction_dk = direction_dk / magnitude(direction_dk, axis=0)
     v_nk = jnp.matmul(centre(view_nd, rows).x_nd, direction_dk, precision='highest')
     v_nk -= rows.unit_n[:, None] * (rows.unit_n @ v_nk)[None, :]
     norm_k = jnp.linalg.norm(v_nk, axis=0)
     is_nothing_k = norm_k <= 4 * _EPS * jnp.linalg.norm(direction_dk, axis=0)
-    return jnp.where(is_nothing_k[None, :], 0.0, v_nk / jnp.where(is_nothing_k, 1.0, norm_k)[None, :])
+    return jnp.where(
+      is_nothing_k[None, :], 0.0, v_nk / jnp.where(is_nothing_k, 1.0, norm_k)[None, :]
+    )
 
   a_nk, b_nk = variables(x_nd, directions.x_dk), variables(y_nd, directions.y_dk)
   return lax.stop_gradient(jnp.sum(a_nk * b_nk, axis=0))
 
 
 def effective_rank(x_nd, *, weight_n=None):
-  """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007): 1 for one direction, d for a sphere; 0 if constant."""
+  """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007): 1 for
+  one direction, d for a sphere; 0 if constant.
+  """
   return _effective_rank(*lax.stop_gradient((jnp.asarray(x_nd), _weights(weight_n, x_nd))))
 
 
@@ -93,7 +107,9 @@ def _effective_rank(x_nd, weight_n):
 
 
 def modality_gap(x_nd, y_nd, *, weight_n=None):
-  """Distance between the centroids of two views whose rows are first brought to unit length (Liang et al. 2022); in [0, 2]."""
+  """Distance between the centroids of two views whose rows are first brought to unit length (Liang
+  et al. 2022); in [0, 2].
+  """
   share_n = weigh_rows(_weights(weight_n, x_nd)).unit_n ** 2
 
   def centroid(view_nd):

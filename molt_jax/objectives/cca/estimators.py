@@ -1,10 +1,13 @@
 """Estimators of canonical correlation that carry signal when the batch is smaller than the width.
 
-With n <= d the canonical correlations of a batch are 1 whatever the data, and with any d those of independent views read about 0.85 sqrt(d / n).
-`moving_average` compares k random directions instead of all d, over the current batch and the past: 0.04 on independent views with the sizes
-below. `experiments/cca_study.py` compares it with the batch, with the projection alone and with the Eckart-Young loss.
+With n <= d the canonical correlations of a batch are 1 whatever the data, and with any d those of
+independent views read about 0.85 sqrt(d / n). `moving_average` compares k random directions instead
+of all d, over the current batch and the past: 0.04 on independent views with the sizes below.
+`experiments/cca_study.py` compares it with the batch, with the projection alone and with the
+Eckart-Young loss.
 
-What an estimator remembers is an explicit pytree that belongs into the train state, so that a resumed run goes on exactly.
+What an estimator remembers is an explicit pytree that belongs into the train state, so that a
+resumed run goes on exactly.
 """
 
 from collections.abc import Callable
@@ -22,12 +25,16 @@ from molt_jax.objectives.pairwise import in_range
 
 
 class CCAEstimator(NamedTuple):
-  """Three pure functions, clean under jit, grad and a batch sharded over a mesh (statistics of the global batch).
+  """Three pure functions, clean under jit, grad and a batch sharded over a mesh (statistics of the
+  global batch).
 
   init(num_layers, width) -> state, a pytree of float32 arrays. Equal arguments give equal states.
-  loss(state, x_lbd, y_lbd, weight_b=None) -> (loss, new_state, aux). `loss` is a scalar in [-1, 0], the mean over layers of minus the mean
-    canonical correlation; `new_state` carries no gradient; `aux` holds float32 arrays [L] to log. Rows of weight 0 are not read.
-  past(state) -> (x_lpk, y_lpk, weight_p), rows that stand for all pairs seen, along the k directions projection_x_ldk and projection_y_ldk of the
+  loss(state, x_lbd, y_lbd, weight_b=None) -> (loss, new_state, aux). `loss` is a scalar in [-1, 0],
+  the mean over layers of minus the mean
+    canonical correlation; `new_state` carries no gradient; `aux` holds float32 arrays [L] to log.
+    Rows of weight 0 are not read.
+  past(state) -> (x_lpk, y_lpk, weight_p), rows that stand for all pairs seen, along the k
+  directions projection_x_ldk and projection_y_ldk of the
     state; None for an estimator without a past.
   """
 
@@ -36,25 +43,32 @@ class CCAEstimator(NamedTuple):
   past: Callable
 
 
-def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0, gather=lambda x: x):
+def make_estimator(
+  name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0, gather=lambda x: x
+):
   """The `CCAEstimator` called `name`.
 
   'batch': all d directions over the current batch alone; no state. aux: 'correlation'.
-  'moving_average': `num_directions` random orthonormal directions of each view (those of `seed`, fixed), over the current batch and the past: means
-    and covariances that decay by 1 - (weight of the batch) / window at each step. The past is a value; the gradient flows through the current
-    rows, scaled by all weight over current weight, so that its size is that of the gradient through every row. aux: 'correlation', and
-    'held_out_correlation', the mean correlation of the current batch along directions fitted on the past alone, which is 0 on average for
-    independent views, and NaN before there is a past. Its sums of squares are float32: numbers in a view beyond 1e12 count as 1e12, and
-    weights beyond 1e6 as 1e6; what deviates by less than 1e-19 counts as constant once it is past.
+  'moving_average': `num_directions` random orthonormal directions of each view (those of `seed`,
+  fixed), over the current batch and the past: means
+    and covariances that decay by 1 - (weight of the batch) / window at each step. The past is a
+    value; the gradient flows through the current rows, scaled by all weight over current weight, so
+    that its size is that of the gradient through every row. aux: 'correlation', and
+    'held_out_correlation', the mean correlation of the current batch along directions fitted on the
+    past alone, which is 0 on average for independent views, and NaN before there is a past. Its
+    sums of squares are float32: numbers in a view beyond 1e12 count as 1e12, and weights beyond 1e6
+    as 1e6; what deviates by less than 1e-19 counts as constant once it is past.
 
   Args:
     name: 'batch' or 'moving_average'.
     num_directions: k, at least 1; no more than the width.
-    window: pairs, at least 0; 0 is the projection alone. It should be a few hundred times `num_directions`.
+    window: pairs, at least 0; 0 is the projection alone. It should be a few hundred times
+      `num_directions`.
     ridge, solver: as for `cca_loss`.
     seed: of the random directions.
-    gather: brings rows that are split over devices to each of them, applied to weights and to what is compared (after the projection). Without
-      it the statistics are the same, by a reduction over devices in every one of them.
+    gather: brings rows that are split over devices to each of them, applied to weights and to what
+      is compared (after the projection). Without it the statistics are the same, by a reduction
+      over devices in every one of them.
 
   Raises:
     ValueError: an unknown name or a size out of range.
@@ -62,7 +76,12 @@ def make_estimator(name, *, num_directions=16, window=8192, ridge=1e-3, solver='
   if name not in ESTIMATORS:
     raise ValueError(f'cca: estimator {name!r} is not one of {tuple(ESTIMATORS)}')
   if num_directions < 1 or window < 0:
-    raise ValueError(f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and {window}')
+    raise ValueError(
+
+        f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and '
+        f'{window}'
+
+    )
   return ESTIMATORS[name](num_directions, window, seed, gather, {'ridge': ridge, 'solver': solver})
 
 
@@ -78,14 +97,28 @@ def _batch(num_directions, window, seed, gather, options):
 
 
 def _moving_average(num_directions, window, seed, gather, options):
-  """Keeps weight, mean and scatter of all earlier pairs (both views side by side, j = 2 k), each weighted by its decay since."""
+  """Keeps weight, mean and scatter of all earlier pairs (both views side by side, j = 2 k), each
+  weighted by its decay since.
+  """
+
   def init(num_layers, width):
     if num_directions > width:
-      raise ValueError(f'cca: num_directions must be at most the width {width}, got {num_directions}')
+      raise ValueError(
+        f'cca: num_directions must be at most the width {width}, got {num_directions}'
+      )
     rng = np.random.default_rng(seed)
-    x_ldk, y_ldk = (jnp.asarray(np.linalg.qr(rng.normal(size=(num_layers, width, num_directions)))[0], jnp.float32) for _ in range(2))
+    x_ldk, y_ldk = (
+      jnp.asarray(
+        np.linalg.qr(rng.normal(size=(num_layers, width, num_directions)))[0], jnp.float32
+      )
+      for _ in range(2)
+    )
     j = 2 * num_directions
-    past = {'weight': jnp.zeros(()), 'mean_lj': jnp.zeros((num_layers, j)), 'scatter_ljj': jnp.zeros((num_layers, j, j))}
+    past = {
+      'weight': jnp.zeros(()),
+      'mean_lj': jnp.zeros((num_layers, j)),
+      'scatter_ljj': jnp.zeros((num_layers, j, j)),
+    }
     return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past}
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
@@ -95,14 +128,25 @@ def _moving_average(num_directions, window, seed, gather, options):
       weight_b = lax.stop_gradient(weight_b).astype(jnp.float32)
       # Before they are gathered: after it, XLA would split what is made of them over devices again.
       weight_b = gather(jnp.clip(weight_b, 0.0, _MOST_WEIGHT))
-    x_lbk, y_lbk = (gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b)) for name, view_lbd in (('x', x_lbd), ('y', y_lbd)))
+    x_lbk, y_lbk = (
+      gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b))
+      for name, view_lbd in (('x', x_lbd), ('y', y_lbd))
+    )
     decay = jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
     x_lpk, y_lpk, weight_p = lax.stop_gradient(_points(state['past'], decay))
     weight_n = jnp.concatenate([weight_b, weight_p])
     gain = jnp.minimum(jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), _TINY), _LARGEST_GRADIENT)
-    x_lnk, y_lnk = (jnp.concatenate([_with_gain(now, gain), then], axis=1) for now, then in ((x_lbk, x_lpk), (y_lbk, y_lpk)))
+    x_lnk, y_lnk = (
+      jnp.concatenate([_with_gain(now, gain), then], axis=1)
+      for now, then in ((x_lbk, x_lpk), (y_lbk, y_lpk))
+    )
     loss_l = cca_loss(x_lnk, y_lnk, weight_n=weight_n, **options)
-    aux = {'correlation': -loss_l, 'held_out_correlation': _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, options['ridge'])}
+    aux = {
+      'correlation': -loss_l,
+      'held_out_correlation': _held_out(
+        x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, options['ridge']
+      ),
+    }
     kept = _merge(state['past'], decay, jnp.concatenate([x_lbk, y_lbk], axis=2), weight_b)
     return jnp.mean(loss_l), lax.stop_gradient(state | {'past': kept}), lax.stop_gradient(aux)
 
@@ -111,12 +155,17 @@ def _moving_average(num_directions, window, seed, gather, options):
 
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_LARGEST, _MOST_WEIGHT = 1e12, 1e6  # So that squares, times weights, times d or a window, stay in float32.
+_LARGEST, _MOST_WEIGHT = (
+  1e12,
+  1e6,
+)  # So that squares, times weights, times d or a window, stay in float32.
 _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
 
 
 def _points(past, decay):
-  """Rows that stand for the past: 4 k points with its mean and covariance C = L L', namely mean +- sqrt(2 k) L_i."""
+  """Rows that stand for the past: 4 k points with its mean and covariance C = L L', namely mean +-
+  sqrt(2 k) L_i.
+  """
   num_points = 2 * past['mean_lj'].shape[1]
   deviation_lj = jnp.sqrt(jnp.diagonal(past['scatter_ljj'], axis1=1, axis2=2))
   unit_lj = jnp.where(deviation_lj > 0, 1 / jnp.where(deviation_lj > 0, deviation_lj, 1.0), 0.0)
@@ -125,17 +174,23 @@ def _points(past, decay):
   scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(past['weight'], _TINY))
   offset_lpj = jnp.swapaxes(root_ljj * scale_lj[:, :, None], 1, 2)
   points_lpj = past['mean_lj'][:, None, :] + jnp.concatenate([offset_lpj, -offset_lpj], axis=1)
-  return *jnp.split(points_lpj, 2, axis=2), jnp.full(num_points, decay * past['weight'] / num_points)
+  return *jnp.split(points_lpj, 2, axis=2), jnp.full(
+    num_points, decay * past['weight'] / num_points
+  )
 
 
 @in_turn
 def _root(correlation_jj):
-  """A Cholesky factor, which always exists: of a little more than float32's rounding on the diagonal."""
+  """A Cholesky factor, which always exists: of a little more than float32's rounding on the
+  diagonal.
+  """
   return raised_cholesky(correlation_jj, jnp.float32(1e-5))[0]
 
 
 def _merge(past, decay, z_lbj, weight_b):
-  """The past after one more batch: the pairwise update of Chan, Golub and LeVeque (1979) with decay."""
+  """The past after one more batch: the pairwise update of Chan, Golub and LeVeque (1979) with
+  decay.
+  """
   old, new = decay * past['weight'], jnp.sum(weight_b)
   share_b = weight_b / jnp.maximum(new, _TINY)
   mean_lj = jnp.einsum('b,lbj->lj', share_b, z_lbj, precision='highest')
@@ -154,7 +209,9 @@ def _merge(past, decay, z_lbj, weight_b):
 def _project(view_lbd, projection_ldk, weight_b):
   view_lbd = jnp.where(weight_b[None, :, None] > 0, view_lbd.astype(jnp.float32), 0.0)
   view_lbd = in_range(view_lbd, _LARGEST)
-  return jnp.einsum('lbd,ldk->lbk', view_lbd, lax.stop_gradient(projection_ldk), precision='highest')
+  return jnp.einsum(
+    'lbd,ldk->lbk', view_lbd, lax.stop_gradient(projection_ldk), precision='highest'
+  )
 
 
 @jax.custom_vjp
@@ -173,7 +230,10 @@ _with_gain.defvjp(lambda array, gain: (array, gain), _with_gain_bwd)
 
 
 def _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, ridge):
-  """Mean correlation of the batch along directions fitted on the past, [L]; NaN while there is none."""
+  """Mean correlation of the batch along directions fitted on the past, [L]; NaN while there is
+  none.
+  """
+
   def one_layer(layer):
     x_pk, y_pk, x_bk, y_bk = layer
     directions = fit_directions(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
