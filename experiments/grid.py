@@ -132,10 +132,8 @@ def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collecti
     preset, given = str(configs / 'table.py'), given | {'dataset.path': where}
   else:
     raise UserError(
-
-        f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) '
-        'nor NAME=PRESET.py'
-
+      f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) '
+      'nor NAME=PRESET.py'
     )
   return runs.override(config_lib.load_config(preset, given), {**changes, 'seed': seed})
 

@@ -248,10 +248,8 @@ def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
   for split, count in counts.items():
     if count < 2:
       raise UserError(
-
-          f'config.dataset: the {split} split has {count} example(s) with image and text, which '
-          'leaves nothing to contrast; give more'
-
+        f'config.dataset: the {split} split has {count} example(s) with image and text, which '
+        'leaves nothing to contrast; give more'
       )
   if config.train.batch_size > counts['train']:
     raise UserError(
@@ -360,16 +358,12 @@ def _introduce(config, data, towers, model, state, plan) -> None:
       else 'trained from scratch'
     )
     cli.say(
-
-        f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
-        f'{tower.config.hidden_size}, {start}'
-
+      f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
+      f'{tower.config.hidden_size}, {start}'
     )
   cli.say(
-
-      f'{train_state.count(state.params):,} parameters to train; {plan.total} steps of '
-      f'{config.train.batch_size} pairs'
-
+    f'{train_state.count(state.params):,} parameters to train; {plan.total} steps of '
+    f'{config.train.batch_size} pairs'
   )
 
 

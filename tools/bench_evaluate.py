@@ -59,10 +59,8 @@ def main(argv: Sequence[str]) -> None:
   else:
     for name, x in found.items():
       print(
-
-          f'{name} absent: {x["peak_bytes"] / 1e6:,.0f} MB at most, {x["cpu_seconds"]:.0f} CPU '
-          'seconds'
-
+        f'{name} absent: {x["peak_bytes"] / 1e6:,.0f} MB at most, {x["cpu_seconds"]:.0f} CPU '
+        'seconds'
       )
 
 

@@ -68,11 +68,9 @@ def main(argv: Sequence[str]) -> None:
   else:
     for name, error in found.items():
       print(
-
-          f'{name}: {100 * error[0]:.1f} % after the first layer, {100 * error[-1]:.1f} % after '
-          'the '
-          f'last, at most {100 * max(error):.1f} %'
-
+        f'{name}: {100 * error[0]:.1f} % after the first layer, {100 * error[-1]:.1f} % after '
+        'the '
+        f'last, at most {100 * max(error):.1f} %'
       )
 
 

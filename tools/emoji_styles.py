@@ -92,17 +92,13 @@ class Collection:
         }
     except (tarfile.TarError, OSError, ValueError) as error:
       raise UserError(
-
-          f'{flag}: {str(archive)!r} cannot be read ({str(error).splitlines()[0]}); run npm pack '
-          'again'
-
+        f'{flag}: {str(archive)!r} cannot be read ({str(error).splitlines()[0]}); run npm pack '
+        'again'
       ) from None
     if not set(FILES[:2]) <= set(files):
       raise UserError(
-
-          f'{flag}: {str(archive)!r} is no Iconify collection ({", ".join(FILES[:2])} are not in '
-          'it); give archives of npm pack'
-
+        f'{flag}: {str(archive)!r} is no Iconify collection ({", ".join(FILES[:2])} are not in '
+        'it); give archives of npm pack'
       )
     self.info, self._icons, chars = (files.get(name, {}) for name in FILES)
     self.names = {code_points(points): name for points, name in chars.items() if self._find(name)}
@@ -246,10 +242,8 @@ def licenses(collections: Mapping[str, Collection]) -> str:
   ]
   for info in (collection.info for collection in collections.values()):
     lines.append(
-
-        f'| {info["name"]} | {info["author"]["name"]} | {info["license"]["title"]} | '
-        f'{info["author"].get("url", "")} |'
-
+      f'| {info["name"]} | {info["author"]["name"]} | {info["license"]["title"]} | '
+      f'{info["author"].get("url", "")} |'
     )
   return '\n'.join(lines) + '\n'
 
@@ -272,10 +266,8 @@ def main(argv: Sequence[str]) -> None:
     rows = rows_of(source, data.class_names, hands if split == 'train' else {})
     more = rows_of_icons(icons, names_held_out(data.splits)) if split == 'train' and icons else ()
     cli.say(
-
-        f'{split}: {write_split(partial, split, itertools.chain(rows, more))} pictures, '
-        f'{len(source)} emoji'
-
+      f'{split}: {write_split(partial, split, itertools.chain(rows, more))} pictures, '
+      f'{len(source)} emoji'
     )
   atomic.write(partial / 'LICENSES.md', licenses({**hands, **icons}))
   partial.rename(out)

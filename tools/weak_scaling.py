@@ -109,10 +109,8 @@ def check(flags, devices: int, model: int) -> None:
   for axis, size in total.items():
     wanted = sum(x.times * x.bytes for x in listed(work) if x.axis == axis)
     cli.say(
-
-        f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
-        f'{wanted:,} listed'
-
+      f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
+      f'{wanted:,} listed'
     )
 
 
@@ -127,10 +125,8 @@ def main(argv: Sequence[str]) -> None:
   towers, head, cca = flops_of(flags)
   alone = (towers + head) / (float(flags.flops) * float(flags.mfu))
   print(
-
-      '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
-      'collectives ms | efficiency |'
-
+    '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
+    'collectives ms | efficiency |'
   )
   print('|--:|:-:|--:|--:|--:|--:|--:|--:|')
   for model in (1, 2):

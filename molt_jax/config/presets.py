@@ -75,10 +75,8 @@ def vary(config: ml_collections.ConfigDict, variants: str) -> ml_collections.Con
   for word in filter(None, variants.split(',')):
     if word not in VARIANTS:
       raise UserError(
-
-          f'--config: no variant {word!r} after the colon; give one of {", ".join(VARIANTS)}, or '
-          'several with commas'
-
+        f'--config: no variant {word!r} after the colon; give one of {", ".join(VARIANTS)}, or '
+        'several with commas'
       )
     put(config, VARIANTS[word])
   return config

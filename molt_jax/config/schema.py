@@ -581,10 +581,8 @@ def load_config(
   lacking = {name for name, _ in fields(schema)} ^ {name for name, _ in _flatten(config.to_dict())}
   if lacking:
     raise UserError(
-
-        f'--config: {preset!r} is a preset of another command (config.{min(lacking)}); give one of '
-        'this command'
-
+      f'--config: {preset!r} is a preset of another command (config.{min(lacking)}); give one of '
+      'this command'
     )
   for name, text in (overrides or {}).items():
     default = get(config, name, schema)
@@ -671,10 +669,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     return float(value) if abs(value) < 2**1023 else math.inf  # Which no field allows.
   if type(value) is not type(default):
     raise UserError(
-
-        f'config.{name}: {value!r} is of type {type(value).__name__}; give '
-        f'{article(type(default).__name__)} such as {default!r}'
-
+      f'config.{name}: {value!r} is of type {type(value).__name__}; give '
+      f'{article(type(default).__name__)} such as {default!r}'
     )
   return value
 

@@ -305,10 +305,8 @@ def _announce(
     )
   kept.try_out()
   cli.say(
-
-      f'feature store {kept.root}: {len(missing)} {UNITS[modality]} go through the tower once and '
-      f'take {_bytes(needed)} ({_bytes(free)} free)'
-
+    f'feature store {kept.root}: {len(missing)} {UNITS[modality]} go through the tower once and '
+    f'take {_bytes(needed)} ({_bytes(free)} free)'
   )
 
 

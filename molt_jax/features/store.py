@@ -141,10 +141,8 @@ class FeatureStore:
     )
     if foreign:
       raise UserError(
-
-          f'config.features.store: {str(self.root)!r} is no feature store, it holds '
-          f'{", ".join(foreign[:3])}; give a new or empty folder'
-
+        f'config.features.store: {str(self.root)!r} is no feature store, it holds '
+        f'{", ".join(foreign[:3])}; give a new or empty folder'
       )
     self.folder.mkdir(exist_ok=True)
     atomic.remove_leftovers(self.folder)
@@ -188,11 +186,9 @@ class FeatureStore:
       raw = _read(entry.shard, entry.offset, self._length(entry))
     except OSError as error:
       raise UserError(
-
-          f'{entry.shard} can no longer be read ({error.strerror}); start again, and what it held '
-          'is '
-          'computed again'
-
+        f'{entry.shard} can no longer be read ({error.strerror}); start again, and what it held '
+        'is '
+        'computed again'
       ) from error
     if zlib.crc32(raw) != entry.crc32:
       raise UserError(

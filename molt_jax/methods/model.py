@@ -100,11 +100,9 @@ def make_model(
     layers = tower.config.num_layers
     if config.molt.num_layers > layers:
       raise UserError(
-
-          f'config.molt.num_layers: {config.molt.num_layers}, but the {modality} tower has '
-          f'{layers} '
-          f'layers; give at most {layers}'
-
+        f'config.molt.num_layers: {config.molt.num_layers}, but the {modality} tower has '
+        f'{layers} '
+        f'layers; give at most {layers}'
       )
   widths = {
     f'{m}_width': towers[m].config.hidden_size if m in towers else UNUSED_WIDTH for m in MODALITIES

@@ -91,10 +91,8 @@ def class_prompts(
   wrong = [template for template in templates if template.count('{}') != 1]
   if wrong or not templates:
     raise UserError(
-
-        f'templates: {(wrong or [""])[0]!r} is not legal; give prompts with one {{}} for the class '
-        f'name, such as "a picture of {{}}"'
-
+      f'templates: {(wrong or [""])[0]!r} is not legal; give prompts with one {{}} for the class '
+      f'name, such as "a picture of {{}}"'
     )
   return [
     [template.replace('{}', name.replace('-', ' ').replace('_', ' ')) for template in templates]
@@ -115,11 +113,9 @@ def zero_shot(
   """
   if len(class_prompts_kpc) < 2:
     raise UserError(
-
-        f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set '
-        'of '
-        'two classes or more'
-
+      f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set '
+      'of '
+      'two classes or more'
     )
   class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
   labelled_n = np.asarray(labels) >= 0

@@ -117,11 +117,9 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
     if not _same_data(first, run) or classes[1:] not in ([], classes[:1]):
       one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
       raise UserError(
-
-          f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one '
-          'data '
-          'set'
-
+        f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one '
+        'data '
+        'set'
       )
   return runs
 
@@ -180,10 +178,8 @@ def _read(folder: pathlib.Path, name: str) -> Run:
   evaluation = checked.evaluation(evaluation_path, _json(evaluation_path))
   if not set(LABELS) & set(evaluation['results']):
     raise UserError(
-
-        f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m '
-        f'molt_jax.evaluate --workdir={folder}'
-
+      f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m '
+      f'molt_jax.evaluate --workdir={folder}'
     )
   predictions, pairs = (
     records.Predictions.load(folder / records.PREDICTIONS),

@@ -327,10 +327,8 @@ class ClipVision(nn.Module):
     c = self.config
     if image_bhwc.shape[1:] != (c.image_size, c.image_size, 3):
       raise UserError(
-
-          f'images of shape {image_bhwc.shape[1:]} for a CLIP tower that reads '
-          f'{(c.image_size, c.image_size, 3)}'
-
+        f'images of shape {image_bhwc.shape[1:]} for a CLIP tower that reads '
+        f'{(c.image_size, c.image_size, 3)}'
       )
     x_bid = patches(image_bhwc.astype(self.dtype), c.patch_size) @ self.patch_kernel
     first_b1d = jnp.broadcast_to(self.class_embedding, (x_bid.shape[0], 1, c.hidden_size))
@@ -405,10 +403,8 @@ class ClipText(nn.Module):
     stack.check_taps(num_taps, c.num_layers, 'CLIP text tower')
     if tokens_bt.shape[1] > c.max_positions:
       raise UserError(
-
-          f'{tokens_bt.shape[1]} tokens for a CLIP text tower with {c.max_positions} positions: '
-          'lower text.max_tokens'
-
+        f'{tokens_bt.shape[1]} tokens for a CLIP text tower with {c.max_positions} positions: '
+        'lower text.max_tokens'
       )
     h_btd, taps_lbtd = stack.run_layers(
       self.layer,

@@ -79,10 +79,8 @@ class RandomFiles(TowerFiles):
   def __init__(self, path: str, kind: str, name: str):
     if name not in ARCHITECTURES[kind]:
       raise UserError(
-
-          f'{path!r}: no {kind} architecture has this name; choose one of '
-          f'{", ".join("random:" + n for n in ARCHITECTURES[kind])}'
-
+        f'{path!r}: no {kind} architecture has this name; choose one of '
+        f'{", ".join("random:" + n for n in ARCHITECTURES[kind])}'
       )
     config = dict(ARCHITECTURES[kind][name])
     content = json.dumps({'architecture': config, 'seed': RANDOM_SEED}, sort_keys=True)
@@ -216,17 +214,13 @@ def _open(path: str, kind: str) -> TowerFiles:
     return GgufFiles(path, kind, local)
   if local.exists():
     raise UserError(
-
-        f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and '
-        'safetensors) or a .gguf file'
-
+      f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and '
+      'safetensors) or a .gguf file'
     )
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or local.suffix == '.gguf':
     raise UserError(
-
-        f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, '
-        'pkg://package/file, or random:NAME'
-
+      f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, '
+      'pkg://package/file, or random:NAME'
     )
   return HuggingFaceFiles(path, kind, _download(path))
 
@@ -245,10 +239,8 @@ def _package_path(path: str) -> pathlib.Path:
   local = pathlib.Path(spec.submodule_search_locations[0], relative)
   if not local.exists():
     raise UserError(
-
-        f'{path!r}: the installed package {package!r} holds no {relative!r}; it holds '
-        f'{_listing(local.parent)}'
-
+      f'{path!r}: the installed package {package!r} holds no {relative!r}; it holds '
+      f'{_listing(local.parent)}'
     )
   return local
 

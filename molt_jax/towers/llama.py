@@ -324,10 +324,8 @@ class Llama(nn.Module):
     stack.check_taps(num_taps, c.num_layers, 'LLaMA')
     if tokens_bt.shape[1] > c.max_positions:
       raise UserError(
-
-          f'{tokens_bt.shape[1]} tokens for a LLaMA with {c.max_positions} positions: lower '
-          'text.max_tokens'
-
+        f'{tokens_bt.shape[1]} tokens for a LLaMA with {c.max_positions} positions: lower '
+        'text.max_tokens'
       )
     if position_gn is None:
       h_btd, taps_lbtd = self._run(

@@ -139,10 +139,8 @@ def _qwix(wanted: str):
     import qwix  # Takes a second, and who quantises nothing need not have it.
   except ImportError as error:
     raise UserError(
-
-        f'config.backbones.quantization: {wanted} needs the package qwix; pip install qwix, or '
-        'give '
-        'none'
-
+      f'config.backbones.quantization: {wanted} needs the package qwix; pip install qwix, or '
+      'give '
+      'none'
     ) from error
   return qwix

@@ -4,30 +4,40 @@ Every parameter of one layer is stored once for all layers, on a leading 'layers
 `jax.lax.scan` runs over layer *indices*, and the body reads its slice of the (loop-invariant)
 stack. Scanning over the stack itself, as `nn.scan` does, would copy the slice a..b before the loop.
 Compile time does not depend on depth.
+
+Hidden states are numbered as Hugging Face's `output_hidden_states` numbers them: state i enters
+layer i, and state `num_layers` leaves the last layer.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from molt_jax.errors import UserError
 from molt_jax.towers import quantize
 
 
-def check_taps(num_taps: int, num_layers: int, tower: str) -> None:
-  """Raises UserError unless a tower of `num_layers` layers has that many hidden states, which are
-  one more.
+def resolve_states(states: Sequence[int], num_layers: int, tower: str) -> tuple[int, ...]:
+  """Returns hidden states by number, ascending; negative ones count from the last, which is -1.
+
+  Raises:
+    UserError: none at all, one twice, or one that a tower of `num_layers` layers does not have.
   """
-  if not 1 <= num_taps <= num_layers + 1:
+  found = sorted(state + num_layers + 1 if state < 0 else state for state in states)
+  legal = found and 0 <= found[0] and found[-1] <= num_layers and len(set(found)) == len(found)
+  if not legal:
     raise UserError(
-
-        f'{num_taps} tapped layers of a {tower} with {num_layers} layers: choose from 1 to '
-        f'{num_layers + 1} (molt.num_layers)'
-
+      f'hidden states {list(states)} of a {tower} with {num_layers} layers: choose different ones '
+      f'from 0 to {num_layers} (config.molt.layers)'
     )
+  return tuple(found)
 
 
-def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example):
+def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example: Any) -> Any:
   """Returns the stacked parameters of `num_layers` copies of `layer`, creating them as `module`'s
   parameter 'layers' on initialisation.
 
@@ -39,9 +49,8 @@ def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example)
   """
 
   def init(key):
-    params = jax.vmap(lambda k: layer.init(k, *example)['params'])(
-      jax.random.split(key, num_layers)
-    )
+    keys = jax.random.split(key, num_layers)
+    params = jax.vmap(lambda k: layer.init(k, *example)['params'])(keys)
     return nn.meta.add_axis(params, 0, {nn.PARTITION_NAME: 'layers'})
 
   if module.is_initializing() and not module.has_variable('params', 'layers'):
@@ -49,40 +58,111 @@ def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example)
   return nn.unbox(module.get_variable('params', 'layers'))
 
 
+def has_param(module: nn.Module, name: str) -> bool:
+  """Whether a parameter is to be made, or is there: of a tower that is run from an upper layer on,
+  what lies below is not loaded.
+  """
+  return module.is_initializing() or module.has_variable('params', name)
+
+
 def run_layers(
-  layer: nn.Module, params, h_btd: jax.Array, *args, start: int, stop: int, num_taps: int = 0
-):
+  layer: nn.Module,
+  params: Any,
+  h_btd: jax.Array,
+  *args: Any,
+  num_layers: int,
+  start: int,
+  stop: int,
+  states: Sequence[int] = (),
+  before: Callable[[jax.Array, Any], jax.Array] | None = None,
+  inserts: Any = None,
+) -> tuple[jax.Array, jax.Array]:
   """Runs layers start..stop-1 of a stack on hidden states.
 
   Args:
     layer: an unbound module of one layer, called as layer(h_btd, *args).
-    params: stacked parameters, as `layer_params` returns them.
+    params: stacked parameters, as `layer_params` returns them, or those of the last layers alone.
     h_btd: hidden states that enter layer `start`.
     *args: what every layer reads besides the hidden states.
+    num_layers: depth of the whole stack.
     start, stop: range of layers; start == stop leaves h_btd as it is.
-    num_taps: how many of the hidden states to return as well, at most stop - start + 1.
+    states: which of the states start..stop to return as well, ascending.
+    before: called before each layer as before(h_btd, insert), where `insert` is the layer's slice
+      of `inserts`; returns what enters the layer, of the same shape. Methods put their tokens in
+      the place of those of the layer below by it.
+    inserts: arrays with a leading axis of stop - start layers.
 
   Returns:
-    (hidden states that leave layer stop - 1, taps_lbtd: the last `num_taps` of the stop - start + 1
-    hidden states h_btd, first output, ..., last).
+    (hidden states that leave layer stop - 1, states_sbtd: the states that were asked for).
   """
+  first = num_layers - jax.tree.leaves(params)[0].shape[0]
+  # A state that is not asked for lands in the slot of the next one, which overwrites it.
+  slots = np.searchsorted(np.asarray(states, int), np.arange(start, stop + 1))
+  slots = jnp.asarray(np.minimum(slots, max(len(states) - 1, 0)), jnp.int32)
 
   def body(carry, i):
-    h_btd, taps_lbtd = carry
-    one = quantize.dequantize(
-      jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), params)
+    h_btd, states_sbtd = carry
+    if before is not None:
+      insert = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), inserts)
+      h_btd = before(h_btd, insert)
+    one = jax.tree.map(
+      lambda p: jax.lax.dynamic_index_in_dim(p, i + (start - first), keepdims=False), params
     )
-    h_btd = layer.apply({'params': one}, h_btd, *args)
-    if num_taps:
-      # States that are not among the last ones land in slot 0 too, where the first wanted one
-      # overwrites them.
-      slot = jnp.maximum(i - (stop - num_taps), 0)
-      taps_lbtd = jax.lax.dynamic_update_index_in_dim(taps_lbtd, h_btd, slot, 0)
-    return (h_btd, taps_lbtd), None
+    h_btd = layer.apply({'params': quantize.dequantize(one)}, h_btd, *args)
+    if states:
+      states_sbtd = jax.lax.dynamic_update_index_in_dim(states_sbtd, h_btd, slots[i + 1], 0)
+    return (h_btd, states_sbtd), None
 
-  # Differentiation (rival methods train what they insert between frozen layers) must not keep each
+  # Differentiation (methods train what they insert between frozen layers) must not keep each
   # layer's slice of the weights, scaled back or not, as a residual: that would be a second copy of
   # the model. Products are kept; slices are read again and what is cheap is computed again.
-  body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
-  taps_lbtd = jnp.broadcast_to(h_btd, (num_taps, *h_btd.shape))
-  return jax.lax.scan(body, (h_btd, taps_lbtd), jnp.arange(start, stop))[0]
+  policy = jax.checkpoint_policies.dots_saveable
+  body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+  states_sbtd = jnp.broadcast_to(h_btd, (len(states), *h_btd.shape))
+  return jax.lax.scan(body, (h_btd, states_sbtd), jnp.arange(stop - start))[0]
+
+
+def insert_behind(
+  h_btd: jax.Array, lengths_b: jax.Array, inserted_bkd: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Puts K tokens behind the last valid token of each example, so that in a causal tower they read
+  the whole text.
+
+  Args:
+    h_btd: right-padded hidden states.
+    lengths_b: int32[B], valid tokens of each example.
+    inserted_bkd: the tokens.
+
+  Returns:
+    (hidden states [B, T + K, D], int32[B], the lengths with the inserted tokens). Position p of an
+    example of n tokens is token p of the text for p < n, inserted token p - n for n <= p < n + K,
+    and padding after.
+  """
+  t, k = h_btd.shape[1], inserted_bkd.shape[1]
+  both = jnp.concatenate([h_btd, inserted_bkd.astype(h_btd.dtype)], axis=1)
+  return jnp.take_along_axis(both, _sources(lengths_b, t, k)[:, :, None], axis=1), lengths_b + k
+
+
+def _sources(lengths_b: jax.Array, t: int, k: int) -> jax.Array:
+  """int32[B, T + K], where in concat([text, inserted]) each position's token comes from."""
+  position_p = jnp.arange(t + k, dtype=jnp.int32)[None]
+  behind_bp = position_p - lengths_b[:, None]
+  return jnp.where(
+    behind_bp < 0, position_p, jnp.where(behind_bp < k, t + behind_bp, position_p - k)
+  )
+
+
+def replace_behind(h_bpd: jax.Array, text_lengths_b: jax.Array, new_bkd: jax.Array) -> jax.Array:
+  """Puts other tokens in the place of those that `insert_behind` inserted."""
+  position_p = jnp.arange(h_bpd.shape[1], dtype=jnp.int32)[None]
+  behind_bp = position_p - text_lengths_b[:, None]
+  inserted_bp = (behind_bp >= 0) & (behind_bp < new_bkd.shape[1])
+  index_bp = jnp.clip(behind_bp, 0, new_bkd.shape[1] - 1)
+  new_bpd = jnp.take_along_axis(new_bkd.astype(h_bpd.dtype), index_bp[:, :, None], axis=1)
+  return jnp.where(inserted_bp[:, :, None], new_bpd, h_bpd)
+
+
+def read_behind(h_bpd: jax.Array, text_lengths_b: jax.Array, count: int) -> jax.Array:
+  """Returns the tokens that `insert_behind` inserted, [B, K, D]."""
+  index_bk = text_lengths_b[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+  return jnp.take_along_axis(h_bpd, index_bk[:, :, None], axis=1)

@@ -60,10 +60,8 @@ class TranslationFit:
     )
     if len(self._source) < 2:
       raise UserError(
-
-          "config.missing.strategy: 'translate' learns from complete training pairs, and there are "
-          f'{len(self._source)}; give robust, null or zero'
-
+        "config.missing.strategy: 'translate' learns from complete training pairs, and there are "
+        f'{len(self._source)}; give robust, null or zero'
       )
     self._preprocess, self._config, self._mesh = preprocess, config, mesh
     self._step = jax.jit(
