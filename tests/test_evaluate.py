@@ -147,7 +147,7 @@ def test_an_absent_tower_is_neither_loaded_nor_run(run, monkeypatch):
   monkeypatch.setattr(
     model_lib.weights,
     'load_tower',
-    lambda path, *, kind, **k: (loaded.append(kind), load(path, kind=kind, **k))[1],
+    lambda path, *, modality, **k: (loaded.append(modality), load(path, modality=modality, **k))[1],
   )
   assert evaluate.main([f'--workdir={run}', '--absent=text']) == 0
   assert loaded == ['image']

@@ -118,7 +118,7 @@ def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype)
   folder = whole / 'tower'
   if dtype == 'float16':
     tower = loading.load_tower(
-      str(folder), kind='image', dtype='float32', attention='xla', with_pool=True
+      str(folder), modality='image', dtype='float32', attention='xla', heads=('pool',)
     )
     folder = export.save_image_tower(
       tmp_path / 'half', tower.params, tower.config, tower.preprocess, dtype=dtype
@@ -132,15 +132,15 @@ def test_transformers_loads_the_tower_with_equal_outputs(whole, tmp_path, dtype)
     and model.dtype == torch.float32
   )
   tower = loading.load_tower(
-    str(folder), kind='image', dtype='float32', attention='xla', with_pool=True
+    str(folder), modality='image', dtype='float32', attention='xla', heads=('pool',)
   )
   image_bhwc = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
   with torch.inference_mode():
     theirs = model.eval()(torch.tensor(image_bhwc).permute(0, 3, 1, 2), output_hidden_states=True)
   bound = tower.module.bind({'params': tower.params})
-  ours, pooled = jax.jit(lambda x: (bound(x, num_taps=3), bound.pool(bound(x, num_taps=1)[0])))(
-    image_bhwc
-  )
+  ours, pooled = jax.jit(
+    lambda x: (bound(x, states=range(-3, 0)), bound.pool(bound(x, states=range(-1, 0))[0]))
+  )(image_bhwc)
   np.testing.assert_allclose(ours, np.stack([h.numpy() for h in theirs.hidden_states]), atol=2e-5)
   np.testing.assert_allclose(pooled, theirs.pooler_output.numpy(), atol=2e-5)
 
@@ -150,7 +150,7 @@ def test_the_written_preprocessing_is_that_of_training(whole):
   from PIL import Image
 
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 27, 3), dtype=np.uint8))
-  spec = loading.describe_tower(str(whole / 'tower'), kind='image').preprocess
+  spec = loading.describe_tower(str(whole / 'tower'), modality='image').preprocess
   ours = transforms.preprocess_image(
     image, size=spec.size, mean=spec.mean, std=spec.std, resize='crop'
   )
@@ -239,7 +239,7 @@ def test_features_of_a_probe_are_class_and_mean_patch_token(pair):
     [pipeline.single_example(pair.preprocess, image=image)['image'] for image in images]
   )
   taps = np.asarray(
-    tower.apply({'params': pair.variables['params']['image_tower']}, x_bhwc, num_taps=2)
+    tower.apply({'params': pair.variables['params']['image_tower']}, x_bhwc, states=range(-2, 0))
   )
   expected = np.concatenate(
     [np.concatenate([h[:, 0], h[:, 1:].mean(axis=1)], axis=1) for h in taps], axis=1
@@ -410,7 +410,7 @@ def test_views_keep_a_share_of_their_patches(make_config):
   entering_bid, choices = tower.embed(image_bhwc), list(itertools.combinations(range(4), 2))
   wanted = {}
   for chosen in choices:
-    hidden_bid = tower.run(
+    hidden_bid, _ = tower.run(
       entering_bid[:, jnp.array([0, *(1 + p for p in chosen)])], start=0, stop=2
     )
     cut = np.stack(
@@ -451,7 +451,9 @@ def test_views_keep_a_share_of_their_patches(make_config):
   views = model.embed_batch(variables, same, jax.random.key(0))
   assert np.abs(views.image_bc - views.image_augmented_bc).max() > 1e-3
   whole = model(variables, 'pool_image', image_bhwc)[0]
-  np.testing.assert_allclose(whole, tower.pool(tower(image_bhwc, num_taps=1)[0]), atol=1e-6)
+  np.testing.assert_allclose(
+    whole, tower.pool(tower(image_bhwc, states=range(-1, 0))[0]), atol=1e-6
+  )
 
 
 def test_four_devices_take_the_step_of_one(make_config):
@@ -529,7 +531,7 @@ def test_frozen_image_tower_and_trained_text_tower(make_config, tiny_towers, tmp
   _, _, _, model, variables, _ = pretrain._open(tmp_path / 'run')
   assert model.frozen == ('image',) and 'image_tower' not in variables['params']
   before = loading.load_tower(
-    tiny_towers['text'], kind='text', dtype='float32', attention='xla'
+    tiny_towers['text'], modality='text', dtype='float32', attention='xla'
   ).params
   moved = jax.tree.map(
     lambda a, b: float(jnp.max(jnp.abs(a - b))), before, variables['params']['text_tower']
@@ -652,10 +654,10 @@ def test_the_shipped_tower_is_small_whole_and_packaged():
     assert any(pattern == f'**/*{file.suffix}' for pattern in patterns), file
   tower = loading.load_tower(
     'pkg://molt_jax/pretrained/openmoji',
-    kind='image',
+    modality='image',
     dtype='float32',
     attention='xla',
-    with_pool=True,
+    heads=('pool',),
   )
   config = config_lib.load_config(
     str(ROOT / 'configs' / 'pretrain_openmoji.py'), schema=PRETRAIN_SCHEMA
@@ -676,14 +678,14 @@ def test_transformers_reads_the_shipped_tower():
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
   tower = loading.load_tower(
-    str(folder), kind='image', dtype='float32', attention='xla', with_pool=True
+    str(folder), modality='image', dtype='float32', attention='xla', heads=('pool',)
   )
   size = tower.config.image_size
   image_bhwc = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
   with torch.inference_mode():
     theirs = model.eval()(torch.tensor(image_bhwc).permute(0, 3, 1, 2), output_hidden_states=True)
   bound = tower.module.bind({'params': tower.params})
-  ours = jax.jit(lambda x: bound(x, num_taps=tower.config.num_layers + 1))(image_bhwc)
+  ours = jax.jit(lambda x: bound(x, states=range(-tower.config.num_layers - 1, 0)))(image_bhwc)
   for a, b in zip(ours, theirs.hidden_states, strict=True):
     np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * float(b.abs().max()))
 

@@ -60,18 +60,18 @@ def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
   )
   image = jax.ShapeDtypeStruct((rows, 64, 64, 3), jnp.float32)
   assert accounting.matmul_flops(
-    lambda p, *x: llama.apply({'params': p}, *x, num_taps=4), frozen['text'], *text
+    lambda p, *x: llama.apply({'params': p}, *x, states=range(-4, 0)), frozen['text'], *text
   ) == accounting.llama_flops(llama.config, rows, tokens)
   assert accounting.matmul_flops(
-    lambda p, x: clip.apply({'params': p}, x, num_taps=4), frozen['image'], image
+    lambda p, x: clip.apply({'params': p}, x, states=range(-4, 0)), frozen['image'], image
   ) == accounting.clip_flops(clip.config, rows)
 
 
 def test_llama_7b_takes_two_flops_a_weight_and_token():
-  from molt_jax.towers.architectures import ARCHITECTURES
+  from molt_jax.towers import architectures
   from molt_jax.towers.llama import LlamaConfig
 
-  config = LlamaConfig.from_hf(ARCHITECTURES['text']['llama-7b'])
+  config = LlamaConfig.from_hf(architectures.LLAMA['llama-7b'])
   matrices, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 128
   attention = 32 * 4 * tokens * tokens * 4096  # Q K' and A V, over all pairs.
   assert accounting.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
@@ -100,7 +100,7 @@ def test_xla_counts_the_same_where_no_loop_hides_it(workload):
     jax.ShapeDtypeStruct((4, 32), bool),
   )
   counted = (
-    jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=1))
+    jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, states=range(-1, 0)))
     .lower(*shapes)
     .compile()
     .cost_analysis()['flops']
@@ -261,7 +261,7 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
   """
   import torch
 
-  from molt_jax.towers.architectures import ARCHITECTURES
+  from molt_jax.towers import architectures
   from molt_jax.towers.loading import hugging_face_tensors
 
   bench_train, rival_torch = tools
@@ -283,8 +283,8 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
   assert 'token_position' in ours.host
   ours.host['label'] = np.arange(24, dtype=np.int32) % 5
   rival = rival_torch.Rival(
-    ARCHITECTURES['text']['llama-tiny'],
-    ARCHITECTURES['image']['clip-vit-tiny'],
+    architectures.LLAMA['llama-tiny'],
+    architectures.CLIP_VISION['clip-vit-tiny'],
     rival_torch.Settings(8, 4, 5),
   )
   for tower, kind in ((rival.text, 'text'), (rival.image, 'image')):

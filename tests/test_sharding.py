@@ -39,7 +39,7 @@ kept = jax.config.jax_compilation_cache_dir
 assert kept.startswith('/tmp/.cache/molt_jax'), 'compiled programs are kept'
 names = dict.fromkeys(('llama-7b', 'llama-13b', 'llama-70b'), 'text') | {'clip-vit-l-14': 'image'}
 for name, kind in names.items():
-  files = loading.open_files(f'random:{name}', kind=kind)
+  files = loading.open_files(f'random:{name}', modality=kind)
   module = loading.make_module(files, dtype='bfloat16', attention='xla')
   boxed = loading.abstract_params(module)
   shapes = jax.tree.leaves(jax.tree.map(lambda x: x, loading.nn.unbox(boxed)))
@@ -166,7 +166,7 @@ def test_every_axis_name_of_every_tower_has_a_rule():
   for name, kind in (('llama-tiny', 'text'), ('clip-vit-tiny', 'image')):
     boxed = loading.abstract_params(
       loading.make_module(
-        loading.open_files(f'random:{name}', kind=kind), dtype='float32', attention='xla'
+        loading.open_files(f'random:{name}', modality=kind), dtype='float32', attention='xla'
       )
     )
     names = {

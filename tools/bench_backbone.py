@@ -28,7 +28,7 @@ import torch
 import transformers
 from flax import traverse_util
 
-from molt_jax.towers import loading
+from molt_jax.towers import base, loading, tensors
 
 NUM_TAPS = 4
 
@@ -56,13 +56,13 @@ def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
   )
   ours = traverse_util.flatten_dict(tower.params, sep='/')
   state = {}
-  for template, (path, transform) in loading.MAPS['text'].items():
+  for template, (path, transform) in base.FAMILIES[0].tensors.items():
     if path in ours:
       value = np.asarray(ours[path])
       for i, one in enumerate(value if path.startswith('layers/') else [value]):
         rows, *_ = shape = transform.source_shape(one.shape)
         turned = (
-          one.reshape(-1, rows).T if len(shape) == 2 and transform is not loading.AS_IS else one
+          one.reshape(-1, rows).T if len(shape) == 2 and transform is not tensors.AS_IS else one
         )
         state[template.format(i)] = torch.tensor(np.ascontiguousarray(turned))
   model.load_state_dict(state)
@@ -80,7 +80,7 @@ def main() -> None:
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   args = parser.parse_args()
 
-  tower = loading.load_tower(args.path, kind='text', dtype='float32', attention='xla')
+  tower = loading.load_tower(args.path, modality='text', dtype='float32', attention='xla')
   tokens_bt = (
     np.random.default_rng(0)
     .integers(0, tower.config.vocab_size, (args.batch, args.tokens))
@@ -89,7 +89,7 @@ def main() -> None:
   mask_bt = np.ones(tokens_bt.shape, bool)
   start = time.perf_counter()
   step = (
-    jax.jit(lambda p, t, m: tower.module.apply({'params': p}, t, m, num_taps=NUM_TAPS))
+    jax.jit(lambda p, t, m: tower.module.apply({'params': p}, t, m, states=range(-NUM_TAPS, 0)))
     .lower(tower.params, tokens_bt, mask_bt)
     .compile()
   )

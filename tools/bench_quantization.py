@@ -37,7 +37,7 @@ def states(path: str, kind: str, quantization: str, rows: int) -> np.ndarray:
   )
   run = jax.jit(
     lambda params, *x: tower.module.apply(
-      {'params': params}, *x, num_taps=tower.config.num_layers + 1
+      {'params': params}, *x, states=range(-tower.config.num_layers - 1, 0)
     )
   )
   return np.asarray(run(tower.params, *inputs(kind, tower.config, rows)))

@@ -40,7 +40,7 @@ from molt_jax.config.schema import default_config, validate
 from molt_jax.errors import UserError
 from molt_jax.profiling import accounting
 from molt_jax.runtime import cli, sharding
-from molt_jax.towers.architectures import ARCHITECTURES
+from molt_jax.towers import architectures
 
 SHIPPED = 'openmoji'
 CONTESTANTS = ('live', 'live_padded', 'store', 'rival', 'rival_compiled')
@@ -85,9 +85,9 @@ def shape_of(kind: str, name: str) -> dict:
   """The Hugging Face configuration of a tower."""
   if name == SHIPPED:
     return json.loads(
-      (pathlib.Path(molt_jax.__file__).parent / 'towers' / SHIPPED / 'config.json').read_text()
+      (pathlib.Path(molt_jax.__file__).parent / 'pretrained' / SHIPPED / 'config.json').read_text()
     )
-  return ARCHITECTURES[kind][name]
+  return {'text': architectures.LLAMA, 'image': architectures.CLIP_VISION}[kind][name]
 
 
 def lengths(flags, rows: int) -> np.ndarray:
@@ -322,8 +322,8 @@ def main(argv: Sequence[str]) -> None:
     [a for a in argv if a != '--json'],
   )
   for name, legal in (
-    ('text', ARCHITECTURES['text']),
-    ('image', (*ARCHITECTURES['image'], SHIPPED)),
+    ('text', architectures.LLAMA),
+    ('image', (*architectures.CLIP_VISION, SHIPPED)),
   ):
     _choices(name, getattr(flags, name), tuple(legal))
   if flags.lengths != 'full' and not re.fullmatch(r'[\d.]+,[\d.]+', flags.lengths):

@@ -59,28 +59,26 @@ def _clip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides)
   }
 
 
-ARCHITECTURES = {
-  'text': {
-    'llama-7b': _llama(
-      4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6
-    ),  # LLaMA 1, the paper's text tower.
-    'llama-13b': _llama(5120, 13824, 40, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6),
-    'llama-70b': _llama(8192, 28672, 80, 64, 8),  # LLaMA 2.
-    'smollm2-135m': _llama(
-      576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0
-    ),
-    'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
-  },
-  'clip_text': {
-    'clip-text-b': _clip_text(512, 12, 8),
-    'clip-text-l': _clip_text(768, 12, 12),
-    'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=259),
-  },
-  'image': {
-    'clip-vit-b-32': _clip(768, 12, 12, 224, 32),
-    'clip-vit-b-16': _clip(768, 12, 12, 224, 16),
-    'clip-vit-l-14': _clip(1024, 24, 16, 224, 14),
-    'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14),
-    'clip-vit-tiny': _clip(192, 6, 3, 64, 8),
-  },
+LLAMA = {
+  'llama-7b': _llama(
+    4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6
+  ),  # LLaMA 1, the paper's text tower.
+  'llama-13b': _llama(5120, 13824, 40, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6),
+  'llama-70b': _llama(8192, 28672, 80, 64, 8),  # LLaMA 2.
+  'smollm2-135m': _llama(
+    576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0
+  ),
+  'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
+}
+CLIP_TEXT = {
+  'clip-text-b': _clip_text(512, 12, 8),
+  'clip-text-l': _clip_text(768, 12, 12),
+  'clip-text-tiny': _clip_text(128, 4, 2, vocab_size=259),
+}
+CLIP_VISION = {
+  'clip-vit-b-32': _clip(768, 12, 12, 224, 32),
+  'clip-vit-b-16': _clip(768, 12, 12, 224, 16),
+  'clip-vit-l-14': _clip(1024, 24, 16, 224, 14),
+  'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14),
+  'clip-vit-tiny': _clip(192, 6, 3, 64, 8),
 }

@@ -11,8 +11,8 @@ import numpy as np
 import safetensors.numpy
 
 from molt_jax.runtime import atomic
-from molt_jax.towers import loading
-from molt_jax.towers.clip import ClipVisionConfig
+from molt_jax.towers import base, loading
+from molt_jax.towers.clip.config import ClipVisionConfig
 from molt_jax.towers.preprocessing import ImageSpec
 
 
@@ -38,7 +38,7 @@ def save_image_tower(
   Returns:
     `directory`.
   """
-  named = loading.hugging_face_tensors(params, kind='image')
+  named = loading.hugging_face_tensors(params, base.family_of({}, 'image', ''))
   tensors = {f'vision_model.{name}': w.astype(np.dtype(dtype)) for name, w in named.items()}
   contents = {'config.json': _config(config), 'preprocessor_config.json': _preprocessor(preprocess)}
   with atomic.folder(directory) as folder:

@@ -20,15 +20,12 @@ import numpy as np
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
 from molt_jax.towers import preprocessing, shards, tokenizer, tokenizer_files
-from molt_jax.towers.architectures import ARCHITECTURES
-from molt_jax.towers.clip import ClipTextConfig, ClipVisionConfig
-from molt_jax.towers.llama import LlamaConfig
+from molt_jax.towers.base import Family, family_of, random_family
 from molt_jax.towers.preprocessing import ImageSpec
 
-CONFIGS = {'text': LlamaConfig, 'clip_text': ClipTextConfig, 'image': ClipVisionConfig}
 RANDOM_SEED = 0
-# Of tensor names, when the file holds a larger model around the tower.
-PREFIX = {'text': r'^model\.', 'clip_text': r'^text_model\.', 'image': r'^vision_model\.'}
+# Where configs of earlier versions say that a shipped tower is.
+MOVED = {'pkg://molt_jax/towers/openmoji': 'pkg://molt_jax/pretrained/openmoji'}
 # Types of weights, as safetensors names them. Others are quantised, or no numbers at all.
 WEIGHT_TYPES = ('F32', 'F16', 'BF16')
 
@@ -37,7 +34,7 @@ class TowerFiles(abc.ABC):
   """Files of one tower.
 
   Attributes:
-    kind: 'text' (LLaMA), 'clip_text' or 'image'.
+    family: its row in `base.FAMILIES`.
     config: dict of the Hugging Face config.json (or its equivalent).
     identity: {'path': as given, 'sha256': of configuration and tensors}.
     where: what holds the configuration, for errors.
@@ -49,14 +46,20 @@ class TowerFiles(abc.ABC):
   shapes: Mapping[str, tuple[int, ...]] | None = None
   types: Mapping[str, str] = {}
 
-  def __init__(self, path: str, kind: str, config: dict[str, Any], sha256: str, where: str):
-    self.kind, self.config, self.where = kind, config, where
+  def __init__(self, path: str, family: Family, config: dict[str, Any], sha256: str, where: str):
+    self.family, self.config, self.where = family, config, where
     self.identity = {'path': path, 'sha256': sha256}
 
+  @property
+  def heads(self) -> tuple[str, ...]:
+    """What the files have above the last hidden state, of `family.heads`."""
+    rows = self.family.heads.items()
+    return tuple(name for name, tensor in rows if self.shapes is None or tensor in self.shapes)
+
   @functools.cached_property
-  def architecture(self) -> LlamaConfig | ClipTextConfig | ClipVisionConfig:
+  def architecture(self) -> Any:
     """The configuration as our modules take it."""
-    return CONFIGS[self.kind].from_hf(self.config, self.where)
+    return self.family.config.from_hf(self.config, self.where)
 
   @abc.abstractmethod
   def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -76,15 +79,11 @@ class TowerFiles(abc.ABC):
 class RandomFiles(TowerFiles):
   """A named architecture; the weights are drawn from RANDOM_SEED."""
 
-  def __init__(self, path: str, kind: str, name: str):
-    if name not in ARCHITECTURES[kind]:
-      raise UserError(
-        f'{path!r}: no {kind} architecture has this name; choose one of '
-        f'{", ".join("random:" + n for n in ARCHITECTURES[kind])}'
-      )
-    config = dict(ARCHITECTURES[kind][name])
+  def __init__(self, path: str, modality: str, name: str):
+    family = random_family(path, name, modality)
+    config = dict(family.architectures[name])
     content = json.dumps({'architecture': config, 'seed': RANDOM_SEED}, sort_keys=True)
-    super().__init__(path, kind, config, hashlib.sha256(content.encode()).hexdigest(), path)
+    super().__init__(path, family, config, hashlib.sha256(content.encode()).hexdigest(), path)
 
   def read(self, name, shape):
     # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
@@ -92,36 +91,32 @@ class RandomFiles(TowerFiles):
       return np.zeros(shape, np.float32)
     if 'norm' in name.split('.')[-2]:
       return np.ones(shape, np.float32)
-    draw = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())]).standard_normal(
-      shape, np.float32
-    )
-    return draw / np.float32(
-      math.prod(shape[1:]) ** 0.5
-    )  # Variance 1 / fan-in; shapes are [out, in...].
+    rng = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())])
+    # Variance 1 / fan-in; shapes are [out, in...].
+    return rng.standard_normal(shape, np.float32) / np.float32(math.prod(shape[1:]) ** 0.5)
 
   def tokenizer(self):
-    return tokenizer.byte_tokenizer(
-      vocab_size=self.architecture.vocab_size, with_end=self.kind == 'clip_text'
-    )
+    with_end = hasattr(self.architecture, 'eos_token_id')
+    return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=with_end)
 
 
 class GgufFiles(TowerFiles):
   """A LLaMA-family model in one GGUF file, or in several that llama.cpp has split."""
 
-  def __init__(self, path: str, kind: str, file: pathlib.Path):
-    if kind != 'text':
+  def __init__(self, path: str, modality: str, file: pathlib.Path):
+    if modality != 'text':
       raise UserError(
         f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face '
         'directory or hub id'
       )
-    from molt_jax.towers import (
-      gguf,
-    )  # And with it the package of that name, which only these files need.
+    # And with it the package of that name, which only these files need.
+    from molt_jax.towers import gguf
 
     self._gguf = gguf
     self._reader = gguf.Reader(file)
     config = gguf.hf_config(self._reader)
-    super().__init__(path, kind, config, _sha256(self._reader.paths), str(file))
+    family = family_of(config, modality, str(file))
+    super().__init__(path, family, config, _sha256(self._reader.paths), str(file))
     tensors = self._reader.tensors
     self._names = {gguf.hf_name(name): name for name in tensors if name != 'rope_freqs.weight'}
     self.shapes = {name: tensors[theirs].shape for name, theirs in self._names.items()}
@@ -139,7 +134,7 @@ class GgufFiles(TowerFiles):
 class HuggingFaceFiles(TowerFiles):
   """A directory with config.json and safetensors, as `save_pretrained` writes it."""
 
-  def __init__(self, path: str, kind: str, directory: pathlib.Path):
+  def __init__(self, path: str, modality: str, directory: pathlib.Path):
     self._directory = directory
     config = directory / 'config.json'
     if not config.exists():
@@ -153,9 +148,10 @@ class HuggingFaceFiles(TowerFiles):
         'model.merge_and_unload() and save_pretrained(DIR)'
       )
     content = files.read_json(config)
-    self._tensors = _named(shards.find(directory), kind, directory)
+    family = family_of(content, modality, str(config))
+    self._tensors = _named(shards.find(directory), family, directory)
     read = sorted({t.file for t in self._tensors.values()})
-    super().__init__(path, kind, content, _sha256([config, *read]), str(config))
+    super().__init__(path, family, content, _sha256([config, *read]), str(config))
     self.shapes = {name: t.shape for name, t in self._tensors.items()}
     self.types = {n: t.dtype for n, t in self._tensors.items() if t.dtype not in WEIGHT_TYPES}
 
@@ -170,12 +166,12 @@ class HuggingFaceFiles(TowerFiles):
 
 
 def _named(
-  tensors: Mapping[str, shards.Tensor], kind: str, directory: pathlib.Path
+  tensors: Mapping[str, shards.Tensor], family: Family, directory: pathlib.Path
 ) -> dict[str, shards.Tensor]:
   """Takes the prefix of a larger model off the names."""
   named = {}
   for theirs, tensor in tensors.items():
-    name = re.sub(PREFIX[kind], '', theirs)
+    name = re.sub(family.prefix, '', theirs)
     if name in named:
       raise UserError(
         f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
@@ -185,33 +181,33 @@ def _named(
   return named
 
 
-def open_files(path: str, *, kind: str) -> TowerFiles:
+def open_files(path: str, *, modality: str) -> TowerFiles:
   """Finds a tower's files and reads their headers; no weights are loaded.
 
   Args:
     path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
-    kind: 'text', 'clip_text' or 'image'.
+    modality: 'image' or 'text', what the tower reads; the family follows from its files.
 
   Raises:
-    UserError: nothing is there, it cannot be read, or it is not a tower of this kind.
+    UserError: nothing is there, it cannot be read, or it is no tower of this modality.
   """
   try:
-    return _open(path, kind)
+    return _open(path, modality)
   except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: ~user without such a user.
     reason = files.reason(error)
     raise UserError(f'{files.printable(path)}: the tower cannot be opened ({reason})') from error
 
 
-def _open(path: str, kind: str) -> TowerFiles:
+def _open(path: str, modality: str) -> TowerFiles:
   if '\0' in path:
     raise UserError(f'{files.printable(path)} is no path: it has a NUL character')
   if path.startswith('random:'):
-    return RandomFiles(path, kind, path.removeprefix('random:'))
+    return RandomFiles(path, modality, path.removeprefix('random:'))
   local = _package_path(path) if path.startswith('pkg://') else pathlib.Path(path).expanduser()
   if local.is_dir():
-    return HuggingFaceFiles(path, kind, local)
+    return HuggingFaceFiles(path, modality, local)
   if local.suffix == '.gguf' and local.exists():
-    return GgufFiles(path, kind, local)
+    return GgufFiles(path, modality, local)
   if local.exists():
     raise UserError(
       f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and '
@@ -222,11 +218,12 @@ def _open(path: str, kind: str) -> TowerFiles:
       f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, '
       'pkg://package/file, or random:NAME'
     )
-  return HuggingFaceFiles(path, kind, _download(path))
+  return HuggingFaceFiles(path, modality, _download(path))
 
 
 def _package_path(path: str) -> pathlib.Path:
   """Resolves pkg://package/relative/path."""
+  path = MOVED.get(path, path)
   package, _, relative = path.removeprefix('pkg://').partition('/')
   try:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None

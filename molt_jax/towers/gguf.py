@@ -20,7 +20,7 @@ import numpy as np
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
 from molt_jax.towers import keys
-from molt_jax.towers.llama import LlamaConfig, rope_frequencies
+from molt_jax.towers.llama.config import LlamaConfig, rope_frequencies
 
 # GGUF value type -> struct code
 SCALARS = {

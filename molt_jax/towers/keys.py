@@ -344,8 +344,8 @@ CLIP_COMMON: Table = {
 }
 CLIP_VISION: Table = {
   **CLIP_COMMON,
-  **neutral('projection_dim'),
   'model_type': only('clip_vision_model'),
+  'projection_dim': or_null(WIDTH),
   'num_channels': only(3),
   'image_size': PIXELS,
   'patch_size': PIXELS,

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,124 +20,13 @@ from flax import traverse_util
 
 from molt_jax.errors import UserError
 from molt_jax.towers import quantize
-from molt_jax.towers.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from molt_jax.towers.base import Family
 from molt_jax.towers.files import WEIGHT_TYPES, TowerFiles, open_files
-from molt_jax.towers.llama import Llama, LlamaConfig
 from molt_jax.towers.preprocessing import ImageSpec
+from molt_jax.towers.tensors import Transform
 from molt_jax.towers.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """How a Hugging Face tensor becomes ours and back.
-
-  Attributes:
-    source_shape: shape of ours -> the shape that theirs must have.
-    reorder: theirs -> ours (a reshape to the shape of ours follows).
-    restore: (ours, shape of theirs) -> theirs.
-  """
-
-  source_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-  reorder: Callable[[jax.Array], jax.Array]
-  restore: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-
-
-def _turned(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
-  return w.reshape(theirs[::-1]).T
-
-
-def _unpatched(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
-  out, channels, height, width = theirs
-  return w.reshape(height, width, channels, out).transpose(3, 2, 0, 1)
-
-
-AS_IS = Transform(lambda ours: ours, lambda w: w, np.reshape)
-FLAT = Transform(lambda ours: (math.prod(ours),), lambda w: w, np.reshape)
-DENSE = Transform(
-  lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T, _turned
-)  # [out, in] -> [in, out...]
-DENSE_OUT = Transform(
-  lambda ours: (ours[-1], math.prod(ours[:-1])), lambda w: w.T, _turned
-)  # [out, in] -> [in..., out]
-PATCHES = Transform(
-  lambda ours: (ours[1], 3, math.isqrt(ours[0] // 3), math.isqrt(ours[0] // 3)),
-  lambda w: w.transpose(2, 3, 1, 0),
-  _unpatched,
-)
-
-# Hugging Face tensor ({} is the layer) -> path of our parameter, transform. Entries for biases that
-# a configuration does not have are void.
-NORM = (('weight', 'scale'), ('bias', 'bias'))
-LINEAR = (('weight', 'kernel', DENSE), ('bias', 'bias', FLAT))
-CLIP_LAYER = {
-  **{
-    f'encoder.layers.{{}}.layer_norm1.{theirs}': (f'layers/attention_norm/{ours}', AS_IS)
-    for theirs, ours in NORM
-  },
-  **{
-    f'encoder.layers.{{}}.layer_norm2.{theirs}': (f'layers/mlp_norm/{ours}', AS_IS)
-    for theirs, ours in NORM
-  },
-  **{
-    f'encoder.layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how)
-    for p in 'qkv'
-    for theirs, ours, how in LINEAR
-  },
-  'encoder.layers.{}.self_attn.out_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
-  'encoder.layers.{}.self_attn.out_proj.bias': ('layers/o_proj/bias', FLAT),
-  **{
-    f'encoder.layers.{{}}.mlp.fc1.{theirs}': (f'layers/up_proj/{ours}', how)
-    for theirs, ours, how in LINEAR
-  },
-  **{
-    f'encoder.layers.{{}}.mlp.fc2.{theirs}': (f'layers/down_proj/{ours}', how)
-    for theirs, ours, how in LINEAR
-  },
-}
-MAPS = {
-  'text': {
-    'embed_tokens.weight': ('embedding', AS_IS),
-    'norm.weight': ('norm/scale', AS_IS),
-    'layers.{}.input_layernorm.weight': ('layers/input_norm/scale', AS_IS),
-    'layers.{}.post_attention_layernorm.weight': ('layers/mlp_norm/scale', AS_IS),
-    **{
-      f'layers.{{}}.self_attn.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how)
-      for p in 'qkv'
-      for theirs, ours, how in LINEAR
-    },
-    'layers.{}.self_attn.o_proj.weight': ('layers/o_proj/kernel', DENSE_OUT),
-    'layers.{}.self_attn.o_proj.bias': ('layers/o_proj/bias', FLAT),
-    **{
-      f'layers.{{}}.mlp.{p}_proj.{theirs}': (f'layers/{p}_proj/{ours}', how)
-      for p in ('gate', 'up', 'down')
-      for theirs, ours, how in LINEAR
-    },
-  },
-  'image': {
-    'embeddings.class_embedding': ('class_embedding', AS_IS),
-    'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
-    'embeddings.patch_embedding.weight': ('patch_kernel', PATCHES),
-    **{f'pre_layrnorm.{theirs}': (f'pre_norm/{ours}', AS_IS) for theirs, ours in NORM},
-    **CLIP_LAYER,
-    **{f'post_layernorm.{theirs}': (f'post_norm/{ours}', AS_IS) for theirs, ours in NORM},
-  },
-  'clip_text': {
-    'embeddings.token_embedding.weight': ('token_embedding', AS_IS),
-    'embeddings.position_embedding.weight': ('position_embedding', AS_IS),
-    **CLIP_LAYER,
-    **{f'final_layer_norm.{theirs}': (f'final_norm/{ours}', AS_IS) for theirs, ours in NORM},
-    'text_projection.weight': ('projection', DENSE),
-  },
-}
-# Tensors that the towers have no use for.
-IGNORED = {
-  'text': r'lm_head\.weight|score\.(weight|bias)|.*rotary_emb\.inv_freq',
-  'image': r'text_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids|'
-  r'(classifier|post_layernorm)\.(weight|bias)',
-  'clip_text': r'vision_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids',
-}
 MOST_NAMED = 40  # Unfit tensors in one error.
-MODULES = {'text': Llama, 'clip_text': ClipText, 'image': ClipVision}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,30 +34,38 @@ class TowerSpec:
   """A tower without its weights.
 
   Attributes:
-    config: the architecture; `config.hidden_size` is the width of the taps.
+    family: its row in `base.FAMILIES`.
+    config: the architecture; `config.hidden_size` is the width of the hidden states.
     identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where
       there is one, 'input_sha256': of what makes its input, tokenizer or image preprocessing}.
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
+    heads: what its files have above the last hidden state.
   """
 
-  config: LlamaConfig | ClipTextConfig | ClipVisionConfig
+  family: Family
+  config: Any
   identity: dict[str, str]
   tokenizer: Tokenizer | None
   preprocess: ImageSpec | None
+  heads: tuple[str, ...] = ()
+
+  def make_module(self, dtype: Any, attention: str, **how: Any) -> nn.Module:
+    """Returns the Linen module; `how` may have param_dtype and heads."""
+    return self.family.module(self.config, jnp.dtype(dtype), attention, **how)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower(TowerSpec):
   """A tower with its weights: `module.apply({'params': params}, ...)`."""
 
-  module: Llama | ClipText | ClipVision
-  params: Any
+  module: nn.Module = None
+  params: Any = None
 
 
-def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> TowerSpec:
+def describe_tower(path: str, *, modality: str, quantization: str = 'none') -> TowerSpec:
   """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
-  files = open_files(path, kind=kind)
+  files = open_files(path, modality=modality)
   if files.shapes is not None:
     # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
     # there must have them. Which are missing, loading says.
@@ -177,40 +74,61 @@ def describe_tower(path: str, *, kind: str, quantization: str = 'none') -> Tower
   return _describe(files, quantization)
 
 
+@dataclasses.dataclass(frozen=True)
+class Loading:
+  """How a tower is loaded.
+
+  Attributes:
+    dtype: of computation, 'float32' or 'bfloat16'.
+    attention: 'xla' or 'cudnn'.
+    quantization: 'none', 'int8' or 'int4', of the layers' matrices; each is quantised as it is
+      read.
+    param_dtype: of weights; None: `dtype`.
+    heads: what is loaded above the last hidden state, of `Family.heads`.
+    first_layer: the lowest layer that will be run; what lies below it is not loaded.
+  """
+
+  dtype: Any
+  attention: str = 'xla'
+  quantization: str = 'none'
+  param_dtype: Any = None
+  heads: tuple[str, ...] = ()
+  first_layer: int = 0
+
+
 def load_tower(
-  path: str,
-  *,
-  kind: str,
-  dtype: Any,
-  attention: str,
-  quantization: str = 'none',
-  shardings: Callable[[Any], Any] | None = None,
-  with_pool: bool = False,
+  path: str, *, modality: str, shardings: Callable[[Any], Any] | None = None, **how: Any
 ) -> Tower:
   """Loads a tower.
 
   Args:
     path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
-    kind: 'text' (LLaMA), 'clip_text' or 'image'.
-    dtype: of weights and computation, 'float32' or 'bfloat16'.
-    attention: 'xla' or 'cudnn'.
-    quantization: 'none', 'int8' or 'int4', of the layers' matrices; each is quantised as it is
-      read.
+    modality: 'image' or 'text'.
     shardings: maps the abstract parameters (boxed with their logical axes) to a pytree of
       shardings; None: the default device.
-    with_pool: load an image tower's final norm too, which only `ClipVision.pooled` reads.
+    **how: attributes of `Loading`.
 
   Raises:
     UserError: no such tower, a configuration that is not implemented, tensors that do not fit it
       (all of them are named), weights that are not finite or too large for the machine, no qwix.
   """
-  files = open_files(path, kind=kind)
-  module = make_module(files, dtype=dtype, attention=attention, with_pool=with_pool)
-  boxed = abstract_params(module)
-  hows = quantize.plan(boxed, quantization)
-  final = quantize.abstract_params(boxed, quantization)
+  how = Loading(**how)
+  files = open_files(path, modality=modality)
+  module = make_module(
+    files,
+    dtype=how.dtype,
+    attention=how.attention,
+    param_dtype=how.param_dtype,
+    heads=how.heads,
+  )
+  whole = abstract_params(module)
+  plan = _plan(files, _flat(nn.unbox(whole)))
+  boxed = upper_layers(whole, files.family, how.first_layer)
+  plan = _above(plan, _flat(nn.unbox(boxed)), how.first_layer)
+  hows = quantize.plan(boxed, how.quantization)
+  final = quantize.abstract_params(boxed, how.quantization)
   places = jax.tree.map(lambda _: None, nn.unbox(final)) if shardings is None else shardings(final)
-  described, plan = _describe(files, quantization), _plan(files, _flat(nn.unbox(boxed)))
+  described = _describe(files, how.quantization)
   _check_memory(path, nn.unbox(final), places)
   try:
     params = _load(files, plan, nn.unbox(boxed), nn.unbox(final), places, hows)
@@ -219,6 +137,29 @@ def load_tower(
       raise UserError(_too_large(path, nn.unbox(final), 'than is free')) from error
     raise
   return Tower(**vars(described), module=module, params=params)
+
+
+def upper_layers(boxed: Any, family: Family, first_layer: int) -> Any:
+  """Returns a tower's abstract parameters (boxed) from a layer on: without what `embed` reads and
+  without the layers below.
+  """
+  if not first_layer:
+    return boxed
+
+  def cut(x):
+    return jax.ShapeDtypeStruct((x.shape[0] - first_layer, *x.shape[1:]), x.dtype)
+
+  kept = {name: x for name, x in boxed.items() if name not in family.inputs}
+  return kept | {'layers': jax.tree.map(cut, kept['layers'])}
+
+
+def _above(plan: dict[str, Any], wanted: Mapping[str, Any], first_layer: int) -> dict[str, Any]:
+  """The part of a plan that makes these parameters."""
+  kept = {path: row for path, row in plan.items() if path in wanted}
+  return {
+    path: (names[first_layer:] if path.startswith('layers/') else names, shape, transform)
+    for path, (names, shape, transform) in kept.items()
+  }
 
 
 def _check_memory(path: str, final: Any, places: Any) -> None:
@@ -255,47 +196,49 @@ def total_memory() -> int:
   return most
 
 
-def make_module(
-  files: TowerFiles, *, dtype: Any, attention: str, with_pool: bool = False
-) -> Llama | ClipText | ClipVision:
-  """The Linen module of a tower; a CLIP text tower has the projection that its file has."""
-  options = {
-    'image': {'with_pool': with_pool},
-    'clip_text': {'with_projection': 'text_projection.weight' in (files.shapes or ())},
-  }
-  return MODULES[files.kind](
-    files.architecture, jnp.dtype(dtype), attention, **options.get(files.kind, {})
-  )
+def make_module(files: TowerFiles, *, dtype: Any, attention: str, **how: Any) -> nn.Module:
+  """Returns the Linen module of a tower; `how` may have param_dtype and heads.
+
+  Raises:
+    UserError: the files have not what one of the heads needs.
+  """
+  lacking = [head for head in how.get('heads', ()) if head not in files.heads]
+  if lacking:
+    tensors = ', '.join(files.family.heads.get(head, head) for head in lacking)
+    raise UserError(
+      f'{files.identity["path"]}: the tower has no {tensors}, which the method reads; give a tower '
+      'that was saved with it'
+    )
+  if how.get('param_dtype') is not None:
+    how['param_dtype'] = jnp.dtype(how['param_dtype'])
+  return files.family.module(files.architecture, jnp.dtype(dtype), attention, **how)
 
 
-def abstract_params(module: Llama | ClipText | ClipVision) -> Any:
+def abstract_params(module: nn.Module) -> Any:
   """Shapes, types and (boxed) logical axes of a tower's parameters; nothing is allocated."""
-  if isinstance(module, ClipVision):
+  if hasattr(module.config, 'image_size'):
     size = module.config.image_size
     example = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
   else:
     example = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-  return jax.eval_shape(functools.partial(module.init, num_taps=1), jax.random.key(0), *example)[
-    'params'
-  ]
+  init = functools.partial(module.init, states=(-1,))
+  return jax.eval_shape(init, jax.random.key(0), *example)['params']
 
 
 def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
   identity = files.identity
-  if (
-    quantization != 'none'
-    # Its taps are others: a head, or a store of taps, belongs to this tower quantised in this way.
-  ):
-    mixed = hashlib.sha256(
-      f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'.encode()
-    ).hexdigest()
+  if quantization != 'none':
+    # Its hidden states are others: a head, or a feature store, belongs to the tower quantised so.
+    content = f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'
+    mixed = hashlib.sha256(content.encode()).hexdigest()
     identity = {**identity, 'sha256': mixed, 'quantization': quantization}
-  text = files.tokenizer() if files.kind != 'image' else None
-  image = files.preprocess() if files.kind == 'image' else None
+  reads_text = files.family.modality == 'text'
+  text = files.tokenizer() if reads_text else None
+  image = None if reads_text else files.preprocess()
   inputs = text.sha256 if text else _sha256_of(dataclasses.asdict(image))
   if inputs:
     identity = {**identity, 'input_sha256': inputs}
-  return TowerSpec(config=files.architecture, identity=identity, tokenizer=text, preprocess=image)
+  return TowerSpec(files.family, files.architecture, identity, text, image, files.heads)
 
 
 def _sha256_of(content: Any) -> str:
@@ -396,7 +339,7 @@ def _plan(
     UserError: names every tensor that is missing, unknown or of the wrong shape or type.
   """
   plan, wrong = {}, []
-  for template, (path, transform) in MAPS[files.kind].items():
+  for template, (path, transform) in files.family.tensors.items():
     if path not in wanted:
       continue
     shape = wanted[path].shape
@@ -419,7 +362,7 @@ def _plan(
     ]
   used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
-  unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(IGNORED[files.kind], n))
+  unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(files.family.ignored, n))
   faults = []
   for fault, names in (('missing', missing), ('unknown', unknown)):
     if names and complete:
@@ -433,17 +376,17 @@ def _plan(
   return plan
 
 
-def hugging_face_tensors(params: Any, *, kind: str) -> dict[str, np.ndarray]:
+def hugging_face_tensors(params: Any, family: Family) -> dict[str, np.ndarray]:
   """The way back from `load_tower`: Hugging Face tensor name -> tensor, in Hugging Face's
   orientation and without a prefix.
 
   Args:
     params: a tower's parameters, unboxed, not quantised.
-    kind: 'text', 'clip_text' or 'image'.
+    family: of the tower.
   """
   flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')
   out = {}
-  for template, (path, transform) in MAPS[kind].items():
+  for template, (path, transform) in family.tensors.items():
     if path in flat:
       for layer, w in enumerate(flat[path] if path.startswith('layers/') else flat[path][None]):
         out[template.format(layer)] = np.ascontiguousarray(

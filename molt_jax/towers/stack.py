@@ -28,7 +28,7 @@ def resolve_states(states: Sequence[int], num_layers: int, tower: str) -> tuple[
     UserError: none at all, one twice, or one that a tower of `num_layers` layers does not have.
   """
   found = sorted(state + num_layers + 1 if state < 0 else state for state in states)
-  legal = found and 0 <= found[0] and found[-1] <= num_layers and len(set(found)) == len(found)
+  legal = found and found[0] >= 0 and found[-1] <= num_layers and len(set(found)) == len(found)
   if not legal:
     raise UserError(
       f'hidden states {list(states)} of a {tower} with {num_layers} layers: choose different ones '
@@ -120,6 +120,13 @@ def run_layers(
   body = jax.checkpoint(body, prevent_cse=False, policy=policy)
   states_sbtd = jnp.broadcast_to(h_btd, (len(states), *h_btd.shape))
   return jax.lax.scan(body, (h_btd, states_sbtd), jnp.arange(stop - start))[0]
+
+
+def lengths(mask_bt: jax.Array) -> jax.Array:
+  """Valid tokens of each example, int32[B], at least 1: an example without tokens attends to its
+  first position and stays finite.
+  """
+  return jnp.maximum(mask_bt.sum(axis=1, dtype=jnp.int32), 1)
 
 
 def insert_behind(

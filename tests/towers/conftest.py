@@ -88,7 +88,7 @@ def tower_of(hf, tmp_path_factory):
   def load(model, dtype='float32'):
     kind = 'image' if hasattr(model.config, 'patch_size') else 'text'
     return loading.load_tower(
-      hf.save(model, tmp_path_factory.mktemp(kind)), kind=kind, dtype=dtype, attention='xla'
+      hf.save(model, tmp_path_factory.mktemp(kind)), modality=kind, dtype=dtype, attention='xla'
     )
 
   return load
@@ -127,7 +127,7 @@ def taps():
   def run(tower, *inputs, module=None):
     module = module or tower.module
     return jax.jit(
-      lambda p, *x: module.apply({'params': p}, *x, num_taps=tower.config.num_layers + 1)
+      lambda p, *x: module.apply({'params': p}, *x, states=range(-tower.config.num_layers - 1, 0))
     )(tower.params, *inputs)
 
   return run

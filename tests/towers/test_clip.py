@@ -12,8 +12,7 @@ from flax import linen as nn
 from optional_torch import torch
 
 from molt_jax.errors import UserError
-from molt_jax.towers import loading
-from molt_jax.towers.architectures import ARCHITECTURES
+from molt_jax.towers import architectures, loading
 from molt_jax.towers.clip import ClipVision, ClipVisionConfig
 
 CASES = {
@@ -67,24 +66,27 @@ def test_fewer_taps_and_runs_of_layers(hf, tower_of, taps):
   all_lbid = taps(tower, _images(20))
   bound = tower.module.bind({'params': tower.params})
   np.testing.assert_allclose(
-    jax.jit(lambda x: bound(x, num_taps=2))(_images(20)), all_lbid[-2:], rtol=1e-4, atol=1e-5
+    jax.jit(lambda x: bound(x, states=range(-2, 0)))(_images(20)),
+    all_lbid[-2:],
+    rtol=1e-4,
+    atol=1e-5,
   )
   h_bid = jax.jit(bound.embed)(_images(20))
   for start, stop in ((0, 1), (1, 3)):
-    h_bid = jax.jit(functools.partial(bound.run, start=start, stop=stop))(h_bid)
+    h_bid = jax.jit(functools.partial(bound.run, start=start, stop=stop))(h_bid)[0]
   np.testing.assert_allclose(h_bid, all_lbid[-1], rtol=1e-5, atol=1e-5)
   for n in (0, 5):
-    with pytest.raises(UserError, match='1 to 4'):
-      bound(_images(20), num_taps=n)
+    with pytest.raises(UserError, match='from 0 to 3'):
+      bound(_images(20), states=range(-n, 0))
   with pytest.raises(UserError, match='20, 20, 3'):
-    bound(_images(24), num_taps=1)
+    bound(_images(24), states=range(-1, 0))
 
 
 @pytest.mark.parametrize(
   'name', ['clip-vit-b-32', 'clip-vit-b-16', 'clip-vit-l-14', 'clip-vit-l-14-336']
 )
 def test_full_size_models_trace_without_weights(name):
-  config = ARCHITECTURES['image'][name]
+  config = architectures.CLIP_VISION[name]
   module = ClipVision(ClipVisionConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
   params = nn.unbox(loading.abstract_params(module))
   with torch.device('meta'):
@@ -98,7 +100,7 @@ def test_full_size_models_trace_without_weights(name):
   )
   size = config['image_size']
   out = jax.eval_shape(
-    lambda p, x: module.apply({'params': p}, x, num_taps=4),
+    lambda p, x: module.apply({'params': p}, x, states=range(-4, 0)),
     params,
     jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
   )
@@ -108,7 +110,9 @@ def test_full_size_models_trace_without_weights(name):
 def test_every_parameter_has_known_logical_axes():
   boxed = loading.abstract_params(
     ClipVision(
-      ClipVisionConfig.from_hf(ARCHITECTURES['image']['clip-vit-tiny']), jnp.dtype('float32'), 'xla'
+      ClipVisionConfig.from_hf(architectures.CLIP_VISION['clip-vit-tiny']),
+      jnp.dtype('float32'),
+      'xla',
     )
   )
   leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

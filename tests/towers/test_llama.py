@@ -12,8 +12,7 @@ from optional_torch import torch
 
 from molt_jax.data import packing
 from molt_jax.errors import UserError
-from molt_jax.towers import loading
-from molt_jax.towers.architectures import ARCHITECTURES
+from molt_jax.towers import architectures, loading
 from molt_jax.towers.llama import Llama, LlamaConfig, RopeScaling
 
 LLAMA3 = {
@@ -103,18 +102,21 @@ def test_fewer_taps_are_the_last_ones(plain, taps, batch):
   all_lbtd = taps(tower, *batch)
   for n in (1, 3):
     np.testing.assert_allclose(
-      apply(tower, None, *batch, num_taps=n), all_lbtd[-n:], rtol=1e-4, atol=1e-5
+      apply(tower, None, *batch, states=range(-n, 0)), all_lbtd[-n:], rtol=1e-4, atol=1e-5
     )
   for n in (0, 5):
-    with pytest.raises(UserError, match='1 to 4'):
-      tower.module.apply({'params': tower.params}, *batch, num_taps=n)
+    with pytest.raises(UserError, match='from 0 to 3'):
+      tower.module.apply({'params': tower.params}, *batch, states=range(-n, 0))
 
 
 def test_more_tokens_than_positions_are_refused(plain):
   tower = plain[1]
   with pytest.raises(UserError, match='65 tokens.*64 positions.*text.max_tokens'):
     tower.module.apply(
-      {'params': tower.params}, jnp.zeros((1, 65), jnp.int32), jnp.ones((1, 65), bool), num_taps=1
+      {'params': tower.params},
+      jnp.zeros((1, 65), jnp.int32),
+      jnp.ones((1, 65), bool),
+      states=range(-1, 0),
     )
 
 
@@ -134,7 +136,7 @@ def test_packed_tokens_are_the_padded_ones(hf, plain, taps, relative_error, batc
   position_gn = packing.token_positions(
     mask_bt, packing.groups(len(mask_bt), (shards, 1)), size=size
   )['token_position']
-  packed = apply(tower, None, tokens_bt, mask_bt, position_gn, num_taps=4)
+  packed = apply(tower, None, tokens_bt, mask_bt, position_gn, states=range(-4, 0))
   assert relative_error(packed, hf.text_states(model, tokens_bt, mask_bt), mask_bt).max() <= 1e-4
   np.testing.assert_allclose(
     packed[:, mask_bt], taps(tower, tokens_bt, mask_bt)[:, mask_bt], rtol=1e-5, atol=1e-5
@@ -148,10 +150,10 @@ def test_runs_of_layers_compose(plain, taps, batch):
   expected = taps(tower, tokens_bt, mask_bt)
   h_btd = apply(tower, 'embed', tokens_bt)
   np.testing.assert_array_equal(h_btd, expected[0])
-  np.testing.assert_array_equal(apply(tower, 'run', h_btd, mask_bt, start=1, stop=1), h_btd)
+  np.testing.assert_array_equal(apply(tower, 'run', h_btd, mask_bt, start=1, stop=1)[0], h_btd)
   for start, stop in ((0, 1), (1, 3)):
-    h_btd = apply(tower, 'run', h_btd, mask_bt, start=start, stop=stop)
-  np.testing.assert_allclose(apply(tower, 'final_norm', h_btd), expected[-1], rtol=1e-5, atol=1e-5)
+    h_btd, _ = apply(tower, 'run', h_btd, mask_bt, start=start, stop=stop)
+  np.testing.assert_allclose(apply(tower, 'finish', h_btd), expected[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_can_be_inserted_between_layers(hf, plain, relative_error, batch):
@@ -160,10 +162,10 @@ def test_tokens_can_be_inserted_between_layers(hf, plain, relative_error, batch)
   """
   model, tower = plain
   tokens_bt, mask_bt = (x[:2] for x in batch)
-  h_btd = apply(tower, 'run', apply(tower, 'embed', tokens_bt), mask_bt, start=0, stop=1)
+  h_btd, _ = apply(tower, 'run', apply(tower, 'embed', tokens_bt), mask_bt, start=0, stop=1)
   h_btd = jnp.concatenate([jnp.full((2, 3, 32), 0.5), h_btd], axis=1)
   mask_bt = np.concatenate([np.ones((2, 3), bool), mask_bt], axis=1)
-  out = apply(tower, 'run', h_btd, mask_bt, start=1, stop=3)
+  out, _ = apply(tower, 'run', h_btd, mask_bt, start=1, stop=3)
   with torch.inference_mode():
     x = torch.tensor(np.asarray(h_btd))
     for layer in model.layers[1:]:
@@ -171,7 +173,8 @@ def test_tokens_can_be_inserted_between_layers(hf, plain, relative_error, batch)
         x, position_embeddings=model.rotary_emb(x, torch.arange(14)[None]), attention_mask=None
       )  # Causal; right padding needs no mask.
   assert relative_error(out[None], x.numpy()[None], mask_bt).max() <= 1e-4
-  shifted = apply(tower, 'run', h_btd, mask_bt, start=1, stop=3, positions_t=np.arange(14) + 20)
+  further_bt = np.arange(14)[None] + 20
+  shifted, _ = apply(tower, 'run', h_btd, mask_bt, start=1, stop=3, positions_bt=further_bt)
   np.testing.assert_allclose(shifted, out, rtol=1e-3, atol=1e-3)
 
 
@@ -185,7 +188,7 @@ def test_gradient_reaches_inserted_tokens(hf, plain):
   def loss(h_btd):
     bound = tower.module.bind({'params': tower.params})
     return (
-      bound.final_norm(bound.run(h_btd, jnp.ones((2, 7), bool), start=0, stop=3)) * weight_btd
+      bound.finish(bound.run(h_btd, jnp.ones((2, 7), bool), start=0, stop=3)[0]) * weight_btd
     ).sum()
 
   np.testing.assert_allclose(jax.jit(jax.grad(loss))(h_btd), x.grad.numpy(), rtol=1e-3, atol=1e-4)
@@ -193,7 +196,7 @@ def test_gradient_reaches_inserted_tokens(hf, plain):
 
 def _deep(num_layers):
   config = {
-    **ARCHITECTURES['text']['llama-tiny'],
+    **architectures.LLAMA['llama-tiny'],
     'hidden_size': 128,
     'intermediate_size': 512,
     'num_hidden_layers': num_layers,
@@ -211,7 +214,7 @@ def test_running_some_layers_copies_no_weights(direction):
   )
 
   def run(params, h_btd, mask_bt):
-    return module.apply({'params': params}, h_btd, mask_bt, start=2, stop=11, method='run').sum()
+    return module.apply({'params': params}, h_btd, mask_bt, start=2, stop=11, method='run')[0].sum()
 
   f = run if direction == 'forward' else jax.grad(run, argnums=1)
   memory = jax.jit(f).lower(params, h_btd, mask_bt).compile().memory_analysis()
@@ -222,7 +225,7 @@ def test_running_some_layers_copies_no_weights(direction):
 def test_program_size_does_not_grow_with_depth(batch):
   def size(num_layers):
     module, params = _deep(num_layers)
-    f = jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, num_taps=2))
+    f = jax.jit(lambda p, t, m: module.apply({'params': p}, t, m, states=range(-2, 0)))
     return len(f.lower(params, *batch).as_text().splitlines())
 
   assert size(2) == size(40)
@@ -230,7 +233,7 @@ def test_program_size_does_not_grow_with_depth(batch):
 
 @pytest.mark.parametrize('name', ['llama-7b', 'llama-13b', 'llama-70b', 'smollm2-135m'])
 def test_full_size_models_trace_without_weights(name):
-  config = ARCHITECTURES['text'][name]
+  config = architectures.LLAMA[name]
   module = Llama(LlamaConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
   params = nn.unbox(loading.abstract_params(module))
   with torch.device('meta'):
@@ -240,7 +243,10 @@ def test_full_size_models_trace_without_weights(name):
   assert sum(x.size for x in jax.tree.leaves(params)) == sum(p.numel() for p in theirs.parameters())
   tokens_bt, mask_bt = jax.ShapeDtypeStruct((2, 9), jnp.int32), jax.ShapeDtypeStruct((2, 9), bool)
   out = jax.eval_shape(
-    lambda p, t, m: module.apply({'params': p}, t, m, num_taps=4), params, tokens_bt, mask_bt
+    lambda p, t, m: module.apply({'params': p}, t, m, states=range(-4, 0)),
+    params,
+    tokens_bt,
+    mask_bt,
   )
   assert out.shape == (4, 2, 9, config['hidden_size']) and out.dtype == jnp.bfloat16
 

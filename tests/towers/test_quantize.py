@@ -79,7 +79,7 @@ def saved(hf, tmp_path_factory):
 
 
 def load(path, kind, **options):
-  return loading.load_tower(path, kind=kind, attention='xla', **{'dtype': 'float32', **options})
+  return loading.load_tower(path, modality=kind, attention='xla', **{'dtype': 'float32', **options})
 
 
 @pytest.fixture(scope='module')
@@ -148,7 +148,7 @@ def test_drift_of_hidden_states(loaded, taps, inputs, method, low, high):
 @pytest.mark.parametrize('method, bits', [('int8', 8), ('int4', 4)])
 def test_codes_take_the_bits_they_say(method, bits):
   module = loading.make_module(
-    loading.open_files('random:llama-7b', kind='text'), dtype='bfloat16', attention='xla'
+    loading.open_files('random:llama-7b', modality='text'), dtype='bfloat16', attention='xla'
   )
   params = nn.unbox(quantize.abstract_params(loading.abstract_params(module), method))
   layers = jax.tree.leaves(params['layers'], is_leaf=quantize.is_quantized)
@@ -209,7 +209,7 @@ def test_codes_and_scales_split_over_devices(saved, loaded, taps, inputs, method
 def test_a_quantised_tower_is_another_tower(saved):
   path = saved['text'][1]
   plain, *coded = (
-    loading.describe_tower(path, kind='text', quantization=q).identity
+    loading.describe_tower(path, modality='text', quantization=q).identity
     for q in ('none', 'int8', 'int4')
   )
   assert 'quantization' not in plain and [x['quantization'] for x in coded] == ['int8', 'int4']

@@ -52,7 +52,7 @@ def read_index(folder):
 
 
 def load(folder):
-  return loading.load_tower(str(folder), kind='text', dtype='float32', attention='xla')
+  return loading.load_tower(str(folder), modality='text', dtype='float32', attention='xla')
 
 
 def change(folder, *, file='model.safetensors', **tensors):
@@ -131,7 +131,7 @@ def test_a_damaged_index_is_one_line(two, name):
   damage, says = INDEXES[name]
   damage(two)
   with pytest.raises(UserError, match=says) as error:
-    loading.describe_tower(str(two), kind='text')
+    loading.describe_tower(str(two), modality='text')
   assert '\n' not in str(error.value)
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_header_is_one_line(one, name):
   edit, says = HEADERS[name]
   _header(one, edit)
   with pytest.raises(UserError, match=says) as error:
-    loading.describe_tower(str(one), kind='text')
+    loading.describe_tower(str(one), modality='text')
   assert '\n' not in str(error.value)
 
 
@@ -203,7 +203,7 @@ def test_a_header_of_another_length_is_one_line(one, length):
   raw = (one / 'model.safetensors').read_bytes()
   (one / 'model.safetensors').write_bytes(struct.pack('<Q', length) + raw[8:])
   with pytest.raises(UserError, match='damaged or cut short'):
-    loading.describe_tower(str(one), kind='text')
+    loading.describe_tower(str(one), modality='text')
 
 
 @pytest.mark.parametrize('kind', [bool, np.int8, np.int64, np.uint8, np.float64])
@@ -212,7 +212,7 @@ def test_weights_of_other_types_are_refused_by_name(one, kind):
   w = safetensors.numpy.load_file(one / 'model.safetensors')[Q]
   change(one, **{Q: w.astype(kind)})
   with pytest.raises(UserError, match=f'{Q} has type .* instead of F32, F16, BF16'):
-    loading.describe_tower(str(one), kind='text')
+    loading.describe_tower(str(one), modality='text')
 
 
 @needs_torch
@@ -247,7 +247,7 @@ def test_what_is_finite_in_the_file_must_be_finite_where_it_is_computed_with(one
   change(one, **{'norm.weight': np.full_like(w, 3.4e38)})
   load(one)
   with pytest.raises(UserError, match='norm.weight holds NaN or infinity'):
-    loading.load_tower(str(one), kind='text', dtype='bfloat16', attention='xla')
+    loading.load_tower(str(one), modality='text', dtype='bfloat16', attention='xla')
 
 
 @pytest.mark.parametrize('method', ['int8', 'int4'])
@@ -257,7 +257,7 @@ def test_quantising_notices_what_is_not_finite(hf, tmp_path, method):
     model.layers[0].mlp.gate_proj.weight[3, 5] = float('nan')
   path = hf.save(model, tmp_path)
   with pytest.raises(UserError, match='layers.0.mlp.gate_proj.weight holds NaN'):
-    loading.load_tower(path, kind='text', dtype='float32', attention='xla', quantization=method)
+    loading.load_tower(path, modality='text', dtype='float32', attention='xla', quantization=method)
 
 
 def test_two_tensors_for_one_parameter_are_refused(one):
@@ -266,7 +266,7 @@ def test_two_tensors_for_one_parameter_are_refused(one):
   with pytest.raises(
     UserError, match="'model.norm.weight' and 'norm.weight'|'norm.weight' and 'model.norm.weight'"
   ):
-    loading.describe_tower(str(one), kind='text')
+    loading.describe_tower(str(one), modality='text')
 
 
 ABSURD = {
@@ -289,7 +289,9 @@ def test_sizes_are_believed_when_the_tensors_have_them(one, key):
     config |= {'head_dim': 8, 'num_key_value_heads': 1}
   (one / 'config.json').write_text(json.dumps(config))
   use = (
-    load if key == 'num_hidden_layers' else functools.partial(loading.describe_tower, kind='text')
+    load
+    if key == 'num_hidden_layers'
+    else functools.partial(loading.describe_tower, modality='text')
   )
   with pytest.raises(UserError, match='the tensors do not fit the configuration') as error:
     use(str(one))
@@ -303,7 +305,7 @@ def test_an_image_tower_of_absurd_size_is_refused_before_an_image_is_made(hf, tm
   with pytest.raises(
     UserError, match=r'position_embedding.weight has shape \(5, 32\) instead of \(62501, 32\)'
   ):
-    loading.load_tower(path, kind='image', dtype='float32', attention='xla')
+    loading.load_tower(path, modality='image', dtype='float32', attention='xla')
 
 
 def test_a_tower_larger_than_the_machine_is_one_line(monkeypatch):
@@ -311,7 +313,7 @@ def test_a_tower_larger_than_the_machine_is_one_line(monkeypatch):
   with pytest.raises(
     UserError, match='takes 0.0 GB.*more than the 0.0 GB of this machine.*bfloat16'
   ) as error:
-    loading.load_tower('random:llama-tiny', kind='text', dtype='float32', attention='xla')
+    loading.load_tower('random:llama-tiny', modality='text', dtype='float32', attention='xla')
   assert '\n' not in str(error.value)
 
 
@@ -328,5 +330,5 @@ def test_a_tower_larger_than_the_machine_is_one_line(monkeypatch):
 def test_paths_that_cannot_be_are_one_line(path, says, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=says) as error:
-    loading.describe_tower(path, kind='text')
+    loading.describe_tower(path, modality='text')
   assert str(error.value).isprintable()

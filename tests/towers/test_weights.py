@@ -27,9 +27,9 @@ def image_dir(hf, tmp_path_factory):
   return pathlib.Path(hf.save(hf.clip(), tmp_path_factory.mktemp('image')))
 
 
-def load(path, kind='text', **options):
+def load(path, modality='text', **options):
   return loading.load_tower(
-    str(path), **{'kind': kind, 'dtype': 'float32', 'attention': 'xla', **options}
+    str(path), **{'modality': modality, 'dtype': 'float32', 'attention': 'xla', **options}
   )
 
 
@@ -94,9 +94,9 @@ def test_a_whole_clip_model_loads_its_vision_tower(image_dir, tmp_path):
 
 
 def test_identity_follows_content_not_place(text_dir, tmp_path):
-  first = loading.describe_tower(str(text_dir), kind='text').identity
+  first = loading.describe_tower(str(text_dir), modality='text').identity
   moved = loading.describe_tower(
-    str(copy(text_dir, tmp_path / 'moved', config=lambda c: c)), kind='text'
+    str(copy(text_dir, tmp_path / 'moved', config=lambda c: c)), modality='text'
   )
   assert first['path'] == str(text_dir) and len(first['sha256']) == 64
   (tmp_path / 'moved' / 'config.json').write_bytes((text_dir / 'config.json').read_bytes())
@@ -104,7 +104,7 @@ def test_identity_follows_content_not_place(text_dir, tmp_path):
     (text_dir / 'model.safetensors').read_bytes()
   )
   assert (
-    loading.describe_tower(str(tmp_path / 'moved'), kind='text').identity['sha256']
+    loading.describe_tower(str(tmp_path / 'moved'), modality='text').identity['sha256']
     == first['sha256']
   )
   changed = copy(
@@ -112,15 +112,15 @@ def test_identity_follows_content_not_place(text_dir, tmp_path):
     tmp_path / 'changed',
     tensors=lambda t: {n: x + (n == 'model.norm.weight') for n, x in t.items()},
   )
-  assert loading.describe_tower(str(changed), kind='text').identity['sha256'] != first['sha256']
-  assert moved.config == loading.describe_tower(str(text_dir), kind='text').config
+  assert loading.describe_tower(str(changed), modality='text').identity['sha256'] != first['sha256']
+  assert moved.config == loading.describe_tower(str(text_dir), modality='text').config
 
 
 def test_description_reads_no_weights(text_dir, image_dir, monkeypatch):
   monkeypatch.setattr(files.HuggingFaceFiles, 'read', None)
   text, image = (
-    loading.describe_tower(str(text_dir), kind='text'),
-    loading.describe_tower(str(image_dir), kind='image'),
+    loading.describe_tower(str(text_dir), modality='text'),
+    loading.describe_tower(str(image_dir), modality='image'),
   )
   assert (
     text.config.hidden_size == 32
@@ -156,7 +156,7 @@ def test_parameters_are_born_in_their_sharding(text_dir, tmp_path):
   )
   assert sharded.params['embedding'].addressable_shards[0].data.shape == (48, 32)
   tokens_bt, mask_bt = np.arange(10, dtype=np.int32).reshape(2, 5), np.ones((2, 5), bool)
-  f = jax.jit(lambda p: plain.module.apply({'params': p}, tokens_bt, mask_bt, num_taps=2))
+  f = jax.jit(lambda p: plain.module.apply({'params': p}, tokens_bt, mask_bt, states=range(-2, 0)))
   np.testing.assert_allclose(f(plain.params), f(sharded.params), rtol=1e-4, atol=1e-4)
 
 
@@ -165,7 +165,7 @@ def test_random_towers_are_reproducible_and_named_by_their_architecture():
   assert same(a.params, b.params) and a.identity == b.identity
   assert (
     a.identity['sha256']
-    != loading.describe_tower('random:smollm2-135m', kind='text').identity['sha256']
+    != loading.describe_tower('random:smollm2-135m', modality='text').identity['sha256']
   )
   kernel = np.asarray(a.params['layers']['down_proj']['kernel'])
   assert abs(kernel.std() * 192**0.5 - 1) < 0.05 and not np.array_equal(kernel[0], kernel[1])
@@ -252,7 +252,7 @@ def test_bad_directories_are_refused(text_dir, tmp_path):
 )
 def test_paths_that_lead_nowhere(path, kind, says):
   with pytest.raises(UserError, match=says) as e:
-    loading.describe_tower(path, kind=kind)
+    loading.describe_tower(path, modality=kind)
   assert '\n' not in str(e.value)
 
 
@@ -271,18 +271,18 @@ def test_preprocessing_is_read(image_dir, tmp_path):
   path = copy(image_dir, tmp_path / 'a')
   (path / 'processor_config.json').write_text(json.dumps({'image_processor': SPEC}))
   expected = files.ImageSpec(20, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 2)
-  assert loading.describe_tower(str(path), kind='image').preprocess == expected
+  assert loading.describe_tower(str(path), modality='image').preprocess == expected
   (path / 'preprocessor_config.json').write_text(
     json.dumps({**SPEC, 'size': 20, 'crop_size': 20, 'resample': 3})
   )
-  assert loading.describe_tower(str(path), kind='image').preprocess.resample == 3
+  assert loading.describe_tower(str(path), modality='image').preprocess.resample == 3
   for change, says in (
     ({'size': {'shortest_edge': 24}}, r'\[20, 24\].*reads 20'),
     ({'do_normalize': False}, 'do_normalize = False'),
   ):
     (path / 'preprocessor_config.json').write_text(json.dumps({**SPEC, **change}))
     with pytest.raises(UserError, match=says):
-      loading.describe_tower(str(path), kind='image')
+      loading.describe_tower(str(path), modality='image')
 
 
 MEASURE = """
@@ -290,9 +290,9 @@ import resource, sys
 import jax
 from molt_jax.towers import loading
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-loading.load_tower('random:llama-tiny', kind='text', dtype='bfloat16', attention='xla')
+loading.load_tower('random:llama-tiny', modality='text', dtype='bfloat16', attention='xla')
 before = peak()
-tower = loading.load_tower(sys.argv[1], kind='text', dtype='bfloat16', attention='xla')
+tower = loading.load_tower(sys.argv[1], modality='text', dtype='bfloat16', attention='xla')
 size = sum(x.nbytes for x in jax.tree.leaves(tower.params))
 print(peak() - before, size, 'torch' in sys.modules, 'transformers' in sys.modules)
 """

@@ -129,8 +129,8 @@ def header(metadata, tensors, *, version: int = 3, num_tensors=None, num_keys=No
 
 def open_tower(path: pathlib.Path) -> tuple[str, ...]:
   """Opens a tower and uses it; returns hashes of its configuration, weights and ids."""
-  described = loading.describe_tower(str(path), kind='text')
-  tower = loading.load_tower(str(path), kind='text', dtype='float32', attention='xla')
+  described = loading.describe_tower(str(path), modality='text')
+  tower = loading.load_tower(str(path), modality='text', dtype='float32', attention='xla')
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tower.params):
     array = np.asarray(leaf)

@@ -1,0 +1,140 @@
+"""What the towers have in common, and the table of families that config.json's `model_type` chooses
+from.
+
+A tower is a Linen module with the attributes config, dtype, attention, param_dtype and heads, and
+the methods `__call__(inputs, ..., states=)`, `embed`, `run`, `finish` and `pool`: see
+`llama.model.Llama`. To add a family, write a folder like llama/ (config, model, weights) and give
+it a row in `FAMILIES`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from molt_jax.errors import UserError
+from molt_jax.runtime.files import shown
+from molt_jax.towers import architectures
+from molt_jax.towers.clip import weights as clip
+from molt_jax.towers.clip.config import ClipTextConfig, ClipVisionConfig
+from molt_jax.towers.clip.text import ClipText
+from molt_jax.towers.clip.vision import ClipVision
+from molt_jax.towers.llama import weights as llama
+from molt_jax.towers.llama.config import LlamaConfig
+from molt_jax.towers.llama.model import Llama
+from molt_jax.towers.tensors import Transform
+
+MODALITIES = ('image', 'text')
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """Towers of one architecture.
+
+  Attributes:
+    name: `model_type` of their config.json.
+    modality: 'image' or 'text'.
+    config: class of the architecture, made by its `from_hf(config, where)`.
+    module: class of the tower.
+    tensors: Hugging Face tensor, {} for the layer -> (path of our parameter, transform).
+    ignored: regex of tensors that a tower has no use for.
+    prefix: regex of what a larger model puts before their names.
+    architectures: name -> config.json, of towers with random weights.
+    inputs: our parameters that `embed` alone reads.
+    heads: what a tower may have above its last hidden state -> the tensor that says so.
+    larger: `model_type` of a model that holds such a tower.
+  """
+
+  name: str
+  modality: str
+  config: type
+  module: type
+  tensors: Mapping[str, tuple[str, Transform]]
+  ignored: str
+  prefix: str
+  architectures: Mapping[str, Mapping[str, Any]]
+  inputs: tuple[str, ...]
+  heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  larger: str = ''
+
+
+FAMILIES = (
+  Family(
+    name='llama',
+    modality='text',
+    config=LlamaConfig,
+    module=Llama,
+    tensors=llama.TENSORS,
+    ignored=llama.IGNORED,
+    prefix=llama.PREFIX,
+    architectures=architectures.LLAMA,
+    inputs=('embedding',),
+  ),
+  Family(
+    name='clip_text_model',
+    modality='text',
+    config=ClipTextConfig,
+    module=ClipText,
+    tensors=clip.TEXT,
+    ignored=clip.TEXT_IGNORED,
+    prefix=clip.TEXT_PREFIX,
+    architectures=architectures.CLIP_TEXT,
+    inputs=('token_embedding', 'position_embedding'),
+    heads={'projection': 'text_projection.weight'},
+    larger='clip',
+  ),
+  Family(
+    name='clip_vision_model',
+    modality='image',
+    config=ClipVisionConfig,
+    module=ClipVision,
+    tensors=clip.VISION,
+    ignored=clip.VISION_IGNORED,
+    prefix=clip.VISION_PREFIX,
+    architectures=architectures.CLIP_VISION,
+    inputs=('patch_kernel', 'class_embedding', 'position_embedding', 'pre_norm'),
+    heads={'pool': 'post_layernorm.weight', 'projection': 'visual_projection.weight'},
+    larger='clip',
+  ),
+)
+# What a file without a `model_type` is taken for.
+_USUAL = {'text': 'llama', 'image': 'clip_vision_model'}
+
+
+def family_of(config: Mapping[str, Any], modality: str, where: str) -> Family:
+  """Returns the family that a config.json names.
+
+  Args:
+    config: its content.
+    modality: what the tower is to read.
+    where: names the file in errors.
+
+  Raises:
+    UserError: no family of this modality has that `model_type`.
+  """
+  name = config.get('model_type')
+  name = _USUAL[modality] if name is None else name
+  rows = [row for row in FAMILIES if row.modality == modality]
+  for row in rows:
+    if name in (row.name, row.larger):
+      return row
+  known = [row.name for row in rows] + sorted({row.larger for row in rows} - {''})
+  raise UserError(
+    f'{where} has model_type = {shown(name)}, which is not implemented; '
+    f'implemented {modality} towers: {", ".join(known)}'
+  )
+
+
+def random_family(path: str, name: str, modality: str) -> Family:
+  """Returns the family with a named architecture, for `random:NAME`.
+
+  Raises:
+    UserError: none of this modality has it.
+  """
+  rows = [row for row in FAMILIES if row.modality == modality]
+  for row in rows:
+    if name in row.architectures:
+      return row
+  names = [f'random:{known}' for row in rows for known in row.architectures]
+  raise UserError(
+    f'{path!r}: no {modality} architecture has this name; choose one of {", ".join(names)}'
+  )

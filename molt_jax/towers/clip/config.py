@@ -1,0 +1,170 @@
+"""What a CLIP config.json says, of a whole CLIPModel or of one of its towers."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from molt_jax.errors import UserError
+from molt_jax.towers import keys
+
+# What Hugging Face reads where a vision config is silent: values equal to these are left out when a
+# CLIPConfig is saved.
+DEFAULTS = {
+  'hidden_size': 768,
+  'intermediate_size': 3072,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'num_channels': 3,
+  'image_size': 224,
+  'patch_size': 32,
+  'hidden_act': 'quick_gelu',
+  'layer_norm_eps': 1e-5,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+  """Architecture of a CLIP vision transformer; image and patches are square."""
+
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  image_size: int
+  patch_size: int
+  hidden_act: str
+  layer_norm_eps: float
+  projection_size: int = 512
+
+  @property
+  def num_tokens(self) -> int:
+    """Class token and patches."""
+    return 1 + (self.image_size // self.patch_size) ** 2
+
+  @classmethod
+  def from_hf(
+    cls, config: Mapping[str, Any], where: str = 'the CLIP vision config'
+  ) -> 'ClipVisionConfig':
+    """Reads the dict of a Hugging Face config.json, of a CLIPModel (its vision_config) or a
+    CLIPVisionModel.
+
+    Args:
+      config: the dict.
+      where: names it in errors.
+
+    Raises:
+      UserError: a key is unknown, or a value is not implemented.
+    """
+    c = _part(config, 'vision', keys.CLIP_VISION, DEFAULTS, where)
+    c['projection_dim'] = config.get('projection_dim') or c.get('projection_dim') or 512
+    if c['image_size'] < c['patch_size']:
+      raise UserError(
+        f'{where} has image_size = {c["image_size"]}, which must be at least patch_size = '
+        f'{c["patch_size"]}'
+      )
+    return cls(
+      hidden_size=c['hidden_size'],
+      intermediate_size=c['intermediate_size'],
+      num_layers=c['num_hidden_layers'],
+      num_heads=c['num_attention_heads'],
+      image_size=c['image_size'],
+      patch_size=c['patch_size'],
+      hidden_act=c['hidden_act'],
+      layer_norm_eps=c['layer_norm_eps'],
+      projection_size=c['projection_dim'],
+    )
+
+
+def _part(
+  config: Mapping[str, Any], name: str, table: keys.Table, defaults: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+  """A tower's own configuration, or its part of a CLIPModel's; defaults where it is silent."""
+  kind = f'clip_{name}_model'
+  part = dict(config)
+  if config.get('model_type', 'clip') == 'clip' and f'{name}_config' in config:
+    keys.check(config, keys.CLIP, where)
+    part = {'model_type': kind, **(config[f'{name}_config'] or {})}
+    where = f'{where}: {name}_config'
+    if (over := config.get(f'{name}_config_dict')) is not None:
+      # Of early files; it overrides, and where it is silent, its defaults do.
+      keys.check(over, table, f'{where}_dict')
+      part |= {**defaults, **over}
+  keys.check({'model_type': None, **part}, table, where)
+  c = {**defaults, **{k: v for k, v in part.items() if v is not None}}
+  if c['hidden_size'] % c['num_attention_heads']:
+    raise UserError(
+      f'{where} has num_attention_heads = {c["num_attention_heads"]}, which must divide '
+      f'hidden_size = {c["hidden_size"]}'
+    )
+  return c
+
+
+# What Hugging Face reads where a text config is silent.
+TEXT_DEFAULTS = {
+  'vocab_size': 49408,
+  'hidden_size': 512,
+  'intermediate_size': 2048,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 8,
+  'max_position_embeddings': 77,
+  'hidden_act': 'quick_gelu',
+  'layer_norm_eps': 1e-5,
+  'eos_token_id': 49407,
+  'projection_dim': 512,
+}
+# The id that configs before the tokenizer's own was written down have; the end of a text was then
+# found as the largest id of its row.
+OLD_EOS_ID = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+  """Architecture of a CLIP text transformer. `eos_token_id` None: the end of a text is its largest
+  token id.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  max_positions: int
+  hidden_act: str
+  layer_norm_eps: float
+  eos_token_id: int | None
+  projection_size: int
+
+  @classmethod
+  def from_hf(
+    cls, config: Mapping[str, Any], where: str = 'the CLIP text config'
+  ) -> 'ClipTextConfig':
+    """Reads the dict of a Hugging Face config.json, of a CLIPModel (its text_config) or a
+    CLIPTextModel(WithProjection).
+
+    Args:
+      config: the dict.
+      where: names it in errors.
+
+    Raises:
+      UserError: a key is unknown, or a value is not implemented.
+    """
+    c = _part(config, 'text', keys.CLIP_TEXT, TEXT_DEFAULTS, where)
+    if config.get('model_type', 'clip') == 'clip':  # A CLIPModel's own is what its projection has.
+      c['projection_dim'] = config.get('projection_dim') or TEXT_DEFAULTS['projection_dim']
+    eos = c['eos_token_id']
+    if eos != OLD_EOS_ID and eos >= c['vocab_size']:
+      raise UserError(
+        f'{where} has eos_token_id = {eos}, but vocab_size = {c["vocab_size"]}: no text would end'
+      )
+    return cls(
+      vocab_size=c['vocab_size'],
+      hidden_size=c['hidden_size'],
+      intermediate_size=c['intermediate_size'],
+      num_layers=c['num_hidden_layers'],
+      num_heads=c['num_attention_heads'],
+      max_positions=c['max_position_embeddings'],
+      hidden_act=c['hidden_act'],
+      layer_norm_eps=c['layer_norm_eps'],
+      eos_token_id=None if eos == OLD_EOS_ID else eos,
+      projection_size=c['projection_dim'],
+    )
