@@ -235,7 +235,7 @@ def test_one_layer_at_a_time_is_scaled_back(method, direction):
   params = nn.unbox(quantize.abstract_params(boxed, method))
 
   def run(params, h_btd, mask_bt):
-    return module.apply({'params': params}, h_btd, mask_bt, start=0, stop=24, method='run').sum()
+    return module.apply({'params': params}, h_btd, mask_bt, start=0, stop=24, method='run')[0].sum()
 
   f = run if direction == 'forward' else jax.grad(run, argnums=1)
   memory = (
