@@ -27,11 +27,9 @@ HELD_OUT = ('held_out_correlation', 'held_out_top_correlation')
 MAX_PLANE = 150  # Pairs drawn in the plane.
 NUM_SHOWN = 16  # Canonical correlations a layer.
 MAX_PROBABILITIES = 8_000_000  # Kept of a split, 32 MB; examples beyond it are thinned out evenly.
-NUM_MISTAKES, THUMBNAIL, MAX_TEXT = (
-  6,
-  112,
-  280,
-)  # A condition; pixels of the longer side; characters.
+NUM_MISTAKES = 6  # A condition.
+THUMBNAIL = 112  # Pixels of the longer side.
+MAX_TEXT = 280  # Characters.
 
 
 class Observer(Protocol):
@@ -253,7 +251,7 @@ class PredictionRecorder:
     Args:
       source: the split.
       class_names: K names.
-      conditions: names in `records.CONDITIONS`; the first that the evaluation goes through.
+      conditions: names in `modalities.CONDITIONS`; the first that the evaluation goes through.
       multi_label: how to read logits.
     """
     num_rows = max(1, min(len(source), MAX_PROBABILITIES // (len(conditions) * len(class_names))))

@@ -112,8 +112,7 @@ def raised_cholesky(a_kk, ridge):
 
   def has_failed(factor_and_ridge):
     l_kk, r = factor_and_ridge
-    return ~jnp.all(jnp.isfinite(l_kk)) & (
-      r < 1
-    )  # Beyond that it is not rounding: A is not finite.
+    # Beyond that it is not rounding: A is not finite.
+    return ~jnp.all(jnp.isfinite(l_kk)) & (r < 1)
 
   return lax.while_loop(has_failed, lambda state: attempt(16 * state[1]), attempt(ridge))

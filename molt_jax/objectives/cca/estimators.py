@@ -77,10 +77,8 @@ def make_estimator(
     raise ValueError(f'cca: estimator {name!r} is not one of {tuple(ESTIMATORS)}')
   if num_directions < 1 or window < 0:
     raise ValueError(
-
-        f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and '
-        f'{window}'
-
+      f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and '
+      f'{window}'
     )
   return ESTIMATORS[name](num_directions, window, seed, gather, {'ridge': ridge, 'solver': solver})
 
@@ -155,10 +153,8 @@ def _moving_average(num_directions, window, seed, gather, options):
 
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_LARGEST, _MOST_WEIGHT = (
-  1e12,
-  1e6,
-)  # So that squares, times weights, times d or a window, stay in float32.
+# So that squares, times weights, times d or a window, stay in float32.
+_LARGEST, _MOST_WEIGHT = 1e12, 1e6
 _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
 
 

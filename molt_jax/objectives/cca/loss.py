@@ -159,11 +159,8 @@ def _check(x_nd, y_nd, weight_n, ridge, solver):
   x_nd, y_nd = jnp.asarray(x_nd), jnp.asarray(y_nd)
   if x_nd.ndim < 2 or x_nd.shape[:-1] != y_nd.shape[:-1] or not x_nd.size or not y_nd.size:
     raise ValueError(
-
-        f'cca: views must be [..., n, d1] and [..., n, d2] with the same rows, got {x_nd.shape} '
-        'and '
-        f'{y_nd.shape}'
-
+      f'cca: views must be [..., n, d1] and [..., n, d2] with the same rows, got {x_nd.shape} '
+      f'and {y_nd.shape}'
     )
   if solver not in SOLVERS:
     raise ValueError(f'cca: solver {solver!r} is not one of {SOLVERS}')
@@ -275,9 +272,8 @@ def _pull_back(own, other, a_kj, w_jk, centred, rows, share):
     )
   else:
     g_nd = jnp.linalg.multi_dot([own.residual_nn, *other.t, w_jk, *own.back])
-  g_nd -= (
-    jnp.sum(g_nd * centred.x_nd) * centred.x_nd
-  )  # The ridge follows the trace: no gradient along X itself.
+  # The ridge follows the trace: no gradient along X itself.
+  g_nd -= jnp.sum(g_nd * centred.x_nd) * centred.x_nd
   g_nd -= rows.unit_n[:, None] * (rows.unit_n @ g_nd)[None, :]
   g_nd *= -share * rows.root_weight_n[:, None]
   g_nd = jnp.where(rows.root_weight_n[:, None] > 0, g_nd * centred.inverse_norm, 0.0)
@@ -439,9 +435,8 @@ def _is_well_conditioned(a_kk, inverse_kk):
   """Whether Cholesky lost no more than a few bits: the condition number is at most the product of
   the largest row sums of A and its inverse.
   """
-  return (
-    _row_sum(a_kk) * _row_sum(inverse_kk) < _WELL_CONDITIONED
-  )  # Not so for NaN, of a Cholesky factor that is not there.
+  # Not so for NaN, of a Cholesky factor that is not there.
+  return _row_sum(a_kk) * _row_sum(inverse_kk) < _WELL_CONDITIONED
 
 
 def _row_sum(a_kk):
