@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from molt_jax.objectives.cca.decompositions import in_turn, raised_cholesky
 from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
+from molt_jax.objectives.cca.linalg import in_turn, raised_cholesky
 from molt_jax.objectives.cca.loss import cca_loss
 from molt_jax.objectives.pairwise import in_range
 
