@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from molt_jax.data import pipeline, transforms
+from molt_jax.data import decode_report, examples, transforms
 from molt_jax.data.sources import Source
 from molt_jax.evaluation import records
 from molt_jax.methods.parts.interface import HeadOutput
@@ -321,7 +321,7 @@ class PredictionRecorder:
 
   def _read(self, row):
     """An example; what cannot be read is left out, and was counted when it was scored."""
-    return pipeline.read_example(self._source, row, image=True, report=pipeline.DecodeReport())
+    return examples.read_example(self._source, row, image=True, report=decode_report.DecodeReport())
 
   def _label_sets(self, rows):
     true_nk = np.zeros((len(rows), len(self._class_names)), bool)

@@ -137,7 +137,7 @@ def cross(x, y):
 
 
 def _scale(r):
-  """`Factor.scale` for ridge r: S has trace 1, so T's singular values are at most (1 + r)^(-1/2)."""
+  """`Factor.scale`: S has trace 1, so T's singular values are at most (1 + r)^(-1/2)."""
   return jnp.sqrt(jnp.maximum(r, 1.0))
 
 
