@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import runs
 
+from molt_jax.data.modalities import LABELS
 from molt_jax.features.hidden_states import Taps
 from molt_jax.methods import model as model_lib
 from molt_jax.runtime import logbook
@@ -55,7 +56,7 @@ METHODS = {
   **{f'{DEFAULT}, {name}': grid.DEFAULT | change for name, change in CHANGES.items()},
 }
 
-COLUMNS = grid.CONDITIONS | {name: name for name in grid.MISSING}
+COLUMNS = LABELS | {name: name for name in grid.MISSING}
 RATES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 CURVES = ('late fusion', 'late fusion + views', 'MoLT, as printed', DEFAULT)
 MARGIN = 0.005  # What one model may lose against a specialist.
@@ -190,7 +191,7 @@ def figure(data, table, path):
   fig, (bars, curves) = plt.subplots(
     1, 2, figsize=(14, 0.35 * len(table) + 2), layout='constrained', width_ratios=(3, 2)
   )
-  for offset, (column, label) in enumerate(grid.CONDITIONS.items()):
+  for offset, (column, label) in enumerate(LABELS.items()):
     rows = [
       (n, 100 * np.array(values(table, m, column))) for n, m in enumerate(table) if has(m, column)
     ]

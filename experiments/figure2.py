@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 
 from molt_jax.data import datasets, missing, transforms
+from molt_jax.data.modalities import LABELS
 from molt_jax.runtime import terminal
 
 matplotlib.use('Agg')
@@ -59,7 +60,7 @@ def sign_test(wins, losses):
 def counts(table):
   """condition -> rival -> seed -> counts and the sign test."""
   found = {}
-  for condition in grid.CONDITIONS:
+  for condition in LABELS:
     found[condition] = {}
     for rival in (r for r in (BASELINE, TRAINED) if r in table):
       by_seed = {}
@@ -100,7 +101,7 @@ def lines(found):
         ]
         found = [numbers['p'] for numbers in by_seed.values() if 'p' in numbers]
         p = f'{max(found):.2g}' if found else '-'
-        yield f'| {grid.CONDITIONS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p} |'
+        yield f'| {LABELS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p} |'
     yield f'\n![examples on which one of the two is right](figure2_{data}.png)\n'
   yield (
     f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the '
@@ -145,10 +146,7 @@ def figure(table, source, path):
           draw_words(words, example, chosen[n], condition, ours, theirs)
       winner = ('MoLT right, baseline wrong', 'baseline right, MoLT wrong')[side]
       axes[block * SHOWN, 2 * side + 1].set_title(
-        (
-          f'{grid.CONDITIONS[condition]}: {winner} ({len(rows[name])} of '
-          f'{int(ours.counted_cn[0].sum())})'
-        ),
+        (f'{LABELS[condition]}: {winner} ({len(rows[name])} of {int(ours.counted_cn[0].sum())})'),
         fontsize=10,
         loc='left',
       )

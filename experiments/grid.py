@@ -25,6 +25,7 @@ from absl import app, flags, logging
 
 from molt_jax.config import presets
 from molt_jax.config import schema as config_lib
+from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.runtime import atomic, logbook
@@ -51,14 +52,8 @@ OUT = flags.DEFINE_string(
   'out', None, 'Folder of the results; default: experiments/results/ and the name of the script.'
 )
 
-CONDITIONS = {
-  'none_absent': 'complete',
-  'text_absent': 'text absent',
-  'image_absent': 'image absent',
-}
-MISSING = {
-  '70 % both': (0.7, 'both')
-}  # Further conditions, of the missing-rate protocol: rate and kind.
+# Further conditions, of the missing-rate protocol: rate and kind.
+MISSING = {'70 % both': (0.7, 'both')}
 
 # What a method changes in a preset, whatever the preset has: the equations and the training as
 # printed or our defaults, at its width, schedule and batch size; the baseline without MoLT has the
@@ -171,7 +166,7 @@ def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
           run = table[method][seed]
           scores = ', '.join(
             f'{label} {runs.spread([run.score(c, metric(config))])}'
-            for c, label in CONDITIONS.items()
+            for c, label in LABELS.items()
             if c in run.result['test']
           )
           print(f'{name}, seed {seed}, {method}: {scores}', flush=True)

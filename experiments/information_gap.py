@@ -246,9 +246,8 @@ def main(argv):
   }
   rows = [
     (
-      '| image and text | I(X_V;Y) | I(X_T;Y) | gap | lost when aligned, exact | measured, aligned '
-      '| '
-      'distance | measured, free |'
+      '| image and text | I(X_V;Y) | I(X_T;Y) | gap | lost when aligned, exact | measured, '
+      'aligned | distance | measured, free |'
     ),
     '|---|---|---|---|---|---|---|---|',
   ]

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import runs
 
+from molt_jax.data.modalities import LABELS
 from molt_jax.methods import heads
 
 matplotlib.use('Agg')
@@ -88,7 +89,7 @@ def lines(made):
     + ' |'
   )
   yield '|---|---|' + '--:|' * len(made)
-  for condition, label in grid.CONDITIONS.items():
+  for condition, label in LABELS.items():
     for method in methods:
       yield (
         f'| {label} | {method} | '
@@ -98,7 +99,7 @@ def lines(made):
   yield '\nMinus the baseline `late_fusion`, points, paired by seed:\n'
   yield '| inference | method | ' + ' | '.join(made) + ' |'
   yield '|---|---|' + '--:|' * len(made)
-  for condition, label in grid.CONDITIONS.items():
+  for condition, label in LABELS.items():
     for method in methods:
       if method != RIVALS[0]:
         yield (
@@ -146,7 +147,7 @@ def figure(made, path):
     squeeze=False,
   )
   for ax, (data, table) in zip(axes[0], made.items(), strict=True):
-    for i, (condition, label) in enumerate(grid.CONDITIONS.items()):
+    for i, (condition, label) in enumerate(LABELS.items()):
       found = [
         (n, 100 * np.array(grid.values(table, m, condition, grid.metric_of(table))))
         for n, m in enumerate(table)

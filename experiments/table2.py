@@ -17,6 +17,7 @@ import numpy as np
 import runs
 from absl import flags
 
+from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 
 matplotlib.use('Agg')
@@ -90,16 +91,14 @@ def lines(made):
         yield f'## {data}, {recipe} recipe, up to {_seeds(table, recipe)} seed(s)\n'
         yield (
           '| parts | C.A. | L_CCA | M | fusion | '
-          + ' | '.join(grid.CONDITIONS.values())
+          + ' | '.join(LABELS.values())
           + ' | the paper, SNLI-VE |'
         )
-        yield '|---|:-:|:-:|:-:|:-:|' + '--:|' * (len(grid.CONDITIONS) + 1)
+        yield '|---|:-:|:-:|:-:|:-:|' + '--:|' * (len(LABELS) + 1)
         for name, parts in PARTS.items():
           if _key(recipe, name) in table:
             ticks = ' | '.join('✓' if part in parts else '' for part in OFF)
-            cells = ' | '.join(
-              _cell(table, recipe, name, condition) for condition in grid.CONDITIONS
-            )
+            cells = ' | '.join(_cell(table, recipe, name, condition) for condition in LABELS)
             yield f'| {name} | {ticks} | {cells} | {PAPER.get(name, "")} |'
         yield ''
   yield '![difference from the full model](table2.png)\n'
@@ -140,7 +139,7 @@ def figure(made, path):
   )
   names = [name for name in PARTS if name != FULL]
   for ax, (data, table, recipe) in zip(axes[0], panels, strict=True):
-    for i, (condition, label) in enumerate(grid.CONDITIONS.items()):
+    for i, (condition, label) in enumerate(LABELS.items()):
       found = [
         (
           n,

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from molt_jax import errors
 from molt_jax.config import schema as config_lib
-from molt_jax.data import datasets, pipeline, transforms
+from molt_jax.data import datasets, decode_report, examples, transforms
 from molt_jax.data import formats as formats_lib
 from molt_jax.data.sources import Dataset, Source, classes_of
 from molt_jax.errors import UserError
@@ -112,10 +112,10 @@ def evenly(count: int, most: int) -> list[int]:
 
 def _sampled(dataset, source, encode, max_tokens, sample, bar) -> dict[str, Any]:
   words, tokens, sizes, formats, named = [], [], [], collections.Counter(), []
-  report = pipeline.DecodeReport()
+  report = decode_report.DecodeReport()
   for n in evenly(len(source), sample):
     bar.advance()
-    example = pipeline.read_example(source, n, image=True, report=report)
+    example = examples.read_example(source, n, image=True, report=report)
     if example['text'] is not None:
       words.append(len(example['text'].split()))
       tokens += [len(encode(example['text'], MANY))] if encode else []
@@ -187,7 +187,7 @@ def contact_sheet(dataset: Dataset, split: str, count: int) -> Image.Image:
   )
   for cell, n in enumerate(rows):
     corner = _MARGIN + cell % columns * (_CELL + _MARGIN), _MARGIN + cell // columns * height
-    example = pipeline.read_example(source, n, image=True, report=pipeline.DecodeReport())
+    example = examples.read_example(source, n, image=True, report=decode_report.DecodeReport())
     names = ', '.join(dataset.class_names[k] for k in classes_of(example['label'])) or '(no label)'
     _draw(sheet, corner, example, names)
   return sheet

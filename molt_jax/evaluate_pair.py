@@ -19,7 +19,7 @@ from PIL import Image
 
 from molt_jax import pretrain
 from molt_jax.config import schema as config_lib
-from molt_jax.data import datasets, fingerprint, pipeline, transforms
+from molt_jax.data import datasets, decode_report, examples, fingerprint, transforms
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
 from molt_jax.pairs import model, retrieval_and_probes
@@ -46,14 +46,14 @@ class Examples:
 
 
 def read_examples(
-  source: Source, report: pipeline.DecodeReport, *, title: str = 'reading'
+  source: Source, report: decode_report.DecodeReport, *, title: str = 'reading'
 ) -> Examples:
   """Reads and decodes a split; what cannot be decoded is reported and left out."""
   found = []
   with cli.progress(title, len(source), 'examples') as bar:
     for index in np.arange(len(source)):
       if source.present[index, 0]:
-        example = pipeline.read_example(source, int(index), image=True, report=report)
+        example = examples.read_example(source, int(index), image=True, report=report)
         try:
           found.append(
             (transforms.decode(example['image'] or b''), example['text'] or None, example['label'])
@@ -70,7 +70,7 @@ def read_examples(
 
 def read_dataset(dataset: Dataset, splits: Iterable[str] = SPLITS) -> dict[str, Examples]:
   """Reads the splits of a data set; says on stderr what could not be decoded."""
-  report = pipeline.DecodeReport()
+  report = decode_report.DecodeReport()
   examples = {
     split: read_examples(dataset.splits[split], report, title=f'reading {split}')
     for split in splits

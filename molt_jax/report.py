@@ -42,9 +42,10 @@ def write(
       f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file'
     )
   workdir.try_out(out.parent, flag='--out')
+  # Matplotlib takes a second to import; a mistake in the arguments is said before.
   from molt_jax.reporting import (
     page,
-  )  # Matplotlib takes a second to import; a mistake in the arguments is said before.
+  )
 
   atomic.write(out, page.render(runs))
   return out

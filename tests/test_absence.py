@@ -15,7 +15,7 @@ from PIL import Image
 import molt_jax
 from molt_jax import evaluate, train
 from molt_jax.config import schema as config_lib
-from molt_jax.data import datasets, missing, packing, pipeline
+from molt_jax.data import datasets, examples, missing, packing, pipeline
 from molt_jax.errors import UserError
 from molt_jax.evaluation.metrics import ClassificationMetrics
 from molt_jax.methods import model as model_lib
@@ -292,7 +292,9 @@ def test_the_maps_are_those_of_the_pooled_training_pairs(translated):
   source = datasets.load_dataset(predictor.config).splits['train']
   rows = np.flatnonzero(source.present.all(axis=1))
   batch = [
-    pipeline._row(row, source=source, preprocess=predictor._preprocess, present_nm=source.present)
+    examples.make_example(
+      row, source=source, preprocess=predictor._preprocess, present_nm=source.present
+    )
     for row in rows
   ]
   batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}

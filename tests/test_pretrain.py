@@ -25,7 +25,7 @@ from optional_torch import needs_torch, torch
 from molt_jax import pretrain
 from molt_jax.config import schema as config_lib
 from molt_jax.config.schema import PRETRAIN_SCHEMA
-from molt_jax.data import datasets, pipeline, transforms
+from molt_jax.data import datasets, examples, transforms
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
 from molt_jax.objectives import contrastive
@@ -236,7 +236,7 @@ def test_features_of_a_probe_are_class_and_mean_patch_token(pair):
   ]
   tower = pair.model.trained.image_tower
   x_bhwc = np.stack(
-    [pipeline.single_example(pair.preprocess, image=image)['image'] for image in images]
+    [examples.single_example(pair.preprocess, image=image)['image'] for image in images]
   )
   taps = np.asarray(
     tower.apply({'params': pair.variables['params']['image_tower']}, x_bhwc, states=range(-2, 0))

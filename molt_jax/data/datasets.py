@@ -9,14 +9,14 @@ from typing import Any
 
 from molt_jax.config.schema import modalities
 from molt_jax.data import missing, table
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.data.sources import Dataset
 
 
 def _builder(name: str) -> Callable[[Any], Dataset]:
   def load(config):
-    return importlib.import_module(f'molt_jax.data.published.{name}').load(
-      config
-    )  # Imports TFDS, which costs a second.
+    # Imports TFDS, which costs a second.
+    return importlib.import_module(f'molt_jax.data.published.{name}').load(config)
 
   return load
 
@@ -63,7 +63,7 @@ def load_dataset(config: Any) -> Dataset:
 def _used(data: Dataset, config: Any) -> Dataset:
   """Leaves of a data set what `dataset.modalities` names."""
   used = modalities(config)
-  if len(used) == 2:
+  if len(used) == len(MODALITIES):
     return data
   return dataclasses.replace(
     data,

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from molt_jax.data.modalities import COLUMN
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
-
-_COLUMN = {'image': 0, 'text': 1}
 
 
 def _digest(example_id: str, key: bytes) -> bytes:
@@ -81,10 +80,10 @@ def present_table(
   ranked = [n for n in hash_order(ids, seed=seed, name=f'missing/{split}') if complete[n]]
   affected = ranked[: int(np.floor(rate * len(ranked) + 0.5))]
   if kind == 'both':
-    present_nm[affected[0::2], _COLUMN['text']] = False
-    present_nm[affected[1::2], _COLUMN['image']] = False
+    present_nm[affected[0::2], COLUMN['text']] = False
+    present_nm[affected[1::2], COLUMN['image']] = False
   else:
-    present_nm[affected, _COLUMN[kind]] = False
+    present_nm[affected, COLUMN[kind]] = False
   return present_nm
 
 
@@ -137,12 +136,11 @@ def only(source: Source, modality: str, *, split: str) -> Part:
   Raises:
     UserError: no row of the split has it.
   """
-  column = _COLUMN[modality]
+  column = COLUMN[modality]
   rows = np.flatnonzero(source.present[:, column])
   if not len(rows):
     raise UserError(
       f'config.dataset.modalities: {modality!r}, but no example of the {split} split has one; '
-      'give '
-      'another value'
+      'give another value'
     )
   return Part(source, tuple(rows.tolist()), keep=(column == 0, column == 1))

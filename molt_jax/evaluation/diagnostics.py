@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from molt_jax.data import pipeline, transforms
+from molt_jax.data import decode_report, examples, transforms
 from molt_jax.data.sources import Source
 from molt_jax.evaluation import records
 from molt_jax.methods.parts.interface import HeadOutput
@@ -27,11 +27,9 @@ HELD_OUT = ('held_out_correlation', 'held_out_top_correlation')
 MAX_PLANE = 150  # Pairs drawn in the plane.
 NUM_SHOWN = 16  # Canonical correlations a layer.
 MAX_PROBABILITIES = 8_000_000  # Kept of a split, 32 MB; examples beyond it are thinned out evenly.
-NUM_MISTAKES, THUMBNAIL, MAX_TEXT = (
-  6,
-  112,
-  280,
-)  # A condition; pixels of the longer side; characters.
+NUM_MISTAKES = 6  # A condition.
+THUMBNAIL = 112  # Pixels of the longer side.
+MAX_TEXT = 280  # Characters.
 
 
 class Observer(Protocol):
@@ -253,7 +251,7 @@ class PredictionRecorder:
     Args:
       source: the split.
       class_names: K names.
-      conditions: names in `records.CONDITIONS`; the first that the evaluation goes through.
+      conditions: names in `modalities.CONDITIONS`; the first that the evaluation goes through.
       multi_label: how to read logits.
     """
     num_rows = max(1, min(len(source), MAX_PROBABILITIES // (len(conditions) * len(class_names))))
@@ -323,7 +321,7 @@ class PredictionRecorder:
 
   def _read(self, row):
     """An example; what cannot be read is left out, and was counted when it was scored."""
-    return pipeline.read_example(self._source, row, image=True, report=pipeline.DecodeReport())
+    return examples.read_example(self._source, row, image=True, report=decode_report.DecodeReport())
 
   def _label_sets(self, rows):
     true_nk = np.zeros((len(rows), len(self._class_names)), bool)

@@ -21,11 +21,11 @@ from typing import Any, Self
 import numpy as np
 
 from molt_jax.data import missing
+from molt_jax.data.modalities import CONDITIONS
 from molt_jax.errors import UserError
 from molt_jax.runtime import atomic, logbook, terminal
 
 PREDICTIONS, PAIRS, MISTAKES = 'predictions.npz', 'pairs.npz', 'mistakes.json'
-CONDITIONS = ('none_absent', 'text_absent', 'image_absent')
 MAX_BYTES = 1 << 30  # Of such a file unpacked; the recorder writes at most a tenth.
 MAX_LAYERS, MAX_DIRECTIONS, MAX_POINTS = 256, 4096, 10_000  # Of pairs.
 

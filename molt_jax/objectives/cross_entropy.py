@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from molt_jax.objectives.pairwise import in_range
 
@@ -70,11 +71,11 @@ def sigmoid_cross_entropy(
   logits_bk = _read(logits_bk, live_b1)
   label_bk = jnp.where(live_b1, label_bk, 0).astype(jnp.float32)
   weight_b = weight_b.astype(jnp.float32)
-  positive_bk = label_bk * jax.nn.log_sigmoid(logits_bk)
+  loss_bk = optax.sigmoid_binary_cross_entropy(logits_bk, label_bk)
   if positive_weight_k is not None:
-    positive_bk = positive_bk * positive_weight_k[None, :].astype(jnp.float32)
-  loss_b = -jnp.mean(positive_bk + (1 - label_bk) * jax.nn.log_sigmoid(-logits_bk), axis=-1)
-  return jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
+    positive_weight_k = positive_weight_k.astype(jnp.float32)
+    loss_bk = loss_bk * jnp.where(label_bk > 0, positive_weight_k[None, :], 1.0)
+  return jnp.sum(jnp.mean(loss_bk, axis=-1) * weight_b), jnp.sum(weight_b)
 
 
 def softmax_distillation(
@@ -92,10 +93,10 @@ def softmax_distillation(
   Returns:
     (loss_sum, weight_sum), float32 scalars.
   """
-  log_p_bk, log_q_bk = (
-    jax.nn.log_softmax(z_bk) for z_bk in _softened(logits_bk, teacher_bk, weight_b, temperature)
+  teacher_bk, logits_bk = _softened(logits_bk, teacher_bk, weight_b, temperature)
+  loss_b = optax.losses.kl_divergence_with_log_targets(
+    jax.nn.log_softmax(logits_bk), jax.nn.log_softmax(teacher_bk)
   )
-  loss_b = jnp.sum(jnp.exp(log_p_bk) * (log_p_bk - log_q_bk), axis=-1)
   weight_b = weight_b.astype(jnp.float32)
   return temperature**2 * jnp.sum(loss_b * weight_b), jnp.sum(weight_b)
 
@@ -139,6 +140,7 @@ class Kind(NamedTuple):
   distillation: Callable[..., tuple[jax.Array, jax.Array]]
 
 
+# By whether the data set is multi-label.
 KINDS = {
   False: Kind(
     lambda z_bk, y_b, w_b, c_k: softmax_cross_entropy(z_bk, y_b, weight_b=w_b, class_weight_k=c_k),
@@ -150,7 +152,7 @@ KINDS = {
     ),
     lambda z_bk, t_bk, w_b, t: sigmoid_distillation(z_bk, t_bk, weight_b=w_b, temperature=t),
   ),
-}  # By whether the data set is multi-label.
+}
 
 
 def balanced_class_weights(count_k: np.ndarray) -> np.ndarray:

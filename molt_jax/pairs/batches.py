@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from molt_jax.data import formats, pipeline, transforms
+from molt_jax.data import examples, formats, pipeline, transforms
 from molt_jax.data.sources import Source
 from molt_jax.pairs import augment
 
@@ -52,7 +52,7 @@ class _Pictures:
   share it: a race only decodes twice.
   """
 
-  def __init__(self, source: Source, preprocess: pipeline.Preprocess, *, keep: bool):
+  def __init__(self, source: Source, preprocess: examples.Preprocess, *, keep: bool):
     self._source, self._preprocess, self._keep = source, preprocess, keep
     self._pixels: dict[int, np.ndarray | None] = {}
 
@@ -67,7 +67,7 @@ class _Pictures:
     return image
 
   def _decode(self, index):
-    example = pipeline.read_example(self._source, index, image=True, report=self._preprocess.report)
+    example = examples.read_example(self._source, index, image=True, report=self._preprocess.report)
     if example['image'] is None:
       return None
     try:
@@ -113,7 +113,7 @@ def complete_rows(source: Source) -> np.ndarray:
 
 def train_iterator(
   source: Source,
-  preprocess: pipeline.Preprocess,
+  preprocess: examples.Preprocess,
   views: PairViews,
   *,
   batch_size: int,
@@ -182,7 +182,7 @@ def _pair(
   siblings: Mapping[int, np.ndarray] | None,
   source: Source,
   pictures: _Pictures,
-  preprocess: pipeline.Preprocess,
+  preprocess: examples.Preprocess,
   views: PairViews,
   seed: int,
   text_pooled_nd: np.ndarray | None,
@@ -217,4 +217,4 @@ def _image(image: Image.Image | None, preprocess, how, rng) -> np.ndarray:
   if image is None:
     return np.zeros((size, size, 3), np.float32)
   view = augment.augment_image(image, how, rng, size=size, resample=preprocess.resample)
-  return pipeline.pixels(view, preprocess)
+  return examples.pixels(view, preprocess)

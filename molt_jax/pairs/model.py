@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from molt_jax import errors
-from molt_jax.data import pipeline, transforms
+from molt_jax.data import examples, transforms
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.objectives import contrastive
@@ -232,7 +232,7 @@ def load_weights(
 def pool_texts(
   model: DualModel,
   variables: Mapping[str, Any],
-  preprocess: pipeline.Preprocess,
+  preprocess: examples.Preprocess,
   texts: Sequence[str],
   *,
   batch_size: int,
@@ -349,7 +349,7 @@ class TowerPair:
 
   model: DualModel
   variables: Mapping[str, Any]
-  preprocess: pipeline.Preprocess
+  preprocess: examples.Preprocess
   batch_size: int
   mesh: jax.sharding.Mesh
 
@@ -421,7 +421,7 @@ class TowerPair:
 
   def _pixels(self, image):
     image = transforms.decode(image) if isinstance(image, bytes) else image
-    return pipeline.single_example(self.preprocess, image=image)['image']
+    return examples.single_example(self.preprocess, image=image)['image']
 
   def _batches(self, x_n: np.ndarray, function) -> np.ndarray:
     """Maps over rows in batches of one size, the last one filled up with zeros."""

@@ -114,8 +114,7 @@ def zero_shot(
   if len(class_prompts_kpc) < 2:
     raise UserError(
       f'zero-shot: {len(class_prompts_kpc)} class(es) leave nothing to choose; give a data set '
-      'of '
-      'two classes or more'
+      'of two classes or more'
     )
   class_kc = normalise(normalise(class_prompts_kpc).mean(axis=1))
   labelled_n = np.asarray(labels) >= 0
@@ -287,9 +286,8 @@ def linear_probe(
   best, by_strength, weight_dk = None, {}, np.zeros((rows['train'].shape[1] + 1, num_classes))
   train, no_better = (jnp.asarray(rows['train']), jnp.asarray(labels['train'])), 0
   for strength in sorted(strengths):
-    weight_dk = _fit(
-      *train, strength, weight_dk
-    )  # From the solution of the stronger penalty before.
+    # From the solution of the stronger penalty before.
+    weight_dk = _fit(*train, strength, weight_dk)
     by_strength[strength] = score(weight_dk, 'validation')
     if best is None or by_strength[strength] > by_strength[best[0]]:
       best, no_better = (strength, weight_dk), 0

@@ -245,9 +245,8 @@ def random_params(boxed: Any, shardings: Any) -> Any:
       {path: draw(path, x, k) for (path, x), k in zip(flat.items(), keys, strict=True)}
     )
 
-  return jax.jit(build, out_shardings=shardings)(
-    jax.random.key(0, impl='rbg')
-  )  # A generator that accelerators run fast.
+  # A generator that accelerators run fast.
+  return jax.jit(build, out_shardings=shardings)(jax.random.key(0, impl='rbg'))
 
 
 def _fan_in(path, shape):
@@ -422,11 +421,12 @@ _INSTRUCTION = re.compile(
   r'^\s*(?:ROOT )?%?([\w.-]+) = .*?\b([a-z][a-z0-9-]*)\(.*?metadata=\{[^}]*?op_name="([^"]*)"',
   re.MULTILINE,
 )
+# Their time is that of the operations inside, which have events of their own.
 _CONTAINERS = (
   'while',
   'conditional',
   'call',
-)  # Their time is that of the operations inside, which have events of their own.
+)
 
 
 def trace_parts(directory: str | pathlib.Path, program: str, *, steps: int) -> dict[str, float]:

@@ -359,9 +359,8 @@ def plane(pairs: Pairs, layer: int) -> Callable[[Any], None]:
   image_np, text_np = np.moveaxis(pairs.plane_lnmp[layer], 1, 0)
 
   def draw(ax):
-    joined_nvp = np.stack(
-      [image_np, text_np, np.full_like(image_np, np.nan)], axis=1
-    )  # NaN lifts the pen.
+    # NaN lifts the pen.
+    joined_nvp = np.stack([image_np, text_np, np.full_like(image_np, np.nan)], axis=1)
     ax.plot(*joined_nvp.reshape(-1, 2).T, color=GRID, linewidth=0.6, zorder=1)
     for i, (name, x_np) in enumerate({'images': image_np, 'texts': text_np}.items()):
       ax.plot(

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from molt_jax.config import schema as config_lib
+from molt_jax.data.modalities import LABELS
 from molt_jax.reporting import checked, figures
-from molt_jax.reporting.runs import LABELS, Run
+from molt_jax.reporting.runs import Run
 from molt_jax.runtime import terminal
 
 RATES = np.linspace(0, 1, 11)
@@ -432,12 +433,11 @@ def spectrum(page):
     figures.spectrum,
     lambda pairs: (
       'Canonical correlations of h<sub>i</sub> and h<sub>t</sub>, layer by layer. One batch of '
-      f'{pairs.num_batch} pairs over all directions is what '
-      'the loss as printed sees: with fewer pairs than directions it is near 1 whatever the data. '
-      'The other two are over the '
+      f'{pairs.num_batch} pairs over all directions is what the loss as printed sees: with fewer '
+      'pairs than directions it is near 1 whatever the data. The other two are over the '
       f'{pairs.held_out_lk.shape[1]} leading principal axes of each view: of {pairs.num_fitted:,} '
-      'training pairs, and the same directions on the '
-      f'{safe(pairs.split)} split, which is what the two modalities have in common.'
+      f'training pairs, and the same directions on the {safe(pairs.split)} split, which is what '
+      'the two modalities have in common.'
     ),
   )
 

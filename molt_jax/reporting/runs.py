@@ -10,12 +10,11 @@ import ml_collections
 import numpy as np
 
 from molt_jax.config import schema as config_lib
+from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.reporting import checked
 from molt_jax.runtime import logbook
-
-LABELS = {'none_absent': 'complete', 'text_absent': 'text absent', 'image_absent': 'image absent'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +117,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
       one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
       raise UserError(
         f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one '
-        'data '
-        'set'
+        'data set'
       )
   return runs
 
@@ -158,9 +156,10 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 def _verify(folder: pathlib.Path) -> None:
   """Compares config.json and the arrays of the run's checkpoint with what was saved."""
   if any((folder / 'checkpoints').glob('*/[0-9]*')):
+    # Imports JAX, which a page without checkpoints does without.
     from molt_jax.training import (
       runs as trained,
-    )  # Imports JAX, which a page without checkpoints does without.
+    )
 
     trained.verify(trained.open_run(folder))
 

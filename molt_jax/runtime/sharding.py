@@ -207,6 +207,7 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
   )
 
 
+# As XLA calls them.
 KINDS = (
   'all-reduce',
   'all-gather',
@@ -214,7 +215,7 @@ KINDS = (
   'all-to-all',
   'collective-permute',
   'collective-broadcast',
-)  # As XLA calls them.
+)
 TYPES = {'f32': 'float32', 'bf16': 'bfloat16', 's32': 'int32', 'u32': 'uint32', 'pred': 'bool'}
 
 
@@ -318,9 +319,10 @@ def gather_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
   """
 
   def gather(x):
+    # Gather x, not what it is made of.
     split = jax.lax.with_sharding_constraint(
       x, jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim > 1), 'data'))
-    )  # Gather x, not what it is made of.
+    )
     return jax.lax.with_sharding_constraint(split, replicated(mesh))
 
   return gather

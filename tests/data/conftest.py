@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.data import pipeline
+from molt_jax.data import examples
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
 
@@ -72,6 +72,6 @@ def make_preprocess():
       'num_classes': 3,
       'multi_label': False,
     }
-    return pipeline.Preprocess(**(fields | replace))
+    return examples.Preprocess(**(fields | replace))
 
   return make

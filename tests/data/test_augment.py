@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from molt_jax.data import pipeline
+from molt_jax.data.examples import pixels
 from molt_jax.pairs import augment, batches
 
 NOTHING = augment.ImageAugmentation(min_area=1.0, max_aspect=1.0, flip=0.0, color=0.0)
@@ -70,7 +70,7 @@ def test_without_variation_training_sees_what_evaluation_sees(
     make_source(2, images=[buffer.getvalue()] * 2),
     make_preprocess(image_size=16, resize=resize),
   )
-  expected = pipeline.pixels(Image.open(buffer).convert('RGB'), preprocess)
+  expected = pixels(Image.open(buffer).convert('RGB'), preprocess)
   ours = next(iterate(source, preprocess, image=NOTHING))['image'][0]
   if size == (16, 16):
     np.testing.assert_allclose(ours, expected, atol=1e-6)

@@ -17,7 +17,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from molt_jax import describe
-from molt_jax.data import formats, pipeline, table, transforms
+from molt_jax.data import decode_report, examples, formats, pipeline, table, transforms
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 from molt_jax.evaluation import diagnostics
@@ -83,7 +83,7 @@ def test_what_is_no_image_file_is_neither_waited_for_nor_read(
   make(path)
   preprocess = make_preprocess()
   with pytest.raises(UserError, match=says):
-    pipeline.single_example(preprocess, image=path)
+    examples.single_example(preprocess, image=path)
   rows = (table.Row('test.csv:2', str(path), 'a text', ('x',)),)
   (batch,) = pipeline.eval_batches(table.TableSource(rows, (0,)), preprocess, batch_size=1)
   assert batch['present'].tolist() == [[False, True]]
@@ -141,7 +141,7 @@ def test_other_formats_are_named_and_not_opened(name, monkeypatch):
 def test_a_file_of_another_format_that_the_user_opened_is_not_decoded(make_preprocess, monkeypatch):
   monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *args, **kwargs: pytest.fail('started'))
   with pytest.raises(UserError, match='EPS'):
-    pipeline.single_example(make_preprocess(), image=Image.open(io.BytesIO(EPS)))
+    examples.single_example(make_preprocess(), image=Image.open(io.BytesIO(EPS)))
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_one_line(text, shown):
 
 
 def test_the_report_is_fit_for_a_terminal():
-  report = pipeline.DecodeReport()
+  report = decode_report.DecodeReport()
   report.add('evil\x1b]0;title\x07\n', 'image', 'bad\nchunk \x1b[2J' + 'x' * 9999)
   line = report.line()
   assert line.isprintable() and len(line) < 400 and report.counts() == {'image': 1}

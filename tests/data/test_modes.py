@@ -10,7 +10,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from molt_jax.data import modes, pipeline, table, transforms
+from molt_jax.data import examples, modes, pipeline, table, transforms
 from molt_jax.errors import UserError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'tools'))
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 def assert_means(image_hwc, meant, preprocess):
   """The error of a pixel survives resizing (bicubic: some overshoot) and normalisation."""
   rgb_hwc, tolerance = meant
-  want_hwc = pipeline.pixels(Image.fromarray(rgb_hwc.astype(np.uint8)), preprocess)
+  want_hwc = examples.pixels(Image.fromarray(rgb_hwc.astype(np.uint8)), preprocess)
   assert np.abs(image_hwc - want_hwc).max() <= (2 * tolerance + 0.01) / 255 / min(preprocess.std)
 
 
@@ -86,11 +86,11 @@ def test_predict_takes_a_path_of_each_kind(folder, make_preprocess):
   root, meant, unusable = folder
   preprocess = make_preprocess()
   for name, what in meant.items():
-    example = pipeline.single_example(preprocess, image=root / name)
+    example = examples.single_example(preprocess, image=root / name)
     assert_means(example['image'], what, preprocess)
   for name in unusable:
     with pytest.raises(UserError, match='cannot be decoded') as error:
-      pipeline.single_example(preprocess, image=str(root / name))
+      examples.single_example(preprocess, image=str(root / name))
     assert '\n' not in str(error.value)
 
 
@@ -202,7 +202,7 @@ def test_images_in_memory(name, make_preprocess):
     1 if name in ('YCbCr', 'LA') else 0
   )
   assert before == (image.mode, image.info)
-  assert pipeline.single_example(make_preprocess(), image=image)['present'][0]
+  assert examples.single_example(make_preprocess(), image=image)['present'][0]
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -211,7 +211,7 @@ def test_images_in_memory_that_are_refused(name, make_preprocess):
   with pytest.raises(transforms.DecodeError, match=reason):
     transforms.as_rgb(image)
   with pytest.raises(UserError, match=reason) as error:
-    pipeline.single_example(make_preprocess(), image=image)
+    examples.single_example(make_preprocess(), image=image)
   assert '\n' not in str(error.value)
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_the_user_opened_counts_as_that_file(folder, make_preprocess
     Image.open(root / 'integers to 255') as image,
     pytest.raises(UserError, match='signed|white'),
   ):
-    pipeline.single_example(make_preprocess(), image=image)
+    examples.single_example(make_preprocess(), image=image)
 
 
 def test_two_bytes_of_a_transparent_colour_are_lost_once_pixels_are_loaded():

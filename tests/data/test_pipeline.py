@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.data import packing, pipeline, transforms
+from molt_jax.data import cached, decode_report, examples, packing, pipeline, transforms
 from molt_jax.errors import UserError
 
 
@@ -136,7 +136,7 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
   taps = {f'k{n}': rng.normal(size=(2, 1 + 5 * n, 3)).astype(np.float32) for n in range(8)}
   keys = [*taps][:7] + [None]
   stored = {
-    'text': pipeline.StoredTaps(
+    'text': cached.StoredTaps(
       keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 40, 3), np.dtype(np.float32)
     )
   }
@@ -170,7 +170,7 @@ def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_
   taps = {f'k{n}': np.ones((2, n, 3), np.float32) for n in (2, 3, 16)}
   keys = ['k16', *['k2', 'k3'] * 31, None]
   stored = {
-    'text': pipeline.StoredTaps(
+    'text': cached.StoredTaps(
       keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 16, 3), np.dtype(np.float32)
     )
   }
@@ -313,7 +313,7 @@ def test_a_file_that_vanished_is_an_absent_image(make_source, make_preprocess):
 
 
 def test_the_report_keeps_the_first_names():
-  report = pipeline.DecodeReport(keep=2)
+  report = decode_report.DecodeReport(keep=2)
   assert report.line() == '' and report.counts() == {}
   for n in (0, 1, 2, 3, 1):
     report.add(f'e{n}', 'image', 'broken')
@@ -333,7 +333,7 @@ def test_single_example_takes_path_image_and_array(make_preprocess, tmp_path):
   preprocess = make_preprocess()
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
   image.save(tmp_path / 'x.png')
-  want = pipeline.single_example(preprocess, image, 'hi')
+  want = examples.single_example(preprocess, image, 'hi')
   assert {key: value.shape for key, value in want.items()} == {
     'image': (8, 8, 3),
     'tokens': (6,),
@@ -342,12 +342,12 @@ def test_single_example_takes_path_image_and_array(make_preprocess, tmp_path):
   }
   assert want['tokens'].tolist() == [104, 105, 7, 7, 7, 7] and want['present'].all()
   for form in (tmp_path / 'x.png', str(tmp_path / 'x.png'), np.asarray(image)):
-    assert_same(pipeline.single_example(preprocess, form, 'hi'), want)
-  assert pipeline.single_example(preprocess, np.asarray(image)[..., 0])['present'].tolist() == [
+    assert_same(examples.single_example(preprocess, form, 'hi'), want)
+  assert examples.single_example(preprocess, np.asarray(image)[..., 0])['present'].tolist() == [
     True,
     False,
   ]
-  only_text = pipeline.single_example(preprocess, text='hi')
+  only_text = examples.single_example(preprocess, text='hi')
   assert only_text['present'].tolist() == [False, True] and not only_text['image'].any()
 
 
@@ -364,5 +364,5 @@ def test_single_example_refuses_in_one_line(make_preprocess, tmp_path):
   ]
   for image, text, message in cases:
     with pytest.raises(UserError) as error:
-      pipeline.single_example(make_preprocess(), image, text)
+      examples.single_example(make_preprocess(), image, text)
     assert message in str(error.value) and '\n' not in str(error.value)

@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from molt_jax.config import schema as config_lib
-from molt_jax.data import datasets
+from molt_jax.data import datasets, modalities
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
@@ -246,7 +246,7 @@ def test_a_condition_without_examples_has_no_number(study, scripts, monkeypatch,
   json.loads((out / f'{script}.json').read_text(), parse_constant=_no_constant)
   words = re.findall(r'[\w.]+', text)
   assert not {'nan', 'None', 'inf'} & set(words)
-  label = scripts['grid'].CONDITIONS['image_absent']
+  label = modalities.LABELS['image_absent']
   ours = text.split('## As the paper')[0].splitlines()
   rows = [line for line in ours if line.startswith(f'| {label} |')]
   if script in ('table1', 'figure2'):

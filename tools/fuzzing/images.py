@@ -14,11 +14,11 @@ import PIL
 from PIL import Image
 
 from fuzzing import _image_files, _pictures
-from molt_jax.data import formats, pipeline, transforms
+from molt_jax.data import examples, formats, transforms
 from molt_jax.errors import UserError
 
 PREPROCESS = {
-  resize: pipeline.Preprocess(
+  resize: examples.Preprocess(
     image_size=8,
     mean=(0.5, 0.5, 0.5),
     std=(0.2, 0.2, 0.2),
@@ -153,7 +153,7 @@ def _in_memory(rng, folder):
     image.info['exif'] = rng.bytes(40)
   try:
     for preprocess in PREPROCESS.values():
-      _check_array(pipeline.single_example(preprocess, image=image)['image'])
+      _check_array(examples.single_example(preprocess, image=image)['image'])
   except UserError as error:
     _check_line(error)
     return f'{mode} refused'
@@ -186,7 +186,7 @@ def _used(data):
   if image.mode != 'RGB' or not 1 <= image.width * image.height <= formats.MAX_PIXELS:
     raise AssertionError(f'{image.mode} {image.size}')
   for preprocess in PREPROCESS.values():
-    _check_array(pipeline.pixels(image, preprocess))
+    _check_array(examples.pixels(image, preprocess))
   return True
 
 

@@ -522,8 +522,7 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   if config.dataset.multi_label != builder.MULTI_LABEL:
     raise UserError(
       f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; '
-      'give '
-      f'{builder.MULTI_LABEL}'
+      f'give {builder.MULTI_LABEL}'
     )
   folder = prepare(builder, config)
   facts = _read_facts(folder)

@@ -317,8 +317,7 @@ def load(config: Any) -> Dataset:
   if config.dataset.multi_label:
     raise UserError(
       'dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an '
-      'emoji: '
-      'leave it False'
+      'emoji: leave it False'
     )
   return open_prepared(prepare(config.dataset.data_dir))
 

@@ -24,9 +24,8 @@ from molt_jax.data.sources import Dataset
 
 PUBLISHED = {'title': {'train': 67972, 'test': 22716}, 'page': {'train': 65085, 'test': 21683}}
 SPLITS = ('train', 'test')
-_IMAGE = re.compile(
-  r'.+_[\d-]+\.(jpe?g|png)', re.IGNORECASE
-)  # Some numbers have a dash: cheese_plate_717-2.jpg.
+# Some numbers have a dash: cheese_plate_717-2.jpg.
+_IMAGE = re.compile(r'.+_[\d-]+\.(jpe?g|png)', re.IGNORECASE)
 _FLAT = ('image', 'images')
 
 

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from molt_jax.objectives.cca.decompositions import in_turn, singular_values, svd
-from molt_jax.objectives.cca.loss import centre, cross, magnitude, weigh_rows, whiten
-
-_EPS, _LARGEST = (float(x) for x in (jnp.finfo(jnp.float32).eps, jnp.finfo(jnp.float32).max))
+from molt_jax.objectives.cca.linalg import EPS, LARGEST, in_turn, singular_values, svd
+from molt_jax.objectives.cca.whitening import centre, cross, magnitude, weigh_rows, whiten
 
 
 class Directions(NamedTuple):
@@ -49,7 +47,7 @@ def _fit(x_nd, y_nd, weight_n, ridge):
       jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj))
     )
   x_dk, y_dk = (
-    jnp.clip(view_kd.T * view.inverse_norm, -_LARGEST, _LARGEST)
+    jnp.clip(view_kd.T * view.inverse_norm, -LARGEST, LARGEST)
     for view_kd, view in ((x_kd, view_x), (y_kd, view_y))
   )
   return Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk)
@@ -81,7 +79,7 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
     v_nk = jnp.matmul(centre(view_nd, rows).x_nd, direction_dk, precision='highest')
     v_nk -= rows.unit_n[:, None] * (rows.unit_n @ v_nk)[None, :]
     norm_k = jnp.linalg.norm(v_nk, axis=0)
-    is_nothing_k = norm_k <= 4 * _EPS * jnp.linalg.norm(direction_dk, axis=0)
+    is_nothing_k = norm_k <= 4 * EPS * jnp.linalg.norm(direction_dk, axis=0)
     return jnp.where(
       is_nothing_k[None, :], 0.0, v_nk / jnp.where(is_nothing_k, 1.0, norm_k)[None, :]
     )

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from molt_jax.objectives.cca.decompositions import in_turn, raised_cholesky
 from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
+from molt_jax.objectives.cca.linalg import in_turn, raised_cholesky
 from molt_jax.objectives.cca.loss import cca_loss
 from molt_jax.objectives.pairwise import in_range
 
@@ -153,10 +153,8 @@ def _moving_average(num_directions, window, seed, gather, options):
 
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_LARGEST, _MOST_WEIGHT = (
-  1e12,
-  1e6,
-)  # So that squares, times weights, times d or a window, stay in float32.
+# So that squares, times weights, times d or a window, stay in float32.
+_LARGEST, _MOST_WEIGHT = 1e12, 1e6
 _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
 
 

@@ -1,4 +1,4 @@
-"""Decompositions of matrices that come to an end on every finite matrix, alone and under vmap.
+"""Decompositions that come to an end on every finite matrix, alone and under vmap, and their tests.
 
 What LAPACK gives up on is done another way, and a batch of its calls does not hang.
 """
@@ -7,6 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.scipy.linalg import solve_triangular
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+LARGEST = float(jnp.finfo(jnp.float32).max)
+# Bound of a condition number up to which Cholesky takes the place of an SVD.
+_WELL_CONDITIONED = 200.0
 
 
 def in_turn(function):
@@ -112,8 +118,38 @@ def raised_cholesky(a_kk, ridge):
 
   def has_failed(factor_and_ridge):
     l_kk, r = factor_and_ridge
-    return ~jnp.all(jnp.isfinite(l_kk)) & (
-      r < 1
-    )  # Beyond that it is not rounding: A is not finite.
+    # Beyond that it is not rounding: A is not finite.
+    return ~jnp.all(jnp.isfinite(l_kk)) & (r < 1)
 
   return lax.while_loop(has_failed, lambda state: attempt(16 * state[1]), attempt(ridge))
+
+
+def transposed(x_nk):
+  """X', written out: on a CPU, products that sum over many rows are then up to twice as fast."""
+  return lax.optimization_barrier(x_nk.T)
+
+
+def inverse_cholesky(a_kk):
+  """L^(-1) with L L' = A; NaN where A has no Cholesky factor."""
+  return solve_triangular(jnp.linalg.cholesky(a_kk), jnp.eye(a_kk.shape[0]), lower=True)
+
+
+def is_well_conditioned(a_kk, inverse_kk):
+  """Whether Cholesky lost no more than a few bits: the condition number is at most the product of
+  the largest row sums of A and its inverse.
+  """
+  # Not so for NaN, of a Cholesky factor that is not there.
+  return largest_row_sum(a_kk) * largest_row_sum(inverse_kk) < _WELL_CONDITIONED
+
+
+def largest_row_sum(a_kk):
+  """The largest sum of magnitudes in a row: a bound of the norm."""
+  return jnp.max(jnp.sum(jnp.abs(a_kk), axis=1))
+
+
+def products_suffice(s_kk, r, *matrices):
+  """Whether Cholesky and products alone can tell S + r from r, and did: the matrices they made are
+  finite.
+  """
+  is_finite = jnp.stack([jnp.all(jnp.isfinite(m)) for m in matrices])
+  return (r >= 4 * EPS * jnp.sqrt(jnp.sum(s_kk * s_kk))) & jnp.all(is_finite)
