@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.profiling import accounting
 from molt_jax.runtime import cli, sharding
 
@@ -49,7 +49,7 @@ def open_work(
   """The step on that many devices, every one with its share of rows; without `cca` it has no
   L_CCA.
   """
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.platform, config.mesh.data, config.mesh.model = 'cpu', devices // model, model
   config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = (
     flags.text,
@@ -109,10 +109,8 @@ def check(flags, devices: int, model: int) -> None:
   for axis, size in total.items():
     wanted = sum(x.times * x.bytes for x in listed(work) if x.axis == axis)
     cli.say(
-
-        f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
-        f'{wanted:,} listed'
-
+      f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
+      f'{wanted:,} listed'
     )
 
 
@@ -127,10 +125,8 @@ def main(argv: Sequence[str]) -> None:
   towers, head, cca = flops_of(flags)
   alone = (towers + head) / (float(flags.flops) * float(flags.mfu))
   print(
-
-      '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
-      'collectives ms | efficiency |'
-
+    '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
+    'collectives ms | efficiency |'
   )
   print('|--:|:-:|--:|--:|--:|--:|--:|--:|')
   for model in (1, 2):

@@ -9,7 +9,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.json_files import read_json
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.reporting import checked
@@ -117,11 +118,9 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
     if not _same_data(first, run) or classes[1:] not in ([], classes[:1]):
       one, other = (f'{str(r.folder)!r} is scored on {" ".join(_data(r))}' for r in (first, run))
       raise UserError(
-
-          f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one '
-          'data '
-          'set'
-
+        f'--workdir: {one}, {other}, or on other classes; give runs on the same split of one '
+        'data '
+        'set'
       )
   return runs
 
@@ -169,7 +168,7 @@ def _verify(folder: pathlib.Path) -> None:
 
 def _read(folder: pathlib.Path, name: str) -> Run:
   evaluation_path = folder / 'evaluation.json'
-  config = config_lib.read_run(folder)
+  config = CLASSIFIER.read_run(folder)
   log = checked.log(folder / 'metrics.jsonl', logbook.read(folder))
   if not evaluation_path.is_file():
     raise UserError(
@@ -180,10 +179,8 @@ def _read(folder: pathlib.Path, name: str) -> Run:
   evaluation = checked.evaluation(evaluation_path, _json(evaluation_path))
   if not set(LABELS) & set(evaluation['results']):
     raise UserError(
-
-        f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m '
-        f'molt_jax.evaluate --workdir={folder}'
-
+      f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m '
+      f'molt_jax.evaluate --workdir={folder}'
     )
   predictions, pairs = (
     records.Predictions.load(folder / records.PREDICTIONS),
@@ -210,6 +207,4 @@ def _json(path: pathlib.Path) -> Any:
   """Reads a file that training or evaluation wrote; None where it is not there."""
   if not path.is_file():
     return None
-  return config_lib.read_json(
-    path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew'
-  )
+  return read_json(path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew')

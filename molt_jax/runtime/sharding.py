@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax.config.schema import modalities
+from molt_jax.config.resolved import modalities
 from molt_jax.errors import UserError
 
 # Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the
@@ -67,10 +67,8 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     model = len(devices) // data
   if data * model == 0 or data * model > len(devices):
     raise UserError(
-
-        f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit '
-        f'{len(devices)} {devices[0].platform} device(s)'
-
+      f'config.mesh: data x model = {config.mesh.data} x {config.mesh.model} does not fit '
+      f'{len(devices)} {devices[0].platform} device(s)'
     )
   if jax.process_count() > 1 and data * model < len(devices):
     raise UserError(

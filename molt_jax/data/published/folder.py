@@ -34,7 +34,7 @@ from array_record.python import array_record_data_source, array_record_module
 from tensorflow_datasets.core import shuffle
 
 from molt_jax import errors
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.data import cells, findings, formats, missing, textfiles, transforms
 from molt_jax.data.sources import Dataset, reading_prepared, text_number
 from molt_jax.data.splits import set_aside
@@ -191,10 +191,8 @@ class Facts:
       lost = self.lost_images.items()
       named = [f'{formats.one_line(name)} ({formats.one_line(reason)})' for name, reason in lost]
       lines.append(
-
-          f'{self.dataset}: images that cannot be used (their examples have a text alone): '
-          f'{len(named):,}, {_some(named)}'
-
+        f'{self.dataset}: images that cannot be used (their examples have a text alone): '
+        f'{len(named):,}, {_some(named)}'
       )
     if self.repeated:
       named = [f'{row_id} (in {split}, first in {first})' for row_id, split, first in self.repeated]
@@ -274,10 +272,8 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if not files or not all(sizes.values()):
       found = ', '.join(f'{size:,} {split} examples' for split, size in sizes.items())
       raise UserError(
-
-          f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; '
-          f'expected {self.LAYOUTS}'
-
+        f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; '
+        f'expected {self.LAYOUTS}'
       )
     self._facts = dataclasses.replace(self._no_facts(folder), lost_images=facts.lost_images)
     self._numbers = self._write_images(files)
@@ -347,10 +343,8 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         writer.write(data)
     if not numbers:
       raise UserError(
-
-          f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, '
-          f'e.g. {file}; unpack them again'
-
+        f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, '
+        f'e.g. {file}; unpack them again'
       )
     return numbers
 
@@ -426,10 +420,8 @@ def open_folder(
   """
   if not os.path.isdir(folder):
     raise UserError(
-
-        f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds '
-        f'{builder.LAYOUTS}'
-
+      f'config.dataset.path: {str(folder)!r} is not a folder; give the one that holds '
+      f'{builder.LAYOUTS}'
     )
   try:
     for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
@@ -452,7 +444,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
       prepared data cannot be written.
   """
   source = _source(config)
-  choices = config_lib.data_choices(config)
+  choices = resolved.data_choices(config)
   key = '-'.join(
     [
       *(f'{name}_{value}' for name, value in choices.items()),
@@ -529,11 +521,9 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   """
   if config.dataset.multi_label != builder.MULTI_LABEL:
     raise UserError(
-
-        f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; '
-        'give '
-        f'{builder.MULTI_LABEL}'
-
+      f'config.dataset.multi_label: {config.dataset.multi_label} does not fit {builder.name}; '
+      'give '
+      f'{builder.MULTI_LABEL}'
     )
   folder = prepare(builder, config)
   facts = _read_facts(folder)
@@ -578,10 +568,8 @@ def _check_unchanged(builder, config, folder, facts) -> None:
       if now.get(name) != facts.index_files.get(name)
     ]
     raise UserError(
-
-        f'config.dataset.path: {", ".join(changed)} in {str(source)!r} changed since it was '
-        f'prepared; remove {folder} to prepare it anew'
-
+      f'config.dataset.path: {", ".join(changed)} in {str(source)!r} changed since it was '
+      f'prepared; remove {folder} to prepare it anew'
     )
 
 
