@@ -35,7 +35,7 @@ import runs
 from absl import app, flags
 from jax import lax
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
@@ -132,7 +132,7 @@ def tower_views(preset):
   """split -> (image [N, d1], text [N, d2]): the mean of the last layer's tokens, standardised by
   the training split.
   """
-  config = config_lib.load_config(preset)
+  config = CLASSIFIER.load(preset)
   towers, data, mesh = (
     model_lib.describe_towers(config),
     datasets.load_dataset(config),

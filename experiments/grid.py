@@ -23,8 +23,8 @@ import numpy as np
 import runs
 from absl import app, flags, logging
 
-from molt_jax.config import presets
-from molt_jax.config import schema as config_lib
+from molt_jax.config import presets, resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
@@ -130,7 +130,7 @@ def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collecti
       f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) '
       'nor NAME=PRESET.py'
     )
-  return runs.override(config_lib.load_config(preset, given), {**changes, 'seed': seed})
+  return runs.override(CLASSIFIER.load(preset, given), {**changes, 'seed': seed})
 
 
 def _assignment(item):
@@ -160,7 +160,7 @@ def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
     for seed in seeds():
       for method, changes in methods.items():
         config = make_config(data, changes, seed)
-        folder = pathlib.Path(RUNS.value) / name / config_lib.config_hash(config)
+        folder = pathlib.Path(RUNS.value) / name / resolved.config_hash(config)
         if re.search(ONLY.value, method) or (folder / 'result.json').exists():
           table[method][seed] = Made(folder, runs.run(config, folder))
           run = table[method][seed]

@@ -26,7 +26,7 @@ import runs
 from absl import app, flags, logging
 
 from molt_jax import evaluate_pair, pretrain
-from molt_jax.config import schema as config_lib
+from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.pairs import model, retrieval_and_probes
 from molt_jax.runtime import atomic, logbook, terminal
 
@@ -87,11 +87,9 @@ def make_config(objectives, seed):
   overrides = dict(item.split('=', 1) for item in OVERRIDE.value)
   weights = {
     f'objective.{name}': str(float(objectives.get(name, 0)))
-    for name in config_lib.PRETRAIN_SCHEMA['objective']
+    for name in PRETRAINING.fields['objective']
   }
-  return config_lib.load_config(
-    PRESET.value, {**overrides, **weights, 'seed': str(seed)}, schema=config_lib.PRETRAIN_SCHEMA
-  )
+  return PRETRAINING.load(PRESET.value, {**overrides, **weights, 'seed': str(seed)})
 
 
 class PooledOnce:

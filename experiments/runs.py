@@ -16,7 +16,9 @@ import ml_collections
 import numpy as np
 
 from molt_jax import train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.json_files import read_json
 from molt_jax.runtime import atomic, logbook
 
 LIBRARIES = ('jax', 'flax', 'optax', 'numpy')
@@ -34,11 +36,11 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
     {'config_hash', 'test': condition -> metrics, 'validation': the record of the selected step,
     'seconds': of this call's training}.
   """
-  config = config_lib.validate(config)
+  config = CLASSIFIER.validate(config)
   path = folder / 'result.json'
   if path.exists():
-    result = config_lib.read_json(path, 'delete it, and the run is finished anew')
-    if result['config_hash'] == config_lib.config_hash(config):
+    result = read_json(path, 'delete it, and the run is finished anew')
+    if result['config_hash'] == resolved.config_hash(config):
       return result
   folder.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
@@ -55,7 +57,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
     if line['kind'] == 'validation' and line['step'] == record['step']
   )
   result = {
-    'config_hash': config_lib.config_hash(config),
+    'config_hash': resolved.config_hash(config),
     'test': record['results'],
     'validation': validation,
     'seconds': round(seconds, 1),
@@ -70,8 +72,8 @@ def override(
   """Returns a copy of `config` with dotted fields changed, validated."""
   config = config.copy_and_resolve_references()
   for name, value in changes.items():
-    config_lib.set_field(config, name, value)
-  return config_lib.validate(config)
+    resolved.set_field(config, name, value)
+  return CLASSIFIER.validate(config)
 
 
 def spread(values: Iterable[float | None], *, scale: float = 100.0, digits: int = 1) -> str:

@@ -26,7 +26,8 @@ import rich.text
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from molt_jax import errors
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, decode_report, examples, transforms
 from molt_jax.data import formats as formats_lib
 from molt_jax.data.sources import Dataset, Source, classes_of
@@ -331,7 +332,7 @@ def _tokenizer(config: ml_collections.ConfigDict) -> Callable[[str, int], Sequen
   """Returns the text tower's tokenizer; None, which is said, where the tower is not here: the data
   can be looked at without it.
   """
-  if 'text' not in config_lib.modalities(config):
+  if 'text' not in resolved.modalities(config):
     return None
   try:
     return files_lib.open_files(config.backbones.text.path, kind='text').tokenizer().encode
@@ -352,7 +353,7 @@ def main(argv: Sequence[str]) -> None:
     if not text.isdigit() or int(text) < 1:
       raise UserError(f'--{name}: {text!r} is not legal; give a number >= 1')
     numbers[name] = int(text)
-  config = config_lib.load_config(flags.config, overrides)
+  config = CLASSIFIER.load(flags.config, overrides)
   run(config, pathlib.Path(flags.out or f'describe/{config.dataset.name}'), **numbers)
 
 

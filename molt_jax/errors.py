@@ -11,6 +11,11 @@ class UserError(ValueError):
   """A mistake that the user can repair; command lines print it as one line and exit with 2."""
 
 
+def article(noun: str) -> str:
+  """Returns the noun with 'a' or 'an' before it."""
+  return f'an {noun}' if noun[0] in 'aeiou' else f'a {noun}'
+
+
 # What helps, by the number of the error.
 REMEDIES = {
   errno.ENOSPC: 'make room there',

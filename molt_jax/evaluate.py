@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
@@ -37,7 +38,7 @@ LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 def absence_names(config: ml_collections.ConfigDict) -> list[str]:
   """Returns the names in KEPT that leave something to a run with these `dataset.modalities`."""
-  used = np.isin(model_lib.MODALITIES, config_lib.modalities(config))
+  used = np.isin(model_lib.MODALITIES, resolved.modalities(config))
   return [name for name, keep in KEPT.items() if np.any(used & keep)]
 
 
@@ -234,13 +235,13 @@ def write(
   Results already there for the same checkpoint, split and data are kept beside the new ones.
   """
   path = workdir / 'evaluation.json'
-  config = config_lib.from_json(json.dumps(meta['config']))
+  config = CLASSIFIER.from_json(json.dumps(meta['config']))
   record = {
     'split': split,
     'num_examples': data['examples'],
     'step': meta['step'],
     'results': dict(results),
-    'config_hash': config_lib.config_hash(config),
+    'config_hash': resolved.config_hash(config),
     'dataset': _data(config),
     'data': dict(data),
     'backbones': meta['backbones'],
@@ -258,7 +259,7 @@ def write(
 def _data(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What the examples were, of all that changes scores."""
   mismatch = {'allow_count_mismatch': True} if config.dataset.allow_count_mismatch else {}
-  return {'name': config.dataset.name, **config_lib.data_choices(config), **mismatch}
+  return {'name': config.dataset.name, **resolved.data_choices(config), **mismatch}
 
 
 def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
@@ -471,7 +472,7 @@ def _check_left(
   for name in absent:
     if name not in legal:
       raise UserError(f'--absent: {name!r} leaves nothing to {this_run}; give {" or ".join(legal)}')
-  if missing_rates and len(config_lib.modalities(config)) < 2:
+  if missing_rates and len(resolved.modalities(config)) < 2:
     raise UserError(f'--missing_rate: {this_run} has no second modality to lose; leave it out')
 
 

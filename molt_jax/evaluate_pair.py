@@ -18,7 +18,8 @@ import rich.text
 from PIL import Image
 
 from molt_jax import pretrain
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.json_files import read_json
 from molt_jax.data import datasets, decode_report, examples, fingerprint, transforms
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
@@ -209,7 +210,7 @@ def open_dataset(config: Any, table: str = '') -> Dataset:
   if table:
     config = config.copy_and_resolve_references()
     for name, value in (('dataset.name', 'table'), ('dataset.path', table)):
-      config_lib.set_field(config, name, value)
+      resolved.set_field(config, name, value)
   return datasets.load_dataset(config)
 
 
@@ -330,7 +331,7 @@ def _written(path: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   remedy = 'delete it, and its scores are computed again'
-  kept = config_lib.read_json(path, remedy)
+  kept = read_json(path, remedy)
   if not isinstance(kept, dict):
     raise UserError(f'{path} is damaged (no JSON object); {remedy}')
   return kept

@@ -14,9 +14,8 @@ import jax
 import numpy as np
 import PIL.Image
 
-from molt_jax.config import schema as config_lib
 from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
-from molt_jax.errors import UserError
+from molt_jax.errors import UserError, article
 from molt_jax.methods import model as model_lib
 from molt_jax.runtime import cli, sharding, terminal
 from molt_jax.training import runs
@@ -108,8 +107,8 @@ class Predictor:
       if modality not in self._towers and any(content is not None for content in given):
         (other,) = self._towers
         raise UserError(
-          f'predict: {config_lib.article(modality)} was given, but this run knows {other}s alone '
-          f'(config.dataset.modalities={other!r}); give {config_lib.article(other)} and nothing '
+          f'predict: {article(modality)} was given, but this run knows {other}s alone '
+          f'(config.dataset.modalities={other!r}); give {article(other)} and nothing '
           'else'
         )
 

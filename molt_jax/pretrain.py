@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, pipeline
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
@@ -84,7 +84,7 @@ def pretrain(
   """Trains (or goes on training) a pair of towers in `workdir`, then writes the image tower.
 
   Args:
-    config: a validated config of `config.PRETRAIN_SCHEMA`.
+    config: a validated config of `PRETRAINING`.
     workdir: the run's folder; made if need be.
     data_changed: go on with data that have changed since the checkpoint; refused otherwise.
 
@@ -95,8 +95,7 @@ def pretrain(
     UserError: a mistake of the user's, or a loss that is not finite.
     loop.Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  schema = config_lib.PRETRAIN_SCHEMA
-  with loop.working_in(config, pathlib.Path(workdir), schema=schema) as workdir:
+  with loop.working_in(config, pathlib.Path(workdir), schema=PRETRAINING) as workdir:
     return _pretrain(config, workdir, data_changed)
 
 
@@ -117,7 +116,7 @@ def _pretrain(config, workdir, data_changed):
     data,
     checkpoints=checkpoints,
     data_changed=data_changed,
-    schema=config_lib.PRETRAIN_SCHEMA,
+    schema=PRETRAINING,
   )
   preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
   meta = runs.new_meta(config, towers, data)
@@ -394,7 +393,7 @@ def _parts(run: runs.Run):
 
 def open_run(workdir: pathlib.Path) -> runs.Run:
   """Opens a run of this command; see `trained.open_run`."""
-  return runs.open_run(workdir, schema=config_lib.PRETRAIN_SCHEMA)
+  return runs.open_run(workdir, schema=PRETRAINING)
 
 
 def load_pair(workdir: pathlib.Path) -> dual.TowerPair:
@@ -455,7 +454,7 @@ def main(argv: Sequence[str]) -> int | None:
 
   def work():
     pretrain(
-      config_lib.load_config(flags.config, overrides, schema=config_lib.PRETRAIN_SCHEMA),
+      PRETRAINING.load(flags.config, overrides),
       pathlib.Path(flags.workdir),
       data_changed=flags.data_changed,
     )

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from molt_jax import evaluate
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
 from molt_jax.evaluation import records
@@ -373,7 +373,7 @@ def main(argv: Sequence[str]) -> int | None:
   """
   purpose = 'Train a robust image+text classifier on frozen towers.'
   flags, overrides = cli.parse('molt_jax.train', purpose, FLAGS, argv)
-  config = config_lib.load_config(flags.config, overrides)
+  config = CLASSIFIER.load(flags.config, overrides)
   processes.join()
   workdir, data_changed = pathlib.Path(flags.workdir), flags.data_changed
   return loop.exit_code(lambda: train(config, workdir, data_changed=data_changed))

@@ -143,7 +143,7 @@ def make_tiny_config(tiny_towers, tiny_table):
   """Returns a function that makes a config that trains in seconds: 12 steps an epoch of 4 rows, one
   device.
   """
-  from molt_jax.config.schema import default_config
+  from molt_jax.config import default_config
 
   def make():
     config = default_config()

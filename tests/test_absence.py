@@ -14,7 +14,8 @@ from PIL import Image
 
 import molt_jax
 from molt_jax import evaluate, train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, examples, missing, packing, pipeline
 from molt_jax.errors import UserError
 from molt_jax.evaluation.metrics import ClassificationMetrics
@@ -199,7 +200,7 @@ def test_rates_are_a_curve_in_one_pass_exact_and_the_same_on_other_devices_and_b
   translated, tmp_path, monkeypatch, capsys
 ):
   workdir = shutil.copytree(translated, tmp_path / 'run')
-  config = config_lib.from_json((workdir / 'config.json').read_text())
+  config = CLASSIFIER.from_json((workdir / 'config.json').read_text())
   natural = datasets.load_dataset(config).splits['test'].present
   complete = int(natural.all(axis=1).sum())
   passes = []
@@ -211,7 +212,7 @@ def test_rates_are_a_curve_in_one_pass_exact_and_the_same_on_other_devices_and_b
   results = []
   for batch_size, devices in ((8, 2), (4, 1)):
     config.eval.batch_size, config.mesh.data = batch_size, devices
-    (workdir / 'config.json').write_text(config_lib.to_json(config))
+    (workdir / 'config.json').write_text(resolved.to_json(config))
     (workdir / 'evaluation.json').unlink()
     assert evaluate.main([f'--workdir={workdir}', *arguments]) == 0
     results.append(json.loads((workdir / 'evaluation.json').read_text())['results'])
@@ -262,7 +263,7 @@ def test_the_maps_are_in_the_checkpoint_and_a_resumed_run_is_the_same_bit_for_bi
   monkeypatch.undo()
   stopped = statistics(tmp_path / 'run')
   train.train(translate_config(make_tiny_config), tmp_path / 'run')
-  config = config_lib.from_json((translated / 'config.json').read_text())
+  config = CLASSIFIER.from_json((translated / 'config.json').read_text())
   source = datasets.load_dataset(config).splits['train']
   assert stopped['pairs'] == source.present.all(axis=1).sum()
   assert (
@@ -376,7 +377,7 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_the_folder_free(
 ):
   tiny_config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=words):
-    train.train(config_lib.validate(tiny_config), tmp_path / 'run')
+    train.train(CLASSIFIER.validate(tiny_config), tmp_path / 'run')
   assert not (tmp_path / 'run' / 'config.json').exists()
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from molt_jax import evaluate, train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, pipeline
 from molt_jax.errors import UserError
 from molt_jax.features import extract, hidden_states
@@ -356,7 +357,7 @@ def _fill_slowly(config_json, pause):
     add(self, key, x)
 
   store_lib.FeatureStore.add = slow
-  _open(config_lib.from_json(config_json))
+  _open(CLASSIFIER.from_json(config_json))
 
 
 @pytest.fixture(scope='module')
@@ -379,7 +380,7 @@ def _same_content(config_one, config_two):
 
 def test_a_kill_loses_nothing_that_was_written(six_steps, tmp_path, processes, counted):
   config = six_steps(tmp_path / 'store')
-  process = processes.Process(target=_fill_slowly, args=(config_lib.to_json(config), 0.02))
+  process = processes.Process(target=_fill_slowly, args=(resolved.to_json(config), 0.02))
   process.start()
   while process.is_alive() and len(list((tmp_path / 'store').glob('*/*.safetensors'))) < 20:
     time.sleep(0.005)
@@ -405,8 +406,7 @@ def _keys(stored):
 def test_two_processes_fill_one_store_together(six_steps, tmp_path, processes, counted):
   config = six_steps(tmp_path / 'store')
   both = [
-    processes.Process(target=_fill_slowly, args=(config_lib.to_json(config), 0.01))
-    for _ in range(2)
+    processes.Process(target=_fill_slowly, args=(resolved.to_json(config), 0.01)) for _ in range(2)
   ]
   for process in both:
     process.start()

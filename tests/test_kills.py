@@ -11,7 +11,7 @@ import time
 import pytest
 
 from molt_jax import train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.runtime import logbook
 from molt_jax.training import checkpoint
 
@@ -29,7 +29,7 @@ def start(tmp_path_factory, make_tiny_config):
     1,
   )
   preset = tmp_path_factory.mktemp('preset') / 'preset.py'
-  preset.with_name('config.json').write_text(config_lib.to_json(config))
+  preset.with_name('config.json').write_text(resolved.to_json(config))
   preset.write_text(
     'import pathlib\nfrom molt_jax.config import from_json\n'
     'def get_config():\n  return '

@@ -11,7 +11,7 @@ that do so are off here.
 import jax
 import pytest
 
-from molt_jax.config.schema import default_config, validate
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.profiling import accounting
 
 CARD = 24e9
@@ -42,7 +42,7 @@ def size(tree):
   ],
 )
 def test_a_step_of_llama_7b_and_clip_l_14_fits_24_gb(quantization, devices, tower_bytes):
-  config = default_config()
+  config = CLASSIFIER.default()
   config.dataset.path = 'unread'
   config.text.max_tokens, config.train.batch_size = 128, 32
   config.backbones.text.path, config.backbones.image.path = (
@@ -51,7 +51,7 @@ def test_a_step_of_llama_7b_and_clip_l_14_fits_24_gb(quantization, devices, towe
   )
   config.backbones.quantization = quantization
   config.mesh.data, config.mesh.model = 1, devices
-  workload = accounting.Workload.open(validate(config), num_classes=101)
+  workload = accounting.Workload.open(CLASSIFIER.validate(config), num_classes=101)
   state, frozen, batch = workload.shapes()
   memory = (
     workload.step()

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from molt_jax import evaluate_pair, pretrain
-from molt_jax.config import schema as config_lib
-from molt_jax.config.schema import PRETRAIN_SCHEMA
+from molt_jax.config import resolved
+from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets
 from molt_jax.data.sources import UNLABELLED
 
@@ -153,7 +153,7 @@ def trained(tmp_path_factory, tiny_towers, tiny_table):
   """A pair trained for a few steps; the config of tests/test_pretrain.py, whose compiled programs
   are then at hand.
   """
-  config = config_lib.default_config(PRETRAIN_SCHEMA)
+  config = PRETRAINING.default()
   overrides = {
     'dataset.path': str(tiny_table),
     'text.max_tokens': 12,
@@ -177,9 +177,9 @@ def trained(tmp_path_factory, tiny_towers, tiny_table):
     'eval.select': 'latest',
   }
   for name, value in overrides.items():
-    config_lib.set_field(config, name, value)
+    resolved.set_field(config, name, value)
   workdir = tmp_path_factory.mktemp('pair') / 'run'
-  pretrain.pretrain(config_lib.validate(config, PRETRAIN_SCHEMA), workdir)
+  pretrain.pretrain(PRETRAINING.validate(config), workdir)
   return workdir
 
 
@@ -199,9 +199,7 @@ def test_the_command_writes_what_it_prints(trained, capsys):
   )
   pair = pretrain.load_pair(trained)
   examples = evaluate_pair.read_dataset(
-    evaluate_pair.open_dataset(
-      config_lib.from_json((trained / 'config.json').read_text(), PRETRAIN_SCHEMA)
-    ),
+    evaluate_pair.open_dataset(PRETRAINING.from_json((trained / 'config.json').read_text())),
     ('test',),
   )
   expected = evaluate_pair.evaluate_examples(

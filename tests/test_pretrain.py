@@ -23,8 +23,9 @@ import transformers
 from optional_torch import needs_torch, torch
 
 from molt_jax import pretrain
-from molt_jax.config import schema as config_lib
-from molt_jax.config.schema import PRETRAIN_SCHEMA
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, examples, transforms
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
@@ -73,10 +74,10 @@ def make_config(tiny_towers, tiny_table, tmp_path_factory):
       'eval.select': 'latest',
       'export.dtype': 'float32',
     } | overrides
-    config = config_lib.default_config(PRETRAIN_SCHEMA)
+    config = PRETRAINING.default()
     for name, value in values.items():
-      config_lib.set_field(config, name, value)
-    return config_lib.validate(config, PRETRAIN_SCHEMA)
+      resolved.set_field(config, name, value)
+    return PRETRAINING.validate(config)
 
   return make
 
@@ -257,7 +258,7 @@ def _lines(workdir):
 def _start(config, workdir, tmp_path):
   """The command in a process of its own."""
   preset = tmp_path / 'preset.py'
-  preset.with_name('config.json').write_text(config_lib.to_json(config))
+  preset.with_name('config.json').write_text(resolved.to_json(config))
   preset.write_text(
     'import pathlib\nfrom molt_jax.config import PRETRAIN_SCHEMA, from_json\ndef get_config():\n'
     '  return from_json(pathlib.Path(__file__).with_name("config.json").read_text(), '
@@ -627,8 +628,8 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
 
 def test_every_field_of_the_schema_survives_json(make_config):
   config = make_config()
-  assert config_lib.from_json(config_lib.to_json(config), PRETRAIN_SCHEMA) == config
-  assert json.loads(config_lib.to_json(config))['objective']['v2v'] == 0.3
+  assert PRETRAINING.from_json(resolved.to_json(config)) == config
+  assert json.loads(resolved.to_json(config))['objective']['v2v'] == 0.3
   assert model_lib.identities(dual.describe_towers(config))['image']['path'] == dual.SCRATCH
 
 
@@ -659,9 +660,7 @@ def test_the_shipped_tower_is_small_whole_and_packaged():
     attention='xla',
     heads=('pool',),
   )
-  config = config_lib.load_config(
-    str(ROOT / 'configs' / 'pretrain_openmoji.py'), schema=PRETRAIN_SCHEMA
-  ).backbones.image
+  config = PRETRAINING.load(str(ROOT / 'configs' / 'pretrain_openmoji.py')).backbones.image
   architecture = tower.config
   assert (
     architecture.image_size,
@@ -693,7 +692,7 @@ def test_transformers_reads_the_shipped_tower():
 @pytest.mark.parametrize('preset', ['quickstart', 'table'])
 def test_presets_use_the_shipped_tower(preset):
   overrides = {'dataset.path': 'FOLDER'} if preset == 'table' else {}
-  config = config_lib.load_config(str(ROOT / 'configs' / f'{preset}.py'), overrides)
+  config = CLASSIFIER.load(str(ROOT / 'configs' / f'{preset}.py'), overrides)
   assert config.backbones.image.path == 'pkg://molt_jax/pretrained/openmoji'
 
 

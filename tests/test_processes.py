@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from molt_jax import train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.errors import UserError
 from molt_jax.runtime import logbook, processes, sharding
 from molt_jax.training import loop
@@ -85,7 +85,7 @@ def _start_two(script, config, folder, *arguments):
   own); returns [(exit code, stderr, note)].
   """
   folder.mkdir()
-  (folder / 'config.json').write_text(config_lib.to_json(config))
+  (folder / 'config.json').write_text(resolved.to_json(config))
   (folder / 'preset.py').write_text(
     'import pathlib\nfrom molt_jax.config import from_json\n'
     'def get_config():\n  return '

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molt_jax.config.schema import default_config, validate
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.profiling import accounting
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def workload():
-  config = default_config()
+  config = CLASSIFIER.default()
   config.dataset.path = 'unread'
   config.text.max_tokens, config.train.batch_size, config.mesh.data = 8, 8, 1
   config.backbones.text.path, config.backbones.image.path = (
@@ -30,7 +30,7 @@ def workload():
   )
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.width = config.classifier.hidden = 32
-  return accounting.Workload.open(validate(config), num_classes=5)
+  return accounting.Workload.open(CLASSIFIER.validate(config), num_classes=5)
 
 
 def test_products_are_counted_as_often_as_they_run():
@@ -345,7 +345,7 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
     tool = {'tools/bench_train.py': bench_train, 'tools/profile_step.py': profile_step}[script]
     flags, overrides = tool.cli.parse('x', '', tool.FLAGS, [a for a in arguments if a != '--json'])
     if tool is profile_step:
-      config = tool.config_lib.load_config(str(ROOT / flags.config), overrides)
+      config = tool.CLASSIFIER.load(str(ROOT / flags.config), overrides)
       assert (config.train.batch_size, config.text.max_tokens, config.molt.width) == (32, 128, 1024)
     else:
       for preset in flags.preset.split(','):

@@ -8,8 +8,9 @@ import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
 from molt_jax import train
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
+from molt_jax.errors import UserError
 from molt_jax.evaluation import metrics
 
 CHOICES = {
@@ -24,7 +25,7 @@ CHOICES = {
 def test_presets_are_the_papers_setting_and_have_variants(name):
   file = str(pathlib.Path(__file__).parents[1] / 'configs' / f'{name}.py')
   paper, small, robust, both = (
-    config_lib.load_config(file + variant) for variant in ('', ':small', ':robust', ':small,robust')
+    CLASSIFIER.load(file + variant) for variant in ('', ':small', ':robust', ':small,robust')
   )
   printed = {
     'molt.width': 1024,
@@ -38,7 +39,7 @@ def test_presets_are_the_papers_setting_and_have_variants(name):
     'molt.input_norm': 'none',
     'fusion.residual': False,
   }
-  assert {field: config_lib.get(paper, field) for field in printed} == printed
+  assert {field: CLASSIFIER.get(paper, field) for field in printed} == printed
   assert (
     'llama-7b' in paper.backbones.text.path
     and 'clip-vit-large-patch14' in paper.backbones.image.path
@@ -47,14 +48,14 @@ def test_presets_are_the_papers_setting_and_have_variants(name):
     config.backbones.text.path.startswith('pkg://') and config.train.epochs == 1
     for config in (small, both)
   )
-  default = config_lib.default_config()
+  default = CLASSIFIER.default()
   for field in ('missing', 'cca', 'fusion'):
     assert robust[field] == both[field] == default[field] and small[field] == paper[field]
   assert both.backbones == small.backbones and robust.backbones == paper.backbones
   with pytest.raises(
-    config_lib.UserError, match="no variant 'tiny' after the colon; give one of small, robust"
+    UserError, match="no variant 'tiny' after the colon; give one of small, robust"
   ):
-    config_lib.load_config(file + ':tiny')
+    CLASSIFIER.load(file + ':tiny')
 
 
 @pytest.fixture

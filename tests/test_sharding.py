@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from molt_jax.config.schema import default_config
+from molt_jax.config import default_config
 from molt_jax.errors import UserError
 from molt_jax.profiling import accounting
 from molt_jax.runtime import sharding

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import packing
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.methods import model as model_lib
@@ -105,7 +106,7 @@ def test_runs_that_differ_in_their_seed_share_a_program(tiny_config):
 def test_accumulation_is_the_whole_batch(tiny_config, fields):
   tiny_config.train.batch_size, tiny_config.classifier.dropout = 16, 0.0
   for name, value in fields.items():
-    config_lib.set_field(tiny_config, name, value)
+    resolved.set_field(tiny_config, name, value)
   class_weight_k = np.array([0.5, 1.0, 2.0], np.float32)
   results = []
   for accumulate in (1, 4):
@@ -220,7 +221,7 @@ class _Late:
 
 
 def test_the_loop_looks_at_a_loss_two_steps_late():
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.train.log_every = 1000
   run = type('Run', (), {'config': config, 'plan': type('Plan', (), {'total': 1000})})()
   looked = []
@@ -235,7 +236,7 @@ def test_the_loop_looks_at_a_loss_two_steps_late():
 
 
 def test_speed_is_that_of_steps_that_were_waited_for(monkeypatch):
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.train.log_every, lines, now = 1, {}, [0.0]
   monkeypatch.setattr(loop.time, 'monotonic', lambda: now[0])
   run = type(

@@ -12,7 +12,8 @@ import pytest
 from flax import linen as nn
 
 from molt_jax import evaluate, train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
 from molt_jax.runtime import cli, logbook, sharding
@@ -46,8 +47,8 @@ def test_a_run_leaves_what_is_promised(six_step_run, six_steps):
     set(record['backbones']) == {'text', 'image'}
     and len(record['backbones']['text']['sha256']) == 64
   )
-  assert record['config_hash'] == config_lib.config_hash(six_steps)
-  assert config_lib.from_json((six_step_run / 'config.json').read_text()) == six_steps
+  assert record['config_hash'] == resolved.config_hash(six_steps)
+  assert CLASSIFIER.from_json((six_step_run / 'config.json').read_text()) == six_steps
   lines = logbook.read(six_step_run)
   assert [line['step'] for line in lines if line['kind'] == 'train'] == [1, 2, 3, 4, 5, 6]
   assert [line['step'] for line in lines if line['kind'] == 'validation'] == [3, 6]
@@ -196,7 +197,7 @@ def _line(capsys):
 @pytest.fixture
 def command(six_steps, tmp_path):
   """Runs the train command line over a preset that returns `six_steps`; returns its exit code."""
-  (tmp_path / 'config.json').write_text(config_lib.to_json(six_steps))
+  (tmp_path / 'config.json').write_text(resolved.to_json(six_steps))
   preset = tmp_path / 'preset.py'
   preset.write_text(
     'import pathlib\nfrom molt_jax.config import from_json\n'

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 import molt_jax
 from molt_jax import evaluate, pretrain, report, train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
@@ -40,13 +42,13 @@ class Home:
     return self.root / 'table'
 
   def config(self, **changes):
-    config = config_lib.read_run(self.run)
+    config = CLASSIFIER.read_run(self.run)
     config.dataset.path = str(self.table)
     config.update_from_flattened_dict(changes)
     return config
 
   def edit_config(self, **changes):
-    (self.run / 'config.json').write_text(config_lib.to_json(self.config(**changes)) + '\n')
+    (self.run / 'config.json').write_text(resolved.to_json(self.config(**changes)) + '\n')
 
   def edit_table(self, edit, splits=('train', 'validation', 'test')):
     for split in splits:
@@ -123,7 +125,7 @@ def refusal(home, entry) -> str:
   ],
 )
 def test_an_edited_config_is_not_believed(home, entry, field, value):
-  old = config_lib.get(home.config(), field)
+  old = CLASSIFIER.get(home.config(), field)
   home.edit_config(**{field: value})
   assert f'{field}: {old!r} -> {value!r}' in refusal(home, entry)
 
@@ -164,7 +166,7 @@ def test_a_run_without_its_config_goes_on_and_writes_it_again(home):
   for entry in ('evaluate', 'predict', 'report'):
     assert 'config.json is not there' in refusal(home, entry)
   train.train(config, home.run)
-  assert config_lib.read_run(home.run) == config
+  assert CLASSIFIER.read_run(home.run) == config
 
 
 @pytest.mark.parametrize('entry', ENTRIES)
@@ -495,8 +497,8 @@ def test_the_command_takes_the_flag(home, tmp_path, capsys):
   home.edit_table(lambda rows: rows[:40], ('train',))
   preset = tmp_path / 'preset.py'
   preset.write_text(
-    f'import pathlib\nfrom molt_jax.config.schema import read_run\n'
-    f'def get_config():\n  return read_run(pathlib.Path({str(home.run)!r}))\n'
+    f'import pathlib\nfrom molt_jax.config.classifier import CLASSIFIER\n'
+    f'def get_config():\n  return CLASSIFIER.read_run(pathlib.Path({str(home.run)!r}))\n'
   )
   argv = [f'--config={preset}', f'--workdir={home.run}']
   assert train.main(argv) == 2
@@ -585,7 +587,7 @@ def pair_home(tmp_path_factory, tiny_towers, tiny_table):
   """A pair of towers after a few steps; the config of tests/test_pair_evaluation.py."""
   home = Home(tmp_path_factory.mktemp('pair'))
   shutil.copytree(tiny_table, home.table)
-  config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
+  config = PRETRAINING.default()
   config.update_from_flattened_dict(
     {
       'dataset.path': str(home.table),
@@ -610,12 +612,12 @@ def pair_home(tmp_path_factory, tiny_towers, tiny_table):
       'eval.select': 'latest',
     }
   )
-  pretrain.pretrain(config_lib.validate(config, config_lib.PRETRAIN_SCHEMA), home.run)
+  pretrain.pretrain(PRETRAINING.validate(config), home.run)
   return home
 
 
 def _pair_config(home):
-  config = config_lib.read_run(home.run, config_lib.PRETRAIN_SCHEMA)
+  config = PRETRAINING.read_run(home.run)
   config.dataset.path = str(home.table)
   return config
 
@@ -643,7 +645,7 @@ def test_a_pair_of_towers_is_opened_as_carefully(pair_home, tmp_path, entry, dam
     words = 'text.max_tokens: 12 -> 9'
   elif damage == 'not its own command':
     config = _pair_config(home)
-    path.write_text(config_lib.to_json(config_lib.default_config()))
+    path.write_text(resolved.to_json(CLASSIFIER.default()))
     words = 'holds no run of python -m molt_jax.pretrain'
   else:
     DAMAGES[damage](checkpoint.find(home.run, (checkpoint.LATEST,)))
@@ -681,7 +683,7 @@ def test_pair_evaluation_names_a_damaged_file_before_it_works(pair_home, tmp_pat
   ],
 )
 def test_kept_texts_that_are_damaged_are_named(tmp_path, damage):
-  config = config_lib.default_config(config_lib.PRETRAIN_SCHEMA)
+  config = PRETRAINING.default()
   config.input.text_store = str(tmp_path)
   tower = types.SimpleNamespace(identity={'sha256': 'x'})
   pooled_nd = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)

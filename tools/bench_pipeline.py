@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, pipeline
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
     [a for a in argv if a != '--json'],
   )
   report = measure(
-    config_lib.load_config(flags.config, overrides),
+    CLASSIFIER.load(flags.config, overrides),
     name=flags.config,
     workers=[_positive('workers', word) for word in flags.workers.split(',')],
     size=_positive('size', flags.size),

@@ -25,7 +25,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, pipeline
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
   rows, rounds = (cli.whole_number(flags, name) for name in ('rows', 'rounds'))
   with contextlib.ExitStack() as stack:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='molt_jax_store_'))
-    config = config_lib.load_config(
+    config = CLASSIFIER.load(
       flags.config,
       {**overrides, 'features.store': f'{directory}/store', 'features.dtype': flags.dtype},
     )

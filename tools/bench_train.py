@@ -36,7 +36,7 @@ import numpy as np
 
 import molt_jax
 from molt_jax.config import presets
-from molt_jax.config.schema import default_config, validate
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.profiling import accounting
 from molt_jax.runtime import cli, sharding
@@ -102,7 +102,7 @@ def lengths(flags, rows: int) -> np.ndarray:
 
 def make_config(flags, *, batch: int, width: int, preset: str):
   """The config of a case."""
-  config = default_config()
+  config = CLASSIFIER.default()
   values = {
     'dataset.path': 'unread',
     'text.max_tokens': cli.whole_number(flags, 'tokens'),
@@ -125,7 +125,7 @@ def make_config(flags, *, batch: int, width: int, preset: str):
   for name, value in values.items():
     *parents, leaf = name.split('.')
     functools.reduce(lambda c, part: c[part], parents, config)[leaf] = value
-  return validate(config)
+  return CLASSIFIER.validate(config)
 
 
 class Ours:

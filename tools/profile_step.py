@@ -27,7 +27,8 @@ from collections.abc import Sequence
 import attribute_dict  # noqa: F401 (before the package: it may stand in for ml_collections)
 import jax
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.profiling import accounting
 from molt_jax.runtime import cli, sharding
@@ -98,7 +99,7 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
     'max_tokens': config.text.max_tokens,
     'quantization': config.backbones.quantization,
     'attention': config.backbones.attention,
-    'backbones': {m: config.backbones[m].path for m in config_lib.modalities(config)},
+    'backbones': {m: config.backbones[m].path for m in resolved.modalities(config)},
     'compile_seconds': stepper.compile_seconds,
     'step_seconds': accounting.spread(taken['step']),
     'examples_per_second': config.train.batch_size / step,
@@ -211,7 +212,7 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f'--{name}: {getattr(flags, name)!r} is not a positive number')
   if flags.data not in ('noise', 'dataset'):
     raise UserError(f'--data: {flags.data!r} is not legal; give noise or dataset')
-  config = config_lib.load_config(flags.config, overrides)
+  config = CLASSIFIER.load(flags.config, overrides)
   classes = _classes(config) if flags.data == 'dataset' else int(flags.classes)
   trace = pathlib.Path(flags.trace or tempfile.mkdtemp(prefix='molt_jax_trace_'))
   result = measure(config, rounds=int(flags.rounds), classes=classes, data=flags.data, trace=trace)

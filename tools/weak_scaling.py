@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.profiling import accounting
 from molt_jax.runtime import cli, sharding
 
@@ -49,7 +49,7 @@ def open_work(
   """The step on that many devices, every one with its share of rows; without `cca` it has no
   L_CCA.
   """
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.platform, config.mesh.data, config.mesh.model = 'cpu', devices // model, model
   config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = (
     flags.text,

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from molt_jax.config.schema import modalities
+from molt_jax.config.resolved import modalities
 from molt_jax.data import missing, table
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.data.sources import Dataset

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.data import packing, pipeline, transforms
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
@@ -72,7 +72,7 @@ def open_taps(
   Raises:
     UserError: the store cannot be used, is damaged, or does not fit on the disk.
   """
-  modalities = config_lib.modalities(config) if modalities is None else modalities
+  modalities = resolved.modalities(config) if modalities is None else modalities
   if not config.features.store:
     return model_lib.load_frozen(config, mesh, modalities), dict.fromkeys(wanted)
   inputs = _identify(wanted, preprocess, modalities, num_threads=config.input.num_threads)

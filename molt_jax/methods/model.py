@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.errors import UserError
 from molt_jax.features import hidden_states
 from molt_jax.methods.heads import make_head
@@ -84,7 +84,7 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
   c = config.backbones
   return {
     m: loading.describe_tower(c[m].path, kind=m, quantization=c.quantization)
-    for m in config_lib.modalities(config)
+    for m in resolved.modalities(config)
   }
 
 
@@ -127,7 +127,7 @@ def load_frozen(
   sharding; the others are None and will not be run.
   """
   c = config.backbones
-  modalities = config_lib.modalities(config) if modalities is None else modalities
+  modalities = resolved.modalities(config) if modalities is None else modalities
 
   def load(modality):
     shardings = sharding.param_shardings(mesh)

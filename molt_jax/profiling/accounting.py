@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.data import packing
 from molt_jax.methods import model as model_lib
 from molt_jax.objectives.cca.estimators import CCAEstimator
@@ -113,11 +113,11 @@ class Workload:
     """
     random = [
       m
-      for m in config_lib.modalities(self.config)
+      for m in resolved.modalities(self.config)
       if self.config.backbones[m].path.startswith('random:')
     ]
     loaded = model_lib.load_frozen(
-      self.config, self.mesh, [m for m in config_lib.modalities(self.config) if m not in random]
+      self.config, self.mesh, [m for m in resolved.modalities(self.config) if m not in random]
     )
     drawn = {
       m: random_params(boxed, sharding.param_shardings(self.mesh)(boxed))

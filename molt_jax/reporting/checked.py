@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from molt_jax.config.schema import Rule
+from molt_jax.config.fields import Rule
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 

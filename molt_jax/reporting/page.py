@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data.modalities import LABELS
 from molt_jax.reporting import checked, figures
 from molt_jax.reporting.runs import Run
@@ -234,7 +235,7 @@ def robustness(page):
     run for run in page.runs if run.predictions and len(run.predictions.conditions) == len(LABELS)
   ]
   if not runs:
-    alone = any(len(config_lib.modalities(run.config)) == 1 for run in page.runs)
+    alone = any(len(resolved.modalities(run.config)) == 1 for run in page.runs)
     return (
       '<p class="none">Nothing to show: one modality alone.</p>'
       if alone
@@ -670,13 +671,12 @@ def setup(page):
   table = page.table(['', *(safe(run.name) for run in page.runs)], rows, 'The runs.')
   changed = {
     run.name: dict(
-      line.split(': ', 1)
-      for line in config_lib.differences(config_lib.default_config(), run.config)
+      line.split(': ', 1) for line in resolved.differences(CLASSIFIER.default(), run.config)
     )
     for run in page.runs
   }
   names = [
-    name for name, _ in config_lib.fields() if any(name in fields for fields in changed.values())
+    name for name, _ in CLASSIFIER.items() if any(name in fields for fields in changed.values())
   ]
   values = [[f'<code>{name}</code>', *(_field(run, name) for run in page.runs)] for name in names]
   head = ['field', *(safe(run.name) for run in page.runs)]
@@ -689,12 +689,12 @@ def setup(page):
 
 
 def _field(run, name):
-  return f'<code>{safe(config_lib.get(run.config, name))}</code>'
+  return f'<code>{safe(CLASSIFIER.get(run.config, name))}</code>'
 
 
 def _whole(run):
   """The config, with its line breaks."""
-  text = config_lib.to_json(run.config)[:MOST_CONFIG]
+  text = resolved.to_json(run.config)[:MOST_CONFIG]
   return '\n'.join(safe(line, MOST_CONFIG) for line in text.split('\n'))
 
 

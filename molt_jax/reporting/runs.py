@@ -9,7 +9,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.json_files import read_json
 from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
@@ -166,7 +167,7 @@ def _verify(folder: pathlib.Path) -> None:
 
 def _read(folder: pathlib.Path, name: str) -> Run:
   evaluation_path = folder / 'evaluation.json'
-  config = config_lib.read_run(folder)
+  config = CLASSIFIER.read_run(folder)
   log = checked.log(folder / 'metrics.jsonl', logbook.read(folder))
   if not evaluation_path.is_file():
     raise UserError(
@@ -205,6 +206,4 @@ def _json(path: pathlib.Path) -> Any:
   """Reads a file that training or evaluation wrote; None where it is not there."""
   if not path.is_file():
     return None
-  return config_lib.read_json(
-    path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew'
-  )
+  return read_json(path, f'python -m molt_jax.evaluate --workdir={path.parent} writes it anew')

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from molt_jax.config.schema import modalities
+from molt_jax.config.resolved import modalities
 from molt_jax.errors import UserError
 
 # Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the

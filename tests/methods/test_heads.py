@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from optional_torch import torch
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import packing
 from molt_jax.methods.heads import METHODS, make_head
 from molt_jax.methods.parts import attention
@@ -33,7 +33,7 @@ TABLES = {
 
 @pytest.mark.parametrize('field', TABLES)
 def test_tables_hold_what_the_schema_allows(field):
-  rule = dict(config_lib.fields())[field].rule
+  rule = dict(CLASSIFIER.items())[field].rule
   assert rule.text == 'one of ' + ', '.join(map(repr, TABLES[field]))
 
 
@@ -67,7 +67,7 @@ def test_initial_values(case):
 
 
 def test_size_of_the_paper_head():
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   (
     config.fusion.residual,
     config.classifier.kind,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from molt_jax import report
-from molt_jax.config import schema
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.reporting import checked, figures
@@ -44,7 +44,7 @@ def small(hostile, tmp_path_factory):
   for seed in range(20):
     shutil.rmtree(folder, ignore_errors=True)
     hostile.write_run(folder, np.random.default_rng(seed))
-    if not schema.from_json((folder / 'config.json').read_text()).dataset.multi_label:
+    if not CLASSIFIER.from_json((folder / 'config.json').read_text()).dataset.multi_label:
       return folder
   raise AssertionError('no run with one label an example')
 

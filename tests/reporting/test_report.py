@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from molt_jax import report
-from molt_jax.config import schema
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.evaluation import records
 from molt_jax.runtime import cli
 
@@ -55,7 +56,7 @@ def make_run(make_predictions):
 def _make_run(make_predictions, folder, *, method='molt', pairs=True, seed=0, select='best', **how):
   rng = np.random.default_rng(seed)
   folder.mkdir(parents=True)
-  chosen = schema.default_config()
+  chosen = CLASSIFIER.default()
   chosen.backbones.image.path = chosen.backbones.text.path = 'a/tower'
   chosen.dataset.path, chosen.method, chosen.dataset.multi_label = (
     'a/table',
@@ -63,9 +64,9 @@ def _make_run(make_predictions, folder, *, method='molt', pairs=True, seed=0, se
     how.get('multi_label', False),
   )
   chosen.eval.select = select
-  (folder / 'config.json').write_text(schema.to_json(chosen))
+  (folder / 'config.json').write_text(resolved.to_json(chosen))
   p = make_predictions(seed=seed, **how)
-  p = dataclasses.replace(p, config_hash=schema.config_hash(chosen))
+  p = dataclasses.replace(p, config_hash=resolved.config_hash(chosen))
   p.save(folder / records.PREDICTIONS)
   results = {name: p.scores(name) | {'loss': 1.0} for name in p.conditions}
   (folder / 'evaluation.json').write_text(

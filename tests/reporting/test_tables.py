@@ -18,7 +18,8 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, modalities
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.errors import UserError
@@ -63,7 +64,7 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
     folder.mkdir(parents=True, exist_ok=True)
     ids = list(datasets.load_dataset(config).splits['test'].ids)
     p = dataclasses.replace(
-      make_predictions(seed=int(config_lib.config_hash(config)[:6], 16), rows=len(ids), classes=3),
+      make_predictions(seed=int(resolved.config_hash(config)[:6], 16), rows=len(ids), classes=3),
       ids=ids,
     )
     for condition in without:
@@ -71,7 +72,7 @@ def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
     p.save(folder / records.PREDICTIONS)
     scores = {c: p.scores(c) for c in p.conditions}
     validation = {} if without else {'score': 0.5}
-    result = {'config_hash': config_lib.config_hash(config), 'test': scores, 'seconds': 7.0}
+    result = {'config_hash': resolved.config_hash(config), 'test': scores, 'seconds': 7.0}
     result['validation'] = validation
     (folder / 'result.json').write_text(json.dumps(result))
     return result
@@ -319,7 +320,7 @@ def test_a_table_with_few_labels_and_noise(scripts, tmp_path, tiny_table):
   def derive(name, **changes):
     with flagsaver.flagsaver(data=[f'tiny={tiny_table}'], to=str(tmp_path / name), **changes):
       scripts['derive'].main()
-    config = config_lib.default_config()
+    config = CLASSIFIER.default()
     with config.unlocked():
       config.dataset.update(name='table', path=str(tmp_path / name))
     return datasets.load_dataset(config)

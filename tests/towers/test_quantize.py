@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from optional_torch import torch
 
-from molt_jax.config.schema import default_config
+from molt_jax.config import default_config
 from molt_jax.errors import UserError
 from molt_jax.runtime import sharding
 from molt_jax.towers import files, loading, quantize

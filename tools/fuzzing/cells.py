@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from molt_jax import predict
-from molt_jax.config import schema as config_lib
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import table
 from molt_jax.data.published import hateful_memes
 from molt_jax.data.published.folder import LeftOut
@@ -239,7 +239,7 @@ def _check_rows(dataset, rows, folder) -> None:
 
 
 def _load(folder, **fields):
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.dataset.update(name='table', path=str(folder), **fields)
   return table.load(config)
 

@@ -15,7 +15,8 @@ import zipfile
 import numpy as np
 
 from molt_jax import report
-from molt_jax.config import schema
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.evaluation import records
 
 MOST_BYTES = 20_000_000  # Of a page.
@@ -279,11 +280,11 @@ def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
   """Writes what a finished run leaves, small."""
   folder.mkdir(parents=True)
   multi_label = bool(rng.random() < 0.3)
-  chosen = schema.default_config()
+  chosen = CLASSIFIER.default()
   chosen.dataset.path, chosen.dataset.multi_label = 'a/table', multi_label
   chosen.backbones.image.path = chosen.backbones.text.path = 'a/tower'
-  (folder / 'config.json').write_text(schema.to_json(chosen))
-  p = _predictions(rng, classes, rows, multi_label, schema.config_hash(chosen))
+  (folder / 'config.json').write_text(resolved.to_json(chosen))
+  p = _predictions(rng, classes, rows, multi_label, resolved.config_hash(chosen))
   p.save(folder / records.PREDICTIONS)
   _pairs(rng).save(folder / records.PAIRS)
   results = {name: p.scores(name) | {'loss': 1.0} for name in p.conditions}

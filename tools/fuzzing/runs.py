@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from molt_jax import train
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
@@ -48,7 +49,7 @@ def make_table(folder: pathlib.Path) -> pathlib.Path:
 
 def make_config(table: pathlib.Path):
   """Returns a config that trains in seconds."""
-  config = config_lib.default_config()
+  config = CLASSIFIER.default()
   config.dataset.path = str(table)
   config.text.max_tokens, config.text.padding = 8, 'max_tokens'
   config.backbones.text.path = 'random:llama-tiny'
@@ -58,7 +59,7 @@ def make_config(table: pathlib.Path):
   config.cca.num_directions, config.cca.window = 4, 32
   config.train.batch_size, config.eval.batch_size = 4, 8
   config.train.epochs, config.train.eval_every, config.train.log_every = 1.0, 2, 1
-  return config_lib.validate(config)
+  return CLASSIFIER.validate(config)
 
 
 @functools.cache
@@ -186,13 +187,13 @@ def _leaves(tree: Any) -> dict[str, bytes]:
 
 def _own(config: Any) -> list[str]:
   """The fields of a config that are not free to change in use."""
-  changed = config_lib.differences(config_lib.default_config(), config)
+  changed = resolved.differences(CLASSIFIER.default(), config)
   return [line for line in changed if line.split(':')[0] not in trained.FREE_IN_USE]
 
 
 @functools.cache
 def _model():
-  config = config_lib.read_run(made())
+  config = CLASSIFIER.read_run(made())
   towers = model_lib.describe_towers(config)
   num_classes = len(trained.open_run(made()).class_names)
   model = model_lib.make_model(config, towers, num_classes=num_classes)

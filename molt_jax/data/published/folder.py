@@ -34,7 +34,7 @@ from array_record.python import array_record_data_source, array_record_module
 from tensorflow_datasets.core import shuffle
 
 from molt_jax import errors
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.data import cells, findings, formats, missing, textfiles, transforms
 from molt_jax.data.sources import Dataset, reading_prepared, text_number
 from molt_jax.data.splits import set_aside
@@ -444,7 +444,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
       prepared data cannot be written.
   """
   source = _source(config)
-  choices = config_lib.data_choices(config)
+  choices = resolved.data_choices(config)
   key = '-'.join(
     [
       *(f'{name}_{value}' for name, value in choices.items()),

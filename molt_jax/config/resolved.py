@@ -1,0 +1,51 @@
+"""What is done with a resolved config, whichever schema it is of."""
+
+import hashlib
+import json
+from typing import Any
+
+import ml_collections
+
+from molt_jax.config.fields import flatten
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+  """Sets the dotted field `name` of a locked config."""
+  *parents, leaf = name.split('.')
+  for part in parents:
+    config = config[part]
+  config[leaf] = value
+
+
+def modalities(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns the modalities that are used at all, in the order of the columns of `present`."""
+  return tuple(config.dataset.modalities.split(','))
+
+
+def data_choices(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns the choices of a published data set that change scores, by name; {} where it has
+  none.
+  """
+  name = config.dataset.name
+  return config.dataset[name].to_dict() if name in config.dataset else {}
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """Returns the resolved config as indented JSON, fields in schema order."""
+  return json.dumps(config.to_dict(), indent=2)
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+  """Returns 16 hexadecimal digits that identify the resolved config."""
+  text = json.dumps(config.to_dict(), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+  """Returns `name: old -> new` for every field that differs, of two configs of one schema."""
+  after = dict(flatten(new.to_dict()))
+  changed = []
+  for name, value in flatten(old.to_dict()):
+    if value != after[name]:
+      changed.append(f'{name}: {value!r} -> {after[name]!r}')
+  return changed
