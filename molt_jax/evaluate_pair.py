@@ -89,7 +89,7 @@ def _each_split(features: Callable) -> Callable:
 
 def _tower_features(pair, images):
   return pair.image_features(
-    images, num_layers=min(TAPS, pair.model.trained.image_tower.config.num_layers)
+    images, num_layers=min(TAPS, pair.model.encoder.image_tower.config.num_layers)
   )
 
 
@@ -105,7 +105,7 @@ PROBES: dict[str, Callable] = {
 
 
 def evaluate_examples(
-  pair: model.TowerPair,
+  pair: in_use.TowerPair,
   examples: Mapping[str, Examples],
   class_names: Sequence[str] | None,
   *,
@@ -298,7 +298,7 @@ def run(
   dataset = open_dataset(opened.config, table)
   data = fingerprint.of(dataset.splits[split], dataset.class_names)
   if not table:
-    data = runs.compare(opened, split, data)
+    data = trained.compare(opened, split, data)
   if dataset.multi_label:
     cli.say('several labels an example: zero-shot classification and linear probes are left out')
     probes = ()

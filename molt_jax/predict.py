@@ -16,9 +16,10 @@ import PIL.Image
 
 from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
 from molt_jax.errors import UserError, article
-from molt_jax.methods import model as model_lib
 from molt_jax.runtime import cli, sharding, terminal
-from molt_jax.training import runs
+from molt_jax.evaluation import trained
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.features.frozen import load_frozen
 
 
 class Predictor:
@@ -32,22 +33,17 @@ class Predictor:
     Raises:
       UserError: no run there or a damaged one, or a tower that is gone or has changed.
     """
-    run = runs.open_run(workdir)
+    run = trained.open(workdir)
+    self._run = run
+    self._assembly = run.assembly
     self.config = run.config
     self.class_names: list[str] = run.class_names
-    self._saved = run.meta['backbones']
-    self._towers = model_lib.describe_towers(self.config)
-    self._mesh = sharding.make_mesh(self.config)
-    self._model = model_lib.make_model(self.config, self._towers, num_classes=len(self.class_names))
-    self._preprocess = model_lib.make_preprocess(
-      self.config, self._towers, num_classes=len(self.class_names)
-    )
-    self._variables = runs.restore_variables(run, self._model.init, self._mesh)
-    self._frozen: dict[str, Any] = dict.fromkeys(model_lib.MODALITIES)
+    self._variables = run.variables()
+    self._frozen: dict[str, Any] = dict.fromkeys(MODALITIES)
     self._step = jax.jit(self._forward)
 
   def __repr__(self) -> str:
-    return f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._towers)}>'
+    return f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._assembly.towers)}>'
 
   def predict(
     self, image: Any = None, text: Any = None, *, top_k: int = 5
@@ -97,15 +93,15 @@ class Predictor:
     if isinstance(image, str | bytes):
       image = _decoded(image, _place('image', number))
     try:
-      return pipeline.single_example(self._preprocess, image=image, text=text)
+      return pipeline.single_example(self._assembly.preprocess, image=image, text=text)
     except UserError as error:
       where = '' if number is None else f'example {number}: '
       raise UserError(f'predict: {where}{error}') from error
 
   def _check_used(self, pairs: Sequence[tuple[Any, Any]]) -> None:
-    for modality, given in zip(model_lib.MODALITIES, zip(*pairs, strict=True), strict=False):
-      if modality not in self._towers and any(content is not None for content in given):
-        (other,) = self._towers
+    for modality, given in zip(MODALITIES, zip(*pairs, strict=True), strict=False):
+      if modality not in self._assembly.towers and any(content is not None for content in given):
+        (other,) = self._assembly.towers
         raise UserError(
           f'predict: {article(modality)} was given, but this run knows {other}s alone '
           f'(config.dataset.modalities={other!r}); give {article(other)} and nothing '
@@ -118,7 +114,7 @@ class Predictor:
     return np.concatenate([self._batch(chunk) for chunk in chunks])
 
   def _batch(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    rows = self._mesh.shape['data']
+    rows = self._assembly.mesh.shape['data']
     while rows < len(examples):  # Few batch sizes, so that few programs are compiled.
       rows *= 2
     padded = list(examples) + [examples[0]] * (rows - len(examples))
@@ -127,26 +123,25 @@ class Predictor:
       for name in ('image', 'tokens', 'token_mask', 'present')
     }
     frozen = self._towers_for(batch['present'].any(axis=0))
-    return np.asarray(self._step(self._variables, frozen, sharding.put_batch(batch, self._mesh)))[
+    return np.asarray(self._step(self._variables, frozen, sharding.put_batch(batch, self._assembly.mesh)))[
       : len(examples)
     ]
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
-    modalities = [m for m, use in zip(model_lib.MODALITIES, used, strict=True) if use]
+    modalities = [m for m, use in zip(MODALITIES, used, strict=True) if use]
     new = [m for m in modalities if self._frozen[m] is None]
     if new:
-      model_lib.check_same_towers(self._saved, self._towers, new)
-      loaded = model_lib.load_frozen(self.config, self._mesh, new)
+      self._run.check_towers(new)
+      assembly = self._assembly
+      loaded = load_frozen(self.config, assembly.mesh, assembly.method.reads, new)
       self._frozen |= {m: loaded[m] for m in new}
-    return {m: self._frozen[m] if m in modalities else None for m in model_lib.MODALITIES}
+    return {m: self._frozen[m] if m in modalities else None for m in MODALITIES}
 
   def _forward(self, variables, frozen, batch):
-    logits_bk = self._model.classify(
-      variables, self._model.taps(frozen, batch), batch['present']
-    ).logits_bk
-    return (
-      jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
-    )
+    method = self._assembly.method
+    features = method.features(frozen, batch)
+    logits_bk = method(variables, frozen, features, batch, batch['present']).logits_bk
+    return jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
 
   def _result(self, probability_k: np.ndarray, present_m: np.ndarray, top_k: int) -> dict[str, Any]:
     best = np.argsort(-probability_k, kind='stable')[:top_k]

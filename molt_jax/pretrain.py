@@ -1,241 +1,151 @@
 """Pretrains an image tower and a text tower on pairs: `python -m molt_jax.pretrain
---config=configs/pretrain_openmoji.py --workdir=DIR`.
+--config=pretrain_openmoji --workdir=DIR`.
 
 DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/
 and, at the end, tower/: the image tower as a Hugging Face directory, for `backbones.image.path` and
 `transformers.CLIPVisionModel`. The same command goes on where a run stopped, bit for bit.
 """
 
-import functools
-import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from molt_jax.config.pretraining import PRETRAINING
-from molt_jax.data import datasets, pipeline
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
-from molt_jax.methods import model as model_lib
+from molt_jax.evaluation import trained
+from molt_jax.features import extract
 from molt_jax.objectives import contrastive
-from molt_jax.pairs import augment, batches, retrieval_and_probes
-from molt_jax.pairs import model as dual
+from molt_jax.pairs import augment, batches, in_use, retrieval_and_probes
+from molt_jax.pairs import method as pairs
 from molt_jax.runtime import cli, sharding
 from molt_jax.towers import export
-from molt_jax.training import checkpoint, loop, runs, train_state
+from molt_jax.training import train_state, workdir
+from molt_jax.training.assembly import Assembly
+from molt_jax.training.monitor import StepMonitor
+from molt_jax.training.schedule import StepSchedule
+from molt_jax.training.train_state import TrainState
+from molt_jax.training.trainer import Trainer
 
 SPLITS = ('train', 'validation')
 
-# ---- The step ------------------------------------------------------------------------------------
-
-
-def pretrain_step(
-  state: train_state.TrainState,
-  frozen: Mapping[str, Any],
-  batch: Mapping[str, jax.Array],
-  *,
-  model: dual.DualModel,
-  tx: optax.GradientTransformation,
-  config: ml_collections.ConfigDict,
-) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  """One update of all that is trained; `frozen` (towers by parameter name) is only read. Returns
-  the new state and metrics (scalars).
-  """
-  key, patches_key = (
-    train_state.stream(state.seed, name, state.step) for name in ('objective', 'patches')
-  )
-
-  def loss_fn(params):
-    variables = {'params': {**params, **frozen}, 'statistics': state.statistics}
-    scale = jnp.exp(params['log_scale'])
-    return contrastive.pair_loss(
-      model.embed_batch(variables, batch, patches_key), dual.objectives(config), scale, key
-    )
-
-  (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  params = {
-    **params,
-    'log_scale': jnp.minimum(params['log_scale'], math.log(config.temperature.max_scale)),
-  }
-  metrics = {
-    'loss': loss,
-    **{f'loss_{name}': value for name, value in parts.items()},
-    'grad_norm': optax.tree.norm(grads),
-    'scale': jnp.exp(state.params['log_scale']),
-  }
-  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
-
-
-# ---- The loop ------------------------------------------------------------------------------------
-
 
 def pretrain(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, data_changed: bool = False
+  config: ml_collections.ConfigDict, folder: pathlib.Path, *, data_changed: bool = False
 ) -> pathlib.Path | None:
-  """Trains (or goes on training) a pair of towers in `workdir`, then writes the image tower.
+  """Trains (or goes on training) a pair of towers in `folder`, then writes the image tower.
 
   Args:
-    config: a validated config of `PRETRAINING`.
-    workdir: the run's folder; made if need be.
+    config: a validated config of pretraining.
+    folder: the run's folder; made if need be.
     data_changed: go on with data that have changed since the checkpoint; refused otherwise.
 
   Returns:
-    The folder of the image tower, `workdir`/tower; None if it was frozen.
+    The folder of the image tower, `folder`/tower; None if it was frozen.
 
   Raises:
     UserError: a mistake of the user's, or a loss that is not finite.
-    loop.Interrupted: SIGTERM or SIGINT; the state is saved.
+    Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  with loop.working_in(config, pathlib.Path(workdir), schema=PRETRAINING) as workdir:
-    return _pretrain(config, workdir, data_changed)
+  with workdir.working_in(config, pathlib.Path(folder)) as folder:
+    return PairTrainer(config, folder, data_changed=data_changed).run()
 
 
-def _pretrain(config, workdir, data_changed):
-  mesh = sharding.make_mesh(config)
-  for name in ('train', 'eval'):
-    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh)
-  towers = dual.describe_towers(config)
-  data = datasets.load_dataset(config)
-  _check_pairs(config, data)
-  model = dual.make_model(config, towers)
-  checkpoints = checkpoint.Checkpoints(workdir)
-  saved = checkpoints.meta()
-  data = runs.go_on(
-    saved,
-    config,
-    towers,
-    data,
-    checkpoints=checkpoints,
-    data_changed=data_changed,
-    schema=PRETRAINING,
-  )
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
-  meta = runs.new_meta(config, towers, data)
-  plan = loop.Plan(config, len(batches.complete_rows(data.splits['train'])))
-  tx = train_state.make_optimizer(config, plan.total)
-  pooled = _pool_frozen_texts(config, model, towers, data, preprocess, mesh)
-  frozen = (
-    {'image_tower': dual.load_weights(config, mesh, 'image', config.compute_dtype)}
-    if 'image' in model.frozen
-    else {}
-  )
-  state = _new_state(config, model, tx, _statistics(data, pooled), mesh, resumed=bool(saved))
-  _introduce(config, data, towers, model, state, plan)
-  iterator = _iterator(config, data.splits['train'], preprocess, pooled.get('train'))
-  if saved:
-    state, position = checkpoints.restore(state)
-    checkpoints.move(iterator, position)
-    cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
-  loop.claim_workdir(config, workdir)
-  run = _Run(
-    config,
-    workdir,
-    mesh,
-    data,
-    checkpoints,
-    meta,
-    plan,
-    model=model,
-    tx=tx,
-    preprocess=preprocess,
-    frozen=frozen,
-    pooled=pooled,
-  )
-  run.run(state, iterator)
-  if preprocess.report.counts():
-    cli.say(preprocess.report.line())
-  return write_tower(workdir)
-
-
-def _iterator(config, source, preprocess, text_pooled_nd):
-  return batches.train_iterator(
-    source,
-    preprocess,
-    _views(config),
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    text_pooled_nd=text_pooled_nd,
-    num_threads=config.input.num_threads,
-    prefetch=config.input.prefetch,
-  )
-
-
-class _Run(loop.Loop):
+class PairTrainer(Trainer):
   """A run of a pair of towers."""
 
   title, unit = 'pretraining', 'images'
 
-  def __init__(
-    self,
-    config,
-    workdir,
-    mesh,
-    data,
-    checkpoints,
-    meta,
-    plan,
-    *,
-    model,
-    tx,
-    preprocess,
-    frozen,
-    pooled,
-  ):
-    super().__init__(config, workdir, mesh, data, checkpoints, meta, plan)
-    self.preprocess, self.frozen, self.pooled = preprocess, frozen, pooled
-    frozen_config = ml_collections.FrozenConfigDict(config)
-    self.step_fn = jax.jit(
-      functools.partial(pretrain_step, model=model, tx=tx, config=frozen_config), donate_argnums=0
+  def check(self, assembly: Assembly) -> None:
+    """See `Trainer`."""
+    _check_pairs(assembly.config, assembly.data)
+
+  def num_examples(self) -> int:
+    """See `Trainer`."""
+    return len(batches.complete_rows(self.assembly.data.splits['train']))
+
+  def before_state(self) -> None:
+    """See `Trainer`."""
+    self.objective = pairs.PairLoss(pairs.objectives(self.assembly.config))
+
+  def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
+    """See `Trainer`."""
+    _introduce(self.assembly, state, schedule)
+
+  def open_features(self) -> None:
+    """See `Trainer`."""
+    self._pooled = _pool_frozen_texts(self.assembly)
+    method = self.assembly.method
+    self.frozen = dict.fromkeys(method.modules)
+    if 'image' in method.frozen:
+      config = self.assembly.config
+      mesh, dtype = self.assembly.mesh, config.compute_dtype
+      self.frozen['image'] = pairs.load_weights(config, mesh, 'image', dtype)
+    self._embed = jax.jit(method.embed_batch)
+
+  def begin(self, state: TrainState) -> TrainState:
+    """See `Trainer`; pooled texts are standardised by those of the training split."""
+    state = super().begin(state)
+    if not self._pooled:
+      return state
+    complete = batches.complete_rows(self.assembly.data.splits['train'])
+    found = in_use.statistics(self._pooled['train'][complete])
+    placed = {name: jax.device_put(x, state.statistics[name].sharding) for name, x in found.items()}
+    return state.replace(statistics=placed)
+
+  def iterator(self) -> Any:
+    """See `Trainer`."""
+    config = self.assembly.config
+    return batches.train_iterator(
+      self.assembly.data.splits['train'],
+      self.assembly.preprocess,
+      _views(config),
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      text_pooled_nd=self._pooled.get('train'),
+      num_threads=config.input.num_threads,
+      prefetch=config.input.prefetch,
     )
-    self.embed_fn = jax.jit(model.embed_batch)
 
-  def step(self, state, batch):
-    return self.step_fn(state, self.frozen, batch)
+  def validate(self, state: TrainState, monitor: StepMonitor) -> tuple[dict[str, Any], str]:
+    """See `Trainer`."""
+    variables = {'params': state.params, 'statistics': state.statistics}
+    scores = self._scores(self.assembly.method.whole(variables, self.frozen))
+    seconds = monitor.epoch_seconds
+    record = {**scores, 'epoch_seconds': round(seconds, 2)}
+    score_is = 'fewer than two validation images with a text can be read'
+    if 'image_to_text' in scores:
+      both = [scores[way]['R@10'] for way in ('image_to_text', 'text_to_image')]
+      record['score'], score_is = float(np.mean(both)), 'R@10, mean of both ways'
+    return record, f'{score_is}; {seconds:.0f} s an epoch'
 
-  def validate(self, state, watch):
-    results = self._scores(
-      {'params': {**state.params, **self.frozen}, 'statistics': state.statistics}
-    )
-    seconds = watch.epoch_seconds
-    record = {**results, 'epoch_seconds': round(seconds, 2)}
-    said = 'fewer than two validation images with a text can be read'
-    if 'image_to_text' in results:
-      both = [results[way]['R@10'] for way in ('image_to_text', 'text_to_image')]
-      record['score'], said = float(np.mean(both)), 'R@10, mean of both ways'
-    return record, f'{said}; {seconds:.0f} s an epoch'
+  def finish(self) -> pathlib.Path | None:
+    """See `Trainer`: writes the image tower."""
+    if self.assembly.preprocess.report.counts():
+      cli.say(self.assembly.preprocess.report.line())
+    return write_tower(self.workdir)
 
-  def _scores(self, variables):
+  def _scores(self, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Scores the pairs of the validation split that have both modalities."""
-    source = self.data.splits['validation']
-    images, texts, rows = [], [], []
-    for batch in pipeline.eval_batches(
-      source,
-      self.preprocess,
-      batch_size=self.config.eval.batch_size,
-      num_threads=self.config.input.num_threads,
-      prefetch=self.config.input.prefetch,
-    ):
-      if self.pooled:
-        batch['text_pooled'] = self.pooled['validation'][
-          batch['index']
-        ]  # Padding has index -1 and is dropped.
-      embeddings = self.embed_fn(variables, sharding.put_batch(batch, self.mesh))
+    source = self.assembly.data.splits['validation']
+    images, texts, positions = [], [], []
+    for batch in self.assembly.eval_batches(source):
+      if self._pooled:  # Padding has index -1 and is dropped.
+        batch['text_pooled'] = self._pooled['validation'][batch['index']]
+      placed = sharding.put_batch(batch, self.assembly.mesh)
+      embeddings = self._embed(variables, placed)
       complete_b = batch['present'].all(axis=-1)
       images.append(np.asarray(embeddings.image_bc)[complete_b])
       texts.append(np.asarray(embeddings.text_bc)[complete_b])
-      rows.append(batch['index'][complete_b])
+      positions.append(batch['index'][complete_b])
     for name, parts in (('images', images), ('texts', texts)):
-      dual.check_finite(np.concatenate(parts), name)
-    written = [source.read(int(row), image=False)['text'] for row in np.concatenate(rows)]
+      in_use.check_finite(np.concatenate(parts), name)
+    written = [source.read(int(n), image=False)['text'] for n in np.concatenate(positions)]
     return retrieval_and_probes.evaluate_pair(
       np.concatenate(images), np.concatenate(texts), texts=written
     )
@@ -262,54 +172,38 @@ def _texts(source: Source) -> list[str]:
   return [source.read(int(row), image=False)['text'] for row in batches.complete_rows(source)]
 
 
-def _pool_frozen_texts(config, model, towers, data, preprocess, mesh) -> dict[str, np.ndarray]:
-  """Returns split -> float32[N, D], the pooled text of each row (zeros where it is not used); {} if
-  the text tower is trained.
+def _pool_frozen_texts(assembly: Assembly) -> dict[str, np.ndarray]:
+  """Returns split -> float32[N, D], the pooled text of each example (zeros where it is not used);
+  {} if the text tower is trained.
   """
-  if 'text' not in model.frozen:
+  if 'text' not in assembly.method.frozen:
     return {}
-  texts = {split: _texts(data.splits[split]) for split in SPLITS}
-
-  def compute():
-    params = {'text_tower': dual.load_weights(config, mesh, 'text', config.compute_dtype)}
-    return dual.pool_texts(
-      model,
-      {'params': params, 'statistics': {}},
-      preprocess,
-      sum(texts.values(), []),
-      batch_size=config.eval.batch_size,
-      mesh=mesh,
-    )
-
-  both_nd = dual.stored_texts(config, towers['text'], sum(texts.values(), []), compute)
+  texts = {split: _texts(assembly.data.splits[split]) for split in SPLITS}
+  every = texts['train'] + texts['validation']
+  both_nd = extract.pooled_texts(assembly.extraction, every, assembly.config.input.text_store)
   pooled, start = {}, 0
   for split, own in texts.items():
-    pooled[split] = np.zeros((len(data.splits[split]), both_nd.shape[1]), np.float32)
-    pooled[split][batches.complete_rows(data.splits[split])] = both_nd[start : start + len(own)]
+    source = assembly.data.splits[split]
+    pooled[split] = np.zeros((len(source), both_nd.shape[1]), np.float32)
+    pooled[split][batches.complete_rows(source)] = both_nd[start : start + len(own)]
     start += len(own)
   return pooled
-
-
-def _statistics(data: Dataset, pooled: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return (
-    dual.statistics(pooled['train'][batches.complete_rows(data.splits['train'])]) if pooled else {}
-  )
 
 
 def _views(config: ml_collections.ConfigDict) -> batches.PairViews:
   """Returns what the objectives need to see of each pair."""
   a = config.augment
-  second = any(
-    'augmented' in field for name in dual.objectives(config) for field in contrastive.NEEDS[name]
-  )
+  needs = [field for name in pairs.objectives(config) for field in contrastive.NEEDS[name]]
+  second = any('augmented' in field for field in needs)
   text = augment.TextAugmentation(delete=a.text.delete, swap=a.text.swap)
+  image = augment.ImageAugmentation(
+    min_area=a.image.min_area,
+    max_aspect=a.image.max_aspect,
+    flip=a.image.flip,
+    color=a.image.color,
+  )
   return batches.PairViews(
-    image=augment.ImageAugmentation(
-      min_area=a.image.min_area,
-      max_aspect=a.image.max_aspect,
-      flip=a.image.flip,
-      color=a.image.color,
-    ),
+    image=image,
     text=text,
     num_views={'image': 1 + second, 'text': 1 + (second and text.changes)},
     across=a.image.across,
@@ -317,123 +211,72 @@ def _views(config: ml_collections.ConfigDict) -> batches.PairViews:
   )
 
 
-def _new_state(config, model, tx, statistics, mesh, *, resumed) -> train_state.TrainState:
-  """Returns the state before the first step; a run that goes on takes its weights from the
-  checkpoint.
-  """
-  state = train_state.create(
-    functools.partial(model.init, text_statistics=statistics),
-    tx,
-    lambda: (),
-    seed=config.seed,
-    mesh=mesh,
-  )
-  pretrained = [t for t in dual.TOWERS if config.backbones[t].pretrained and t not in model.frozen]
-  if resumed or not pretrained:
-    return state
-  loaded = {f'{t}_tower': dual.load_weights(config, mesh, t, 'float32') for t in pretrained}
-  placed = jax.tree.map(
-    lambda new, old: jax.device_put(new, old.sharding),
-    loaded,
-    {name: state.params[name] for name in loaded},
-  )
-  return state.replace(params={**state.params, **placed})
-
-
-def _introduce(config, data, towers, model, state, plan) -> None:
-  """Says in a few lines what is about to be trained."""
+def _introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> None:
+  """Tells the user in a few lines what is about to be trained."""
+  data, config = assembly.data, assembly.config
+  counts = [
+    f'{len(batches.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS
+  ]
+  cli.say(f'data: {data.name}, {", ".join(counts)}')
+  for name, tower in assembly.towers.items():
+    start = 'trained from scratch'
+    if name in assembly.method.frozen:
+      start = 'frozen'
+    elif config.backbones[name].pretrained:
+      start = 'trained on'
+    shape = f'{tower.config.num_layers} layers, width {tower.config.hidden_size}'
+    cli.say(f'{name} tower: {tower.identity["path"]}, {shape}, {start}')
+  count = train_state.count(state.params)
   cli.say(
-    f'data: {data.name}, '
-    + ', '.join(
-      f'{len(batches.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS
-    )
-  )
-  for name, tower in towers.items():
-    start = (
-      'frozen'
-      if name in model.frozen
-      else 'trained on'
-      if config.backbones[name].pretrained
-      else 'trained from scratch'
-    )
-    cli.say(
-      f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
-      f'{tower.config.hidden_size}, {start}'
-    )
-  cli.say(
-    f'{train_state.count(state.params):,} parameters to train; {plan.total} steps of '
-    f'{config.train.batch_size} pairs'
+    f'{count:,} parameters to train; {schedule.total} steps of {config.train.batch_size} pairs'
   )
 
 
 # ---- What comes out ------------------------------------------------------------------------------
 
 
-def _open(workdir: pathlib.Path):
-  """Returns (config, class names, towers, model, the trained variables, mesh) of a run."""
-  return _parts(open_run(workdir))
+def open_run(folder: pathlib.Path) -> trained.Trained:
+  """Opens a run of this command; see `trained.open`."""
+  return trained.open(folder, schema=PRETRAINING)
 
 
-def _parts(run: runs.Run):
-  """As `_open`, of an opened run."""
-  config = run.config
-  towers = dual.describe_towers(config)
-  model_lib.check_same_towers(run.meta['backbones'], towers)
-  model, mesh = dual.make_model(config, towers), sharding.make_mesh(config)
-  width = towers['text'].config.hidden_size
-  standardised = (
-    {name: np.zeros(width, np.float32) for name in ('mean', 'deviation')}
-    if 'text' in model.frozen
-    else {}
-  )
-  init = functools.partial(model.init, text_statistics=standardised)
-  variables = runs.restore_variables(run, init, mesh)
-  return config, run.class_names, towers, model, variables, mesh
-
-
-def open_run(workdir: pathlib.Path) -> runs.Run:
-  """Opens a run of this command; see `trained.open_run`."""
-  return runs.open_run(workdir, schema=PRETRAINING)
-
-
-def load_pair(workdir: pathlib.Path) -> dual.TowerPair:
+def load_pair(folder: pathlib.Path) -> in_use.TowerPair:
   """Opens the checkpoint of a run that `eval.select` names, with its frozen towers.
 
   Raises:
     UserError: there is no run or a damaged one, or a tower is not the one it was trained with.
   """
-  return make_pair(open_run(workdir))
+  return make_pair(open_run(folder))
 
 
-def make_pair(run: runs.Run) -> dual.TowerPair:
+def make_pair(run: trained.Trained) -> in_use.TowerPair:
   """As `load_pair`, of an opened run."""
-  config, class_names, towers, model, variables, mesh = _parts(run)
-  frozen = {
-    f'{t}_tower': dual.load_weights(config, mesh, t, config.compute_dtype) for t in model.frozen
-  }
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(class_names))
-  variables = {**variables, 'params': {**variables['params'], **frozen}}
-  return dual.TowerPair(model, variables, preprocess, config.eval.batch_size, mesh)
+  run.check_towers()
+  assembly, method = run.assembly, run.assembly.method
+  variables = method.whole(run.variables(), pairs.load_frozen(method))
+  size = run.config.eval.batch_size
+  return in_use.TowerPair(method, variables, assembly.preprocess, size, assembly.mesh)
 
 
-def write_tower(workdir: pathlib.Path) -> pathlib.Path | None:
-  """Writes the trained image tower of a run to `workdir`/tower; one that was frozen is where it was
+def write_tower(folder: pathlib.Path) -> pathlib.Path | None:
+  """Writes the trained image tower of a run to `folder`/tower; one that was frozen is where it was
   (None).
   """
-  config, _, towers, model, variables, _ = _open(workdir)
-  if 'image' in model.frozen:
+  run = open_run(folder)
+  run.check_towers()
+  if 'image' in run.assembly.method.frozen:
     return None
-  folder = export.save_image_tower(
-    workdir / 'tower',
-    variables['params']['image_tower'],
-    towers['image'].config,
-    towers['image'].preprocess,
-    dtype=config.export.dtype,
+  tower = run.assembly.towers['image']
+  written = export.save_image_tower(
+    folder / 'tower',
+    run.variables()['params']['image_tower'],
+    tower.config,
+    tower.preprocess,
+    dtype=run.config.export.dtype,
   )
-  cli.say(
-    f'image tower: {folder} ({sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB)'
-  )
-  return folder
+  size = sum(file.stat().st_size for file in written.iterdir()) / 1e6
+  cli.say(f'image tower: {written} ({size:.1f} MB)')
+  return written
 
 
 FLAGS = (
@@ -459,7 +302,7 @@ def main(argv: Sequence[str]) -> int | None:
       data_changed=flags.data_changed,
     )
 
-  return loop.exit_code(work)
+  return exit_code(work)
 
 
 if __name__ == '__main__':

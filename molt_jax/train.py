@@ -1,5 +1,4 @@
-"""Trains a robust classifier: `python -m molt_jax.train --config=configs/quickstart.py
---workdir=DIR`.
+"""Trains a robust classifier: `python -m molt_jax.train --config=quickstart --workdir=DIR`.
 
 DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/
 and, at the end, evaluation.json, run.json (data, device, seconds, memory) and what
@@ -7,40 +6,41 @@ and, at the end, evaluation.json, run.json (data, device, seconds, memory) and w
 bit.
 """
 
-import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from molt_jax import evaluate
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import datasets, missing, pipeline
-from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
-from molt_jax.evaluation import records
+from molt_jax.data import missing, pipeline
+from molt_jax.data.sources import UNLABELLED, Source, classes_of
+from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
 from molt_jax.features import extract, store
-from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.objectives import cross_entropy
 from molt_jax.runtime import cli, processes, sharding
-from molt_jax.training import checkpoint, imputation_fit, loop, runs, train_state
-from molt_jax.training import step as step_lib
+from molt_jax.runtime.signals import exit_code
+from molt_jax.training import imputation_fit, losses, train_state, workdir
+from molt_jax.training.assembly import Assembly
+from molt_jax.training.monitor import StepMonitor
+from molt_jax.training.schedule import StepSchedule
+from molt_jax.training.train_state import TrainState
+from molt_jax.training.trainer import Trainer
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, data_changed: bool = False
+  config: ml_collections.ConfigDict, folder: pathlib.Path, *, data_changed: bool = False
 ) -> dict[str, Any]:
-  """Trains (or goes on training) in `workdir`, then evaluates the test split with each modality
+  """Trains (or goes on training) in `folder`, then evaluates the test split with each modality
   absent.
 
   Args:
-    config: a validated config.
-    workdir: the run's folder; made if need be.
+    config: a validated config of a classifier.
+    folder: the run's folder; made if need be.
     data_changed: go on with data that have changed since the checkpoint; refused otherwise.
 
   Returns:
@@ -48,231 +48,165 @@ def train(
 
   Raises:
     UserError: a mistake of the user's, or a loss that is not finite.
-    loop.Interrupted: SIGTERM or SIGINT; the state is saved.
+    Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  with loop.working_in(config, pathlib.Path(workdir)) as workdir:
+  with workdir.working_in(config, pathlib.Path(folder)) as folder:
     if config.features.store:
       store.make_root(config.features.store)
-    return _train(config, workdir, data_changed)
+    return ClassifierTrainer(config, folder, data_changed=data_changed).run()
 
 
-def _train(config, workdir, data_changed):
-  mesh = sharding.make_mesh(config)
-  for name, parts in (('train', config.train.accumulate), ('eval', 1)):
-    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh, parts=parts)
-  towers = model_lib.describe_towers(config)
-  with processes.leader_first('data set'):
-    data = datasets.load_dataset(config)
-  checkpoints = checkpoint.Checkpoints(workdir)
-  saved = checkpoints.meta()
-  data = runs.go_on(saved, config, towers, data, checkpoints=checkpoints, data_changed=data_changed)
-  model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
-  meta = runs.new_meta(config, towers, data)
-  plan = loop.Plan(config, len(data.splits['train']))
-  tx = train_state.make_optimizer(config, plan.total)
-  estimator = step_lib.make_cca_estimator(config, mesh)
-  init_cca = functools.partial(estimator.init, model.num_taps, config.molt.width)
-  state = train_state.create(model.init, tx, init_cca, seed=config.seed, mesh=mesh)
-  introduce(config, data, towers, state, plan)
-  state, position = checkpoints.restore(state) if saved else (state, None)
-  kept = {
-    split: protocol(config, source, split)
-    for split, source in data.splits.items()
-    if split != 'test'
-  }
-  wanted = {
-    split: (source, kept.get(split, source.present)) for split, source in data.splits.items()
-  }
-  frozen, stored = extract.open_taps(
-    config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh
-  )
-  source = data.splits['train']
-  iterator = _iterator(config, mesh, source, preprocess, kept['train'], stored['train'])
-  if saved:
-    checkpoints.move(iterator, position)
-    cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
-  run = _Run(
-    config,
-    workdir,
-    mesh,
-    data,
-    checkpoints,
-    meta,
-    plan,
-    model=model,
-    tx=tx,
-    estimator=estimator,
-    preprocess=preprocess,
-    frozen=frozen,
-    stored=stored,
-    class_weight_k=class_weights(config, data),
-  )
-  if processes.leads():
-    loop.claim_workdir(config, workdir)
-  facts = {
-    'examples': {split: len(source) for split, source in data.splits.items()},
-    'parameters': train_state.count(state.params),
-  }
-  with loop.accounted(workdir, facts, step=int(state.step)):
-    run.run(state, iterator)
-    record = run.test()
-  for line in processes.lines_of_all(preprocess.report.line()):
-    cli.say(line)
-  return record
-
-
-def _iterator(config, mesh, source, preprocess, present, stored):
-  return pipeline.train_iterator(
-    source,
-    preprocess,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    present=present,
-    stored=stored,
-    pack=sharding.packing(config, mesh, parts=config.train.accumulate),
-    num_threads=config.input.num_threads,
-    prefetch=config.input.prefetch,
-    **sharding.data_shard(mesh),
-  )
-
-
-class _Run(loop.Loop):
-  """A run of the head."""
+class ClassifierTrainer(Trainer):
+  """A run of a classifier."""
 
   title, unit = 'training', 'steps'
 
-  def __init__(
-    self,
-    config,
-    workdir,
-    mesh,
-    data,
-    checkpoints,
-    meta,
-    plan,
-    *,
-    model,
-    tx,
-    estimator,
-    preprocess,
-    frozen,
-    stored,
-    class_weight_k,
-  ):
-    super().__init__(config, workdir, mesh, data, checkpoints, meta, plan)
-    self.model, self.estimator, self.preprocess, self.frozen, self.stored, self.class_weight_k = (
-      model,
-      estimator,
-      preprocess,
-      frozen,
-      stored,
-      class_weight_k,
-    )
-    frozen_config = ml_collections.FrozenConfigDict(config)
-    self.step_fn = jax.jit(
-      functools.partial(
-        step_lib.train_step, model=model, tx=tx, estimator=estimator, config=frozen_config
-      ),
-      donate_argnums=0,
-    )
-    self.eval_fn = evaluate.make_eval_step(model)
-    self.translation_fit = None
-    if STRATEGIES[config.missing.strategy].translates:
-      source = data.splits['train']
-      self.translation_fit = imputation_fit.TranslationFit(
-        model,
-        source,
-        preprocess,
-        present=protocol(config, source, 'train'),
-        stored=stored['train'],
-        config=config,
-        mesh=mesh,
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    return self.assembly.config
+
+  def num_examples(self) -> int:
+    """See `Trainer`."""
+    return len(self.assembly.data.splits['train'])
+
+  def before_state(self) -> None:
+    """See `Trainer`."""
+    estimator = losses.make_cca_estimator(self.config, self.assembly.mesh)
+    frozen_config = ml_collections.FrozenConfigDict(self.config)
+    weights = self.assembly.method.loss_weights
+    self.objective = losses.ClassifierLoss(frozen_config, estimator, weights)
+
+  def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
+    """See `Trainer`."""
+    introduce(self.assembly, state, schedule)
+
+  def open_features(self) -> None:
+    """See `Trainer`."""
+    splits = self.assembly.data.splits
+    # Of each split, what the missing-rate protocol leaves; of the test split, what it has.
+    self._left = {name: source.present for name, source in splits.items()}
+    for name in ('train', 'validation'):
+      self._left[name] = protocol(self.config, splits[name], name)
+    wanted = {name: (source, self._left[name]) for name, source in splits.items()}
+    self.frozen, self._stored = extract.open_features(self.assembly.extraction, wanted)
+    self._score = scoring.Scorer(self.assembly)
+    self._imputation = None
+    if STRATEGIES[self.config.missing.strategy].translates:
+      self._imputation = imputation_fit.ImputationFit(
+        self.assembly, splits['train'], self._left['train'], self._stored['train']
       )
-    validation = data.splits['validation']
-    kept = evaluate.absences(evaluate.absence_names(config), len(validation))
-    allowed = protocol(config, validation, 'validation')
-    self.conditions = {name: keep & allowed for name, keep in kept.items()}
 
-  def step(self, state, batch):
-    return self.step_fn(state, self.frozen, batch, self.class_weight_k)
+  def iterator(self) -> Any:
+    """See `Trainer`."""
+    config, mesh = self.config, self.assembly.mesh
+    return pipeline.train_iterator(
+      self.assembly.data.splits['train'],
+      self.assembly.preprocess,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      present=self._left['train'],
+      stored=self._stored['train'],
+      pack=sharding.packing(config, mesh, parts=config.train.accumulate),
+      num_threads=config.input.num_threads,
+      prefetch=config.input.prefetch,
+      **sharding.data_shard(mesh),
+    )
 
-  def refresh(self, state):
-    if not self.translation_fit:
+  def class_weights(self) -> np.ndarray | None:
+    """See `Trainer`."""
+    return class_weights(self.assembly)
+
+  def refresh(self, state: TrainState) -> TrainState:
+    """See `Trainer`."""
+    if not self._imputation:
       return state
-    return state.replace(statistics=self.translation_fit(_variables(state), self.frozen))
+    return state.replace(statistics=self._imputation(_variables(state), self.frozen))
 
-  def validate(self, state, watch):
+  def validate(self, state: TrainState, monitor: StepMonitor) -> tuple[dict[str, Any], str]:
+    """See `Trainer`."""
+    del monitor
+    source = self.assembly.data.splits['validation']
+    conditions = scoring.conditions_of(scoring.missing_names(self.config), len(source))
+    conditions = {name: keep & self._left['validation'] for name, keep in conditions.items()}
     pairs = PairDiagnostics()
-    results = self._evaluate(
+    scores = self._score(
       _variables(state),
-      self.data.splits['validation'],
-      self.stored['validation'],
-      self.conditions,
+      self.frozen,
+      source,
+      conditions,
+      stored=self._stored['validation'],
       title='validating',
       observers=[pairs],
     )
     multi_label = self.config.dataset.multi_label
-    score = evaluate.score(results, multi_label=multi_label)
-    diagnostics = pairs.compute(self.estimator, state.cca, ridge=self.config.cca.ridge)
-    record = results | ({} if score is None else {'score': score}) | {'pairs': diagnostics}
-    return record, evaluate.describe_score(results, multi_label=multi_label)
+    score = scoring.score(scores, multi_label=multi_label)
+    diagnostics = pairs.compute(self.objective.estimator, state.cca, ridge=self.config.cca.ridge)
+    record = scores | ({} if score is None else {'score': score}) | {'pairs': diagnostics}
+    return record, scoring.describe_score(scores, multi_label=multi_label)
 
-  def test(self):
+  def finish(self) -> dict[str, Any]:
     """Scores the test split with the selected checkpoint and each modality absent; writes
     evaluation.json and what a report shows.
     """
-    done = runs.open_run(self.workdir)
-    meta = done.meta
-    source = self.data.splits['test']
-    conditions = evaluate.absences(evaluate.absence_names(self.config), len(source))
-    variables = runs.restore_variables(done, self.model.init, self.mesh)
-    pairs, recorder = (
-      PairDiagnostics(),
-      PredictionRecorder(
-        source, self.data.class_names, list(conditions), multi_label=self.config.dataset.multi_label
-      ),
-    )
-    results = self._evaluate(
-      variables,
+    run = trained.open(self.workdir)
+    source = self.assembly.data.splits['test']
+    conditions = scoring.conditions_of(scoring.missing_names(self.config), len(source))
+    variables = trained.restore_variables(run, self.assembly.method.init, self.assembly.mesh)
+    pairs = PairDiagnostics()
+    recorder = PredictionRecorder(
       source,
-      self.stored['test'],
+      self.assembly.class_names,
+      list(conditions),
+      multi_label=self.config.dataset.multi_label,
+    )
+    scores = self._score(
+      variables,
+      self.frozen,
+      source,
       conditions,
+      stored=self._stored['test'],
       title='evaluating test',
       observers=[pairs, recorder],
     )
-    self._record_pairs(variables, pairs, meta['step'])
-    data = runs.compare(done, 'test', self.meta['data']['test'])
-    return evaluate.publish(
-      self.workdir, split='test', results=results, meta=meta, recorder=recorder, data=data
+    self._record_pairs(variables, pairs, run.meta['step'])
+    data = trained.compare_split(run, 'test', source)
+    record = results.publish(
+      self.workdir, split='test', results=scores, meta=run.meta, recorder=recorder, data=data
     )
+    for line in processes.lines_of_all(self.assembly.preprocess.report.line()):
+      cli.say(line)
+    return record
 
-  def _record_pairs(self, variables, pairs, step):
+  def _record_pairs(self, variables: Mapping[str, Any], pairs: PairDiagnostics, step: int) -> None:
     """Writes pairs.npz: the pairs of the test split beside up to MAX_PAIRS of the training
     split.
     """
     if pairs.pairs is None:
       return
+    config = self.config
     source, stored = imputation_fit.complete_pairs(
-      self.data.splits['train'],
-      self.stored['train'],
-      protocol(self.config, self.data.splits['train'], 'train'),
+      self.assembly.data.splits['train'],
+      self._stored['train'],
+      self._left['train'],
       limit=MAX_PAIRS,
-      seed=self.config.seed,
+      seed=config.seed,
       name='pairs',
     )
-    training, everything = (
-      PairDiagnostics(),
-      evaluate.absences(evaluate.absence_names(self.config), len(source)),
-    )
+    training = PairDiagnostics()
     if len(source):
-      self._evaluate(
-        variables, source, stored, everything, title='reading training pairs', observers=[training]
+      self._score(
+        variables,
+        self.frozen,
+        source,
+        scoring.conditions_of(scoring.missing_names(config), len(source)),
+        stored=stored,
+        title='reading training pairs',
+        observers=[training],
       )
     shown = pairs.picture(
       training,
-      batch_size=self.config.train.batch_size,
-      ridge=self.config.cca.ridge,
+      batch_size=config.train.batch_size,
+      ridge=config.cca.ridge,
       split='test',
       step=step,
       layer_weights_l=variables['params'].get('layer_weights'),
@@ -280,23 +214,8 @@ class _Run(loop.Loop):
     if shown and processes.leads():
       shown.save(self.workdir / records.PAIRS)
 
-  def _evaluate(self, variables, source, stored, conditions, **how):
-    return evaluate.evaluate(
-      self.model,
-      variables,
-      self.frozen,
-      source,
-      self.preprocess,
-      conditions,
-      config=self.config,
-      mesh=self.mesh,
-      step=self.eval_fn,
-      stored=stored,
-      **how,
-    )
 
-
-def _variables(state):
+def _variables(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'statistics': state.statistics}
 
 
@@ -309,36 +228,36 @@ def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> n
   )
 
 
-def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarray | None:
+def class_weights(assembly: Assembly) -> np.ndarray | None:
   """Returns float32[K] from the training split's class counts, or None."""
+  config = assembly.config
   if config.loss.class_weights == 'none':
     return None
-  labels = data.splits['train'].labels
-  count_k = np.bincount(
-    [k for label in labels for k in classes_of(label)], minlength=len(data.class_names)
-  )
+  labels = assembly.data.splits['train'].labels
+  classes = [k for label in labels for k in classes_of(label)]
+  count_k = np.bincount(classes, minlength=assembly.num_classes)
   if config.dataset.multi_label:
     return cross_entropy.balanced_positive_weights(count_k, num_examples=len(labels))
   return cross_entropy.balanced_class_weights(count_k)
 
 
-def introduce(config, data, towers, state, plan) -> None:
-  """Says in a few lines what is about to be trained."""
-  sizes = ', '.join(f'{len(source)} {name}{_gaps(source)}' for name, source in data.splits.items())
-  cli.say(f'data: {data.name}, {sizes}, {len(data.class_names)} classes')
-  for modality, tower in towers.items():
-    note = (
-      ' (RANDOM weights: nothing was learned before)'
-      if tower.identity['path'].startswith('random:')
-      else ''
-    )
-    cli.say(
-      f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
-      f'{tower.config.hidden_size}, frozen{note}'
-    )
+def introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> None:
+  """Tells the user in a few lines what is about to be trained."""
+  data, config = assembly.data, assembly.config
+  sizes = [f'{len(source)} {name}{_gaps(source)}' for name, source in data.splits.items()]
+  cli.say(f'data: {data.name}, {", ".join(sizes)}, {assembly.num_classes} classes')
+  for modality, tower in assembly.towers.items():
+    path, shape = tower.identity['path'], tower.config
+    note = ', frozen'
+    if config.backbones[modality].trainable:
+      note = f', trained where {config.backbones[modality].trainable!r} matches'
+    if path.startswith('random:'):
+      note += ' (RANDOM weights: nothing was learned before)'
+    layers = f'{shape.num_layers} layers, width {shape.hidden_size}'
+    cli.say(f'{modality} tower: {path}, {layers}{note}')
+  count = train_state.count(state.params)
   cli.say(
-    f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps '
-    'of '
+    f'head: {config.method}, {count:,} parameters; {schedule.total} steps of '
     f'{config.train.batch_size}'
   )
 
@@ -375,8 +294,8 @@ def main(argv: Sequence[str]) -> int | None:
   flags, overrides = cli.parse('molt_jax.train', purpose, FLAGS, argv)
   config = CLASSIFIER.load(flags.config, overrides)
   processes.join()
-  workdir, data_changed = pathlib.Path(flags.workdir), flags.data_changed
-  return loop.exit_code(lambda: train(config, workdir, data_changed=data_changed))
+  folder, data_changed = pathlib.Path(flags.workdir), flags.data_changed
+  return exit_code(lambda: train(config, folder, data_changed=data_changed))
 
 
 if __name__ == '__main__':

@@ -179,8 +179,8 @@ def test_the_order_and_the_protocol_of_training_are_those_of_live_training(six_s
     for name in ('present', 'token_mask', 'label', 'weight', 'index'):
       np.testing.assert_array_equal(live[name], ours[name])
     assert (
-      not ours['image_taps'][~live['present'][:, 0]].any()
-      and not ours['text_taps'][~live['present'][:, 1]].any()
+      not ours['image_states'][~live['present'][:, 0]].any()
+      and not ours['text_states'][~live['present'][:, 1]].any()
     )
 
 

@@ -85,10 +85,10 @@ class Head(nn.Module):
     )
     self.classifier = nn.Linear(c, settings.num_classes)
 
-  def forward(self, image_taps, text_taps, text_mask_bt):
+  def forward(self, image_states, text_states, text_mask_bt):
     pooled = [
       layer(image, text, text_mask_bt)
-      for layer, image, text in zip(self.layers, image_taps, text_taps, strict=True)
+      for layer, image, text in zip(self.layers, image_states, text_states, strict=True)
     ]
     joint_bc = sum(
       m * (h_i + h_t) / 2 for m, (h_i, h_t) in zip(self.layer_weights, pooled, strict=True)
@@ -97,8 +97,8 @@ class Head(nn.Module):
     answers = [
       attend(query_b1c, self.key[m](states), self.value[m](states), mask_bs)[:, 0]
       for m, states, mask_bs in (
-        ('image', image_taps[-1], None),
-        ('text', text_taps[-1], text_mask_bt),
+        ('image', image_states[-1], None),
+        ('text', text_states[-1], text_mask_bt),
       )
     ]
     return self.classifier((answers[0] + answers[1]) / 2), pooled

@@ -20,6 +20,7 @@ from molt_jax.config.fields import (
   more_than,
   one_of,
 )
+from molt_jax.config.methods import METHOD, SECTIONS
 from molt_jax.config.resolved import modalities
 from molt_jax.config.schema import Schema
 
@@ -127,7 +128,12 @@ FIELDS: dict[str, Any] = {
     'dtype': Field(
       'bfloat16',
       one_of('float32', 'bfloat16'),
-      'Type of frozen weights and of computation in the towers.',
+      'Type of computation in the towers, and of their weights unless param_dtype says otherwise.',
+    ),
+    'param_dtype': Field(
+      'auto',
+      one_of('auto', 'float32', 'bfloat16'),
+      'Type of the weights of the towers; auto: dtype. What is trained is float32.',
     ),
     'attention': Field(
       'xla', one_of('xla', 'cudnn'), 'Implementation of jax.nn.dot_product_attention in the towers.'
@@ -146,6 +152,12 @@ FIELDS: dict[str, Any] = {
           'pkg://package/file, or random:NAME.'
         ),
       ),
+      'trainable': Field(
+        '',
+        ANY_STRING,
+        'Regex of parameters of this tower that are trained too, e.g. layers/2[0-3]/.*; empty: '
+        'none. One that matches nothing is an error.',
+      ),
     },
     'image': {
       'path': Field(
@@ -155,6 +167,12 @@ FIELDS: dict[str, Any] = {
           'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder, or '
           'random:NAME.'
         ),
+      ),
+      'trainable': Field(
+        '',
+        ANY_STRING,
+        'Regex of parameters of this tower that are trained too, e.g. layers/2[0-3]/.*; empty: '
+        'none. One that matches nothing is an error.',
       ),
     },
   },
@@ -173,32 +191,13 @@ FIELDS: dict[str, Any] = {
       'Type that hidden states are stored in; int8: with one scale per token and layer.',
     ),
   },
-  'method': Field(
-    'molt',
-    one_of('molt', 'late_fusion'),
-    'late_fusion: pooled E_i and E_t, concatenated, MLP (the baseline without MoLT).',
-  ),
+  'method': METHOD,
   'compute_dtype': Field(
     'bfloat16',
     one_of('float32', 'bfloat16'),
     'Computation in the head; parameters, norms, softmax, losses stay float32.',
   ),
-  'molt': {
-    'num_layers': Field(
-      4, at_least(1), 'L_s: last layers of each tower whose hidden states are read.'
-    ),
-    'width': Field(1024, at_least(1), 'd_c: width of the common space.'),
-    'num_heads': Field(
-      1, at_least(1), 'Attention heads in the common space; must divide molt.width.'
-    ),
-    'input_norm': Field(
-      'standardize',
-      one_of('none', 'rms', 'standardize'),
-      'Normalises the hidden states; standardize: by training statistics.',
-    ),
-    'cross_attention': Field(True, FLAG, 'Eq. 2; off: H is zero (first ablation of Table 2).'),
-    'layer_weights': Field(True, FLAG, 'Learn M of eq. 5; off: the plain mean over layers.'),
-  },
+  **SECTIONS,
   'fusion': {
     'attention': Field(True, FLAG, 'Eq. 6; off: the classifier reads H_r alone.'),
     'residual': Field(True, FLAG, 'The classifier reads the fused vector + H_r.'),

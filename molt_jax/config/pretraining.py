@@ -75,11 +75,6 @@ PRETRAINING_FIELDS: dict[str, Any] = {
       'heads': Field(3, at_least(1), 'Attention heads; must divide width.'),
     },
     'text': {
-      'kind': Field(
-        'llama',
-        one_of('llama', 'clip'),
-        'llama: mean of the last states; clip: the end-of-text token of a CLIP tower.',
-      ),
       'path': Field(
         '',
         NON_EMPTY,

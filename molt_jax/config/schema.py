@@ -21,9 +21,13 @@ from molt_jax.config.preset_files import read_preset
 from molt_jax.config.resolved import set_field
 from molt_jax.errors import UserError
 
-# Fields that had another name in earlier versions: old name -> (new name, old value -> new value).
+# Fields that had another name in earlier versions: old name -> (new name, old value -> new value); '' for one
+# that is gone.
 # Configs that were saved then are read by it; presets and command lines use the new name.
-RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {}
+RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+  'backbones.text.kind': ('', str),  # The tower's files say it.
+  'molt.num_layers': ('molt.layers', lambda count: f'-{count}:'),
+}
 
 # Yields the message of each mistake in a config whose fields are legal one by one.
 JointRule = Callable[[ml_collections.ConfigDict], Iterable[str]]
@@ -134,6 +138,8 @@ class Schema:
       if name in self.renamed:
         name, convert = self.renamed[name]
         value = convert(value)
+      if not name:
+        continue
       set_field(config, name, typed(name, value, self.get(config, name)))
     return self.validate(config)
 

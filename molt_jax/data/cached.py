@@ -11,7 +11,7 @@ from molt_jax.data.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTaps:
+class CachedStates:
   """Where the hidden states of one modality of a split are.
 
   Attributes:
@@ -30,8 +30,8 @@ class StoredTaps:
 
 
 def take(
-  source: Source, stored: Mapping[str, StoredTaps] | None, rows: Sequence[int]
-) -> tuple[Source, dict[str, StoredTaps] | None]:
+  source: Source, stored: Mapping[str, CachedStates] | None, rows: Sequence[int]
+) -> tuple[Source, dict[str, CachedStates] | None]:
   """Returns these examples of a source, and of its hidden states where they are stored."""
   part = missing.Part(source, tuple(rows))
   if not stored:
@@ -48,14 +48,14 @@ def stack_examples(
   *,
   source: Source,
   present_nm: np.ndarray,
-  stored: Mapping[str, StoredTaps],
+  stored: Mapping[str, CachedStates],
 ) -> dict[str, np.ndarray]:
   """As `examples.stack_examples`, with hidden states for content."""
   batch = {}
   length_bm = np.zeros((len(index_b), 2), int)
   for column, (modality, most) in enumerate((('image', None), ('text', preprocess.max_tokens))):
     if modality in stored:
-      batch[f'{modality}_taps'], length_bm[:, column] = _read_taps(
+      batch[f'{modality}_states'], length_bm[:, column] = _read_states(
         stored[modality], index_b, present_nm[:, column], most
       )
   empty = () if preprocess.multi_label else 0
@@ -69,23 +69,23 @@ def stack_examples(
   }
 
 
-def _read_taps(
-  stored: StoredTaps, index_b: np.ndarray, present_n: np.ndarray, most: int | None
+def _read_states(
+  stored: CachedStates, index_b: np.ndarray, present_n: np.ndarray, most: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (taps [B, L, `most` tokens, D], zeros where absent; real tokens int[B])."""
   layers, all_tokens, width = stored.shape
-  taps_blnd = np.zeros((len(index_b), layers, most or all_tokens, width), stored.dtype)
+  states_blnd = np.zeros((len(index_b), layers, most or all_tokens, width), stored.dtype)
   length_b = np.zeros(len(index_b), int)
   # Each is read into its place, so that a batch is in memory once.
   for row, index in enumerate(index_b):
     if index >= 0 and present_n[index] and stored.keys[index] is not None:
       x_lnd = stored.read(stored.keys[index])
       length_b[row] = x_lnd.shape[1]
-      taps_blnd[row, :, : length_b[row]] = x_lnd
-  return taps_blnd, length_b
+      states_blnd[row, :, : length_b[row]] = x_lnd
+  return states_blnd, length_b
 
 
-def text_length(index: int, *, present_nm: np.ndarray, stored: Mapping[str, StoredTaps]) -> int:
+def text_length(index: int, *, present_nm: np.ndarray, stored: Mapping[str, CachedStates]) -> int:
   """Returns the tokens of an example's text; 0 where it is absent."""
   if index < 0 or not present_nm[index, 1] or 'text' not in stored:
     return 0

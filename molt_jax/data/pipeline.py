@@ -20,9 +20,9 @@ A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, wit
 With stored hidden states, these stand in the place of image and tokens (L layers; I tokens of an
 image):
 
-  image_taps      [B, L, I, D_i]              zeros where absent; not there when no example wants an
+  image_states      [B, L, I, D_i]              zeros where absent; not there when no example wants an
                                               image
-  text_taps       [B, L, T, D_t]              zeros where absent and under padding; not there when
+  text_states       [B, L, T, D_t]              zeros where absent and under padding; not there when
                                               no example wants a text
 """
 
@@ -34,7 +34,7 @@ import grain
 import numpy as np
 
 from molt_jax.data import cached, examples, packing
-from molt_jax.data.cached import StoredTaps, take
+from molt_jax.data.cached import CachedStates, take
 from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import Preprocess, pixels, read_example, single_example
 from molt_jax.data.sources import Source
@@ -43,7 +43,7 @@ from molt_jax.data.sources import Source
 __all__ = [
   'DecodeReport',
   'Preprocess',
-  'StoredTaps',
+  'CachedStates',
   'eval_batches',
   'local_batches',
   'pixels',
@@ -65,7 +65,7 @@ class _BatchMaker:
   preprocess: Preprocess
   batch_size: int
   present: np.ndarray | None
-  stored: Mapping[str, StoredTaps] | None
+  stored: Mapping[str, CachedStates] | None
   pack: tuple[int, int] | None
   process_index: int
   process_count: int
@@ -107,7 +107,7 @@ class _BatchMaker:
     length_b = np.array([self._text_length(int(index)) for index in index_b])
     longest = packing.padded_length(length_b.max(), self.preprocess.max_tokens)
     batch = self._stack(own_b, dataclasses.replace(self.preprocess, max_tokens=longest))
-    if not {'tokens', 'text_taps'} & batch.keys():
+    if not {'tokens', 'text_states'} & batch.keys():
       return batch
     return batch | self._token_positions(batch['token_mask'], length_b)
 
@@ -157,7 +157,7 @@ def train_iterator(
   batch_size: int,
   seed: int,
   present: np.ndarray | None = None,
-  stored: Mapping[str, StoredTaps] | None = None,
+  stored: Mapping[str, CachedStates] | None = None,
   pack: tuple[int, int] | None = None,
   num_threads: int = 2,
   prefetch: int = 4,
@@ -200,7 +200,7 @@ def eval_batches(
   *,
   batch_size: int,
   present: np.ndarray | None = None,
-  stored: Mapping[str, StoredTaps] | None = None,
+  stored: Mapping[str, CachedStates] | None = None,
   pack: tuple[int, int] | None = None,
   num_threads: int = 2,
   prefetch: int = 4,

@@ -1,4 +1,4 @@
-"""Taps of both frozen towers for one batch; an absent modality never reaches its tower."""
+"""Hidden states of both towers for one batch; a missing modality never reaches its tower."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from molt_jax.towers.clip import ClipVision
-from molt_jax.towers.llama import Llama
+from molt_jax.data.modalities import COLUMN, MODALITIES
 
 
 @flax.struct.dataclass
-class Taps:
-  """Hidden states of the last layers of each tower, gradient stopped.
+class HiddenStates:
+  """Hidden states of each tower, those that a method reads.
 
   Attributes:
-    image_lbid: [num_taps, B, I, D_i], or None where the image tower was not run. Rows without an
-      image hold the states of a blank one.
-    text_lbtd: [num_taps, B, T, D_t], or None where the text tower was not run. Padded positions
-      hold finite numbers without meaning.
-    text_mask_bt: bool[B, T], True at valid tokens; all False in rows without text.
+    image_lbid: [L, B, I, D_i], or None where the image tower was not run. Examples without an image
+      hold the states of a blank one.
+    text_lbtd: [L, B, T, D_t], or None where the text tower was not run. Padded positions hold
+      finite numbers without meaning.
+    text_mask_bt: bool[B, T], True at valid tokens; all False in examples without text.
     token_position_gn: int32[G, N], where the valid tokens are (`packing.Packing`), for a head to
       leave out padding; None: not known.
   """
@@ -30,45 +30,65 @@ class Taps:
   text_mask_bt: jax.Array
   token_position_gn: jax.Array | None = None
 
+  def of(self, modality: str) -> jax.Array | None:
+    """Returns the states of one tower."""
+    return self.image_lbid if modality == 'image' else self.text_lbtd
+
+
+def text_mask(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns bool[B, T], the valid tokens of the texts that are there."""
+  return batch['token_mask'] & batch['present'][:, COLUMN['text'], None]
+
+
+def clean_inputs(batch: Mapping[str, jax.Array], modality: str) -> tuple[jax.Array, ...]:
+  """Returns what a tower's `embed` and `run` read, without the content of a missing modality,
+  whatever is in its place: (images,), or (tokens, mask).
+  """
+  if modality == 'image':
+    has_image_b = batch['present'][:, COLUMN['image']]
+    return (jnp.where(has_image_b[:, None, None, None], batch['image'], 0),)
+  mask_bt = text_mask(batch)
+  return jnp.where(mask_bt, batch['tokens'], 0), mask_bt
+
 
 def extract(
-  image_tower: ClipVision | None,
-  text_tower: Llama | None,
+  towers: Mapping[str, nn.Module | None],
   frozen: Mapping[str, Any],
   batch: Mapping[str, jax.Array],
-  *,
-  num_taps: int,
-) -> Taps:
-  """Runs the towers on a batch.
+  states: Mapping[str, tuple[int, ...]],
+) -> HiddenStates:
+  """Runs frozen towers on a batch; no gradient goes in.
 
   Args:
-    image_tower, text_tower: modules; a tower whose parameters are None may be None.
-    frozen: {'image': parameters or None, 'text': parameters or None}; a tower without parameters is
-      not run.
-    batch: image float32[B, H, W, 3], tokens int32[B, T], token_mask bool[B, T], present bool[B, 2]
-      (column 0 image, 1 text); with token_position int32[G, N] the text tower computes real tokens
-      alone.
-    num_taps: L_s, how many of the last hidden states.
+    towers: modality -> module; a tower whose parameters are None may be None.
+    frozen: modality -> parameters, or None: the tower is not run.
+    batch: image float32[B, H, W, 3], tokens int32[B, T], token_mask bool[B, T], present bool[B, 2];
+      with token_position int32[G, N] the text tower computes real tokens alone.
+    states: modality -> the hidden states that are read; none: the tower is not run.
 
   Returns:
-    Taps. Whatever the batch holds for an absent modality, numbers that are not finite included,
-    changes no bit of them.
+    `HiddenStates`. Whatever the batch holds for a missing modality, numbers that are not finite
+    included, changes no bit of them.
   """
-  has_image_b, has_text_b = batch['present'][:, 0], batch['present'][:, 1]
-  text_mask_bt = batch['token_mask'] & has_text_b[:, None]
-  image_lbid = text_lbtd = None
-  if frozen['image'] is not None:
-    image_bhwc = jnp.where(has_image_b[:, None, None, None], batch['image'], 0)
-    image_lbid = image_tower.apply({'params': frozen['image']}, image_bhwc, num_taps=num_taps)
-  if frozen['text'] is not None:
-    tokens_bt = jnp.where(text_mask_bt, batch['tokens'], 0)
-    text_lbtd = text_tower.apply(
-      {'params': frozen['text']},
-      tokens_bt,
-      text_mask_bt,
-      batch.get('token_position'),
-      num_taps=num_taps,
-    )
-  return jax.lax.stop_gradient(
-    Taps(image_lbid, text_lbtd, text_mask_bt, batch.get('token_position'))
-  )
+  found = {}
+  for modality in MODALITIES:
+    found[modality] = None
+    if frozen.get(modality) is not None and states.get(modality):
+      inputs = clean_inputs(batch, modality)
+      if modality == 'text':
+        inputs = (*inputs, batch.get('token_position'))
+      params = {'params': frozen[modality]}
+      found[modality] = towers[modality].apply(params, *inputs, states=states[modality])
+  mask_bt = text_mask(batch)
+  position_gn = batch.get('token_position')
+  return jax.lax.stop_gradient(HiddenStates(found['image'], found['text'], mask_bt, position_gn))
+
+
+def from_store(batch: Mapping[str, jax.Array]) -> HiddenStates | None:
+  """Returns the hidden states that a batch brings from a feature store; None: it brings none."""
+  stored = {m: batch[f'{m}_states'] for m in MODALITIES if f'{m}_states' in batch}
+  if not stored:
+    return None
+  first = {modality: jnp.moveaxis(x_blnd, 1, 0) for modality, x_blnd in stored.items()}
+  position_gn = batch.get('token_position')
+  return HiddenStates(first.get('image'), first.get('text'), text_mask(batch), position_gn)

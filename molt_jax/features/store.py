@@ -86,14 +86,14 @@ CODECS = {
 }
 
 
-def make_root(directory: str | os.PathLike) -> None:
+def make_root(directory: str | os.PathLike, field: str = 'features.store') -> None:
   """Makes the folder of a store unless it is there; tried before anything is loaded.
 
   Raises:
     UserError: it cannot be made.
   """
   root = pathlib.Path(directory).expanduser()
-  with errors.explained(f'config.features.store: {str(root)!r} cannot be used'):
+  with errors.explained(f'config.{field}: {str(root)!r} cannot be used'):
     root.mkdir(parents=True, exist_ok=True)
 
 
@@ -112,13 +112,22 @@ class FeatureStore:
     directory: the store, shared by all towers, runs and data sets; made if need be.
     spec: all that the taps depend on beside the input; JSON types. The type they are stored in
       belongs to it.
-    dtype: 'float32', 'bfloat16', or 'int8' with one scale a token and layer.
+    dtype: 'float32', 'bfloat16', or 'int8' with one scale per token and layer.
+    field: of the config that names the directory, for errors.
 
   Raises:
     UserError: the directory holds something else, cannot be written, or a file in it is damaged.
   """
 
-  def __init__(self, directory: str | os.PathLike, spec: Mapping[str, Any], dtype: str):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    spec: Mapping[str, Any],
+    dtype: str,
+    *,
+    field: str = 'features.store',
+  ):
+    self._field = field
     self.root = pathlib.Path(directory).expanduser()
     self.codec = CODECS[dtype]
     content = json.dumps(
@@ -130,18 +139,18 @@ class FeatureStore:
     self._pending: dict[str, np.ndarray] = {}
     self._pending_bytes, self._pending_since = 0, 0.0
     self._lock = threading.Lock()
-    with errors.explained(f'config.features.store: {str(self.root)!r} cannot be used'):
+    with errors.explained(f'config.{self._field}: {str(self.root)!r} cannot be used'):
       self._open(content)
       self.refresh()
 
   def _open(self, content: bytes) -> None:
-    make_root(self.root)
+    make_root(self.root, self._field)
     foreign = sorted(
       p.name for p in self.root.iterdir() if not re.fullmatch(r'[0-9a-f]{64}|\..*', p.name)
     )
     if foreign:
       raise UserError(
-        f'config.features.store: {str(self.root)!r} is no feature store, it holds '
+        f'config.{self._field}: {str(self.root)!r} is no feature store, it holds '
         f'{", ".join(foreign[:3])}; give a new or empty folder'
       )
     self.folder.mkdir(exist_ok=True)
@@ -234,7 +243,7 @@ class FeatureStore:
     atomic.try_out(self.folder, tried=self._failed())
 
   def _failed(self) -> str:
-    return f'config.features.store: {str(self.folder)!r} cannot be written'
+    return f'config.{self._field}: {str(self.folder)!r} cannot be written'
 
   def _index(self, path: pathlib.Path) -> dict[str, _Entry]:
     """Reads the header of a shard and checks it and the file's length."""
@@ -257,6 +266,33 @@ class FeatureStore:
 
   def _length(self, entry: _Entry) -> int:
     return math.prod(entry.shape) * self.codec.stored.itemsize
+
+
+class MemoryStore:
+  """As `FeatureStore`, in memory and for one process."""
+
+  root = None
+  codec = CODECS['float32']
+
+  def __init__(self):
+    self._entries: dict[str, np.ndarray] = {}
+
+  def __contains__(self, key: str) -> bool:
+    return key in self._entries
+
+  def add(self, key: str, x_ltd: np.ndarray) -> None:
+    """Takes the features of one input."""
+    self._entries[key] = np.array(x_ltd)
+
+  def read(self, key: str) -> np.ndarray:
+    """Returns the features of one input."""
+    return self._entries[key]
+
+  def refresh(self) -> None:
+    """Nothing: no other process adds to it."""
+
+  def flush(self) -> None:
+    """Nothing: it is not kept."""
 
 
 def _read(path: pathlib.Path, offset: int, size: int) -> bytes:

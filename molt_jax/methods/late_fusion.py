@@ -1,10 +1,13 @@
-"""Heads without MoLT."""
+"""Late fusion: the baseline without MoLT."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.methods.parts.interface import HeadOutput, Taps, pool
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.methods import base
+from molt_jax.methods import head as heads
+from molt_jax.methods.parts.interface import Output, pool
 
 
 class LateFusionHead(nn.Module):
@@ -14,7 +17,7 @@ class LateFusionHead(nn.Module):
   `null`.
 
   Attributes:
-    inputs: taps -> (image, text) sequences, an `InputPair` of one layer.
+    inputs: hidden states -> (image, text) sequences, an `InputPair` of one layer.
     classifier: a module of `fusion.CLASSIFIERS`.
   """
 
@@ -24,19 +27,19 @@ class LateFusionHead(nn.Module):
   @nn.compact
   def __call__(
     self,
-    taps: Taps,
+    states: HiddenStates,
     present_bm: jax.Array,
     *,
     train: bool,
     content_bm: jax.Array | None = None,
     row_weight_b: jax.Array | None = None,
-  ) -> HeadOutput:
-    """See `heads.make_head`."""
+  ) -> Output:
+    """See `head.make_head`."""
     sequences = self.inputs(
-      taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
+      states, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
     )
     features_bd = jnp.concatenate([_pooled(sequence) for sequence in sequences], axis=-1)
-    return HeadOutput(self.classifier(features_bd, train=train))
+    return Output(self.classifier(features_bd, train=train))
 
 
 def _pooled(sequence):
@@ -44,3 +47,21 @@ def _pooled(sequence):
     0.0 if sequence.stand_in_l11d is None else sequence.stand_in_l11d[-1, 0].astype(jnp.float32)
   )
   return jnp.where(sequence.present_b[:, None], pool(sequence.tokens, sequence.mask_bt)[-1], absent)
+
+
+def make_head(config, *, num_layers, num_classes, image_width, text_width) -> LateFusionHead:
+  """See `head.make_head`; of several hidden states the last is read."""
+  del num_layers
+  return LateFusionHead(
+    inputs=heads.inputs(config, 1, image_width, text_width),
+    classifier=heads.classifier(config, num_classes, 'embed'),
+  )
+
+
+def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
+  """See `base.make_method`."""
+  del class_names
+  states = {modality: (tower.config.num_layers,) for modality, tower in towers.items()}
+  sizes = {f'{modality}_width': width for modality, width in base.widths(towers).items()}
+  head = make_head(config, num_layers=1, num_classes=num_classes, **sizes)
+  return heads.build(config, towers, states, head)

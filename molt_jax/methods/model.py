@@ -13,7 +13,7 @@ from molt_jax.config import resolved
 from molt_jax.errors import UserError
 from molt_jax.features import hidden_states
 from molt_jax.methods.heads import make_head
-from molt_jax.methods.parts.interface import HeadOutput
+from molt_jax.methods.parts.interface import Output
 from molt_jax.runtime import sharding
 from molt_jax.towers import loading
 
@@ -45,14 +45,16 @@ class Model:
     def zeros(tower):
       return jnp.zeros((self.num_taps, 1, 1, tower.config.hidden_size)) if tower else None
 
-    taps = hidden_states.Taps(
+    taps = hidden_states.HiddenStates(
       image_lbid=zeros(self.image_tower),
       text_lbtd=zeros(self.text_tower),
       text_mask_bt=jnp.ones((1, 1), bool),
     )
     return self.head.init(key, taps, jnp.ones((1, 2), bool), train=False)
 
-  def taps(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> hidden_states.Taps:
+  def taps(
+    self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]
+  ) -> hidden_states.HiddenStates:
     """Takes the batch's taps where it has them, else runs the towers whose parameters are in
     `frozen`; no gradient goes in.
     """
@@ -60,7 +62,7 @@ class Model:
     if stored:
       layers_first = {m: jnp.moveaxis(x_blnd, 1, 0) for m, x_blnd in stored.items()}
       text_mask_bt = batch['token_mask'] & batch['present'][:, 1:]
-      return hidden_states.Taps(
+      return hidden_states.HiddenStates(
         layers_first.get('image'),
         layers_first.get('text'),
         text_mask_bt,
@@ -71,8 +73,8 @@ class Model:
     )
 
   def classify(
-    self, variables: Mapping[str, Any], taps: hidden_states.Taps, present_bm: jax.Array
-  ) -> HeadOutput:
+    self, variables: Mapping[str, Any], taps: hidden_states.HiddenStates, present_bm: jax.Array
+  ) -> Output:
     """The head in evaluation mode."""
     return self.head.apply(variables, taps, present_bm, train=False)
 

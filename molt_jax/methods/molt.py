@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from molt_jax.config.layers import of_modality, select
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.errors import UserError
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.methods import base
+from molt_jax.methods import head as heads
 from molt_jax.methods.parts.attention import LayerAffine, PooledLayerNorm, attend
 from molt_jax.methods.parts.fusion import Fusion
-from molt_jax.methods.parts.interface import (
-  MODALITIES,
-  HeadOutput,
-  Taps,
-  Tokens,
-  TokenSequence,
-  usable_mean,
-)
+from molt_jax.methods.parts.imputation import Translator
+from molt_jax.methods.parts.inputs import STRATEGIES
+from molt_jax.methods.parts.interface import Output, Tokens, TokenSequence, usable_mean
 
 
 class Translation(nn.Module):
@@ -103,7 +104,7 @@ class MoLTHead(nn.Module):
   """The whole of MoLT's trainable part.
 
   Attributes:
-    inputs: taps -> (image, text) sequences, an `InputPair`.
+    inputs: hidden states -> (image, text) sequences, an `InputPair`.
     classifier: a module of `fusion.CLASSIFIERS`.
     alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None:
       the same one reads all rows.
@@ -133,16 +134,16 @@ class MoLTHead(nn.Module):
   @nn.compact
   def __call__(
     self,
-    taps: Taps,
+    states: HiddenStates,
     present_bm: jax.Array,
     *,
     train: bool,
     content_bm: jax.Array | None = None,
     row_weight_b: jax.Array | None = None,
-  ) -> HeadOutput:
-    """See `heads.make_head`."""
+  ) -> Output:
+    """See `head.make_head`."""
     image, text = self.inputs(
-      taps, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
+      states, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
     )
     usable_bm = jnp.stack([image.usable_b, text.usable_b], axis=-1)
     pooled = Translation(
@@ -163,9 +164,7 @@ class MoLTHead(nn.Module):
         joint_bc, image, text
       )
       features_bc += joint_bc if self.fusion_residual else 0.0
-    return HeadOutput(
-      self._logits(features_bc, image.present_b, text.present_b, train=train), *pooled
-    )
+    return Output(self._logits(features_bc, image.present_b, text.present_b, train=train), *pooled)
 
   def _logits(self, features_bc, image_b, text_b, *, train):
     logits_bk = self.classifier(features_bc, train=train)
@@ -176,3 +175,49 @@ class MoLTHead(nn.Module):
         alone_b[:, None], self.alone[modality](features_bc, train=train), logits_bk
       )
     return logits_bk
+
+
+def make_head(config, *, num_layers, num_classes, image_width, text_width) -> MoLTHead:
+  """See `head.make_head`."""
+  c = config.molt
+  translates = STRATEGIES[config.missing.strategy].translates
+  return MoLTHead(
+    inputs=heads.inputs(config, num_layers, image_width, text_width),
+    classifier=heads.classifier(config, num_classes, 'common'),
+    alone=heads.unimodal_classifiers(config, num_classes, 'common'),
+    translator=Translator(num_layers, c.width) if translates else None,
+    width=c.width,
+    num_layers=num_layers,
+    num_heads=c.num_heads,
+    cross_attention=c.cross_attention,
+    layer_weights=c.layer_weights,
+    fusion_attention=config.fusion.attention,
+    fusion_residual=config.fusion.residual,
+    dtype=jnp.dtype(config.compute_dtype),
+  )
+
+
+def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
+  """See `base.make_method`.
+
+  Raises:
+    UserError: `molt.layers` names a hidden state that a tower does not have, or not as many of
+      each tower.
+  """
+  del class_names
+  states = {}
+  for modality, tower in towers.items():
+    spec = of_modality(config.molt.layers, modality)
+    states[modality] = select(
+      spec, tower.config.num_layers, field='config.molt.layers', tower=modality
+    )
+  counts = {modality: len(found) for modality, found in states.items()}
+  if len(set(counts.values())) > 1:
+    raise UserError(
+      f'config.molt.layers: {config.molt.layers!r} names {counts["image"]} hidden states of the '
+      f'image tower and {counts["text"]} of the text tower; name as many of each'
+    )
+  sizes = {f'{modality}_width': width for modality, width in base.widths(towers).items()}
+  num_layers = max(counts.values())
+  head = make_head(config, num_layers=num_layers, num_classes=num_classes, **sizes)
+  return heads.build(config, towers, states, head)

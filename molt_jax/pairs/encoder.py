@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.towers.clip import ClipText, ClipVision, patches
-from molt_jax.towers.llama import Llama
-
-TOWERS = ('image', 'text')
+from molt_jax.towers.clip import ClipVision, patches
 
 
 class Projection(nn.Module):
@@ -64,7 +61,7 @@ class DualEncoder(nn.Module):
   """
 
   image_tower: ClipVision
-  text_tower: Llama | ClipText
+  text_tower: nn.Module
   width: int
   dtype: Any
   independent: bool
@@ -112,10 +109,10 @@ class DualEncoder(nn.Module):
     )
     if key is not None and self.kept < 1:
       hidden_bid, patches_bpx = self._thin_out(hidden_bid, patches_bpx, key)
-    hidden_bid = self.image_tower.run(hidden_bid, start=0, stop=self.image_tower.config.num_layers)
-    return self.image_tower.pool(hidden_bid), self._decoding_error(
-      hidden_bid[:, 1:], patches_bpx
-    ) if self.reconstruct else None
+    stop = self.image_tower.config.num_layers
+    hidden_bid, _ = self.image_tower.run(hidden_bid, start=0, stop=stop)
+    error_b = self._decoding_error(hidden_bid[:, 1:], patches_bpx) if self.reconstruct else None
+    return self.image_tower.pool(hidden_bid), error_b
 
   def _thin_out(self, hidden_bid, patches_bpx, key):
     """Keeps the class token and a random choice of patches, in their order."""
@@ -136,38 +133,33 @@ class DualEncoder(nn.Module):
     """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised,
     where it is).
     """
-    if isinstance(self.text_tower, ClipText):
-      return self.text_tower.pooled(tokens_bt, mask_bt).astype(jnp.float32)
-    h_btd = self.text_tower(tokens_bt, mask_bt, num_taps=1)[0].astype(jnp.float32)
-    return (
-      jnp.sum(h_btd, axis=1, where=mask_bt[:, :, None])
-      / jnp.maximum(jnp.sum(mask_bt, axis=1), 1)[:, None]
-    )
+    last_btd = self.text_tower(tokens_bt, mask_bt, states=(-1,))[0]
+    return self.text_tower.pool(last_btd, tokens_bt, mask_bt).astype(jnp.float32)
 
   def image_features(self, image_bhwc, num_layers: int):
     """Class token and mean patch token of each of the image tower's last layers, side by side,
     float32[B, num_layers * 2 * D_i].
     """
-    taps_lbid = self.image_tower(image_bhwc, num_taps=num_layers).astype(jnp.float32)
-    both_lbd = jnp.concatenate([taps_lbid[:, :, 0], jnp.mean(taps_lbid[:, :, 1:], axis=2)], axis=-1)
+    found_lbid = self.image_tower(image_bhwc, states=range(-num_layers, 0)).astype(jnp.float32)
+    patch_lbd = jnp.mean(found_lbid[:, :, 1:], axis=2)
+    both_lbd = jnp.concatenate([found_lbid[:, :, 0], patch_lbd], axis=-1)
     return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
 
   def image_tokens(self, image_bhwc):
     """Every token of the image tower's last layer, laid flat, float32[B, I * D_i]: what
     `image_features` averages over places.
     """
-    return (
-      self.image_tower(image_bhwc, num_taps=1)[0].astype(jnp.float32).reshape(len(image_bhwc), -1)
-    )
+    last_bid = self.image_tower(image_bhwc, states=(-1,))[0].astype(jnp.float32)
+    return last_bid.reshape(len(image_bhwc), -1)
 
   def project_image(self, pooled_bd):
     """Returns (embeddings, independent features or None), each float32[B, C] with rows of length
     one.
     """
-    return self.image_head(pooled_bd), self.image_independent(
-      pooled_bd
-    ) if self.independent else None
+    independent_bc = self.image_independent(pooled_bd) if self.independent else None
+    return self.image_head(pooled_bd), independent_bc
 
   def project_text(self, pooled_bd):
     """As `project_image`, of pooled texts."""
-    return self.text_head(pooled_bd), self.text_independent(pooled_bd) if self.independent else None
+    independent_bc = self.text_independent(pooled_bd) if self.independent else None
+    return self.text_head(pooled_bd), independent_bc

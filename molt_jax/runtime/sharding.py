@@ -188,7 +188,7 @@ def packing(
   """
   return (
     (mesh.shape['data'], parts)
-    if config.text.padding == 'packed' and 'text' in modalities(config)
+    if config.text.get('padding') == 'packed' and 'text' in modalities(config)
     else None
   )
 

@@ -65,6 +65,11 @@ def has_param(module: nn.Module, name: str) -> bool:
   return module.is_initializing() or module.has_variable('params', name)
 
 
+def first_layer(params: Any, num_layers: int) -> int:
+  """Returns the number of the first layer of a stack of parameters, which may lack lower ones."""
+  return num_layers - jax.tree.leaves(params)[0].shape[0]
+
+
 def run_layers(
   layer: nn.Module,
   params: Any,
@@ -95,7 +100,7 @@ def run_layers(
   Returns:
     (hidden states that leave layer stop - 1, states_sbtd: the states that were asked for).
   """
-  first = num_layers - jax.tree.leaves(params)[0].shape[0]
+  first = first_layer(params, num_layers)
   # A state that is not asked for lands in the slot of the next one, which overwrites it.
   slots = np.searchsorted(np.asarray(states, int), np.arange(start, stop + 1))
   slots = jnp.asarray(np.minimum(slots, max(len(states) - 1, 0)), jnp.int32)

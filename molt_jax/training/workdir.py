@@ -13,9 +13,13 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
+import ml_collections
+
 from molt_jax import errors
+from molt_jax.config import resolved
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli
+from molt_jax.runtime import atomic, cli, processes
+from molt_jax.training import resuming
 
 LOCK = '.lock'
 # What commands write there beside config.json and checkpoints/.
@@ -178,3 +182,38 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def working_in(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Makes the folder of a run and keeps other training out of it; see `held`.
+
+  Args:
+    config: of the run.
+    folder: where it is.
+
+  Raises:
+    UserError: as `held`, or the folder holds a run with another config.
+  """
+  with held(folder) if processes.leads() else contextlib.nullcontext():
+    check_config(config, folder)
+    yield folder
+
+
+def check_config(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """Raises UserError if the folder holds a run with another config."""
+  if not (folder / 'config.json').exists():
+    return
+  old = resuming.schema_of(config).read_run(folder)
+  changed = resolved.differences(old, config)
+  changed = [line for line in changed if line.split(':')[0] not in resuming.FREE_ON_RESUME]
+  if changed:
+    raise UserError(
+      f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
+      'another folder or that config'
+    )
+
+
+def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """Writes config.json; called when nothing is left that the user could have to mend first."""
+  atomic.write(folder / 'config.json', resolved.to_json(config) + '\n')

@@ -136,7 +136,7 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
   taps = {f'k{n}': rng.normal(size=(2, 1 + 5 * n, 3)).astype(np.float32) for n in range(8)}
   keys = [*taps][:7] + [None]
   stored = {
-    'text': cached.StoredTaps(
+    'text': cached.CachedStates(
       keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 40, 3), np.dtype(np.float32)
     )
   }
@@ -145,20 +145,20 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
     list(pipeline.eval_batches(source, preprocess, batch_size=4, stored=stored, pack=pack))
     for pack in (None, (1, 1))
   )
-  assert [batch['text_taps'].shape for batch in whole] == [(4, 2, 40, 3)] * 2
+  assert [batch['text_states'].shape for batch in whole] == [(4, 2, 40, 3)] * 2
   assert (
-    [batch['text_taps'].shape[2] for batch in fitted]
+    [batch['text_states'].shape[2] for batch in fitted]
     == [batch['token_mask'].shape[1] for batch in fitted]
     == [16, 32]
   )
   for want, got in zip(whole, fitted, strict=True):
     length = got['token_mask'].shape[1]
-    assert not want['text_taps'][:, :, length:].any() and not want['token_mask'][:, length:].any()
+    assert not want['text_states'][:, :, length:].any() and not want['token_mask'][:, length:].any()
     assert_same(
       got,
       {
         **want,
-        'text_taps': want['text_taps'][:, :, :length],
+        'text_states': want['text_states'][:, :, :length],
         'token_mask': want['token_mask'][:, :length],
       },
     )
@@ -170,7 +170,7 @@ def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_
   taps = {f'k{n}': np.ones((2, n, 3), np.float32) for n in (2, 3, 16)}
   keys = ['k16', *['k2', 'k3'] * 31, None]
   stored = {
-    'text': cached.StoredTaps(
+    'text': cached.CachedStates(
       keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 16, 3), np.dtype(np.float32)
     )
   }

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.methods.parts.attention import LayerAffine, attend, dense
-from molt_jax.methods.parts.interface import MODALITIES, Tokens, TokenSequence, usable_mean
+from molt_jax.methods.parts.interface import Tokens, TokenSequence, usable_mean
 
 
 class Fusion(nn.Module):

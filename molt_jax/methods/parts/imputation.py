@@ -17,7 +17,8 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from molt_jax.methods.parts.interface import MODALITIES, in_range
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.methods.parts.interface import in_range
 
 _EPS = float(np.finfo(np.float32).eps)
 _LARGEST = 1e12  # Of a view: so that sums of squares over any number of pairs stay in float32.

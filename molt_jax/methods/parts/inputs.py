@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.methods.parts.interface import MODALITIES, Taps, Tokens, TokenSequence, in_range
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.methods.parts.interface import Tokens, TokenSequence, in_range
 from molt_jax.towers.packing import Packing
 
-LARGEST = (
-  1e9  # Taps beyond, and normalised ones, count as this much: products of a few stay in float32.
-)
+LARGEST = 1e9  # HiddenStates beyond, and normalised ones, count as this much: products of a few stay in float32.
 # A channel whose deviation is below this share of its mean is constant: float32 sums resolve no
 # less.
 _CONSTANT = 1e-5
@@ -48,7 +48,7 @@ STRATEGIES = {
 
 
 class Identity(nn.Module):
-  """Taps as they are (the paper)."""
+  """HiddenStates as they are (the paper)."""
 
   @nn.compact
   def __call__(self, x_lbtd: jax.Array, counted_bt: jax.Array, *, train: bool) -> jax.Array:
@@ -204,7 +204,7 @@ class InputPair(nn.Module):
   @nn.compact
   def __call__(
     self,
-    taps: Taps,
+    states: HiddenStates,
     present_bm: jax.Array,
     *,
     train: bool,
@@ -216,17 +216,17 @@ class InputPair(nn.Module):
     content_bm = present_bm if content_bm is None else content_bm.astype(bool)
     counted_b = jnp.ones_like(present_bm[:, 0]) if row_weight_b is None else row_weight_b > 0
     masks = (
-      jnp.ones((present_bm.shape[0], _length(taps.image_lbid)), bool),
+      jnp.ones((present_bm.shape[0], _length(states.image_lbid)), bool),
       jnp.zeros((present_bm.shape[0], 1), bool)
-      if taps.text_lbtd is None
-      else taps.text_mask_bt.astype(bool),
+      if states.text_lbtd is None
+      else states.text_mask_bt.astype(bool),
     )
     columns = zip(
       MODALITIES,
       (self.image_width, self.text_width),
-      (taps.image_lbid, taps.text_lbtd),
+      (states.image_lbid, states.text_lbtd),
       masks,
-      (None, taps.token_position_gn),
+      (None, states.token_position_gn),
       content_bm.T,
       present_bm.T,
       strict=True,

@@ -1,30 +1,19 @@
 """What goes into a head and what comes out of it.
 
-A head is a Linen module called as `head(taps, present_bm, train=..., row_weight_b=...)`. `taps` is
-any object with the fields of `Taps`; a modality whose taps are None was not run because it is
-absent in every row. Column 0 of `present_bm` is the image, column 1 the text.
+A head is a Linen module called as `head(states, present_bm, train=..., row_weight_b=...)`. `states`
+are `HiddenStates`; a modality whose states are None was not run because it is absent in every
+example. Column 0 of `present_bm` is the image, column 1 the text.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from molt_jax.towers.packing import Packing
-
-MODALITIES = ('image', 'text')
-
-
-class Taps(Protocol):
-  """Hidden states of the last L layers of the two frozen towers."""
-
-  image_lbid: jax.Array | None
-  text_lbtd: jax.Array | None
-  text_mask_bt: jax.Array
-  token_position_gn: jax.Array | None
 
 
 @struct.dataclass
@@ -87,19 +76,25 @@ class TokenSequence:
 
 
 @struct.dataclass
-class HeadOutput:
-  """What every head returns.
+class Output:
+  """What a method returns for a batch.
 
   Attributes:
-    logits_bk: float32[B, K].
-    pooled_image_lbc: float32[L, B, C], the h_i that CCA (eq. 4) compares; None for a method without
-      CCA.
+    logits_bk: float32[B, K]; None for a method that does not classify.
+    pooled_image_lbc: float32[L, B, C], the h_i that CCA (eq. 4) compares; None: no L_CCA.
     pooled_text_lbc: float32[L, B, C], the h_t.
+    losses_b: name -> float32[B], further losses of each example, which the method's `loss_weights`
+      weigh; their mean is over the examples that are there.
+    embeddings: of a pair of towers, see `pairs`; None for a classifier.
+    statistics: the collection 'statistics' with this batch's share; None: as it was.
   """
 
-  logits_bk: jax.Array
+  logits_bk: jax.Array | None = None
   pooled_image_lbc: jax.Array | None = None
   pooled_text_lbc: jax.Array | None = None
+  losses_b: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+  embeddings: Any = None
+  statistics: Any = None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

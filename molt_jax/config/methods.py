@@ -1,0 +1,98 @@
+"""The methods that `config.method` may name, and the fields that are theirs alone.
+
+To add a method, write its module (`molt_jax/methods/`) and give it a row here.
+"""
+
+from typing import Any, NamedTuple
+
+from molt_jax.config.fields import FLAG, Field, Rule, at_least, between, one_of
+from molt_jax.config.layers import LAYERS
+
+
+class Row(NamedTuple):
+  """A method: its module, which has `build(config, towers, num_classes)`, what it is, its fields.
+
+  Attributes:
+    module: dotted name.
+    meaning: for `--help`.
+    fields: of its own section of the config; {}: none.
+  """
+
+  module: str
+  meaning: str
+  fields: dict[str, Any]
+
+
+MOLT = {
+  'layers': Field(
+    '-4:',
+    LAYERS,
+    "Hidden states of each tower that are read, numbered as Hugging Face's output_hidden_states: "
+    "'-4:', '0,3,6', 'all', or 'image=0,6;text=-2:'; pair k is the k-th of each.",
+  ),
+  'width': Field(1024, at_least(1), 'd_c: width of the common space.'),
+  'num_heads': Field(
+    1, at_least(1), 'Attention heads in the common space; must divide molt.width.'
+  ),
+  'input_norm': Field(
+    'standardize',
+    one_of('none', 'rms', 'standardize'),
+    'Normalises the hidden states; standardize: by training statistics.',
+  ),
+  'cross_attention': Field(True, FLAG, 'Eq. 2; off: H is zero (first ablation of Table 2).'),
+  'layer_weights': Field(True, FLAG, 'Learn M of eq. 5; off: the plain mean over layers.'),
+}
+MMRL = {
+  'first_layer': Field(
+    0.42,
+    between(0, 1),
+    'Where tokens are inserted, as a share of the layers of each tower (0.42: before the sixth of '
+    'twelve); layers below run once and may be stored.',
+  ),
+  'num_tokens': Field(5, at_least(0), 'K: representation tokens inserted in each layer.'),
+  'width': Field(512, at_least(1), 'Width of the space that their tokens are mapped from.'),
+  'alpha': Field(
+    0.7, between(0, 1), "Weight of the class token's features, against the representation tokens'."
+  ),
+  'regularizer': Field(
+    0.5, at_least(0), "Weight of the cosine distance of features from the untouched towers'."
+  ),
+  'classes': Field(
+    'auto',
+    one_of('auto', 'names', 'head'),
+    'names: class names through the text tower (a CLIP pair); head: learned class vectors; auto: '
+    'names where both towers have a projection.',
+  ),
+  'template': Field(
+    'a photo of a {}.',
+    Rule('a sentence with one {}', lambda text: text.count('{}') == 1),
+    'Sentence that a class name is put into.',
+  ),
+}
+PMF = {
+  'num_layers': Field(2, at_least(1), 'M: last layers of each tower that fuse.'),
+  'num_tokens': Field(4, at_least(1), 'Prompts of each kind, layer and modality.'),
+  'hidden': Field(
+    0, at_least(0), 'Hidden width of the maps between towers; 0: half the width of the target.'
+  ),
+}
+METHODS = {
+  'molt': Row('molt_jax.methods.molt', 'MoLT (Sun and Song 2024)', MOLT),
+  'late_fusion': Row(
+    'molt_jax.methods.late_fusion',
+    'pooled last states, concatenated, MLP (the baseline without MoLT)',
+    {},
+  ),
+  'mmrl': Row(
+    'molt_jax.methods.mmrl', 'representation tokens in the upper layers (Guo and Gu 2025)', MMRL
+  ),
+  'pmf': Row(
+    'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF
+  ),
+}
+METHOD = Field(
+  'molt',
+  one_of(*METHODS),
+  '; '.join(f'{name}: {row.meaning}' for name, row in METHODS.items()) + '.',
+)
+SECTIONS = {name: row.fields for name, row in METHODS.items() if row.fields}

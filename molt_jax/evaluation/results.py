@@ -1,0 +1,113 @@
+"""What an evaluation leaves: evaluation.json, each example's prediction, a printed table."""
+
+import importlib.metadata
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.evaluation.diagnostics import PredictionRecorder
+from molt_jax.evaluation.scoring import CONTENTS
+from molt_jax.runtime import atomic, logbook, processes, terminal
+
+COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'auroc', 'loss')
+REPEATED = ('f1_micro', 'f1_samples')  # The same as accuracy where an example has one label.
+LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def publish(
+  workdir: pathlib.Path,
+  *,
+  split: str,
+  results: Mapping[str, Any],
+  meta: Mapping[str, Any],
+  recorder: PredictionRecorder | None,
+  data: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns
+  the content of the first.
+  """
+  record = write(workdir, split=split, results=results, meta=meta, data=data)
+  if processes.leads():
+    if recorder:
+      recorder.write(
+        workdir,
+        split=split,
+        step=meta['step'],
+        config_hash=record['config_hash'],
+        seed=meta['config']['seed'],
+        data=data['digest'],
+      )
+    title = f'{split} split, {data["examples"]} examples, checkpoint of step {meta["step"]}'
+    print_table(results, title)
+  return record
+
+
+def write(
+  workdir: pathlib.Path,
+  *,
+  split: str,
+  results: Mapping[str, Any],
+  meta: Mapping[str, Any],
+  data: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Writes `evaluation.json`; `data` is the split's fingerprint (`trained.open_split`).
+
+  Results already there for the same checkpoint, split and data are kept beside the new ones.
+  """
+  path = workdir / 'evaluation.json'
+  config = CLASSIFIER.from_dict(meta['config'])
+  record = {
+    'split': split,
+    'num_examples': data['examples'],
+    'step': meta['step'],
+    'results': dict(results),
+    'config_hash': resolved.config_hash(config),
+    'dataset': _data(config),
+    'data': dict(data),
+    'backbones': meta['backbones'],
+    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+  }
+  old = logbook.kept(path)
+  same = ('split', 'step', 'config_hash', 'backbones', 'data')
+  if all(old.get(key) == record[key] for key in same) and isinstance(old.get('results'), dict):
+    record['results'] = old['results'] | record['results']
+  if processes.leads():
+    atomic.write(path, logbook.to_json(record, indent=2) + '\n')
+  return record
+
+
+def _data(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What the examples were, of all that changes scores."""
+  mismatch = {'allow_count_mismatch': True} if config.dataset.allow_count_mismatch else {}
+  return {'name': config.dataset.name, **resolved.data_choices(config), **mismatch}
+
+
+def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
+  """Prints one row a condition: how many examples had what, then scores in percent (the loss as it
+  is), '-' where there is none; see `terminal.print_columns`.
+  """
+  scores = [name for name in COLUMNS if any(name in result for result in results.values())]
+  cells = {name: [_cell(result, name) for result in results.values()] for name in scores}
+  if all(cells.get(name) == cells.get('accuracy') for name in REPEATED):
+    cells = {name: column for name, column in cells.items() if name not in REPEATED}
+  names = [name.replace('_', ' ') for name in results]
+  counts = [', '.join(_counted(result)) for result in results.values()]
+  columns = {'condition': names, 'examples': counts} | cells
+  shown = {name.replace('_', ' '): column for name, column in columns.items()}
+  terminal.print_columns(shown, title)
+
+
+def _cell(result, name) -> str:
+  if name not in result:
+    return '-'
+  return f'{result[name]:.3f}' if name == 'loss' else f'{100 * result[name]:.1f}'
+
+
+def _counted(result) -> list[str]:
+  """['4 image only', '5 text only'], the kinds of rows that there are."""
+  counts = {name.replace('_', ' '): result[name] for name in CONTENTS}
+  return [f'{count} {name}' for name, count in counts.items() if count] or ['0']

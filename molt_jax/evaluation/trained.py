@@ -1,0 +1,145 @@
+"""The one way to open a finished run, and data for it.
+
+A run is what its checkpoint says it is: config.json is compared with the config that the checkpoint
+was trained with, arrays with their checksums, towers with their identities, and labels are mapped
+by name onto the checkpoint's classes.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.schema import Schema
+from molt_jax.data import datasets, fingerprint, sources
+from molt_jax.data.sources import Source
+from molt_jax.errors import UserError
+from molt_jax.features import frozen
+from molt_jax.runtime import cli, sharding
+from molt_jax.training import checkpoint, resuming
+from molt_jax.training.assembly import Assembly, assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A run that has a checkpoint.
+
+  Attributes:
+    workdir: its folder.
+    config: of config.json, which may say otherwise than the checkpoint where things are.
+    meta: what the checkpoint belongs to, see `checkpoint.Checkpoints`.
+    restore: abstract tree -> {'params', 'statistics'}, checked.
+  """
+
+  workdir: pathlib.Path
+  config: ml_collections.ConfigDict
+  meta: Mapping[str, Any]
+  restore: Callable[[Any], Any]
+
+  @property
+  def class_names(self) -> list[str]:
+    return self.meta['class_names']
+
+  @functools.cached_property
+  def assembly(self) -> Assembly:
+    """What the run's config turns into, with the checkpoint's classes and without data."""
+    return assemble(self.config, class_names=tuple(self.class_names))
+
+  def check_towers(self, modalities: Collection[str] | None = None) -> None:
+    """Raises UserError unless the towers (of these modalities; default: all that are used) are
+    those that the run was trained on.
+    """
+    frozen.check_same_towers(self.meta['backbones'], self.assembly.towers, modalities)
+
+  def variables(self) -> dict[str, Any]:
+    """Restores what was trained onto every device: {'params', 'statistics'}.
+
+    Raises:
+      UserError: the checkpoint is damaged, or not of this method.
+    """
+    return restore_variables(self, self.assembly.method.init, self.assembly.mesh)
+
+
+def open(workdir: str | pathlib.Path, *, schema: Schema = CLASSIFIER) -> Trained:
+  """Opens the run in a folder; `schema` is that of the command that trained it.
+
+  Raises:
+    UserError: no run there, a damaged one, or a config.json that is not the checkpoint's.
+  """
+  workdir = pathlib.Path(workdir)
+  config = schema.read_run(workdir)
+  meta, restore = checkpoint.load_model(workdir, config.eval.select)
+  changed = resuming.other_fields(meta, config, resuming.FREE_IN_USE, schema)
+  if changed:
+    raise UserError(
+      f'--workdir: {workdir / "config.json"} is not what the checkpoint of step {meta["step"]} '
+      f'was trained with ({"; ".join(changed)}, checkpoint -> config.json); give it back these '
+      'values, or train a run with the others'
+    )
+  return Trained(workdir, config, meta, restore)
+
+
+def restore_variables(
+  run: Trained, init: Callable[[jax.Array], Any], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Restores what was trained onto every device of the mesh.
+
+  Args:
+    run: where from.
+    init: key -> the variables of the model (boxed); only their shapes matter.
+    mesh: where to.
+
+  Raises:
+    UserError: the checkpoint is damaged, or not of this model.
+  """
+  shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+  shapes = {'params': shapes['params'], 'statistics': shapes.get('statistics', {})}
+  whole = sharding.replicated(mesh)
+  return run.restore(
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+  )
+
+
+def verify(run: Trained) -> None:
+  """Reads the arrays of a run's model to compare them with their checksums.
+
+  Raises:
+    UserError: they are damaged.
+  """
+  run.restore(None)
+
+
+def open_split(run: Trained, split: str) -> tuple[Source, dict[str, Any]]:
+  """Opens a split of the run's data set, labelled by the run's classes.
+
+  Returns:
+    (the split, its fingerprint with 'as_in_training': whether it is that of training, None where
+    the checkpoint does not know).
+
+  Raises:
+    UserError: the data cannot be read, or have a label that the run does not know.
+  """
+  data = datasets.load_split(run.config, split)
+  data = sources.relabel(data, run.class_names, where=resuming.where(run.config))
+  source = data.splits[split]
+  return source, compare(run, split, fingerprint.of(source, data.class_names))
+
+
+def compare(run: Trained, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a fingerprint with 'as_in_training', as `open_split` does; logs where that is false."""
+  known = run.meta.get('data', {}).get(split)
+  changed = known and fingerprint.changes(known, found)
+  if changed:
+    cli.say(f'the {split} split has changed since training: {changed}')
+  return {**found, 'as_in_training': None if known is None else not changed}
+
+
+def compare_split(run: Trained, split: str, source: Source) -> dict[str, Any]:
+  """As `compare`, of a split that is labelled by the run's classes."""
+  return compare(run, split, fingerprint.of(source, run.class_names))

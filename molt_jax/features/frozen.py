@@ -1,0 +1,136 @@
+"""The frozen towers that a config names: their descriptions, weights and identities."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from molt_jax.config.resolved import modalities as used_modalities
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.errors import UserError
+from molt_jax.runtime import sharding
+from molt_jax.towers import loading
+
+NO_TOWER = {'path': 'none', 'sha256': ''}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+  """What a method reads of one tower.
+
+  Attributes:
+    states: hidden states that are features: they depend on the frozen tower alone and may be
+      stored. Numbered from 0, ascending.
+    run_from: the hidden state from which on the method runs the tower itself, in each step: one of
+      `states`, or 0, the embeddings, without features. None: it never does, and a store that holds
+      the states makes the tower's weights needless.
+    heads: what it reads above the last hidden state, see `towers.base.Family`.
+    pooled: the feature is what the tower's `pool` makes of the last of `states`, not its tokens.
+  """
+
+  states: tuple[int, ...] = ()
+  run_from: int | None = None
+  heads: tuple[str, ...] = ()
+  pooled: bool = False
+
+
+def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.TowerSpec]:
+  """Opens the towers that `dataset.modalities` needs, without their weights.
+
+  Returns:
+    modality -> architecture, identity, tokenizer or image preprocessing.
+  """
+  c = config.backbones
+  towers = {}
+  for modality in used_modalities(config):
+    towers[modality] = loading.describe_tower(
+      c[modality].path, modality=modality, quantization=c.quantization
+    )
+  return towers
+
+
+def dtype(config: ml_collections.ConfigDict) -> str:
+  """Returns the type of computation in the towers; in pretraining that of everything."""
+  return config.backbones.get('dtype') or config.compute_dtype
+
+
+def param_dtype(config: ml_collections.ConfigDict) -> str:
+  """Returns the type of the towers' weights."""
+  own = config.backbones.get('param_dtype', 'auto')
+  return dtype(config) if own == 'auto' else own
+
+
+def load_frozen(
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  reads: Mapping[str, Reads],
+  modalities: Collection[str] | None = None,
+  *,
+  stored: bool = False,
+) -> dict[str, Any]:
+  """Loads towers in their final type and sharding.
+
+  Args:
+    config: reads `backbones`.
+    mesh: where to.
+    reads: what is read of each tower.
+    modalities: those to load; default: all that are used.
+    stored: features come from a store, so layers below `run_from` are not loaded.
+
+  Returns:
+    modality -> parameters; None for one that is not named.
+  """
+  c = config.backbones
+  modalities = used_modalities(config) if modalities is None else modalities
+  frozen = dict.fromkeys(MODALITIES)
+  for modality in modalities:
+    wanted = reads[modality]
+    frozen[modality] = loading.load_tower(
+      c[modality].path,
+      modality=modality,
+      dtype=dtype(config),
+      param_dtype=param_dtype(config),
+      attention=c.attention,
+      quantization=c.get('quantization', 'none'),
+      shardings=sharding.param_shardings(mesh),
+      heads=wanted.heads,
+      first_layer=wanted.run_from if stored else 0,
+    ).params
+  return frozen
+
+
+def identities(towers: Mapping[str, loading.TowerSpec]) -> dict[str, dict[str, str]]:
+  """Returns {'image': {'path', 'sha256'}, 'text': ...} of the towers that are used: what a
+  checkpoint belongs to.
+  """
+  return {modality: dict(tower.identity) for modality, tower in towers.items()}
+
+
+def check_same_towers(
+  saved: Mapping[str, Mapping[str, str]],
+  towers: Mapping[str, loading.TowerSpec],
+  modalities: Collection[str] | None = None,
+) -> None:
+  """Raises UserError unless the towers (of these modalities; default: all that are used) are those
+  that the checkpoint was trained on.
+  """
+  for modality in towers if modalities is None else modalities:
+    old, new = saved.get(modality, NO_TOWER), towers[modality].identity
+    if old['sha256'] != new['sha256']:
+      raise UserError(
+        f'config.backbones.{modality}.path: {_name(new)} is not the tower this checkpoint was '
+        f'trained on, {_name(old)}; give that tower, or another --workdir'
+      )
+    if 'input_sha256' in old and old['input_sha256'] != new.get('input_sha256'):
+      what = 'image preprocessing' if modality == 'image' else 'tokenizer'
+      raise UserError(
+        f'config.backbones.{modality}.path: {_name(new)} has another {what} than when this '
+        'checkpoint was trained; give the files as they were, or another --workdir'
+      )
+
+
+def _name(identity: Mapping[str, str]) -> str:
+  coded = f', quantization {identity["quantization"]}' if 'quantization' in identity else ''
+  return f'{identity["path"]!r} (sha256 {identity["sha256"][:12]}{coded})'

@@ -1,0 +1,201 @@
+"""What is given to towers once for all runs: the different images and texts of a data set, and how
+they become arrays.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from molt_jax.data import packing, pipeline, transforms
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.data.sources import Source
+from molt_jax.errors import UserError
+from molt_jax.features import store
+from molt_jax.runtime import cli
+
+SCAN_EXAMPLES = 256  # Examples that a thread identifies at a time.
+
+
+class Input(NamedTuple):
+  """One input of a tower: its key in the store, and the token ids of a text or (source, position)
+  of an image.
+  """
+
+  key: str
+  content: Any
+
+
+class TowerBatch(NamedTuple):
+  """Inputs ready for a tower.
+
+  Attributes:
+    keys: of those that can be used.
+    lengths: theirs in tokens; None: all tokens.
+    arrays: the batch, filled up with padding.
+    faults: key -> why, of those that cannot be used.
+  """
+
+  keys: list[str]
+  lengths: list[int | None]
+  arrays: dict[str, np.ndarray]
+  faults: dict[str, str]
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+  """Maps in threads, in order, at most `threads` items ahead of the reader."""
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    flying = collections.deque()
+    for item in items:
+      flying.append(pool.submit(function, item))
+      if len(flying) > threads:
+        yield flying.popleft().result()
+    while flying:
+      yield flying.popleft().result()
+
+
+# ---- What is needed ------------------------------------------------------------------------------
+
+
+def identify(
+  wanted: Mapping[str, tuple[Source, np.ndarray]],
+  preprocess: pipeline.Preprocess,
+  modalities: Collection[str],
+  *,
+  num_threads: int,
+) -> dict[str, dict[str, list[Input | None]]]:
+  """Reads every example once, images undecoded.
+
+  Args:
+    wanted: split -> (source, bool[N, 2], the modalities of each example that will be read).
+    preprocess: how an example becomes arrays.
+    modalities: those that are read at all.
+    num_threads: that read.
+
+  Returns:
+    split -> modality -> the input of each example, None where there is none.
+  """
+  inputs = {}
+  total = sum(len(source) for source, _ in wanted.values())
+  with cli.progress('looking up features', total, 'examples') as bar:
+    for split, (source, present_nm) in wanted.items():
+      used_nm = source.present & present_nm & [m in modalities for m in MODALITIES]
+      one = functools.partial(_identify_some, source=source, preprocess=preprocess, used_nm=used_nm)
+      starts = range(0, len(source), SCAN_EXAMPLES)
+      ranges = [range(i, min(i + SCAN_EXAMPLES, len(source))) for i in starts]
+      inputs[split] = {modality: [] for modality in modalities}
+      for found in ahead(one, ranges, num_threads):
+        for modality in modalities:
+          inputs[split][modality] += [example[modality] for example in found]
+        bar.advance(len(found))
+  return inputs
+
+
+def _identify_some(positions: range, *, source, preprocess, used_nm):
+  return [_identify(n, source, preprocess, used_nm[n]) for n in positions]
+
+
+def _identify(n: int, source: Source, preprocess: pipeline.Preprocess, used_m: np.ndarray):
+  found = dict.fromkeys(MODALITIES)
+  if not used_m.any():
+    return found
+  example = pipeline.read_example(source, n, image=bool(used_m[0]), report=preprocess.report)
+  if example['image'] is not None:
+    found['image'] = Input(store.key_of(example['image']), (source, n))
+  if used_m[1]:
+    found['text'] = text_input(example['text'], preprocess)
+    if found['text'] is None:
+      preprocess.report.add(example['id'], 'text', 'no tokens')
+  return found
+
+
+def text_input(text: str, preprocess: pipeline.Preprocess) -> Input | None:
+  """Returns a text as the tower's input; None where it has no tokens."""
+  ids_t = np.asarray(preprocess.encode(text, preprocess.max_tokens), np.int32)
+  return Input(store.key_of(ids_t.tobytes()), ids_t) if len(ids_t) else None
+
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+  """How inputs become batches.
+
+  Attributes:
+    examples: in a batch.
+    shards: devices that they are split over.
+    preprocess: how an example becomes arrays.
+  """
+
+  examples: int
+  shards: int
+  preprocess: pipeline.Preprocess
+
+  def cut(self, inputs: Sequence[Input], modality: str) -> list[list[Input]]:
+    """Returns batches of inputs; texts of one padded length are together, so that few programs are
+    compiled.
+    """
+    groups = collections.defaultdict(list)
+    for x in inputs:
+      groups[self._length(x) if modality == 'text' else 0].append(x)
+    batches = []
+    for group in groups.values():
+      batches += [group[i : i + self.examples] for i in range(0, len(group), self.examples)]
+    # No result depends on the order; processes that fill one store begin at different ends.
+    random.SystemRandom().shuffle(batches)
+    return batches
+
+  def prepare(self, inputs: Sequence[Input], modality: str) -> TowerBatch:
+    """Returns the arrays of a batch.
+
+    Raises:
+      UserError: an image was changed since it was identified.
+    """
+    return self._images(inputs) if modality == 'image' else self._texts(inputs)
+
+  def _length(self, x: Input) -> int:
+    return packing.padded_length(len(x.content), self.preprocess.max_tokens)
+
+  def _images(self, inputs: Sequence[Input]) -> TowerBatch:
+    p = self.preprocess
+    image_bhwc = np.zeros((self.examples, p.image_size, p.image_size, 3), np.float32)
+    keys, faults = [], {}
+    for key, (source, n) in inputs:
+      example = pipeline.read_example(source, n, image=True, report=p.report)
+      if example['image'] is None or store.key_of(example['image']) != key:
+        raise UserError(
+          f'the image of example {example["id"]!r} was changed while it was read; start again'
+        )
+      try:
+        image_bhwc[len(keys)] = pipeline.pixels(transforms.decode(example['image']), p)
+        keys.append(key)
+      except transforms.DecodeError as error:
+        faults[key] = str(error)
+    arrays = {
+      'image': image_bhwc,
+      'token_mask': np.zeros((self.examples, 1), bool),
+      'present': np.tile([True, False], (self.examples, 1)),
+    }
+    return TowerBatch(keys, [None] * len(keys), arrays, faults)
+
+  def _texts(self, inputs: Sequence[Input]) -> TowerBatch:
+    length = max(self._length(x) for x in inputs)
+    contents = [x.content for x in inputs]
+    contents += [np.zeros(0, np.int32)] * (self.examples - len(inputs))
+    pad_id = self.preprocess.pad_id
+    padded = [transforms.pad_tokens(ids, max_tokens=length, pad_id=pad_id) for ids in contents]
+    tokens_bt, mask_bt = (np.stack(column) for column in zip(*padded, strict=True))
+    arrays = {
+      'tokens': tokens_bt,
+      'token_mask': mask_bt,
+      'present': np.tile([False, True], (self.examples, 1)),
+    }
+    groups = packing.groups(self.examples, (self.shards, 1))
+    arrays |= packing.token_positions(mask_bt, groups)
+    return TowerBatch([x.key for x in inputs], [len(x.content) for x in inputs], arrays, {})

@@ -1,0 +1,157 @@
+"""The seam between methods and the harness: what a method is, and the table of them.
+
+A method is a static object without arrays. The harness asks it what it reads of the frozen towers
+(`reads`), makes its variables (`init`), computes or fetches what depends on frozen towers alone
+(`features`), and calls it once for each missing pattern. Training, evaluation, prediction,
+profiling and pretraining know nothing else of it.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import ml_collections
+from flax import linen as nn
+
+from molt_jax.config.methods import METHODS
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.features.frozen import Reads
+from molt_jax.methods.parts.interface import Output
+from molt_jax.towers.loading import TowerSpec
+
+# Of a modality without a tower: a head's parameters for it are there, tiny, and meet nothing.
+UNUSED_WIDTH = 1
+
+
+class Method(Protocol):
+  """What the harness asks of a method.
+
+  Attributes:
+    reads: modality -> what is read of its tower.
+    modules: modality -> the Linen module of its tower, or None.
+    over_patterns: jax.vmap for a method whose towers do not depend on what is missing, so that
+      they run once for all missing patterns; jax.lax.map otherwise.
+    loss_weights: weights of `Output.losses_b`.
+  """
+
+  reads: Mapping[str, Reads]
+  modules: Mapping[str, nn.Module | None]
+  over_patterns: Any
+  loss_weights: Mapping[str, float]
+
+  def init(self, key: jax.Array) -> Any:
+    """Returns what is trained, boxed with logical axes: {'params'} and perhaps {'statistics'}."""
+
+  def start(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+    """Returns the first parameters of a run, given new ones: those that come from files."""
+
+  def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Any:
+    """Returns what depends on frozen towers alone, from the batch where a store gave it."""
+
+  def __call__(
+    self,
+    variables: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    features: Any,
+    batch: Mapping[str, jax.Array],
+    present_bm: jax.Array,
+    *,
+    train: bool = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+    update: bool = False,
+  ) -> Output:
+    """Runs the method for one missing pattern.
+
+    Args:
+      variables: 'params' and 'statistics'.
+      frozen: modality -> parameters of its tower, or None.
+      features: as `features` returned them.
+      batch: see `data.pipeline`.
+      present_bm: bool[B, 2], the modalities that may be read; no bit of another enters.
+      train: whether dropout is on.
+      rngs: keys by name ('dropout', ...).
+      update: whether to return new statistics.
+    """
+
+  def constrain(self, params: Any) -> Any:
+    """Returns parameters after an update within their legal range."""
+
+
+def run_patterns(
+  method: Method,
+  variables: Mapping[str, Any],
+  frozen: Mapping[str, Any],
+  features: Any,
+  batch: Mapping[str, jax.Array],
+  present_vbm: jax.Array,
+  rngs: Mapping[str, jax.Array],
+  *,
+  update: bool,
+) -> tuple[Output, Any]:
+  """Runs a method in training for each missing pattern of a batch.
+
+  Args:
+    method, variables, frozen, features, batch: see `Method`.
+    present_vbm: bool[V, B, 2], the patterns; all have the same content to read.
+    rngs: keys by name; that of dropout is split over patterns, the others are shared.
+    update: whether to return new statistics.
+
+  Returns:
+    (outputs stacked over patterns, new statistics: {} without `update`).
+  """
+  dropout_v = jax.random.split(rngs['dropout'], len(present_vbm))
+
+  def one(pattern):
+    present_bm, dropout = pattern
+    keys = {**rngs, 'dropout': dropout}
+    how = {'train': True, 'rngs': keys, 'update': update}
+    return method(variables, frozen, features, batch, present_bm, **how)
+
+  if method.over_patterns is jax.lax.map:
+    out_v = jax.lax.map(one, (present_vbm, dropout_v))
+  else:
+    out_v = method.over_patterns(one)((present_vbm, dropout_v))
+  # Statistics are of what may be read at all, so every pattern finds the same.
+  statistics = jax.tree.map(lambda x: x[0], out_v.statistics) if update else {}
+  return out_v.replace(statistics=None), statistics or {}
+
+
+def make_method(
+  config: ml_collections.ConfigDict,
+  towers: Mapping[str, TowerSpec],
+  *,
+  num_classes: int,
+  class_names: tuple[str, ...] = (),
+) -> Method:
+  """Returns the method that `config.method` names.
+
+  Args:
+    config: of a classifier.
+    towers: modality -> description, of those that are used.
+    num_classes: K.
+    class_names: the classes; only methods that read names need them.
+
+  Raises:
+    UserError: a tower is not what the method needs.
+  """
+  build = importlib.import_module(METHODS[config.method].module).build
+  return build(config, towers, num_classes=num_classes, class_names=class_names)
+
+
+def tower_modules(
+  config: ml_collections.ConfigDict, towers: Mapping[str, TowerSpec], reads: Mapping[str, Reads]
+) -> dict[str, nn.Module | None]:
+  """Returns the Linen module of each tower, None for a modality that is not used."""
+  c = config.backbones
+  modules = dict.fromkeys(MODALITIES)
+  for modality, tower in towers.items():
+    how = {} if c.param_dtype == 'auto' else {'param_dtype': jax.numpy.dtype(c.param_dtype)}
+    modules[modality] = tower.make_module(c.dtype, c.attention, heads=reads[modality].heads, **how)
+  return modules
+
+
+def widths(towers: Mapping[str, TowerSpec]) -> dict[str, int]:
+  """Returns the width of each tower, `UNUSED_WIDTH` for a modality without one."""
+  found = dict.fromkeys(MODALITIES, UNUSED_WIDTH)
+  return found | {modality: tower.config.hidden_size for modality, tower in towers.items()}

@@ -1,0 +1,245 @@
+"""Methods that are a head over hidden states: towers run whole, and their states may be stored.
+
+With `backbones.MODALITY.trainable`, a tower runs from its lowest trained layer on in each step.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+from flax import traverse_util
+
+from molt_jax.config.methods import METHODS
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.features import hidden_states
+from molt_jax.features.frozen import Reads
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.methods import base, trainable
+from molt_jax.methods.parts.fusion import CLASSIFIERS
+from molt_jax.methods.parts.inputs import InputPair
+from molt_jax.methods.parts.interface import Output
+from molt_jax.towers.loading import TowerSpec
+
+TOWERS = 'towers'  # Parameters of towers among those that are trained.
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadMethod:
+  """A head over hidden states of both towers; see `base.Method`.
+
+  Attributes:
+    head: Linen module, called as head(states, present_bm, train=, content_bm=, row_weight_b=).
+    states: modality -> hidden states that the head reads, numbered from 0.
+    reads: modality -> what is read of the tower.
+    modules: modality -> the tower's module, None for one that is not used.
+    trained: modality -> path -> shape of the tower's parameters that are trained.
+    over_patterns, loss_weights: see `base.Method`.
+  """
+
+  head: nn.Module
+  states: Mapping[str, tuple[int, ...]]
+  reads: Mapping[str, Reads]
+  modules: Mapping[str, nn.Module | None]
+  trained: Mapping[str, Mapping[str, Any]]
+  over_patterns: Any = jax.vmap
+  loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def num_layers(self) -> int:
+    """L, the hidden states of each tower that the head reads."""
+    return max(len(states) for states in self.states.values())
+
+  def init(self, key: jax.Array) -> Any:
+    """See `base.Method`."""
+    found = {}
+    for modality, module in self.modules.items():
+      shape = (self.num_layers, 1, 1, module.config.hidden_size) if module else None
+      found[modality] = None if shape is None else jnp.zeros(shape)
+    example = HiddenStates(found['image'], found['text'], jnp.ones((1, 1), bool))
+    variables = self.head.init(key, example, jnp.ones((1, 2), bool), train=False)
+    towers = {m: trainable.zeros(paths) for m, paths in self.trained.items() if paths}
+    if not towers:
+      return variables
+    nested = {m: traverse_util.unflatten_dict(flat, sep='/') for m, flat in towers.items()}
+    return {**variables, 'params': {**variables['params'], TOWERS: nested}}
+
+  def start(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+    """See `base.Method`."""
+    if TOWERS not in params:
+      return params
+    taken = {}
+    for modality, nested in params[TOWERS].items():
+      flat = traverse_util.flatten_dict(nested, sep='/')
+      depth = self.modules[modality].config.num_layers
+      flat = trainable.take(flat, frozen[modality], depth)
+      taken[modality] = traverse_util.unflatten_dict(flat, sep='/')
+    return {**params, TOWERS: taken}
+
+  def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> HiddenStates:
+    """See `base.Method`."""
+    stored = hidden_states.from_store(batch)
+    if stored is not None:
+      return stored
+    states = {modality: reads.states for modality, reads in self.reads.items()}
+    return hidden_states.extract(self.modules, frozen, batch, states)
+
+  def __call__(
+    self,
+    variables,
+    frozen,
+    features,
+    batch,
+    present_bm,
+    *,
+    train=False,
+    rngs=None,
+    update=False,
+  ) -> Output:
+    """See `base.Method`."""
+    params = dict(variables['params'])
+    towers = params.pop(TOWERS, {})
+    states = self._states(towers, frozen, features, batch)
+    how = {}
+    if train:
+      how = {'content_bm': batch['present'], 'row_weight_b': batch['weight']}
+      how |= {'rngs': {'dropout': rngs['dropout']}}
+    own = {'params': params, 'statistics': variables.get('statistics', {})}
+    if not update:
+      return self.head.apply(own, states, present_bm, train=train, **how)
+    out, changed = self.head.apply(
+      own, states, present_bm, train=train, mutable=['statistics'], **how
+    )
+    return out.replace(statistics=changed.get('statistics', {}))
+
+  def constrain(self, params: Any) -> Any:
+    """See `base.Method`."""
+    return params
+
+  def _states(self, towers, frozen, features: HiddenStates, batch) -> HiddenStates:
+    """The states that the head reads; those above a trained layer are computed here."""
+    found = {}
+    for modality in MODALITIES:
+      found[modality] = features.of(modality)
+      if modality in towers and frozen.get(modality) is not None:
+        flat = traverse_util.flatten_dict(towers[modality], sep='/')
+        depth = self.modules[modality].config.num_layers
+        params = trainable.merge(frozen[modality], flat, depth)
+        found[modality] = self._run(modality, params, found[modality], batch)
+    return features.replace(image_lbid=found['image'], text_lbtd=found['text'])
+
+  def _run(self, modality, params, stored_lbtd, batch):
+    """Runs a tower from `run_from` on and returns the states that the head reads."""
+    module, reads, wanted = self.modules[modality], self.reads[modality], self.states[modality]
+    tower = module.bind({'params': params})
+    mask_bt = hidden_states.text_mask(batch) if modality == 'text' else None
+    if stored_lbtd is None:
+      inputs = hidden_states.clean_inputs(batch, modality)
+      entering_btd = tower.embed(inputs[0])
+    else:
+      entering_btd = stored_lbtd[reads.states.index(reads.run_from)].astype(module.dtype)
+    above = tuple(state for state in wanted if state > reads.run_from)
+    run = {'start': reads.run_from, 'stop': wanted[-1], 'states': above}
+    found_lbtd = tower.run(entering_btd, mask_bt, **run)[1]
+    if above and above[-1] == module.config.num_layers:
+      found_lbtd = found_lbtd.at[-1].set(tower.finish(found_lbtd[-1]))
+    below = [state for state in wanted if state <= reads.run_from]
+    parts = [stored_lbtd[reads.states.index(state)][None] for state in below if reads.states]
+    parts += [entering_btd[None]] if below and not reads.states else []
+    return jnp.concatenate([*(part.astype(module.dtype) for part in parts), found_lbtd])
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  towers: Mapping[str, TowerSpec],
+  states: Mapping[str, tuple[int, ...]],
+  head: nn.Module,
+) -> HeadMethod:
+  """Returns the method of a head.
+
+  Args:
+    config: reads `backbones`.
+    towers: modality -> description, of those that are used.
+    states: modality -> hidden states that the head reads.
+    head: it.
+  """
+  whole = {modality: Reads(wanted) for modality, wanted in states.items()}
+  modules = base.tower_modules(config, towers, whole)
+  reads, trained = {}, {}
+  for modality, tower in towers.items():
+    trained[modality] = trainable.leaves(config, modality, modules[modality])
+    reads[modality] = _reads(states[modality], trained[modality], tower)
+  return HeadMethod(head, states, reads, modules, trained)
+
+
+def _reads(states, trained, tower: TowerSpec) -> Reads:
+  if not trained:
+    return Reads(states)
+  lowest = min(trainable.lowest_layer(trained, tower), tower.config.num_layers - 1)
+  if lowest == 0:
+    return Reads((), run_from=0)
+  below = {state for state in states if state < lowest}
+  return Reads(tuple(sorted(below | {lowest})), run_from=lowest)
+
+
+# ---- What heads are made of ----------------------------------------------------------------------
+
+
+def make_head(config: ml_collections.ConfigDict, **sizes: int) -> nn.Module:
+  """Returns the head that `config.method` names, of a method that is one.
+
+  Call it as `head.apply({'params': p, 'statistics': s}, states, present_bm, train=...,
+  content_bm=..., row_weight_b=..., rngs={'dropout': key})`, with `mutable=['statistics']` in
+  training; it returns an `Output`. `s` is empty unless `config.molt.input_norm` is `standardize` or
+  `config.missing.strategy` is `translate`.
+
+  Args:
+    config: reads method, compute_dtype, molt, fusion, classifier and missing.strategy.
+    **sizes: num_layers (L), num_classes (K), image_width (D_i) and text_width (D_t), all given, so
+      that the parameters never depend on which modality is present.
+
+  Returns:
+    A Linen module; `states` is `HiddenStates`, `present_bm` is bool[B, 2] (image, text),
+    `row_weight_b` [B] marks padding by zero. `content_bm` bool[B, 2] (default: present_bm) says
+    whose states may be read at all: training maps the head over several `present_bm` of one batch,
+    and what depends on the states alone is then computed once. Without it nothing of a missing
+    modality is read.
+  """
+  return importlib.import_module(METHODS[config.method].module).make_head(config, **sizes)
+
+
+def inputs(config, num_layers: int, image_width: int, text_width: int) -> InputPair:
+  """Returns what turns hidden states into token sequences."""
+  return InputPair(
+    num_layers=num_layers,
+    image_width=image_width,
+    text_width=text_width,
+    norm=config.molt.input_norm,
+    strategy=config.missing.strategy,
+    dtype=jnp.dtype(config.compute_dtype),
+  )
+
+
+def classifier(config, num_classes: int, axis: str) -> nn.Module:
+  """Returns the classifier that the config describes."""
+  return CLASSIFIERS[config.classifier.kind](
+    num_classes=num_classes,
+    hidden=config.classifier.hidden,
+    dropout=config.classifier.dropout,
+    axis=axis,
+    dtype=jnp.dtype(config.compute_dtype),
+  )
+
+
+def unimodal_classifiers(config, num_classes: int, axis: str) -> dict[str, nn.Module] | None:
+  """Returns classifiers of examples with one modality; None where training shows no such examples,
+  as one that has learned nothing would answer them.
+  """
+  shown = config.missing.views or config.missing.train_dropout > 0
+  if not (config.classifier.per_pattern and shown):
+    return None
+  return {modality: classifier(config, num_classes, axis) for modality in MODALITIES}

@@ -1,0 +1,178 @@
+"""What a config turns into: devices, towers, data, method, preprocessing.
+
+Every command, benchmark and experiment begins here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from molt_jax.data import datasets, pipeline
+from molt_jax.data.pipeline import Preprocess
+from molt_jax.data.sources import Dataset
+from molt_jax.features import frozen
+from molt_jax.features.extract import Extraction
+from molt_jax.methods.base import Method, make_method
+from molt_jax.pairs import method as pairs
+from molt_jax.runtime import processes, sharding
+from molt_jax.towers.loading import TowerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+  """What a config turns into; arrays are not in it.
+
+  Attributes:
+    config: validated.
+    mesh: the devices.
+    towers: modality -> description of the tower, for those that are used.
+    class_names: the classes, in the order of the method's logits.
+    data: the data set, labelled by these classes; None where none is read.
+  """
+
+  config: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh
+  towers: Mapping[str, TowerSpec]
+  class_names: tuple[str, ...]
+  data: Dataset | None = None
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def is_pretraining(self) -> bool:
+    """Whether the config is of pretraining, and not of a classifier."""
+    return 'objective' in self.config
+
+  @functools.cached_property
+  def method(self) -> Method:
+    """The method that the config names.
+
+    Raises:
+      UserError: a tower is not what it needs.
+    """
+    if self.is_pretraining:
+      return pairs.make_method(self.config, self.towers, self.mesh)
+    return make_method(
+      self.config, self.towers, num_classes=self.num_classes, class_names=self.class_names
+    )
+
+  @functools.cached_property
+  def preprocess(self) -> Preprocess:
+    """How one example becomes arrays: the image tower's preprocessing, the text tower's
+    tokenizer. It counts what could not be used, for the whole life of the assembly.
+    """
+    return make_preprocess(self.config, self.towers, num_classes=self.num_classes)
+
+  @property
+  def extraction(self) -> Extraction:
+    """What computes features."""
+    return Extraction(
+      config=self.config,
+      reads=self.method.reads,
+      towers=self.towers,
+      modules=self.method.modules,
+      preprocess=self.preprocess,
+      mesh=self.mesh,
+    )
+
+  def eval_batches(self, source, stored=None, present=None) -> Any:
+    """Returns a pass over a split in order; see `pipeline.eval_batches`.
+
+    Args:
+      source: the split.
+      stored: its features by modality, in the place of images and texts.
+      present: bool[N, 2], the modalities of each example that are wanted.
+    """
+    c = self.config
+    return pipeline.eval_batches(
+      source,
+      self.preprocess,
+      batch_size=c.eval.batch_size,
+      present=present,
+      stored=stored,
+      pack=sharding.packing(c, self.mesh),
+      num_threads=c.input.num_threads,
+      prefetch=c.input.prefetch,
+      **sharding.data_shard(self.mesh),
+    )
+
+  def with_data(self, data: Dataset) -> 'Assembly':
+    """Returns the assembly with another data set, and its classes."""
+    return dataclasses.replace(self, data=data, class_names=tuple(data.class_names))
+
+
+def assemble(
+  config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None = None
+) -> Assembly:
+  """Puts together what a config names.
+
+  Args:
+    config: validated, of a classifier or of pretraining.
+    class_names: the classes of a method whose data are not read here, or whose names do not matter;
+      None: the data set is loaded, and they are its own.
+
+  Raises:
+    UserError: devices, batch sizes, towers or data are not as they must be.
+  """
+  mesh = sharding.make_mesh(config)
+  if class_names is not None:
+    return Assembly(config, mesh, describe_towers(config), tuple(class_names))
+  check_batch_sizes(config, mesh, ('train', 'eval'))
+  towers = describe_towers(config)
+  with processes.leader_first('data set'):
+    data = datasets.load_dataset(config)
+  return Assembly(config, mesh, towers, tuple(data.class_names), data)
+
+
+def check_batch_sizes(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, names: tuple[str, ...]
+) -> None:
+  """Raises UserError unless the batches of 'train' or 'eval' split evenly over the devices."""
+  for name in names:
+    parts = config.train.get('accumulate', 1) if name == 'train' else 1
+    sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh, parts=parts)
+
+
+def describe_towers(config: ml_collections.ConfigDict) -> dict[str, TowerSpec]:
+  """Opens the towers that a config names, without their weights."""
+  if 'objective' in config:
+    return pairs.describe_towers(config)
+  return frozen.describe_towers(config)
+
+
+def make_preprocess(
+  config: ml_collections.ConfigDict, towers: Mapping[str, TowerSpec], *, num_classes: int
+) -> Preprocess:
+  """Returns how one example becomes arrays.
+
+  Args:
+    config: reads image, text and dataset.
+    towers: modality -> description; a modality without one gets the least there is.
+    num_classes: K.
+  """
+  how: dict[str, Any] = {
+    'image_size': 1,
+    'mean': (0.0,) * 3,
+    'std': (1.0,) * 3,
+    'resize': config.image.resize,
+    'encode': lambda text, max_tokens: (),
+    'pad_id': 0,
+    'max_tokens': 1,
+  }
+  if 'image' in towers:
+    spec = towers['image'].preprocess
+    how |= {'image_size': spec.size, 'mean': spec.mean, 'std': spec.std}
+    how |= {'resample': spec.resample}
+    if config.image.resize == 'crop':  # As the tower was trained, which may be to squash.
+      how['resize'] = spec.resize
+  if 'text' in towers:
+    tokenizer = towers['text'].tokenizer
+    how |= {'encode': tokenizer.encode, 'pad_id': tokenizer.pad_id}
+    how |= {'max_tokens': config.text.max_tokens}
+  return Preprocess(**how, num_classes=num_classes, multi_label=config.dataset.multi_label)

@@ -1,0 +1,28 @@
+"""The step numbers of a run."""
+
+import math
+
+import ml_collections
+
+
+class StepSchedule:
+  """Total steps, and when validation and saving are due.
+
+  Attributes:
+    per_epoch: steps of an epoch, a fraction.
+    total: steps of the run.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, num_examples: int):
+    self.per_epoch = num_examples / config.train.batch_size
+    self.total = max(1, math.ceil(config.train.epochs * self.per_epoch))
+    self._eval_every = config.train.eval_every or max(1, round(self.per_epoch))
+    self._save_every = config.train.save_every or self._eval_every
+
+  def validate_at(self, step: int) -> bool:
+    """Whether to validate after so many steps."""
+    return step == self.total or step % self._eval_every == 0
+
+  def save_at(self, step: int) -> bool:
+    """Whether to save after so many steps."""
+    return step == self.total or step % self._save_every == 0

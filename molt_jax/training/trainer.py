@@ -1,0 +1,164 @@
+"""The set-up of a run, the same for every command that trains: what a config turns into, what the
+checkpoint holds, features, data, and the loop over them.
+"""
+
+import abc
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from molt_jax.runtime import cli, processes
+from molt_jax.training import resuming, run_record, train_state, workdir
+from molt_jax.training.assembly import Assembly, assemble
+from molt_jax.training.checkpoint import Checkpoints
+from molt_jax.training.loop import Loop
+from molt_jax.training.monitor import StepMonitor
+from molt_jax.training.schedule import StepSchedule
+from molt_jax.training.step import train_step
+from molt_jax.training.train_state import TrainState
+
+
+class Trainer(abc.ABC):
+  """One run of a command that trains; subclasses say what is particular to theirs.
+
+  Attributes:
+    title, unit: of the progress bar.
+    assembly: what the config turned into.
+    workdir: the run's folder.
+    objective: what is minimised, see `losses`.
+    frozen: modality -> parameters of its frozen tower, or None; there once features are open.
+  """
+
+  title: str
+  unit: str
+  objective: Any
+
+  def __init__(self, config, folder: pathlib.Path, *, data_changed: bool):
+    self.workdir = folder
+    self.checkpoints = Checkpoints(folder)
+    assembly = assemble(config)
+    self.check(assembly)
+    resumed = resuming.resume(assembly, self.checkpoints, data_changed=data_changed)
+    self.assembly, self.is_resumed = resumed
+    self.frozen: Mapping[str, Any] = {}
+
+  # What is particular to a command.
+
+  def check(self, assembly: Assembly) -> None:  # noqa: B027
+    """Raises UserError where the data are not what the command needs."""
+
+  @abc.abstractmethod
+  def num_examples(self) -> int:
+    """Returns the examples of an epoch."""
+
+  @abc.abstractmethod
+  def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
+    """Tells the user in a few lines what is about to be trained."""
+
+  @abc.abstractmethod
+  def open_features(self) -> None:
+    """Loads towers or opens stored features; sets `frozen`."""
+
+  @abc.abstractmethod
+  def iterator(self) -> Any:
+    """Returns the training batches, at their beginning."""
+
+  @abc.abstractmethod
+  def validate(self, state: TrainState, monitor: StepMonitor) -> tuple[dict[str, Any], str]:
+    """Scores the validation split: (the record to log, what its 'score' is)."""
+
+  def begin(self, state: TrainState) -> TrainState:
+    """Returns the first state of a new run: with what comes from files, once features are open."""
+    return state.replace(params=self.assembly.method.start(state.params, self.frozen))
+
+  def refresh(self, state: TrainState) -> TrainState:
+    """Returns the state with what is fitted anew before each validation."""
+    return state
+
+  def class_weights(self) -> np.ndarray | None:
+    """Returns float32[K], or None."""
+    return None
+
+  def before_state(self) -> None:  # noqa: B027
+    """Sets the objective, and does what the method needs before its variables are made."""
+
+  @abc.abstractmethod
+  def finish(self) -> Any:
+    """Writes what comes out of the run when it has ended; returns it."""
+
+  # What all commands do.
+
+  def run(self) -> Any:
+    """Trains, or goes on training, to the end.
+
+    Returns:
+      What `finish` does.
+
+    Raises:
+      UserError: a mistake of the user's, or a loss that is not finite.
+      Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    assembly, config = self.assembly, self.assembly.config
+    schedule = StepSchedule(config, self.num_examples())
+    learning_rate = train_state.make_schedule(config, schedule.total)
+    tx = train_state.make_optimizer(config, schedule.total)
+    self.before_state()
+    state = self._new_state(tx)
+    self.introduce(state, schedule)
+    position = None
+    if self.is_resumed:
+      state, position = self.checkpoints.restore(state)
+    self.open_features()
+    if not self.is_resumed:
+      state = self.begin(state)
+    iterator = self.iterator()
+    if self.is_resumed:
+      self.checkpoints.move(iterator, position)
+      step, total = int(state.step), schedule.total
+      cli.say(f'going on from step {step} of {total} in {self.workdir}')
+    loop = Loop(
+      assembly=assembly,
+      workdir=self.workdir,
+      checkpoints=self.checkpoints,
+      meta=resuming.new_meta(assembly),
+      schedule=schedule,
+      learning_rate=learning_rate,
+      step=self._step(tx),
+      validate=self.validate,
+      refresh=self.refresh,
+      title=self.title,
+      unit=self.unit,
+    )
+    if processes.leads():
+      workdir.claim(config, self.workdir)
+    splits = assembly.data.splits
+    facts = {
+      'examples': {split: len(source) for split, source in splits.items()},
+      'parameters': train_state.count(state.params),
+    }
+    with run_record.recorded(self.workdir, facts, step=int(state.step)):
+      loop.run(state, iterator)
+      return self.finish()
+
+  def _new_state(self, tx) -> TrainState:
+    method, config = self.assembly.method, self.assembly.config
+    init_memory = functools.partial(self.objective.init, method)
+    return train_state.create(
+      method.init, tx, init_memory, seed=config.seed, mesh=self.assembly.mesh
+    )
+
+  def _step(self, tx):
+    step = functools.partial(
+      train_step,
+      method=self.assembly.method,
+      objective=self.objective,
+      tx=tx,
+      accumulate=self.assembly.config.train.get('accumulate', 1),
+    )
+    compiled = jax.jit(step, donate_argnums=0)
+    class_weight_k = self.class_weights()
+    return lambda state, batch: compiled(state, self.frozen, batch, class_weight_k)
