@@ -1,11 +1,18 @@
 """Evaluates a run with each modality absent: `python -m molt_jax.evaluate --workdir=DIR`."""
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('evaluate', sys.argv[1:]))
+
+import argparse
 import functools
 import importlib.metadata
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +31,7 @@ from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.interface import HeadOutput
-from molt_jax.runtime import atomic, cli, logbook, processes, sharding, terminal
+from molt_jax.runtime import atomic, console, logbook, processes, sharding, terminal
 from molt_jax.training import runs
 from molt_jax.training import workdir as workdir_lib
 
@@ -148,7 +155,7 @@ def evaluate(
     if config.dataset.multi_label or preprocess.num_classes == 2
     else None
   )
-  with cli.progress(title, len(source), 'examples') as bar:
+  with console.progress(title, len(source), 'examples') as bar:
     for batch in batches:
       batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
       batch = sharding.put_batch(batch, mesh)
@@ -289,42 +296,21 @@ def _counted(result) -> list[str]:
   return [f'{count} {name}' for name, count in counts.items() if count] or ['0']
 
 
-FLAGS = (
-  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-  cli.Flag('split', 'split to evaluate: train, validation or test', 'test'),
-  cli.Flag(
-    'absent',
-    (
-      "comma-separated conditions: none, text, image; default: all that the run's "
-      'dataset.modalities '
-      'allow'
-    ),
-  ),
-  cli.Flag(
-    'missing_rate',
-    'also evaluate with these shares of rows lacking a modality, 0 to 1, comma-separated',
-    '',
-  ),
-  cli.Flag(
-    'missing_type', 'what those rows lack: text, image or both; several: each at each rate', 'both'
-  ),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the module."""
-  flags, _ = cli.parse(
-    'molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv
-  )
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command."""
   processes.join()
   run(
     pathlib.Path(flags.workdir),
     split=flags.split,
-    absent=None if flags.absent is None else _words(flags.absent),
-    missing_rates=[_rate(word) for word in _words(flags.missing_rate)],
-    missing_types=_words(flags.missing_type),
+    absent=flags.absent,
+    missing_rates=flags.missing_rate,
+    missing_types=flags.missing_type,
   )
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('evaluate', argv)
 
 
 def run(
@@ -415,7 +401,7 @@ def run(
     observers=[recorder] if recorder else [],
   )
   for line in processes.lines_of_all(preprocess.report.line()):
-    cli.say(line)
+    console.log(line)
   return publish(workdir, split=split, results=results, meta=meta, recorder=recorder, data=data)
 
 
@@ -447,20 +433,6 @@ def publish(
   return record
 
 
-def _words(text: str) -> list[str]:
-  return [word for word in text.split(',') if word]
-
-
-def _rate(text: str) -> float:
-  try:
-    rate = float(text)
-  except ValueError:
-    rate = -1.0
-  if not 0 <= rate <= 1:
-    raise UserError(f'--missing_rate: {text!r} is not legal; give a number from 0 to 1')
-  return rate
-
-
 def _check_left(
   config: ml_collections.ConfigDict, absent: Collection[str], missing_rates: Collection[float]
 ) -> None:
@@ -479,7 +451,3 @@ def _check_left(
 def _check_choice(flag: str, value: str, legal: Collection[str]) -> None:
   if value not in legal:
     raise UserError(f'{flag}: {value!r} is not legal; give one of {", ".join(legal)}')
-
-
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))

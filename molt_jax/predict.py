@@ -2,11 +2,18 @@
 [--text=STRING]`.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('predict', sys.argv[1:]))
+
+import argparse
 import itertools
 import numbers
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -17,7 +24,7 @@ import PIL.Image
 from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
 from molt_jax.errors import UserError, article
 from molt_jax.methods import model as model_lib
-from molt_jax.runtime import cli, sharding, terminal
+from molt_jax.runtime import console, sharding, terminal
 from molt_jax.training import runs
 
 
@@ -196,7 +203,7 @@ def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bo
       hint = ' (a word such as nan is absent too)' if remarks else ''
       raise UserError(f'predict: both image and text are absent{where}{hint}; give at least one')
   for line in remarks:
-    cli.say(line)
+    console.log(line)
   return pairs, many
 
 
@@ -281,24 +288,12 @@ def _path_remedy(path: str) -> str:
   return 'give the path of an image file'
 
 
-FLAGS = (
-  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-  cli.Flag('image', 'image file'),
-  cli.Flag('text', 'text'),
-  cli.Flag('top_k', 'labels to print', '5'),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the module: prints one JSON object."""
-  flags, _ = cli.parse('molt_jax.predict', 'Classify an image, a text, or both.', FLAGS, argv)
-  top_k = cli.whole_number(flags, 'top_k')
-  if flags.image is None and flags.text is None:
-    raise UserError('--image and --text are both absent; give at least one of them')
-  found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=top_k)
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command: prints one JSON object."""
+  found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=flags.top_k)
   print(terminal.json_line(found))
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('predict', argv)

@@ -6,10 +6,17 @@ and, at the end, tower/: the image tower as a Hugging Face directory, for `backb
 `transformers.CLIPVisionModel`. The same command goes on where a run stopped, bit for bit.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('pretrain', sys.argv[1:]))
+
+import argparse
 import functools
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +34,7 @@ from molt_jax.methods import model as model_lib
 from molt_jax.objectives import contrastive
 from molt_jax.pairs import augment, batches, retrieval_and_probes
 from molt_jax.pairs import model as dual
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
 from molt_jax.towers import export
 from molt_jax.training import checkpoint, loop, runs, train_state
 
@@ -134,7 +141,7 @@ def _pretrain(config, workdir, data_changed):
   if saved:
     state, position = checkpoints.restore(state)
     checkpoints.move(iterator, position)
-    cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
+    console.log(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   loop.claim_workdir(config, workdir)
   run = _Run(
     config,
@@ -152,7 +159,7 @@ def _pretrain(config, workdir, data_changed):
   )
   run.run(state, iterator)
   if preprocess.report.counts():
-    cli.say(preprocess.report.line())
+    console.log(preprocess.report.line())
   return write_tower(workdir)
 
 
@@ -342,7 +349,7 @@ def _new_state(config, model, tx, statistics, mesh, *, resumed) -> train_state.T
 
 def _introduce(config, data, towers, model, state, plan) -> None:
   """Says in a few lines what is about to be trained."""
-  cli.say(
+  console.log(
     f'data: {data.name}, '
     + ', '.join(
       f'{len(batches.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS
@@ -356,11 +363,11 @@ def _introduce(config, data, towers, model, state, plan) -> None:
       if config.backbones[name].pretrained
       else 'trained from scratch'
     )
-    cli.say(
+    console.log(
       f'{name} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
       f'{tower.config.hidden_size}, {start}'
     )
-  cli.say(
+  console.log(
     f'{train_state.count(state.params):,} parameters to train; {plan.total} steps of '
     f'{config.train.batch_size} pairs'
   )
@@ -430,37 +437,22 @@ def write_tower(workdir: pathlib.Path) -> pathlib.Path | None:
     towers['image'].preprocess,
     dtype=config.export.dtype,
   )
-  cli.say(
+  console.log(
     f'image tower: {folder} ({sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB)'
   )
   return folder
 
 
-FLAGS = (
-  cli.Flag('config', 'preset, e.g. configs/pretrain_openmoji.py', required=True),
-  cli.Flag('workdir', 'folder of the run', required=True),
-  cli.Flag('data_changed', 'go on with data that have changed since the checkpoint', switch=True),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> int | None:
-  """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped
-  by a signal, saved.
-  """
-  flags, overrides = cli.parse(
-    'molt_jax.pretrain', 'Train an image tower and a text tower on pairs.', FLAGS, argv
-  )
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command; exit code 130 or 143: stopped by a signal, saved."""
+  workdir, data_changed = pathlib.Path(flags.workdir), flags.data_changed
 
   def work():
-    pretrain(
-      PRETRAINING.load(flags.config, overrides),
-      pathlib.Path(flags.workdir),
-      data_changed=flags.data_changed,
-    )
+    pretrain(flags.config, workdir, data_changed=data_changed)
 
   return loop.exit_code(work)
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('pretrain', argv)

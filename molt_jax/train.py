@@ -7,9 +7,16 @@ and, at the end, evaluation.json, run.json (data, device, seconds, memory) and w
 bit.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('train', sys.argv[1:]))
+
+import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +25,6 @@ import ml_collections
 import numpy as np
 
 from molt_jax import evaluate
-from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
 from molt_jax.evaluation import records
@@ -27,7 +33,7 @@ from molt_jax.features import extract, store
 from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.objectives import cross_entropy
-from molt_jax.runtime import cli, processes, sharding
+from molt_jax.runtime import console, processes, sharding
 from molt_jax.training import checkpoint, imputation_fit, loop, runs, train_state
 from molt_jax.training import step as step_lib
 
@@ -91,7 +97,7 @@ def _train(config, workdir, data_changed):
   iterator = _iterator(config, mesh, source, preprocess, kept['train'], stored['train'])
   if saved:
     checkpoints.move(iterator, position)
-    cli.say(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
+    console.log(f'going on from step {int(state.step)} of {plan.total} in {workdir}')
   run = _Run(
     config,
     workdir,
@@ -118,7 +124,7 @@ def _train(config, workdir, data_changed):
     run.run(state, iterator)
     record = run.test()
   for line in processes.lines_of_all(preprocess.report.line()):
-    cli.say(line)
+    console.log(line)
   return record
 
 
@@ -325,18 +331,18 @@ def class_weights(config: ml_collections.ConfigDict, data: Dataset) -> np.ndarra
 def introduce(config, data, towers, state, plan) -> None:
   """Says in a few lines what is about to be trained."""
   sizes = ', '.join(f'{len(source)} {name}{_gaps(source)}' for name, source in data.splits.items())
-  cli.say(f'data: {data.name}, {sizes}, {len(data.class_names)} classes')
+  console.log(f'data: {data.name}, {sizes}, {len(data.class_names)} classes')
   for modality, tower in towers.items():
     note = (
       ' (RANDOM weights: nothing was learned before)'
       if tower.identity['path'].startswith('random:')
       else ''
     )
-    cli.say(
+    console.log(
       f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
       f'{tower.config.hidden_size}, frozen{note}'
     )
-  cli.say(
+  console.log(
     f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps '
     'of '
     f'{config.train.batch_size}'
@@ -359,25 +365,13 @@ def _gaps(source: Source) -> str:
   return f' ({", ".join(said)})' if said else ''
 
 
-FLAGS = (
-  cli.Flag('config', 'preset, e.g. configs/quickstart.py', required=True),
-  cli.Flag('workdir', 'folder of the run', required=True),
-  cli.Flag('data_changed', 'go on with data that have changed since the checkpoint', switch=True),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> int | None:
-  """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped
-  by a signal, saved.
-  """
-  purpose = 'Train a robust image+text classifier on frozen towers.'
-  flags, overrides = cli.parse('molt_jax.train', purpose, FLAGS, argv)
-  config = CLASSIFIER.load(flags.config, overrides)
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command; exit code 130 or 143: stopped by a signal, saved."""
   processes.join()
   workdir, data_changed = pathlib.Path(flags.workdir), flags.data_changed
-  return loop.exit_code(lambda: train(config, workdir, data_changed=data_changed))
+  return loop.exit_code(lambda: train(flags.config, workdir, data_changed=data_changed))
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('train', argv)

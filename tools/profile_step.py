@@ -29,16 +29,24 @@ import jax
 
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.errors import UserError
+from molt_jax.config.fields import at_least
 from molt_jax.profiling import accounting
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import sharding
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag, choice
 
 FLAGS = (
-  cli.Flag('config', 'preset', required=True),
-  cli.Flag('rounds', 'timed steps', '10'),
-  cli.Flag('data', "noise, or dataset: the config's own, through the input pipeline", 'noise'),
-  cli.Flag('classes', 'number of classes, for noise', '101'),
-  cli.Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+  Flag('config', 'preset', required=True),
+  Flag('rounds', 'timed steps', 10, type=int, rule=at_least(1)),
+  Flag(
+    'data',
+    "dataset: the config's own, through the input pipeline",
+    'noise',
+    rule=choice('noise', 'dataset'),
+  ),
+  Flag('classes', 'number of classes, for noise', 101, type=int, rule=at_least(1)),
+  Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+  Flag('json', 'print JSON', switch=True),
 )
 TRACED = 3  # Steps in the trace.
 
@@ -197,26 +205,21 @@ def _pipeline(config, workload, stepper, rounds):
   }
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
-  as_json = '--json' in argv
-  flags, overrides = cli.parse(
-    'tools.profile_step',
+  flags, overrides = parse(
+    'python tools/profile_step.py',
     'Where the time and memory of a training step go.',
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
+    schema=CLASSIFIER,
   )
-  for name in ('rounds', 'classes'):
-    if not getattr(flags, name).isdigit() or not int(getattr(flags, name)):
-      raise UserError(f'--{name}: {getattr(flags, name)!r} is not a positive number')
-  if flags.data not in ('noise', 'dataset'):
-    raise UserError(f'--data: {flags.data!r} is not legal; give noise or dataset')
   config = CLASSIFIER.load(flags.config, overrides)
-  classes = _classes(config) if flags.data == 'dataset' else int(flags.classes)
+  classes = _classes(config) if flags.data == 'dataset' else flags.classes
   trace = pathlib.Path(flags.trace or tempfile.mkdtemp(prefix='molt_jax_trace_'))
-  result = measure(config, rounds=int(flags.rounds), classes=classes, data=flags.data, trace=trace)
-  if as_json:
+  result = measure(config, rounds=flags.rounds, classes=classes, data=flags.data, trace=trace)
+  if flags.json:
     print(json.dumps(result))
   else:
     print('\n'.join(_lines(result)))

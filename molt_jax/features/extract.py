@@ -25,7 +25,7 @@ from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.features import store
 from molt_jax.methods import model as model_lib
-from molt_jax.runtime import cli, processes, sharding
+from molt_jax.runtime import console, processes, sharding
 from molt_jax.towers import loading
 
 SCAN_ROWS = 256  # Rows that a thread identifies at a time.
@@ -150,7 +150,7 @@ def _identify(
   None where there is none.
   """
   inputs = {}
-  with cli.progress(
+  with console.progress(
     'looking up features', sum(len(source) for source, _ in wanted.values()), 'examples'
   ) as bar:
     for split, (source, present_nm) in wanted.items():
@@ -262,7 +262,7 @@ def _fill(
   prepare = functools.partial(
     prepare, rows=size, preprocess=preprocess, shards=mesh.shape['data'] if mesh else 1
   )
-  with cli.progress(
+  with console.progress(
     f'filling the feature store, {UNITS[modality]}', len(missing), UNITS[modality]
   ) as bar:
     try:
@@ -285,7 +285,7 @@ def _fill(
     finally:  # Interrupted, what was computed is kept.
       kept.flush()
   if frozen is None:
-    cli.say(
+    console.log(
       f'feature store {kept.root}: all {len(inputs) - len(faults)} {UNITS[modality]} are there'
     )
   return faults
@@ -304,7 +304,7 @@ def _announce(
       "features.dtype=int8, or features.store='' to run the towers in each step"
     )
   kept.try_out()
-  cli.say(
+  console.log(
     f'feature store {kept.root}: {len(missing)} {UNITS[modality]} go through the tower once and '
     f'take {_bytes(needed)} ({_bytes(free)} free)'
   )
@@ -315,7 +315,7 @@ def _bytes(count: int) -> str:
 
 
 def _lacking(
-  kept: store.FeatureStore, batches: Iterable[list[Input]], bar: cli.Progress
+  kept: store.FeatureStore, batches: Iterable[list[Input]], bar: console.Progress
 ) -> Iterator[list[Input]]:
   """Drops what another process has finished in the meantime."""
   for batch in batches:

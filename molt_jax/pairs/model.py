@@ -20,7 +20,7 @@ from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.objectives import contrastive
 from molt_jax.pairs.encoder import TOWERS, DualEncoder
-from molt_jax.runtime import atomic, cli, sharding
+from molt_jax.runtime import atomic, console, sharding
 from molt_jax.towers import loading
 from molt_jax.towers.clip import ClipVision, ClipVisionConfig
 from molt_jax.towers.preprocessing import ImageSpec
@@ -250,7 +250,7 @@ def pool_texts(
     lambda variables, tokens_bt, mask_bt: model(variables, 'pool_text', tokens_bt, mask_bt)
   )
   pooled = {}
-  with cli.progress('reading texts', len(unique), 'texts') as bar:
+  with console.progress('reading texts', len(unique), 'texts') as bar:
     for start in range(0, len(unique), batch_size):
       part = unique[start : start + batch_size]
       length = min(-(-len(encoded[part[-1]]) // TEXT_STEP) * TEXT_STEP, preprocess.max_tokens)

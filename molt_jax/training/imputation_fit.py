@@ -21,7 +21,7 @@ from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.imputation import Moments
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
 from molt_jax.training.step import VIEWS
 
 MAX_PAIRS = 16384  # 16 for each channel of the widest common space in use, d_c = 1024.
@@ -60,10 +60,8 @@ class TranslationFit:
     )
     if len(self._source) < 2:
       raise UserError(
-
-          "config.missing.strategy: 'translate' learns from complete training pairs, and there are "
-          f'{len(self._source)}; give robust, null or zero'
-
+        "config.missing.strategy: 'translate' learns from complete training pairs, and there are "
+        f'{len(self._source)}; give robust, null or zero'
       )
     self._preprocess, self._config, self._mesh = preprocess, config, mesh
     self._step = jax.jit(
@@ -87,7 +85,7 @@ class TranslationFit:
       prefetch=c.input.prefetch,
       **sharding.data_shard(mesh),
     )
-    with cli.progress('fitting translation', len(self._source), 'pairs') as bar:
+    with console.progress('fitting translation', len(self._source), 'pairs') as bar:
       for batch in batches:
         moments = self._step(variables, frozen, sharding.put_batch(batch, mesh), moments)
         bar.advance(min(c.eval.batch_size, len(self._source) - bar.done))

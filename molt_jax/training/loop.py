@@ -25,7 +25,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.json_files import read_json
 from molt_jax.config.schema import Schema
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli, logbook, lost, processes, sharding
+from molt_jax.runtime import atomic, console, logbook, lost, processes, sharding
 from molt_jax.training import checkpoint, runs, train_state
 from molt_jax.training import workdir as workdir_lib
 
@@ -52,7 +52,7 @@ def exit_code(run: Callable[[], Any]) -> int:
     run()
   except Interrupted as stopped:
     message, number = stopped.args
-    cli.say(message)
+    console.log(message)
     return 128 + number
   return 0
 
@@ -116,7 +116,7 @@ class Loop(abc.ABC):
     count = self.config.train.batch_size if self.unit == 'images' else 1
     with (
       stop_on_signals() as stop,
-      cli.progress(self.title, self.plan.total * count, self.unit, done=start * count) as bar,
+      console.progress(self.title, self.plan.total * count, self.unit, done=start * count) as bar,
     ):
       while True:
         asked = agree(stop() or 0)
@@ -161,7 +161,7 @@ class Loop(abc.ABC):
       score = record.get('score')
       log.write('validation', step, record)
       value = 'no validation score' if score is None else f'validation score {score:.4f}'
-      cli.say(f'step {step}/{self.plan.total}: {value} ({said})')
+      console.log(f'step {step}/{self.plan.total}: {value} ({said})')
       best = score is not None and score > self.best
       self.best = score if best else self.best
       self.meta = {**self.meta, 'score': score}
@@ -299,7 +299,7 @@ def _earlier_calls(path: pathlib.Path) -> list[Any]:
   try:
     earlier = read_json(path, 'it begins anew') if path.exists() else {'calls': []}
   except UserError as error:
-    cli.say(str(error))
+    console.log(str(error))
     return []
   calls = earlier.get('calls') if isinstance(earlier, dict) else None
   return calls if isinstance(calls, list) else []
@@ -361,7 +361,7 @@ class stop_on_signals:
     if self._asked and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._asked = number
-    # Not by `cli.say`: what the signal interrupts may be in the middle of a line of its own.
+    # Not by `console.log`: what the signal interrupts may be in the middle of a line of its own.
     with contextlib.suppress(OSError):
       os.write(2, STOPPING[number])
 

@@ -21,7 +21,7 @@ from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
-from molt_jax.runtime import cli, logbook, sharding
+from molt_jax.runtime import console, logbook, sharding
 from molt_jax.training import checkpoint
 
 # Fields that say where things are, and where and how fast to compute, but not what. Data are known
@@ -167,7 +167,7 @@ def compare(run: Run, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
   known = run.meta.get('data', {}).get(split)
   changed = known and fingerprint.changes(known, found)
   if changed:
-    cli.say(f'the {split} split has changed since training: {changed}')
+    console.log(f'the {split} split has changed since training: {changed}')
   return {**found, 'as_in_training': None if known is None else not changed}
 
 
@@ -232,7 +232,7 @@ def go_on(
       'data it was trained on, or go on with these by --data_changed'
     )
   if changed:
-    cli.say(f'the data have changed since step {saved["step"]} ({how}); going on with these')
+    console.log(f'the data have changed since step {saved["step"]} ({how}); going on with these')
   if 'validation' in changed:
     checkpoints.score_anew(saved['step'])
   return mapped
@@ -242,7 +242,7 @@ def _changes(saved: Mapping[str, Any], data: Dataset, mapped: Dataset) -> dict[s
   """Returns how each split changed since the checkpoint, for those that did."""
   known = saved.get('data')
   if known is None:
-    cli.say('the checkpoint has no fingerprint of its data: an older version wrote it')
+    console.log('the checkpoint has no fingerprint of its data: an older version wrote it')
     lost = [name for name in saved['class_names'] if name not in data.class_names]
     return {'train': f'no label {sources.some(list(map(repr, lost)))}'} if lost else {}
   found = fingerprints(mapped)

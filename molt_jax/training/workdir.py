@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from molt_jax import errors
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli
+from molt_jax.runtime import atomic, console
 
 LOCK = '.lock'
 # What commands write there beside config.json and checkpoints/.
@@ -140,7 +140,7 @@ def _lock(folder: pathlib.Path) -> int:
         'folder'
       ) from None
     except OSError as error:
-      cli.say(
+      console.log(
         f'{folder} cannot be locked ({error.strerror}): see to it that nothing else trains in it'
       )
     if _is_at(descriptor, folder / LOCK):

@@ -14,11 +14,11 @@ import subprocess
 import numpy as np
 import pytest
 
-from molt_jax import report
+from molt_jax import commands, report
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.evaluation import records
-from molt_jax.runtime import cli
+from molt_jax.runtime.command_line import parse
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
@@ -326,7 +326,7 @@ def test_at_missing_rate_one_every_complete_row_is_as_without_the_modality(make_
   ['--workdir=a b c', '--workdir a --workdir=b,c', '--workdir=a,b --workdir c', '--workdir=a,b,c'],
 )
 def test_runs_can_be_named_in_any_way(spelled):
-  flags, _ = cli.parse('x', 'y', report.FLAGS, [*spelled.split(), '--out=z'])
+  flags, _ = parse('x', 'y', commands.flags_of('report'), [*spelled.split(), '--out=z'])
   assert (flags.workdir, flags.out) == (['a', 'b', 'c'], 'z')
 
 
