@@ -222,10 +222,8 @@ def main():
     name = grid.name_of(data)
     if not {OURS, BASELINE} <= set(made[name]):
       raise grid.UserError(
-
-          f'--methods: the figure needs {BASELINE!r} and {OURS!r}; one of them is neither finished '
-          f'nor asked for on {name}'
-
+        f'--methods: the figure needs {BASELINE!r} and {OURS!r}; one of them is neither finished '
+        f'nor asked for on {name}'
       )
     source = datasets.load_dataset(grid.make_config(data, {}, grid.seeds()[0])).splits['test']
     found[name] = counts(made[name])

@@ -59,10 +59,8 @@ def methods():
   unknown = [recipe for recipe in RECIPES.value if recipe not in RECIPE]
   if unknown or not RECIPES.value:
     raise UserError(
-
-        f'--recipes: {",".join(RECIPES.value)!r} is not legal; give {" or ".join(RECIPE)}, or both '
-        'with a comma'
-
+      f'--recipes: {",".join(RECIPES.value)!r} is not legal; give {" or ".join(RECIPE)}, or both '
+      'with a comma'
     )
   return {
     _key(recipe, name): RECIPE[recipe]

@@ -132,7 +132,10 @@ BARE = """
 import runpy, sys
 class Lacking:
   def find_spec(self, name, path=None, target=None):
-    if name.split('.')[0] in ('ml_collections', 'grain', 'tensorflow_datasets', 'array_record', 'gguf', 'qwix', 'PIL', 'tensorboardX'):
+    if name.split('.')[0] in (
+      'ml_collections', 'grain', 'tensorflow_datasets', 'array_record', 'gguf', 'qwix', 'PIL',
+      'tensorboardX',
+    ):
       raise ModuleNotFoundError(name, name=name)
 import importlib.util
 find = importlib.util.find_spec

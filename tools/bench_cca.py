@@ -224,10 +224,8 @@ def main(argv):
   estimators = [estimator_step(name) for name in ('moving_average', 'batch')]
   for step in estimators:
     print(
-
-        f'{step["name"]}, 4 layers, batch 64, width 1024: {step["seconds"] * 1e3:.2f} ms, '
-        f'{step["flops"] / 1e6:.0f} MFLOP'
-
+      f'{step["name"]}, 4 layers, batch 64, width 1024: {step["seconds"] * 1e3:.2f} ms, '
+      f'{step["flops"] / 1e6:.0f} MFLOP'
     )
   if JSON.value:
     packages = ('jax', 'jaxlib', 'numpy', 'torch', 'cca-zoo')

@@ -141,10 +141,8 @@ def only(source: Source, modality: str, *, split: str) -> Part:
   rows = np.flatnonzero(source.present[:, column])
   if not len(rows):
     raise UserError(
-
-        f'config.dataset.modalities: {modality!r}, but no example of the {split} split has one; '
-        'give '
-        'another value'
-
+      f'config.dataset.modalities: {modality!r}, but no example of the {split} split has one; '
+      'give '
+      'another value'
     )
   return Part(source, tuple(rows.tolist()), keep=(column == 0, column == 1))

@@ -361,23 +361,31 @@ def test_without_what_newer_runs_record_the_page_says_so(make_run, tmp_path):
   assert text.count('Not recorded') == 4 and 'svg' in text
 
 
-HARNESS = """<!DOCTYPE html><body style="margin:0"><iframe src="PAGE" style="border:0;width:WIDTHpx;height:2000px"></iframe><pre id="found"></pre>
+HARNESS = """<!DOCTYPE html><body style="margin:0">
+<iframe src="PAGE" style="border:0;width:WIDTHpx;height:2000px"></iframe><pre id="found"></pre>
 <script>
 onload = () => setTimeout(() => {
   const view = document.querySelector('iframe').contentWindow, doc = view.document, wide = [];
-  const scrolls = e => e && (/auto|hidden|scroll/.test(view.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+  const scrolls = e => e && (
+    /auto|hidden|scroll/.test(view.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
   for (const e of doc.body.querySelectorAll('*')) {
     const box = e.getBoundingClientRect();
-    if (box.width && (box.right > view.innerWidth + 1 || box.left < -1) && !scrolls(e)) wide.push(e.tagName + ' ' + e.textContent.slice(0, 40));
+    const outside = box.right > view.innerWidth + 1 || box.left < -1;
+    if (box.width && outside && !scrolls(e))
+      wide.push(e.tagName + ' ' + e.textContent.slice(0, 40));
   }
   for (const t of doc.querySelectorAll('svg text')) {
     const box = t.getBoundingClientRect(), frame = t.closest('svg').getBoundingClientRect();
-    const out = Math.max(box.right - frame.right, frame.left - box.left, box.bottom - frame.bottom, frame.top - box.top);
+    const out = Math.max(
+      box.right - frame.right, frame.left - box.left,
+      box.bottom - frame.bottom, frame.top - box.top);
     if (out > 3) wide.push('svg text ' + t.textContent);
   }
   document.getElementById('found').textContent = JSON.stringify({
-    wide, scroll: doc.documentElement.scrollWidth, inner: view.innerWidth, images: doc.images.length, charts: doc.querySelectorAll('svg').length,
-    broken: [...doc.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 40)),
+    wide, scroll: doc.documentElement.scrollWidth, inner: view.innerWidth,
+    images: doc.images.length, charts: doc.querySelectorAll('svg').length,
+    broken: [...doc.images].filter(i => !i.complete || !i.naturalWidth)
+      .map(i => i.src.slice(0, 40)),
     loaded: view.performance.getEntriesByType('resource').map(r => r.name)});
 }, 300);
 </script>"""

@@ -81,11 +81,9 @@ class HatefulMemes(FolderBuilder):
     }
     if files['train'] and not files['test'] and (folder / 'test.jsonl').is_file():
       raise UserError(
-
-          f'config.dataset.path: {folder} has test.jsonl, which has no labels; add '
-          'test_seen.jsonl, '
-          'which has them'
-
+        f'config.dataset.path: {folder} has test.jsonl, which has no labels; add '
+        'test_seen.jsonl, '
+        'which has them'
       )
     return Memes(folder, files) if all(files.values()) and (folder / 'img').is_dir() else None
 

@@ -293,10 +293,8 @@ def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
       raise UserError(
-
-          f'dataset.name=openmoji needs the packages {", ".join(missing)}: pip install '
-          'molt_jax[quickstart]'
-
+        f'dataset.name=openmoji needs the packages {", ".join(missing)}: pip install '
+        'molt_jax[quickstart]'
       )
     tfds.disable_progress_bar()
     failed = f'config.dataset.data_dir: openmoji cannot be prepared in {folder.parent}'
@@ -318,11 +316,9 @@ def load(config: Any) -> Dataset:
   """
   if config.dataset.multi_label:
     raise UserError(
-
-        'dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an '
-        'emoji: '
-        'leave it False'
-
+      'dataset.multi_label=True does not fit dataset.name=openmoji, which has one label an '
+      'emoji: '
+      'leave it False'
     )
   return open_prepared(prepare(config.dataset.data_dir))
 

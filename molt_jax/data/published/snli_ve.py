@@ -59,11 +59,9 @@ class Pairs(folder_lib.Folder):
     )
     if missing := [file.name for file in new if not file.is_file()]:
       raise UserError(
-
-          f"config.dataset.snli_ve.neutral: 'relabelled' needs {' and '.join(missing)} of "
-          'e-SNLI-VE '
-          f"in {self.texts}; or give 'original'"
-
+        f"config.dataset.snli_ve.neutral: 'relabelled' needs {' and '.join(missing)} of "
+        'e-SNLI-VE '
+        f"in {self.texts}; or give 'original'"
       )
     self.index_files = [*(self._file(split) for split in _FILES), *new]
 

@@ -77,10 +77,8 @@ def make_estimator(
     raise ValueError(f'cca: estimator {name!r} is not one of {tuple(ESTIMATORS)}')
   if num_directions < 1 or window < 0:
     raise ValueError(
-
-        f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and '
-        f'{window}'
-
+      f'cca: num_directions must be at least 1 and window at least 0, got {num_directions} and '
+      f'{window}'
     )
   return ESTIMATORS[name](num_directions, window, seed, gather, {'ridge': ridge, 'solver': solver})
 

@@ -159,11 +159,9 @@ def _check(x_nd, y_nd, weight_n, ridge, solver):
   x_nd, y_nd = jnp.asarray(x_nd), jnp.asarray(y_nd)
   if x_nd.ndim < 2 or x_nd.shape[:-1] != y_nd.shape[:-1] or not x_nd.size or not y_nd.size:
     raise ValueError(
-
-        f'cca: views must be [..., n, d1] and [..., n, d2] with the same rows, got {x_nd.shape} '
-        'and '
-        f'{y_nd.shape}'
-
+      f'cca: views must be [..., n, d1] and [..., n, d2] with the same rows, got {x_nd.shape} '
+      'and '
+      f'{y_nd.shape}'
     )
   if solver not in SOLVERS:
     raise ValueError(f'cca: solver {solver!r} is not one of {SOLVERS}')
