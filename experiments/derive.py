@@ -25,7 +25,7 @@ from PIL import Image
 from molt_jax.data import datasets, missing, transforms
 from molt_jax.data.sources import classes_of
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli
+from molt_jax.runtime import console
 
 TO = flags.DEFINE_string('to', '', 'Folder of the new table; must not be there yet.')
 LABELLED = flags.DEFINE_float(
@@ -100,7 +100,7 @@ def main():
   half = folder.with_name(f'{folder.name}.part')
   shutil.rmtree(half, ignore_errors=True)
   (half / 'images').mkdir(parents=True)
-  with cli.progress('writing', sum(map(len, data.splits.values())), 'rows') as bar:
+  with console.progress('writing', sum(map(len, data.splits.values())), 'rows') as bar:
     for split, source in data.splits.items():
       write(source, split, data.class_names, half, bar)
   half.rename(folder)

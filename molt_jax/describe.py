@@ -8,6 +8,14 @@ pictures with their texts. Counts are of all examples; lengths, sizes and the le
 evenly spaced ones a split.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('describe', sys.argv[1:]))
+
+import argparse
 import collections
 import contextlib
 import functools
@@ -15,7 +23,6 @@ import importlib.util
 import io
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,20 +34,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from molt_jax import errors
 from molt_jax.config import resolved
-from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, decode_report, examples, transforms
 from molt_jax.data import formats as formats_lib
 from molt_jax.data.sources import Dataset, Source, classes_of
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli, logbook, terminal
+from molt_jax.runtime import atomic, console, logbook, terminal
 from molt_jax.towers import files as files_lib
 
-FLAGS = (
-  cli.Flag('config', 'preset, e.g. configs/mm_imdb.py:small', required=True),
-  cli.Flag('out', 'folder for describe.json and contact_sheet.png; default: describe/DATASET'),
-  cli.Flag('sample', 'examples a split whose texts and images are looked at', '2000'),
-  cli.Flag('sheet', 'examples on the contact sheet', '24'),
-)
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 MANY = 1 << 30  # More tokens than any text has.
 # Of the contact sheet: pixels, and columns.
@@ -67,7 +67,7 @@ def describe(
     what describe.json holds.
   """
   splits = {}
-  with cli.progress(
+  with console.progress(
     'looking at examples',
     sum(min(sample, len(source)) for source in dataset.splits.values()),
     'examples',
@@ -323,8 +323,8 @@ def run(
   print_tables(report)
   for split, values in report['splits'].items():
     if values['unusable']:
-      cli.say(f'{split}: {values["unusable"]}')
-  cli.say(f'written: {out / "describe.json"}, {out / "contact_sheet.png"}')
+      console.log(f'{split}: {values["unusable"]}')
+  console.log(f'written: {out / "describe.json"}, {out / "contact_sheet.png"}')
   return report
 
 
@@ -337,25 +337,16 @@ def _tokenizer(config: ml_collections.ConfigDict) -> Callable[[str, int], Sequen
   try:
     return files_lib.open_files(config.backbones.text.path, kind='text').tokenizer().encode
   except UserError as error:
-    cli.say(f'texts are measured in words alone: {error}')
+    console.log(f'texts are measured in words alone: {error}')
     return None
 
 
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the module."""
-  flags, overrides = cli.parse(
-    'molt_jax.describe', 'Look at a data set before anything is trained.', FLAGS, argv
-  )
-  numbers = {}
-  for name in ('sample', 'sheet'):
-    text = getattr(flags, name)
-    if not text.isdigit() or int(text) < 1:
-      raise UserError(f'--{name}: {text!r} is not legal; give a number >= 1')
-    numbers[name] = int(text)
-  config = CLASSIFIER.load(flags.config, overrides)
-  run(config, pathlib.Path(flags.out or f'describe/{config.dataset.name}'), **numbers)
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command."""
+  out = pathlib.Path(flags.out or f'describe/{flags.config.dataset.name}')
+  run(flags.config, out, sample=flags.sample, sheet=flags.sheet)
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('describe', argv)

@@ -1,7 +1,14 @@
 """Evaluates a run with each modality absent: `python -m molt_jax.evaluate --workdir=DIR`."""
 
-import pathlib
 import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('evaluate', sys.argv[1:]))
+
+import argparse
+import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,46 +23,9 @@ from molt_jax.errors import UserError
 from molt_jax.evaluation import results, scoring, trained
 from molt_jax.evaluation.diagnostics import PredictionRecorder
 from molt_jax.features import extract
-from molt_jax.runtime import cli, processes
+from molt_jax.runtime import console, processes
 from molt_jax.training import workdir as workdirs
 from molt_jax.training.assembly import check_batch_sizes
-
-FLAGS = (
-  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-  cli.Flag('split', 'split to evaluate: train, validation or test', 'test'),
-  cli.Flag(
-    'absent',
-    (
-      "comma-separated conditions: none, text, image; default: all that the run's "
-      'dataset.modalities '
-      'allow'
-    ),
-  ),
-  cli.Flag(
-    'missing_rate',
-    'also evaluate with these shares of rows lacking a modality, 0 to 1, comma-separated',
-    '',
-  ),
-  cli.Flag(
-    'missing_type', 'what those rows lack: text, image or both; several: each at each rate', 'both'
-  ),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the module."""
-  flags, _ = cli.parse(
-    'molt_jax.evaluate', 'Evaluate a trained classifier with each modality absent.', FLAGS, argv
-  )
-  processes.join()
-  run(
-    pathlib.Path(flags.workdir),
-    split=flags.split,
-    absent=None if flags.absent is None else _words(flags.absent),
-    missing_rates=[_rate(word) for word in _words(flags.missing_rate)],
-    missing_types=_words(flags.missing_type),
-  )
 
 
 def run(
@@ -121,7 +91,7 @@ def run(
     observers=[recorder] if recorder else [],
   )
   for line in processes.lines_of_all(assembly.preprocess.report.line()):
-    cli.say(line)
+    console.log(line)
   return results.publish(
     workdir, split=split, results=scores, meta=run.meta, recorder=recorder, data=data
   )
@@ -178,5 +148,18 @@ def _check_choice(flag: str, value: str, legal: Collection[str]) -> None:
     raise UserError(f'{flag}: {value!r} is not legal; give one of {", ".join(legal)}')
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command."""
+  processes.join()
+  run(
+    pathlib.Path(flags.workdir),
+    split=flags.split,
+    absent=flags.absent,
+    missing_rates=flags.missing_rate,
+    missing_types=flags.missing_type,
+  )
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('evaluate', argv)

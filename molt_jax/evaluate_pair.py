@@ -5,10 +5,17 @@ the frozen image tower beside probes that need no tower (raw pixels, their princ
 See `pair_metrics` for what each number means. One JSON file, one table.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('evaluate_pair', sys.argv[1:]))
+
+import argparse
 import dataclasses
 import importlib.metadata
 import pathlib
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +30,9 @@ from molt_jax.config.json_files import read_json
 from molt_jax.data import datasets, decode_report, examples, fingerprint, transforms
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
-from molt_jax.pairs import model, retrieval_and_probes
-from molt_jax.runtime import atomic, cli, logbook, terminal
-from molt_jax.training import runs
+from molt_jax.evaluation import trained
+from molt_jax.pairs import in_use, retrieval_and_probes
+from molt_jax.runtime import atomic, console, logbook, terminal
 from molt_jax.training import workdir as workdir_lib
 
 SPLITS = ('train', 'validation', 'test')
@@ -51,7 +58,7 @@ def read_examples(
 ) -> Examples:
   """Reads and decodes a split; what cannot be decoded is reported and left out."""
   found = []
-  with cli.progress(title, len(source), 'examples') as bar:
+  with console.progress(title, len(source), 'examples') as bar:
     for index in np.arange(len(source)):
       if source.present[index, 0]:
         example = examples.read_example(source, int(index), image=True, report=report)
@@ -77,7 +84,7 @@ def read_dataset(dataset: Dataset, splits: Iterable[str] = SPLITS) -> dict[str, 
     for split in splits
   }
   if report.counts():
-    cli.say(report.line())
+    console.log(report.line())
   return examples
 
 
@@ -231,41 +238,20 @@ def print_table(results: Mapping[str, Any], title: str) -> None:
   terminal.print_table(table)
 
 
-FLAGS = (
-  cli.Flag('workdir', 'folder of a run of molt_jax.pretrain', required=True),
-  cli.Flag('split', 'split to score: train, validation or test', 'test'),
-  cli.Flag(
-    'table',
-    'another data set in the own-data layout, in the place of the one it was trained on',
-    '',
-  ),
-  cli.Flag(
-    'templates',
-    'prompts for zero-shot classification, {} is the class name, joined by |',
-    '|'.join(retrieval_and_probes.TEMPLATES),
-  ),
-  cli.Flag(
-    'probes', f'comma-separated linear probes: {", ".join(PROBES)}; empty: none', ','.join(PROBES)
-  ),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the module."""
-  flags, _ = cli.parse(
-    'molt_jax.evaluate_pair',
-    'Evaluate a pretrained pair of an image and a text tower.',
-    FLAGS,
-    argv,
-  )
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command."""
   run(
     pathlib.Path(flags.workdir),
     split=flags.split,
     table=flags.table,
-    templates=flags.templates.split('|'),
-    probes=[name for name in flags.probes.split(',') if name],
+    templates=flags.templates,
+    probes=flags.probes,
   )
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('evaluate_pair', argv)
 
 
 def run(
@@ -300,7 +286,9 @@ def run(
   if not table:
     data = trained.compare(opened, split, data)
   if dataset.multi_label:
-    cli.say('several labels an example: zero-shot classification and linear probes are left out')
+    console.log(
+      'several labels an example: zero-shot classification and linear probes are left out'
+    )
     probes = ()
   examples = read_dataset(dataset, SPLITS if probes else (split,))
   class_names = None if dataset.multi_label else dataset.class_names
@@ -310,7 +298,7 @@ def run(
     pair, examples, class_names, splits=[split], templates=templates, probes=probes
   )[split]
   for line in left_out(results, labelled=class_names is not None, probes=probes):
-    cli.say(line)
+    console.log(line)
   print_table(results, f'{dataset.name}, {split} split')
   record = {
     'dataset': dataset.name,
@@ -335,7 +323,3 @@ def _written(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(kept, dict):
     raise UserError(f'{path} is damaged (no JSON object); {remedy}')
   return kept
-
-
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))

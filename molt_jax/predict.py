@@ -2,11 +2,18 @@
 [--text=STRING]`.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('predict', sys.argv[1:]))
+
+import argparse
 import itertools
 import numbers
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -15,11 +22,11 @@ import numpy as np
 import PIL.Image
 
 from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
-from molt_jax.errors import UserError, article
-from molt_jax.runtime import cli, sharding, terminal
-from molt_jax.evaluation import trained
 from molt_jax.data.modalities import MODALITIES
+from molt_jax.errors import UserError, article
+from molt_jax.evaluation import trained
 from molt_jax.features.frozen import load_frozen
+from molt_jax.runtime import console, sharding, terminal
 
 
 class Predictor:
@@ -43,7 +50,9 @@ class Predictor:
     self._step = jax.jit(self._forward)
 
   def __repr__(self) -> str:
-    return f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._assembly.towers)}>'
+    return (
+      f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._assembly.towers)}>'
+    )
 
   def predict(
     self, image: Any = None, text: Any = None, *, top_k: int = 5
@@ -123,9 +132,9 @@ class Predictor:
       for name in ('image', 'tokens', 'token_mask', 'present')
     }
     frozen = self._towers_for(batch['present'].any(axis=0))
-    return np.asarray(self._step(self._variables, frozen, sharding.put_batch(batch, self._assembly.mesh)))[
-      : len(examples)
-    ]
+    return np.asarray(
+      self._step(self._variables, frozen, sharding.put_batch(batch, self._assembly.mesh))
+    )[: len(examples)]
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
     modalities = [m for m, use in zip(MODALITIES, used, strict=True) if use]
@@ -141,7 +150,9 @@ class Predictor:
     method = self._assembly.method
     features = method.features(frozen, batch)
     logits_bk = method(variables, frozen, features, batch, batch['present']).logits_bk
-    return jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
+    return (
+      jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
+    )
 
   def _result(self, probability_k: np.ndarray, present_m: np.ndarray, top_k: int) -> dict[str, Any]:
     best = np.argsort(-probability_k, kind='stable')[:top_k]
@@ -191,7 +202,7 @@ def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bo
       hint = ' (a word such as nan is absent too)' if remarks else ''
       raise UserError(f'predict: both image and text are absent{where}{hint}; give at least one')
   for line in remarks:
-    cli.say(line)
+    console.log(line)
   return pairs, many
 
 
@@ -276,24 +287,12 @@ def _path_remedy(path: str) -> str:
   return 'give the path of an image file'
 
 
-FLAGS = (
-  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-  cli.Flag('image', 'image file'),
-  cli.Flag('text', 'text'),
-  cli.Flag('top_k', 'labels to print', '5'),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the module: prints one JSON object."""
-  flags, _ = cli.parse('molt_jax.predict', 'Classify an image, a text, or both.', FLAGS, argv)
-  top_k = cli.whole_number(flags, 'top_k')
-  if flags.image is None and flags.text is None:
-    raise UserError('--image and --text are both absent; give at least one of them')
-  found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=top_k)
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command: prints one JSON object."""
+  found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=flags.top_k)
   print(terminal.json_line(found))
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('predict', argv)

@@ -6,8 +6,15 @@ and, at the end, tower/: the image tower as a Hugging Face directory, for `backb
 `transformers.CLIPVisionModel`. The same command goes on where a run stopped, bit for bit.
 """
 
-import pathlib
 import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('pretrain', sys.argv[1:]))
+
+import argparse
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +30,8 @@ from molt_jax.features import extract
 from molt_jax.objectives import contrastive
 from molt_jax.pairs import augment, batches, in_use, retrieval_and_probes
 from molt_jax.pairs import method as pairs
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
+from molt_jax.runtime.signals import exit_code
 from molt_jax.towers import export
 from molt_jax.training import train_state, workdir
 from molt_jax.training.assembly import Assembly
@@ -127,7 +135,7 @@ class PairTrainer(Trainer):
   def finish(self) -> pathlib.Path | None:
     """See `Trainer`: writes the image tower."""
     if self.assembly.preprocess.report.counts():
-      cli.say(self.assembly.preprocess.report.line())
+      console.log(self.assembly.preprocess.report.line())
     return write_tower(self.workdir)
 
   def _scores(self, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def _introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) ->
   counts = [
     f'{len(batches.complete_rows(data.splits[split]))} pairs in {split}' for split in SPLITS
   ]
-  cli.say(f'data: {data.name}, {", ".join(counts)}')
+  console.log(f'data: {data.name}, {", ".join(counts)}')
   for name, tower in assembly.towers.items():
     start = 'trained from scratch'
     if name in assembly.method.frozen:
@@ -225,9 +233,9 @@ def _introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) ->
     elif config.backbones[name].pretrained:
       start = 'trained on'
     shape = f'{tower.config.num_layers} layers, width {tower.config.hidden_size}'
-    cli.say(f'{name} tower: {tower.identity["path"]}, {shape}, {start}')
+    console.log(f'{name} tower: {tower.identity["path"]}, {shape}, {start}')
   count = train_state.count(state.params)
-  cli.say(
+  console.log(
     f'{count:,} parameters to train; {schedule.total} steps of {config.train.batch_size} pairs'
   )
 
@@ -275,35 +283,16 @@ def write_tower(folder: pathlib.Path) -> pathlib.Path | None:
     dtype=run.config.export.dtype,
   )
   size = sum(file.stat().st_size for file in written.iterdir()) / 1e6
-  cli.say(f'image tower: {written} ({size:.1f} MB)')
+  console.log(f'image tower: {written} ({size:.1f} MB)')
   return written
 
 
-FLAGS = (
-  cli.Flag('config', 'preset, e.g. configs/pretrain_openmoji.py', required=True),
-  cli.Flag('workdir', 'folder of the run', required=True),
-  cli.Flag('data_changed', 'go on with data that have changed since the checkpoint', switch=True),
-)
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command; exit code 130 or 143: stopped by a signal, saved."""
+  folder, data_changed = pathlib.Path(flags.workdir), flags.data_changed
+  return exit_code(lambda: pretrain(flags.config, folder, data_changed=data_changed))
 
 
-@cli.command
-def main(argv: Sequence[str]) -> int | None:
-  """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped
-  by a signal, saved.
-  """
-  flags, overrides = cli.parse(
-    'molt_jax.pretrain', 'Train an image tower and a text tower on pairs.', FLAGS, argv
-  )
-
-  def work():
-    pretrain(
-      PRETRAINING.load(flags.config, overrides),
-      pathlib.Path(flags.workdir),
-      data_changed=flags.data_changed,
-    )
-
-  return exit_code(work)
-
-
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('pretrain', argv)

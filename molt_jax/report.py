@@ -5,6 +5,14 @@ The page is one HTML file that opens from disk: no scripts, nothing from elsewhe
 files in the runs' folders; no model is loaded.
 """
 
+import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('report', sys.argv[1:]))
+
+import argparse
 import os
 import pathlib
 import sys
@@ -12,7 +20,7 @@ from collections.abc import Sequence
 
 from molt_jax.errors import UserError
 from molt_jax.reporting.runs import read
-from molt_jax.runtime import atomic, cli, terminal
+from molt_jax.runtime import atomic, terminal
 from molt_jax.training import workdir
 
 
@@ -51,30 +59,13 @@ def write(
   return out
 
 
-FLAGS = (
-  cli.Flag(
-    'workdir',
-    'folders of runs of molt_jax.train: several words, commas, or the flag again',
-    required=True,
-    many=True,
-  ),
-  cli.Flag(
-    'out',
-    'the page; default: report.html in the folder, of several runs comparison.html in the first',
-  ),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> None:
-  """Command line of the package: prints the page's path."""
-  flags, _ = cli.parse(
-    'molt_jax.report', 'Write one HTML page about one run, or several side by side.', FLAGS, argv
-  )
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command: prints the page's path."""
   if 'jax' not in sys.modules:  # To compare checkpoints with their checksums takes no device.
     os.environ['JAX_PLATFORMS'] = 'cpu'
   print(terminal.clean(write(flags.workdir, flags.out)))
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('report', argv)

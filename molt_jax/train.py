@@ -6,15 +6,21 @@ and, at the end, evaluation.json, run.json (data, device, seconds, memory) and w
 bit.
 """
 
-import pathlib
 import sys
+
+from molt_jax import commands
+
+if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
+  sys.exit(commands.run('train', sys.argv[1:]))
+
+import argparse
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Source, classes_of
 from molt_jax.evaluation import records, results, scoring, trained
@@ -22,7 +28,7 @@ from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics, Predicti
 from molt_jax.features import extract, store
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.objectives import cross_entropy
-from molt_jax.runtime import cli, processes, sharding
+from molt_jax.runtime import console, processes, sharding
 from molt_jax.runtime.signals import exit_code
 from molt_jax.training import imputation_fit, losses, train_state, workdir
 from molt_jax.training.assembly import Assembly
@@ -174,7 +180,7 @@ class ClassifierTrainer(Trainer):
       self.workdir, split='test', results=scores, meta=run.meta, recorder=recorder, data=data
     )
     for line in processes.lines_of_all(self.assembly.preprocess.report.line()):
-      cli.say(line)
+      console.log(line)
     return record
 
   def _record_pairs(self, variables: Mapping[str, Any], pairs: PairDiagnostics, step: int) -> None:
@@ -245,7 +251,7 @@ def introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> 
   """Tells the user in a few lines what is about to be trained."""
   data, config = assembly.data, assembly.config
   sizes = [f'{len(source)} {name}{_gaps(source)}' for name, source in data.splits.items()]
-  cli.say(f'data: {data.name}, {", ".join(sizes)}, {assembly.num_classes} classes')
+  console.log(f'data: {data.name}, {", ".join(sizes)}, {assembly.num_classes} classes')
   for modality, tower in assembly.towers.items():
     path, shape = tower.identity['path'], tower.config
     note = ', frozen'
@@ -254,9 +260,9 @@ def introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> 
     if path.startswith('random:'):
       note += ' (RANDOM weights: nothing was learned before)'
     layers = f'{shape.num_layers} layers, width {shape.hidden_size}'
-    cli.say(f'{modality} tower: {path}, {layers}{note}')
+    console.log(f'{modality} tower: {path}, {layers}{note}')
   count = train_state.count(state.params)
-  cli.say(
+  console.log(
     f'head: {config.method}, {count:,} parameters; {schedule.total} steps of '
     f'{config.train.batch_size}'
   )
@@ -278,25 +284,13 @@ def _gaps(source: Source) -> str:
   return f' ({", ".join(said)})' if said else ''
 
 
-FLAGS = (
-  cli.Flag('config', 'preset, e.g. configs/quickstart.py', required=True),
-  cli.Flag('workdir', 'folder of the run', required=True),
-  cli.Flag('data_changed', 'go on with data that have changed since the checkpoint', switch=True),
-)
-
-
-@cli.command
-def main(argv: Sequence[str]) -> int | None:
-  """Command line of the module. Exit code 0: done; 2: a mistake of the user's; 130 or 143: stopped
-  by a signal, saved.
-  """
-  purpose = 'Train a robust image+text classifier on frozen towers.'
-  flags, overrides = cli.parse('molt_jax.train', purpose, FLAGS, argv)
-  config = CLASSIFIER.load(flags.config, overrides)
+def command(flags: argparse.Namespace) -> int | None:
+  """The work of the command; exit code 130 or 143: stopped by a signal, saved."""
   processes.join()
   folder, data_changed = pathlib.Path(flags.workdir), flags.data_changed
-  return exit_code(lambda: train(config, folder, data_changed=data_changed))
+  return exit_code(lambda: train(flags.config, folder, data_changed=data_changed))
 
 
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+def main(argv: Sequence[str]) -> int:
+  """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
+  return commands.run('train', argv)

@@ -1,11 +1,14 @@
 """The schema, its errors, and the rule that every field is read by something."""
 
 import ast
+import dataclasses
+import json
 import pathlib
 
 import pytest
 
-from molt_jax.config import resolved
+from molt_jax import config as config_package
+from molt_jax.config import presets, resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.errors import UserError
@@ -132,8 +135,72 @@ def test_an_override_that_python_cannot_parse_is_one_line(text):
 
 
 def test_a_missing_preset_is_named():
-  with pytest.raises(UserError, match='no file .nowhere.py'):
+  with pytest.raises(UserError, match='no file .nowhere.py.*one of the presets hateful_memes, mm_'):
     CLASSIFIER.load('nowhere.py')
+
+
+def test_a_preset_of_the_package_goes_by_its_name_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert CLASSIFIER.load('quickstart').dataset.name == 'openmoji'
+  assert CLASSIFIER.load('mm_imdb:robust') == CLASSIFIER.load(f'{ROOT}/configs/mm_imdb.py:robust')
+  assert PRETRAINING.load('pretrain_openmoji').objective.v2v == 1.0
+  with pytest.raises(UserError, match='no file .configs/table.py. here; .* is --config=table$'):
+    CLASSIFIER.load('configs/table.py')
+  (tmp_path / 'table').write_text('')  # No preset, as it does not end in .py.
+  assert CLASSIFIER.load('table').dataset.name == 'table'
+
+
+@pytest.mark.parametrize(
+  ('schema', 'preset'), [(CLASSIFIER, 'pretrain_openmoji'), (PRETRAINING, 'quickstart')]
+)
+def test_a_preset_of_another_command_is_refused(schema, preset):
+  with pytest.raises(UserError, match=f'{preset!r} is a preset of another command'):
+    schema.load(preset)
+
+
+def test_presets_share_what_a_laptop_needs():
+  quickstart, table = (CLASSIFIER.load(name) for name in ('quickstart', 'table'))
+  changed = {line.split(':')[0] for line in resolved.differences(quickstart, table)}
+  assert changed == {'dataset.name', 'dataset.path', 'text.max_tokens'}
+  default, robust = CLASSIFIER.default(), CLASSIFIER.load('mm_imdb:small,robust')
+  for name in presets.WITHOUT_ADDITIONS:
+    assert CLASSIFIER.get(robust, name) == CLASSIFIER.get(default, name)
+  for name in presets.BEST:
+    assert CLASSIFIER.get(robust, name) == CLASSIFIER.get(quickstart, name)
+
+
+def test_what_presets_of_users_import_is_there():
+  assert config_package.default_config() == CLASSIFIER.default()
+  pretrain = config_package.default_config(config_package.PRETRAIN_SCHEMA)
+  assert pretrain == PRETRAINING.default()
+  text = resolved.to_json(CLASSIFIER.load('quickstart'))
+  assert config_package.from_json(text) == config_package.load_config('quickstart')
+  assert config_package.load_config(
+    'pretrain_openmoji', schema=config_package.PRETRAIN_SCHEMA
+  ) == config_package.from_json(
+    resolved.to_json(PRETRAINING.load('pretrain_openmoji')), config_package.PRETRAIN_SCHEMA
+  )
+  assert config_package.SCHEMA is CLASSIFIER
+
+
+def test_fields_of_older_versions_are_read_under_their_new_names(tmp_path):
+  renamed = {'molt.depth': ('molt.num_layers', int), 'speed': ('optimizer.learning_rate', float)}
+  schema = dataclasses.replace(CLASSIFIER, renamed=renamed)
+  saved = json.loads(resolved.to_json(CLASSIFIER.load('quickstart')))
+  del saved['molt']['num_layers'], saved['optimizer']['learning_rate']
+  saved['molt']['depth'], saved['speed'] = '3', 1
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  config = schema.read_run(tmp_path)
+  assert (config.molt.num_layers, config.optimizer.learning_rate) == (3, 1.0)
+  with pytest.raises(UserError, match='holds no run of .*config.molt.depth: no such field'):
+    CLASSIFIER.read_run(tmp_path)
+  with pytest.raises(UserError, match='config.molt.depth: no such field'):
+    schema.load('quickstart', {'molt.depth': '3'})  # What is written today uses today's names.
+
+
+def test_renamed_fields_are_not_fields():
+  for schema in (CLASSIFIER, PRETRAINING):
+    assert not set(schema.renamed) & {name for name, _ in schema.items()}
 
 
 def test_json_round_trip_and_differences():

@@ -20,7 +20,7 @@ from molt_jax.data import datasets
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 from molt_jax.methods import model as model_lib
-from molt_jax.runtime import cli, logbook
+from molt_jax.runtime import console, logbook
 from molt_jax.training import loop, runs
 
 
@@ -237,7 +237,7 @@ def textless(tmp_path_factory, make_tiny_config, tiny_table):
   config, said = make_tiny_config(), []
   config.dataset.path, config.train.epochs, config.train.eval_every = str(table), 0.5, 3
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(cli, 'say', said.append)
+    patch.setattr(console, 'log', said.append)
     train.train(config, table / 'run')
   return table / 'run', said
 

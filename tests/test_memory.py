@@ -25,7 +25,9 @@ LLAMA_MATRICES, CLIP_MATRICES = (
 )
 REST = LLAMA + CLIP - LLAMA_MATRICES - CLIP_MATRICES
 AS_ON_AN_ACCELERATOR = {
-  'xla_disable_hlo_passes': 'while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion',
+  'xla_disable_hlo_passes': (
+    'while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion'
+  ),
   'xla_backend_optimization_level': 0,  # Of the machine code, which is not run.
 }
 

@@ -211,10 +211,10 @@ def test_the_command_writes_what_it_prints(trained, capsys):
 @pytest.mark.parametrize(
   'argument, said',
   [
-    ('--split=dev', "--split: 'dev' is not legal; give train, validation, test"),
+    ('--split=dev', "--split: 'dev' is not legal; give one of train, validation, test"),
     (
       '--probes=tower,knn',
-      "--probes: 'knn' is not legal; give tower, tokens, embedding, pixels, pca",
+      "--probes: 'knn' is not legal; give one of tower, tokens, embedding, pixels, pca",
     ),
     ('--templates=a picture', "templates: 'a picture' is not legal"),
     ('--table=/nowhere', "'/nowhere' is not a folder"),

@@ -296,7 +296,7 @@ def test_an_incomplete_description_of_the_processes_is_refused(
 PAIR = """
 import os, signal, sys, time
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli, lost, processes
+from molt_jax.runtime import command_line, lost, processes
 lost.HEARTBEAT_SECONDS = 4
 def fail():
   raise UserError('something to mend')
@@ -306,7 +306,7 @@ DEEDS = {
     'die': lambda: os.kill(os.getpid(), signal.SIGKILL),
     'fail': fail,
 }
-@cli.command
+@command_line.command
 def main(argv):
   processes.join()
   lost.tell_step(lambda: 40)

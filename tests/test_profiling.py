@@ -15,6 +15,7 @@ import pytest
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.profiling import accounting
+from molt_jax.runtime import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -131,7 +132,10 @@ BARE = """
 import runpy, sys
 class Lacking:
   def find_spec(self, name, path=None, target=None):
-    if name.split('.')[0] in ('ml_collections', 'grain', 'tensorflow_datasets', 'array_record', 'gguf', 'qwix', 'PIL', 'tensorboardX'):
+    if name.split('.')[0] in (
+      'ml_collections', 'grain', 'tensorflow_datasets', 'array_record', 'gguf', 'qwix', 'PIL',
+      'tensorboardX',
+    ):
       raise ModuleNotFoundError(name, name=name)
 import importlib.util
 find = importlib.util.find_spec
@@ -275,7 +279,7 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
     '--width=8',
     '--preset=paper',
   ]
-  flags = bench_train.cli.parse(
+  flags = command_line.parse(
     'bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,rival', '--rounds=2']
   )[0]
   config = bench_train.make_config(flags, batch=24, width=8, preset='paper')
@@ -343,13 +347,14 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
   assert len(commands) == len(names)
   for script, *arguments in commands:
     tool = {'tools/bench_train.py': bench_train, 'tools/profile_step.py': profile_step}[script]
-    flags, overrides = tool.cli.parse('x', '', tool.FLAGS, [a for a in arguments if a != '--json'])
+    schema = None if tool is bench_train else CLASSIFIER
+    flags, overrides = command_line.parse('x', '', tool.FLAGS, arguments, schema=schema)
     if tool is profile_step:
-      config = tool.CLASSIFIER.load(str(ROOT / flags.config), overrides)
+      config = CLASSIFIER.load(str(ROOT / flags.config), overrides)
       assert (config.train.batch_size, config.text.max_tokens, config.molt.width) == (32, 128, 1024)
     else:
-      for preset in flags.preset.split(','):
-        config = bench_train.make_config(flags, batch=32, width=int(flags.width), preset=preset)
+      for preset in flags.preset:
+        config = bench_train.make_config(flags, batch=32, width=flags.width[0], preset=preset)
     assert (
       config.backbones.text.path == 'random:llama-7b'
       and config.backbones.dtype == config.compute_dtype == 'bfloat16'

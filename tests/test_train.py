@@ -16,7 +16,7 @@ from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
-from molt_jax.runtime import cli, logbook, sharding
+from molt_jax.runtime import console, logbook, sharding
 from molt_jax.training import checkpoint, loop, train_state
 from molt_jax.training import step as step_lib
 
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(six_steps, tmp_pat
 
 
 def test_a_bar_on_no_terminal_says_plain_lines(monkeypatch, capsys):
-  monkeypatch.setattr(cli, 'PLAIN_LINE_SECONDS', 0.0)
-  with cli.progress('counting', 4, 'things') as bar:
+  monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)
+  with console.progress('counting', 4, 'things') as bar:
     bar.advance(2, 'half way')
   assert 'counting: 2/4 things' in capsys.readouterr().err

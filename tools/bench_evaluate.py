@@ -14,12 +14,16 @@ import sys
 from collections.abc import Sequence
 
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag, choice
 
+SPLITS = choice('train', 'validation', 'test')
+ABSENT = ('none', 'text', 'image')
 FLAGS = (
-  cli.Flag('workdir', 'folder of a run of molt_jax.train', required=True),
-  cli.Flag('split', 'split to evaluate', 'test'),
-  cli.Flag('absent', 'conditions, comma-separated', 'none,text,image'),
+  Flag('workdir', 'folder of a run of molt_jax.train', required=True),
+  Flag('split', 'split to evaluate', 'test', rule=SPLITS),
+  Flag('absent', 'conditions', ABSENT, rule=choice(*ABSENT), many=True),
+  Flag('json', 'print JSON', switch=True),
 )
 UNIT = 1 if sys.platform == 'darwin' else 1024  # Of ru_maxrss, in bytes.
 
@@ -40,21 +44,20 @@ def measure(arguments: Sequence[str]) -> dict[str, float]:
   return {'peak_bytes': usage.ru_maxrss * UNIT, 'cpu_seconds': usage.ru_utime + usage.ru_stime}
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
-  as_json = '--json' in argv
-  flags, _ = cli.parse(
-    'tools.bench_evaluate',
+  flags, _ = parse(
+    'python tools/bench_evaluate.py',
     'Memory and CPU seconds of an evaluation.',
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
   )
   found = {
     name: measure([f'--workdir={flags.workdir}', f'--split={flags.split}', f'--absent={name}'])
-    for name in flags.absent.split(',')
+    for name in flags.absent
   }
-  if as_json:
+  if flags.json:
     print(json.dumps(found))
   else:
     for name, x in found.items():

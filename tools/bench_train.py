@@ -37,34 +37,15 @@ import numpy as np
 import molt_jax
 from molt_jax.config import presets
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.errors import UserError
+from molt_jax.config.fields import Rule, at_least
 from molt_jax.profiling import accounting
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag, choice
 from molt_jax.towers import architectures
 
 SHIPPED = 'openmoji'
 CONTESTANTS = ('live', 'live_padded', 'store', 'rival', 'rival_compiled')
-FLAGS = (
-  cli.Flag('text', 'text architecture', 'smollm2-135m'),
-  cli.Flag('image', f'image architecture, or {SHIPPED}: the shipped tower', SHIPPED),
-  cli.Flag('tokens', 'most tokens of a text', '16'),
-  cli.Flag(
-    'lengths',
-    'of texts: mean,deviation in tokens (log-normal), or full: all have --tokens',
-    '6,3.6',
-  ),
-  cli.Flag('batch', 'batch sizes, comma-separated', '64'),
-  cli.Flag('width', 'd_c, comma-separated', '128,1024'),
-  cli.Flag('preset', 'paper, robust or both', 'paper,robust'),
-  cli.Flag('contestants', f'of {", ".join(CONTESTANTS)}', 'live,live_padded,store,rival'),
-  cli.Flag('dtype', 'float32 or bfloat16, of towers and head', 'float32'),
-  cli.Flag('attention', 'xla or cudnn, in our towers', 'xla'),
-  cli.Flag('quantization', 'none, int8 or int4, of our towers', 'none'),
-  cli.Flag('solver', 'eigh or newton_schulz, of our CCA', 'eigh'),
-  cli.Flag('classes', 'number of classes', '101'),
-  cli.Flag('rounds', 'timed steps of each contestant', '5'),
-  cli.Flag('out', 'file to write the JSON to', ''),
-)
 PAPER = {
   name: presets.PAPER[name]
   for name in (
@@ -79,6 +60,44 @@ PAPER = {
   )
 }
 PRESETS = {'paper': PAPER, 'robust': {}}
+LENGTHS = Rule(
+  'full, or mean,standard deviation such as 6,3.6',
+  lambda v: v == 'full' or re.fullmatch(r'[\d.]+,[\d.]+', v) is not None,
+)
+FLAGS = (
+  Flag('text', 'text architecture', 'smollm2-135m', rule=choice(*architectures.LLAMA)),
+  Flag(
+    'image',
+    f'image architecture, or {SHIPPED}: the shipped tower',
+    SHIPPED,
+    rule=choice(*architectures.CLIP_VISION, SHIPPED),
+  ),
+  Flag('tokens', 'most tokens of a text', 16, type=int, rule=at_least(1)),
+  Flag(
+    'lengths',
+    'of texts: mean and standard deviation in tokens (log-normal), or full: all have --tokens',
+    '6,3.6',
+    rule=LENGTHS,
+  ),
+  Flag('batch', 'batch sizes', (64,), type=int, rule=at_least(1), many=True),
+  Flag('width', 'd_c', (128, 1024), type=int, rule=at_least(1), many=True),
+  Flag('preset', 'settings', tuple(PRESETS), rule=choice(*PRESETS), many=True),
+  Flag(
+    'contestants',
+    'what takes turns',
+    ('live', 'live_padded', 'store', 'rival'),
+    rule=choice(*CONTESTANTS),
+    many=True,
+  ),
+  Flag('dtype', 'of towers and head', 'float32', rule=choice('float32', 'bfloat16')),
+  Flag('attention', 'in our towers', 'xla', rule=choice('xla', 'cudnn')),
+  Flag('quantization', 'of our towers', 'none', rule=choice('none', 'int8', 'int4')),
+  Flag('solver', 'of our CCA', 'eigh', rule=choice('eigh', 'newton_schulz')),
+  Flag('classes', 'number of classes', 101, type=int, rule=at_least(1)),
+  Flag('rounds', 'timed steps of each contestant', 5, type=int, rule=at_least(1)),
+  Flag('out', 'file to write the JSON to', ''),
+  Flag('json', 'print JSON', switch=True),
+)
 
 
 def shape_of(kind: str, name: str) -> dict:
@@ -93,11 +112,11 @@ def shape_of(kind: str, name: str) -> dict:
 def lengths(flags, rows: int) -> np.ndarray:
   """Tokens of each text, as --lengths says; the same for all contestants."""
   if flags.lengths == 'full':
-    return np.full(rows, cli.whole_number(flags, 'tokens'))
+    return np.full(rows, flags.tokens)
   mean, deviation = map(float, flags.lengths.split(','))
   spread = math.sqrt(math.log1p((deviation / mean) ** 2))
   drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, rows)
-  return np.clip(np.rint(drawn), 1, cli.whole_number(flags, 'tokens')).astype(int)
+  return np.clip(np.rint(drawn), 1, flags.tokens).astype(int)
 
 
 def make_config(flags, *, batch: int, width: int, preset: str):
@@ -105,11 +124,11 @@ def make_config(flags, *, batch: int, width: int, preset: str):
   config = CLASSIFIER.default()
   values = {
     'dataset.path': 'unread',
-    'text.max_tokens': cli.whole_number(flags, 'tokens'),
+    'text.max_tokens': flags.tokens,
     'train.batch_size': batch,
     'molt.width': width,
     'backbones.text.path': f'random:{flags.text}',
-    'backbones.image.path': f'pkg://molt_jax/towers/{SHIPPED}'
+    'backbones.image.path': f'pkg://molt_jax/pretrained/{SHIPPED}'
     if flags.image == SHIPPED
     else f'random:{flags.image}',
     'classifier.hidden': min(512, 2 * width),
@@ -181,7 +200,7 @@ class Theirs:
     settings = self._lib.Settings(
       width=config.molt.width,
       num_layers=config.molt.num_layers,
-      num_classes=int(self._flags.classes),
+      num_classes=self._flags.classes,
       ridge=config.cca.ridge,
     )
     batch = self._lib.make_batch(host, self.device)
@@ -216,39 +235,36 @@ class Theirs:
 
 def measure(flags) -> dict:
   """Returns the report; every case is said on stderr as it is done."""
-  wanted = _choices('contestants', flags.contestants, CONTESTANTS)
-  presets = _choices('preset', flags.preset, tuple(PRESETS))
+  wanted = flags.contestants
   theirs = Theirs(flags) if any(name.startswith('rival') for name in wanted) else None
   frozen, cases = None, []
-  for batch, width, preset in itertools.product(
-    _numbers('batch', flags.batch), _numbers('width', flags.width), presets
-  ):
+  for batch, width, preset in itertools.product(flags.batch, flags.width, flags.preset):
     config = make_config(flags, batch=batch, width=width, preset=preset)
-    ours = Ours(config, cli.whole_number(flags, 'classes'), frozen, lengths(flags, batch))
+    ours = Ours(config, flags.classes, frozen, lengths(flags, batch))
     frozen = ours.frozen
     runs = ours.runs(wanted)
     if theirs:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
-    taken = accounting.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
+    taken = accounting.seconds_in_turn(runs, rounds=flags.rounds)
     cases.append(
       _case(batch, width, preset, taken, theirs)
       | {'real_tokens': int(ours.host['token_mask'].sum())}
     )
-    cli.say(_line(cases[-1]))
+    console.log(_line(cases[-1]))
     del runs, ours
     gc.collect()
   return {
     'text': flags.text,
     'image': flags.image,
-    'tokens': int(flags.tokens),
+    'tokens': flags.tokens,
     'lengths': flags.lengths,
-    'classes': int(flags.classes),
+    'classes': flags.classes,
     'dtype': flags.dtype,
     'attention': flags.attention,
     'quantization': flags.quantization,
     'solver': flags.solver,
-    'rounds': cli.whole_number(flags, 'rounds'),
+    'rounds': flags.rounds,
     'cases': cases,
     'device': jax.devices()[0].device_kind,
     'cpus': os.cpu_count(),
@@ -299,45 +315,22 @@ def _line(case):
   )
 
 
-def _numbers(name, text):
-  if not all(x.isdigit() and int(x) > 0 for x in text.split(',')):
-    raise UserError(f'--{name}: {text!r} is not a list of positive numbers such as 32,64')
-  return [int(x) for x in text.split(',')]
-
-
-def _choices(name, text, legal):
-  if wrong := [x for x in text.split(',') if x not in legal]:
-    raise UserError(f'--{name}: {wrong[0]!r} is not legal; give some of {",".join(legal)}')
-  return text.split(',')
-
-
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
-  as_json = '--json' in argv
-  flags, _ = cli.parse(
-    'tools.bench_train',
+  flags, _ = parse(
+    'python tools/bench_train.py',
     "Our training step against PyTorch's.",
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
   )
-  for name, legal in (
-    ('text', architectures.LLAMA),
-    ('image', (*architectures.CLIP_VISION, SHIPPED)),
-  ):
-    _choices(name, getattr(flags, name), tuple(legal))
-  if flags.lengths != 'full' and not re.fullmatch(r'[\d.]+,[\d.]+', flags.lengths):
-    raise UserError(
-      f'--lengths: {flags.lengths!r} is not legal; give full, or mean,deviation such as 6,3.6'
-    )
-  _numbers('rounds', flags.rounds)
   report = json.dumps(measure(flags), indent=2)
   if flags.out:
     path = pathlib.Path(flags.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix('.tmp').write_text(report + '\n')
     path.with_suffix('.tmp').replace(path)
-  if as_json:
+  if flags.json:
     print(report)
 
 

@@ -110,18 +110,23 @@ def _one(work, inputs, folder, printed, options, expected, counts) -> None:
 
 
 def main(argv: list[str]) -> int:
-  from molt_jax.runtime import cli
+  from molt_jax.config.fields import at_least
+  from molt_jax.runtime.command_line import parse
+  from molt_jax.runtime.flags import Flag, choice
 
-  flags, _ = cli.parse(
-    'disk_full',
+  legal = tuple(kills.works(pathlib.Path()))
+  flags, _ = parse(
+    'python tools/disk_full.py',
     'Fill the disk under commands.',
     (
-      cli.Flag('work', 'comma-separated kinds of work', ','.join(kills.works(pathlib.Path()))),
-      cli.Flag('sizes', 'how many, of bytes and of numbers of files each', '12'),
+      Flag('work', 'kinds of work', legal, rule=choice(*legal), many=True),
+      Flag(
+        'sizes', 'how many, of bytes and of numbers of files each', 12, type=int, rule=at_least(1)
+      ),
     ),
     argv,
   )
-  names = flags.work.split(',')
+  names = flags.work
   with tempfile.TemporaryDirectory(prefix='disk_full_') as folder:
     folder = pathlib.Path(folder)
     os.environ.update(tiny_run.environment(folder / 'xla'))
@@ -130,7 +135,7 @@ def main(argv: list[str]) -> int:
     failed = False
     for name in names:
       work = kills.works(folder / 'inputs')[name]
-      counts = trial(work, folder / 'inputs', folder / 'disk', folder, sizes=int(flags.sizes))
+      counts = trial(work, folder / 'inputs', folder / 'disk', folder, sizes=flags.sizes)
       print(json.dumps({'work': name, **counts}, indent=1), flush=True)
       failed |= bool(counts['differing'] or counts['wrong'])
   return int(failed)

@@ -30,13 +30,15 @@ from typing import Any
 from molt_jax.data.published import openmoji
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli
+from molt_jax.runtime import atomic, console
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
 
 FLAGS = (
-  cli.Flag('archives', 'folder of the *.tgz archives', required=True),
-  cli.Flag('icons', 'folder of *.tgz archives of icons; empty: none', default=''),
-  cli.Flag('out', 'folder to write; it must not exist', required=True),
-  cli.Flag('data_dir', 'folder of prepared data sets', default='~/.cache/molt_jax/datasets'),
+  Flag('archives', 'folder of the *.tgz archives', required=True),
+  Flag('icons', 'folder of *.tgz archives of icons; empty: none', default=''),
+  Flag('out', 'folder to write; it must not exist', required=True),
+  Flag('data_dir', 'folder of prepared data sets', default='~/.cache/molt_jax/datasets'),
 )
 COLUMNS = ('image', 'text', 'label')
 FILES = (
@@ -180,7 +182,7 @@ def rows_of(
   source: Source, class_names: Sequence[str], collections: Mapping[str, Collection]
 ) -> Iterable[tuple[str, bytes, str, str]]:
   """Yields the rows of a split of OpenMoji, each followed by its other drawings."""
-  with cli.progress('drawing', len(source), 'emoji') as bar:
+  with console.progress('drawing', len(source), 'emoji') as bar:
     for index, emoji in enumerate(source.ids):
       example = source.read(index, image=True)
       row = example['text'], class_names[int(example['label'])]
@@ -202,7 +204,7 @@ def rows_of_icons(
     for style, collection in collections.items()
     for name in collection.drawings(ICONS.get(style, ''))
   ]
-  with cli.progress('drawing', len(chosen), 'icons') as bar:
+  with console.progress('drawing', len(chosen), 'icons') as bar:
     for style, name in chosen:
       if plain(text := described(name)) not in left_out:
         yield f'{style}/{name}', openmoji.render(svg_string=collections[style].svg(name)), text, ''
@@ -248,10 +250,13 @@ def licenses(collections: Mapping[str, Collection]) -> str:
   return '\n'.join(lines) + '\n'
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
-  flags, _ = cli.parse(
-    'tools.emoji_styles', 'Draw the emoji of OpenMoji in other hands as well.', FLAGS, argv
+  flags, _ = parse(
+    'python tools/emoji_styles.py',
+    'Draw the emoji of OpenMoji in other hands as well.',
+    FLAGS,
+    argv,
   )
   out = pathlib.Path(flags.out).expanduser()
   if out.exists():
@@ -265,7 +270,7 @@ def main(argv: Sequence[str]) -> None:
   for split, source in data.splits.items():
     rows = rows_of(source, data.class_names, hands if split == 'train' else {})
     more = rows_of_icons(icons, names_held_out(data.splits)) if split == 'train' and icons else ()
-    cli.say(
+    console.log(
       f'{split}: {write_split(partial, split, itertools.chain(rows, more))} pictures, '
       f'{len(source)} emoji'
     )

@@ -331,19 +331,22 @@ def _finish(work: Work, folder: pathlib.Path) -> float:
 
 
 def main(argv: list[str]) -> int:
-  from molt_jax.runtime import cli
+  from molt_jax.config.fields import at_least
+  from molt_jax.runtime.command_line import parse
+  from molt_jax.runtime.flags import Flag, choice
 
-  flags, _ = cli.parse(
-    'kills',
+  legal = tuple(works(pathlib.Path()))
+  flags, _ = parse(
+    'python tools/kills.py',
     'Kill commands at random moments.',
     (
-      cli.Flag('work', 'comma-separated kinds of work', ','.join(works(pathlib.Path()))),
-      cli.Flag('kills', 'of each kind', '20'),
-      cli.Flag('seed', 'of the moments', '0'),
+      Flag('work', 'kinds of work', legal, rule=choice(*legal), many=True),
+      Flag('kills', 'of each kind', 20, type=int, rule=at_least(1)),
+      Flag('seed', 'of the moments', 0, type=int, rule=at_least(0)),
     ),
     argv,
   )
-  names = flags.work.split(',')
+  names = flags.work
   with tempfile.TemporaryDirectory(prefix='kills_') as folder:
     folder = pathlib.Path(folder)
     os.environ.update(tiny_run.environment(folder / 'xla'))
@@ -352,9 +355,7 @@ def main(argv: list[str]) -> int:
     for name in names:
       (folder / name).mkdir()
       work = works(folder / 'inputs')[name]
-      counts = trial(
-        work, folder / 'inputs', folder / name, kills=int(flags.kills), seed=int(flags.seed)
-      )
+      counts = trial(work, folder / 'inputs', folder / name, kills=flags.kills, seed=flags.seed)
       print(json.dumps({'work': name, **counts}), flush=True)
       failed |= bool(counts['differing'] or counts['failed'])
       shutil.rmtree(folder / name)

@@ -14,13 +14,16 @@ import io
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
+from molt_jax.config.fields import at_least
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli
+from molt_jax.runtime import console
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
 
 COLOURS = ((200, 40, 40), (40, 170, 60), (50, 70, 210), (220, 190, 40))
 PHRASES = (
@@ -34,11 +37,17 @@ PHRASES = (
   'plain words only',
 )
 FLAGS = (
-  cli.Flag('dataset', 'mm_imdb, upmc_food101, snli_ve or hateful_memes', required=True),
-  cli.Flag('out', 'new or empty folder to write it to', required=True),
-  cli.Flag('layout', 'which of the layouts in use; default: the first'),
-  cli.Flag('examples', 'training examples; validation and test get half as many each', '24'),
-  cli.Flag('seed', 'of pictures and sizes', '0'),
+  Flag('dataset', 'mm_imdb, upmc_food101, snli_ve or hateful_memes', required=True),
+  Flag('out', 'new or empty folder to write it to', required=True),
+  Flag('layout', 'which of the layouts in use; default: the first'),
+  Flag(
+    'examples',
+    'training examples; validation and test get half as many each',
+    24,
+    type=int,
+    rule=at_least(9),
+  ),
+  Flag('seed', 'of pictures and sizes', 0, type=int, rule=at_least(0)),
 )
 
 
@@ -336,26 +345,23 @@ def make(
     raise UserError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from error
 
 
-def _integers(flags) -> Iterator[int]:
-  for name in ('examples', 'seed'):
-    text = getattr(flags, name)
-    if not text.isdigit():
-      raise UserError(f'--{name}: {text!r} is not a whole number; give one such as 24')
-    yield int(text)
-
-
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
-  flags, _ = cli.parse(
-    'tools.make_fixture',
+  flags, _ = parse(
+    'python tools/make_fixture.py',
     'Write a miniature of a published data set, as it is unpacked.',
     FLAGS,
     argv,
   )
-  examples, seed = _integers(flags)
-  make(flags.dataset, pathlib.Path(flags.out), layout=flags.layout, examples=examples, seed=seed)
-  cli.say(f'a miniature {flags.dataset} is in {flags.out}')
+  make(
+    flags.dataset,
+    pathlib.Path(flags.out),
+    layout=flags.layout,
+    examples=flags.examples,
+    seed=flags.seed,
+  )
+  console.log(f'a miniature {flags.dataset} is in {flags.out}')
 
 
 if __name__ == '__main__':

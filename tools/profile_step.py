@@ -1,14 +1,19 @@
-"""Where the time and memory of a training step go: `python tools/profile_step.py --config=configs/quickstart.py [--json] [--config.FIELD=VALUE]`.
+r"""Where the time and memory of a training step go:
+`python tools/profile_step.py --config=configs/quickstart.py [--json] [--config.FIELD=VALUE]`.
 
-Compiles the config's live step (towers included) and runs it on noise: compile time, seconds a step, FLOPs, FLOP/s and, on known devices, MFU
-(model FLOPs utilisation), memory, and the split over towers, head, CCA and optimiser, twice: from parts that are compiled on their own, and from
-a trace of the whole step, which is kept for XProf (`xprof TRACE`). With --data=dataset it also trains on the real input pipeline and says how
-long a step waits for it.
+Compiles the config's live step (towers included) and runs it on noise: compile time, seconds per
+step, FLOPs, FLOP/s and, on known devices, MFU (model FLOPs utilisation), memory, and the split over
+towers, head, CCA and optimiser, twice: from parts that are compiled on their own, and from a trace
+of the whole step, which is kept for XProf (`xprof TRACE`). With --data=dataset it also trains on
+the real input pipeline and tells how long a step waits for it.
 
-`random:NAME` towers are drawn on the device (molt_jax/towers/architectures.py has the names), so full-size models need no files:
+`random:NAME` towers are drawn on the device (molt_jax/towers/architectures.py has the names), so
+full-size models need no files:
 
-  python tools/profile_step.py --config=configs/quickstart.py --config.backbones.text.path=random:llama-7b \
-    --config.backbones.image.path=random:clip-vit-l-14 --config.backbones.dtype=bfloat16 --config.compute_dtype=bfloat16 \
+  python tools/profile_step.py --config=configs/quickstart.py \
+    --config.backbones.text.path=random:llama-7b \
+    --config.backbones.image.path=random:clip-vit-l-14 \
+    --config.backbones.dtype=bfloat16 --config.compute_dtype=bfloat16 \
     --config.text.max_tokens=128 --config.train.batch_size=32 --config.molt.width=1024
 
 With noise for data, neither Grain nor TensorFlow Datasets nor ml_collections need be installed.
@@ -29,16 +34,24 @@ import jax
 
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.errors import UserError
+from molt_jax.config.fields import at_least
 from molt_jax.profiling import accounting
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import sharding
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag, choice
 
 FLAGS = (
-  cli.Flag('config', 'preset', required=True),
-  cli.Flag('rounds', 'timed steps', '10'),
-  cli.Flag('data', "noise, or dataset: the config's own, through the input pipeline", 'noise'),
-  cli.Flag('classes', 'number of classes, for noise', '101'),
-  cli.Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+  Flag('config', 'preset', required=True),
+  Flag('rounds', 'timed steps', 10, type=int, rule=at_least(1)),
+  Flag(
+    'data',
+    "dataset: the config's own, through the input pipeline",
+    'noise',
+    rule=choice('noise', 'dataset'),
+  ),
+  Flag('classes', 'number of classes, for noise', 101, type=int, rule=at_least(1)),
+  Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+  Flag('json', 'print JSON', switch=True),
 )
 TRACED = 3  # Steps in the trace.
 
@@ -197,26 +210,21 @@ def _pipeline(config, workload, stepper, rounds):
   }
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line."""
-  as_json = '--json' in argv
-  flags, overrides = cli.parse(
-    'tools.profile_step',
+  flags, overrides = parse(
+    'python tools/profile_step.py',
     'Where the time and memory of a training step go.',
     FLAGS,
-    [a for a in argv if a != '--json'],
+    argv,
+    schema=CLASSIFIER,
   )
-  for name in ('rounds', 'classes'):
-    if not getattr(flags, name).isdigit() or not int(getattr(flags, name)):
-      raise UserError(f'--{name}: {getattr(flags, name)!r} is not a positive number')
-  if flags.data not in ('noise', 'dataset'):
-    raise UserError(f'--data: {flags.data!r} is not legal; give noise or dataset')
   config = CLASSIFIER.load(flags.config, overrides)
-  classes = _classes(config) if flags.data == 'dataset' else int(flags.classes)
+  classes = _classes(config) if flags.data == 'dataset' else flags.classes
   trace = pathlib.Path(flags.trace or tempfile.mkdtemp(prefix='molt_jax_trace_'))
-  result = measure(config, rounds=int(flags.rounds), classes=classes, data=flags.data, trace=trace)
-  if as_json:
+  result = measure(config, rounds=flags.rounds, classes=classes, data=flags.data, trace=trace)
+  if flags.json:
     print(json.dumps(result))
   else:
     print('\n'.join(_lines(result)))

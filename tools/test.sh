@@ -6,6 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment quickstart,test
 
 ruff check .
+ruff format --check .
 # What XLA says when it aborts, pytest would swallow: one operation under the tests' settings first.
 if ! PYTHONPATH=tests/reference python -c 'import runpy
 runpy.run_path("tests/conftest.py")["jax"].numpy.ones(2).sum().block_until_ready()'; then

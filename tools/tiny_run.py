@@ -16,7 +16,8 @@ import safetensors.numpy
 import tokenizers
 from PIL import Image
 
-from molt_jax.runtime import cli
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
 
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 COUNTS = {'train': 48, 'validation': 12, 'test': 14}
@@ -75,7 +76,8 @@ PRETRAIN = {
   'eval.select': 'latest',
   'export.dtype': 'float32',
 }
-PRESET = """from molt_jax import config as lib
+PRESET = """from molt_jax.runtime.command_line import Flag, command, parse
+from molt_jax import config as lib
 
 def get_config():
   config = lib.default_config(lib.{schema})
@@ -83,7 +85,7 @@ def get_config():
     lib.set_field(config, name, value)
   return config
 """
-FLAGS = (cli.Flag('out', 'folder to write it to', required=True),)
+FLAGS = (Flag('out', 'folder to write it to', required=True),)
 # Machine code that is not optimised takes a fifth of the time to make.
 XLA_FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
@@ -200,10 +202,12 @@ def _write_table(folder: pathlib.Path) -> None:
     (folder / f'{split}.csv').write_text('\n'.join(lines) + '\n')
 
 
-@cli.command
+@command
 def main(argv):
   """Command line of the tool."""
-  flags, _ = cli.parse('tiny_run', 'Write all that a run of seconds needs.', FLAGS, argv)
+  flags, _ = parse(
+    'python tools/tiny_run.py', 'Write all that a run of seconds needs.', FLAGS, argv
+  )
   make(pathlib.Path(flags.out).absolute())
 
 

@@ -13,32 +13,49 @@ from collections.abc import Sequence
 import jax
 
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.fields import at_least, between, more_than
 from molt_jax.profiling import accounting
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 FLAGS = (
-  cli.Flag('text', 'text tower', 'random:llama-7b'),
-  cli.Flag('image', 'image tower', 'random:clip-vit-l-14'),
-  cli.Flag('rows', 'examples a device', '32'),
-  cli.Flag('tokens', 'tokens a text', '128'),
-  cli.Flag('flops', 'peak FLOP/s of a device in bfloat16 (H100 SXM: 989e12)', '989e12'),
-  cli.Flag('mfu', 'share of the peak that one device reaches alone', '0.5'),
-  cli.Flag(
-    'link', 'bytes/s each way of a device to those of its node (H100 SXM, NVLink 4: 450e9)', '450e9'
+  Flag('text', 'text tower', 'random:llama-7b'),
+  Flag('image', 'image tower', 'random:clip-vit-l-14'),
+  Flag('rows', 'examples per device', 32, type=int, rule=at_least(1)),
+  Flag('tokens', 'tokens per text', 128, type=int, rule=at_least(1)),
+  Flag(
+    'flops',
+    'peak FLOP/s of a device in bfloat16 (H100 SXM: 989e12)',
+    989e12,
+    type=float,
+    rule=more_than(0),
   ),
-  cli.Flag(
-    'network', 'bytes/s each way of a device to other nodes (one 400 Gb/s port a GPU: 50e9)', '50e9'
+  Flag(
+    'mfu', 'share of the peak that one device reaches alone', 0.5, type=float, rule=between(0.01, 1)
   ),
-  cli.Flag('node', 'devices a node', '8'),
-  cli.Flag(
+  Flag(
+    'link',
+    'bytes/s each way of a device to those of its node (H100 SXM, NVLink 4: 450e9)',
+    450e9,
+    type=float,
+    rule=more_than(0),
+  ),
+  Flag(
+    'network',
+    'bytes/s each way of a device to other nodes (one 400 Gb/s port a GPU: 50e9)',
+    50e9,
+    type=float,
+    rule=more_than(0),
+  ),
+  Flag('node', 'devices per node', 8, type=int, rule=at_least(1)),
+  Flag(
     'check',
-    (
-      'compile for this many devices too, with model=1 and model=2, and print the bytes found; 0: '
-      'do '
-      'not'
-    ),
-    '0',
+    'compile for this many devices too, with model=1 and model=2, and print the bytes found; 0: no',
+    0,
+    type=int,
+    rule=at_least(0),
   ),
 )
 
@@ -56,7 +73,7 @@ def open_work(
     flags.image,
     dtype,
   )
-  config.text.max_tokens, config.train.batch_size = int(flags.tokens), int(flags.rows) * devices
+  config.text.max_tokens, config.train.batch_size = flags.tokens, flags.rows * devices
   config.cca.weight *= cca
   return accounting.Workload.open(config, num_classes=101)
 
@@ -69,9 +86,9 @@ def listed(work: accounting.Workload) -> list[sharding.Collective]:
 def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
-  rows, model = int(flags.rows), whole.model
+  rows, model = flags.rows, whole.model
   towers = accounting.llama_flops(
-    model.text_tower.config, rows, int(flags.tokens)
+    model.text_tower.config, rows, flags.tokens
   ) + accounting.clip_flops(model.image_tower.config, rows)
   step, rest = (
     accounting.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without)
@@ -84,13 +101,10 @@ def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags
   all-gather half as often.
   """
   n = work.mesh.shape[collective.axis]
-  leaves_node = collective.axis == 'data' and work.mesh.devices.size > int(flags.node)
+  leaves_node = collective.axis == 'data' and work.mesh.devices.size > flags.node
   passes = (2 if collective.kind == 'all-reduce' else 1) * (n - 1) / n
   return (
-    collective.times
-    * collective.bytes
-    * passes
-    / float(flags.network if leaves_node else flags.link)
+    collective.times * collective.bytes * passes / (flags.network if leaves_node else flags.link)
   )
 
 
@@ -108,22 +122,22 @@ def check(flags, devices: int, model: int) -> None:
     total['model' if tower else 'data'] += size * (depth[tower] if tower and 'while' in name else 1)
   for axis, size in total.items():
     wanted = sum(x.times * x.bytes for x in listed(work) if x.axis == axis)
-    cli.say(
+    console.log(
       f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
       f'{wanted:,} listed'
     )
 
 
-@cli.command
+@command
 def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
-  flags, _ = cli.parse(
-    'tools.weak_scaling', 'Weak scaling of a training step on paper.', FLAGS, argv
+  flags, _ = parse(
+    'python tools/weak_scaling.py', 'Weak scaling of a training step on paper.', FLAGS, argv
   )
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', max(DEVICES))
   towers, head, cca = flops_of(flags)
-  alone = (towers + head) / (float(flags.flops) * float(flags.mfu))
+  alone = (towers + head) / (flags.flops * flags.mfu)
   print(
     '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
     'collectives ms | efficiency |'
@@ -135,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
         continue
       work = open_work(flags, devices, model)
       compute = (towers + head * model) / (
-        float(flags.flops) * float(flags.mfu)
+        flags.flops * flags.mfu
       )  # The head is whole on every device of the model axis.
       sent = sum(seconds_of(x, work, flags) for x in listed(work))
       megabytes = [
@@ -148,9 +162,9 @@ def main(argv: Sequence[str]) -> None:
         f'| {1e3 * compute:.1f} | {1e3 * sent:.1f} | {100 * alone / (compute + sent):.0f} % |'
       )
   print(f'L_CCA takes {cca / 1e6:.1f} MFLOP of a step, {cca / (towers + head):.1e} of it.')
-  if int(flags.check):
+  if flags.check:
     for model in (1, 2):
-      check(flags, int(flags.check), model)
+      check(flags, flags.check, model)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from molt_jax.data import cells, findings, formats, imagefiles, textfiles
 from molt_jax.data.sources import UNLABELLED, Dataset, text_number
 from molt_jax.data.splits import set_aside
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli
+from molt_jax.runtime import console
 
 COLUMNS = ('image', 'text', 'label')
 _FORMATS = ('.csv', '.jsonl')
@@ -117,7 +117,7 @@ def load(config: Any) -> Dataset:
         'add rows or a validation.csv'
       )
   for line in remarks:
-    cli.say(line)
+    console.log(line)
   splits = {split: _source(tables[split], class_names, multi_label) for split in names}
   return Dataset(
     name=folder.resolve().name, class_names=class_names, multi_label=multi_label, splits=splits
@@ -138,7 +138,7 @@ def load_split(config: Any, split: str) -> Dataset:
   file = _find(folder, 'train' if parts else split, required=True)
   rows, remarks = _read_table(file, multi_label, unlabelled=file.stem == 'train')
   for line in remarks:
-    cli.say(line)
+    console.log(line)
   if parts:
     rest, aside = split_off(rows, fraction=config.dataset.validation_fraction, seed=config.seed)
     rows = aside if split == 'validation' else rest

@@ -19,7 +19,7 @@ from molt_jax.evaluation.diagnostics import Observer
 from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
 from molt_jax.methods.base import Method
 from molt_jax.methods.parts.interface import Output
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
 from molt_jax.training.assembly import Assembly
 
 CONTENTS = ('both', 'image_only', 'text_only')  # What an example that counts can have.
@@ -122,7 +122,7 @@ class Scorer:
     totals = self._empty(len(conditions))
     ranking = self._ranking()
     batches = self._assembly.eval_batches(source, stored, keep_ncm.any(axis=1))
-    with cli.progress(title, len(source), 'examples') as bar:
+    with console.progress(title, len(source), 'examples') as bar:
       for batch in batches:
         batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
         batch = sharding.put_batch(batch, mesh)

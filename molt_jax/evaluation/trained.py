@@ -21,7 +21,7 @@ from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.features import frozen
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
 from molt_jax.training import checkpoint, resuming
 from molt_jax.training.assembly import Assembly, assemble
 
@@ -136,7 +136,7 @@ def compare(run: Trained, split: str, found: Mapping[str, Any]) -> dict[str, Any
   known = run.meta.get('data', {}).get(split)
   changed = known and fingerprint.changes(known, found)
   if changed:
-    cli.say(f'the {split} split has changed since training: {changed}')
+    console.log(f'the {split} split has changed since training: {changed}')
   return {**found, 'as_in_training': None if known is None else not changed}
 
 

@@ -26,7 +26,7 @@ from molt_jax.features import frozen as frozen_towers
 from molt_jax.features import hidden_states, store
 from molt_jax.features.frozen import Reads
 from molt_jax.features.inputs import Batching, Input, TowerBatch, ahead, identify, text_input
-from molt_jax.runtime import cli, processes, sharding
+from molt_jax.runtime import console, processes, sharding
 from molt_jax.towers import loading
 
 UNITS = {'image': 'images', 'text': 'texts'}
@@ -130,7 +130,7 @@ def open_features(
   modalities = resolved.modalities(config) if modalities is None else modalities
   if not config.features.store or not can_store(how.reads):
     if config.features.store:
-      cli.say('features.store is not used: this method runs the towers from their input on')
+      console.log('features.store is not used: this method runs the towers from their input on')
     frozen = frozen_towers.load_frozen(config, how.mesh, how.reads, modalities)
     return frozen, dict.fromkeys(wanted)
   found = identify(wanted, how.preprocess, modalities, num_threads=config.input.num_threads)
@@ -228,7 +228,7 @@ def _fill(
   compute = _Compute(kept, modality, how, missing)
   prepare = functools.partial(batching.prepare, modality=modality)
   faults, unit = {}, UNITS[modality]
-  with cli.progress(f'extracting features, {unit}', len(missing), unit) as bar:
+  with console.progress(f'extracting features, {unit}', len(missing), unit) as bar:
     try:
       lacking = _lacking(kept, batching.cut(missing, modality), bar)
       for batch in ahead(prepare, lacking, how.config.input.num_threads):
@@ -239,7 +239,7 @@ def _fill(
       kept.flush()
   if not compute.began:
     count = len(inputs) - len(faults)
-    cli.say(f'feature store {kept.root}: all {count} {unit} are there')
+    console.log(f'feature store {kept.root}: all {count} {unit} are there')
   return faults
 
 
@@ -292,7 +292,7 @@ def _announce(
       "features.store='' to run the towers in each step"
     )
   kept.try_out()
-  cli.say(
+  console.log(
     f'feature store {kept.root}: {len(missing)} {UNITS[modality]} go through the tower once and '
     f'take {_bytes(needed)} ({_bytes(free)} free)'
   )
@@ -303,7 +303,7 @@ def _bytes(count: int) -> str:
 
 
 def _lacking(
-  kept: store.FeatureStore, batches: Iterable[list[Input]], bar: cli.Progress
+  kept: store.FeatureStore, batches: Iterable[list[Input]], bar: console.Progress
 ) -> Iterator[list[Input]]:
   """Leaves out what another process has finished in the meantime."""
   for batch in batches:

@@ -17,7 +17,7 @@ from molt_jax.data.modalities import MODALITIES
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.features import store
-from molt_jax.runtime import cli
+from molt_jax.runtime import console
 
 SCAN_EXAMPLES = 256  # Examples that a thread identifies at a time.
 
@@ -82,7 +82,7 @@ def identify(
   """
   inputs = {}
   total = sum(len(source) for source, _ in wanted.values())
-  with cli.progress('looking up features', total, 'examples') as bar:
+  with console.progress('looking up features', total, 'examples') as bar:
     for split, (source, present_nm) in wanted.items():
       used_nm = source.present & present_nm & [m in modalities for m in MODALITIES]
       one = functools.partial(_identify_some, source=source, preprocess=preprocess, used_nm=used_nm)

@@ -11,7 +11,7 @@ from molt_jax.data import examples, transforms
 from molt_jax.errors import UserError
 from molt_jax.features.inputs import Batching, text_input
 from molt_jax.pairs.method import PairMethod
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
 
 
 def check_finite(x_nc: np.ndarray, what: str) -> None:
@@ -70,7 +70,7 @@ def pool_texts(
     return method.run(variables, 'pool_text', tokens_bt, mask_bt)
 
   pool, pooled = jax.jit(pool), {}
-  with cli.progress('reading texts', len(unique), 'texts') as bar:
+  with console.progress('reading texts', len(unique), 'texts') as bar:
     for cut in batching.cut(list(unique.values()), 'text'):
       batch = batching.prepare(cut, 'text')
       arrays = {name: batch.arrays[name] for name in ('tokens', 'token_mask')}

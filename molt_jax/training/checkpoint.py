@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli, processes
+from molt_jax.runtime import console, processes
 from molt_jax.training import saving
 from molt_jax.training.train_state import TrainState
 
@@ -68,7 +68,7 @@ class Checkpoints:
     """
     folder = self._resumed()
     if folder and folder.parent.name != LATEST:
-      cli.say(f'{folder.parents[1] / LATEST} holds no checkpoint; {folder} is gone on from')
+      console.log(f'{folder.parents[1] / LATEST} holds no checkpoint; {folder} is gone on from')
     return read_meta(folder) if folder else {}
 
   def best_score(self) -> float:
@@ -295,7 +295,7 @@ def load_model(workdir: pathlib.Path, select: str) -> tuple[dict[str, Any], Any]
     )
   meta = read_meta(folder)
   if folder.parent.name != select and meta.get('score') is not None:
-    cli.say(f'{workdir / "checkpoints" / select} holds no checkpoint; {folder} is used')
+    console.log(f'{workdir / "checkpoints" / select} holds no checkpoint; {folder} is used')
   return meta, lambda tree: restore_item(folder, meta, 'model', tree)
 
 
@@ -310,7 +310,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
     raise damaged(folder, 'meta is no JSON object')
   expected = meta.pop('checksum', None)
   if expected is None and 'checksums' not in meta:
-    cli.say(f'{folder} is of an older version and has no checksums: it is read unchecked')
+    console.log(f'{folder} is of an older version and has no checksums: it is read unchecked')
   elif _checksum_json(meta) != expected:
     raise damaged(folder, 'meta is not what was saved')
   wrong = [key for key, kind in META_KEYS.items() if not isinstance(meta.get(key), kind)]

@@ -21,7 +21,7 @@ from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.methods.base import Method
 from molt_jax.methods.parts.imputation import Moments
-from molt_jax.runtime import cli, sharding
+from molt_jax.runtime import console, sharding
 from molt_jax.training.assembly import Assembly
 
 MAX_PAIRS = 16384  # 16 for each channel of the widest common space in use, d_c = 1024.
@@ -65,7 +65,7 @@ class ImputationFit:
     config, mesh = self._assembly.config, self._assembly.mesh
     empty = Moments.empty(self._assembly.method.num_layers, config.molt.width)
     moments = jax.device_put({'to_text': empty, 'to_image': empty}, sharding.replicated(mesh))
-    with cli.progress('fitting imputation', len(self._source), 'pairs') as bar:
+    with console.progress('fitting imputation', len(self._source), 'pairs') as bar:
       for batch in self._assembly.eval_batches(self._source, self._stored):
         moments = self._step(variables, frozen, sharding.put_batch(batch, mesh), moments)
         bar.advance(min(config.eval.batch_size, len(self._source) - bar.done))

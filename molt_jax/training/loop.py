@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from molt_jax.runtime import cli, logbook, lost, processes, sharding
+from molt_jax.runtime import console, logbook, lost, processes, sharding
 from molt_jax.runtime.signals import Interrupted, stop_on_signals
 from molt_jax.training import checkpoint
 from molt_jax.training.assembly import Assembly
@@ -63,7 +63,7 @@ class Loop:
     log, monitor = self._open_log(start)
     agree = processes.Agreement(self.assembly.mesh, delay=IN_FLIGHT)
     count = self.assembly.config.train.batch_size if self.unit == 'images' else 1
-    bar = cli.progress(self.title, schedule.total * count, self.unit, done=start * count)
+    bar = console.progress(self.title, schedule.total * count, self.unit, done=start * count)
     with stop_on_signals() as stop, bar as shown:
       while True:
         asked = agree(stop() or 0)
@@ -117,7 +117,7 @@ class Loop:
       score = record.get('score')
       log.write('validation', step, record)
       value = 'no validation score' if score is None else f'validation score {score:.4f}'
-      cli.say(f'step {step}/{self.schedule.total}: {value} ({score_is})')
+      console.log(f'step {step}/{self.schedule.total}: {value} ({score_is})')
       best = score is not None and score > self._best
       self._best = score if best else self._best
       self.meta = {**self.meta, 'score': score}

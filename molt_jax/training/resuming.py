@@ -13,7 +13,7 @@ from molt_jax.data import fingerprint, sources
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 from molt_jax.features import frozen
-from molt_jax.runtime import cli, logbook
+from molt_jax.runtime import console, logbook
 from molt_jax.training import checkpoint
 from molt_jax.training.assembly import Assembly
 
@@ -129,7 +129,7 @@ def resume(
       'data it was trained on, or go on with these by --data_changed'
     )
   if changed:
-    cli.say(f'the data have changed since step {saved["step"]} ({how}); going on with these')
+    console.log(f'the data have changed since step {saved["step"]} ({how}); going on with these')
   if 'validation' in changed:
     checkpoints.score_anew(saved['step'])
   return assembly.with_data(mapped), True
@@ -139,7 +139,7 @@ def _changes(saved: Mapping[str, Any], data: Dataset, mapped: Dataset) -> dict[s
   """Returns how each split changed since the checkpoint, for those that did."""
   known = saved.get('data')
   if known is None:
-    cli.say('the checkpoint has no fingerprint of its data: an older version wrote it')
+    console.log('the checkpoint has no fingerprint of its data: an older version wrote it')
     lost = [name for name in saved['class_names'] if name not in data.class_names]
     return {'train': f'no label {sources.some(list(map(repr, lost)))}'} if lost else {}
   found = fingerprints(mapped)

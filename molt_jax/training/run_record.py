@@ -13,7 +13,7 @@ import jax
 
 from molt_jax.config.json_files import read_json
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli, processes
+from molt_jax.runtime import atomic, console, processes
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def _earlier_calls(path: pathlib.Path) -> list[Any]:
   try:
     earlier = read_json(path, 'it begins anew') if path.exists() else {'calls': []}
   except UserError as error:
-    cli.say(str(error))
+    console.log(str(error))
     return []
   calls = earlier.get('calls') if isinstance(earlier, dict) else None
   return calls if isinstance(calls, list) else []

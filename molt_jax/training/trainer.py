@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from molt_jax.runtime import cli, processes
+from molt_jax.runtime import console, processes
 from molt_jax.training import resuming, run_record, train_state, workdir
 from molt_jax.training.assembly import Assembly, assemble
 from molt_jax.training.checkpoint import Checkpoints
@@ -119,7 +119,7 @@ class Trainer(abc.ABC):
     if self.is_resumed:
       self.checkpoints.move(iterator, position)
       step, total = int(state.step), schedule.total
-      cli.say(f'going on from step {step} of {total} in {self.workdir}')
+      console.log(f'going on from step {step} of {total} in {self.workdir}')
     loop = Loop(
       assembly=assembly,
       workdir=self.workdir,

@@ -18,7 +18,7 @@ import ml_collections
 from molt_jax import errors
 from molt_jax.config import resolved
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli, processes
+from molt_jax.runtime import atomic, console, processes
 from molt_jax.training import resuming
 
 LOCK = '.lock'
@@ -144,7 +144,7 @@ def _lock(folder: pathlib.Path) -> int:
         'folder'
       ) from None
     except OSError as error:
-      cli.say(
+      console.log(
         f'{folder} cannot be locked ({error.strerror}): see to it that nothing else trains in it'
       )
     if _is_at(descriptor, folder / LOCK):

@@ -22,7 +22,8 @@ from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, transforms
 from molt_jax.errors import UserError
-from molt_jax.runtime import cli
+from molt_jax.runtime.command_line import parse
+from molt_jax.runtime.flags import Flag
 
 
 def config_for(name, source, data_dir, **changes):
@@ -411,7 +412,7 @@ def test_counts_are_asserted_and_differences_printed_row_by_row(miniature, tmp_p
 
 def test_the_flag_is_the_field():
   given = [
-    cli.parse('x', '', (cli.Flag('config', ''),), argv)[1]
+    parse('x', '', (Flag('config', ''),), argv, schema=CLASSIFIER)[1]
     for argv in (
       ['--allow_count_mismatch'],
       ['--allow_count_mismatch=false'],

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from molt_jax.methods.heads import make_head
 from optional_torch import torch
 
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.methods.heads import make_head
 from molt_jax.objectives import cross_entropy
 from molt_jax.objectives.cca import loss
 

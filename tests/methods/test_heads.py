@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from molt_jax.methods.heads import METHODS, make_head
 from optional_torch import torch
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import packing
-from molt_jax.methods.heads import METHODS, make_head
 from molt_jax.methods.parts import attention
 from molt_jax.methods.parts.fusion import CLASSIFIERS
 from molt_jax.methods.parts.inputs import INPUT_NORMS, STRATEGIES

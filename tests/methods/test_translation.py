@@ -106,8 +106,9 @@ def test_only_gaps_are_filled_and_none_before_the_fit(pairs):
   np.testing.assert_array_equal(usable, [[True, True]] * 3 + [[False, False]])
   np.testing.assert_array_equal(image[:, [0, 1, 3]], x_lnc[:, [0, 1, 3]])
   np.testing.assert_array_equal(text[:, [0, 2, 3]], y_lnc[:, [0, 2, 3]])
-  predict = lambda view_lc: (
-    np.einsum('lc,lce->le', view_lc, fitted['kernel_lcc']) + fitted['bias_lc']
-  )
+
+  def predict(x_lc):
+    return np.einsum('lc,lce->le', x_lc, fitted['kernel_lcc']) + fitted['bias_lc']
+
   np.testing.assert_allclose(text[:, 1], predict(x_lnc[:, 1]), rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(image[:, 2], -predict(y_lnc[:, 2]), rtol=1e-4, atol=1e-4)

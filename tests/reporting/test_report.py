@@ -14,11 +14,11 @@ import subprocess
 import numpy as np
 import pytest
 
-from molt_jax import report
+from molt_jax import commands, report
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.evaluation import records
-from molt_jax.runtime import cli
+from molt_jax.runtime.command_line import parse
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
@@ -326,7 +326,7 @@ def test_at_missing_rate_one_every_complete_row_is_as_without_the_modality(make_
   ['--workdir=a b c', '--workdir a --workdir=b,c', '--workdir=a,b --workdir c', '--workdir=a,b,c'],
 )
 def test_runs_can_be_named_in_any_way(spelled):
-  flags, _ = cli.parse('x', 'y', report.FLAGS, [*spelled.split(), '--out=z'])
+  flags, _ = parse('x', 'y', commands.flags_of('report'), [*spelled.split(), '--out=z'])
   assert (flags.workdir, flags.out) == (['a', 'b', 'c'], 'z')
 
 
@@ -361,23 +361,31 @@ def test_without_what_newer_runs_record_the_page_says_so(make_run, tmp_path):
   assert text.count('Not recorded') == 4 and 'svg' in text
 
 
-HARNESS = """<!DOCTYPE html><body style="margin:0"><iframe src="PAGE" style="border:0;width:WIDTHpx;height:2000px"></iframe><pre id="found"></pre>
+HARNESS = """<!DOCTYPE html><body style="margin:0">
+<iframe src="PAGE" style="border:0;width:WIDTHpx;height:2000px"></iframe><pre id="found"></pre>
 <script>
 onload = () => setTimeout(() => {
   const view = document.querySelector('iframe').contentWindow, doc = view.document, wide = [];
-  const scrolls = e => e && (/auto|hidden|scroll/.test(view.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+  const scrolls = e => e && (
+    /auto|hidden|scroll/.test(view.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
   for (const e of doc.body.querySelectorAll('*')) {
     const box = e.getBoundingClientRect();
-    if (box.width && (box.right > view.innerWidth + 1 || box.left < -1) && !scrolls(e)) wide.push(e.tagName + ' ' + e.textContent.slice(0, 40));
+    const outside = box.right > view.innerWidth + 1 || box.left < -1;
+    if (box.width && outside && !scrolls(e))
+      wide.push(e.tagName + ' ' + e.textContent.slice(0, 40));
   }
   for (const t of doc.querySelectorAll('svg text')) {
     const box = t.getBoundingClientRect(), frame = t.closest('svg').getBoundingClientRect();
-    const out = Math.max(box.right - frame.right, frame.left - box.left, box.bottom - frame.bottom, frame.top - box.top);
+    const out = Math.max(
+      box.right - frame.right, frame.left - box.left,
+      box.bottom - frame.bottom, frame.top - box.top);
     if (out > 3) wide.push('svg text ' + t.textContent);
   }
   document.getElementById('found').textContent = JSON.stringify({
-    wide, scroll: doc.documentElement.scrollWidth, inner: view.innerWidth, images: doc.images.length, charts: doc.querySelectorAll('svg').length,
-    broken: [...doc.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 40)),
+    wide, scroll: doc.documentElement.scrollWidth, inner: view.innerWidth,
+    images: doc.images.length, charts: doc.querySelectorAll('svg').length,
+    broken: [...doc.images].filter(i => !i.complete || !i.naturalWidth)
+      .map(i => i.src.slice(0, 40)),
     loaded: view.performance.getEntriesByType('resource').map(r => r.name)});
 }, 300);
 </script>"""

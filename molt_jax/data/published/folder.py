@@ -39,7 +39,7 @@ from molt_jax.data import cells, findings, formats, missing, textfiles, transfor
 from molt_jax.data.sources import Dataset, reading_prepared, text_number
 from molt_jax.data.splits import set_aside
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, cli
+from molt_jax.runtime import atomic, console
 
 IMAGES = 'images.array_record'
 LISTED = 100  # Rows left out that are printed one by one.
@@ -172,7 +172,7 @@ class Facts:
     ]
     more = [f'... and {len(rows) - LISTED:,} more such rows'] if len(rows) > LISTED else []
     for line in [*differences, *rows[:LISTED], *more]:
-      cli.say(f'{self.dataset} {line}')
+      console.log(f'{self.dataset} {line}')
     if not allowed:
       raise UserError(
         f'config.dataset.path: {len(differences)} counts of {self.dataset} are not the published '
@@ -325,7 +325,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       str(pathlib.Path(self.data_dir) / IMAGES), 'group_size:1,uncompressed'
     )
     with (
-      cli.progress(f'preparing {self.name}', len(files), 'images') as bar,
+      console.progress(f'preparing {self.name}', len(files), 'images') as bar,
       contextlib.closing(writer),
     ):
       for file in files:
@@ -353,7 +353,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     types = _COLUMNS | _CONTENTS
     columns = {name: [] for name in types}
-    with cli.progress(f'preparing {self.name} {split}', size, 'examples') as bar:
+    with console.progress(f'preparing {self.name} {split}', size, 'examples') as bar:
       for position, row in enumerate(
         _walk(folder, split, self._facts, seen, self._numbers.__contains__)
       ):
@@ -473,7 +473,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
       builder(
         config=builder_config, data_dir=data_dir, file_format='array_record'
       ).download_and_prepare(download_config=download_config)
-  cli.say(f'{builder.name} is prepared in {folder}')
+  console.log(f'{builder.name} is prepared in {folder}')
   return folder
 
 
@@ -489,7 +489,7 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      cli.say(f'another process prepares {folder}; waiting for it')
+      console.log(f'another process prepares {folder}; waiting for it')
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
@@ -530,7 +530,7 @@ def load(builder: type[FolderBuilder], config: Any) -> Dataset:
   if not config.dataset.allow_count_mismatch:
     facts.check_counts(allowed=False)
   for line in facts.lines():
-    cli.say(line)
+    console.log(line)
   splits = {
     split: PreparedSource(str(folder), split, builder.MULTI_LABEL)
     for split in facts.counts

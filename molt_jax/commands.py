@@ -1,0 +1,216 @@
+"""The commands: `molt COMMAND` and `python -m molt_jax.COMMAND` are the same.
+
+Each has its flags here and its work in `molt_jax/COMMAND.py`, as `command(flags)`. That module is
+imported once the arguments are found to be in order, so that `--help` and mistakes are answered
+before JAX is imported. A new command is an entry here and a module.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from molt_jax.config import preset_files
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.fields import at_least, between
+from molt_jax.config.pretraining import PRETRAINING
+from molt_jax.config.schema import Schema
+from molt_jax.errors import UserError
+from molt_jax.runtime import command_line
+from molt_jax.runtime.flags import Flag, choice
+
+SPLITS = choice('train', 'validation', 'test')
+
+
+class Command(NamedTuple):
+  """A command.
+
+  Attributes:
+    purpose: one sentence for `--help`.
+    flags: besides --config, which it has if there is a schema.
+    schema: of the config that it reads; None: it reads none.
+    check: of flags together; raises UserError.
+  """
+
+  purpose: str
+  flags: tuple[Flag, ...]
+  schema: Schema | None = None
+  check: Callable[[argparse.Namespace], None] = lambda flags: None
+
+
+def _image_or_text(flags: argparse.Namespace) -> None:
+  if flags.image is None and flags.text is None:
+    raise UserError('--image and --text are both absent; give at least one of them')
+
+
+WORKDIR = Flag('workdir', 'folder of the run', required=True)
+DATA_CHANGED = Flag(
+  'data_changed', 'go on with data that have changed since the checkpoint', switch=True
+)
+TRAINED = Flag('workdir', 'folder of a run of molt train', required=True)
+
+COMMANDS = {
+  'train': Command(
+    'Train a robust image+text classifier on frozen towers.',
+    (WORKDIR, DATA_CHANGED),
+    schema=CLASSIFIER,
+  ),
+  'evaluate': Command(
+    'Evaluate a trained classifier with each modality missing.',
+    (
+      TRAINED,
+      Flag('split', 'split to evaluate', 'test', rule=SPLITS),
+      Flag(
+        'absent',
+        "what is taken away, for one column of scores each; default: all that the run's "
+        'dataset.modalities allow',
+        rule=choice('none', 'text', 'image'),
+        many=True,
+      ),
+      Flag(
+        'missing_rate',
+        'also evaluate with these shares of examples that lack a modality',
+        (),
+        type=float,
+        rule=between(0, 1),
+        many=True,
+      ),
+      Flag(
+        'missing_type',
+        'what those examples lack, at each rate',
+        ('both',),
+        rule=choice('text', 'image', 'both'),
+        many=True,
+      ),
+    ),
+  ),
+  'predict': Command(
+    'Classify an image, a text, or both.',
+    (
+      TRAINED,
+      Flag('image', 'image file'),
+      Flag('text', 'text'),
+      Flag('top_k', 'labels to print', 5, type=int, rule=at_least(1)),
+    ),
+    check=_image_or_text,
+  ),
+  'pretrain': Command(
+    'Train an image tower and a text tower on pairs.',
+    (WORKDIR, DATA_CHANGED),
+    schema=PRETRAINING,
+  ),
+  'evaluate_pair': Command(
+    'Evaluate a pretrained pair of an image and a text tower.',
+    (
+      Flag('workdir', 'folder of a run of molt pretrain', required=True),
+      Flag('split', 'split to score', 'test', rule=SPLITS),
+      Flag(
+        'table',
+        'another data set in the own-data layout, in the place of the one it was trained on',
+        '',
+      ),
+      Flag(
+        'templates',
+        'prompts for zero-shot classification, joined by |; {} is the class name',
+        ('{}', 'a picture of {}', 'a drawing of {}', 'an image of {}'),
+        many=True,
+        separator='|',
+      ),
+      Flag(
+        'probes',
+        'linear probes; empty: none',
+        ('tower', 'tokens', 'embedding', 'pixels', 'pca'),
+        rule=choice('tower', 'tokens', 'embedding', 'pixels', 'pca'),
+        many=True,
+      ),
+    ),
+  ),
+  'describe': Command(
+    'Look at a data set before anything is trained.',
+    (
+      Flag('out', 'folder for describe.json and contact_sheet.png; default: describe/DATASET'),
+      Flag(
+        'sample',
+        'examples per split whose texts and images are looked at',
+        2000,
+        type=int,
+        rule=at_least(1),
+      ),
+      Flag('sheet', 'examples on the contact sheet', 24, type=int, rule=at_least(1)),
+    ),
+    schema=CLASSIFIER,
+  ),
+  'report': Command(
+    'Write one HTML page about one run, or several side by side.',
+    (
+      Flag('workdir', 'folders of runs of molt train', required=True, many=True),
+      Flag(
+        'out',
+        'the page; default: report.html in the folder, of several runs comparison.html in the '
+        'first',
+      ),
+    ),
+  ),
+}
+
+
+def flags_of(name: str) -> tuple[Flag, ...]:
+  """Returns the flags of a command."""
+  command = COMMANDS[name]
+  if not command.schema:
+    return command.flags
+  meaning = (
+    f'a preset of the package ({", ".join(preset_files.names())}; some take variants, e.g. '
+    'mm_imdb:robust) or a file such as configs/table.py'
+  )
+  return (Flag('config', meaning, required=True), *command.flags)
+
+
+def run(name: str, argv: Sequence[str], prog: str = '') -> int:
+  """Runs a command and returns its exit code.
+
+  Args:
+    name: of the command.
+    argv: the words after it.
+    prog: what the user typed before them; default: python -m molt_jax.NAME.
+  """
+
+  @command_line.command
+  def work(argv):
+    command = COMMANDS[name]
+    flags, overrides = command_line.parse(
+      prog or f'python -m molt_jax.{name}',
+      command.purpose,
+      flags_of(name),
+      argv,
+      schema=command.schema,
+    )
+    command.check(flags)
+    if command.schema:
+      flags.config = command.schema.load(flags.config, overrides)
+    return importlib.import_module(f'molt_jax.{name}').command(flags)
+
+  return work(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The console script `molt`."""
+  argv = sys.argv[1:] if argv is None else list(argv)
+  if argv and argv[0] in COMMANDS:
+    return run(argv[0], argv[1:], prog=f'molt {argv[0]}')
+  return _without_a_command(argv)
+
+
+@command_line.command
+def _without_a_command(argv):
+  if argv and argv[0] not in ('-h', '--help'):
+    near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(COMMANDS)}'
+    raise UserError(f'molt: no command {argv[0]!r}; {hint}')
+  width = max(map(len, COMMANDS))
+  print('usage: molt COMMAND [--help] [--FLAG=VALUE ...]\n\nCommands:')
+  for name, command in COMMANDS.items():
+    print(f'  {name:{width}}  {command.purpose}')
+  print('\nmolt COMMAND --help lists the flags of a command and the fields of its config.')

@@ -1,0 +1,95 @@
+"""One flag of a command line: its type, its legal values, and how its words become a value."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from molt_jax.config.fields import Rule
+from molt_jax.errors import UserError
+
+
+class Flag(NamedTuple):
+  """One command-line flag `--name`.
+
+  Attributes:
+    name: without the dashes.
+    meaning: for --help.
+    default: the value where the flag is not given, of the flag's type; None: there is none.
+    type: str, int, float, or a function of the word that raises ValueError.
+    rule: the legal values; None: all of the type.
+    required: whether the flag must be given, and not empty.
+    many: the value is a list: of several words, of words joined by `separator`, or of the flag
+      given again.
+    separator: between the words of a list.
+    switch: the flag has no value; the result is whether it is given.
+  """
+
+  name: str
+  meaning: str
+  default: Any = None
+  type: Callable[[str], Any] = str
+  rule: Rule | None = None
+  required: bool = False
+  many: bool = False
+  separator: str = ','
+  switch: bool = False
+
+  @property
+  def legal(self) -> str:
+    """The legal values in words; '' where any string is."""
+    if self.rule:
+      return self.rule.legal(self.type)
+    return {int: 'a whole number', float: 'a number'}.get(self.type, '')
+
+
+def choice(*names: str) -> Rule:
+  """Returns the rule of a flag with a few legal words."""
+  return Rule(f'one of {", ".join(names)}', lambda v: v in names)
+
+
+def value_of(flag: Flag, words: str | Sequence[str] | None) -> Any:
+  """Returns the value of a flag.
+
+  Args:
+    flag: no switch.
+    words: as written on the command line; None: the flag is not given.
+
+  Raises:
+    UserError: a word is not legal, or a required flag is empty.
+  """
+  if words is None:
+    return list(flag.default) if flag.many and flag.default is not None else flag.default
+  if not flag.many:
+    if flag.required and not words:
+      raise UserError(f'--{flag.name}: empty; give {flag.meaning}')
+    return _converted(flag, words)
+  parts = []
+  for word in words:
+    parts += filter(None, word.split(flag.separator))
+  if flag.required and not parts:
+    raise UserError(f'--{flag.name}: empty; give {flag.meaning}')
+  return [_converted(flag, part) for part in parts]
+
+
+def _converted(flag: Flag, word: str) -> Any:
+  try:
+    value = _number(word, flag.type) if flag.type in (int, float) else flag.type(word)
+    holds = flag.rule is None or flag.rule.holds(value)
+  except ValueError:
+    holds = False
+  if not holds:
+    raise UserError(f'--{flag.name}: {word!r} is not legal; give {flag.legal}')
+  return value
+
+
+def _number(word: str, kind: type) -> int | float:
+  """Returns the number; what Python reads beyond the usual (1_000, nan) is a ValueError."""
+  if kind is int:
+    if not re.fullmatch(r'[+-]?[0-9]+', word):
+      raise ValueError(word)
+    return int(word)
+  value = float(word)
+  if '_' in word or not math.isfinite(value):
+    raise ValueError(word)
+  return value
