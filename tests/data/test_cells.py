@@ -20,7 +20,7 @@ from molt_jax import predict
 from molt_jax.config import schema as config_lib
 from molt_jax.data import cells, datasets, formats
 from molt_jax.data.published import hateful_memes, mm_imdb, snli_ve, upmc_food101
-from molt_jax.data.published.folder import LeftOut
+from molt_jax.data.published.layout import LeftOut
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.errors import UserError
 
