@@ -18,8 +18,9 @@ from molt_jax.config import schema as config_lib
 from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
-from molt_jax.evaluation.diagnostics import Observer, PredictionRecorder
+from molt_jax.evaluation.diagnostics import Observer
 from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.interface import HeadOutput

@@ -22,7 +22,8 @@ from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Dataset, Source, classes_of
 from molt_jax.evaluation import records
-from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
+from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract, store
 from molt_jax.methods import model as model_lib
 from molt_jax.methods.parts.inputs import STRATEGIES
@@ -333,17 +334,13 @@ def introduce(config, data, towers, state, plan) -> None:
       else ''
     )
     cli.say(
-
-        f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
-        f'{tower.config.hidden_size}, frozen{note}'
-
+      f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
+      f'{tower.config.hidden_size}, frozen{note}'
     )
   cli.say(
-
-      f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps '
-      'of '
-      f'{config.train.batch_size}'
-
+    f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps '
+    'of '
+    f'{config.train.batch_size}'
   )
 
 

@@ -17,10 +17,9 @@ import numpy as np
 from molt_jax import errors
 from molt_jax.data import examples, transforms
 from molt_jax.errors import UserError
-from molt_jax.evaluation import records
 from molt_jax.objectives import contrastive
 from molt_jax.pairs.encoder import TOWERS, DualEncoder
-from molt_jax.runtime import atomic, cli, sharding
+from molt_jax.runtime import atomic, cli, npz, sharding
 from molt_jax.towers import loading
 from molt_jax.towers.clip import ClipVision, ClipVisionConfig
 from molt_jax.towers.preprocessing import ImageSpec
@@ -303,7 +302,7 @@ def stored_texts(
 
 def _read_pooled(path: pathlib.Path, count: int) -> np.ndarray:
   try:
-    pooled_nd = records.read_arrays(path)['pooled_nd']
+    pooled_nd = npz.read_arrays(path)['pooled_nd']
     if pooled_nd.ndim != 2 or len(pooled_nd) != count:
       raise ValueError('another shape')
   except Exception as error:  # Of any type: a damaged file leads anywhere.

@@ -20,7 +20,7 @@ from molt_jax import describe
 from molt_jax.data import decode_report, examples, formats, pipeline, table, transforms
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
-from molt_jax.evaluation import diagnostics
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
 from molt_jax.pairs import augment, retrieval_and_probes
 from molt_jax.pairs import batches as pairs
@@ -534,7 +534,7 @@ def test_a_mistake_whose_picture_cannot_be_read_is_shown_without(tmp_path, make_
 
   made = make_source(3)
   source = Unreadable(made.images, made.texts, made.labels)
-  recorder = diagnostics.PredictionRecorder(source, 'abc', ['none_absent'], multi_label=False)
+  recorder = PredictionRecorder(source, 'abc', ['none_absent'], multi_label=False)
   recorder._counted_cn[:] = True  # As if each had been scored alike.
   recorder.write(tmp_path, split='test', step=1, config_hash='x', seed=0, data='x')
   examples = json.loads((tmp_path / 'mistakes.json').read_text())['examples']
