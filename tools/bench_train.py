@@ -38,7 +38,9 @@ import molt_jax
 from molt_jax.config import presets
 from molt_jax.config.schema import default_config, validate
 from molt_jax.errors import UserError
-from molt_jax.profiling import accounting
+from molt_jax.profiling import timing
+from molt_jax.profiling.timing import Parts
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import cli, sharding
 from molt_jax.towers.architectures import ARCHITECTURES
 
@@ -132,7 +134,7 @@ class Ours:
   """Steps of one case; towers are shared between cases."""
 
   def __init__(self, config, classes, frozen, length_b):
-    self.workload = accounting.Workload.open(config, num_classes=classes)
+    self.workload = Workload.open(config, num_classes=classes)
     self.host = self.workload.batch(length_b=length_b)
     self._batch = sharding.put_batch(self.host, self.workload.mesh)
     self.frozen = frozen or self.workload.frozen()
@@ -149,7 +151,7 @@ class Ours:
     if 'store' in wanted:
       runs['store'] = self._stepper(
         dict.fromkeys(self.frozen),
-        accounting.Parts(self.workload, self.frozen, self._batch).stored_batch(),
+        Parts(self.workload, self.frozen, self._batch).stored_batch(),
       )
     return runs
 
@@ -230,7 +232,7 @@ def measure(flags) -> dict:
     if theirs:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
-    taken = accounting.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
+    taken = timing.seconds_in_turn(runs, rounds=cli.whole_number(flags, 'rounds'))
     cases.append(
       _case(batch, width, preset, taken, theirs)
       | {'real_tokens': int(ours.host['token_mask'].sum())}
@@ -267,7 +269,7 @@ def _case(batch, width, preset, taken, theirs):
     'batch': batch,
     'width': width,
     'preset': preset,
-    'seconds': {name: accounting.spread(values) for name, values in taken.items()},
+    'seconds': {name: timing.spread(values) for name, values in taken.items()},
   }
   rivals = [name for name in taken if name.startswith('rival')]
   case['speedup'] = {  # Medians over rounds of the ratio within a round.

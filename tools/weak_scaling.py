@@ -2,7 +2,7 @@
 tools/weak_scaling.py [--check=8]`.
 
 Prints a Markdown table, and what L_CCA takes of the FLOPs. Nothing is allocated or run: FLOPs are
-those of the traced step's matrix products, bytes those of `sharding.collectives`. With --check the
+those of the traced step's matrix products, bytes those of `collectives`. With --check the
 step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are
 printed beside these.
 """
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import jax
 
 from molt_jax.config import schema as config_lib
-from molt_jax.profiling import accounting
-from molt_jax.runtime import cli, sharding
+from molt_jax.profiling import collectives, flops
+from molt_jax.profiling.workload import Workload
+from molt_jax.runtime import cli
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 FLAGS = (
@@ -45,7 +46,7 @@ FLAGS = (
 
 def open_work(
   flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True
-) -> accounting.Workload:
+) -> Workload:
   """The step on that many devices, every one with its share of rows; without `cca` it has no
   L_CCA.
   """
@@ -58,28 +59,26 @@ def open_work(
   )
   config.text.max_tokens, config.train.batch_size = int(flags.tokens), int(flags.rows) * devices
   config.cca.weight *= cca
-  return accounting.Workload.open(config, num_classes=101)
+  return Workload.open(config, num_classes=101)
 
 
-def listed(work: accounting.Workload) -> list[sharding.Collective]:
+def listed(work: Workload) -> list[collectives.Collective]:
   """The collectives of the step, from shapes."""
-  return sharding.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
+  return collectives.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
 
 
 def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
   rows, model = int(flags.rows), whole.model
-  towers = accounting.llama_flops(
-    model.text_tower.config, rows, int(flags.tokens)
-  ) + accounting.clip_flops(model.image_tower.config, rows)
-  step, rest = (
-    accounting.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without)
+  towers = flops.llama_flops(model.text_tower.config, rows, int(flags.tokens)) + flops.clip_flops(
+    model.image_tower.config, rows
   )
+  step, rest = (flops.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
   return towers, step - towers, step - rest
 
 
-def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags) -> float:
+def seconds_of(collective: collectives.Collective, work: Workload, flags) -> float:
   """Time on a ring: an all-reduce passes each byte 2 (n - 1) / n times through a device, an
   all-gather half as often.
   """
@@ -97,7 +96,9 @@ def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags
 def check(flags, devices: int, model: int) -> None:
   """Compiles the step and counts its bytes; in float32, which is what a CPU computes in."""
   work = open_work(flags, devices, model, 'float32')
-  found = sharding.compiled_collectives(work.step().lower(*work.shapes(), None).compile().as_text())
+  found = collectives.compiled_collectives(
+    work.step().lower(*work.shapes(), None).compile().as_text()
+  )
   depth = {
     'Llama': work.model.text_tower.config.num_layers,
     'ClipVision': work.model.image_tower.config.num_layers,
@@ -109,10 +110,8 @@ def check(flags, devices: int, model: int) -> None:
   for axis, size in total.items():
     wanted = sum(x.times * x.bytes for x in listed(work) if x.axis == axis)
     cli.say(
-
-        f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
-        f'{wanted:,} listed'
-
+      f'{devices} devices, model={model}: {size:,} bytes over {axis} in the compiled program, '
+      f'{wanted:,} listed'
     )
 
 
@@ -127,10 +126,8 @@ def main(argv: Sequence[str]) -> None:
   towers, head, cca = flops_of(flags)
   alone = (towers + head) / (float(flags.flops) * float(flags.mfu))
   print(
-
-      '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
-      'collectives ms | efficiency |'
-
+    '| devices | data x model | TFLOP a device | MB over `model` | MB over `data` | compute ms | '
+    'collectives ms | efficiency |'
   )
   print('|--:|:-:|--:|--:|--:|--:|--:|--:|')
   for model in (1, 2):
