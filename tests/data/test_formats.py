@@ -17,7 +17,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from molt_jax import describe
-from molt_jax.data import decode_report, examples, formats, pipeline, table, transforms
+from molt_jax.data import bounds, decode_report, examples, formats, pipeline, table, transforms
+from molt_jax.data.decode_error import one_line
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 from molt_jax.evaluation.recorder import PredictionRecorder
@@ -77,7 +78,7 @@ NO_FILES = {
 def test_what_is_no_image_file_is_neither_waited_for_nor_read(
   name, tmp_path, make_preprocess, monkeypatch
 ):
-  monkeypatch.setattr(formats, 'MAX_FILE_BYTES', 1 << 20)
+  monkeypatch.setattr(bounds, 'MAX_FILE_BYTES', 1 << 20)
   make, says = NO_FILES[name]
   path = pathlib.Path(os.path.relpath(tmp_path)) / name  # Sockets have short names.
   make(path)
@@ -107,7 +108,7 @@ def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(tmp_path, monkeyp
 
   monkeypatch.setattr(os, 'fstat', before)
   assert formats.read_file(tmp_path / 'x') == PNG
-  monkeypatch.setattr(formats, 'MAX_FILE_BYTES', len(PNG) - 1)
+  monkeypatch.setattr(bounds, 'MAX_FILE_BYTES', len(PNG) - 1)
   with pytest.raises(OSError, match='more than'):
     formats.read_file(tmp_path / 'x')
 
@@ -450,7 +451,7 @@ def test_metadata_of_a_megabyte_is_not_read():
   ],
 )
 def test_one_line(text, shown):
-  assert formats.one_line(text) == shown
+  assert one_line(text) == shown
   assert str(transforms.DecodeError(text)) == shown
   shown.encode()
 

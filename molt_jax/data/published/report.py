@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from molt_jax.data import formats
+from molt_jax.data.decode_error import one_line
 from molt_jax.errors import UserError
 from molt_jax.runtime import cli
 
@@ -85,7 +85,7 @@ class DatasetReport:
       )
     if self.lost_images:
       lost = self.lost_images.items()
-      named = [f'{formats.one_line(name)} ({formats.one_line(reason)})' for name, reason in lost]
+      named = [f'{one_line(name)} ({one_line(reason)})' for name, reason in lost]
       lines.append(
         f'{self.dataset}: images that cannot be used (their examples have a text alone): '
         f'{len(named):,}, {_some(named)}'
