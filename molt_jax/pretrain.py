@@ -25,7 +25,7 @@ from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
 from molt_jax.objectives import contrastive
-from molt_jax.pairs import augment, batches, retrieval_and_probes
+from molt_jax.pairs import augment, batches, retrieval
 from molt_jax.pairs import model as dual
 from molt_jax.runtime import cli, sharding
 from molt_jax.towers import export
@@ -237,7 +237,7 @@ class _Run(loop.Loop):
     for name, parts in (('images', images), ('texts', texts)):
       dual.check_finite(np.concatenate(parts), name)
     written = [source.read(int(row), image=False)['text'] for row in np.concatenate(rows)]
-    return retrieval_and_probes.evaluate_pair(
+    return retrieval.evaluate_pair(
       np.concatenate(images), np.concatenate(texts), texts=written
     )
 

@@ -23,7 +23,7 @@ from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
-from molt_jax.pairs import augment, retrieval_and_probes
+from molt_jax.pairs import augment, probes
 from molt_jax.pairs import batches as pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -512,7 +512,7 @@ def test_describe_counts_what_is_unusable(make_source):
 def test_pixels_as_features_of_a_strip():
   strip = Image.new('RGB', (200_000, 1), (255, 0, 0))
   np.testing.assert_allclose(
-    retrieval_and_probes.pixels([strip]).reshape(32, 32, 3), np.tile([1.0, 0, 0], (32, 32, 1))
+    probes.pixels([strip]).reshape(32, 32, 3), np.tile([1.0, 0, 0], (32, 32, 1))
   )
 
 
