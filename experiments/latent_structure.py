@@ -27,7 +27,8 @@ from absl import app, flags, logging
 
 from molt_jax import evaluate_pair, pretrain
 from molt_jax.config.pretraining import PRETRAINING
-from molt_jax.pairs import model, retrieval_and_probes
+from molt_jax.pairs import in_use
+from molt_jax.pairs.probes import linear_probe
 from molt_jax.runtime import atomic, logbook, terminal
 
 matplotlib.use('Agg')
@@ -109,7 +110,7 @@ class PooledOnce:
       self.pooled |= dict(
         zip(
           new,
-          model.pool_texts(
+          in_use.pool_texts(
             p.model, p.variables, p.preprocess, new, batch_size=p.batch_size, mesh=p.mesh
           ),
           strict=True,
@@ -182,9 +183,7 @@ def without_tower(data):
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
       fits = {
-        probe: retrieval_and_probes.linear_probe(
-          evaluate_pair.PROBES[probe](None, examples), labels
-        )
+        probe: linear_probe(evaluate_pair.PROBES[probe](None, examples), labels)
         for probe in ('pixels', 'pca')
       }
       accuracy = {probe: fit['accuracy'] for probe, fit in fits.items()}

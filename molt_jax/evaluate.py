@@ -21,7 +21,7 @@ from molt_jax.data.modalities import KEPT
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation import results, scoring, trained
-from molt_jax.evaluation.diagnostics import PredictionRecorder
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
 from molt_jax.runtime import console, processes
 from molt_jax.training import workdir as workdirs

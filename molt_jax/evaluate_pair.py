@@ -27,11 +27,13 @@ from PIL import Image
 from molt_jax import pretrain
 from molt_jax.config import resolved
 from molt_jax.config.json_files import read_json
-from molt_jax.data import datasets, decode_report, examples, fingerprint, transforms
+from molt_jax.data import datasets, decode_report, fingerprint, transforms
+from molt_jax.data.examples import read_example
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
-from molt_jax.pairs import in_use, retrieval_and_probes
+from molt_jax.pairs import in_use, retrieval
+from molt_jax.pairs.probes import linear_probe, pixels, principal_components
 from molt_jax.runtime import atomic, console, logbook, terminal
 from molt_jax.training import workdir as workdir_lib
 
@@ -61,7 +63,7 @@ def read_examples(
   with console.progress(title, len(source), 'examples') as bar:
     for index in np.arange(len(source)):
       if source.present[index, 0]:
-        example = examples.read_example(source, int(index), image=True, report=report)
+        example = read_example(source, int(index), image=True, report=report)
         try:
           found.append(
             (transforms.decode(example['image'] or b''), example['text'] or None, example['label'])
@@ -100,14 +102,14 @@ def _tower_features(pair, images):
   )
 
 
-_PIXELS = _each_split(lambda pair, images: retrieval_and_probes.pixels(images))
+_PIXELS = _each_split(lambda pair, images: pixels(images))
 # Name -> function(pair, examples by split) -> features by split, [N, D] each.
 PROBES: dict[str, Callable] = {
   'tower': _each_split(_tower_features),
   'tokens': _each_split(lambda pair, images: pair.image_tokens(images)),
   'embedding': _each_split(lambda pair, images: pair.embed_images(images)),
   'pixels': _PIXELS,
-  'pca': lambda pair, examples: retrieval_and_probes.principal_components(_PIXELS(pair, examples)),
+  'pca': lambda pair, examples: principal_components(_PIXELS(pair, examples)),
 }
 
 
@@ -117,7 +119,7 @@ def evaluate_examples(
   class_names: Sequence[str] | None,
   *,
   splits: Iterable[str] = ('test',),
-  templates: Sequence[str] = retrieval_and_probes.TEMPLATES,
+  templates: Sequence[str] = retrieval.TEMPLATES,
   probes: Collection[str] = tuple(PROBES),
 ) -> dict[str, dict[str, Any]]:
   """Scores towers on splits of a data set.
@@ -141,12 +143,12 @@ def evaluate_examples(
   prompts_kpc, features, fitted = None, {}, {}
   seen = {split: part for split, part in examples.items() if part.images}
   if class_names is not None and len(class_names) > 1:
-    prompts = retrieval_and_probes.class_prompts(class_names, templates)
+    prompts = retrieval.class_prompts(class_names, templates)
     prompts_kpc = pair.embed_texts(sum(prompts, [])).reshape(len(prompts), len(templates), -1)
     if _can_fit(seen):
       labels = {split: part.labels for split, part in seen.items()}
       features = {name: PROBES[name](pair, seen) for name in probes}
-      fitted = {name: retrieval_and_probes.linear_probe(features[name], labels) for name in probes}
+      fitted = {name: linear_probe(features[name], labels) for name in probes}
   results = {}
   for split in splits:
     embedded = features.get('embedding', {}).get(split)
@@ -179,7 +181,7 @@ def _pair_scores(pair, part, image_nc, prompts_kpc) -> dict[str, Any]:
   image_nc = pair.embed_images(part.images) if image_nc is None else image_nc
   text_mc = pair.embed_texts(texts) if texts else image_nc[:0]
   return (
-    retrieval_and_probes.evaluate_pair(
+    retrieval.evaluate_pair(
       image_nc,
       text_mc,
       image_of_text=captioned,
@@ -259,7 +261,7 @@ def run(
   *,
   split: str = 'test',
   table: str = '',
-  templates: Sequence[str] = retrieval_and_probes.TEMPLATES,
+  templates: Sequence[str] = retrieval.TEMPLATES,
   probes: Collection[str] = tuple(PROBES),
 ) -> dict[str, Any]:
   """Evaluates the pair in `workdir`, prints the table, writes `pair_evaluation.json` and returns
@@ -274,7 +276,7 @@ def run(
     for name in names:
       if name not in legal:
         raise UserError(f'{flag}: {name!r} is not legal; give {", ".join(legal)}')
-  retrieval_and_probes.class_prompts([], templates)
+  retrieval.class_prompts([], templates)
   if workdir.is_dir():
     workdir_lib.try_out(workdir)
   path = workdir / 'pair_evaluation.json'

@@ -28,7 +28,7 @@ from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
 from molt_jax.features import extract
 from molt_jax.objectives import contrastive
-from molt_jax.pairs import augment, batches, in_use, retrieval_and_probes
+from molt_jax.pairs import augment, batches, in_use, retrieval
 from molt_jax.pairs import method as pairs
 from molt_jax.runtime import console, sharding
 from molt_jax.runtime.signals import exit_code
@@ -154,9 +154,7 @@ class PairTrainer(Trainer):
     for name, parts in (('images', images), ('texts', texts)):
       in_use.check_finite(np.concatenate(parts), name)
     written = [source.read(int(n), image=False)['text'] for n in np.concatenate(positions)]
-    return retrieval_and_probes.evaluate_pair(
-      np.concatenate(images), np.concatenate(texts), texts=written
-    )
+    return retrieval.evaluate_pair(np.concatenate(images), np.concatenate(texts), texts=written)
 
 
 def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:

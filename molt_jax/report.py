@@ -40,20 +40,15 @@ def write(
       written.
   """
   runs = read([pathlib.Path(workdir) for workdir in workdirs])
-  out = (
-    pathlib.Path(out)
-    if out
-    else runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
-  )
+  default = runs[0].folder / ('report.html' if len(runs) == 1 else 'comparison.html')
+  out = pathlib.Path(out) if out else default
   if not out.parent.is_dir() or out.is_dir():
     raise UserError(
       f'--out: {str(out)!r} is not a file in an existing folder; give the path of an HTML file'
     )
   workdir.try_out(out.parent, flag='--out')
   # Matplotlib takes a second to import; a mistake in the arguments is said before.
-  from molt_jax.reporting import (
-    page,
-  )
+  from molt_jax.reporting import page
 
   atomic.write(out, page.render(runs))
   return out

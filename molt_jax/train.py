@@ -24,7 +24,8 @@ import numpy as np
 from molt_jax.data import missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Source, classes_of
 from molt_jax.evaluation import records, results, scoring, trained
-from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics, PredictionRecorder
+from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract, store
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.objectives import cross_entropy
@@ -77,10 +78,7 @@ class ClassifierTrainer(Trainer):
 
   def before_state(self) -> None:
     """See `Trainer`."""
-    estimator = losses.make_cca_estimator(self.config, self.assembly.mesh)
-    frozen_config = ml_collections.FrozenConfigDict(self.config)
-    weights = self.assembly.method.loss_weights
-    self.objective = losses.ClassifierLoss(frozen_config, estimator, weights)
+    self.objective = losses.make_objective(self.assembly)
 
   def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
     """See `Trainer`."""

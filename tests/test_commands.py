@@ -11,7 +11,7 @@ from molt_jax.config import preset_files
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least, between
 from molt_jax.errors import UserError
-from molt_jax.pairs import retrieval_and_probes
+from molt_jax.pairs import retrieval
 from molt_jax.runtime import help_text
 from molt_jax.runtime.command_line import parse
 from molt_jax.runtime.flags import Flag, choice
@@ -120,7 +120,7 @@ def test_what_the_table_repeats_of_other_modules_is_theirs():
   """Names that stand in both places since the table imports nothing large."""
   flags = {flag.name: flag for flag in commands.flags_of('evaluate_pair')}
   assert flags['probes'].default == tuple(evaluate_pair.PROBES)
-  assert flags['templates'].default == retrieval_and_probes.TEMPLATES
+  assert flags['templates'].default == retrieval.TEMPLATES
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.profiling import accounting
+from molt_jax.profiling.workload import Workload
 
 CARD = 24e9
 LLAMA, CLIP = (
@@ -53,7 +53,7 @@ def test_a_step_of_llama_7b_and_clip_l_14_fits_24_gb(quantization, devices, towe
   )
   config.backbones.quantization = quantization
   config.mesh.data, config.mesh.model = 1, devices
-  workload = accounting.Workload.open(CLASSIFIER.validate(config), num_classes=101)
+  workload = Workload.open(CLASSIFIER.validate(config), num_classes=101)
   state, frozen, batch = workload.shapes()
   memory = (
     workload.step()

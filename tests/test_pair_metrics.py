@@ -10,16 +10,9 @@ from PIL import Image
 
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.errors import UserError
-from molt_jax.pairs import retrieval_and_probes
-from molt_jax.pairs.retrieval_and_probes import (
-  class_prompts,
-  evaluate_pair,
-  linear_probe,
-  pixels,
-  principal_components,
-  retrieval,
-  zero_shot,
-)
+from molt_jax.pairs import retrieval as retrieval_lib
+from molt_jax.pairs.probes import linear_probe, pixels, principal_components
+from molt_jax.pairs.retrieval import class_prompts, evaluate_pair, retrieval, zero_shot
 
 
 def rows(*shape, seed=0):
@@ -56,7 +49,7 @@ def brute_force(image_nc, text_mc, image_of_text, texts):
 @pytest.mark.parametrize('block', [1024, 7])
 def test_retrieval_matches_brute_force(block, monkeypatch):
   """Several texts an image, none for some, and a third of the texts equal to another."""
-  monkeypatch.setattr(retrieval_and_probes, 'BLOCK_ROWS', block)
+  monkeypatch.setattr(retrieval_lib, 'BLOCK_ROWS', block)
   rng = np.random.default_rng(0)
   image_nc, text_mc, image_of_text = rows(30, 6), rows(50, 6, seed=1), rng.integers(0, 28, 50)
   texts = [f'text {i}' for i in rng.integers(0, 35, 50)]
@@ -138,7 +131,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(call, said):
 
 
 def test_alignment_uniformity_and_gap_match_their_definitions(monkeypatch):
-  monkeypatch.setattr(retrieval_and_probes, 'BLOCK_ROWS', 7)
+  monkeypatch.setattr(retrieval_lib, 'BLOCK_ROWS', 7)
   image_nc, text_nc = rows(20, 6) + 1, rows(20, 6, seed=1) * 3
   results = evaluate_pair(
     image_nc, text_nc, labels=np.arange(20) % 3, class_prompts_kpc=rows(3, 2, 6)

@@ -31,7 +31,7 @@ from molt_jax.errors import UserError
 from molt_jax.methods import model as model_lib
 from molt_jax.objectives import contrastive
 from molt_jax.pairs import model as dual
-from molt_jax.pairs import retrieval_and_probes
+from molt_jax.pairs import retrieval
 from molt_jax.runtime import logbook, sharding
 from molt_jax.towers import loading
 from molt_jax.training import loop, train_state
@@ -183,7 +183,7 @@ def test_a_loaded_pair_scores_as_the_last_validation_did(whole, pair, make_confi
   examples = [source[i] for i in np.flatnonzero(source.present.all(axis=1))]
   images_nc = pair.embed_images([x['image'] for x in examples])
   texts = [x['text'] for x in examples]
-  results = retrieval_and_probes.evaluate_pair(images_nc, pair.embed_texts(texts), texts=texts)
+  results = retrieval.evaluate_pair(images_nc, pair.embed_texts(texts), texts=texts)
   logged = [line for line in logbook.read(whole) if line['kind'] == 'validation'][-1]
   for way in ('image_to_text', 'text_to_image'):
     assert results[way] == pytest.approx(logged[way])

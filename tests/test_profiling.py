@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.profiling import accounting
+from molt_jax.profiling import flops
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def workload():
   )
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.width = config.classifier.hidden = 32
-  return accounting.Workload.open(CLASSIFIER.validate(config), num_classes=5)
+  return Workload.open(CLASSIFIER.validate(config), num_classes=5)
 
 
 def test_products_are_counted_as_often_as_they_run():
@@ -45,10 +46,10 @@ def test_products_are_counted_as_often_as_they_run():
     )
     return jax.jit(jnp.sum)(branched)
 
-  assert accounting.matmul_flops(f, a, b) == 2 * (3 * 4 * 5 * 7 + 11 * 4 * 7 * 7 + 4 * 7 * 2)
+  assert flops.matmul_flops(f, a, b) == 2 * (3 * 4 * 5 * 7 + 11 * 4 * 7 * 7 + 4 * 7 * 2)
   # A product and its gradient are three products.
   gradient = jax.grad(lambda w, x: (x @ w).sum(), argnums=(0, 1))
-  assert accounting.matmul_flops(gradient, jnp.ones((5, 7)), jnp.ones((4, 5))) == 3 * 2 * 4 * 5 * 7
+  assert flops.matmul_flops(gradient, jnp.ones((5, 7)), jnp.ones((4, 5))) == 3 * 2 * 4 * 5 * 7
 
 
 @pytest.mark.parametrize('rows, tokens', [(8, 8), (2, 5)])
@@ -60,12 +61,12 @@ def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
     jax.ShapeDtypeStruct((rows, tokens), bool),
   )
   image = jax.ShapeDtypeStruct((rows, 64, 64, 3), jnp.float32)
-  assert accounting.matmul_flops(
+  assert flops.matmul_flops(
     lambda p, *x: llama.apply({'params': p}, *x, states=range(-4, 0)), frozen['text'], *text
-  ) == accounting.llama_flops(llama.config, rows, tokens)
-  assert accounting.matmul_flops(
+  ) == flops.llama_flops(llama.config, rows, tokens)
+  assert flops.matmul_flops(
     lambda p, x: clip.apply({'params': p}, x, states=range(-4, 0)), frozen['image'], image
-  ) == accounting.clip_flops(clip.config, rows)
+  ) == flops.clip_flops(clip.config, rows)
 
 
 def test_llama_7b_takes_two_flops_a_weight_and_token():
@@ -75,7 +76,7 @@ def test_llama_7b_takes_two_flops_a_weight_and_token():
   config = LlamaConfig.from_hf(architectures.LLAMA['llama-7b'])
   matrices, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 128
   attention = 32 * 4 * tokens * tokens * 4096  # Q K' and A V, over all pairs.
-  assert accounting.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
+  assert flops.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
 
 
 def test_xla_counts_the_same_where_no_loop_hides_it(workload):
@@ -106,7 +107,7 @@ def test_xla_counts_the_same_where_no_loop_hides_it(workload):
     .compile()
     .cost_analysis()['flops']
   )
-  assert 1.0 < counted / accounting.llama_flops(config, 4, 32) < 1.1
+  assert 1.0 < counted / flops.llama_flops(config, 4, 32) < 1.1
 
 
 def test_random_towers_keep_states_near_one(workload):

@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from molt_jax.config import default_config
 from molt_jax.errors import UserError
-from molt_jax.profiling import accounting
+from molt_jax.profiling import collectives
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import sharding
 from molt_jax.towers import loading
 
@@ -84,12 +85,12 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
     config.text.max_tokens,
     config.train.batch_size,
   ) = 2, 32, 48, 24, 16
-  work = accounting.Workload.open(config, num_classes=5)
+  work = Workload.open(config, num_classes=5)
   state, frozen, batch = work.shapes()
-  found = sharding.compiled_collectives(
+  found = collectives.compiled_collectives(
     work.step().lower(state, frozen, batch, None).compile().as_text()
   )
-  listed = sharding.collectives(work.model, state, config=config, mesh=work.mesh)
+  listed = collectives.collectives(work.model, state, config=config, mesh=work.mesh)
 
   towers = [x for x in found if 'Llama' in x[2] or 'ClipVision' in x[2]]
   assert all(kind == 'all-reduce' for kind, _, _ in towers), 'a weight of a tower moved'
@@ -129,7 +130,7 @@ def test_packed_texts_stay_on_their_device():
   config.backbones.text.path = 'random:llama-tiny'
   config.backbones.dtype, config.dataset.modalities = 'float32', 'text'
   config.molt.num_layers, config.text.max_tokens, config.train.batch_size = 2, 24, 8
-  work = accounting.Workload.open(config, num_classes=5)
+  work = Workload.open(config, num_classes=5)
   batch = work.batch(length_b=np.array([3, 24, 1, 7, 20, 2, 9, 1]))
   assert batch['token_position'].shape == (2, 40)
   taps, frozen = jax.jit(work.model.taps), work.frozen()
@@ -138,9 +139,11 @@ def test_packed_texts_stay_on_their_device():
     for left_out in ((), ('token_position',))
   )
   program = taps.lower(frozen, packed).compile()
-  assert {kind for kind, _, _ in sharding.compiled_collectives(program.as_text())} == {'all-reduce'}
-  assert len(sharding.compiled_collectives(program.as_text())) == len(
-    sharding.compiled_collectives(taps.lower(frozen, padded).compile().as_text())
+  assert {kind for kind, _, _ in collectives.compiled_collectives(program.as_text())} == {
+    'all-reduce'
+  }
+  assert len(collectives.compiled_collectives(program.as_text())) == len(
+    collectives.compiled_collectives(taps.lower(frozen, padded).compile().as_text())
   )
   mask_bt = batch['token_mask']
   found = taps(frozen, packed)
@@ -151,7 +154,7 @@ def test_packed_texts_stay_on_their_device():
   head = jax.jit(work.model.classify).lower(
     {'params': state.params, 'statistics': state.statistics}, found, packed['present']
   )
-  assert found.token_position_gn is not None and not sharding.compiled_collectives(
+  assert found.token_position_gn is not None and not collectives.compiled_collectives(
     head.compile().as_text()
   )
 

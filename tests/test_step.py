@@ -15,7 +15,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import packing
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.methods import model as model_lib
-from molt_jax.profiling import accounting
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import sharding
 from molt_jax.towers import architectures
 from molt_jax.training import loop, train_state
@@ -187,7 +187,7 @@ def _compiled(tiny_config, monkeypatch, layers):
     monkeypatch.setitem(architectures.ARCHITECTURES[modality], 'deep', architecture)
     tiny_config.backbones[modality].path = 'random:deep'
   tiny_config.method, tiny_config.missing.views = 'late_fusion', False
-  work = accounting.Workload.open(tiny_config, num_classes=3)
+  work = Workload.open(tiny_config, num_classes=3)
   return work.step().lower(*work.shapes(), None).compile(), work.shapes()
 
 

@@ -28,7 +28,8 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import Rule, at_least
 from molt_jax.data import datasets, pipeline
 from molt_jax.methods import model as model_lib
-from molt_jax.profiling import accounting
+from molt_jax.profiling.timing import Parts
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import atomic, console, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag
@@ -118,9 +119,9 @@ def _steppers(config, num_classes: int, batches: int) -> dict[str, Callable[[], 
   """Returns name -> a function that gives images/s of some training steps on a batch that is
   there.
   """
-  workload = accounting.Workload.open(config, num_classes=num_classes)
+  workload = Workload.open(config, num_classes=num_classes)
   frozen, batch = workload.frozen(), sharding.put_batch(workload.batch(), workload.mesh)
-  stored = accounting.Parts(workload, frozen, batch).stored_batch()
+  stored = Parts(workload, frozen, batch).stored_batch()
   return {
     name: _stepper(workload, *inputs, batches)
     for name, inputs in {'live': (frozen, batch), 'stored': (dict.fromkeys(frozen), stored)}.items()

@@ -38,7 +38,9 @@ import molt_jax
 from molt_jax.config import presets
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import Rule, at_least
-from molt_jax.profiling import accounting
+from molt_jax.profiling import timing
+from molt_jax.profiling.timing import Parts
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import console, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
@@ -151,7 +153,7 @@ class Ours:
   """Steps of one case; towers are shared between cases."""
 
   def __init__(self, config, classes, frozen, length_b):
-    self.workload = accounting.Workload.open(config, num_classes=classes)
+    self.workload = Workload.open(config, num_classes=classes)
     self.host = self.workload.batch(length_b=length_b)
     self._batch = sharding.put_batch(self.host, self.workload.mesh)
     self.frozen = frozen or self.workload.frozen()
@@ -168,7 +170,7 @@ class Ours:
     if 'store' in wanted:
       runs['store'] = self._stepper(
         dict.fromkeys(self.frozen),
-        accounting.Parts(self.workload, self.frozen, self._batch).stored_batch(),
+        Parts(self.workload, self.frozen, self._batch).stored_batch(),
       )
     return runs
 
@@ -246,7 +248,7 @@ def measure(flags) -> dict:
     if theirs:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, config, ours.host)
-    taken = accounting.seconds_in_turn(runs, rounds=flags.rounds)
+    taken = timing.seconds_in_turn(runs, rounds=flags.rounds)
     cases.append(
       _case(batch, width, preset, taken, theirs)
       | {'real_tokens': int(ours.host['token_mask'].sum())}
@@ -283,7 +285,7 @@ def _case(batch, width, preset, taken, theirs):
     'batch': batch,
     'width': width,
     'preset': preset,
-    'seconds': {name: accounting.spread(values) for name, values in taken.items()},
+    'seconds': {name: timing.spread(values) for name, values in taken.items()},
   }
   rivals = [name for name in taken if name.startswith('rival')]
   case['speedup'] = {  # Medians over rounds of the ratio within a round.

@@ -35,7 +35,10 @@ import jax
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least
-from molt_jax.profiling import accounting
+from molt_jax.profiling.flops import PEAK_FLOPS, clip_flops, llama_flops, matmul_flops
+from molt_jax.profiling.timing import Parts, seconds_in_turn, spread
+from molt_jax.profiling.trace import trace_parts
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
@@ -59,7 +62,7 @@ TRACED = 3  # Steps in the trace.
 class Stepper:
   """The compiled step and the state it goes on from."""
 
-  def __init__(self, workload: accounting.Workload):
+  def __init__(self, workload: Workload):
     start = time.perf_counter()
     self.compiled = workload.step().lower(*workload.shapes(), None).compile()
     self.compile_seconds = time.perf_counter() - start
@@ -72,13 +75,13 @@ class Stepper:
 
 def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path) -> dict:
   """Returns what the tool prints, as a dict."""
-  workload = accounting.Workload.open(config, num_classes=classes)
+  workload = Workload.open(config, num_classes=classes)
   stepper = Stepper(workload)
   host = workload.batch()
   batch = sharding.put_batch(host, workload.mesh)
-  parts = accounting.Parts(workload, stepper.frozen, batch)
+  parts = Parts(workload, stepper.frozen, batch)
   calls = parts.calls()
-  taken = accounting.seconds_in_turn(
+  taken = seconds_in_turn(
     {
       'step': lambda: stepper(batch),
       'transfer': lambda: sharding.put_batch(host, workload.mesh),
@@ -92,14 +95,14 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
     name: {
       'seconds': median[name],
       'share': median[name] / step,
-      'flops': accounting.matmul_flops(call, *arguments),
+      'flops': matmul_flops(call, *arguments),
     }
     for name, (call, arguments) in calls.items()
   }
   rest = step - sum(part['seconds'] for part in split.values())
   device = jax.devices()[0]
-  flops = accounting.matmul_flops(workload.step(), *workload.shapes(), None)
-  peak = accounting.PEAK_FLOPS.get(device.device_kind)
+  flops = matmul_flops(workload.step(), *workload.shapes(), None)
+  peak = PEAK_FLOPS.get(device.device_kind)
   peak = peak and peak * workload.mesh.size
   return {
     'device': {
@@ -114,7 +117,7 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
     'attention': config.backbones.attention,
     'backbones': {m: config.backbones[m].path for m in resolved.modalities(config)},
     'compile_seconds': stepper.compile_seconds,
-    'step_seconds': accounting.spread(taken['step']),
+    'step_seconds': spread(taken['step']),
     'examples_per_second': config.train.batch_size / step,
     'parts': split,
     'rest': {'seconds': rest, 'share': rest / step},
@@ -142,8 +145,8 @@ def _xla_flops(compiled):
 def _closed_form(workload):
   rows, tokens = workload.config.train.batch_size, workload.config.text.max_tokens
   image, text = workload.model.image_tower, workload.model.text_tower
-  return (accounting.clip_flops(image.config, rows) if image else 0) + (
-    accounting.llama_flops(text.config, rows, tokens) if text else 0
+  return (clip_flops(image.config, rows) if image else 0) + (
+    llama_flops(text.config, rows, tokens) if text else 0
   )
 
 
@@ -154,7 +157,7 @@ def _traced(stepper, batch, folder):
     for i in range(TRACED):
       with jax.profiler.StepTraceAnnotation('train', step_num=i):
         jax.block_until_ready(stepper(batch))
-  busy = accounting.trace_parts(folder, stepper.compiled.as_text(), steps=TRACED)
+  busy = trace_parts(folder, stepper.compiled.as_text(), steps=TRACED)
   total = sum(busy.values())
   return {
     'busy_seconds': busy,
@@ -205,7 +208,7 @@ def _pipeline(config, workload, stepper, rounds):
   total = time.perf_counter() - begin
   return {
     'data': config.dataset.name,
-    'wait_seconds': accounting.spread(waits[1:]),
+    'wait_seconds': spread(waits[1:]),
     'wait_share': sum(waits[1:]) / total,
   }
 

@@ -2,7 +2,7 @@
 tools/weak_scaling.py [--check=8]`.
 
 Prints a Markdown table, and what L_CCA takes of the FLOPs. Nothing is allocated or run: FLOPs are
-those of the traced step's matrix products, bytes those of `sharding.collectives`. With --check the
+those of the traced step's matrix products, bytes those of `collectives`. With --check the
 step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are
 printed beside these.
 """
@@ -14,8 +14,9 @@ import jax
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least, between, more_than
-from molt_jax.profiling import accounting
-from molt_jax.runtime import console, sharding
+from molt_jax.profiling import collectives, flops
+from molt_jax.profiling.workload import Workload
+from molt_jax.runtime import console
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag
 
@@ -62,7 +63,7 @@ FLAGS = (
 
 def open_work(
   flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True
-) -> accounting.Workload:
+) -> Workload:
   """The step on that many devices, every one with its share of rows; without `cca` it has no
   L_CCA.
   """
@@ -75,28 +76,27 @@ def open_work(
   )
   config.text.max_tokens, config.train.batch_size = flags.tokens, flags.rows * devices
   config.cca.weight *= cca
-  return accounting.Workload.open(config, num_classes=101)
+  return Workload.open(config, num_classes=101)
 
 
-def listed(work: accounting.Workload) -> list[sharding.Collective]:
+def listed(work: Workload) -> list[collectives.Collective]:
   """The collectives of the step, from shapes."""
-  return sharding.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
+  return collectives.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
 
 
 def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
   rows, model = flags.rows, whole.model
-  towers = accounting.llama_flops(
-    model.text_tower.config, rows, flags.tokens
-  ) + accounting.clip_flops(model.image_tower.config, rows)
-  step, rest = (
-    accounting.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without)
+  towers = flops.llama_flops(model.text_tower.config, rows, flags.tokens) + flops.clip_flops(
+    model.image_tower.config, rows
   )
+  step, rest = (flops.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
+  step, rest = (flops.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
   return towers, step - towers, step - rest
 
 
-def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags) -> float:
+def seconds_of(collective: collectives.Collective, work: Workload, flags) -> float:
   """Time on a ring: an all-reduce passes each byte 2 (n - 1) / n times through a device, an
   all-gather half as often.
   """
@@ -111,7 +111,9 @@ def seconds_of(collective: sharding.Collective, work: accounting.Workload, flags
 def check(flags, devices: int, model: int) -> None:
   """Compiles the step and counts its bytes; in float32, which is what a CPU computes in."""
   work = open_work(flags, devices, model, 'float32')
-  found = sharding.compiled_collectives(work.step().lower(*work.shapes(), None).compile().as_text())
+  found = collectives.compiled_collectives(
+    work.step().lower(*work.shapes(), None).compile().as_text()
+  )
   depth = {
     'Llama': work.model.text_tower.config.num_layers,
     'ClipVision': work.model.image_tower.config.num_layers,

@@ -40,111 +40,67 @@ A path is refused with NUL in it, and with halves of surrogate pairs unless they
 of a file's name (`os.fsdecode`).
 """
 
-import collections
 import decimal
 import functools
 import numbers
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-NULL_WORDS = frozenset(
-  (
-    'nan',
-    'NaN',
-    '-nan',
-    '-NaN',
-    'None',
-    'NA',
-    'N/A',
-    'n/a',
-    'NULL',
-    'null',
-    'NaT',
-    '<NA>',
-    '#N/A',
-    '#N/A N/A',
-    '#NA',
-    '#NULL!',
-    '#REF!',
-    '#VALUE!',
-    '#DIV/0!',
-    '#NAME?',
-    '#NUM!',
-    '1.#IND',
-    '-1.#IND',
-    '1.#QNAN',
-    '-1.#QNAN',
-    '\\N',
-  )
+from molt_jax.data.cell_values import (
+  DROP,
+  EXACT,
+  MOST_LABEL,
+  MOST_PATH,
+  NULL_WORDS,
+  VISIBLE,
+  CellError,
+  clean,
+  describe,
+  digits,
+  is_null,
+  is_null_word,
+  is_written,
+  plain,
+  refused_type,
+  shown,
+  string,
 )
-_NULL_WORDS_FOLDED = frozenset(word.casefold() for word in NULL_WORDS)
-_LONGEST_NULL_WORD = max(map(len, NULL_WORDS))
-MOST_LABEL = 1000
-_EXACT = 1 << 53
-_SHOWN_CHARACTERS = 60
-MOST_PATH = 300  # Characters of a path that a line shows.
 
-# Characters that cannot be seen, beside blanks and controls. The first are dropped from labels; the
-# second join or vary their neighbours, so they matter there.
-_DROPPED = '\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb'
-_JOINING = (
-  '\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0'
-  '\U000e0000-\U000e0fff'
-)
-_VISIBLE = re.compile(f'[^\\s\x00-\x1f\x7f-\x9f{_DROPPED}{_JOINING}]')
-_DROP = re.compile(f'[{_DROPPED}]')
-_UNSEEN = re.compile(f'[\\s{_DROPPED}{_JOINING}]')
+# What readers of cells need of values is found here too.
+__all__ = [
+  'MOST_LABEL',
+  'MOST_PATH',
+  'NULL_WORD',
+  'NULL_WORDS',
+  'REPLACED',
+  'TWICE',
+  'WRITTEN',
+  'CellError',
+  'Remark',
+  'clean',
+  'describe',
+  'is_null',
+  'is_null_word',
+  'plain',
+  'read',
+  'read_labels',
+  'shown',
+]
 _CONTROL = re.compile('[\x00-\x1f\x7f-\x9f]')
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _WHOLE = re.compile(r'([+-]?)(0|[1-9][0-9]*)(?:\.0*)?')
 _EXPONENT = re.compile(r'[+-]?[0-9](?:\.[0-9]*)?[eE][+-][0-9]{1,3}')
-_BETWEEN = re.compile(r'(?<=\w)[-_](?=\w)')
-_NUMBER = re.compile(r'[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?')
-# What str() or json.dumps makes of objects, by how it begins and ends: ['a'], [1, 2], [], {'a': 1},
-# {1, 2}, {}, ('a', 'b'), (1, 2), <Thing at 0x1f>.
-_WRITTEN = {
-  '[': (
-    ']',
-    re.compile(r"""\[\s*(?:['"\[{(\]]|(?:None|nan|null|[Tt]rue|[Ff]alse)\b|[-\d.,\s]*\])"""),
-  ),
-  '{': ('}', re.compile(r"""\{\s*(?:['"}]|-?\d[\d.]*\s*[:,])""")),
-  '(': (')', re.compile(r"""\(\s*(?:(['"]).{0,200}?\1|-?\d[\d.]*)\s*,""", re.DOTALL)),
-  '<': ('>', re.compile(r'<[^<>]* at 0x[0-9A-Fa-f]+>')),
-}
 _BOOLEANS = {word: word.lower() for word in ('true', 'True', 'TRUE', 'false', 'False', 'FALSE')}
-_ALIKE = str.maketrans('‐‑‒–—−‘’“”', '------\'\'""')
-_BLANK_TYPES = ('NAType', 'NaTType')  # Of pandas, which is not imported for them.
-
 # What is remarked of a cell that is not refused.
 NULL_WORD, REPLACED, WRITTEN, TWICE = 'null word', 'replaced', 'written', 'twice'
 # Called with a kind of remark and the cell.
 Remark = Callable[[str, str], None]
-
-
-class CellError(ValueError):
-  """A cell that is refused.
-
-  Attributes:
-    column: 'image', 'text', 'label' or 'id'.
-    reason: what the cell is.
-    remedy: what to give instead.
-    value: the cell, shortened for a message; empty where the reason says all.
-  """
-
-  def __init__(self, column: str, reason: str, remedy: str, value: str = ''):
-    self.column, self.reason, self.remedy, self.value = column, reason, remedy, value
-    super().__init__(f'{column} {self.sentence()}')
-
-  def sentence(self) -> str:
-    """Returns reason, value and remedy."""
-    value = f' ({self.value})' if self.value else ''
-    return f'{self.reason}{value}: {self.remedy}'
 
 
 def read(column: str, value: Any, remark: Remark = lambda kind, value: None) -> Any:
@@ -195,38 +151,15 @@ def read_labels(
   return tuple(sorted(names - {None}))
 
 
-def clean(text: str) -> str:
-  """Puts U+FFFD for halves of surrogate pairs and for NUL; two halves that meet become a pair."""
-  if not text.isascii():
-    try:
-      text.encode()
-    except UnicodeEncodeError:
-      text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-  return text.replace('\0', '\ufffd')
-
-
-def shown(value: str, *, most: int = _SHOWN_CHARACTERS) -> str:
-  """Returns a string in quotes, on one line and not too long."""
-  return repr(value[:most]) + ('…' if len(value) > most else '')
-
-
-def plain(text: str) -> str:
-  """Returns a text as it is, in quotes where something in it cannot be seen or it is too long."""
-  return text if text.isprintable() and len(text) <= MOST_PATH else shown(text, most=MOST_PATH)
-
-
-# ---- The rules of the columns --------------------------------------------------------------------
-
-
 def _text(value: Any, remark: Remark) -> str | None:
   if type(value) is not str:
-    value = _string('text', value, remedy='give one string')
-  if value is None or not _VISIBLE.search(value):
+    value = string('text', value, remedy='give one string')
+  if value is None or not VISIBLE.search(value):
     return None
   if is_null_word(value):
     remark(NULL_WORD, value)
     return None
-  if _is_written(value):
+  if is_written(value):
     remark(WRITTEN, value)
   cleaned = clean(value)
   if cleaned != value:
@@ -244,12 +177,12 @@ def _image(value: Any, remark: Remark) -> Any:
     try:
       return _path(os.fsdecode(value))
     except TypeError:  # Its __fspath__ gives something else.
-      raise _refused_type('image', value, remedy) from None
+      raise refused_type('image', value, remedy) from None
   if is_null(value):
     return None
   if not isinstance(value, str | numbers.Number) and hasattr(value, '__array__'):
     return _pixels(value)
-  if (text := _string('image', value, remedy=remedy)) is None or not _VISIBLE.search(text):
+  if (text := string('image', value, remedy=remedy)) is None or not VISIBLE.search(text):
     return None
   if is_null_word(text):
     remark(NULL_WORD, text)
@@ -278,7 +211,7 @@ def _pixels(value: Any) -> np.ndarray:
   try:
     array = np.asarray(value)
   except Exception:  # Whatever an object of another library raises.
-    raise _refused_type('image', value, 'give a path, bytes, a PIL or a NumPy image') from None
+    raise refused_type('image', value, 'give a path, bytes, a PIL or a NumPy image') from None
   legal = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
   if np.ma.isMaskedArray(value) or array.dtype != np.uint8 or not legal or not array.size:
     kind = 'a masked array' if np.ma.isMaskedArray(value) else 'an array'
@@ -298,10 +231,10 @@ def _label(value: Any, remark: Remark) -> str | None:
     return 'true' if value else 'false'
   remedy = 'give a string or a whole number'
   if not isinstance(value, int | float | np.integer | np.floating) or is_null(value):
-    return _string('label', value, remedy=remedy)
+    return string('label', value, remedy=remedy)
   if isinstance(value, int | np.integer):
-    return _digits('label', int(value), remedy)
-  if not abs(value) < _EXACT:
+    return digits('label', int(value), remedy)
+  if not abs(value) < EXACT:
     raise CellError(
       'label', 'is a number too large to be exact', 'write it as a string', str(value)
     )
@@ -311,10 +244,10 @@ def _label(value: Any, remark: Remark) -> str | None:
 @functools.lru_cache(maxsize=1 << 16)
 def _name(text: str) -> str | None:
   """Returns the name of the class that a string stands for; None: blank."""
-  if not _VISIBLE.search(text):
+  if not VISIBLE.search(text):
     return None
   _check_name(text)
-  name = ' '.join(unicodedata.normalize('NFC', _DROP.sub('', text)).split())
+  name = ' '.join(unicodedata.normalize('NFC', DROP.sub('', text)).split())
   if name in NULL_WORDS:
     raise CellError(
       'label',
@@ -324,7 +257,7 @@ def _name(text: str) -> str | None:
     )
   if _CONTROL.search(name):
     raise CellError('label', 'has control characters', 'write it without them', shown(name))
-  if _is_written(name):
+  if is_written(name):
     raise CellError(
       'label',
       'is a list, dict, bytes or object that was written as text',
@@ -349,7 +282,7 @@ def _whole(name: str) -> str:
     return str(int(match[1] + match[2]))
   if _EXPONENT.fullmatch(name):
     number = decimal.Decimal(name)
-    if abs(number) < _EXACT and number == number.to_integral_value():
+    if abs(number) < EXACT and number == number.to_integral_value():
       return str(int(number))
   return name
 
@@ -358,13 +291,13 @@ def _id(value: Any, remark: Remark) -> str:
   del remark
   remedy = 'give a name or a whole number'
   if isinstance(value, int | np.integer) and not isinstance(value, bool):
-    return _digits('id', int(value), remedy)
+    return digits('id', int(value), remedy)
   if isinstance(value, float | np.floating) and not is_null(value):
-    if not abs(value) < _EXACT or value != int(value):
+    if not abs(value) < EXACT or value != int(value):
       raise CellError('id', 'is no whole number', remedy, str(value))
     return str(int(value))
-  name = _string('id', value, remedy=remedy)
-  if name is None or not _VISIBLE.search(name):
+  name = string('id', value, remedy=remedy)
+  if name is None or not VISIBLE.search(name):
     raise CellError('id', 'is empty', remedy)
   if '/' in name or _SURROGATE.search(name) or _CONTROL.search(name) or len(name) > MOST_LABEL:
     raise CellError('id', 'is no plain name', remedy, shown(name))
@@ -372,105 +305,3 @@ def _id(value: Any, remark: Remark) -> str:
 
 
 _RULES = {'image': _image, 'text': _text, 'label': _label, 'id': _id}
-
-
-# ---- What a value is -----------------------------------------------------------------------------
-
-
-def is_null(value: Any) -> bool:
-  """Whether a value stands for nothing: None, NaN and NaT of Python, NumPy and pandas."""
-  if value is None or value is np.ma.masked:
-    return True
-  if isinstance(value, decimal.Decimal):
-    return value.is_nan()
-  if isinstance(value, float | complex | np.inexact):
-    return bool(value != value)
-  if isinstance(value, np.datetime64 | np.timedelta64):
-    return bool(np.isnat(value))
-  kind = type(value)
-  return kind.__name__ in _BLANK_TYPES and kind.__module__.partition('.')[0] == 'pandas'
-
-
-def is_null_word(text: str) -> bool:
-  """Whether a string is one of NULL_WORDS, in any capitals, blanks and unseen characters aside."""
-  word = text.strip()
-  if len(word) > 2 * _LONGEST_NULL_WORD:
-    return False
-  return _DROP.sub('', word).strip().casefold() in _NULL_WORDS_FOLDED
-
-
-def _is_written(text: str) -> bool:
-  """Whether a string is what Python or JSON writes for a list, a dict, bytes or an object."""
-  text = text.strip()
-  if text[:2] in ('b"', "b'"):
-    return len(text) > 2 and text[-1] == text[1]
-  end, beginning = _WRITTEN.get(text[:1], ('', None))
-  return bool(end) and text[-1] == end and beginning.match(text) is not None
-
-
-def _string(column: str, value: Any, *, remedy: str) -> str | None:
-  """Returns a string as it is, None for what stands for nothing; all else is refused."""
-  if isinstance(value, str):
-    return str.__str__(value)  # Of NumPy's strings, and of those with a __str__ of their own.
-  if is_null(value):
-    return None
-  raise _refused_type(column, value, remedy)
-
-
-def _refused_type(column: str, value: Any, remedy: str) -> CellError:
-  reason = f'is {describe(value)}'
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  small = is_number and abs(value) < _EXACT
-  return CellError(column, reason, remedy, repr(value) if small else '')
-
-
-# The first that fits; booleans are whole numbers to Python.
-_TYPES = (
-  ((bool, np.bool_), 'true or false'),
-  (numbers.Number, 'a number'),
-  (str, 'a string'),
-  ((bytes, bytearray, memoryview), 'bytes'),
-  (list, 'a list'),
-  (tuple, 'a tuple'),
-  (Mapping, 'a dict'),
-  ((set, frozenset), 'a set'),
-  (np.ndarray, 'an array'),
-  (Image.Image, 'an image'),
-  (os.PathLike, 'a path object'),
-)
-
-
-def describe(value: Any) -> str:
-  """Returns what a value is, in words."""
-  for types, words in _TYPES:
-    if isinstance(value, types):
-      return words
-  return f'of type {shown(type(value).__name__)}'
-
-
-def _digits(column: str, number: int, remedy: str) -> str:
-  if number.bit_length() > 3 * MOST_LABEL:  # Python refuses to write more digits than some 4,300.
-    raise CellError(column, 'is a number of too many digits', remedy)
-  return str(number)
-
-
-# ---- Names of classes ----------------------------------------------------------------------------
-
-
-def likeness(name: str) -> Any:
-  """Returns what two names share that a reader may take for one class.
-
-  Such are names that differ by case, Unicode form, invisible characters, quotes, or what stands
-  between words (hot dog, hot-dog, hot_dog, hotdog), and numbers of one value.
-  """
-  folded = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', name).casefold())
-  key = _UNSEEN.sub('', folded.translate(_ALIKE))
-  return decimal.Decimal(key) if _NUMBER.fullmatch(key) else _BETWEEN.sub('', key)
-
-
-def lookalikes(names: Iterable[str]) -> list[list[str]]:
-  """Returns the groups of names that have one likeness."""
-  groups = collections.defaultdict(list)
-  for name in names:
-    groups[likeness(name)].append(name)
-  return [group for group in groups.values() if len(group) > 1]

@@ -3,14 +3,14 @@
 import collections
 import threading
 
-from molt_jax.data import formats
+from molt_jax.data.decode_error import one_line
 
 
 class DecodeReport:
   """Counts the images and texts that could not be used and keeps the first names.
 
   Thread-safe; an example counts once however often it is read. Names and reasons come from files,
-  so they are made fit for a terminal (`formats.one_line`).
+  so they are made fit for a terminal (`one_line`).
   """
 
   def __init__(self, keep: int = 5):
@@ -20,7 +20,7 @@ class DecodeReport:
 
   def add(self, example_id: str, modality: str, reason: str) -> None:
     with self._lock:
-      self._reasons[modality].setdefault(example_id, formats.one_line(reason))
+      self._reasons[modality].setdefault(example_id, one_line(reason))
 
   def counts(self) -> dict[str, int]:
     """Returns the number of examples that lost each modality, e.g. {'image': 3}."""
@@ -36,7 +36,7 @@ class DecodeReport:
 
   def _describe(self, modality: str, reasons: dict[str, str]) -> str:
     named = list(reasons.items())[: self._keep]
-    first = ', '.join(f'{formats.one_line(name)} ({reason})' for name, reason in named)
+    first = ', '.join(f'{one_line(name)} ({reason})' for name, reason in named)
     more = f', and {len(reasons) - self._keep} more' if len(reasons) > self._keep else ''
     return (
       f'{len(reasons)} unusable {modality}{"s" if len(reasons) > 1 else ""} treated as '

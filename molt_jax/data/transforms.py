@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from molt_jax.data import formats, modes
-from molt_jax.data.formats import DecodeError as DecodeError
+from molt_jax.data import bounds, formats, modes
+from molt_jax.data.decode_error import DecodeError as DecodeError
+from molt_jax.data.samples import read_samples
 
 # Version of what `decode` makes of a file; features are stored under it.
 DECODING = 2
@@ -63,10 +64,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     DecodeError: as in `decode`.
   """
   with formats.faults():
-    formats.bound_pixels(image.size)
-    samples = modes.read_samples(image)
+    bounds.bound_pixels(image.size)
+    samples = read_samples(image)
     image.load()
-    formats.bound_pixels(image.size)  # Some formats know their size for certain only now.
+    bounds.bound_pixels(image.size)  # Some formats know their size for certain only now.
     rgb = modes.to_rgb(image, samples)
     turn = _TURNS.get(_orientation(image))
     return rgb if turn is None else rgb.transpose(turn)

@@ -1,5 +1,6 @@
-"""Classification metrics as sums and counts: they add up over batches, shards and hosts to the
-numbers of the whole split. AUROC does not.
+"""Classification metrics as sums and counts, AUROC, which is neither.
+
+Sums and counts add up over batches, shards and hosts to the numbers of the whole split.
 """
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import scipy.stats
 from flax import struct
 
+from molt_jax.evaluation import f1
 from molt_jax.objectives.cross_entropy import sigmoid_cross_entropy, softmax_cross_entropy
 from molt_jax.runtime import processes
 
@@ -68,10 +70,8 @@ class ClassificationMetrics:
       true_bk, predicted_bk = label == 1, logits_bk > 0
     else:
       class_1k = jnp.arange(logits_bk.shape[-1])[None, :]
-      true_bk, predicted_bk = (
-        label[:, None] == class_1k,
-        jnp.argmax(logits_bk, axis=-1)[:, None] == class_1k,
-      )
+      true_bk = label[:, None] == class_1k
+      predicted_bk = jnp.argmax(logits_bk, axis=-1)[:, None] == class_1k
     true_bk, predicted_bk = true_bk & live_b1, predicted_bk & live_b1
     hit_b = jnp.sum(true_bk & predicted_bk, axis=-1)
     size_b = jnp.sum(true_bk, axis=-1) + jnp.sum(predicted_bk, axis=-1)
@@ -109,18 +109,14 @@ class ClassificationMetrics:
     m = jax.device_get(self)
     if not m.count:
       return {}
-    hits_k = 2 * m.true_positive_k.astype(np.int64)
-    all_k = hits_k + m.false_positive_k + m.false_negative_k
     scores = {'accuracy': float(m.correct / m.count)}
-    if all_k.any():
-      f1_k = hits_k / np.maximum(all_k, 1)
-      averaged_k = np.ones(len(f1_k), bool) if self.multi_label else all_k > 0
+    counts = m.true_positive_k, m.false_positive_k, m.false_negative_k, m.support_k
+    if found := f1.scores(*counts, multi_label=self.multi_label):
       scores |= {
-        'f1_micro': float(hits_k.sum() / all_k.sum()),
-        'f1_macro': float(f1_k[averaged_k].mean()),
+        'f1_micro': found['f1_micro'],
+        'f1_macro': found['f1_macro'],
         'f1_samples': float(m.samples_f1_sum.astype(np.float64) / m.count),
-        # Without a truth every F1 is 0, however it is weighed.
-        'f1_weighted': float(np.sum(f1_k * m.support_k) / max(m.support_k.sum(), 1)),
+        'f1_weighted': found['f1_weighted'],
       }
     if m.weight_sum > 0:
       scores['loss'] = float(m.loss_sum.astype(np.float64) / m.weight_sum)
@@ -128,11 +124,10 @@ class ClassificationMetrics:
 
 
 def auroc(score_nk: np.ndarray, true_nk: np.ndarray) -> float | None:
-  """Area under the ROC curve, averaged over the classes that some examples have and some have not;
-  None where there is no such class.
+  """Area under the ROC curve, averaged over the classes that some examples have and some have not.
 
-  The same as scikit-learn's `roc_auc_score(..., average='macro')` over those classes; ties count
-  half.
+  None where there is no such class. As scikit-learn's `roc_auc_score(..., average='macro')` over
+  those classes; ties count half.
 
   Args:
     score_nk: [N, K], larger for more likely. Of one class against the others these are
@@ -145,15 +140,15 @@ def auroc(score_nk: np.ndarray, true_nk: np.ndarray) -> float | None:
     return None
   true_nk, positive_k = true_nk[:, defined_k], positive_k[defined_k].astype(np.float64)
   rank_nk = scipy.stats.rankdata(score_nk[:, defined_k], axis=0)
-  above_k = (rank_nk * true_nk).sum(axis=0) - positive_k * (
-    positive_k + 1
-  ) / 2  # Pairs of a positive above a negative (Mann and Whitney).
+  # Pairs of a positive above a negative (Mann and Whitney).
+  above_k = (rank_nk * true_nk).sum(axis=0) - positive_k * (positive_k + 1) / 2
   return float(np.mean(above_k / (positive_k * (count - positive_k))))
 
 
 class Ranking:
-  """Collects the scores of an evaluation under C conditions for AUROC: of two classes, or of the
-  labels of a multi-label data set.
+  """Collects the scores of an evaluation under C conditions for AUROC.
+
+  Of two classes, or of the labels of a multi-label data set.
   """
 
   def __init__(self, *, multi_label: bool):
@@ -171,11 +166,8 @@ class Ranking:
     logits, labels, weights = (
       [processes.fetch(x) for x in column] for column in zip(*self._batches, strict=True)
     )
-    logits_cnk, label, weight_cn = (
-      np.concatenate(logits, axis=1),
-      np.concatenate(labels),
-      np.concatenate(weights, axis=1),
-    )
+    logits_cnk, weight_cn = np.concatenate(logits, axis=1), np.concatenate(weights, axis=1)
+    label = np.concatenate(labels)
     if self._multi_label:
       score_cnk, true_nk = logits_cnk, label == 1
     else:

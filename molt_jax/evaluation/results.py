@@ -9,7 +9,7 @@ import ml_collections
 
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.evaluation.diagnostics import PredictionRecorder
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.evaluation.scoring import CONTENTS
 from molt_jax.runtime import atomic, logbook, processes, terminal
 

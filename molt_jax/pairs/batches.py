@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from molt_jax.data import examples, formats, pipeline, transforms
+from molt_jax.data import bounds, examples, pipeline, transforms
 from molt_jax.data.sources import Source
 from molt_jax.pairs import augment
 
@@ -77,7 +77,7 @@ class _Pictures:
       return None
     size = KEPT_SCALE * self._preprocess.image_size
     if self._preprocess.resize == 'letterbox':
-      if max(image.size) ** 2 > formats.MAX_PIXELS:  # Too much for a square.
+      if max(image.size) ** 2 > bounds.MAX_PIXELS:  # Too much for a square.
         image = self._shrunk(image, size / max(image.size))
       image = _squared(image, self._preprocess.mean)
     if self._preprocess.resize == 'squash':

@@ -1,16 +1,13 @@
 """Devices, mesh and the rules that place named axes on it."""
 
 import contextlib
-import math
 import os
-import re
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -20,19 +17,7 @@ from molt_jax.errors import UserError
 # Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the
 # hidden layer of the MLP over `model`, so that a layer needs two all-reduces of its activations and
 # its weights never move. The head is small (megabytes) and every device holds it whole.
-#
-# All that devices send each other in a step (b examples per device, B in all, I and T tokens, D
-# widths, L layers read, k directions of L_CCA, d_c with cca.estimator=batch):
-#   over `model`, in the towers' type
-#     all-reduce  2 per layer of the text tower and 1 of its embedding  b T D_t
-#     all-reduce  2 per layer of the image tower                        b I D_i
-#   over `data`, in float32
-#     all-reduce  the head's gradient                                   its parameters
-#     all-reduce  sums for the statistics of hidden states (standardize)  2 L (D_i + D_t)
-#     all-reduce  sums of losses and of their weights                   some ten numbers
-#     all-gather  the pairs of L_CCA, projected, and their weights      2 L B k + B
-# `collectives` counts them, and a test finds these and no others in the compiled program (where
-# gradients of parameters that two branches share may be reduced once for each).
+# What devices send each other is listed and counted in `profiling.collectives`.
 RULES: dict[str, str | None] = {
   'batch': 'data',
   'layers': None,
@@ -207,104 +192,6 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
   return (
     jax.sharding.Mesh(np.array(here), mesh.axis_names, axis_types=mesh.axis_types) if here else None
   )
-
-
-# As XLA calls them.
-KINDS = (
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-  'collective-broadcast',
-)
-TYPES = {'f32': 'float32', 'bf16': 'bfloat16', 's32': 'int32', 'u32': 'uint32', 'pred': 'bool'}
-
-
-class Collective(NamedTuple):
-  """What devices along `axis` send each other in a step: `times` operations of `bytes` each, the
-  size of the result on one device.
-  """
-
-  what: str
-  kind: str
-  axis: str
-  times: int
-  bytes: int
-
-
-def collectives(
-  model: Any, state: Any, *, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> list[Collective]:
-  """Returns all collectives of a live training step without accumulation (but for the dozen numbers
-  of the losses), from shapes alone.
-
-  Args:
-    model: a `model.Model`.
-    state: its `TrainState`, arrays or shapes.
-    config: reads train.batch_size, text.max_tokens, backbones.dtype, cca and molt.
-    mesh: the devices.
-  """
-  rows, itemsize = (
-    config.train.batch_size // mesh.shape['data'],
-    np.dtype(config.backbones.dtype).itemsize,
-  )
-  found = []
-  for name, tower in (('image', model.image_tower), ('text', model.text_tower)):
-    if tower is None or mesh.shape['model'] == 1:
-      continue
-    c = tower.config
-    size = (
-      rows
-      * (c.num_tokens if name == 'image' else config.text.max_tokens)
-      * c.hidden_size
-      * itemsize
-    )
-    split = [
-      units % mesh.shape['model'] == 0 for units in (c.num_heads, c.intermediate_size)
-    ]  # What does not divide stays whole.
-    found.append(
-      Collective(f'{name} tower, layers', 'all-reduce', 'model', c.num_layers * sum(split), size)
-    )
-    if name == 'text' and c.vocab_size % mesh.shape['model'] == 0:
-      found.append(Collective('text tower, embedding', 'all-reduce', 'model', 1, size))
-  if mesh.shape['data'] > 1:
-    statistics = {
-      name: x for name, x in state.statistics.items() if name != 'translator'
-    }  # Its maps are fitted between steps.
-    found.append(Collective('gradient of the head', 'all-reduce', 'data', 1, _bytes(state.params)))
-    found.append(Collective('statistics of the taps', 'all-reduce', 'data', 1, _bytes(statistics)))
-    if config.cca.weight and config.method == 'molt':
-      k = config.molt.width if config.cca.estimator == 'batch' else config.cca.num_directions
-      found.append(
-        Collective(
-          'pairs of L_CCA',
-          'all-gather',
-          'data',
-          1,
-          4 * config.train.batch_size * (2 * config.molt.num_layers * k + 1),
-        )
-      )
-  return found
-
-
-def compiled_collectives(program: str) -> list[tuple[str, int, str]]:
-  """Returns (kind, bytes of the result on a device, op name) of every collective in the text of a
-  compiled program; one in a loop is there once.
-  """
-  found = []
-  for shapes, kind, rest in re.findall(rf' = (.*?) ({"|".join(KINDS)})(?:-start)?\((.*)', program):
-    size = sum(
-      jnp.dtype(TYPES[name]).itemsize * math.prod(map(int, filter(None, dims.split(','))))
-      for name, dims in re.findall(r'(\w+)\[([\d,]*)\]', shapes)
-    )
-    name = re.search(r'op_name="([^"]*)"', rest)
-    found.append((kind, size, name.group(1) if name else ''))
-  return found
-
-
-def _bytes(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

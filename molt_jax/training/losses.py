@@ -190,3 +190,10 @@ def make_cca_estimator(
     seed=config.seed,
     gather=sharding.gather_rows(mesh) if mesh else lambda x: x,
   )
+
+
+def make_objective(assembly: Any) -> ClassifierLoss:
+  """Returns what a classifier minimises; `assembly` is an `assembly.Assembly`."""
+  config = ml_collections.FrozenConfigDict(assembly.config)
+  estimator = make_cca_estimator(assembly.config, assembly.mesh)
+  return ClassifierLoss(config, estimator, assembly.method.loss_weights)

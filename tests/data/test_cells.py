@@ -19,8 +19,9 @@ from PIL import Image
 from molt_jax import predict
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import cells, datasets, formats
+from molt_jax.data.likeness import lookalikes
 from molt_jax.data.published import hateful_memes, mm_imdb, snli_ve, upmc_food101
-from molt_jax.data.published.folder import LeftOut
+from molt_jax.data.published.layout import LeftOut
 from molt_jax.data.sources import UNLABELLED
 from molt_jax.errors import UserError
 
@@ -578,7 +579,7 @@ def test_what_is_no_list_of_labels_is_refused(value):
 )
 def test_names_that_look_alike(group):
   names = group.split(' ')
-  assert cells.lookalikes([*names, 'other', 'A', 'A-', 'A+', '-1', 'cats']) == [names]
+  assert lookalikes([*names, 'other', 'A', 'A-', 'A+', '-1', 'cats']) == [names]
 
 
 @hypothesis.given(st.text())

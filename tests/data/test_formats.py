@@ -17,12 +17,13 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from molt_jax import describe
-from molt_jax.data import decode_report, examples, formats, pipeline, table, transforms
+from molt_jax.data import bounds, decode_report, examples, formats, pipeline, table, transforms
+from molt_jax.data.decode_error import one_line
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
-from molt_jax.evaluation import diagnostics
+from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
-from molt_jax.pairs import augment, retrieval_and_probes
+from molt_jax.pairs import augment, probes
 from molt_jax.pairs import batches as pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,7 +78,7 @@ NO_FILES = {
 def test_what_is_no_image_file_is_neither_waited_for_nor_read(
   name, tmp_path, make_preprocess, monkeypatch
 ):
-  monkeypatch.setattr(formats, 'MAX_FILE_BYTES', 1 << 20)
+  monkeypatch.setattr(bounds, 'MAX_FILE_BYTES', 1 << 20)
   make, says = NO_FILES[name]
   path = pathlib.Path(os.path.relpath(tmp_path)) / name  # Sockets have short names.
   make(path)
@@ -107,7 +108,7 @@ def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(tmp_path, monkeyp
 
   monkeypatch.setattr(os, 'fstat', before)
   assert formats.read_file(tmp_path / 'x') == PNG
-  monkeypatch.setattr(formats, 'MAX_FILE_BYTES', len(PNG) - 1)
+  monkeypatch.setattr(bounds, 'MAX_FILE_BYTES', len(PNG) - 1)
   with pytest.raises(OSError, match='more than'):
     formats.read_file(tmp_path / 'x')
 
@@ -450,7 +451,7 @@ def test_metadata_of_a_megabyte_is_not_read():
   ],
 )
 def test_one_line(text, shown):
-  assert formats.one_line(text) == shown
+  assert one_line(text) == shown
   assert str(transforms.DecodeError(text)) == shown
   shown.encode()
 
@@ -511,7 +512,7 @@ def test_describe_counts_what_is_unusable(make_source):
 def test_pixels_as_features_of_a_strip():
   strip = Image.new('RGB', (200_000, 1), (255, 0, 0))
   np.testing.assert_allclose(
-    retrieval_and_probes.pixels([strip]).reshape(32, 32, 3), np.tile([1.0, 0, 0], (32, 32, 1))
+    probes.pixels([strip]).reshape(32, 32, 3), np.tile([1.0, 0, 0], (32, 32, 1))
   )
 
 
@@ -534,7 +535,7 @@ def test_a_mistake_whose_picture_cannot_be_read_is_shown_without(tmp_path, make_
 
   made = make_source(3)
   source = Unreadable(made.images, made.texts, made.labels)
-  recorder = diagnostics.PredictionRecorder(source, 'abc', ['none_absent'], multi_label=False)
+  recorder = PredictionRecorder(source, 'abc', ['none_absent'], multi_label=False)
   recorder._counted_cn[:] = True  # As if each had been scored alike.
   recorder.write(tmp_path, split='test', step=1, config_hash='x', seed=0, data='x')
   examples = json.loads((tmp_path / 'mistakes.json').read_text())['examples']

@@ -217,12 +217,12 @@ def test_images_in_memory_that_are_refused(name, make_preprocess):
 
 def test_every_mode_of_pillow_has_a_rule():
   assert set(Image.MODES) - {name for name in Image.MODES if name.startswith('BGR;')} == set(
-    modes._RULES
+    modes.RULES
   )
 
 
 def test_a_mode_without_a_rule_is_refused_by_name(monkeypatch):
-  monkeypatch.delitem(modes._RULES, 'HSV')
+  monkeypatch.delitem(modes.RULES, 'HSV')
   with pytest.raises(transforms.DecodeError, match='mode HSV'):
     transforms.as_rgb(Image.new('HSV', (2, 2)))
 

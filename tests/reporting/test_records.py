@@ -9,7 +9,7 @@ import pytest
 
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
-from molt_jax.runtime import logbook
+from molt_jax.runtime import logbook, npz
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_file_that_is_no_record_is_refused_in_one_line(record, tmp_path, conte
 
 def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(record, tmp_path, monkeypatch):
   record().save(tmp_path / 'predictions.npz')
-  monkeypatch.setattr(records, 'MAX_BYTES', 1_000)
+  monkeypatch.setattr(npz, 'MAX_BYTES', 1_000)
   with pytest.raises(UserError, match='more than 1,000'):
     records.Predictions.load(tmp_path / 'predictions.npz')
 

@@ -17,7 +17,7 @@ from molt_jax import predict
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import table
 from molt_jax.data.published import hateful_memes
-from molt_jax.data.published.folder import LeftOut
+from molt_jax.data.published.layout import LeftOut
 from molt_jax.data.sources import classes_of
 from molt_jax.errors import UserError
 

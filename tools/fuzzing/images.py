@@ -14,7 +14,7 @@ import PIL
 from PIL import Image
 
 from fuzzing import _image_files, _pictures
-from molt_jax.data import examples, formats, transforms
+from molt_jax.data import bounds, examples, formats, transforms
 from molt_jax.errors import UserError
 
 PREPROCESS = {
@@ -183,7 +183,7 @@ def _used(data):
     raise AssertionError(f'check says {checked}, decode {not checked}')
   if image is None:
     return False
-  if image.mode != 'RGB' or not 1 <= image.width * image.height <= formats.MAX_PIXELS:
+  if image.mode != 'RGB' or not 1 <= image.width * image.height <= bounds.MAX_PIXELS:
     raise AssertionError(f'{image.mode} {image.size}')
   for preprocess in PREPROCESS.values():
     _check_array(examples.pixels(image, preprocess))

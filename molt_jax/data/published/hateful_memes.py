@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.data import cells, findings
-from molt_jax.data.published import folder as folder_lib
-from molt_jax.data.published.folder import FolderBuilder, LeftOut, Row
+from molt_jax.data.published import layout, prepare
+from molt_jax.data.published.builder import FolderBuilder
+from molt_jax.data.published.layout import LeftOut, Row
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 
@@ -26,7 +27,7 @@ _FILES = {
 
 
 @dataclasses.dataclass
-class Memes(folder_lib.Folder):
+class Memes(layout.Folder):
   """`root` holds img/ and the .jsonl `files` of the splits."""
 
   root: pathlib.Path
@@ -39,7 +40,7 @@ class Memes(folder_lib.Folder):
 
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
     found, file = self.begin(split), self.files[split]
-    for number, record in folder_lib.json_lines(file):
+    for number, record in layout.json_lines(file):
       if isinstance(record, LeftOut):
         yield record
         continue
@@ -93,4 +94,4 @@ class HatefulMemes(FolderBuilder):
 
 def load(config: Any) -> Dataset:
   """Opens Hateful Memes; see `folder.load`."""
-  return folder_lib.load(HatefulMemes, config)
+  return prepare.load(HatefulMemes, config)

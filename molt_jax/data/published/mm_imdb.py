@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.data import cells, findings, formats, textfiles
-from molt_jax.data.published import folder as folder_lib
-from molt_jax.data.published.folder import FolderBuilder, LeftOut, Row
+from molt_jax.data.published import layout, prepare
+from molt_jax.data.published.builder import FolderBuilder
+from molt_jax.data.published.layout import LeftOut, Row
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 
@@ -70,7 +71,7 @@ _SPLIT_KEYS = {'train': ('train',), 'validation': ('dev', 'val', 'validation'), 
 
 
 @dataclasses.dataclass
-class Movies(folder_lib.Folder):
+class Movies(layout.Folder):
   """A folder of movies: `split` names ids, `records` has ID.json, `posters` ID.jpeg."""
 
   split: pathlib.Path
@@ -85,7 +86,7 @@ class Movies(folder_lib.Folder):
     self._ids = self._read_split()
 
   def _read_split(self) -> dict[str, list[str]]:
-    lists = folder_lib.read_json(self.split)
+    lists = layout.read_json(self.split)
     names = {}
     for split, keys in _SPLIT_KEYS.items():
       given = [lists[key] for key in keys if key in lists] if isinstance(lists, dict) else []
@@ -173,4 +174,4 @@ class MMImdb(FolderBuilder):
 
 def load(config: Any) -> Dataset:
   """Opens MM-IMDb; see `folder.load`."""
-  return folder_lib.load(MMImdb, config)
+  return prepare.load(MMImdb, config)

@@ -21,20 +21,18 @@ import io
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from rich import console, progress
 
 from molt_jax import errors
 from molt_jax.data import cells
-from molt_jax.data.published import folder as builder_lib
+from molt_jax.data.published import prepare as published
 from molt_jax.data.sources import Dataset, TfdsSource, reading_prepared
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic
+from molt_jax.runtime import atomic, console
 
 ATTRIBUTION = (
   'All emojis designed by OpenMoji - the open-source emoji and icon project. License: '
@@ -144,9 +142,8 @@ def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str
   splits = {split: [] for split in SHARES}
   for groups in by_class.values():
     if len(groups) >= len(SHARES):
-      for name, split in assign_splits(
-        {name: len(group) for name, group in groups.items()}
-      ).items():
+      sizes = {name: len(group) for name, group in groups.items()}
+      for name, split in assign_splits(sizes).items():
         splits[split].extend(groups[name])
   return splits
 
@@ -203,33 +200,6 @@ def _svg_file(folder: pathlib.Path, emoji: str) -> pathlib.Path:
   return next(folder / f'{name}.svg' for name in names if (folder / f'{name}.svg').is_file())
 
 
-def _progress(items: list[Any], what: str) -> Iterator[Any]:
-  """Passes `items` on with a progress bar on a terminal, with a line now and then otherwise."""
-  start = time.monotonic()
-  columns = (
-    '{task.description}',
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    '{task.fields[rate]:.0f}/s',
-    progress.TimeRemainingColumn(),
-  )
-  with progress.Progress(
-    *columns, console=console.Console(stderr=True), disable=not sys.stderr.isatty()
-  ) as bar:
-    task = bar.add_task(what, total=len(items), rate=0.0)
-    for n, item in enumerate(items):
-      rate = n / (time.monotonic() - start)
-      bar.update(task, completed=n, rate=rate)
-      if bar.disable and n and n % 1000 == 0:
-        print(
-          f'{what}: {n} of {len(items)} ({rate:.0f}/s, {(len(items) - n) / rate:.0f} s left)',
-          file=sys.stderr,
-          flush=True,
-        )
-      yield item
-    bar.update(task, completed=len(items))
-
-
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
   """TFDS builder; features id (code points), image (PNG), text (Unicode name), label
   (subcategory).
@@ -261,10 +231,11 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     del dl_manager
     folder = _drawings()
-    rows = [
-      row | {'png': render(svg_path=str(_svg_file(folder, row['character'])))}
-      for row in _progress(_metadata(), 'rendering OpenMoji')
-    ]
+    rows = _metadata()
+    with console.progress('rendering OpenMoji', len(rows), 'emoji') as bar:
+      for row in rows:
+        bar.advance()
+        row['png'] = render(svg_path=str(_svg_file(folder, row['character'])))
     return {split: self._generate_examples(part) for split, part in split_emoji(rows).items()}
 
   def _generate_examples(
@@ -298,7 +269,7 @@ def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
       )
     tfds.disable_progress_bar()
     failed = f'config.dataset.data_dir: openmoji cannot be prepared in {folder.parent}'
-    with errors.explained(failed), builder_lib.alone(folder.parent):
+    with errors.explained(failed), published.alone(folder.parent):
       atomic.try_out(folder.parent, tried=failed)
       for left_over in folder.parent.glob('incomplete.*'):
         shutil.rmtree(left_over)

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molt_jax.data import cells, findings
-from molt_jax.data.published import folder as folder_lib
-from molt_jax.data.published.folder import FolderBuilder, LeftOut, Row
+from molt_jax.data.published import layout, prepare
+from molt_jax.data.published.builder import FolderBuilder
+from molt_jax.data.published.layout import LeftOut, Row
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 
@@ -44,7 +45,7 @@ _IMAGES = (
 
 
 @dataclasses.dataclass
-class Pairs(folder_lib.Folder):
+class Pairs(layout.Folder):
   """`texts` holds snli_ve_*.jsonl (and esnlive_*.csv if relabelled), `images` ID.jpg."""
 
   texts: pathlib.Path
@@ -73,7 +74,7 @@ class Pairs(folder_lib.Folder):
   def rows(self, split: str) -> Iterator[Row | LeftOut]:
     found, file = self.begin(split), self._file(split)
     new_labels, replaced = self._new_labels(split, found), 0
-    for number, record in folder_lib.json_lines(file):
+    for number, record in layout.json_lines(file):
       if isinstance(record, LeftOut):
         yield record
         continue
@@ -110,7 +111,7 @@ class Pairs(folder_lib.Folder):
       return {}
     file = self._new_labels_file(split)
     labels, places, size = {}, [], 0
-    for number, row in folder_lib.csv_rows(file):
+    for number, row in layout.csv_rows(file):
       if number == 1:
         size = len(row)
         if row.count('pairID') != 1 or row.count('gold_label') != 1:
@@ -177,4 +178,4 @@ def _holds_images(folder: pathlib.Path) -> bool:
 
 def load(config: Any) -> Dataset:
   """Opens SNLI-VE; see `folder.load`."""
-  return folder_lib.load(SnliVe, config)
+  return prepare.load(SnliVe, config)

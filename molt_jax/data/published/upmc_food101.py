@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from molt_jax.data import cells
-from molt_jax.data.published import folder as folder_lib
-from molt_jax.data.published.folder import FolderBuilder, LeftOut, Row
+from molt_jax.data.published import layout, prepare
+from molt_jax.data.published.builder import FolderBuilder
+from molt_jax.data.published.layout import LeftOut, Row
 from molt_jax.data.sources import Dataset
 
 PUBLISHED = {'title': {'train': 67972, 'test': 22716}, 'page': {'train': 65085, 'test': 21683}}
@@ -30,7 +31,7 @@ _FLAT = ('image', 'images')
 
 
 @dataclasses.dataclass
-class Titles(folder_lib.Folder):
+class Titles(layout.Folder):
   """`texts` holds the two CSV files; `flat` all images, or None where they are in
   root/images/SPLIT/CLASS.
   """
@@ -57,7 +58,7 @@ class Titles(folder_lib.Folder):
 
   def _rows(self, split: str) -> Iterator['_Title | LeftOut']:
     found, file = self.begin(split), self.texts / f'{split}_titles.csv'
-    for number, row in folder_lib.csv_rows(file):
+    for number, row in layout.csv_rows(file):
       found.row = f'{file.name}:{number}'
       if len(row) != 3 or not _IMAGE.fullmatch(row[0].strip()):
         yield LeftOut(found.row, 'not FILE,TITLE,CLASS')
@@ -83,7 +84,7 @@ class _Title(NamedTuple):
 
 
 @dataclasses.dataclass
-class Pages(folder_lib.Folder):
+class Pages(layout.Folder):
   """root/images/SPLIT/CLASS/*.jpg with root/texts_txt/CLASS/*.txt."""
 
   root: pathlib.Path
@@ -156,4 +157,4 @@ class UpmcFood101(FolderBuilder):
 
 def load(config: Any) -> Dataset:
   """Opens UPMC-Food101; see `folder.load`."""
-  return folder_lib.load(UpmcFood101, config)
+  return prepare.load(UpmcFood101, config)

@@ -19,9 +19,16 @@ from flax import struct
 
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.methods.parts.interface import in_range
+from molt_jax.objectives import moments
 
 _EPS = float(np.finfo(np.float32).eps)
 _LARGEST = 1e12  # Of a view: so that sums of squares over any number of pairs stay in float32.
+
+
+def _products(weight: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+  """The products of x with x and with y, [L, C, C]."""
+  x_lc, y_lc = step
+  return tuple(weight * x_lc[:, :, None] * other_lc[:, None, :] for other_lc in (x_lc, y_lc))
 
 
 @struct.dataclass
@@ -52,9 +59,7 @@ class Moments:
     return cls(np.zeros((), np.float32), mean_lc, mean_lc, scatter_lcc, scatter_lcc)
 
   def update(self, x_lbc: jax.Array, y_lbc: jax.Array, weight_b: jax.Array) -> 'Moments':
-    """Adds a batch [L, B, C] by the pairwise update of Chan, Golub and LeVeque (1979); rows of
-    weight 0 are not read.
-    """
+    """Adds a batch [L, B, C] (`objectives.moments`); rows of weight 0 are not read."""
     new = jnp.sum(weight_b)
     share_b = weight_b / jnp.maximum(new, 1e-6)
     live = (weight_b > 0)[None, :, None]
@@ -65,24 +70,18 @@ class Moments:
       return mean_lc, jnp.where(live, view_lbc - mean_lc[:, None, :], 0)
 
     (mean_x_lc, x_lbc), (mean_y_lc, y_lbc) = centred(x_lbc), centred(y_lbc)
-    total = jnp.maximum(self.weight + new, 1e-6)
-    step_x_lc, step_y_lc = mean_x_lc - self.mean_x_lc, mean_y_lc - self.mean_y_lc
-
-    def scatter(old_lcc, right_lbc, right_step_lc):
-      within_lcc = jnp.einsum('b,lbc,lbe->lce', weight_b, x_lbc, right_lbc, precision='highest')
-      return (
-        old_lcc
-        + within_lcc
-        + (self.weight * new / total) * step_x_lc[:, :, None] * right_step_lc[:, None, :]
-      )
-
-    return Moments(
-      self.weight + new,
-      self.mean_x_lc + new / total * step_x_lc,
-      self.mean_y_lc + new / total * step_y_lc,
-      scatter(self.scatter_xx_lcc, x_lbc, step_x_lc),
-      scatter(self.scatter_xy_lcc, y_lbc, step_y_lc),
+    scatter = tuple(
+      jnp.einsum('b,lbc,lbe->lce', weight_b, x_lbc, other_lbc, precision='highest')
+      for other_lbc in (x_lbc, y_lbc)
     )
+    seen = moments.Moments(
+      self.weight,
+      (self.mean_x_lc, self.mean_y_lc),
+      (self.scatter_xx_lcc, self.scatter_xy_lcc),
+    )
+    batch = moments.Moments(new, (mean_x_lc, mean_y_lc), scatter)
+    merged = moments.merge(seen, batch, _products)
+    return Moments(merged.weight, *merged.mean, *merged.scatter)
 
   def solve(self, *, ridge: float) -> dict[str, np.ndarray]:
     """Returns {'kernel_lcc', 'bias_lc'}, float32, of y^ = x kernel + bias; computed in float64 on

@@ -14,6 +14,7 @@ from flax import linen as nn
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.parts.interface import Tokens, TokenSequence, in_range
+from molt_jax.objectives import moments
 from molt_jax.towers.packing import Packing
 
 LARGEST = 1e9  # HiddenStates beyond, and normalised ones, count as this much: products of a few stay in float32.
@@ -73,10 +74,10 @@ class Standardize(nn.Module):
   tokens of the training taps.
 
   The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances
-  from the mean), merged with those of each training batch by the pairwise update of Chan, Golub and
-  LeVeque (1979). Training and evaluation use the same statistics (in training those that include
-  the batch). Everything is a sum over rows, so sharding the batch changes nothing. Before the first
-  update, and in constant channels, the deviation is taken as one.
+  from the mean), merged with those of each training batch (`objectives.moments`). Training and
+  evaluation use the same statistics (in training those that include the batch). Everything is a
+  sum over rows, so sharding the batch changes nothing. Before the first update, and in constant
+  channels, the deviation is taken as one.
   """
 
   @nn.compact
@@ -87,9 +88,9 @@ class Standardize(nn.Module):
     mean_ld = self.variable('statistics', 'mean', jnp.zeros, shape_ld, jnp.float32)
     m2_ld = self.variable('statistics', 'm2', jnp.zeros, shape_ld, jnp.float32)
     if train and self.is_mutable_collection('statistics') and not self.is_initializing():
-      merged = _merge(
-        count.value, mean_ld.value, m2_ld.value, jax.lax.stop_gradient(x_lbtd), counted_bt
-      )
+      seen = moments.Moments(count.value, mean_ld.value, m2_ld.value)
+      batch = _moments(jax.lax.stop_gradient(x_lbtd), counted_bt)
+      merged = moments.merge(seen, batch, lambda weight, step_ld: jnp.square(step_ld) * weight)
       count.value, mean_ld.value, m2_ld.value = merged
     mean_l11d = mean_ld.value[:, None, None, :]
     variance_l11d = m2_ld.value[:, None, None, :] / jnp.maximum(count.value, 1.0)
@@ -97,22 +98,13 @@ class Standardize(nn.Module):
     return (x_lbtd - mean_l11d) * jax.lax.rsqrt(jnp.where(varies_l11d, variance_l11d, 1.0))
 
 
-def _merge(count, mean_ld, m2_ld, x_lbtd, counted_bt):
-  """Count, mean and m2 of the tokens seen so far and of those of this batch together."""
+def _moments(x_lbtd: jax.Array, counted_bt: jax.Array) -> moments.Moments:
+  """Count, mean and m2 of the tokens of a batch."""
   counted = counted_bt[None, :, :, None]
-  batch_count = jnp.sum(counted_bt, dtype=jnp.float32)
-  batch_mean_ld = jnp.sum(x_lbtd, axis=(1, 2), where=counted) / jnp.maximum(batch_count, 1.0)
-  batch_m2_ld = jnp.sum(
-    jnp.square(x_lbtd - batch_mean_ld[:, None, None, :]), axis=(1, 2), where=counted
-  )
-  total = count + batch_count
-  share = batch_count / jnp.maximum(total, 1.0)
-  shift_ld = batch_mean_ld - mean_ld
-  return (
-    total,
-    mean_ld + shift_ld * share,
-    m2_ld + batch_m2_ld + jnp.square(shift_ld) * (count * share),
-  )
+  count = jnp.sum(counted_bt, dtype=jnp.float32)
+  mean_ld = jnp.sum(x_lbtd, axis=(1, 2), where=counted) / jnp.maximum(count, 1.0)
+  square_lbtd = jnp.square(x_lbtd - mean_ld[:, None, None, :])
+  return moments.Moments(count, mean_ld, jnp.sum(square_lbtd, axis=(1, 2), where=counted))
 
 
 INPUT_NORMS = {'none': Identity, 'rms': RMSNormalize, 'standardize': Standardize}

@@ -10,8 +10,9 @@ What an estimator remembers is an explicit pytree that belongs into the train st
 resumed run goes on exactly.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,24 @@ from jax import lax
 from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
 from molt_jax.objectives.cca.linalg import in_turn, raised_cholesky
 from molt_jax.objectives.cca.loss import cca_loss
+from molt_jax.objectives.moments import TINY, Moments, merge
 from molt_jax.objectives.pairwise import in_range
 
 
 class CCAEstimator(NamedTuple):
-  """Three pure functions, clean under jit, grad and a batch sharded over a mesh (statistics of the
-  global batch).
+  """Three pure functions, clean under jit, grad and a batch sharded over a mesh.
 
-  init(num_layers, width) -> state, a pytree of float32 arrays. Equal arguments give equal states.
-  loss(state, x_lbd, y_lbd, weight_b=None) -> (loss, new_state, aux). `loss` is a scalar in [-1, 0],
-  the mean over layers of minus the mean
-    canonical correlation; `new_state` carries no gradient; `aux` holds float32 arrays [L] to log.
-    Rows of weight 0 are not read.
-  past(state) -> (x_lpk, y_lpk, weight_p), rows that stand for all pairs seen, along the k
-  directions projection_x_ldk and projection_y_ldk of the
-    state; None for an estimator without a past.
+  Statistics are those of the global batch.
+
+  Attributes:
+    init: (num_layers, width) -> state, a pytree of float32 arrays. Equal arguments give equal
+      states.
+    loss: (state, x_lbd, y_lbd, weight_b=None) -> (loss, new_state, aux). `loss` is a scalar in
+      [-1, 0], the mean over layers of minus the mean canonical correlation; `new_state` carries no
+      gradient; `aux` holds float32 arrays [L] to log. Rows of weight 0 are not read.
+    past: state -> (x_lpk, y_lpk, weight_p), rows that stand for all pairs seen, along the k
+      directions projection_x_ldk and projection_y_ldk of the state; None for an estimator without
+      a past.
   """
 
   init: Callable
@@ -49,15 +53,16 @@ def make_estimator(
   """The `CCAEstimator` called `name`.
 
   'batch': all d directions over the current batch alone; no state. aux: 'correlation'.
+
   'moving_average': `num_directions` random orthonormal directions of each view (those of `seed`,
-  fixed), over the current batch and the past: means
-    and covariances that decay by 1 - (weight of the batch) / window at each step. The past is a
-    value; the gradient flows through the current rows, scaled by all weight over current weight, so
-    that its size is that of the gradient through every row. aux: 'correlation', and
-    'held_out_correlation', the mean correlation of the current batch along directions fitted on the
-    past alone, which is 0 on average for independent views, and NaN before there is a past. Its
-    sums of squares are float32: numbers in a view beyond 1e12 count as 1e12, and weights beyond 1e6
-    as 1e6; what deviates by less than 1e-19 counts as constant once it is past.
+  fixed), over the current batch and the past: means and covariances that decay by 1 - (weight of
+  the batch) / window at each step. The past is a value; the gradient flows through the current
+  rows, scaled by all weight over current weight, so that its size is that of the gradient through
+  every row. aux: 'correlation', and 'held_out_correlation', the mean correlation of the current
+  batch along directions fitted on the past alone, which is 0 on average for independent views, and
+  NaN before there is a past. Its sums of squares are float32: numbers in a view beyond 1e12 count
+  as 1e12, and weights beyond 1e6 as 1e6; what deviates by less than 1e-19 counts as constant once
+  it is past.
 
   Args:
     name: 'batch' or 'moving_average'.
@@ -95,64 +100,75 @@ def _batch(num_directions, window, seed, gather, options):
 
 
 def _moving_average(num_directions, window, seed, gather, options):
-  """Keeps weight, mean and scatter of all earlier pairs (both views side by side, j = 2 k), each
-  weighted by its decay since.
+  average = _MovingAverage(num_directions, window, seed, gather, options)
+  return CCAEstimator(average.init, average.loss, lambda state: _points(state['past'], 1.0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _MovingAverage:
+  """Keeps weight, mean and scatter of all earlier pairs, each weighted by its decay since.
+
+  Both views lie side by side in them, j = 2 k. Attributes: as the arguments of `make_estimator`;
+  `options` are those of `cca_loss`.
   """
 
-  def init(num_layers, width):
-    if num_directions > width:
-      raise ValueError(
-        f'cca: num_directions must be at most the width {width}, got {num_directions}'
-      )
-    rng = np.random.default_rng(seed)
-    x_ldk, y_ldk = (
-      jnp.asarray(
-        np.linalg.qr(rng.normal(size=(num_layers, width, num_directions)))[0], jnp.float32
-      )
-      for _ in range(2)
-    )
-    j = 2 * num_directions
-    past = {
-      'weight': jnp.zeros(()),
-      'mean_lj': jnp.zeros((num_layers, j)),
-      'scatter_ljj': jnp.zeros((num_layers, j, j)),
-    }
-    return {'projection_x_ldk': x_ldk, 'projection_y_ldk': y_ldk, 'past': past}
+  num_directions: int
+  window: float
+  seed: int
+  gather: Callable
+  options: dict[str, Any]
 
-  def loss(state, x_lbd, y_lbd, weight_b=None):
-    if weight_b is None:
-      weight_b = jnp.ones(x_lbd.shape[1])
-    else:
-      weight_b = lax.stop_gradient(weight_b).astype(jnp.float32)
-      # Before they are gathered: after it, XLA would split what is made of them over devices again.
-      weight_b = gather(jnp.clip(weight_b, 0.0, _MOST_WEIGHT))
+  def init(self, num_layers, width):
+    """See `CCAEstimator`."""
+    k, j = self.num_directions, 2 * self.num_directions
+    if k > width:
+      raise ValueError(f'cca: num_directions must be at most the width {width}, got {k}')
+    rng = np.random.default_rng(self.seed)
+    x_ldk, y_ldk = (np.linalg.qr(rng.normal(size=(num_layers, width, k)))[0] for _ in range(2))
+    return {
+      'projection_x_ldk': jnp.asarray(x_ldk, jnp.float32),
+      'projection_y_ldk': jnp.asarray(y_ldk, jnp.float32),
+      'past': {
+        'weight': jnp.zeros(()),
+        'mean_lj': jnp.zeros((num_layers, j)),
+        'scatter_ljj': jnp.zeros((num_layers, j, j)),
+      },
+    }
+
+  def loss(self, state, x_lbd, y_lbd, weight_b=None):
+    """See `CCAEstimator`."""
+    weight_b = self._weights(weight_b, x_lbd.shape[1])
     x_lbk, y_lbk = (
-      gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b))
+      self.gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b))
       for name, view_lbd in (('x', x_lbd), ('y', y_lbd))
     )
-    decay = jnp.maximum(1 - jnp.sum(weight_b) / max(window, 1e-6), 0.0)
+    decay = jnp.maximum(1 - jnp.sum(weight_b) / max(self.window, 1e-6), 0.0)
     x_lpk, y_lpk, weight_p = lax.stop_gradient(_points(state['past'], decay))
     weight_n = jnp.concatenate([weight_b, weight_p])
-    gain = jnp.minimum(jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), _TINY), _LARGEST_GRADIENT)
+    gain = jnp.minimum(jnp.sum(weight_n) / jnp.maximum(jnp.sum(weight_b), TINY), _LARGEST_GRADIENT)
     x_lnk, y_lnk = (
       jnp.concatenate([_with_gain(now, gain), then], axis=1)
       for now, then in ((x_lbk, x_lpk), (y_lbk, y_lpk))
     )
-    loss_l = cca_loss(x_lnk, y_lnk, weight_n=weight_n, **options)
+    loss_l = cca_loss(x_lnk, y_lnk, weight_n=weight_n, **self.options)
+    past, batch = (x_lpk, y_lpk, weight_p), (x_lbk, y_lbk, weight_b)
     aux = {
       'correlation': -loss_l,
-      'held_out_correlation': _held_out(
-        x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, options['ridge']
-      ),
+      'held_out_correlation': _held_out(past, batch, self.options['ridge']),
     }
-    kept = _merge(state['past'], decay, jnp.concatenate([x_lbk, y_lbk], axis=2), weight_b)
+    kept = _updated(state['past'], decay, jnp.concatenate([x_lbk, y_lbk], axis=2), weight_b)
     return jnp.mean(loss_l), lax.stop_gradient(state | {'past': kept}), lax.stop_gradient(aux)
 
-  return CCAEstimator(init, loss, lambda state: _points(state['past'], 1.0))
+  def _weights(self, weight_b, count):
+    """Float32 weights in range, on each device."""
+    if weight_b is None:
+      return jnp.ones(count)
+    weight_b = lax.stop_gradient(weight_b).astype(jnp.float32)
+    # Before they are gathered: after it, XLA would split what is made of them over devices again.
+    return self.gather(jnp.clip(weight_b, 0.0, _MOST_WEIGHT))
 
 
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 # So that squares, times weights, times d or a window, stay in float32.
 _LARGEST, _MOST_WEIGHT = 1e12, 1e6
 _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
@@ -163,11 +179,11 @@ def _points(past, decay):
   sqrt(2 k) L_i.
   """
   num_points = 2 * past['mean_lj'].shape[1]
-  deviation_lj = jnp.sqrt(jnp.diagonal(past['scatter_ljj'], axis1=1, axis2=2))
-  unit_lj = jnp.where(deviation_lj > 0, 1 / jnp.where(deviation_lj > 0, deviation_lj, 1.0), 0.0)
+  std_lj = jnp.sqrt(jnp.diagonal(past['scatter_ljj'], axis1=1, axis2=2))
+  unit_lj = jnp.where(std_lj > 0, 1 / jnp.where(std_lj > 0, std_lj, 1.0), 0.0)
   correlation_ljj = past['scatter_ljj'] * unit_lj[:, :, None] * unit_lj[:, None, :]
   root_ljj = jax.vmap(_root)(correlation_ljj)
-  scale_lj = deviation_lj * jnp.sqrt(num_points / 2 / jnp.maximum(past['weight'], _TINY))
+  scale_lj = std_lj * jnp.sqrt(num_points / 2 / jnp.maximum(past['weight'], TINY))
   offset_lpj = jnp.swapaxes(root_ljj * scale_lj[:, :, None], 1, 2)
   points_lpj = past['mean_lj'][:, None, :] + jnp.concatenate([offset_lpj, -offset_lpj], axis=1)
   return *jnp.split(points_lpj, 2, axis=2), jnp.full(
@@ -183,23 +199,20 @@ def _root(correlation_jj):
   return raised_cholesky(correlation_jj, jnp.float32(1e-5))[0]
 
 
-def _merge(past, decay, z_lbj, weight_b):
-  """The past after one more batch: the pairwise update of Chan, Golub and LeVeque (1979) with
-  decay.
-  """
-  old, new = decay * past['weight'], jnp.sum(weight_b)
-  share_b = weight_b / jnp.maximum(new, _TINY)
+def _updated(past, decay, z_lbj, weight_b):
+  """The past, decayed, and one more batch."""
+  weight = jnp.sum(weight_b)
+  share_b = weight_b / jnp.maximum(weight, TINY)
   mean_lj = jnp.einsum('b,lbj->lj', share_b, z_lbj, precision='highest')
   centred_lbj = (z_lbj - mean_lj[:, None, :]) * jnp.sqrt(weight_b)[None, :, None]
-  step_lj = mean_lj - past['mean_lj']
-  share = new / jnp.maximum(old + new, _TINY)
-  between_ljj = (old * share) * step_lj[:, :, None] * step_lj[:, None, :]
-  within_ljj = jnp.einsum('lbi,lbj->lij', centred_lbj, centred_lbj, precision='highest')
-  return {
-    'weight': old + new,
-    'mean_lj': past['mean_lj'] + share * step_lj,
-    'scatter_ljj': decay * past['scatter_ljj'] + within_ljj + between_ljj,
-  }
+  scatter_ljj = jnp.einsum('lbi,lbj->lij', centred_lbj, centred_lbj, precision='highest')
+  seen = Moments(decay * past['weight'], past['mean_lj'], decay * past['scatter_ljj'])
+  merged = merge(
+    seen,
+    Moments(weight, mean_lj, scatter_ljj),
+    lambda weight, step_lj: weight * step_lj[:, :, None] * step_lj[:, None, :],
+  )
+  return {'weight': merged.weight, 'mean_lj': merged.mean, 'scatter_ljj': merged.scatter}
 
 
 def _project(view_lbd, projection_ldk, weight_b):
@@ -225,10 +238,12 @@ def _with_gain_bwd(gain, g):
 _with_gain.defvjp(lambda array, gain: (array, gain), _with_gain_bwd)
 
 
-def _held_out(x_lpk, y_lpk, weight_p, x_lbk, y_lbk, weight_b, ridge):
-  """Mean correlation of the batch along directions fitted on the past, [L]; NaN while there is
-  none.
+def _held_out(past, batch, ridge):
+  """Mean correlation of the batch along directions fitted on the past, [L]; NaN without a past.
+
+  past, batch: (rows of x [L, p, k], rows of y [L, p, k], weights [p]).
   """
+  (x_lpk, y_lpk, weight_p), (x_lbk, y_lbk, weight_b) = past, batch
 
   def one_layer(layer):
     x_pk, y_pk, x_bk, y_bk = layer

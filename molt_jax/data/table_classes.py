@@ -1,0 +1,92 @@
+"""What the rows of a table say together: its classes, and whether they are what is meant."""
+
+import collections
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from molt_jax.data import cells, findings
+from molt_jax.data.likeness import likeness, lookalikes
+from molt_jax.data.table_files import Row
+from molt_jax.errors import UserError
+
+
+def class_names_of(file: pathlib.Path, rows: Iterable[Row]) -> tuple[str, ...]:
+  names = tuple(sorted({label for row in rows for label in row.labels}))
+  if len(names) < 2:
+    raise UserError(
+      f'{file.name} has one class only, {names[0]!r}: a classifier needs at least two'
+    )
+  return names
+
+
+def check_classes(file: pathlib.Path, rows: Iterable[Row], multi_label: bool) -> list[str]:
+  """Returns a line for each way in which classes may not be what is meant.
+
+  Names that differ by case alone are not refused: Co and CO are two things to a chemist.
+
+  Raises:
+    UserError: a class is several others, joined.
+  """
+  count = collections.Counter(label for row in rows for label in row.labels)
+  alike = [
+    ' and '.join(_counted(name, count) for name in group) for group in lookalikes(sorted(count))
+  ]
+  words = [_counted(name, count) for name in sorted(count) if cells.is_null_word(name)]
+  joined = _joined(file, count, multi_label)
+  remedy = (
+    'give each label by itself, joined by |'
+    if multi_label
+    else 'set dataset.multi_label=True if | joins labels'
+  )
+  kinds = (
+    (alike, 'labels that look alike are different classes', 'write them alike if they are one'),
+    (words, 'a word that may mean nothing is a class', 'leave the label empty if there is none'),
+    (joined, 'what may be several labels is one class', remedy),
+  )
+  return [
+    f'{file.name}: {what}: {findings.some(names)}; {hint}' for names, what, hint in kinds if names
+  ]
+
+
+def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> list[str]:
+  """Returns the classes whose names may be lists; one that is a list of others is refused."""
+  marks = ',;' if multi_label else '|'
+  named = []
+  for name in sorted(count):
+    mark = next((mark for mark in marks if mark in name), None)
+    if mark is None:
+      continue
+    parts = [part.strip() for part in name.split(mark) if part.strip()]
+    known = [part for part in parts if part in count]
+    if known and (mark == '|' or len(known) == len(parts)):
+      remedy = (
+        'join labels by |'
+        if multi_label
+        else 'set dataset.multi_label=True, or give the class a name without |'
+      )
+      raise UserError(
+        f'{file.name}: the label {_counted(name, count)} is several labels, '
+        f'{findings.some([repr(part) for part in known])} among them: {remedy}'
+      )
+    named.append(_counted(name, count))
+  return named
+
+
+def _counted(name: str, count: Mapping[str, int]) -> str:
+  return f'{cells.shown(name)} ({count[name]:,} row{"s" if count[name] > 1 else ""})'
+
+
+def check_seen(file: pathlib.Path, rows: Iterable[Row], class_names: Sequence[str]) -> None:
+  known = set(class_names)
+  unseen = [(row.id, label) for row in rows for label in row.labels if label not in known]
+  if unseen:
+    near = {likeness(name): name for name in class_names}
+    words = []
+    for row_id, label in unseen:
+      like = near.get(likeness(label))
+      hint = f', train has {like!r}' if like else ''
+      words.append(f'{cells.shown(label)} (row {row_id.rpartition(":")[2]}{hint})')
+    raise UserError(
+      f'{file.name}: labels that train does not have: {findings.some(words)}; '
+      'correct them, or add such rows to train'
+    )

@@ -1,0 +1,1 @@
+"""The sections of a page, by what they are about."""
