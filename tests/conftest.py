@@ -158,7 +158,7 @@ def make_tiny_config(tiny_towers, tiny_table):
     )
     config.backbones.dtype = config.compute_dtype = 'float32'
     config.mesh.data = 1
-    config.molt.num_layers, config.molt.width = 2, 16
+    config.molt.layers, config.molt.width = '-2:', 16
     config.classifier.hidden = 16
     config.missing.distill_weight = 1.0  # Off by default; here every term of the loss is to count.
     config.cca.num_directions, config.cca.window = 4, 32

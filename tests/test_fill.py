@@ -259,7 +259,7 @@ def test_more_layers_other_towers_and_other_preprocessing_share_nothing_texts_sh
   config.image.resize = 'letterbox'
   _open(config)
   assert counted['loaded'] == ['image']
-  config.molt.num_layers = 1
+  config.molt.layers = '-1:'
   _open(config)
   assert counted['loaded'] == ['image', 'image', 'text']
   counted['loaded'].clear()

@@ -29,7 +29,7 @@ def test_presets_are_the_papers_setting_and_have_variants(name):
   )
   printed = {
     'molt.width': 1024,
-    'molt.num_layers': 4,
+    'molt.layers': '-4:',
     'cca.weight': 0.1,
     'loss.weight': 0.9,
     'optimizer.learning_rate': 4e-4,

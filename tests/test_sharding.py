@@ -129,7 +129,7 @@ def test_packed_texts_stay_on_their_device():
   config.mesh.data = config.mesh.model = 2
   config.backbones.text.path = 'random:llama-tiny'
   config.backbones.dtype, config.dataset.modalities = 'float32', 'text'
-  config.molt.num_layers, config.text.max_tokens, config.train.batch_size = 2, 24, 8
+  config.molt.layers, config.text.max_tokens, config.train.batch_size = '-2:', 24, 8
   work = Workload.open(config, num_classes=5)
   batch = work.batch(length_b=np.array([3, 24, 1, 7, 20, 2, 9, 1]))
   assert batch['token_position'].shape == (2, 40)

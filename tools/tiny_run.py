@@ -55,7 +55,7 @@ SHARED = {
 TRAIN = {
   'text.padding': 'max_tokens',
   'backbones.dtype': 'float32',
-  'molt.num_layers': 2,
+  'molt.layers': '-2:',
   'molt.width': 16,
   'classifier.hidden': 16,
   'cca.num_directions': 4,

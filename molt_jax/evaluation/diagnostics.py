@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from molt_jax.evaluation import records
-from molt_jax.methods.parts.interface import HeadOutput
+from molt_jax.methods.parts.interface import Output
 from molt_jax.objectives.cca import diagnostics, loss
 from molt_jax.objectives.cca.estimators import CCAEstimator
 from molt_jax.runtime import processes
@@ -24,7 +24,7 @@ NUM_SHOWN = 16  # Canonical correlations a layer.
 class Observer(Protocol):
   """Looks at each batch of an evaluation; all processes call it together."""
 
-  def observe(self, batch: Mapping[str, jax.Array], out_c: HeadOutput) -> None:
+  def observe(self, batch: Mapping[str, jax.Array], out_c: Output) -> None:
     """Takes a batch as `evaluate.eval_step` does, and the head's output, conditions first."""
 
 
@@ -34,7 +34,7 @@ class PairDiagnostics:
   def __init__(self):
     self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
-  def observe(self, batch: Mapping[str, jax.Array], out_c: HeadOutput) -> None:
+  def observe(self, batch: Mapping[str, jax.Array], out_c: Output) -> None:
     """See `Observer`; ignored where the method pools no pairs, or once there are MAX_PAIRS."""
     count = sum(x_lnc.shape[1] for x_lnc, _ in self._pairs)
     if out_c.pooled_image_lbc is None or count >= MAX_PAIRS:

@@ -12,7 +12,7 @@ import numpy as np
 from molt_jax.data import decode_report, examples, transforms
 from molt_jax.data.sources import Source
 from molt_jax.evaluation import records
-from molt_jax.methods.parts.interface import HeadOutput
+from molt_jax.methods.parts.interface import Output
 from molt_jax.runtime import processes
 
 MAX_PROBABILITIES = 8_000_000  # Kept of a split, 32 MB; examples beyond it are thinned out evenly.
@@ -49,7 +49,7 @@ class PredictionRecorder:
     self._logits_cnk = np.zeros((len(conditions), len(self._rows), len(class_names)), np.float32)
     self._counted_cn = np.zeros((len(conditions), len(self._rows)), bool)
 
-  def observe(self, batch: Mapping[str, jax.Array], out_c: HeadOutput) -> None:
+  def observe(self, batch: Mapping[str, jax.Array], out_c: Output) -> None:
     """See `Observer`."""
     count = len(self._conditions)
     index_b, weight_b, present_bm, keep_bcm, label = (

@@ -81,7 +81,7 @@ def make_config(**overrides):
   """The default config at test size, in float32 and without dropout."""
   config = CLASSIFIER.default()
   config.compute_dtype = 'float32'
-  config.molt.num_layers, config.molt.width = LAYERS, 8
+  config.molt.width = 8
   config.classifier.hidden, config.classifier.dropout = 7, 0.0
   config.update_from_flattened_dict(overrides)
   return config
@@ -151,7 +151,7 @@ class Case:
     return self.variables.get('statistics', {})
 
   def _step(self, params, statistics, taps, present_bm, label, weight_b):
-    """((loss, (HeadOutput, parts, new statistics)), gradient)."""
+    """((loss, (Output, parts, new statistics)), gradient)."""
 
     def loss_fn(params):
       variables = {'params': params, 'statistics': statistics}

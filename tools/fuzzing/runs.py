@@ -55,7 +55,7 @@ def make_config(table: pathlib.Path):
   config.backbones.text.path = 'random:llama-tiny'
   config.backbones.image.path = 'random:clip-vit-tiny'
   config.mesh.data, config.platform = 1, 'cpu'
-  config.molt.num_layers, config.molt.width, config.classifier.hidden = 1, 8, 8
+  config.molt.layers, config.molt.width, config.classifier.hidden = '-1:', 8, 8
   config.cca.num_directions, config.cca.window = 4, 32
   config.train.batch_size, config.eval.batch_size = 4, 8
   config.train.epochs, config.train.eval_every, config.train.log_every = 1.0, 2, 1
