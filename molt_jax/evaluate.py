@@ -296,7 +296,7 @@ def _counted(result) -> list[str]:
   return [f'{count} {name}' for name, count in counts.items() if count] or ['0']
 
 
-def command(flags: argparse.Namespace) -> int | None:
+def command(flags: argparse.Namespace) -> None:
   """The work of the command."""
   processes.join()
   run(
