@@ -132,8 +132,8 @@ def evaluate_examples(
     probes: names in `PROBES`.
 
   Returns:
-    split -> as `retrieval_and_probes.evaluate_pair`, with 'linear_probe': {name: {'accuracy': .., 'C':
-    ..}}.
+    split -> as `retrieval_and_probes.evaluate_pair`, with 'linear_probe':
+    {name: {'accuracy': .., 'C': ..}}.
 
   Raises:
     UserError: see `retrieval_and_probes`.
@@ -281,6 +281,28 @@ def run(
   data = fingerprint.of(dataset.splits[split], dataset.class_names)
   if not table:
     data = runs.compare(opened, split, data)
+  results = _score(pair, dataset, split, templates, probes)
+  kept[f'{dataset.name}/{split}'] = {
+    'dataset': dataset.name,
+    'split': split,
+    'data': data,
+    'templates': list(templates),
+    'results': results,
+    'step': opened.meta['step'],
+    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+  }
+  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
+  return kept[f'{dataset.name}/{split}']
+
+
+def _score(
+  pair: model.TowerPair,
+  dataset: Dataset,
+  split: str,
+  templates: Sequence[str],
+  probes: Collection[str],
+) -> dict[str, Any]:
+  """Scores a split, logs what has no score, prints the table."""
   if dataset.multi_label:
     console.log(
       'several labels an example: zero-shot classification and linear probes are left out'
@@ -293,20 +315,10 @@ def run(
   results = evaluate_examples(
     pair, examples, class_names, splits=[split], templates=templates, probes=probes
   )[split]
-  for line in left_out(results, labelled=class_names is not None, probes=probes):
-    console.log(line)
+  for message in left_out(results, labelled=class_names is not None, probes=probes):
+    console.log(message)
   print_table(results, f'{dataset.name}, {split} split')
-  kept[f'{dataset.name}/{split}'] = {
-    'dataset': dataset.name,
-    'split': split,
-    'data': data,
-    'templates': list(templates),
-    'results': results,
-    'step': opened.meta['step'],
-    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
-  }
-  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
-  return kept[f'{dataset.name}/{split}']
+  return results
 
 
 def _check(split: str, templates: Sequence[str], probes: Collection[str]) -> None:
