@@ -341,7 +341,7 @@ def _tokenizer(config: ml_collections.ConfigDict) -> Callable[[str, int], Sequen
     return None
 
 
-def command(flags: argparse.Namespace) -> int | None:
+def command(flags: argparse.Namespace) -> None:
   """The work of the command."""
   out = pathlib.Path(flags.out or f'describe/{flags.config.dataset.name}')
   run(flags.config, out, sample=flags.sample, sheet=flags.sheet)

@@ -2,7 +2,7 @@
 
 Zero-shot classification, retrieval both ways, the shape of the common space, and linear probes on
 the frozen image tower beside probes that need no tower (raw pixels, their principal components).
-See `pair_metrics` for what each number means. One JSON file, one table.
+See `pairs/retrieval.py` for what each number means. One JSON file, one table.
 """
 
 import sys
@@ -134,11 +134,11 @@ def evaluate_examples(
     probes: names in `PROBES`.
 
   Returns:
-    split -> as `pair_metrics.evaluate_pair`, with 'linear_probe': {name: {'accuracy': .., 'C':
-    ..}}.
+    split -> as `retrieval.evaluate_pair`, with 'linear_probe':
+    {name: {'accuracy': .., 'C': ..}}.
 
   Raises:
-    UserError: see `pair_metrics`.
+    UserError: see `retrieval_and_probes`.
   """
   prompts_kpc, features, fitted = None, {}, {}
   seen = {split: part for split, part in examples.items() if part.images}
@@ -240,7 +240,7 @@ def print_table(results: Mapping[str, Any], title: str) -> None:
   terminal.print_table(table)
 
 
-def command(flags: argparse.Namespace) -> int | None:
+def command(flags: argparse.Namespace) -> None:
   """The work of the command."""
   run(
     pathlib.Path(flags.workdir),
@@ -272,11 +272,7 @@ def run(
   Raises:
     UserError: no run there, an unknown split or probe, unusable templates, a split without images.
   """
-  for flag, names, legal in (('--split', [split], SPLITS), ('--probes', probes, tuple(PROBES))):
-    for name in names:
-      if name not in legal:
-        raise UserError(f'{flag}: {name!r} is not legal; give {", ".join(legal)}')
-  retrieval.class_prompts([], templates)
+  _check(split, templates, probes)
   if workdir.is_dir():
     workdir_lib.try_out(workdir)
   path = workdir / 'pair_evaluation.json'
@@ -287,6 +283,28 @@ def run(
   data = fingerprint.of(dataset.splits[split], dataset.class_names)
   if not table:
     data = trained.compare(opened, split, data)
+  results = _score(pair, dataset, split, templates, probes)
+  kept[f'{dataset.name}/{split}'] = {
+    'dataset': dataset.name,
+    'split': split,
+    'data': data,
+    'templates': list(templates),
+    'results': results,
+    'step': opened.meta['step'],
+    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+  }
+  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
+  return kept[f'{dataset.name}/{split}']
+
+
+def _score(
+  pair: in_use.TowerPair,
+  dataset: Dataset,
+  split: str,
+  templates: Sequence[str],
+  probes: Collection[str],
+) -> dict[str, Any]:
+  """Scores a split, logs what has no score, prints the table."""
   if dataset.multi_label:
     console.log(
       'several labels an example: zero-shot classification and linear probes are left out'
@@ -299,21 +317,18 @@ def run(
   results = evaluate_examples(
     pair, examples, class_names, splits=[split], templates=templates, probes=probes
   )[split]
-  for line in left_out(results, labelled=class_names is not None, probes=probes):
-    console.log(line)
+  for message in left_out(results, labelled=class_names is not None, probes=probes):
+    console.log(message)
   print_table(results, f'{dataset.name}, {split} split')
-  record = {
-    'dataset': dataset.name,
-    'split': split,
-    'data': data,
-    'templates': list(templates),
-    'results': results,
-    'step': opened.meta['step'],
-    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
-  }
-  kept[f'{dataset.name}/{split}'] = record
-  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
-  return record
+  return results
+
+
+def _check(split: str, templates: Sequence[str], probes: Collection[str]) -> None:
+  for flag, names, legal in (('--split', [split], SPLITS), ('--probes', probes, tuple(PROBES))):
+    for name in names:
+      if name not in legal:
+        raise UserError(f'{flag}: {name!r} is not legal; give one of {", ".join(legal)}')
+  retrieval.class_prompts([], templates)
 
 
 def _written(path: pathlib.Path) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def _path_remedy(path: str) -> str:
   return 'give the path of an image file'
 
 
-def command(flags: argparse.Namespace) -> int | None:
+def command(flags: argparse.Namespace) -> None:
   """The work of the command: prints one JSON object."""
   found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=flags.top_k)
   print(terminal.json_line(found))

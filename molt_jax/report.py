@@ -54,7 +54,7 @@ def write(
   return out
 
 
-def command(flags: argparse.Namespace) -> int | None:
+def command(flags: argparse.Namespace) -> None:
   """The work of the command: prints the page's path."""
   if 'jax' not in sys.modules:  # To compare checkpoints with their checksums takes no device.
     os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -149,4 +149,6 @@ if __name__ == '__main__':
       sys.exit(2)
     os.environ[INSIDE] = '1'
     os.execvp('unshare', [*how, sys.executable, *sys.argv])
-  sys.exit(main(sys.argv[1:]))
+  from molt_jax.runtime.command_line import command
+
+  sys.exit(command(main)(sys.argv[1:]))

@@ -363,4 +363,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  from molt_jax.runtime.command_line import command
+
+  sys.exit(command(main)(sys.argv[1:]))

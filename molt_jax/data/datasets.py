@@ -1,5 +1,5 @@
 """The table of data sets. To add one: write a function `config -> Dataset`, give it a row here, and
-its name to `dataset.name` in `config.SCHEMA`.
+its name to `dataset.name` in `config/classifier.py`.
 """
 
 import dataclasses
