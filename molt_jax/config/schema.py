@@ -21,9 +21,9 @@ from molt_jax.config.preset_files import read_preset
 from molt_jax.config.resolved import set_field
 from molt_jax.errors import UserError
 
-# Fields that had another name in earlier versions: old name -> (new name, old value -> new value); '' for one
-# that is gone.
-# Configs that were saved then are read by it; presets and command lines use the new name.
+# Fields that had another name in earlier versions: old name -> (new name, old value -> new value);
+# '' for one that is gone. Configs that were saved then are read by it; presets and command lines
+# use the new name.
 RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
   'backbones.text.kind': ('', str),  # The tower's files say it.
   'molt.num_layers': ('molt.layers', lambda count: f'-{count}:'),

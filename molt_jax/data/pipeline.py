@@ -20,7 +20,8 @@ A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, wit
 With stored hidden states, these stand in the place of image and tokens (L layers; I tokens of an
 image):
 
-  image_states      [B, L, I, D_i]              zeros where absent; not there when no example wants an
+  image_states      [B, L, I, D_i]              zeros where absent; not there when no example wants
+  an
                                               image
   text_states       [B, L, T, D_t]              zeros where absent and under padding; not there when
                                               no example wants a text

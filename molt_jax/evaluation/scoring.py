@@ -60,7 +60,7 @@ def eval_step(
 
   def one(present_bm):
     out = method(variables, frozen, features, batch, present_bm)
-    return out.replace(losses_b={})
+    return out.replace(losses_b={}, branches_bk={})
 
   out_c = jax.lax.map(one, present_cbm)
   label = batch['label']

@@ -16,7 +16,9 @@ from flax import linen as nn
 
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import MODALITIES
+from molt_jax.features import hidden_states
 from molt_jax.features.frozen import Reads
+from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.parts.interface import Output
 from molt_jax.towers.loading import TowerSpec
 
@@ -33,18 +35,20 @@ class Method(Protocol):
     over_patterns: jax.vmap for a method whose towers do not depend on what is missing, so that
       they run once for all missing patterns; jax.lax.map otherwise.
     loss_weights: weights of `Output.losses_b`.
+    branch_weights: weights of the cross-entropies of `Output.branches_bk`; their sum is 1.
   """
 
   reads: Mapping[str, Reads]
   modules: Mapping[str, nn.Module | None]
   over_patterns: Any
   loss_weights: Mapping[str, float]
+  branch_weights: Mapping[str, float]
 
   def init(self, key: jax.Array) -> Any:
     """Returns what is trained, boxed with logical axes: {'params'} and perhaps {'statistics'}."""
 
-  def start(self, params: Any, frozen: Mapping[str, Any]) -> Any:
-    """Returns the first parameters of a run, given new ones: those that come from files."""
+  def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the variables that a run begins with, given new ones: with what comes from files."""
 
   def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Any:
     """Returns what depends on frozen towers alone, from the batch where a store gave it."""
@@ -76,6 +80,37 @@ class Method(Protocol):
 
   def constrain(self, params: Any) -> Any:
     """Returns parameters after an update within their legal range."""
+
+
+class Defaults:
+  """What most methods share of `Method`."""
+
+  @property
+  def loss_weights(self) -> Mapping[str, float]:
+    """See `Method`."""
+    return {}
+
+  @property
+  def branch_weights(self) -> Mapping[str, float]:
+    """See `Method`."""
+    return {}
+
+  def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """See `Method`."""
+    del frozen
+    return dict(variables)
+
+  def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> HiddenStates:
+    """See `Method`: hidden states, from the batch or the towers."""
+    stored = hidden_states.from_store(batch)
+    if stored is not None:
+      return stored
+    states = {modality: reads.states for modality, reads in self.reads.items()}
+    return hidden_states.extract(self.modules, frozen, batch, states)
+
+  def constrain(self, params: Any) -> Any:
+    """See `Method`."""
+    return params
 
 
 def run_patterns(

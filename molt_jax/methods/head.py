@@ -29,7 +29,7 @@ TOWERS = 'towers'  # Parameters of towers among those that are trained.
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadMethod:
+class HeadMethod(base.Defaults):
   """A head over hidden states of both towers; see `base.Method`.
 
   Attributes:
@@ -38,7 +38,7 @@ class HeadMethod:
     reads: modality -> what is read of the tower.
     modules: modality -> the tower's module, None for one that is not used.
     trained: modality -> path -> shape of the tower's parameters that are trained.
-    over_patterns, loss_weights: see `base.Method`.
+    over_patterns: see `base.Method`.
   """
 
   head: nn.Module
@@ -47,7 +47,6 @@ class HeadMethod:
   modules: Mapping[str, nn.Module | None]
   trained: Mapping[str, Mapping[str, Any]]
   over_patterns: Any = jax.vmap
-  loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def num_layers(self) -> int:
@@ -68,25 +67,18 @@ class HeadMethod:
     nested = {m: traverse_util.unflatten_dict(flat, sep='/') for m, flat in towers.items()}
     return {**variables, 'params': {**variables['params'], TOWERS: nested}}
 
-  def start(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+  def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `base.Method`."""
+    params = variables['params']
     if TOWERS not in params:
-      return params
+      return dict(variables)
     taken = {}
     for modality, nested in params[TOWERS].items():
       flat = traverse_util.flatten_dict(nested, sep='/')
       depth = self.modules[modality].config.num_layers
       flat = trainable.take(flat, frozen[modality], depth)
       taken[modality] = traverse_util.unflatten_dict(flat, sep='/')
-    return {**params, TOWERS: taken}
-
-  def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> HiddenStates:
-    """See `base.Method`."""
-    stored = hidden_states.from_store(batch)
-    if stored is not None:
-      return stored
-    states = {modality: reads.states for modality, reads in self.reads.items()}
-    return hidden_states.extract(self.modules, frozen, batch, states)
+    return {**variables, 'params': {**params, TOWERS: taken}}
 
   def __call__(
     self,
@@ -115,10 +107,6 @@ class HeadMethod:
       own, states, present_bm, train=train, mutable=['statistics'], **how
     )
     return out.replace(statistics=changed.get('statistics', {}))
-
-  def constrain(self, params: Any) -> Any:
-    """See `base.Method`."""
-    return params
 
   def _states(self, towers, frozen, features: HiddenStates, batch) -> HiddenStates:
     """The states that the head reads; those above a trained layer are computed here."""

@@ -36,7 +36,7 @@ class PairMethod:
     mesh: where weights of trained towers are loaded to.
     reads: modality -> what is read of its tower. Texts of a frozen tower are pooled once, and
       batches bring them as 'text_pooled'.
-    over_patterns, loss_weights: see `Method`.
+    over_patterns, loss_weights, branch_weights: see `Method`.
   """
 
   encoder: DualEncoder
@@ -45,6 +45,7 @@ class PairMethod:
   reads: Mapping[str, Reads]
   over_patterns: Any = jax.vmap
   loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  branch_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def frozen(self) -> tuple[str, ...]:
@@ -71,11 +72,12 @@ class PairMethod:
     scale = jnp.log(jnp.float32(1 / self.config.temperature.init))
     return {'params': {**kept, 'log_scale': scale}, 'statistics': statistics}
 
-  def start(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+  def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `Method`: trained towers begin with the weights of their files where the config says
     so.
     """
     del frozen
+    params = variables['params']
     started = dict(params)
     for modality in MODALITIES:
       name = f'{modality}_tower'
@@ -83,7 +85,7 @@ class PairMethod:
         loaded = load_weights(self.config, self.mesh, modality, 'float32')
         place = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
         started[name] = jax.tree.map(place, loaded, params[name])
-    return started
+    return {**variables, 'params': started}
 
   def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Any:
     """See `Method`: batches bring what is kept."""

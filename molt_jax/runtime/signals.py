@@ -21,7 +21,9 @@ class Interrupted(Exception):
 
 
 def exit_code(run: Callable[[], Any]) -> int:
-  """Runs a training command's work: 0 when it is done, 130 or 143 when a signal stopped it, saved."""
+  """Runs a training command's work: 0 when it is done, 130 or 143 when a signal stopped it,
+  saved.
+  """
   try:
     run()
   except Interrupted as stopped:

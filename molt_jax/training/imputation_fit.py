@@ -3,8 +3,8 @@ training does it at each validation.
 
 The maps belong to the encoder of that moment, so nothing is lost to sums that lag behind it; a
 resumed run has them in its checkpoint; and the training step pays nothing but their products. A
-pass costs the head's evaluation of up to MAX_PAIRS examples in three missing patterns and, without a feature
-store, one run of the towers over them.
+pass costs the head's evaluation of up to MAX_PAIRS examples in three missing patterns and, without
+a feature store, one run of the towers over them.
 """
 
 import functools

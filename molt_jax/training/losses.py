@@ -31,11 +31,13 @@ class ClassifierLoss:
     config: reads cca, loss, missing and dataset.
     estimator: of the canonical correlations.
     weights: of the method's own losses, `Method.loss_weights`.
+    branches: of the logits that it is trained by, `Method.branch_weights`.
   """
 
   config: ml_collections.ConfigDict
   estimator: CCAEstimator
   weights: Mapping[str, float]
+  branches: Mapping[str, float]
 
   def init(self, method: Any) -> Any:
     """Returns what the estimator remembers before the first step of a method."""
@@ -118,7 +120,12 @@ class ClassifierLoss:
     def ce(logits_bk, weight_b):
       return kind.cross_entropy(logits_bk, batch['label'], weight_b, class_weight_k)[0]
 
-    ce_v = jax.vmap(ce)(out_v.logits_bk, weight_vb) / ce_total_v
+    if self.branches:
+      named = out_v.branches_bk
+      ce_v = sum(w * jax.vmap(ce)(named[name], weight_vb) for name, w in self.branches.items())
+    else:
+      ce_v = jax.vmap(ce)(out_v.logits_bk, weight_vb)
+    ce_v /= ce_total_v
     share_v = jnp.ones_like(ce_v).at[1:].set(missing.view_weight)
     parts = {'loss_ce': jnp.sum(ce_v * share_v) / jnp.sum(share_v)}
     loss = beta * parts['loss_ce']
@@ -196,4 +203,5 @@ def make_objective(assembly: Any) -> ClassifierLoss:
   """Returns what a classifier minimises; `assembly` is an `assembly.Assembly`."""
   config = ml_collections.FrozenConfigDict(assembly.config)
   estimator = make_cca_estimator(assembly.config, assembly.mesh)
-  return ClassifierLoss(config, estimator, assembly.method.loss_weights)
+  method = assembly.method
+  return ClassifierLoss(config, estimator, method.loss_weights, method.branch_weights)

@@ -73,7 +73,9 @@ class Trainer(abc.ABC):
 
   def begin(self, state: TrainState) -> TrainState:
     """Returns the first state of a new run: with what comes from files, once features are open."""
-    return state.replace(params=self.assembly.method.start(state.params, self.frozen))
+    variables = {'params': state.params, 'statistics': state.statistics}
+    started = self.assembly.method.start(variables, self.frozen)
+    return state.replace(params=started['params'], statistics=started['statistics'])
 
   def refresh(self, state: TrainState) -> TrainState:
     """Returns the state with what is fitted anew before each validation."""

@@ -17,7 +17,8 @@ from molt_jax.methods.parts.interface import Tokens, TokenSequence, in_range
 from molt_jax.objectives import moments
 from molt_jax.towers.packing import Packing
 
-LARGEST = 1e9  # HiddenStates beyond, and normalised ones, count as this much: products of a few stay in float32.
+# HiddenStates beyond, and normalised ones, count as this much: products of a few stay in float32.
+LARGEST = 1e9
 # A channel whose deviation is below this share of its mean is constant: float32 sums resolve no
 # less.
 _CONSTANT = 1e-5

@@ -83,6 +83,8 @@ class Output:
     logits_bk: float32[B, K]; None for a method that does not classify.
     pooled_image_lbc: float32[L, B, C], the h_i that CCA (eq. 4) compares; None: no L_CCA.
     pooled_text_lbc: float32[L, B, C], the h_t.
+    branches_bk: name -> float32[B, K], logits that are trained in the place of `logits_bk`, weighed
+      by the method's `branch_weights`; {}: `logits_bk` are.
     losses_b: name -> float32[B], further losses of each example, which the method's `loss_weights`
       weigh; their mean is over the examples that are there.
     embeddings: of a pair of towers, see `pairs`; None for a classifier.
@@ -92,6 +94,7 @@ class Output:
   logits_bk: jax.Array | None = None
   pooled_image_lbc: jax.Array | None = None
   pooled_text_lbc: jax.Array | None = None
+  branches_bk: Mapping[str, jax.Array] = struct.field(default_factory=dict)
   losses_b: Mapping[str, jax.Array] = struct.field(default_factory=dict)
   embeddings: Any = None
   statistics: Any = None

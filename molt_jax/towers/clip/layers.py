@@ -26,7 +26,8 @@ def patches(image_bhwc: jax.Array, size: int) -> jax.Array:
 class ClipLayer(nn.Module):
   """One encoder layer: x + attention(norm(x)), then x + MLP(norm(x)); biases everywhere.
 
-  With lengths, attention is causal and masks padding.
+  With lengths, attention is causal and masks padding; with `keys_bt`, bool[B, T], only those tokens
+  are read.
   """
 
   config: ClipVisionConfig | ClipTextConfig
@@ -35,7 +36,7 @@ class ClipLayer(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, h_bid, lengths_b=None):
+  def __call__(self, h_bid, lengths_b=None, keys_bt=None):
     c = self.config
     x_bid = layer_norm(c, self.dtype, self.param_dtype, 'attention_norm')(h_bid)
     q_binh, k_binh, v_binh = (self._heads(name)(x_bid) for name in ('q_proj', 'k_proj', 'v_proj'))
@@ -45,6 +46,7 @@ class ClipLayer(nn.Module):
       v_binh,
       is_causal=lengths_b is not None,
       key_value_seq_lengths=lengths_b,
+      mask=None if keys_bt is None else keys_bt[:, None, None, :],
       implementation=self.attention,
     )
     out_axes = ('heads', 'head_dim', 'embed')

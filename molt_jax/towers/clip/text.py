@@ -91,7 +91,9 @@ class ClipText(nn.Module):
     position_1td = self.position_embedding[None, : tokens_bt.shape[1]]
     return token_btd.astype(self.dtype) + position_1td.astype(self.dtype)
 
-  def run(self, hidden_btd, mask_bt, *, start: int, stop: int, states=(), **hook):
+  def run(
+    self, hidden_btd, mask_bt, *, start, stop, states=(), positions_bt=None, keys_bt=None, **hook
+  ):
     """Runs layers start..stop-1 on hidden states dtype[B, T, D]; T may differ from call to call;
     weights are read in place.
 
@@ -99,16 +101,20 @@ class ClipText(nn.Module):
       hidden_btd: what enters layer `start`.
       mask_bt: bool[B, T], right-padded.
       start, stop, states: see `stack.run_layers`.
+      positions_bt: not read: positions are in the first hidden state.
+      keys_bt: bool[B, T], the tokens that may be read; None: all valid ones.
       **hook: its `before` and `inserts`.
 
     Returns:
       (hidden states dtype[B, T, D], states dtype[len(states), B, T, D]).
     """
+    del positions_bt
     return stack.run_layers(
       self.layer,
       self.layers,
       hidden_btd,
       stack.lengths(mask_bt),
+      keys_bt,
       num_layers=self.config.num_layers,
       start=start,
       stop=stop,
@@ -129,10 +135,10 @@ class ClipText(nn.Module):
 
   def pool(self, hidden_btd, tokens_bt, mask_bt=None):
     """The end-of-text token of the last hidden states after the final norm, dtype[B, D]: Hugging
-    Face's `pooler_output`.
+    Face's `pooler_output`. Without tokens (of stored hidden states) it is the last valid one.
     """
-    del mask_bt
-    end_b11 = self.end_of_text(tokens_bt)[:, None, None]
+    end_b = stack.lengths(mask_bt) - 1 if tokens_bt is None else self.end_of_text(tokens_bt)
+    end_b11 = end_b[:, None, None]
     return self.final_norm(jnp.take_along_axis(hidden_btd, end_b11, axis=1)[:, 0])
 
   def norm_tokens(self, hidden_bkd):

@@ -91,7 +91,7 @@ class ClipVision(nn.Module):
     position_1id = self._cast(self.position_embedding)[None]
     return self.pre_norm(jnp.concatenate([first_b1d, x_bid], axis=1) + position_1id)
 
-  def run(self, hidden_bid, mask_bi=None, *, start: int, stop: int, states=(), **hook):
+  def run(self, hidden_bid, mask_bi=None, *, start, stop, states=(), keys_bt=None, **hook):
     """Runs layers start..stop-1 on hidden states dtype[B, I, D]; I may differ from call to call;
     weights are read in place.
 
@@ -99,6 +99,7 @@ class ClipVision(nn.Module):
       hidden_bid: what enters layer `start`.
       mask_bi: not read: every token of an image is valid.
       start, stop, states: see `stack.run_layers`.
+      keys_bt: bool[B, I], the tokens that may be read; None: all.
       **hook: its `before` and `inserts`.
 
     Returns:
@@ -109,6 +110,8 @@ class ClipVision(nn.Module):
       self.layer,
       self.layers,
       hidden_bid,
+      None,
+      keys_bt,
       num_layers=self.config.num_layers,
       start=start,
       stop=stop,

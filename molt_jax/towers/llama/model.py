@@ -24,7 +24,8 @@ def rotate(x_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Arr
 class LlamaLayer(nn.Module):
   """One decoder layer: x + attention(norm(x)), then x + SwiGLU(norm(x)).
 
-  With a packing it takes packed tokens [G, N, D] in the place of [B, T, D].
+  With a packing it takes packed tokens [G, N, D] in the place of [B, T, D]; with `keys_bt`,
+  bool[B, T], only those tokens are read.
   """
 
   config: LlamaConfig
@@ -33,7 +34,7 @@ class LlamaLayer(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, h_btd, cos_bth, sin_bth, lengths_b, packing=None):
+  def __call__(self, h_btd, cos_bth, sin_bth, lengths_b, packing=None, keys_bt=None):
     c = self.config
     x_btd = rms_norm(c, self.dtype, self.param_dtype, 'input_norm')(h_btd)
     q_btnh = self._heads('q_proj', c.num_heads, 'heads')(x_btd)
@@ -43,7 +44,11 @@ class LlamaLayer(nn.Module):
     if packing:
       qkv = [packing.unpack(x, len(lengths_b)) for x in qkv]
     a_btnh = jax.nn.dot_product_attention(
-      *qkv, is_causal=True, key_value_seq_lengths=lengths_b, implementation=self.attention
+      *qkv,
+      is_causal=True,
+      key_value_seq_lengths=lengths_b,
+      mask=None if keys_bt is None else keys_bt[:, None, None, :],
+      implementation=self.attention,
     )
     a_btnh = packing.pack(a_btnh) if packing else a_btnh
     out_axes = ('heads', 'head_dim', 'embed')
@@ -168,7 +173,7 @@ class Llama(nn.Module):
     return jnp.take(self.embedding, tokens_bt, axis=0, mode='clip').astype(self.dtype)
 
   def run(
-    self, hidden_btd, mask_bt, *, start: int, stop: int, states=(), positions_bt=None, **hook
+    self, hidden_btd, mask_bt, *, start, stop, states=(), positions_bt=None, keys_bt=None, **hook
   ):
     """Runs layers start..stop-1 on hidden states; weights are read in place.
 
@@ -179,17 +184,22 @@ class Llama(nn.Module):
       states: which of the states start..stop to return as well, ascending; see `finish`.
       positions_bt: int[B or 1, T], rotary positions; 0..T-1 if None. Attention is causal in the
         order of T, whatever the positions.
+      keys_bt: bool[B, T], the tokens that may be read; None: all valid ones.
       **hook: `before` and `inserts` of `stack.run_layers`.
 
     Returns:
       (hidden states dtype[B, T, D], states dtype[len(states), B, T, D]), before the final norm.
     """
     how = {'start': start, 'stop': stop, 'states': states, 'positions_bt': positions_bt}
-    return self._run(hidden_btd, mask_bt, **how, **hook)
+    return self._run(hidden_btd, mask_bt, keys_bt=keys_bt, **how, **hook)
 
   def finish(self, hidden_btd):
     """What makes the last hidden state of what leaves the last layer: the final norm."""
     return self.norm(hidden_btd)
+
+  def norm_tokens(self, hidden_bkd):
+    """Any tokens that leave the last layer, after the final norm."""
+    return self.norm(hidden_bkd)
 
   def pool(self, last_btd, tokens_bt, mask_bt):
     """Mean of the valid tokens of the last hidden state, float32[B, D]; zero for an empty text."""
@@ -203,7 +213,17 @@ class Llama(nn.Module):
     return found_sbtd.at[-1].set(self.finish(found_sbtd[-1]))
 
   def _run(
-    self, hidden_btd, mask_bt, *, start, states, stop=None, positions_bt=None, packing=None, **hook
+    self,
+    hidden_btd,
+    mask_bt,
+    *,
+    start,
+    states,
+    stop=None,
+    positions_bt=None,
+    packing=None,
+    keys_bt=None,
+    **hook,
   ):
     if positions_bt is None:
       positions_bt = jnp.arange(hidden_btd.shape[1])[None]
@@ -214,6 +234,7 @@ class Llama(nn.Module):
       *self._angles(positions_bt),
       stack.lengths(mask_bt),
       packing,
+      keys_bt,
       num_layers=self.config.num_layers,
       start=start,
       stop=states[-1] if stop is None else stop,
