@@ -50,13 +50,12 @@ class Prompts(nn.Module):
 
   def setup(self):
     small = nn.initializers.normal(0.02)
-    self.prompts = {}
+    prompts = {}
     for m, width in self.widths.items():
       shape = (self.num_layers, self.num_tokens, width)
-      self.prompts[m] = {
-        kind: self.param(f'{m}_{kind}', small, shape, jnp.float32)
-        for kind in ('query', 'query_context', 'fusion_context')
-      }
+      for kind in ('query', 'query_context', 'fusion_context'):
+        prompts[f'{m}_{kind}'] = self.param(f'{m}_{kind}', small, shape, jnp.float32)
+    self.prompts = prompts
     hidden = self.hidden or max(self.widths.values()) // 2
     # Maps into a tower, from the other one.
     self.maps = {
@@ -84,7 +83,7 @@ class Prompts(nn.Module):
 
   def of(self, modality: str, kind: str, layer: int) -> jax.Array:
     """Prompts of a kind, [K, D]."""
-    return self.prompts[modality][kind][layer]
+    return self.prompts[f'{modality}_{kind}'][layer]
 
 
 @dataclasses.dataclass(frozen=True)
