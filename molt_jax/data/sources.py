@@ -38,8 +38,10 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or
-    tuple of ints}.
+    """Returns the example of that index.
+
+    {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or tuple of
+    ints}
     """
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
@@ -60,8 +62,9 @@ def text_number(text: str | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A classification data set: `splits` has 'train', 'validation' and 'test'; a label is an index
-  into `class_names`.
+  """A classification data set.
+
+  `splits` has 'train', 'validation' and 'test'; a label is an index into `class_names`.
   """
 
   name: str
@@ -86,8 +89,9 @@ def reading_prepared(folder: str | os.PathLike) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-  """A split of a prepared TFDS builder whose features are id, image, text and label (one class
-  index).
+  """A split of a prepared TFDS builder.
+
+  Its features are id, image, text and label (one class index).
   """
 
   builder_dir: str

@@ -104,8 +104,10 @@ def softmax_distillation(
 def sigmoid_distillation(
   logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """The same for independent labels: the mean over classes of T^2 KL between Bernoulli
-  distributions. Arguments as `softmax_distillation`.
+  """The same for independent labels.
+
+  The mean over classes of T^2 KL between Bernoulli distributions. Arguments as
+  `softmax_distillation`.
   """
   teacher_bk, logits_bk = _softened(logits_bk, teacher_bk, weight_b, temperature)
 
@@ -132,8 +134,10 @@ def _read(logits_bk, live_b1):
 
 
 class Kind(NamedTuple):
-  """The losses of one kind of label: cross_entropy(logits, label, weight, class weights),
-  distillation(logits, teacher, weight, temperature).
+  """The losses of one kind of label.
+
+  cross_entropy(logits, label, weight, class weights), distillation(logits, teacher, weight,
+  temperature).
   """
 
   cross_entropy: Callable[..., tuple[jax.Array, jax.Array]]

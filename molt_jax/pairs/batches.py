@@ -1,13 +1,20 @@
 """Batches of augmented pairs for pretraining, with Grain: shuffled, prefetched, exactly resumable.
 
 A batch is a dict of numpy arrays (B pairs, S image size, T = max_tokens):
-  image                 float32[B, S, S, 3]  a random view of the picture; zeros where it cannot be
-  decoded image_augmented       float32[B, S, S, 3]  another one, with two views of images: of the
-  same picture, or of any with the same text tokens, token_mask    int32, bool[B, T]    of the text,
-  varied at random tokens_augmented, token_mask_augmented     of another variation, with two views
-  of texts text_pooled           float32[B, D]        in the place of all tokens, where the text
-  tower is frozen weight                float32[B]           0 where the picture cannot be decoded,
-  else 1 index                 int32[B]             position in the source
+
+  image                                   float32[B, S, S, 3]  a random view of the picture; zeros
+                                                               where it cannot be decoded
+  image_augmented                         float32[B, S, S, 3]  another one, with two views of
+                                                               images: of the same picture, or of
+                                                               any with the same text
+  tokens, token_mask                      int32, bool[B, T]    of the text, varied at random
+  tokens_augmented, token_mask_augmented  int32, bool[B, T]    of another variation, with two views
+                                                               of texts
+  text_pooled                             float32[B, D]        in the place of all tokens, where the
+                                                               text tower is frozen
+  weight                                  float32[B]           0 where the picture cannot be
+                                                               decoded, else 1
+  index                                   int32[B]             position in the source
 """
 
 import collections

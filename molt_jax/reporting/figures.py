@@ -55,8 +55,9 @@ def _thin(x_n, y_n):
 def dots(
   rows: Sequence[tuple[str, Mapping[str, tuple[float, float | None]]]], *, x: str
 ) -> Callable[[Any], None]:
-  """A line of text a row, a dot a series with its 95 % interval; rows: (name, series -> (value,
-  standard error or None)).
+  """A line of text a row, a dot a series with its 95 % interval.
+
+  rows: (name, series -> (value, standard error or None)).
   """
   series = list(dict.fromkeys(name for _, values in rows for name in values))
 

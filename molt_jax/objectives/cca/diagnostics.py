@@ -13,8 +13,9 @@ from molt_jax.objectives.cca.whitening import centre, cross, magnitude, weigh_ro
 
 
 class Directions(NamedTuple):
-  """k pairs of canonical directions: of a sample x_d, the canonical variables are (x_d - mean_x_d)
-  @ x_dk.
+  """k pairs of canonical directions.
+
+  Of a sample x_d, the canonical variables are (x_d - mean_x_d) @ x_dk.
   """
 
   mean_x_d: jax.Array
@@ -72,9 +73,7 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
   rows = weigh_rows(_weights(weight_n, x_nd))
 
   def variables(view_nd, direction_dk):
-    """Centred and of length 1, times the roots of the weights; 0 where there is nothing but
-    rounding.
-    """
+    """Centred, of length 1, times the roots of the weights; 0 where only rounding is left."""
     direction_dk = direction_dk / magnitude(direction_dk, axis=0)
     v_nk = jnp.matmul(centre(view_nd, rows).x_nd, direction_dk, precision='highest')
     v_nk -= rows.unit_n[:, None] * (rows.unit_n @ v_nk)[None, :]
@@ -89,8 +88,9 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
 
 
 def effective_rank(x_nd, *, weight_n=None):
-  """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007): 1 for
-  one direction, d for a sphere; 0 if constant.
+  """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007).
+
+  1 for one direction, d for a sphere; 0 if constant.
   """
   return _effective_rank(*lax.stop_gradient((jnp.asarray(x_nd), _weights(weight_n, x_nd))))
 
@@ -105,8 +105,9 @@ def _effective_rank(x_nd, weight_n):
 
 
 def modality_gap(x_nd, y_nd, *, weight_n=None):
-  """Distance between the centroids of two views whose rows are first brought to unit length (Liang
-  et al. 2022); in [0, 2].
+  """Distance between the centroids of two views of unit rows (Liang et al. 2022), in [0, 2].
+
+  The rows are brought to unit length first.
   """
   share_n = weigh_rows(_weights(weight_n, x_nd)).unit_n ** 2
 

@@ -48,8 +48,9 @@ class Rows(NamedTuple):
 
 
 class Centred(NamedTuple):
-  """A view with weighted mean zero and unit Frobenius norm: x_nd = xc_nd / inverse_norm, row by row
-  times sqrt(weight).
+  """A view with weighted mean zero and unit Frobenius norm.
+
+  x_nd = xc_nd / inverse_norm, row by row times sqrt(weight).
   """
 
   x_nd: jax.Array
@@ -115,8 +116,9 @@ def centre(x_nd, rows):
 
 
 def magnitude(x, axis=None):
-  """The power of two just below the largest entry, so that dividing by it is exact; its inverse is
-  representable too.
+  """The power of two just below the largest entry, so that dividing by it is exact.
+
+  Its inverse is representable too.
   """
   largest = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
   bits = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
@@ -219,8 +221,9 @@ def _whiten_gram_svd(x_nd, k_nn, r, rows):
 
 
 def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
-  """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1); R is then a product
-  with itself, never negative.
+  """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1).
+
+  R is then a product with itself, never negative.
   """
   eye_nn, null_nn = jnp.eye(k_nn.shape[0]), _null_projector(rows)
   span_nn = eye_nn - null_nn
