@@ -39,7 +39,7 @@ def linear_probe(
     labels: split -> [N] classes.
 
   Returns:
-    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}, no accuracy of unlabelled splits.
+    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}; none without labels.
 
   Raises:
     UserError: fewer than two classes in train, no validation rows, or features that are not finite.
