@@ -39,8 +39,9 @@ def usual_size(lengths: Sequence[int], rows: int) -> int:
 
 
 def groups(rows: int, pack: tuple[int, int]) -> np.ndarray:
-  """Returns [G, rows / G], the rows of a batch that are packed together: those that one of `shards`
-  devices takes in one of `parts` parts.
+  """Returns [G, rows / G], the rows of a batch that are packed together.
+
+  Those that one of `shards` devices takes in one of `parts` microbatches.
 
   pack: (shards, parts). A shard is an unbroken run of rows; part m of it has its rows m, m + parts,
   ..., so group s * parts + m goes where they go.
@@ -52,8 +53,9 @@ def groups(rows: int, pack: tuple[int, int]) -> np.ndarray:
 def token_positions(
   mask_bt: np.ndarray, groups_gr: np.ndarray, size: int | None = None
 ) -> dict[str, np.ndarray]:
-  """Returns {'token_position': int32[G, size]}, where a mask's real tokens are in each group's R x
-  T positions, and R T in places left over.
+  """Returns {'token_position': int32[G, size]}, where a mask's real tokens are.
+
+  Among the R x T positions of each group; R T in positions left over.
 
   `size` is the `packed_size` of the fullest group if None. Returns {} where packing would not make
   the batch smaller.

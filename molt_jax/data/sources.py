@@ -18,8 +18,9 @@ UNLABELLED = -1  # In place of a class index: the example's label is not known.
 
 
 class Source(Protocol):
-  """One split. Random access, thread-safe, picklable; nothing is decoded and no image file is read
-  before it is asked for.
+  """One split: random access, thread-safe, picklable.
+
+  Nothing is decoded and no image file is read before it is asked for.
 
   Attributes:
     ids: names of the N examples, unique within the data set.

@@ -43,8 +43,9 @@ def uniformity(independent_bc, *, sharpness=2.0, weight_b=None):
 
 
 def brownian_bridge(image_bc, text_bc, augmented_bc, time_b, *, weight_b=None):
-  """1/N sum_j ||v^a_j - mu_j||^2, mu = (t v + (1 - t) text) / ||t v + (1 - t) text||: the augmented
-  image lies on the way to its text.
+  """1/N sum_j ||v^a_j - mu_j||^2, mu = (t v + (1 - t) text) / ||t v + (1 - t) text||.
+
+  The augmented image lies on the way to its text.
 
   Args:
     time_b: [B] in [0, 1]; the paper leaves its choice open. `pair_loss` draws it uniformly for each

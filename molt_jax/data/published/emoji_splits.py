@@ -72,8 +72,9 @@ def group_emoji(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any
 
 
 def assign_splits(sizes: Mapping[str, int]) -> dict[str, str]:
-  """Assigns the groups of one class, {name: number of emoji}, to splits: large ones first, each to
-  the split furthest below its share.
+  """Assigns the groups of one class, {name: number of emoji}, to splits.
+
+  Large ones first, each to the split furthest below its share.
 
   Groups of a size come in the order of a hash of their name, so the result does not depend on the
   order of `sizes`.
@@ -91,8 +92,9 @@ def assign_splits(sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def split_emoji(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-  """Splits rows (with `character`, `subcategory` and `png`); drops subcategories of fewer groups
-  than there are splits.
+  """Splits rows (with `character`, `subcategory` and `png`).
+
+  Subcategories of fewer groups than there are splits are dropped.
 
   A group of several subcategories (families are in two) counts for the one that most of its rows
   have.

@@ -44,14 +44,15 @@ def _fit(x_nd, y_nd, weight_n, ridge):
     view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
     x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
     p_ks, _, q_sj = svd(cross(x, y) * (x.scale * y.scale))
-    x_kd, y_kd = (
-      jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj))
-    )
-  x_dk, y_dk = (
-    jnp.clip(view_kd.T * view.inverse_norm, -LARGEST, LARGEST)
-    for view_kd, view in ((x_kd, view_x), (y_kd, view_y))
-  )
+    x_dk = _directions(view_x, x, p_ks.T)
+    y_dk = _directions(view_y, y, q_sj)
   return Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk)
+
+
+def _directions(view, factor, turn_ks):
+  """Columns [d, k] of one view, from its `Centred`, its `Factor` and singular vectors as rows."""
+  direction_kd = jnp.linalg.multi_dot([turn_ks, *factor.back])
+  return jnp.clip(direction_kd.T * view.inverse_norm, -LARGEST, LARGEST)
 
 
 def _weights(weight_n, x_nd):
@@ -59,8 +60,9 @@ def _weights(weight_n, x_nd):
 
 
 def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
-  """Pearson correlation of each pair of canonical variables on rows that the directions have not
-  seen, [k] float32 in [-1, 1].
+  """Pearson correlation of each pair of canonical variables, [k] float32 in [-1, 1].
+
+  On rows that the directions have not seen.
 
   Its expectation on independent views is 0 for any number of rows, where that of
   `canonical_correlations` is about 0.85 sqrt(d / n).

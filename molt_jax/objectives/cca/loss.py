@@ -80,8 +80,9 @@ def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
 
 
 def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
-  """Canonical correlations in descending order, [..., min(n, d1, d2)] float32; directions that do
-  not exist read 0. No gradient flows.
+  """Canonical correlations in descending order, [..., min(n, d1, d2)] float32.
+
+  Directions that do not exist read 0. No gradient flows.
 
   Arguments and errors as for `cca_loss`; the same ridge, so their sum is that loss times minus the
   number of directions.

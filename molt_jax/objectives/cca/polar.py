@@ -73,8 +73,10 @@ def newton_schulz_root(r_nn, span_nn):
 
 
 def _newton_schulz_coefficients(smallest):
-  """(linear, cubic) per step: the cubic that brings [smallest, 1] closest to 1, then the same for
-  its image, until it is 1 in float32.
+  """(linear, cubic) per step.
+
+  The cubic that brings [smallest, 1] closest to 1, then the same for its image, until it is 1 in
+  float32.
 
   x -> (3 s x - (s x)^3) / 2 with s^2 = 3 / (1 + l + l^2) maps both ends of [l, 1] to the same value
   (Chen and Chow 2014).

@@ -87,8 +87,10 @@ def weigh_rows(weight_n):
 
 
 def centre(x_nd, rows):
-  """`Centred` view. Exact zeros for a constant column: a row is subtracted before the mean is, and
-  scaling is by powers of two.
+  """`Centred` view.
+
+  Exact zeros for a constant column: a row is subtracted before the mean is, and scaling is by
+  powers of two.
 
   Rows of weight 0 are never read, so they may hold NaN.
   """
@@ -243,8 +245,9 @@ def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
 
 
 def _whitened_svd(x_nd, r):
-  """X = U s V': (U, the diagonals of T, B and I - R in its basis, V'), without the directions that
-  are no more than rounding.
+  """X = U s V': (U, the diagonals of T, B and I - R in its basis, V').
+
+  Without the directions that are no more than rounding.
 
   Not from the eigenvectors of S: where S has an eigenvalue w, those of zero are off by eps / w, and
   hold a singular value eps / sqrt(w) that is not there.
