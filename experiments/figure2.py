@@ -146,10 +146,7 @@ def figure(table, source, path):
           draw_words(words, example, chosen[n], condition, ours, theirs)
       winner = ('MoLT right, baseline wrong', 'baseline right, MoLT wrong')[side]
       axes[block * SHOWN, 2 * side + 1].set_title(
-        (
-          f'{LABELS[condition]}: {winner} ({len(rows[name])} of '
-          f'{int(ours.counted_cn[0].sum())})'
-        ),
+        (f'{LABELS[condition]}: {winner} ({len(rows[name])} of {int(ours.counted_cn[0].sum())})'),
         fontsize=10,
         loc='left',
       )

@@ -98,9 +98,7 @@ def lines(made):
         for name, parts in PARTS.items():
           if _key(recipe, name) in table:
             ticks = ' | '.join('✓' if part in parts else '' for part in OFF)
-            cells = ' | '.join(
-              _cell(table, recipe, name, condition) for condition in LABELS
-            )
+            cells = ' | '.join(_cell(table, recipe, name, condition) for condition in LABELS)
             yield f'| {name} | {ticks} | {cells} | {PAPER.get(name, "")} |'
         yield ''
   yield '![difference from the full model](table2.png)\n'

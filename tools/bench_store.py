@@ -27,6 +27,7 @@ import numpy as np
 
 from molt_jax.config import schema as config_lib
 from molt_jax.data import datasets, pipeline
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
 from molt_jax.runtime import cli, sharding
@@ -163,7 +164,7 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   stored, fill_seconds = bench.fill()
   forward.append(bench.forward())
   _, again = bench.fill()
-  nothing = dict.fromkeys(model_lib.MODALITIES)
+  nothing = dict.fromkeys(MODALITIES)
   lanes = {
     'live': [bench.state(), bench.frozen, bench.batches(None), 1, []],
     'live_padded': [bench.state(), bench.frozen, bench.batches(None, padded=True), 1, []],
