@@ -1,15 +1,21 @@
-"""Where the time and memory of a training step go: `python tools/profile_step.py --config=configs/quickstart.py [--json] [--config.FIELD=VALUE]`.
+"""Where the time and memory of a training step go:
 
-Compiles the config's live step (towers included) and runs it on noise: compile time, seconds a step, FLOPs, FLOP/s and, on known devices, MFU
-(model FLOPs utilisation), memory, and the split over towers, head, CCA and optimiser, twice: from parts that are compiled on their own, and from
-a trace of the whole step, which is kept for XProf (`xprof TRACE`). With --data=dataset it also trains on the real input pipeline and says how
-long a step waits for it.
+  python tools/profile_step.py --config=configs/quickstart.py [--json] [--config.FIELD=VALUE]
 
-`random:NAME` towers are drawn on the device (molt_jax/towers/architectures.py has the names), so full-size models need no files:
+Compiles the config's live step (towers included) and runs it on noise: compile time, seconds per
+step, FLOPs, FLOP/s and, on known devices, MFU (model FLOPs utilisation), memory, and the split over
+towers, head, CCA and optimiser, twice: from parts that are compiled on their own, and from a trace
+of the whole step, which is kept for XProf (`xprof TRACE`). With --data=dataset it also trains on
+the real input pipeline and reports how long a step waits for it.
 
-  python tools/profile_step.py --config=configs/quickstart.py --config.backbones.text.path=random:llama-7b \
-    --config.backbones.image.path=random:clip-vit-l-14 --config.backbones.dtype=bfloat16 --config.compute_dtype=bfloat16 \
-    --config.text.max_tokens=128 --config.train.batch_size=32 --config.molt.width=1024
+`random:NAME` towers are drawn on the device (molt_jax/towers/architectures.py has the names), so
+full-size models need no files:
+
+  python tools/profile_step.py --config=configs/quickstart.py \
+    --config.backbones.text.path=random:llama-7b \
+    --config.backbones.image.path=random:clip-vit-l-14 --config.backbones.dtype=bfloat16 \
+    --config.compute_dtype=bfloat16 --config.text.max_tokens=128 --config.train.batch_size=32 \
+    --config.molt.width=1024
 
 With noise for data, neither Grain nor TensorFlow Datasets nor ml_collections need be installed.
 """

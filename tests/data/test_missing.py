@@ -63,9 +63,11 @@ def test_rows_incomplete_by_nature_are_left_alone_and_not_counted(natural, rate,
 
 def test_seed_and_split_change_the_draw():
   ids = [str(n) for n in range(200)]
-  draw = lambda **changed: missing.present_table(
-    ids, **({'rate': 0.5, 'kind': 'text', 'seed': 0, 'split': 'train'} | changed)
-  )
+  chosen = {'rate': 0.5, 'kind': 'text', 'seed': 0, 'split': 'train'}
+
+  def draw(**changed):
+    return missing.present_table(ids, **(chosen | changed))
+
   assert (draw() == draw()).all()
   for other in (draw(seed=1), draw(split='test')):
     assert 0.3 < (draw() == other)[:, 1].mean() < 0.7

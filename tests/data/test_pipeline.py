@@ -55,9 +55,12 @@ def test_order_depends_on_seed_and_epoch_alone(make_source, make_preprocess):
 def test_resume_is_exact(make_source, make_preprocess):
   present = np.ones((10, 2), bool)
   present[3, 0] = False
-  make = lambda: pipeline.train_iterator(
-    make_source(10), make_preprocess(), batch_size=4, seed=5, present=present
-  )
+
+  def make():
+    return pipeline.train_iterator(
+      make_source(10), make_preprocess(), batch_size=4, seed=5, present=present
+    )
+
   it = make()
   states, batches = [], []
   for _ in range(8):
