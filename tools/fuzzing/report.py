@@ -16,6 +16,7 @@ import numpy as np
 
 from molt_jax import report
 from molt_jax.config import schema
+from molt_jax.data import modalities
 from molt_jax.evaluation import records
 
 MOST_BYTES = 20_000_000  # Of a page.
@@ -342,7 +343,7 @@ def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
 def _predictions(rng, classes, rows, multi_label, config_hash):
   present = np.ones((rows, 2), bool)
   present[1::4, 1] = False
-  kept = np.array([[True, True], [True, False], [False, True]])
+  kept = modalities.PATTERNS
   shape = (len(kept), rows, classes)
   probability = rng.dirichlet(np.ones(classes), shape[:2]).astype(np.float32)
   label = rng.random((rows, classes)) < 0.4 if multi_label else rng.integers(0, classes, rows)
