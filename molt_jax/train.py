@@ -334,13 +334,17 @@ def introduce(config, data, towers, state, plan) -> None:
       else ''
     )
     cli.say(
-      f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
-      f'{tower.config.hidden_size}, frozen{note}'
+
+        f'{modality} tower: {tower.identity["path"]}, {tower.config.num_layers} layers, width '
+        f'{tower.config.hidden_size}, frozen{note}'
+
     )
   cli.say(
-    f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps '
-    'of '
-    f'{config.train.batch_size}'
+
+      f'head: {config.method}, {train_state.count(state.params):,} parameters; {plan.total} steps '
+      'of '
+      f'{config.train.batch_size}'
+
   )
 
 
