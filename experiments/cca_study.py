@@ -37,6 +37,7 @@ from jax import lax
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
 from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
@@ -147,13 +148,11 @@ def tower_views(preset):
   views = {}
   for split, source in data.splits.items():
     complete = [
-      row
-      for row in range(len(source))
-      if all(stored[split][m].keys[row] for m in model_lib.MODALITIES)
+      row for row in range(len(source)) if all(stored[split][m].keys[row] for m in MODALITIES)
     ]
     views[split] = [
       np.stack([np.asarray(taps.read(taps.keys[row])[-1], np.float32).mean(0) for row in complete])
-      for taps in (stored[split][m] for m in model_lib.MODALITIES)
+      for taps in (stored[split][m] for m in MODALITIES)
     ]
   means, deviations = (
     [f(view, axis=0, keepdims=True) for view in views['train']] for f in (np.mean, np.std)

@@ -28,6 +28,7 @@ import numpy as np
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least
 from molt_jax.data import datasets, pipeline
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import extract
 from molt_jax.methods import model as model_lib
 from molt_jax.runtime import sharding
@@ -167,7 +168,7 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   stored, fill_seconds = bench.fill()
   forward.append(bench.forward())
   _, again = bench.fill()
-  nothing = dict.fromkeys(model_lib.MODALITIES)
+  nothing = dict.fromkeys(MODALITIES)
   lanes = {
     'live': [bench.state(), bench.frozen, bench.batches(None), 1, []],
     'live_padded': [bench.state(), bench.frozen, bench.batches(None, padded=True), 1, []],

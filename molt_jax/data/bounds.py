@@ -186,9 +186,8 @@ _TAGS_OF_TAGS = (0x8769, 0x8825, 0xA005)  # EXIF, GPS, interoperability.
 def _bound_tiff(data: bytes) -> None:
   """Pillow makes objects of the numbers in tags, and does so anew of bytes that tags share."""
   order, big = '<' if data[0] == 0x49 else '>', data[2:3] == b'+'
-  start, count, entry = (
-    order + code for code in (('QQ', 'Q', 'HHQQ') if big else ('4xI', 'H', 'HHII'))
-  )
+  codes = ('QQ', 'Q', 'HHQQ') if big else ('4xI', 'H', 'HHII')
+  start, count, entry = (order + code for code in codes)
   unread, seen, total = [struct.unpack_from(start, data.ljust(24))[-1]], set(), 0
   while unread:
     at = unread.pop()

@@ -48,8 +48,9 @@ def load_split(config: Any, split: str) -> Dataset:
 
 
 def load_dataset(config: Any) -> Dataset:
-  """Opens `config.dataset.name`, preparing it under `config.dataset.data_dir` where needed, with
-  what `config.dataset.modalities` leaves of it.
+  """Opens `config.dataset.name`, with what `config.dataset.modalities` leaves of it.
+
+  It is prepared under `config.dataset.data_dir` where needed.
 
   Args:
     config: the whole configuration; `dataset.*` and `seed` are read.

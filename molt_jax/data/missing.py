@@ -24,8 +24,9 @@ def _digest(example_id: str, key: bytes) -> bytes:
 
 
 def hash_order(ids: Sequence[str], *, seed: int, name: str) -> list[int]:
-  """Returns the positions of `ids` in the order of a keyed hash of each id, which their own order
-  does not influence.
+  """Returns the positions of `ids` in the order of a keyed hash of each id.
+
+  Their own order does not influence it.
 
   Args:
     ids: unique strings.
@@ -52,8 +53,9 @@ def present_table(
   split: str,
   natural: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Draws the rows that lack a modality, by the field's standard protocol (rate eta; text, image or
-  both).
+  """Draws the rows that lack a modality, by the field's standard protocol.
+
+  Rate eta; text, image or both.
 
   A row is hit by the rank of a keyed hash of its id, so the table is a pure function of (seed,
   split, set of ids): the order of the rows, the batch size, the number of workers and a resume do

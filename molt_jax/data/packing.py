@@ -10,8 +10,9 @@ SHORTEST = 16  # Tokens of the shortest batch.
 
 
 def padded_length(length: int, max_tokens: int) -> int:
-  """Returns the length that a batch is padded to whose longest text has `length` tokens: the least
-  of SHORTEST, its doubles and `max_tokens`.
+  """Returns the length that a batch is padded to whose longest text has `length` tokens.
+
+  The least of SHORTEST, its doubles and `max_tokens`.
   """
   padded = SHORTEST
   while padded < length:
@@ -20,24 +21,27 @@ def padded_length(length: int, max_tokens: int) -> int:
 
 
 def packed_size(tokens: int) -> int:
-  """Returns the places that so many real tokens get: the least of 16, 20, 24, 28, 32, 40, ..., four
-  sizes to the double.
+  """Returns the positions that so many real tokens get.
+
+  The least of 16, 20, 24, 28, 32, 40, ..., four sizes to the double.
   """
   step = max(SHORTEST // 4, 1 << max(0, int(tokens - 1).bit_length() - 3))
   return max(SHORTEST, -(-int(tokens) // step) * step)
 
 
 def usual_size(lengths: Sequence[int], rows: int) -> int:
-  """Returns a `packed_size` that nearly every group of so many rows, drawn from texts of these
-  lengths, keeps to: mean + 3 deviations of the sum.
+  """Returns a `packed_size` that nearly every group of so many rows keeps to.
+
+  Mean + 3 standard deviations of the sum, for rows drawn from texts of these lengths.
   """
   mean, deviation = (float(f(lengths)) if len(lengths) else 0.0 for f in (np.mean, np.std))
   return packed_size(round(rows * mean + 3 * rows**0.5 * deviation))
 
 
 def groups(rows: int, pack: tuple[int, int]) -> np.ndarray:
-  """Returns [G, rows / G], the rows of a batch that are packed together: those that one of `shards`
-  devices takes in one of `parts` parts.
+  """Returns [G, rows / G], the rows of a batch that are packed together.
+
+  Those that one of `shards` devices takes in one of `parts` microbatches.
 
   pack: (shards, parts). A shard is an unbroken run of rows; part m of it has its rows m, m + parts,
   ..., so group s * parts + m goes where they go.
@@ -49,8 +53,9 @@ def groups(rows: int, pack: tuple[int, int]) -> np.ndarray:
 def token_positions(
   mask_bt: np.ndarray, groups_gr: np.ndarray, size: int | None = None
 ) -> dict[str, np.ndarray]:
-  """Returns {'token_position': int32[G, size]}, where a mask's real tokens are in each group's R x
-  T positions, and R T in places left over.
+  """Returns {'token_position': int32[G, size]}, where a mask's real tokens are.
+
+  Among the R x T positions of each group; R T in positions left over.
 
   `size` is the `packed_size` of the fullest group if None. Returns {} where packing would not make
   the batch smaller.

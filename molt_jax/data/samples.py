@@ -53,8 +53,11 @@ def _ppm(image: Image.Image) -> Samples:
 
 
 def _png(image: Image.Image) -> Samples:
-  """Mends transparent colours: Pillow scales pixels of 2 and 4 bits, but not the one that is
-  transparent, and compares one byte of two where colours have 16 bits."""
+  """Mends transparent colours.
+
+  Pillow scales pixels of 2 and 4 bits, but not the one that is transparent, and compares one byte
+  of two where colours have 16 bits.
+  """
   key = image.info.get('transparency')
   raw = image.tile[0][3] if image.tile else None
   bits = {'1': 1, 'L;2': 2, 'L;4': 4}.get(raw)

@@ -18,8 +18,9 @@ UNLABELLED = -1  # In place of a class index: the example's label is not known.
 
 
 class Source(Protocol):
-  """One split. Random access, thread-safe, picklable; nothing is decoded and no image file is read
-  before it is asked for.
+  """One split: random access, thread-safe, picklable.
+
+  Nothing is decoded and no image file is read before it is asked for.
 
   Attributes:
     ids: names of the N examples, unique within the data set.
@@ -38,8 +39,10 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or
-    tuple of ints}.
+    """Returns the example of that index.
+
+    {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or tuple of
+    ints}
     """
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
@@ -60,8 +63,9 @@ def text_number(text: str | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A classification data set: `splits` has 'train', 'validation' and 'test'; a label is an index
-  into `class_names`.
+  """A classification data set.
+
+  `splits` has 'train', 'validation' and 'test'; a label is an index into `class_names`.
   """
 
   name: str
@@ -86,8 +90,9 @@ def reading_prepared(folder: str | os.PathLike) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-  """A split of a prepared TFDS builder whose features are id, image, text and label (one class
-  index).
+  """A split of a prepared TFDS builder.
+
+  Its features are id, image, text and label (one class index).
   """
 
   builder_dir: str

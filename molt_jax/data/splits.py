@@ -8,8 +8,9 @@ from molt_jax.data.missing import hash_order
 def set_aside(
   ids: Sequence[str], labels: Sequence[tuple], *, fraction: float, seed: int
 ) -> set[int]:
-  """Chooses a share of the rows, stratified, as a pure function of the seed and the set of rows;
-  returns their positions.
+  """Chooses a share of the rows, stratified; returns their positions.
+
+  A pure function of the seed and the set of rows.
 
   Rows are lined up by labels, then by a keyed hash of their id, and evenly spaced ones are taken,
   so that every set of labels gives its share to within one row. A label keeps at least one row in

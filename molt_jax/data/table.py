@@ -147,8 +147,9 @@ def _folder(config: Any) -> pathlib.Path:
 
 
 def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`); returns (rest,
-  aside), in their order.
+  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`).
+
+  Returns (rest, aside), in their order.
   """
   labelled = [row for row in rows if row.labels]
   aside = {

@@ -33,11 +33,9 @@ def check_classes(file: pathlib.Path, rows: Iterable[Row], multi_label: bool) ->
   ]
   words = [_counted(name, count) for name in sorted(count) if cells.is_null_word(name)]
   joined = _joined(file, count, multi_label)
-  remedy = (
-    'give each label by itself, joined by |'
-    if multi_label
-    else 'set dataset.multi_label=True if | joins labels'
-  )
+  remedy = 'set dataset.multi_label=True if | joins labels'
+  if multi_label:
+    remedy = 'give each label by itself, joined by |'
   kinds = (
     (alike, 'labels that look alike are different classes', 'write them alike if they are one'),
     (words, 'a word that may mean nothing is a class', 'leave the label empty if there is none'),
@@ -59,11 +57,9 @@ def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> 
     parts = [part.strip() for part in name.split(mark) if part.strip()]
     known = [part for part in parts if part in count]
     if known and (mark == '|' or len(known) == len(parts)):
-      remedy = (
-        'join labels by |'
-        if multi_label
-        else 'set dataset.multi_label=True, or give the class a name without |'
-      )
+      remedy = 'set dataset.multi_label=True, or give the class a name without |'
+      if multi_label:
+        remedy = 'join labels by |'
       raise UserError(
         f'{file.name}: the label {_counted(name, count)} is several labels, '
         f'{findings.some([repr(part) for part in known])} among them: {remedy}'

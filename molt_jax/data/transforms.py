@@ -49,8 +49,9 @@ def decode(data: bytes) -> Image.Image:
 
 
 def check(data: bytes) -> None:
-  """Raises DecodeError where `decode` would; cheaper, since a JPEG is read to its end but decoded
-  at its smallest scale.
+  """Raises DecodeError where `decode` would.
+
+  Cheaper, since a JPEG is read to its end but decoded at its smallest scale.
   """
   with formats.opened(data) as image:
     image.draft(None, (1, 1))
@@ -131,9 +132,8 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray
 
 def _crop(image: Image.Image, size: int, resample: int) -> Image.Image:
   image = cut_strip(image)
-  width, height = (
-    size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size
-  )
+  short = min(image.size)
+  width, height = (size if side == short else int(size * side / short) for side in image.size)
   left, top = (width - size) // 2, (height - size) // 2
   cut = left, top, left + size, top + size
   return resized(image, (width, height), resample).crop(cut)
@@ -170,8 +170,9 @@ def cut_strip(image: Image.Image) -> Image.Image:
 def pad_tokens(
   ids: Sequence[int], *, max_tokens: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts and right-pads token ids; returns (int32[max_tokens], bool[max_tokens] True on real
-  tokens).
+  """Cuts and right-pads token ids.
+
+  Returns (int32[max_tokens], bool[max_tokens] True on real tokens).
   """
   ids = list(ids)[:max_tokens]
   tokens_t = np.full(max_tokens, pad_id, np.int32)

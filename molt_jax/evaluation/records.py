@@ -302,8 +302,10 @@ class Pairs(Saved):
 
 
 def write_mistakes(workdir: pathlib.Path, mistakes: Mapping[str, Any]) -> None:
-  """Writes mistakes.json: {'split', 'step', 'conditions': condition -> rows, worst first,
-  'examples': row -> {'id', 'text', 'image'}}.
+  """Writes mistakes.json.
+
+  {'split', 'step', 'conditions': condition -> rows, worst first, 'examples': row -> {'id', 'text',
+  'image'}}
   """
   text = logbook.to_json(mistakes)  # In ASCII: a lone half of a surrogate pair has no UTF-8.
   atomic.write(workdir / MISTAKES, text + '\n')

@@ -23,8 +23,9 @@ LOG_OF_NOTHING = -1e30
 
 @flax.struct.dataclass
 class PairEmbeddings:
-  """What two towers make of a batch of pairs; arrays [B, C], each row of length one (L2), or None
-  where not computed.
+  """What two towers make of a batch of pairs.
+
+  Arrays [B, C], each row of length one (L2), or None where not computed.
 
   Augmented: of another view of the same input. None for a tower whose input is not augmented.
   Independent: z^i of deep feature separation, from a projection layer of its own beside the

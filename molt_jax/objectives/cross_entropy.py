@@ -55,8 +55,9 @@ def sigmoid_cross_entropy(
   weight_b: jax.Array,
   positive_weight_k: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Multi-label loss, the mean over classes of -[p y log s(z) + (1 - y) log s(-z)], s the logistic
-  function, p the positive weight.
+  """Multi-label loss: mean over classes of -[p y log s(z) + (1 - y) log s(-z)].
+
+  s is the logistic function, p the positive weight.
 
   Args:
     logits_bk: [B, K].
@@ -81,8 +82,9 @@ def sigmoid_cross_entropy(
 def softmax_distillation(
   logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """T^2 KL(softmax(teacher / T) || softmax(logits / T)), Hinton et al. 2015; no gradient reaches
-  the teacher.
+  """T^2 KL(softmax(teacher / T) || softmax(logits / T)), Hinton et al. 2015.
+
+  No gradient reaches the teacher.
 
   Args:
     logits_bk: [B, K] of the student.
@@ -104,8 +106,10 @@ def softmax_distillation(
 def sigmoid_distillation(
   logits_bk: jax.Array, teacher_bk: jax.Array, *, weight_b: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """The same for independent labels: the mean over classes of T^2 KL between Bernoulli
-  distributions. Arguments as `softmax_distillation`.
+  """The same for independent labels.
+
+  The mean over classes of T^2 KL between Bernoulli distributions. Arguments as
+  `softmax_distillation`.
   """
   teacher_bk, logits_bk = _softened(logits_bk, teacher_bk, weight_b, temperature)
 
@@ -132,8 +136,10 @@ def _read(logits_bk, live_b1):
 
 
 class Kind(NamedTuple):
-  """The losses of one kind of label: cross_entropy(logits, label, weight, class weights),
-  distillation(logits, teacher, weight, temperature).
+  """The losses of one kind of label.
+
+  cross_entropy(logits, label, weight, class weights), distillation(logits, teacher, weight,
+  temperature).
   """
 
   cross_entropy: Callable[..., tuple[jax.Array, jax.Array]]
@@ -156,8 +162,9 @@ KINDS = {
 
 
 def balanced_class_weights(count_k: np.ndarray) -> np.ndarray:
-  """Weights inverse to class frequency for `softmax_cross_entropy`: n / (classes seen * count); one
-  for a class never seen.
+  """Weights inverse to class frequency for `softmax_cross_entropy`.
+
+  n / (classes seen * count); one for a class never seen.
 
   count_k: [K], training examples of each class. Returns float32[K]; their mean over the training
   examples is one.
@@ -168,8 +175,9 @@ def balanced_class_weights(count_k: np.ndarray) -> np.ndarray:
 
 
 def balanced_positive_weights(count_k: np.ndarray, *, num_examples: int) -> np.ndarray:
-  """Negatives over positives of each class for `sigmoid_cross_entropy`; one for a class never seen
-  or always there.
+  """Negatives over positives of each class for `sigmoid_cross_entropy`.
+
+  One for a class never seen or always there.
 
   count_k: [K], training examples that carry each label. Returns float32[K].
   """

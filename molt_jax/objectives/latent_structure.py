@@ -24,8 +24,9 @@ def orthogonality(z_bc, independent_bc, *, weight_b=None):
 
 
 def uniformity(independent_bc, *, sharpness=2.0, weight_b=None):
-  """1/N sum_j sum_k exp(-t ||z^i_j - z^i_k||^2), j = k included, t = `sharpness`: independent
-  features differ between examples.
+  """1/N sum_j sum_k exp(-t ||z^i_j - z^i_k||^2), j = k included, t = `sharpness`.
+
+  Independent features differ between examples.
   """
   weight_b, z_bc = present_rows(weight_b, independent_bc)
   square_b = jnp.sum(z_bc**2, axis=1)
@@ -42,8 +43,9 @@ def uniformity(independent_bc, *, sharpness=2.0, weight_b=None):
 
 
 def brownian_bridge(image_bc, text_bc, augmented_bc, time_b, *, weight_b=None):
-  """1/N sum_j ||v^a_j - mu_j||^2, mu = (t v + (1 - t) text) / ||t v + (1 - t) text||: the augmented
-  image lies on the way to its text.
+  """1/N sum_j ||v^a_j - mu_j||^2, mu = (t v + (1 - t) text) / ||t v + (1 - t) text||.
+
+  The augmented image lies on the way to its text.
 
   Args:
     time_b: [B] in [0, 1]; the paper leaves its choice open. `pair_loss` draws it uniformly for each
@@ -60,15 +62,14 @@ def brownian_bridge(image_bc, text_bc, augmented_bc, time_b, *, weight_b=None):
 
 
 def geometric_original(image_bc, text_bc, *, weight_b=None):
-  """1/N sum_jk (<v_j, t_k> - <v_k, t_j>)^2 + (<v_j, v_k> - <t_j, t_k>)^2: two pairs are as far
-  apart whichever modalities are compared.
+  """1/N sum_jk (<v_j, t_k> - <v_k, t_j>)^2 + (<v_j, v_k> - <t_j, t_k>)^2.
+
+  Two pairs are as far apart whichever modalities are compared.
   """
   weight_b, image_bc, text_bc = present_rows(weight_b, image_bc, text_bc)
-  one_bc, crossed_bc, same_bc = (
-    _concatenate(image_bc, -text_bc),
-    _concatenate(text_bc, image_bc),
-    _concatenate(image_bc, text_bc),
-  )
+  one_bc = _concatenate(image_bc, -text_bc)
+  crossed_bc = _concatenate(text_bc, image_bc)
+  same_bc = _concatenate(image_bc, text_bc)
   return _mean_square(one_bc, crossed_bc, weight_b) + _mean_square(one_bc, same_bc, weight_b)
 
 

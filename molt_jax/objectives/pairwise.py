@@ -49,9 +49,7 @@ def dots(rows_bc, columns_nc):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def in_range(x, largest):
-  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone
-  wrong.
-  """
+  """Numbers beyond `largest` as that; infinity stays, the sign of something gone wrong."""
   return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
 
 
@@ -65,10 +63,10 @@ def present_rows(weight_b, *arrays_bc):
 
   Rows of weight 0 are not read and get no gradient; numbers beyond LARGEST count as LARGEST.
   """
-  num_rows = len(arrays_bc[0])
-  weight_b = (
-    jnp.ones(num_rows) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
-  )
+  if weight_b is None:
+    weight_b = jnp.ones(len(arrays_bc[0]))
+  else:
+    weight_b = lax.stop_gradient(weight_b).astype(jnp.float32)
   is_present_b1 = weight_b[:, None] > 0
   read = (jnp.where(is_present_b1, x_bc.astype(jnp.float32), 0.0) for x_bc in arrays_bc)
   return weight_b, *(in_range(x_bc, LARGEST) for x_bc in read)

@@ -1,13 +1,20 @@
 """Batches of augmented pairs for pretraining, with Grain: shuffled, prefetched, exactly resumable.
 
 A batch is a dict of numpy arrays (B pairs, S image size, T = max_tokens):
-  image                 float32[B, S, S, 3]  a random view of the picture; zeros where it cannot be
-  decoded image_augmented       float32[B, S, S, 3]  another one, with two views of images: of the
-  same picture, or of any with the same text tokens, token_mask    int32, bool[B, T]    of the text,
-  varied at random tokens_augmented, token_mask_augmented     of another variation, with two views
-  of texts text_pooled           float32[B, D]        in the place of all tokens, where the text
-  tower is frozen weight                float32[B]           0 where the picture cannot be decoded,
-  else 1 index                 int32[B]             position in the source
+
+  image                                   float32[B, S, S, 3]  a random view of the picture; zeros
+                                                               where it cannot be decoded
+  image_augmented                         float32[B, S, S, 3]  another one, with two views of
+                                                               images: of the same picture, or of
+                                                               any with the same text
+  tokens, token_mask                      int32, bool[B, T]    of the text, varied at random
+  tokens_augmented, token_mask_augmented  int32, bool[B, T]    of another variation, with two views
+                                                               of texts
+  text_pooled                             float32[B, D]        in the place of all tokens, where the
+                                                               text tower is frozen
+  weight                                  float32[B]           0 where the picture cannot be
+                                                               decoded, else 1
+  index                                   int32[B]             position in the source
 """
 
 import collections
@@ -133,30 +140,17 @@ def train_iterator(
     views: what is made of a pair.
     batch_size: pairs a batch.
     seed: root of order and augmentation.
-    text_pooled_nd: float32[N, D], stands for the texts of the source's rows; None: texts are
-      encoded.
+    text_pooled_nd: float32[N, D], in the place of the source's texts; None: they are encoded.
     num_threads: threads that make batches.
     prefetch: batches prepared ahead.
   """
   rows = complete_rows(source)
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  make = functools.partial(
-    _pair,
-    rows=rows,
-    siblings=_siblings(source, rows) if views.across and views.num_views['image'] == 2 else None,
-    source=source,
-    pictures=_Pictures(source, preprocess, keep=views.keep),
-    preprocess=preprocess,
-    views=views,
-    seed=seed,
-    text_pooled_nd=text_pooled_nd,
-  )
-  stream = (
-    grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat().map_with_index(make)
-  )
+  maker = _PairMaker(source, preprocess, views, seed, rows, text_pooled_nd)
+  order = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat()
   return iter(
     pipeline.local_batches(
-      stream,
+      order.map_with_index(maker.make),
       batch_size=batch_size,
       num_threads=num_threads,
       prefetch=prefetch,
@@ -174,42 +168,50 @@ def _siblings(source: Source, rows: np.ndarray) -> dict[int, np.ndarray]:
   return {row: np.array(same) for same in by_text.values() for row in same}
 
 
-def _pair(
-  position: int,
-  row: int,
-  *,
-  rows: np.ndarray,
-  siblings: Mapping[int, np.ndarray] | None,
-  source: Source,
-  pictures: _Pictures,
-  preprocess: examples.Preprocess,
-  views: PairViews,
-  seed: int,
-  text_pooled_nd: np.ndarray | None,
-) -> dict[str, np.ndarray]:
-  """Makes one row of a batch: `position` in the endless stream tells the epoch, `row` which of the
-  complete rows.
-  """
-  index, epoch = int(rows[row]), position // len(rows)
-  draw = functools.partial(augment.generator, seed, epoch, source.ids[index])
-  image = pictures.get(index)
-  pair = {'weight': np.float32(image is not None), 'index': np.int32(index)}
-  for view in VIEWS[: views.num_views['image']]:
-    rng = draw('image' + view)
-    seen = pictures.get(int(rng.choice(siblings[index]))) if view and siblings else image
-    pair['image' + view] = _image(image if seen is None else seen, preprocess, views.image, rng)
-  if text_pooled_nd is not None:
-    return pair | {'text_pooled': text_pooled_nd[index]}
-  text = source.read(index, image=False)['text']
-  for view in VIEWS[: views.num_views['text']]:
-    ids = preprocess.encode(
-      augment.augment_text(text, views.text, draw('text' + view)), preprocess.max_tokens
-    )
-    tokens_t, mask_t = transforms.pad_tokens(
-      ids, max_tokens=preprocess.max_tokens, pad_id=preprocess.pad_id
-    )
-    pair |= {'tokens' + view: tokens_t, 'token_mask' + view: mask_t}
-  return pair
+class _PairMaker:
+  """Makes one pair of a batch; arguments as those of `train_iterator`."""
+
+  def __init__(
+    self,
+    source: Source,
+    preprocess: examples.Preprocess,
+    views: PairViews,
+    seed: int,
+    rows: np.ndarray,
+    text_pooled_nd: np.ndarray | None,
+  ):
+    self._source, self._preprocess, self._views = source, preprocess, views
+    self._seed, self._rows, self._text_pooled_nd = seed, rows, text_pooled_nd
+    self._pictures = _Pictures(source, preprocess, keep=views.keep)
+    self._siblings = None
+    if views.across and views.num_views['image'] == 2:
+      self._siblings = _siblings(source, rows)
+
+  def make(self, position: int, row: int) -> dict[str, np.ndarray]:
+    """`position` in the endless stream tells the epoch, `row` which of the complete rows."""
+    index, epoch = int(self._rows[row]), position // len(self._rows)
+    draw = functools.partial(augment.generator, self._seed, epoch, self._source.ids[index])
+    image = self._pictures.get(index)
+    pair = {'weight': np.float32(image is not None), 'index': np.int32(index)}
+    for view in VIEWS[: self._views.num_views['image']]:
+      rng = draw('image' + view)
+      seen = image
+      if view and self._siblings:
+        seen = self._pictures.get(int(rng.choice(self._siblings[index])))
+      seen = image if seen is None else seen
+      pair['image' + view] = _image(seen, self._preprocess, self._views.image, rng)
+    if self._text_pooled_nd is not None:
+      return pair | {'text_pooled': self._text_pooled_nd[index]}
+    text = self._source.read(index, image=False)['text']
+    for view in VIEWS[: self._views.num_views['text']]:
+      written = augment.augment_text(text, self._views.text, draw('text' + view))
+      pair['tokens' + view], pair['token_mask' + view] = self._tokens(written)
+    return pair
+
+  def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    p = self._preprocess
+    ids = p.encode(text, p.max_tokens)
+    return transforms.pad_tokens(ids, max_tokens=p.max_tokens, pad_id=p.pad_id)
 
 
 def _image(image: Image.Image | None, preprocess, how, rng) -> np.ndarray:

@@ -39,8 +39,7 @@ def linear_probe(
     labels: split -> [N] classes.
 
   Returns:
-    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}; a split without a known label
-    has no accuracy.
+    {'C': .., 'accuracy': {split: ..}, 'validation_by_C': {C: ..}}; none without labels.
 
   Raises:
     UserError: fewer than two classes in train, no validation rows, or features that are not finite.
@@ -68,10 +67,8 @@ def linear_probe(
       no_better += 1
     if no_better == PATIENCE:
       break
-  accuracy = {}
-  for split, x_nd in rows.items():
-    if len(labels[split]):
-      accuracy[split] = _accuracy(best[1], x_nd, labels[split])
+  known = [split for split in rows if len(labels[split])]
+  accuracy = {split: _accuracy(best[1], rows[split], labels[split]) for split in known}
   return {'C': best[0], 'accuracy': accuracy, 'validation_by_C': by_strength}
 
 

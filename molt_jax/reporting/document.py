@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from molt_jax.reporting import checked, figures
+from molt_jax.reporting import checked
 from molt_jax.reporting.runs import Run
+from molt_jax.reporting.svg import name_of, svg
 from molt_jax.runtime import terminal
 
 MOST_SHOWN = 300  # Characters of a name.
@@ -36,7 +37,7 @@ class Page:
   def draw(self, draw: Callable[[Any], None], label: str, **size: int) -> str:
     """Returns one drawing; `label` says what it shows to those who cannot see it."""
     self._drawings += 1
-    drawing = figures.svg(draw, label, number=self._drawings, **size)
+    drawing = svg(draw, label, number=self._drawings, **size)
     return f'<div class="panel">{drawing}</div>'
 
   def figure(self, drawings: Sequence[str], caption: str) -> str:
@@ -84,7 +85,7 @@ def beside(*parts: str) -> str:
 
 def name_where_several(page: Page, run: Run) -> str:
   """The run's name for a drawing; empty where there is no other run."""
-  return figures.name_of(run.name) if len(page.runs) > 1 else ''
+  return name_of(run.name) if len(page.runs) > 1 else ''
 
 
 def not_recorded(page: Page, command: str) -> str:

@@ -76,8 +76,9 @@ class Run:
     return self.predictions.influence(condition)
 
   def difference(self, other: 'Run', condition: str) -> tuple[float, float | None] | None:
-    """Returns this run's score minus the other's and its standard error: paired where both saw the
-    same examples, None where it is unknown. None where one has no score.
+    """Returns this run's score minus the other's, and its standard error.
+
+    Paired where both saw the same examples, None where it is unknown. None where one has no score.
     """
     scores = self.score(condition), other.score(condition)
     if None in scores:
@@ -181,10 +182,8 @@ def _read(folder: pathlib.Path, name: str) -> Run:
       f'--workdir: {str(evaluation_path)!r} has no result of an absence; run python -m '
       f'molt_jax.evaluate --workdir={folder}'
     )
-  predictions, pairs = (
-    records.Predictions.load(folder / records.PREDICTIONS),
-    records.Pairs.load(folder / records.PAIRS),
-  )
+  predictions = records.Predictions.load(folder / records.PREDICTIONS)
+  pairs = records.Pairs.load(folder / records.PAIRS)
   data = evaluation.get('data', {}).get('digest', '')
   if predictions and (
     predictions.data != data

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from molt_jax import describe
+from molt_jax.data import summary
 
 PRESET = pathlib.Path(__file__).parents[2] / 'configs/hateful_memes.py'
 
@@ -85,14 +86,14 @@ def test_the_contact_sheet_shows_pictures_and_gaps(described):
   ],
 )
 def test_a_class_is_named_by_whole_words(text, names, there):
-  assert describe.names_a_class(text, names) == there
+  assert summary.names_a_class(text, names) == there
 
 
 def test_evenly_spaced():
   assert (
-    describe.evenly(10, 3) == [1, 5, 8]
-    and describe.evenly(3, 10) == [0, 1, 2]
-    and describe.evenly(0, 5) == []
+    summary.evenly(10, 3) == [1, 5, 8]
+    and summary.evenly(3, 10) == [0, 1, 2]
+    and summary.evenly(0, 5) == []
   )
 
 

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from molt_jax import describe
 from molt_jax.data import bounds, decode_report, examples, formats, pipeline, table, transforms
 from molt_jax.data.decode_error import one_line
 from molt_jax.data.sources import Dataset
+from molt_jax.data.summary import describe
 from molt_jax.errors import UserError
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
 from molt_jax.pairs import augment, probes
 from molt_jax.pairs import batches as pairs
+from molt_jax.reporting.contact_sheet import contact_sheet
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -496,16 +497,14 @@ def test_a_strip_in_pretraining(make_source, make_preprocess, resize, size):
 def test_the_contact_sheet_takes_strips_and_unusable_files(make_source):
   strip = save(Image.new('RGB', (5000, 2), (250, 5, 5)), 'PNG')
   source = make_source(3, images=[strip, EPS, PNG])
-  sheet = describe.contact_sheet(
-    Dataset('x', ('a', 'b', 'c'), False, {'train': source}), 'train', 3
-  )
+  sheet = contact_sheet(Dataset('x', ('a', 'b', 'c'), False, {'train': source}), 'train', 3)
   assert (np.asarray(sheet) == (250, 5, 5)).all(axis=-1).sum() > 200
 
 
 def test_describe_counts_what_is_unusable(make_source):
   source = make_source(3, images=[EPS, PNG, b''])
   data = Dataset('x', ('a', 'b', 'c'), False, {'train': source})
-  split = describe.describe(data, encode=None, max_tokens=4, sample=9)['splits']['train']
+  split = describe(data, encode=None, max_tokens=4, sample=9)['splits']['train']
   assert split['image_formats'] == {'unusable': 2, 'PNG RGB': 1} and 'EPS' in split['unusable']
 
 

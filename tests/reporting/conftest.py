@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from molt_jax.data import modalities
 from molt_jax.evaluation import records
 
 HOSTILE = pathlib.Path(__file__).parents[2] / 'tools/fuzzing/report.py'
@@ -48,7 +49,7 @@ def _make_predictions(
   )
   present = np.ones((rows, 2), bool)
   present[::9, 0] = present[4::9, 1] = False
-  keeps = np.array([[True, True], [True, False], [False, True]])[: len(conditions)]
+  keeps = modalities.PATTERNS[: len(conditions)]
   counted = (present[None] & keeps[:, None]).any(-1)
   right = (
     np.where(hot[None], probability, 1 - probability)

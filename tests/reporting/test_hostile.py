@@ -19,7 +19,7 @@ from molt_jax import report
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
-from molt_jax.reporting import checked, figures
+from molt_jax.reporting import checked, document, figures, svg
 
 HOSTILE = (
   '',
@@ -114,7 +114,7 @@ def spoil(run, field, text):
 @pytest.fixture
 def quick(monkeypatch):
   """Figures are not drawn: a page then takes milliseconds."""
-  monkeypatch.setattr(figures, 'svg', lambda draw, label, **how: '<svg role="img"></svg>')
+  monkeypatch.setattr(document, 'svg', lambda draw, label, **how: '<svg role="img"></svg>')
 
 
 def is_legal(field, text):
@@ -189,10 +189,10 @@ class Texts(html.parser.HTMLParser):
 @pytest.mark.filterwarnings('error')
 def test_a_class_is_called_by_its_own_name_in_every_drawing(name):
   matrix = figures.confusion(np.eye(2, dtype=int), [name, 'b'], title='')
-  dots = figures.class_dots([(figures.name_of(name), {'a': 0.5})], x='')
+  dots = figures.class_dots([(svg.name_of(name), {'a': 0.5})], x='')
   lines = figures.curves({name: ([1], [2]), 'b': ([1], [2])}, title='', x='', y='')
   for draw, count in ((matrix, 2), (dots, 1), (lines, 1)):
-    found = Texts(figures.svg(draw, name, number=1))
+    found = Texts(svg.svg(draw, name, number=1))
     assert [text.strip() for text in found.texts].count(name) == count
     assert ('aria-label', name) in found.attributes
 
@@ -363,7 +363,7 @@ def test_conditions_without_examples_have_no_number_on_the_page(
   without = list(records.CONDITIONS)[-count:]
   runs = [shutil.copytree(small, tmp_path / name) for name in ('a', 'b')]
   if not drawn:
-    monkeypatch.setattr(figures, 'svg', lambda draw, label, **how: '<svg></svg>')
+    monkeypatch.setattr(document, 'svg', lambda draw, label, **how: '<svg></svg>')
   elif scores or count == 2:
     pytest.skip('drawn once with, once without anything to score')
   for run in runs:

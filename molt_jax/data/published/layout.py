@@ -13,8 +13,10 @@ from molt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-  """One example. `image` is the path of its file, whether or not that is there; None: it has none.
-  An `extra` row does not count as published.
+  """One example.
+
+  `image` is the path of its file, whether or not that is there; None: it has none. An `extra` row
+  does not count as published.
   """
 
   id: str

@@ -55,9 +55,8 @@ class Pairs(layout.Folder):
   class_names = CLASSES
 
   def __post_init__(self):
-    new = (
-      [self._new_labels_file(split) for split in ('validation', 'test')] if self.relabelled else []
-    )
+    relabelled = ('validation', 'test') if self.relabelled else ()
+    new = [self._new_labels_file(split) for split in relabelled]
     if missing := [file.name for file in new if not file.is_file()]:
       raise UserError(
         f"config.dataset.snli_ve.neutral: 'relabelled' needs {' and '.join(missing)} of "

@@ -32,8 +32,9 @@ _FLAT = ('image', 'images')
 
 @dataclasses.dataclass
 class Titles(layout.Folder):
-  """`texts` holds the two CSV files; `flat` all images, or None where they are in
-  root/images/SPLIT/CLASS.
+  """`texts` holds the two CSV files, `flat` all images.
+
+  None: they are in root/images/SPLIT/CLASS.
   """
 
   root: pathlib.Path
@@ -142,9 +143,9 @@ class UpmcFood101(FolderBuilder):
     nested = all((folder / 'images' / split).is_dir() for split in SPLITS)
     if choices['text'] == 'page':
       return Pages(folder) if nested and (folder / 'texts_txt').is_dir() else None
-    flat = (
-      None if nested else next((folder / name for name in _FLAT if (folder / name).is_dir()), None)
-    )
+    flat = None
+    if not nested:
+      flat = next((folder / name for name in _FLAT if (folder / name).is_dir()), None)
     for texts in (folder / 'texts', folder / 'text', folder):
       if (nested or flat) and all((texts / f'{split}_titles.csv').is_file() for split in SPLITS):
         return Titles(folder, texts, flat)

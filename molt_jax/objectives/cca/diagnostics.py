@@ -13,8 +13,9 @@ from molt_jax.objectives.cca.whitening import centre, cross, magnitude, weigh_ro
 
 
 class Directions(NamedTuple):
-  """k pairs of canonical directions: of a sample x_d, the canonical variables are (x_d - mean_x_d)
-  @ x_dk.
+  """k pairs of canonical directions.
+
+  Of a sample x_d, the canonical variables are (x_d - mean_x_d) @ x_dk.
   """
 
   mean_x_d: jax.Array
@@ -43,14 +44,15 @@ def _fit(x_nd, y_nd, weight_n, ridge):
     view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
     x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
     p_ks, _, q_sj = svd(cross(x, y) * (x.scale * y.scale))
-    x_kd, y_kd = (
-      jnp.linalg.multi_dot([turn, *factor.back]) for factor, turn in ((x, p_ks.T), (y, q_sj))
-    )
-  x_dk, y_dk = (
-    jnp.clip(view_kd.T * view.inverse_norm, -LARGEST, LARGEST)
-    for view_kd, view in ((x_kd, view_x), (y_kd, view_y))
-  )
+    x_dk = _directions(view_x, x, p_ks.T)
+    y_dk = _directions(view_y, y, q_sj)
   return Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk)
+
+
+def _directions(view, factor, turn_ks):
+  """Columns [d, k] of one view, from its `Centred`, its `Factor` and singular vectors as rows."""
+  direction_kd = jnp.linalg.multi_dot([turn_ks, *factor.back])
+  return jnp.clip(direction_kd.T * view.inverse_norm, -LARGEST, LARGEST)
 
 
 def _weights(weight_n, x_nd):
@@ -58,8 +60,9 @@ def _weights(weight_n, x_nd):
 
 
 def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
-  """Pearson correlation of each pair of canonical variables on rows that the directions have not
-  seen, [k] float32 in [-1, 1].
+  """Pearson correlation of each pair of canonical variables, [k] float32 in [-1, 1].
+
+  On rows that the directions have not seen.
 
   Its expectation on independent views is 0 for any number of rows, where that of
   `canonical_correlations` is about 0.85 sqrt(d / n).
@@ -72,9 +75,7 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
   rows = weigh_rows(_weights(weight_n, x_nd))
 
   def variables(view_nd, direction_dk):
-    """Centred and of length 1, times the roots of the weights; 0 where there is nothing but
-    rounding.
-    """
+    """Centred, of length 1, times the roots of the weights; 0 where only rounding is left."""
     direction_dk = direction_dk / magnitude(direction_dk, axis=0)
     v_nk = jnp.matmul(centre(view_nd, rows).x_nd, direction_dk, precision='highest')
     v_nk -= rows.unit_n[:, None] * (rows.unit_n @ v_nk)[None, :]
@@ -89,8 +90,9 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
 
 
 def effective_rank(x_nd, *, weight_n=None):
-  """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007): 1 for
-  one direction, d for a sphere; 0 if constant.
+  """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007).
+
+  1 for one direction, d for a sphere; 0 if constant.
   """
   return _effective_rank(*lax.stop_gradient((jnp.asarray(x_nd), _weights(weight_n, x_nd))))
 
@@ -105,8 +107,9 @@ def _effective_rank(x_nd, weight_n):
 
 
 def modality_gap(x_nd, y_nd, *, weight_n=None):
-  """Distance between the centroids of two views whose rows are first brought to unit length (Liang
-  et al. 2022); in [0, 2].
+  """Distance between the centroids of two views of unit rows (Liang et al. 2022), in [0, 2].
+
+  The rows are brought to unit length first.
   """
   share_n = weigh_rows(_weights(weight_n, x_nd)).unit_n ** 2
 

@@ -175,8 +175,9 @@ _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
 
 
 def _points(past, decay):
-  """Rows that stand for the past: 4 k points with its mean and covariance C = L L', namely mean +-
-  sqrt(2 k) L_i.
+  """Rows that stand for the past: 4 k points with its mean and covariance.
+
+  With C = L L', they are mean +- sqrt(2 k) L_i.
   """
   num_points = 2 * past['mean_lj'].shape[1]
   std_lj = jnp.sqrt(jnp.diagonal(past['scatter_ljj'], axis1=1, axis2=2))
@@ -193,9 +194,7 @@ def _points(past, decay):
 
 @in_turn
 def _root(correlation_jj):
-  """A Cholesky factor, which always exists: of a little more than float32's rounding on the
-  diagonal.
-  """
+  """A Cholesky factor, which always exists, of a little more than rounding on the diagonal."""
   return raised_cholesky(correlation_jj, jnp.float32(1e-5))[0]
 
 

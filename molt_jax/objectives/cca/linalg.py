@@ -16,11 +16,10 @@ _WELL_CONDITIONED = 200.0
 
 
 def in_turn(function):
-  """`function` of arrays, whose vmap takes one slice after the other on a CPU, and all at once
-  elsewhere.
+  """`function` of arrays, whose vmap takes one slice after the other on a CPU.
 
-  On a CPU jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for work that they have
-  put into the same pool: two at once on two cores hang.
+  Elsewhere all at once. On a CPU jaxlib's batched LAPACK calls wait, on a thread of XLA's pool, for
+  work that they have put into the same pool: two at once on two cores hang.
   """
   wrapped = custom_vmap(function)
 
@@ -38,18 +37,17 @@ def in_turn(function):
 
 
 def either(is_usual, usual, rare, *operands):
-  """`usual(*operands)` or `rare(*operands)`, as `lax.cond`; under vmap `rare` is computed only if a
-  slice needs it.
+  """`usual(*operands)` or `rare(*operands)`, as `lax.cond`.
+
+  Under vmap `rare` is computed only if a slice needs it.
   """
   choose = custom_vmap(lambda is_usual, *operands: lax.cond(is_usual, usual, rare, *operands))
 
   @choose.def_vmap
   def rule(axis_size, is_batched, *arguments):
     is_usual_v, *operands_v = _all_batched(axis_size, is_batched, arguments)
-    usual_v, rare_v = (
-      jax.vmap(lambda _, *operands: usual(*operands)),
-      jax.vmap(lambda is_usual, *operands: lax.cond(is_usual, usual, rare, *operands)),
-    )
+    usual_v = jax.vmap(lambda _, *operands: usual(*operands))
+    rare_v = jax.vmap(lambda is_usual, *operands: lax.cond(is_usual, usual, rare, *operands))
     out = either(jnp.all(is_usual_v), usual_v, rare_v, is_usual_v, *operands_v)
     return out, jax.tree.map(lambda _: True, out)
 
@@ -107,10 +105,10 @@ def _or_by_qr_iteration(a_kj, *, with_vectors):
 
 
 def raised_cholesky(a_kk, ridge):
-  """Returns (L, r) with L L' = A + r I, r the first of ridge, 16 ridge, 256 ridge, .. for which
-  rounding leaves L real.
+  """Returns (L, r) with L L' = A + r I.
 
-  `a_kk` is positive semi-definite but for rounding, with eigenvalues of at most about 1; ridge > 0.
+  r is the first of ridge, 16 ridge, 256 ridge, .. for which rounding leaves L real. `a_kk` is
+  positive semi-definite but for rounding, with eigenvalues of at most about 1; ridge > 0.
   """
 
   def attempt(r):
@@ -135,8 +133,9 @@ def inverse_cholesky(a_kk):
 
 
 def is_well_conditioned(a_kk, inverse_kk):
-  """Whether Cholesky lost no more than a few bits: the condition number is at most the product of
-  the largest row sums of A and its inverse.
+  """Whether Cholesky lost no more than a few bits.
+
+  The condition number is at most the product of the largest row sums of A and its inverse.
   """
   # Not so for NaN, of a Cholesky factor that is not there.
   return largest_row_sum(a_kk) * largest_row_sum(inverse_kk) < _WELL_CONDITIONED
@@ -148,8 +147,9 @@ def largest_row_sum(a_kk):
 
 
 def products_suffice(s_kk, r, *matrices):
-  """Whether Cholesky and products alone can tell S + r from r, and did: the matrices they made are
-  finite.
+  """Whether Cholesky and products alone can tell S + r from r, and did.
+
+  That is, whether the matrices they made are finite.
   """
   is_finite = jnp.stack([jnp.all(jnp.isfinite(m)) for m in matrices])
   return (r >= 4 * EPS * jnp.sqrt(jnp.sum(s_kk * s_kk))) & jnp.all(is_finite)

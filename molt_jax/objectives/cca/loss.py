@@ -80,8 +80,9 @@ def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
 
 
 def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
-  """Canonical correlations in descending order, [..., min(n, d1, d2)] float32; directions that do
-  not exist read 0. No gradient flows.
+  """Canonical correlations in descending order, [..., min(n, d1, d2)] float32.
+
+  Directions that do not exist read 0. No gradient flows.
 
   Arguments and errors as for `cca_loss`; the same ridge, so their sum is that loss times minus the
   number of directions.
@@ -91,8 +92,9 @@ def canonical_correlations(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
 
 
 def _over_leading_axes(function, arguments):
-  """The function of one pair of views, over their leading axes; the last argument, the ridge, is
-  that of all pairs.
+  """Maps the function of one pair of views over their leading axes.
+
+  The last argument, the ridge, is that of all pairs.
   """
   for _ in range(arguments[0].ndim - 2):
     function = jax.vmap(function, in_axes=(0, 0, 0, None))
@@ -163,8 +165,9 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 @functools.cache
 def _computed(solver, *, with_gradients):
-  """`_loss_and_gradients`, or the value alone (XLA drops what is not used), of one pair of views,
-  to be mapped over others.
+  """`_loss_and_gradients` of one pair of views, to be mapped over others; or the value alone.
+
+  XLA drops what is not used.
   """
 
   def compute(*arguments):
@@ -213,8 +216,9 @@ def _attempt(centred_x, centred_y, rows, ridge, solver):
 
 
 def _pull_back(own, other, a_kj, w_jk, centred, rows, share):
-  """Gradient of -share corr with respect to one view; A and W' are those from the own factor to the
-  other.
+  """Gradient of -share corr with respect to one view.
+
+  A and W' are those from the own factor to the other.
   """
   if own.residual_nn is None:
     g_nd = jnp.linalg.multi_dot([*other.t, w_jk, *own.back]) - jnp.linalg.multi_dot(

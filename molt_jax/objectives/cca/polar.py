@@ -29,8 +29,9 @@ def _polar_by_svd(a_kj):
 
 
 def _polar_of_nearly_orthogonal(a_kj):
-  """By x -> (3 x - x^3) / 2, which takes 1 - e to 1 - 1.5 e^2 or so: from 0.1 off to float32's
-  rounding in three steps.
+  """By x -> (3 x - x^3) / 2, which takes 1 - e to 1 - 1.5 e^2 or so.
+
+  From 0.1 off to float32's rounding in three steps.
   """
   w_kj = a_kj
   for _ in range(3):
@@ -57,8 +58,9 @@ def newton_schulz_polar(a_kj, smallest):
 
 
 def newton_schulz_root(r_nn, span_nn):
-  """R^(1/2) and R^(-1/2) on the span of R, eigenvalues in [0, 1], by the coupled iteration; roots
-  below 1e-2 are not fully resolved.
+  """R^(1/2) and R^(-1/2) on the span of R, eigenvalues in [0, 1], by the coupled iteration.
+
+  Roots below 1e-2 are not fully resolved.
   """
 
   def step(carry, coefficient):
@@ -71,8 +73,10 @@ def newton_schulz_root(r_nn, span_nn):
 
 
 def _newton_schulz_coefficients(smallest):
-  """(linear, cubic) per step: the cubic that brings [smallest, 1] closest to 1, then the same for
-  its image, until it is 1 in float32.
+  """(linear, cubic) per step.
+
+  The cubic that brings [smallest, 1] closest to 1, then the same for its image, until it is 1 in
+  float32.
 
   x -> (3 s x - (s x)^3) / 2 with s^2 = 3 / (1 + l + l^2) maps both ends of [l, 1] to the same value
   (Chen and Chow 2014).

@@ -48,8 +48,9 @@ class Rows(NamedTuple):
 
 
 class Centred(NamedTuple):
-  """A view with weighted mean zero and unit Frobenius norm: x_nd = xc_nd / inverse_norm, row by row
-  times sqrt(weight).
+  """A view with weighted mean zero and unit Frobenius norm.
+
+  x_nd = xc_nd / inverse_norm, row by row times sqrt(weight).
   """
 
   x_nd: jax.Array
@@ -86,8 +87,10 @@ def weigh_rows(weight_n):
 
 
 def centre(x_nd, rows):
-  """`Centred` view. Exact zeros for a constant column: a row is subtracted before the mean is, and
-  scaling is by powers of two.
+  """`Centred` view.
+
+  Exact zeros for a constant column: a row is subtracted before the mean is, and scaling is by
+  powers of two.
 
   Rows of weight 0 are never read, so they may hold NaN.
   """
@@ -115,8 +118,9 @@ def centre(x_nd, rows):
 
 
 def magnitude(x, axis=None):
-  """The power of two just below the largest entry, so that dividing by it is exact; its inverse is
-  representable too.
+  """The power of two just below the largest entry, so that dividing by it is exact.
+
+  Its inverse is representable too.
   """
   largest = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
   bits = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
@@ -219,8 +223,9 @@ def _whiten_gram_svd(x_nd, k_nn, r, rows):
 
 
 def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
-  """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1); R is then a product
-  with itself, never negative.
+  """With K + r = L L' and O the polar factor of L, (K + r)^(-1/2) = O L^(-1).
+
+  R is then a product with itself, never negative.
   """
   eye_nn, null_nn = jnp.eye(k_nn.shape[0]), _null_projector(rows)
   span_nn = eye_nn - null_nn
@@ -240,8 +245,9 @@ def _whiten_gram_newton_schulz(x_nd, k_nn, r, rows):
 
 
 def _whitened_svd(x_nd, r):
-  """X = U s V': (U, the diagonals of T, B and I - R in its basis, V'), without the directions that
-  are no more than rounding.
+  """X = U s V': (U, the diagonals of T, B and I - R in its basis, V').
+
+  Without the directions that are no more than rounding.
 
   Not from the eigenvectors of S: where S has an eigenvalue w, those of zero are off by eps / w, and
   hold a singular value eps / sqrt(w) that is not there.

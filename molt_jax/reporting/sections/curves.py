@@ -9,6 +9,7 @@ from molt_jax.data.modalities import LABELS
 from molt_jax.reporting import figures
 from molt_jax.reporting.document import Page, Series, metric_name, number_of, series_of
 from molt_jax.reporting.runs import Run
+from molt_jax.reporting.svg import SMALL
 
 # By `eval.select`.
 CHECKPOINTS = {
@@ -34,7 +35,7 @@ def training(page: Page) -> str:
     y = f'{metric_name(runs[0])}, %'
     graphs.append(figures.curves(series, title=title, x='step', y=y, marker=True))
   graphs += _correlation_curves(runs)
-  size = figures.SMALL if len(graphs) % 4 == 0 else {}
+  size = SMALL if len(graphs) % 4 == 0 else {}
   return page.figure(
     [page.draw(graph, 'a curve over training steps', **size) for graph in graphs],
     f'Logged while training. Evaluated is {_evaluated(runs)}. Canonical correlations are means '

@@ -7,6 +7,7 @@ from molt_jax.evaluation.records import Pairs
 from molt_jax.reporting import figures
 from molt_jax.reporting.document import Page, name_where_several, percent, safe
 from molt_jax.reporting.runs import Run
+from molt_jax.reporting.svg import SMALL
 
 
 def spectrum(page: Page) -> str:
@@ -64,7 +65,7 @@ def _with_pairs(page: Page, draw: Callable[..., Any], caption: Callable[[Pairs],
       parts.append(page.for_run(run, f'<p class="none">Nothing to show: {_why_none(run)}.</p>'))
       continue
     drawn = [
-      page.draw(drawing, f'{run.name}, layer {i + 1}', **figures.SMALL)
+      page.draw(drawing, f'{run.name}, layer {i + 1}', **SMALL)
       for i, drawing in enumerate(figures.of_layers(draw, run.pairs))
     ]
     parts.append(page.for_run(run, page.figure(drawn, caption(run.pairs))))

@@ -19,6 +19,7 @@ from molt_jax.reporting.document import (
   safe,
 )
 from molt_jax.reporting.runs import Run
+from molt_jax.reporting.svg import WIDTH, name_of
 
 # Classes of a confusion matrix; with more, F1 of the most frequent MAX_CLASSES and the most
 # frequent confusions.
@@ -45,7 +46,7 @@ def _classes(page: Page, run: Run) -> str:
   f1 = {LABELS[name]: p.class_f1(name) for name in conditions}
   rows = []
   for k in order[:MAX_CLASSES]:
-    label = f'{figures.name_of(p.class_names[k])} ({support_k[k]})'
+    label = f'{name_of(p.class_names[k])} ({support_k[k]})'
     rows.append((label, {name: f1_k[k] for name, f1_k in f1.items()}))
   dots, height = figures.class_dots(rows, x='F1'), 60 + 17 * len(rows)
   drawn = page.draw(dots, f'{run.name}: F1 by class', height=height)
@@ -59,7 +60,7 @@ def _classes(page: Page, run: Run) -> str:
 def _matrices(page: Page, run: Run, conditions: Sequence[str]) -> str:
   """A confusion matrix a condition."""
   p = run.predictions
-  size = max(figures.WIDTH, 24 * len(p.class_names) + 110)
+  size = max(WIDTH, 24 * len(p.class_names) + 110)
   drawn = []
   for name in conditions:
     matrix = figures.confusion(p.confusion(name), p.class_names, title=LABELS[name])

@@ -15,6 +15,7 @@ from molt_jax.reporting.document import (
   safe,
 )
 from molt_jax.reporting.runs import Run
+from molt_jax.reporting.svg import name_of
 
 RATES = np.linspace(0, 1, 11)
 KINDS = {'text': 'text missing', 'image': 'image missing', 'both': 'half text, half image'}
@@ -36,7 +37,7 @@ def headline(page: Page) -> str:
   table = page.table(head, rows, _note(runs[0], with_baseline=baseline is not None))
   if len(runs) == 1:
     return table
-  points = [(figures.name_of(run.name), _points(run)) for run in runs]
+  points = [(name_of(run.name), _points(run)) for run in runs]
   dots = figures.dots(points, x=f'{metric_name(runs[0])}, %')
   chart = page.draw(dots, 'scores by run and absence', height=90 + 48 * len(runs))
   caption = 'The same scores; bars are 95 % intervals over examples.'
