@@ -11,7 +11,6 @@ from molt_jax.data import formats, transforms
 from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import read_example
 from molt_jax.data.sources import Dataset, Source, classes_of
-from molt_jax.runtime import cli
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 MANY = 1 << 30  # More tokens than any text has.
@@ -38,7 +37,7 @@ def describe(
   """
   splits = {}
   total = sum(min(sample, len(source)) for source in dataset.splits.values())
-  with cli.progress('looking at examples', total, 'examples') as bar:
+  with console.progress('looking at examples', total, 'examples') as bar:
     for split, source in dataset.splits.items():
       looked = _sampled(source, dataset.class_names, encode, max_tokens, sample, bar)
       splits[split] = _presence(source) | looked
@@ -83,7 +82,7 @@ def _sampled(
   encode: Callable[[str, int], Sequence[int]] | None,
   max_tokens: int,
   sample: int,
-  bar: cli.Progress,
+  bar: console.Progress,
 ) -> dict[str, Any]:
   """What describe.json holds of the examples of a split that are looked at."""
   words, tokens, sizes, found_formats, named = [], [], [], collections.Counter(), []

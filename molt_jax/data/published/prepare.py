@@ -24,7 +24,7 @@ from absl import logging
 from tensorflow_datasets.core import shuffle
 
 from molt_jax import errors
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.data import missing, textfiles
 from molt_jax.data.published.builder import BuilderOptions, FolderBuilder, open_folder
 from molt_jax.data.published.prepared import PreparedSource
@@ -83,7 +83,7 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
       prepared data cannot be written.
   """
   source = _source(config)
-  choices = config_lib.data_choices(config)
+  choices = resolved.data_choices(config)
   of_source = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
   key = '-'.join([*(f'{name}_{value}' for name, value in choices.items()), of_source])
   data_dir = pathlib.Path(os.path.expanduser(config.dataset.data_dir))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
 from molt_jax.data.modalities import LABELS
 from molt_jax.reporting import figures
 from molt_jax.reporting.document import (
@@ -98,7 +98,7 @@ def robustness(page: Page) -> str:
   """Score against the share of examples that lack a modality."""
   runs = [run for run in page.runs if _has_all_conditions(run)]
   if not runs:
-    if any(len(config_lib.modalities(run.config)) == 1 for run in page.runs):
+    if any(len(resolved.modalities(run.config)) == 1 for run in page.runs):
       return '<p class="none">Nothing to show: one modality alone.</p>'
     return not_recorded(page, 'evaluate --workdir=DIR')
   curves = {kind: {run.name: _rate_curve(run, kind) for run in runs} for kind in KINDS}

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from molt_jax.config import schema as config_lib
+from molt_jax.config import resolved
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.reporting.document import (
   Page,
   percent,
@@ -37,20 +38,20 @@ def setup(page: Page) -> str:
 
 def _changed(runs: Sequence[Run]) -> list[str]:
   """The fields that differ from their default in one of the runs."""
-  default = config_lib.default_config()
+  default = CLASSIFIER.default()
   changed = set()
   for run in runs:
-    changed |= {line.split(': ', 1)[0] for line in config_lib.differences(default, run.config)}
-  return [name for name, _ in config_lib.fields() if name in changed]
+    changed |= {line.split(': ', 1)[0] for line in resolved.differences(default, run.config)}
+  return [name for name, _ in CLASSIFIER.items() if name in changed]
 
 
 def _field(run: Run, name: str) -> str:
-  return f'<code>{safe(config_lib.get(run.config, name))}</code>'
+  return f'<code>{safe(CLASSIFIER.get(run.config, name))}</code>'
 
 
 def _whole(run: Run) -> str:
   """The config, with its line breaks."""
-  text = config_lib.to_json(run.config)[:MOST_CONFIG]
+  text = resolved.to_json(run.config)[:MOST_CONFIG]
   return '\n'.join(safe(line, MOST_CONFIG) for line in text.split('\n'))
 
 
