@@ -11,6 +11,7 @@ from molt_jax.data import formats, transforms
 from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import read_example
 from molt_jax.data.sources import Dataset, Source, classes_of
+from molt_jax.runtime import console
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 MANY = 1 << 30  # More tokens than any text has.
