@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from setups import Setup
 
 import molt_jax
 from molt_jax import evaluate, train
@@ -18,11 +19,11 @@ from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, examples, missing, packing, pipeline
 from molt_jax.errors import UserError
+from molt_jax.evaluation import scoring
 from molt_jax.evaluation.metrics import ClassificationMetrics
-from molt_jax.methods import model as model_lib
-from molt_jax.runtime import sharding
-from molt_jax.training import checkpoint, loop, train_state
-from molt_jax.training import step as step_lib
+from molt_jax.runtime import sharding, signals
+from molt_jax.training import checkpoint, train_state
+from molt_jax.training.assembly import assemble
 
 ROWS = 2_500  # Of each case: more than 10,000 samples in all.
 LEAK_CASES = {
@@ -75,10 +76,7 @@ def foul(rng, batch):
 
 @pytest.fixture(scope='module')
 def frozen_towers(make_tiny_config):
-  config = make_tiny_config()
-  return model_lib.describe_towers(config), model_lib.load_frozen(
-    config, sharding.make_mesh(config)
-  )
+  return Setup(make_tiny_config(), None).frozen()
 
 
 @pytest.mark.parametrize('case', LEAK_CASES)
@@ -87,16 +85,9 @@ def test_content_under_an_absent_modality_changes_no_bit_of_training_evaluation_
 ):
   config = tiny_config
   config.update_from_flattened_dict(LEAK_CASES[case])
-  towers, frozen = frozen_towers
-  model = model_lib.make_model(config, towers, num_classes=3)
-  tx, estimator = train_state.make_optimizer(config, 6), step_lib.make_cca_estimator(config)
-  state = train_state.create(
-    model.init,
-    tx,
-    lambda: estimator.init(model.num_taps, config.molt.width),
-    seed=0,
-    mesh=sharding.make_mesh(config),
-  )
+  frozen = frozen_towers
+  setup = Setup(config, train_state.make_optimizer(config, 6))
+  state = setup.state()
   if case == 'translate':  # As if fitted.
     state = state.replace(
       statistics=jax.tree.map(lambda x: jnp.ones_like(x) / 16, state.statistics)
@@ -107,16 +98,10 @@ def test_content_under_an_absent_modality_changes_no_bit_of_training_evaluation_
   @jax.jit
   def everything(batch):
     """The new state holds the gradients, in Adam's first moments."""
-    trained = step_lib.train_step(
-      state, frozen, batch, None, model=model, tx=tx, estimator=estimator, config=config
-    )
+    trained = setup.step_fn()(state, frozen, batch, None)
     variables = {'params': state.params, 'statistics': state.statistics}
-    evaluated = evaluate.eval_step(variables, frozen, batch, totals, model=model)
-    return (
-      trained,
-      evaluated,
-      model.classify(variables, model.taps(frozen, batch), batch['present']).logits_bk,
-    )
+    evaluated = scoring.eval_step(variables, frozen, batch, totals, method=setup.method)
+    return trained, evaluated, setup.logits(variables, frozen, batch)
 
   batch = make_batch(np.random.default_rng(0))
   clean = jax.device_get(everything(batch))
@@ -141,8 +126,7 @@ def hits(batches, count):
 def test_hits_are_the_same_whatever_batch_threads_processes_and_resume_point(tiny_config):
   config = tiny_config
   data = datasets.load_dataset(config)
-  towers = model_lib.describe_towers(config)
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=3)
+  preprocess = assemble(config, class_names=('a', 'b', 'c')).preprocess
   source = data.splits['train']
   table_nm = missing.present_table(
     source.ids, rate=0.7, kind='both', seed=0, split='train', natural=source.present
@@ -238,9 +222,9 @@ def test_no_tower_is_wanted_for_what_no_row_has():
     present = np.array([[False, True], [True, True]])
 
   keep = {'text': np.tile([True, False], (2, 1)), 'image': np.tile([False, True], (2, 1))}
-  assert evaluate.needed({'a': keep['text']}, TextsAndPairs) == ['image']
-  assert evaluate.needed({'a': keep['text'] & [[True], [False]]}, TextsAndPairs) == []
-  assert evaluate.needed(keep, TextsAndPairs) == ['image', 'text']
+  assert scoring.needed({'a': keep['text']}, TextsAndPairs) == ['image']
+  assert scoring.needed({'a': keep['text'] & [[True], [False]]}, TextsAndPairs) == []
+  assert scoring.needed(keep, TextsAndPairs) == ['image', 'text']
 
 
 # ---- Translation ---------------------------------------------------------------------------------
@@ -258,7 +242,7 @@ def test_the_maps_are_in_the_checkpoint_and_a_resumed_run_is_the_same_bit_for_bi
     return put(batch, mesh)
 
   monkeypatch.setattr(sharding, 'put_batch', put_and_stop)
-  with pytest.raises(loop.Interrupted, match='step 4 of 6'):
+  with pytest.raises(signals.Interrupted, match='step 4 of 6'):
     train.train(translate_config(make_tiny_config), tmp_path / 'run')
   monkeypatch.undo()
   stopped = statistics(tmp_path / 'run')
@@ -294,18 +278,18 @@ def test_the_maps_are_those_of_the_pooled_training_pairs(translated):
   rows = np.flatnonzero(source.present.all(axis=1))
   batch = [
     examples.make_example(
-      row, source=source, preprocess=predictor._preprocess, present_nm=source.present
+      row, source=source, preprocess=predictor._assembly.preprocess, present_nm=source.present
     )
     for row in rows
   ]
   batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
-  frozen, model = predictor._towers_for([True, True]), predictor._model
+  frozen, method = predictor._towers_for([True, True]), predictor._assembly.method
 
   @jax.jit
   def pooled(batch):
-    taps = model.taps(frozen, batch)
+    features = method.features(frozen, batch)
     alone, together = (
-      model.classify(predictor._variables, taps, batch['present'] & np.array([keep]))
+      method(predictor._variables, frozen, features, batch, batch['present'] & np.array([keep]))
       for keep in ((True, False), (True, True))
     )
     return alone.pooled_image_lbc, together.pooled_text_lbc

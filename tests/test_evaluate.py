@@ -18,10 +18,11 @@ import molt_jax
 from molt_jax import evaluate, predict, report, train
 from molt_jax.data import datasets
 from molt_jax.errors import UserError
-from molt_jax.evaluation import records
-from molt_jax.methods import model as model_lib
+from molt_jax.evaluation import records, scoring, trained
+from molt_jax.evaluation import results as results_files
 from molt_jax.runtime import console, logbook
-from molt_jax.training import loop, runs
+from molt_jax.towers import loading
+from molt_jax.training import loop
 
 
 @pytest.fixture(scope='session')
@@ -143,9 +144,9 @@ def test_a_row_does_not_depend_on_its_neighbours(run):
 
 def test_an_absent_tower_is_neither_loaded_nor_run(run, monkeypatch):
   loaded = []
-  load = model_lib.weights.load_tower
+  load = loading.load_tower
   monkeypatch.setattr(
-    model_lib.weights,
+    loading,
     'load_tower',
     lambda path, *, modality, **k: (loaded.append(modality), load(path, modality=modality, **k))[1],
   )
@@ -272,7 +273,7 @@ def test_a_condition_without_examples_has_no_score_anywhere(textless, capsys):
 def test_rows_without_a_label_are_neither_right_nor_wrong(textless, tmp_path):
   folder = shutil.copytree(textless[0], tmp_path / 'run')
   assert evaluate.main([f'--workdir={folder}', '--split=train']) == 0
-  source = datasets.load_dataset(runs.open_run(folder).config).splits['train']
+  source = datasets.load_dataset(trained.open(folder).config).splits['train']
   labelled_n = np.array(source.labels) >= 0
   p = records.Predictions.load(folder / records.PREDICTIONS)
   for name, result in results(folder).items():
@@ -301,8 +302,8 @@ def test_rows_without_a_label_are_neither_right_nor_wrong(textless, tmp_path):
   ],
 )
 def test_the_validation_score_is_the_mean_of_what_has_one(found, multi_label, mean, said):
-  assert evaluate.score(found, multi_label=multi_label) == mean
-  assert evaluate.describe_score(found, multi_label=multi_label) == said
+  assert scoring.score(found, multi_label=multi_label) == mean
+  assert scoring.describe_score(found, multi_label=multi_label) == said
 
 
 @pytest.mark.parametrize(
@@ -311,9 +312,11 @@ def test_the_validation_score_is_the_mean_of_what_has_one(found, multi_label, me
 def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, capsys):
   saved, logged = [], []
   run = types.SimpleNamespace(
-    best=-1.0,
+    _best=-1.0,
     meta={},
-    plan=types.SimpleNamespace(total=9, validate_at=lambda step: True, save_at=lambda step: False),
+    schedule=types.SimpleNamespace(
+      total=9, validate_at=lambda step: True, save_at=lambda step: False
+    ),
     refresh=lambda state: state,
     checkpoints=types.SimpleNamespace(
       check_finite=lambda state: None, save=lambda *a, kind: saved.append(kind)
@@ -327,14 +330,14 @@ def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, caps
     loop.Loop._validate_and_save(run, None, None, log, None, step, False)
     found += [step] * saved.count('best')
     saved.clear()
-  assert found == kept and run.best == best and len(logged) == len(scores)
+  assert found == kept and run._best == best and len(logged) == len(scores)
   assert 'step 1/9: no validation score (of nothing)' in capsys.readouterr().err
 
 
 def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monkeypatch, capsys):
-  restore, before = runs.restore_variables, (run / 'evaluation.json').read_text()
+  restore, before = trained.restore_variables, (run / 'evaluation.json').read_text()
   monkeypatch.setattr(
-    runs, 'restore_variables', lambda *a: jax.tree.map(lambda x: x * np.nan, restore(*a))
+    trained, 'restore_variables', lambda *a: jax.tree.map(lambda x: x * np.nan, restore(*a))
   )
   assert evaluate.main([f'--workdir={run}']) == 2
   error = capsys.readouterr().err.splitlines()[-1]
@@ -348,11 +351,11 @@ def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monke
 def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   (tmp_path / 'evaluation.json').write_text(content)
   found = {'a': {'loss': 1.0}}
-  record = evaluate.write(
+  record = results_files.write(
     tmp_path,
     split='test',
     results=found,
-    meta=runs.open_run(run).meta,
+    meta=trained.open(run).meta,
     data={'digest': 'x', 'examples': 1},
   )
   text = (tmp_path / 'evaluation.json').read_text()

@@ -2,24 +2,21 @@
 does not grow with their depth.
 """
 
-import functools
+import types
 
 import jax
-import ml_collections
 import numpy as np
 import optax
 import pytest
+from setups import Setup
 
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import packing
 from molt_jax.data.sources import UNLABELLED
-from molt_jax.methods import model as model_lib
 from molt_jax.profiling.workload import Workload
-from molt_jax.runtime import sharding
 from molt_jax.towers import architectures
-from molt_jax.training import loop, train_state
-from molt_jax.training import step as step_lib
+from molt_jax.training import microbatching, monitor
 
 
 def _batch(rows, *, size, tokens, seed=0):
@@ -43,44 +40,21 @@ def _batch(rows, *, size, tokens, seed=0):
   }
 
 
-class Setup:
-  """A model of a config and what its step needs. The optimiser's state is the gradient."""
-
-  def __init__(self, config):
-    self.config, self.mesh = config, sharding.make_mesh(config)
-    self.model = model_lib.make_model(config, model_lib.describe_towers(config), num_classes=3)
-    self.tx, self.estimator = (
-      optax.chain(optax.trace(decay=0.0), optax.scale(-1e-2)),
-      step_lib.make_cca_estimator(config),
-    )
-
-  def state(self):
-    init_cca = functools.partial(self.estimator.init, self.model.num_taps, self.config.molt.width)
-    return train_state.create(
-      self.model.init, self.tx, init_cca, seed=self.config.seed, mesh=self.mesh
-    )
-
-  def step(self, **options):
-    step = functools.partial(
-      step_lib.train_step,
-      model=self.model,
-      tx=self.tx,
-      estimator=self.estimator,
-      config=ml_collections.FrozenConfigDict(self.config),
-    )
-    return jax.jit(step, **options)
+def make_setup(config):
+  """The optimiser's state is the gradient."""
+  return Setup(config, optax.chain(optax.trace(decay=0.0), optax.scale(-1e-2)))
 
 
 def test_runs_that_differ_in_their_seed_share_a_program(tiny_config):
   texts = []
   for seed in (0, 1):
     tiny_config.seed = seed
-    setup = Setup(tiny_config)
+    setup = make_setup(tiny_config)
     texts.append(
       setup.step()
       .lower(
         setup.state(),
-        model_lib.load_frozen(tiny_config, setup.mesh),
+        setup.frozen(),
         _batch(4, size=16, tokens=12),
         None,
       )
@@ -111,9 +85,9 @@ def test_accumulation_is_the_whole_batch(tiny_config, fields):
   results = []
   for accumulate in (1, 4):
     tiny_config.train.accumulate = accumulate
-    setup = Setup(tiny_config)
+    setup = make_setup(tiny_config)
     frozen, state, step = (
-      model_lib.load_frozen(tiny_config, setup.mesh),
+      setup.frozen(),
       setup.state(),
       setup.step(),
     )
@@ -152,8 +126,8 @@ def test_a_row_without_a_label_takes_part_in_cca_alone(tiny_config):
     'none',
     0.0,
   )  # So that the cross-entropy knows the other rows by nothing else.
-  setup = Setup(tiny_config)
-  frozen, step = model_lib.load_frozen(tiny_config, setup.mesh), setup.step()
+  setup = make_setup(tiny_config)
+  frozen, step = setup.frozen(), setup.step()
   labelled = _batch(16, size=16, tokens=12)
   some = np.arange(16) % 3 == 0
   blank = labelled | {'label': np.where(some, labelled['label'], UNLABELLED).astype(np.int32)}
@@ -172,9 +146,9 @@ def test_a_row_without_a_label_takes_part_in_cca_alone(tiny_config):
 
 def test_the_parts_of_a_batch_are_strided_and_join_again():
   x = np.arange(24).reshape(2, 12)
-  parts = step_lib._cut({'x': x}, 3, 1)['x']
+  parts = microbatching._cut({'x': x}, 3, 1)['x']
   assert parts.shape == (3, 2, 4) and parts[1].tolist() == x[:, 1::3].tolist()
-  np.testing.assert_array_equal(step_lib._join(parts, 2), x)
+  np.testing.assert_array_equal(microbatching._join(parts, 2), x)
 
 
 # ---- As compiled ---------------------------------------------------------------------------------
@@ -183,8 +157,8 @@ def test_the_parts_of_a_batch_are_strided_and_join_again():
 def _compiled(tiny_config, monkeypatch, layers):
   """The step with towers of that many layers under a head that is cheap to compile."""
   for modality, name in (('text', 'llama-tiny'), ('image', 'clip-vit-tiny')):
-    architecture = {**architectures.ARCHITECTURES[modality][name], 'num_hidden_layers': layers}
-    monkeypatch.setitem(architectures.ARCHITECTURES[modality], 'deep', architecture)
+    named = {'text': architectures.LLAMA, 'image': architectures.CLIP_VISION}[modality]
+    monkeypatch.setitem(named, 'deep', {**named[name], 'num_hidden_layers': layers})
     tiny_config.backbones[modality].path = 'random:deep'
   tiny_config.method, tiny_config.missing.views = 'late_fusion', False
   work = Workload.open(tiny_config, num_classes=3)
@@ -220,17 +194,22 @@ class _Late:
     return 1.0
 
 
+def make_monitor(config, lines, *, total, per_epoch=1):
+  schedule = types.SimpleNamespace(total=total, per_epoch=per_epoch)
+  log = types.SimpleNamespace(write=lambda kind, step, values: lines.__setitem__(step, values))
+  return monitor.StepMonitor(config, None, schedule, lambda step: 0.1, log, [])
+
+
 def test_the_loop_looks_at_a_loss_two_steps_late():
   config = CLASSIFIER.default()
   config.train.log_every = 1000
-  run = type('Run', (), {'config': config, 'plan': type('Plan', (), {'total': 1000})})()
   looked = []
-  watch = loop.Watch(run, log=None, step=0)
+  watch = make_monitor(config, {}, total=1000)
   for step in range(1, 10):
     watch.dispatched(
       step, {'loss': _Late(step, looked), 'grad_norm': _Late(step, looked)}, np.arange(4)
     )
-    assert max(looked, default=0) == max(step - loop.IN_FLIGHT, 0)
+    assert max(looked, default=0) == max(step - monitor.IN_FLIGHT, 0)
   watch.drain()
   assert sorted(set(looked)) == list(range(1, 10))
 
@@ -238,20 +217,8 @@ def test_the_loop_looks_at_a_loss_two_steps_late():
 def test_speed_is_that_of_steps_that_were_waited_for(monkeypatch):
   config = CLASSIFIER.default()
   config.train.log_every, lines, now = 1, {}, [0.0]
-  monkeypatch.setattr(loop.time, 'monotonic', lambda: now[0])
-  run = type(
-    'Run',
-    (),
-    {
-      'config': config,
-      'plan': type('Plan', (), {'total': 9, 'per_epoch': 3}),
-      'schedule': staticmethod(lambda step: 0.1),
-    },
-  )()
-  log = type(
-    'Log', (), {'write': staticmethod(lambda kind, step, values: lines.__setitem__(step, values))}
-  )
-  watch = loop.Watch(run, log, step=0)
+  monkeypatch.setattr(monitor.time, 'monotonic', lambda: now[0])
+  watch = make_monitor(config, lines, total=9, per_epoch=3)
   for step in range(1, 10):
     now[0] = 0.5 * step
     watch.dispatched(step, {'loss': np.float32(1), 'grad_norm': np.float32(1)}, np.arange(4))

@@ -10,8 +10,9 @@ import rich.table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molt_jax import describe, evaluate, evaluate_pair
+from molt_jax import describe, evaluate_pair
 from molt_jax.errors import UserError
+from molt_jax.evaluation import results
 from molt_jax.runtime import console, terminal
 from molt_jax.runtime.command_line import command
 
@@ -97,8 +98,8 @@ def numbers(text):
   ],
 )
 def test_every_number_of_the_score_table_is_whole(screen, width, result, shown):
-  results = {'none_absent': result, 'missing_both_0.25': result, 'image_absent': NOTHING}
-  out = screen(width, lambda: evaluate.print_table(results, 'test split'))
+  scores = {'none_absent': result, 'missing_both_0.25': result, 'image_absent': NOTHING}
+  out = screen(width, lambda: results.print_table(scores, 'test split'))
   found = numbers(out)
   for number in (*shown, '51', '4', '5'):
     assert found.count(number) == 2, (number, out)
@@ -110,16 +111,16 @@ def test_every_number_of_the_score_table_is_whole(screen, width, result, shown):
 
 
 def test_the_score_table_says_each_thing_once_and_fits_80_columns(screen):
-  out = screen(80, lambda: evaluate.print_table({'none_absent': ONE_LABEL}, 'test split'))
+  out = screen(80, lambda: results.print_table({'none_absent': ONE_LABEL}, 'test split'))
   assert 'micro' not in out and 'samples' not in out and out.count('condition') == 1
-  assert screen(80, lambda: evaluate.print_table({'a': LABEL_SETS}, 'x')).count('micro') == 1
+  assert screen(80, lambda: results.print_table({'a': LABEL_SETS}, 'x')).count('micro') == 1
 
 
 def test_a_pipe_gets_the_whole_width(capsys):
-  evaluate.print_table({'none_absent': ONE_LABEL, 'image_absent': NOTHING}, 'test split')
+  results.print_table({'none_absent': ONE_LABEL, 'image_absent': NOTHING}, 'test split')
   out = capsys.readouterr().out
   assert '51 both, 4 image only, 5 text only' in out and 'f1 weighted' in out
-  evaluate.print_table({'none_absent': NOTHING}, 'nothing at all')
+  results.print_table({'none_absent': NOTHING}, 'nothing at all')
   assert re.search(r'none absent\s*│\s*0\s*│', capsys.readouterr().out)
 
 

@@ -14,11 +14,13 @@ from flax import linen as nn
 from molt_jax import evaluate, train
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.data.modalities import PATTERNS
 from molt_jax.errors import UserError
-from molt_jax.methods import model as model_lib
-from molt_jax.runtime import console, logbook, sharding
-from molt_jax.training import checkpoint, loop, train_state
-from molt_jax.training import step as step_lib
+from molt_jax.features import frozen as frozen_towers
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.runtime import console, logbook, sharding, signals
+from molt_jax.training import checkpoint, losses, step, train_state
+from molt_jax.training.assembly import assemble
 
 
 @pytest.fixture
@@ -96,11 +98,12 @@ def test_frozen_parameters_are_byte_identical_after_training_and_get_no_gradient
   six_steps, tmp_path, monkeypatch
 ):
   kept = {}
-  load = model_lib.load_frozen
+  load = frozen_towers.load_frozen
   monkeypatch.setattr(
-    model_lib, 'load_frozen', lambda *a, **k: kept.setdefault('frozen', load(*a, **k))
+    frozen_towers, 'load_frozen', lambda *a, **k: kept.setdefault('frozen', load(*a, **k))
   )
-  before = _bytes(load(six_steps, sharding.make_mesh(six_steps)))
+  assembly = assemble(six_steps, class_names=('a', 'b', 'c'))
+  before = _bytes(load(six_steps, assembly.mesh, assembly.method.reads))
   train.train(six_steps, tmp_path / 'run')
   assert _bytes(kept['frozen']) == before
 
@@ -120,7 +123,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
   six_step_run, six_steps, tmp_path, monkeypatch, same_run
 ):
   workdir = tmp_path / 'run'
-  step_fn, steps = step_lib.train_step, []
+  step_fn, steps = step.train_step, []
 
   put = sharding.put_batch
 
@@ -131,10 +134,10 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     return put(batch, mesh)
 
   monkeypatch.setattr(sharding, 'put_batch', put_and_stop)
-  with pytest.raises(loop.Interrupted, match='step 2 of 6'):
+  with pytest.raises(signals.Interrupted, match='step 2 of 6'):
     train.train(six_steps, workdir)
   monkeypatch.undo()
-  assert step_lib.train_step is step_fn
+  assert step.train_step is step_fn
   train.train(six_steps, workdir)
   same_run(six_step_run, workdir)
 
@@ -150,7 +153,7 @@ def test_modality_dropout_never_takes_both_and_hits_the_rate():
     np.array([[True, True], [True, False], [False, True], [True, True]]), (5000, 1)
   )
   kept_bm = np.asarray(
-    step_lib.drop_modality(train_state.stream(0, 'modality_dropout', 3), present_bm, rate=0.3)
+    losses.drop_modality(train_state.stream(0, 'modality_dropout', 3), present_bm, rate=0.3)
   )
   complete = present_bm.all(axis=-1)
   assert kept_bm.any(axis=-1).all()
@@ -164,19 +167,19 @@ def test_a_view_of_a_complete_batch_is_what_the_head_gives_when_the_modality_is_
   six_steps, strategy
 ):
   six_steps.missing.strategy = strategy
-  towers = model_lib.describe_towers(six_steps)
-  model = model_lib.make_model(six_steps, towers, num_classes=3)
+  method = assemble(six_steps, class_names=('a', 'b', 'c')).method
   rng = np.random.default_rng(0)
-  taps = model_lib.features.Taps(
+  states = HiddenStates(
     image_lbid=rng.normal(size=(2, 4, 5, 24)).astype(np.float32),
     text_lbtd=rng.normal(size=(2, 4, 6, 32)).astype(np.float32),
     text_mask_bt=np.arange(6)[None, :] < np.array([6, 1, 3, 4])[:, None],
   )
-  variables = nn.unbox(model.init(jax.random.key(0)))
+  variables = nn.unbox(method.init(jax.random.key(0)))
   everything = np.ones((4, 2), bool)
-  for keep in step_lib.VIEWS:
-    alone = model.head.apply(variables, taps, everything & keep, train=False)
-    view = model.head.apply(variables, taps, everything & keep, train=False, content_bm=everything)
+  for keep in PATTERNS:
+    alone = method.head.apply(variables, states, everything & keep, train=False)
+    how = {'train': False, 'content_bm': everything}
+    view = method.head.apply(variables, states, everything & keep, **how)
     np.testing.assert_allclose(view.logits_bk, alone.logits_bk, atol=2e-6)
 
 
@@ -215,7 +218,10 @@ def command(six_steps, tmp_path):
   'arguments, words',
   [
     (['--config.molt.widht=3'], ['did you mean molt.width']),
-    (['--config.molt.num_layers=9'], ['config.molt.num_layers', '9', '3 layers']),
+    (['--config.molt.layers=-9:'], ['config.molt.layers', '-9:', '3 layers']),
+    (['--config.molt.layers=image=0;text=-2:'], ['config.molt.layers', 'as many of each']),
+    (['--config.molt.layers=1-2'], ['config.molt.layers', "'1-2'", "'-4:'"]),
+    (['--config.backbones.text.trainable=nothing/.*'], ['text.trainable', 'nothing/.*']),
     (['--config.platform=gpu'], ['config.platform', "'gpu'", 'cpu']),
     (['--config.mesh.data=64'], ['config.mesh', '64']),
     (['--config.mesh.data=3'], ['config.train.batch_size', 'multiple of 3']),

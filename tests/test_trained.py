@@ -5,7 +5,6 @@ import itertools
 import json
 import pathlib
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -14,17 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import molt_jax
-from molt_jax import evaluate, pretrain, report, train
+from molt_jax import evaluate, predict, pretrain, report, train
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.errors import UserError
-from molt_jax.evaluation import records
-from molt_jax.methods import model as model_lib
-from molt_jax.pairs import model as dual
-from molt_jax.training import checkpoint
-from molt_jax.training import runs as trained
+from molt_jax.evaluation import records, trained
+from molt_jax.features import frozen as frozen_towers
+from molt_jax.training import checkpoint, resuming
 
 
 @dataclasses.dataclass
@@ -351,7 +348,7 @@ def test_data_with_fewer_classes_are_scored_right(home):
 def test_one_split_is_what_it_is_among_all(home, split, files):
   if files == 'set aside':
     (home.table / 'validation.csv').unlink()
-  run = trained.open_run(home.run)
+  run = trained.open(home.run)
   whole = datasets.load_dataset(run.config).splits[split]
   source, _ = trained.open_split(run, split)
   assert list(source.ids) == list(whole.ids) and list(source.labels) == list(whole.labels)
@@ -368,8 +365,8 @@ def test_published_data_are_mapped_by_name_too(make_tiny_config, miniature, tmp_
   config.dataset.multi_label = name == 'mm_imdb'
   data = datasets.load_dataset(config)
   names = list(data.class_names)[::-1]
-  meta = {'class_names': names, 'data': trained.fingerprints(data)}
-  run = trained.Run(tmp_path, config, meta, None)
+  meta = {'class_names': names, 'data': resuming.fingerprints(data)}
+  run = trained.Trained(tmp_path, config, meta, None)
   for split, source in data.splits.items():
     mapped, found = trained.open_split(run, split)
     assert _named(mapped, names) == _named(source, data.class_names)
@@ -532,7 +529,7 @@ def test_a_checkpoint_without_a_fingerprint_is_gone_on_from_with_a_word(
   shutil.copytree(trained_home.table, home.table)
   config = trained_home.config(**{'dataset.path': str(home.table)})
   with monkeypatch.context() as patch:
-    new_meta = trained.new_meta
+    new_meta = resuming.new_meta
     patch.setattr(
       checkpoint,
       'seal',
@@ -568,13 +565,14 @@ def test_fingerprints_tell_sources_apart(data):
 
 @pytest.mark.parametrize('entry', ['evaluate', 'predict', 'resume'])
 def test_outputs_that_are_not_finite_have_no_score(home, entry, monkeypatch):
-  load = model_lib.load_frozen
+  load = frozen_towers.load_frozen
 
   def broken(*args, **kwargs):
     frozen = load(*args, **kwargs)
     return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), frozen)
 
-  monkeypatch.setattr(model_lib, 'load_frozen', broken)
+  for module in (frozen_towers, predict):
+    monkeypatch.setattr(module, 'load_frozen', broken)
   line = refusal(home, entry)
   assert 'not finite' in line and 'config.backbones' in line
 
@@ -672,25 +670,3 @@ def test_pair_evaluation_names_a_damaged_file_before_it_works(pair_home, tmp_pat
   monkeypatch.setattr(pretrain, 'make_pair', None)
   with pytest.raises(UserError, match='pair_evaluation.json is damaged'):
     _evaluate_pair(home)
-
-
-@pytest.mark.parametrize(
-  'damage',
-  [
-    lambda raw: raw[:-9],
-    lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:],
-    lambda raw: b'',
-  ],
-)
-def test_kept_texts_that_are_damaged_are_named(tmp_path, damage):
-  config = PRETRAINING.default()
-  config.input.text_store = str(tmp_path)
-  tower = types.SimpleNamespace(identity={'sha256': 'x'})
-  pooled_nd = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
-  for _ in range(2):
-    found_nd = dual.stored_texts(config, tower, ['a', 'b'], lambda: pooled_nd)
-    np.testing.assert_array_equal(found_nd, pooled_nd)
-  (path,) = tmp_path.iterdir()
-  path.write_bytes(damage(path.read_bytes()))
-  with pytest.raises(UserError, match='is cut or damaged; delete it'):
-    dual.stored_texts(config, tower, ['a', 'b'], lambda: pooled_nd)

@@ -310,7 +310,7 @@ def build(config, towers, *, num_classes, class_names=()) -> MMRL:
       that share a space.
   """
   c = config.mmrl
-  shared = len(towers) == 2 and all('projection' in tower.heads for tower in towers.values())
+  shared = _share_a_space(towers)
   if c.classes == 'names' and not shared:
     raise UserError(
       "config.mmrl.classes: 'names' needs an image and a text tower with projections into one "
@@ -338,6 +338,13 @@ def build(config, towers, *, num_classes, class_names=()) -> MMRL:
   tokens = _class_tokens(config, towers['text'], class_names) if by_name else None
   frozen_config = ml_collections.FrozenConfigDict(config)
   return MMRL(frozen_config, towers, modules, reads, representation, tokens)
+
+
+def _share_a_space(towers: Mapping[str, TowerSpec]) -> bool:
+  """Whether both towers have a projection into one space."""
+  if len(towers) < 2 or not all('projection' in tower.heads for tower in towers.values()):
+    return False
+  return len({tower.config.projection_size for tower in towers.values()}) == 1
 
 
 def _class_tokens(config, tower: TowerSpec, class_names) -> tuple[np.ndarray, np.ndarray]:

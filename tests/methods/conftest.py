@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
-from molt_jax.methods.heads import make_head
 from optional_torch import torch
 
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.methods.head import make_head
 from molt_jax.objectives import cross_entropy
 from molt_jax.objectives.cca import loss
 
@@ -62,17 +62,9 @@ CASES = {
 }
 
 
-@struct.dataclass
-class Taps:
-  image_lbid: jax.Array | None
-  text_lbtd: jax.Array | None
-  text_mask_bt: jax.Array
-  token_position_gn: jax.Array | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  taps: Taps
+  taps: HiddenStates
   label: np.ndarray
   weight_b: np.ndarray
 
@@ -88,7 +80,7 @@ def make_config(**overrides):
 
 
 def make_batch(multi_label=False, seed=0):
-  """Taps with channel offsets and scales far from standard, ragged texts, labels."""
+  """Hidden states with channel offsets and scales far from standard, ragged texts, labels."""
   rng = np.random.default_rng(seed)
 
   def tapped(tokens, width):
@@ -101,7 +93,9 @@ def make_batch(multi_label=False, seed=0):
   mask_bt = np.arange(TEXT_TOKENS) < rng.integers(1, TEXT_TOKENS + 1, (BATCH, 1))
   label = rng.integers(0, 2, (BATCH, CLASSES)) if multi_label else rng.integers(0, CLASSES, BATCH)
   return Batch(
-    Taps(tapped(IMAGE_TOKENS, WIDTHS['image']), tapped(TEXT_TOKENS, WIDTHS['text']), mask_bt),
+    HiddenStates(
+      tapped(IMAGE_TOKENS, WIDTHS['image']), tapped(TEXT_TOKENS, WIDTHS['text']), mask_bt
+    ),
     label,
     np.ones(BATCH, np.float32),
   )
@@ -137,9 +131,8 @@ class Case:
 
   def __init__(self, overrides):
     self.config = make_config(**overrides)
-    self.head = make_head(
-      self.config, num_classes=CLASSES, image_width=WIDTHS['image'], text_width=WIDTHS['text']
-    )
+    sizes = {f'{modality}_width': width for modality, width in WIDTHS.items()}
+    self.head = make_head(self.config, num_layers=LAYERS, num_classes=CLASSES, **sizes)
     self.batch = make_batch(self.config.dataset.multi_label)
     self.variables = random_variables(self.head, self.batch)
     self.step = jax.jit(self._step)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
-from molt_jax.methods.heads import METHODS, make_head
 from optional_torch import torch
 
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.methods import METHODS
 from molt_jax.data import packing
+from molt_jax.methods.head import make_head
 from molt_jax.methods.parts import attention
 from molt_jax.methods.parts.fusion import CLASSIFIERS
 from molt_jax.methods.parts.inputs import INPUT_NORMS, STRATEGIES
@@ -74,7 +75,7 @@ def test_size_of_the_paper_head():
     config.molt.input_norm,
     config.classifier.per_pattern,
   ) = False, 'linear', 'none', False
-  head = make_head(config, num_classes=101, image_width=1024, text_width=4096)
+  head = make_head(config, num_layers=4, num_classes=101, image_width=1024, text_width=4096)
   taps = type(
     'Taps',
     (),

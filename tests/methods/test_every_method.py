@@ -1,0 +1,163 @@
+"""Laws that every method of the table holds: strict absence, gradients where they belong, stored
+features as good as live ones, hidden states of any layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from setups import Setup
+
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.methods import METHODS
+from molt_jax.data.modalities import PATTERNS
+
+ROWS, TOKENS = 6, 5
+CASES = {name: {'method': name} for name in METHODS} | {
+  'molt, layers of its own': {'method': 'molt', 'molt.layers': 'image=0,3,-1;text=1:4'},
+  'molt, trained upper layers': {
+    'method': 'molt',
+    'backbones.text.trainable': r'layers/3/.*_proj/.*|norm/scale',
+    'backbones.image.trainable': 'layers/[45]/(q|v)_proj/kernel',
+  },
+  'late fusion, a whole tower trained': {
+    'method': 'late_fusion',
+    'backbones.image.trainable': '.*',
+  },
+}
+
+
+def make_config(overrides):
+  config = CLASSIFIER.default()
+  config.dataset.path = 'unread'
+  config.backbones.text.path = 'random:llama-tiny'
+  config.backbones.image.path = 'random:clip-vit-tiny'
+  config.backbones.dtype = config.compute_dtype = 'float32'
+  config.mesh.data, config.text.max_tokens, config.train.batch_size = 1, TOKENS, ROWS
+  config.molt.width, config.classifier.hidden, config.classifier.dropout = 8, 8, 0.0
+  config.cca.num_directions = 4
+  config.mmrl.width, config.mmrl.num_tokens, config.pmf.hidden = 8, 2, 8
+  config.update_from_flattened_dict(overrides)
+  return CLASSIFIER.validate(config)
+
+
+def make_batch(seed=0):
+  rng = np.random.default_rng(seed)
+  present = np.array([[1, 1], [1, 1], [1, 0], [0, 1], [1, 1], [0, 1]], bool)
+  lengths = np.where(present[:, 1], rng.integers(1, TOKENS + 1, ROWS), 0)
+  return {
+    'image': rng.normal(size=(ROWS, 64, 64, 3)).astype(np.float32),
+    'tokens': rng.integers(2, 200, (ROWS, TOKENS)).astype(np.int32),
+    'token_mask': np.arange(TOKENS)[None] < lengths[:, None],
+    'present': present,
+    'label': rng.integers(0, 3, ROWS).astype(np.int32),
+    'weight': np.ones(ROWS, np.float32),
+  }
+
+
+def fouled(batch):
+  """The batch with NaN and foreign tokens where a modality is missing."""
+  no_image, no_text = ~batch['present'].T
+  return batch | {
+    'image': np.where(no_image[:, None, None, None], np.float32(np.nan), batch['image']),
+    'tokens': np.where(no_text[:, None], np.int32(7), batch['tokens']),
+    'token_mask': batch['token_mask'] | no_text[:, None],
+  }
+
+
+class Case:
+  """A method, its towers, a state; the optimiser's state is the gradient."""
+
+  def __init__(self, overrides):
+    tx = optax.chain(optax.trace(decay=0.0), optax.scale(-1e-2))
+    self.setup = Setup(make_config(overrides), tx)
+    self.frozen = self.setup.frozen()
+    self.state = self.setup.begin(self.frozen)
+    self.step = self.setup.step()
+    self.predict = jax.jit(self.setup.logits)
+
+  @property
+  def variables(self):
+    return {'params': self.state.params, 'statistics': self.state.statistics}
+
+
+@functools.cache
+def case(name):
+  return Case(CASES[name])
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_content_of_a_missing_modality_changes_no_bit(name):
+  c, batch = case(name), make_batch()
+  clean = jax.device_get(c.step(c.state, c.frozen, batch, None))
+  foul = jax.device_get(c.step(c.state, c.frozen, fouled(batch), None))
+  jax.tree.map(np.testing.assert_array_equal, foul, clean)
+  logits = [c.predict(c.variables, c.frozen, b) for b in (batch, fouled(batch))]
+  np.testing.assert_array_equal(*logits)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((clean[0].params, logits)))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_all_that_is_trained_has_a_gradient_and_three_steps_lower_the_loss(name):
+  c, batch = case(name), make_batch()
+  state, metrics = c.step(c.state, c.frozen, batch, None)
+  dead = []
+  for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state[0].trace):
+    if not np.any(np.asarray(x)):
+      dead.append(jax.tree_util.keystr(path))
+  # A bias under a softmax over keys, or a scale whose effect a later norm takes away.
+  assert [path for path in dead if 'kernel' in path] == []
+  first = float(metrics['loss'])
+  for _ in range(2):
+    state, metrics = c.step(state, c.frozen, batch, None)
+  assert float(metrics['loss']) < first
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_stored_features_are_as_good_as_live_ones(name):
+  c, batch = case(name), make_batch()
+  reads = c.setup.method.reads
+  if any(r.run_from == 0 for r in reads.values()):
+    pytest.skip('a tower that is run from its input on has no features')
+  features = jax.jit(c.setup.method.features)(c.frozen, batch)
+  stored = {k: v for k, v in batch.items() if k not in ('image', 'tokens')}
+  for modality in ('image', 'text'):
+    stored[f'{modality}_states'] = jnp.moveaxis(features.of(modality), 0, 1)
+  live = c.predict(c.variables, c.frozen, batch)
+  np.testing.assert_allclose(c.predict(c.variables, c.frozen, stored), live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_pattern_is_what_an_example_without_the_modality_gets(name):
+  c, batch = case(name), make_batch()
+  batch['present'][:], batch['token_mask'][:] = True, True
+  for keep in PATTERNS:
+    masked = batch | {'present': batch['present'] & keep}
+    features = c.setup.method.features(c.frozen, batch)
+    kept = c.setup.method(c.variables, c.frozen, features, batch, masked['present'], train=False)
+    alone = c.predict(c.variables, c.frozen, masked)
+    np.testing.assert_allclose(kept.logits_bk, alone, atol=1e-5)
+
+
+def test_trained_towers_begin_as_they_were_loaded():
+  name = 'molt, trained upper layers'
+  c, plain = case(name), Setup(make_config({'method': 'molt'}), optax.identity())
+  same = jax.tree.map(lambda x: x, plain.state().params)
+  variables = {'params': same, 'statistics': plain.state().statistics}
+  batch = make_batch()
+  expected = plain.logits(variables, plain.frozen(), batch)
+  params = {**same, 'towers': c.state.params['towers']}
+  found = c.predict({'params': params, 'statistics': c.state.statistics}, c.frozen, batch)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  paths = jax.tree_util.tree_leaves_with_path(c.state.params['towers'])
+  names = {jax.tree_util.keystr(path) for path, _ in paths}
+  assert len(names) == 7 + 1 + 4, names
+
+
+def test_layers_name_the_states_that_are_read():
+  method = case('molt, layers of its own').setup.method
+  assert method.states == {'image': (0, 3, 6), 'text': (1, 2, 3)}
+  assert {m: r.states for m, r in method.reads.items()} == method.states

@@ -1,0 +1,157 @@
+"""MMRL against what its equations say where they can be written down without it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from setups import Setup
+
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.errors import UserError
+from molt_jax.methods import mmrl
+from molt_jax.towers import architectures
+
+ROWS, TOKENS = 4, 16
+NAMES = ('red_square', 'blue circle', 'green line')
+
+
+@pytest.fixture(scope='module')
+def pair():
+  """Makes random towers that share a space of 128, as a CLIPModel's do."""
+  tiny = architectures.CLIP_VISION['clip-vit-tiny']
+  patch = pytest.MonkeyPatch()
+  patch.setitem(architectures.CLIP_VISION, 'pair', {**tiny, 'projection_dim': 128})
+  yield
+  patch.undo()
+
+
+def make_setup(**fields):
+  config = CLASSIFIER.default()
+  config.dataset.path, config.method = 'unread', 'mmrl'
+  config.backbones.text.path, config.backbones.image.path = 'random:clip-text-tiny', 'random:pair'
+  config.backbones.dtype = config.compute_dtype = 'float32'
+  config.mesh.data, config.text.max_tokens, config.train.batch_size = 1, TOKENS, ROWS
+  config.mmrl.width = 8
+  config.update_from_flattened_dict({f'mmrl.{name}': value for name, value in fields.items()})
+  setup = Setup(CLASSIFIER.validate(config), optax.sgd(1e-2), class_names=NAMES)
+  frozen = setup.frozen()
+  state = setup.begin(frozen)
+  return setup, frozen, {'params': state.params, 'statistics': state.statistics}
+
+
+def make_batch(present=(True, True)):
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(2, TOKENS - 4, ROWS)
+  return {
+    'image': rng.normal(size=(ROWS, 64, 64, 3)).astype(np.float32),
+    'tokens': rng.integers(2, 200, (ROWS, TOKENS)).astype(np.int32),
+    'token_mask': np.arange(TOKENS)[None] < lengths[:, None],
+    'present': np.tile(present, (ROWS, 1)),
+    'label': np.zeros(ROWS, np.int32),
+    'weight': np.ones(ROWS, np.float32),
+  }
+
+
+def unit(x):
+  return x / np.linalg.norm(np.asarray(x, np.float64), axis=-1, keepdims=True)
+
+
+def named(setup, frozen):
+  """Embeddings of the classes' sentences by the untouched text tower, and its bound module."""
+  tower = setup.method.modules['text'].bind({'params': frozen['text']})
+  encode = setup.assembly.towers['text'].tokenizer.encode
+  rows = []
+  for name in NAMES:
+    ids = jnp.asarray([encode(f'a photo of a {name.replace("_", " ")}.', TOKENS)])
+    mask = jnp.ones_like(ids, bool)
+    rows.append(tower.project(tower.pool(tower(ids, mask, states=(-1,))[0], ids))[0])
+  return np.stack(rows), tower
+
+
+@pytest.mark.parametrize('modality', ['image', 'text'])
+def test_without_tokens_it_is_zero_shot_classification(pair, modality):
+  setup, frozen, variables = make_setup(num_tokens=0, alpha=1.0)
+  batch = make_batch(present=(modality == 'image', modality == 'text'))
+  names_kc, text = named(setup, frozen)
+  if modality == 'image':
+    image = setup.method.modules['image'].bind({'params': frozen['image']})
+    x_bc = image.project(image.pool(image(batch['image'], states=(-1,))[0]))
+  else:
+    last = text(batch['tokens'], batch['token_mask'], states=(-1,))[0]
+    x_bc = text.project(text.pool(last, None, batch['token_mask']))
+  expected_bk = 100 * unit(x_bc) @ unit(names_kc).T
+  found_bk = setup.logits(variables, frozen, batch)
+  np.testing.assert_allclose(found_bk, expected_bk, atol=2e-3)
+
+
+def test_logits_of_both_are_the_mean_of_those_of_each(pair):
+  setup, frozen, variables = make_setup(num_tokens=3)
+  logits = jax.jit(setup.logits)
+  both, image, text = (
+    logits(variables, frozen, make_batch(present))
+    for present in ((True, True), (True, False), (False, True))
+  )
+  np.testing.assert_allclose(both, (np.asarray(image) + np.asarray(text)) / 2, atol=2e-3)
+
+
+def test_the_regularizer_is_nothing_where_nothing_is_inserted(pair):
+  for num_tokens, is_zero in ((0, True), (2, False)):
+    setup, frozen, variables = make_setup(num_tokens=num_tokens)
+    batch = make_batch()
+    features = setup.method.features(frozen, batch)
+    how = {'train': True, 'rngs': {}}
+    out = setup.method(variables, frozen, features, batch, batch['present'], **how)
+    assert (np.abs(out.losses_b['regularizer']).max() < 1e-5) == is_zero
+
+
+def test_tokens_behind_the_first_one_see_no_class_name(pair):
+  """The text tower is causal: their states are the same for every class."""
+  setup, frozen, variables = make_setup(num_tokens=3)
+  method = setup.method
+  trained = method.representation.apply({'params': variables['params']})
+  tower = method.modules['text'].bind({'params': frozen['text']})
+  inserts = trained['text']['inserts_lkd']
+  how = {
+    'start': method.reads['text'].run_from,
+    'stop': tower.config.num_layers,
+    'inserts': inserts,
+  }
+  states = variables['statistics']['class_states']
+  _, found_ckd = method._run_behind_first(tower, states, method.class_tokens[1], how)
+  np.testing.assert_allclose(found_ckd, np.broadcast_to(found_ckd[:1], found_ckd.shape), atol=1e-5)
+
+
+def test_tokens_behind_a_text_read_all_of_it_and_padding_changes_nothing(pair):
+  setup, frozen, variables = make_setup(num_tokens=2, alpha=0.0)
+  batch = make_batch(present=(False, True))
+  logits = jax.jit(setup.logits)
+  found = logits(variables, frozen, batch)
+  padded = batch | {'tokens': np.where(batch['token_mask'], batch['tokens'], 9)}
+  np.testing.assert_array_equal(logits(variables, frozen, padded), found)
+  first = batch | {'tokens': batch['tokens'].copy()}
+  first['tokens'][:, 0] += 1
+  assert np.abs(logits(variables, frozen, first) - found).min(axis=0).max() > 1e-3
+
+
+def test_parameters_of_the_published_size():
+  """ViT-B/16, tokens before layers 6 to 12; beside the paper's, the map of a text's own tokens."""
+  representation = mmrl.Representation(
+    num_tokens=5,
+    width=512,
+    num_layers={'image': 7, 'text': 7},
+    widths={'image': 768, 'text': 512},
+    spaces={'image': 512, 'text': 512},
+    num_classes=0,
+  )
+  params = jax.eval_shape(representation.init, jax.random.key(0))['params']
+  assert sum(x.size for x in jax.tree.leaves(params)) - 512 * 512 == 4_992_256
+
+
+def test_names_need_towers_that_share_a_space(pair):
+  config = CLASSIFIER.default()
+  config.dataset.path, config.method, config.mmrl.classes = 'unread', 'mmrl', 'names'
+  config.backbones.text.path = 'random:llama-tiny'
+  config.backbones.image.path = 'random:clip-vit-tiny'
+  with pytest.raises(UserError, match='config.mmrl.classes'):
+    Setup(config, optax.identity())
