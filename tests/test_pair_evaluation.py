@@ -22,7 +22,7 @@ class ColourPair:
   """Towers that see the mean colour and read its name."""
 
   model = types.SimpleNamespace(
-    trained=types.SimpleNamespace(
+    encoder=types.SimpleNamespace(
       image_tower=types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1))
     )
   )

@@ -3,6 +3,7 @@ towers; oracles are Hugging Face and NumPy.
 """
 
 import configparser
+import functools
 import itertools
 import json
 import os
@@ -28,13 +29,15 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, examples, transforms
 from molt_jax.errors import UserError
-from molt_jax.methods import model as model_lib
+from molt_jax.features import frozen
 from molt_jax.objectives import contrastive
-from molt_jax.pairs import model as dual
-from molt_jax.pairs import retrieval
-from molt_jax.runtime import logbook, sharding
+from molt_jax.pairs import in_use, retrieval
+from molt_jax.pairs import method as pairs
+from molt_jax.runtime import logbook, sharding, signals
 from molt_jax.towers import loading
-from molt_jax.training import loop, train_state
+from molt_jax.training import train_state
+from molt_jax.training.assembly import assemble
+from molt_jax.training.step import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 VARYING = ('images_per_second', 'epoch_seconds')
@@ -219,7 +222,7 @@ def test_embedded_texts_are_hugging_faces_mean_states_standardised_and_projected
   config = make_config()
   train = datasets.load_dataset(config).splits['train']
   own = [train[int(i)]['text'] for i in np.flatnonzero(train.present.all(axis=1))]
-  all_nd = dual.pool_texts(
+  all_nd = in_use.pool_texts(
     pair.model,
     {**pair.variables, 'statistics': {}},
     pair.preprocess,
@@ -235,7 +238,7 @@ def test_features_of_a_probe_are_class_and_mean_patch_token(pair):
   images = [
     np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8) for k in range(3)
   ]
-  tower = pair.model.trained.image_tower
+  tower = pair.model.encoder.image_tower
   x_bhwc = np.stack(
     [examples.single_example(pair.preprocess, image=image)['image'] for image in images]
   )
@@ -297,7 +300,7 @@ def test_kill_and_signal_lose_nothing(whole, make_config, tmp_path, final_state,
     return put_batch(batch, mesh)
 
   monkeypatch.setattr(sharding, 'put_batch', put_and_signal)
-  with pytest.raises(loop.Interrupted, match='the same command goes on'):
+  with pytest.raises(signals.Interrupted, match='the same command goes on'):
     pretrain.pretrain(make_config(), workdir)
   monkeypatch.undo()
   pretrain.pretrain(make_config(**{'input.num_threads': 1}), workdir)
@@ -341,23 +344,19 @@ def _make_gradient(config):
   """Returns a function of a batch: (metrics, the gradient, which is what one step of plain descent
   with rate one takes away).
   """
-  mesh = sharding.make_mesh(config)
-  towers = dual.describe_towers(config)
-  model = dual.make_model(config, towers)
-  tx = optax.sgd(1.0)
-  width = towers['text'].config.hidden_size
-  statistics = (
-    {'mean': np.full(width, 0.1, np.float32), 'deviation': np.full(width, 0.9, np.float32)}
-    if 'text' in model.frozen
-    else {}
-  )
-
-  def init(key):
-    return model.init(key, statistics)
-
-  state = train_state.create(init, tx, lambda: (), seed=0, mesh=mesh)
+  assembly = assemble(config, class_names=('a',))
+  method, mesh, tx = assembly.method, assembly.mesh, optax.sgd(1.0)
+  objective = pairs.PairLoss(pairs.objectives(config))
+  memory = functools.partial(objective.init, method)
+  state = train_state.create(method.init, tx, memory, seed=0, mesh=mesh)
+  level = {'mean': 0.1, 'deviation': 0.9}
+  statistics = {name: jnp.full_like(x, level[name]) for name, x in state.statistics.items()}
+  state = state.replace(statistics=statistics)
+  frozen = dict.fromkeys(method.modules)
   step = jax.jit(
-    lambda state, batch: pretrain.pretrain_step(state, {}, batch, model=model, tx=tx, config=config)
+    lambda state, batch: train_step(
+      state, frozen, batch, None, method=method, objective=objective, tx=tx
+    )
   )
 
   def gradient(batch):
@@ -371,10 +370,10 @@ def _make_gradient(config):
 def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
   """Against loops over patches in float64; the picture of weight 0 does not count."""
   config = make_config(**{'objective.reconstruction': 2.0})
-  model = dual.make_model(config, dual.describe_towers(config))
-  variables = flax.linen.unbox(model.init(jax.random.key(0), {}))
+  model = assemble(config, class_names=('a',)).method
+  variables = flax.linen.unbox(model.init(jax.random.key(0)))
   batch = _batch(4, np.random.default_rng(0), pooled=32)
-  tokens_bid = np.asarray(model(variables, 'image_tokens', batch['image']), np.float64).reshape(
+  tokens_bid = np.asarray(model.run(variables, 'image_tokens', batch['image']), np.float64).reshape(
     4, 5, 16
   )
   kernel_dx, bias_x = (
@@ -402,8 +401,8 @@ def test_views_keep_a_share_of_their_patches(make_config):
   choices differ; without a key all are there.
   """
   config = make_config(**{'objective.reconstruction': 2.0, 'augment.image.kept': 0.5})
-  model = dual.make_model(config, dual.describe_towers(config))
-  variables = flax.linen.unbox(model.init(jax.random.key(0), {}))
+  model = assemble(config, class_names=('a',)).method
+  variables = flax.linen.unbox(model.init(jax.random.key(0)))
   image_bhwc = jnp.asarray(_batch(16, np.random.default_rng(0), pooled=32)['image'])
   tower = model.encoder.image_tower.bind({'params': variables['params']['image_tower']})
   decoder = variables['params']['image_decoder']
@@ -430,7 +429,7 @@ def test_views_keep_a_share_of_their_patches(make_config):
     )
 
   def chosen_of_each(key):
-    pooled_bd, error_b = model(variables, 'pool_image', image_bhwc, key)
+    pooled_bd, error_b = model.run(variables, 'pool_image', image_bhwc, key)
     distance_bc = np.stack(
       [np.abs(pooled_bd - wanted[chosen][0]).max(axis=1) for chosen in choices], axis=1
     )
@@ -451,7 +450,7 @@ def test_views_keep_a_share_of_their_patches(make_config):
   }
   views = model.embed_batch(variables, same, jax.random.key(0))
   assert np.abs(views.image_bc - views.image_augmented_bc).max() > 1e-3
-  whole = model(variables, 'pool_image', image_bhwc)[0]
+  whole = model.run(variables, 'pool_image', image_bhwc)[0]
   np.testing.assert_allclose(
     whole, tower.pool(tower(image_bhwc, states=range(-1, 0))[0]), atol=1e-6
   )
@@ -486,7 +485,6 @@ def test_a_clip_text_tower_trains_jointly(make_config):
   """Both towers get gradients, from text augmentation on; the scale is clipped and learned."""
   config = make_config(
     **{
-      'backbones.text.kind': 'clip',
       'backbones.text.path': 'random:clip-text-tiny',
       'backbones.text.pretrained': False,
       'backbones.text.freeze': False,
@@ -529,7 +527,8 @@ def test_frozen_image_tower_and_trained_text_tower(make_config, tiny_towers, tmp
     }
   )
   assert pretrain.pretrain(config, tmp_path / 'run') is None
-  _, _, _, model, variables, _ = pretrain._open(tmp_path / 'run')
+  run = pretrain.open_run(tmp_path / 'run')
+  model, variables = run.assembly.method, run.variables()
   assert model.frozen == ('image',) and 'image_tower' not in variables['params']
   before = loading.load_tower(
     tiny_towers['text'], modality='text', dtype='float32', attention='xla'
@@ -630,14 +629,15 @@ def test_every_field_of_the_schema_survives_json(make_config):
   config = make_config()
   assert PRETRAINING.from_json(resolved.to_json(config)) == config
   assert json.loads(resolved.to_json(config))['objective']['v2v'] == 0.3
-  assert model_lib.identities(dual.describe_towers(config))['image']['path'] == dual.SCRATCH
+  towers = pairs.describe_towers(config)
+  assert frozen.identities(towers)['image']['path'] == pairs.SCRATCH
 
 
 # ---- The shipped tower ---------------------------------------------------------------------------
 
 
 def test_the_shipped_tower_is_small_whole_and_packaged():
-  folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
+  folder = ROOT / 'molt_jax' / 'pretrained' / 'openmoji'
   assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
   readme = (folder / 'README.md').read_text()
   for words in (
@@ -673,7 +673,7 @@ def test_the_shipped_tower_is_small_whole_and_packaged():
 
 @needs_torch
 def test_transformers_reads_the_shipped_tower():
-  folder = ROOT / 'molt_jax' / 'towers' / 'openmoji'
+  folder = ROOT / 'molt_jax' / 'pretrained' / 'openmoji'
   model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
   tower = loading.load_tower(
@@ -708,9 +708,11 @@ def test_presets_use_the_shipped_tower(preset):
   ],
 )
 def test_a_validation_without_retrieval_has_no_score(scores, score, said):
-  run = types.SimpleNamespace(frozen={}, _scores=lambda variables: scores)
+  whole = types.SimpleNamespace(whole=lambda variables, frozen: variables)
+  assembly = types.SimpleNamespace(method=whole)
+  run = types.SimpleNamespace(frozen={}, assembly=assembly, _scores=lambda variables: scores)
   state = types.SimpleNamespace(params={}, statistics={})
   watch = types.SimpleNamespace(epoch_seconds=2.0)
-  record, line = pretrain._Run.validate(run, state, watch)
+  record, line = pretrain.PairTrainer.validate(run, state, watch)
   assert record.get('score') == score and ('score' in record) == (score is not None)
   assert line == f'{said}; 2 s an epoch' and record['epoch_seconds'] == 2.0

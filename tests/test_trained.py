@@ -19,7 +19,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.errors import UserError
-from molt_jax.evaluation import records, trained
+from molt_jax.evaluation import records, scoring, trained
 from molt_jax.features import frozen as frozen_towers
 from molt_jax.training import checkpoint, resuming
 
@@ -71,7 +71,7 @@ def trained_home(tmp_path_factory, make_tiny_config, tiny_table):
   config.dataset.path = str(home.table)
   falling = itertools.count(1)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(evaluate, 'score', lambda results, *, multi_label: 1 / next(falling))
+    patch.setattr(scoring, 'score', lambda results, *, multi_label: 1 / next(falling))
     train.train(config, home.run)
   return home
 

@@ -8,6 +8,7 @@ its batches in another order and leaves out what it finds done.
 
 import dataclasses
 import functools
+import pathlib
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -175,7 +176,8 @@ def pooled_texts(how: Extraction, texts: Sequence[str], folder: str) -> np.ndarr
     return np.zeros((0, how.towers['text'].config.hidden_size), np.float32)
   kept = store.MemoryStore()
   if folder:
-    kept = store.FeatureStore(folder, how.spec('text'), 'float32', field='input.text_store')
+    root = pathlib.Path(folder) / 'store'  # Beside it, earlier versions kept files of their own.
+    kept = store.FeatureStore(root, how.spec('text'), 'float32', field='input.text_store')
   found = [text_input(text, how.preprocess) for text in texts]
   empty = [text for text, x in zip(texts, found, strict=True) if x is None]
   if empty:

@@ -57,7 +57,7 @@ def _config(config: ClipVisionConfig) -> dict[str, Any]:
     'dtype': 'float32',
     'num_channels': 3,
     'attention_dropout': 0.0,
-    'projection_dim': c['hidden_size'],
+    'projection_dim': c.pop('projection_size'),
     'num_hidden_layers': c.pop('num_layers'),
     'num_attention_heads': c.pop('num_heads'),
     **c,

@@ -29,7 +29,7 @@ def make_setup(text=TEXT_TOWERS[0]):
 
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
-  lengths = np.array([6, 2, 4, 1])
+  lengths = np.array([6, 2, 4, 3])  # One token alone stands before the prompts, and reads none.
   return {
     'image': rng.normal(size=(ROWS, 64, 64, 3)).astype(np.float32),
     'tokens': rng.integers(2, 200, (ROWS, TOKENS)).astype(np.int32),
