@@ -51,13 +51,14 @@ def save_image_tower(
 
 def _config(config: ClipVisionConfig) -> dict[str, Any]:
   c = dataclasses.asdict(config)
+  del c['projection_size']  # Only states are written: there is no projection.
   return {
     'architectures': ['CLIPVisionModel'],
     'model_type': 'clip_vision_model',
     'dtype': 'float32',
     'num_channels': 3,
     'attention_dropout': 0.0,
-    'projection_dim': c.pop('projection_size'),
+    'projection_dim': c['hidden_size'],
     'num_hidden_layers': c.pop('num_layers'),
     'num_attention_heads': c.pop('num_heads'),
     **c,
