@@ -38,6 +38,10 @@ def test_every_preset_is_valid(preset):
     ({'missing.strategy': 'guess'}, ["'guess'", 'robust', 'null', 'zero']),
     ({'molt.num_heads': '3'}, ['config.molt.num_heads', '3', 'config.molt.width']),
     ({'dataset.name': 'table'}, ['config.dataset.path']),
+    (
+      {'method': 'pmf', 'backbones.text.trainable': 'norm/.*'},
+      ['config.backbones.text.trainable', "'norm/.*'", "'pmf'", 'molt or late_fusion'],
+    ),
   ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_is_legal(overrides, words):
