@@ -17,10 +17,10 @@ import matplotlib
 import numpy as np
 import runs
 
-from molt_jax.data.modalities import LABELS
-from molt_jax.features.hidden_states import Taps
-from molt_jax.methods import model as model_lib
+from molt_jax.data.modalities import LABELS, MODALITIES
+from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.runtime import logbook
+from molt_jax.training.assembly import assemble
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -98,23 +98,24 @@ def head_milliseconds(data, method):
   inference, beside the towers.
   """
   config = grid.make_config(data, METHODS[method], grid.seeds()[0])
-  towers, rows = model_lib.describe_towers(config), config.eval.batch_size
-  model = model_lib.make_model(config, towers, num_classes=100)
-  variables = jax.jit(model.init)(jax.random.key(0))
-  tower = towers['image'].config
-  taps = Taps(
-    jax.random.normal(
-      jax.random.key(1), (model.num_taps, rows, tower.num_tokens, tower.hidden_size)
-    ),
-    None,
-    np.zeros((rows, 1), bool),
+  assembly = assemble(config, class_names=tuple(map(str, range(100))))
+  head, tower, rows = assembly.method, assembly.towers['image'].config, config.eval.batch_size
+  variables = jax.jit(head.init)(jax.random.key(0))
+  shape = head.num_layers, rows, tower.num_tokens, tower.hidden_size
+  states = HiddenStates(
+    jax.random.normal(jax.random.key(1), shape), None, np.zeros((rows, 1), bool)
   )
   present_bm = np.tile([True, False], (rows, 1))
-  classify = jax.jit(model.classify)
+  frozen = dict.fromkeys(MODALITIES)
+
+  def logits(variables, states, present_bm):
+    return head(variables, frozen, states, {}, present_bm).logits_bk
+
+  classify = jax.jit(logits)
   times = []
   for _ in range(11):
     start = time.perf_counter()
-    classify(variables, taps, present_bm).logits_bk.block_until_ready()
+    classify(variables, states, present_bm).block_until_ready()
     times.append(time.perf_counter() - start)
   return 1e3 * min(times[1:])
 

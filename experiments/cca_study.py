@@ -36,14 +36,13 @@ from absl import app, flags
 from jax import lax
 
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import datasets
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import extract
-from molt_jax.methods import model as model_lib
 from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
 from molt_jax.objectives.cca.estimators import CCAEstimator, make_estimator
 from molt_jax.objectives.cca.loss import cca_loss
-from molt_jax.runtime import atomic, logbook, sharding
+from molt_jax.runtime import atomic, logbook
+from molt_jax.training.assembly import assemble
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -134,25 +133,18 @@ def tower_views(preset):
   the training split.
   """
   config = CLASSIFIER.load(preset)
-  towers, data, mesh = (
-    model_lib.describe_towers(config),
-    datasets.load_dataset(config),
-    sharding.make_mesh(config),
-  )
-  model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
-  wanted = {split: (source, source.present) for split, source in data.splits.items()}
-  _, stored = extract.open_taps(
-    config, wanted, model=model, towers=towers, preprocess=preprocess, mesh=mesh
-  )
+  assembly = assemble(config)
+  splits = assembly.data.splits
+  wanted = {split: (source, source.present) for split, source in splits.items()}
+  _, stored = extract.open_features(assembly.extraction, wanted)
   views = {}
-  for split, source in data.splits.items():
+  for split, source in splits.items():
     complete = [
       row for row in range(len(source)) if all(stored[split][m].keys[row] for m in MODALITIES)
     ]
     views[split] = [
-      np.stack([np.asarray(taps.read(taps.keys[row])[-1], np.float32).mean(0) for row in complete])
-      for taps in (stored[split][m] for m in MODALITIES)
+      np.stack([np.asarray(kept.read(kept.keys[row])[-1], np.float32).mean(0) for row in complete])
+      for kept in (stored[split][m] for m in MODALITIES)
     ]
   means, deviations = (
     [f(view, axis=0, keepdims=True) for view in views['train']] for f in (np.mean, np.std)

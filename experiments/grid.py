@@ -28,8 +28,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
-from molt_jax.runtime import atomic, logbook
-from molt_jax.training import loop
+from molt_jax.runtime import atomic, logbook, signals
 
 matplotlib.rcParams['text.parse_math'] = False  # A $ in a text or a label is a dollar.
 
@@ -285,7 +284,7 @@ def _run(main, argv):
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  except loop.Interrupted as stopped:
+  except signals.Interrupted as stopped:
     print(f'{stopped.args[0]} (the run that was at work)', file=sys.stderr)
     return 128 + stopped.args[1]
   return 0

@@ -16,13 +16,13 @@ import matplotlib
 import numpy as np
 import runs
 
+from molt_jax.config import methods
 from molt_jax.data.modalities import LABELS
-from molt_jax.methods import heads
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-RIVALS = [method for method in heads.METHODS if method != 'molt']
+RIVALS = [method for method in methods.METHODS if method != 'molt']
 PRINTED, DEFAULT = 'MoLT, as printed', 'MoLT, default'
 METHODS = {
   **{method: grid.BASELINE | {'method': method} for method in RIVALS},

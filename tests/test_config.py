@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from molt_jax import config as config_package
-from molt_jax.config import presets, resolved
+from molt_jax.config import layers, presets, resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.errors import UserError
@@ -38,6 +38,10 @@ def test_every_preset_is_valid(preset):
     ({'missing.strategy': 'guess'}, ["'guess'", 'robust', 'null', 'zero']),
     ({'molt.num_heads': '3'}, ['config.molt.num_heads', '3', 'config.molt.width']),
     ({'dataset.name': 'table'}, ['config.dataset.path']),
+    (
+      {'method': 'pmf', 'backbones.text.trainable': 'norm/.*'},
+      ['config.backbones.text.trainable', "'norm/.*'", "'pmf'", 'molt or late_fusion'],
+    ),
   ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_is_legal(overrides, words):
@@ -184,18 +188,127 @@ def test_what_presets_of_users_import_is_there():
 
 
 def test_fields_of_older_versions_are_read_under_their_new_names(tmp_path):
-  renamed = {'molt.depth': ('molt.num_layers', int), 'speed': ('optimizer.learning_rate', float)}
+  renamed = {'molt.depth': ('molt.width', int), 'speed': ('optimizer.learning_rate', float)}
   schema = dataclasses.replace(CLASSIFIER, renamed=renamed)
   saved = json.loads(resolved.to_json(CLASSIFIER.load('quickstart')))
-  del saved['molt']['num_layers'], saved['optimizer']['learning_rate']
-  saved['molt']['depth'], saved['speed'] = '3', 1
+  del saved['molt']['width'], saved['optimizer']['learning_rate']
+  saved['molt']['depth'], saved['speed'] = '32', 1
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   config = schema.read_run(tmp_path)
-  assert (config.molt.num_layers, config.optimizer.learning_rate) == (3, 1.0)
+  assert (config.molt.width, config.optimizer.learning_rate) == (32, 1.0)
   with pytest.raises(UserError, match='holds no run of .*config.molt.depth: no such field'):
     CLASSIFIER.read_run(tmp_path)
   with pytest.raises(UserError, match='config.molt.depth: no such field'):
     schema.load('quickstart', {'molt.depth': '3'})  # What is written today uses today's names.
+
+
+@pytest.mark.parametrize('kind', ['llama', 'clip'])
+def test_the_config_of_a_run_of_an_older_version_is_read(tmp_path, kind):
+  """It counted the last layers and named the kind of the text tower; fields since had defaults."""
+  today = CLASSIFIER.load('quickstart', {'molt.layers': '-3:'})
+  saved = json.loads(resolved.to_json(today))
+  del saved['molt']['layers'], saved['mmrl'], saved['pmf'], saved['backbones']['param_dtype']
+  del saved['backbones']['image']['trainable'], saved['backbones']['text']['trainable']
+  saved['molt']['num_layers'], saved['backbones']['text']['kind'] = 3, kind
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  assert CLASSIFIER.read_run(tmp_path) == today
+  for name, value in (('molt.num_layers', '3'), ('backbones.text.kind', kind)):
+    with pytest.raises(UserError, match=f'config.{name}: no such field'):
+      CLASSIFIER.load('quickstart', {name: value})
+
+
+# ---- Which hidden states are read ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('text', 'num_layers', 'states'),
+  [
+    ('-4:', 12, (9, 10, 11, 12)),
+    ('-4:', 3, (0, 1, 2, 3)),
+    ('-1:', 3, (3,)),
+    ('-1', 3, (3,)),
+    ('2', 3, (2,)),
+    ('0,3,6,9,12', 12, (0, 3, 6, 9, 12)),
+    ('6,0', 6, (0, 6)),
+    ('0,-1', 3, (0, 3)),
+    ('0,-2:', 6, (0, 5, 6)),
+    ('1:3,5', 6, (1, 2, 5)),
+    (':-1', 3, (0, 1, 2)),
+    (':', 2, (0, 1, 2)),
+    ('0:13:3', 12, (0, 3, 6, 9, 12)),
+    ('::2', 4, (0, 2, 4)),
+    ('-4::2', 12, (9, 11)),
+    ('all', 2, (0, 1, 2)),
+  ],
+)
+def test_hidden_states_are_named_by_number(text, num_layers, states):
+  assert layers.is_legal(text)
+  assert layers.select(text, num_layers, field='f', tower='image') == states
+  both = f'text={text};image=all'
+  assert layers.is_legal(both)
+  assert layers.of_modality(both, 'text') == text
+  assert layers.of_modality(both, 'image') == 'all'
+  assert layers.of_modality(text, 'text') == layers.of_modality(text, 'image') == text
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'last',
+    'All',
+    '1.5',
+    '--1',
+    '1,',
+    ',1',
+    '1, 2',
+    '1;2',
+    '::0',
+    '::-1',
+    '1:2:3:4',
+    'all,1',
+    'image=1',
+    'image=1;text=',
+    'image=1;image=2',
+    'image=1;text=2;text=3',
+    'image=1;audio=2',
+    'image:1;text:2',
+    'image=1;text=2;',
+  ],
+)
+def test_what_names_no_hidden_states_is_one_line(text):
+  with pytest.raises(UserError) as error:
+    CLASSIFIER.load('quickstart', {'molt.layers': text})
+  line = str(error.value)
+  assert line.startswith(f'config.molt.layers: {text!r} is not legal') and '\n' not in line
+  assert "'-4:', '0,3,6', 'all'" in line
+
+
+@pytest.mark.parametrize(
+  ('text', 'num_layers'),
+  [
+    ('-4:', 2),
+    ('-4::2', 2),
+    ('-5:-1', 3),
+    ('0:5', 3),
+    ('4', 3),
+    ('-5', 3),
+    ('0,0', 3),
+    ('3,-1', 3),
+    ('0:2,1', 3),
+    ('4:', 3),
+    ('2:1', 3),
+  ],
+)
+def test_states_that_a_tower_does_not_have_are_refused(text, num_layers):
+  """Also where a slice would quietly be shorter, and where one is named twice."""
+  assert layers.is_legal(text)
+  with pytest.raises(UserError) as error:
+    layers.select(text, num_layers, field='config.molt.layers', tower='image')
+  assert str(error.value) == (
+    f'config.molt.layers: {text!r}, but the image tower has {num_layers} layers, so hidden states '
+    f'0 to {num_layers} (or -{num_layers + 1} to -1); name different ones of these'
+  )
 
 
 def test_renamed_fields_are_not_fields():
@@ -225,6 +338,9 @@ def _attributes_read():
         names.add(node.attr)
       if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         names.add(node.slice.value)
+      is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+      if is_call and node.func.attr == 'get' and isinstance(node.args[0], ast.Constant):
+        names.add(node.args[0].value)  # Of a field that one of the schemas lacks.
   return names
 
 

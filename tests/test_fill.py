@@ -15,13 +15,16 @@ import pytest
 from molt_jax import evaluate, train
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import datasets, pipeline
+from molt_jax.data import pipeline
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError
 from molt_jax.features import extract, hidden_states
+from molt_jax.features import frozen as frozen_towers
 from molt_jax.features import store as store_lib
-from molt_jax.methods import model as model_lib
 from molt_jax.runtime import logbook, sharding
-from molt_jax.training import loop
+from molt_jax.runtime.signals import Interrupted
+from molt_jax.towers import loading
+from molt_jax.training.assembly import assemble
 
 
 def _six_steps(make_tiny_config, store='', dtype='float32'):
@@ -59,23 +62,12 @@ def six_steps(make_tiny_config, full_store):
   return lambda store=full_store, dtype='float32': _six_steps(make_tiny_config, store, dtype)
 
 
-def _open(config, split=None):
-  """Fills the store of `config` with all splits; returns (frozen, stored, model, data,
-  preprocess).
-  """
-  towers, data = model_lib.describe_towers(config), datasets.load_dataset(config)
-  model = model_lib.make_model(config, towers, num_classes=len(data.class_names))
-  preprocess = model_lib.make_preprocess(config, towers, num_classes=len(data.class_names))
-  wanted = {name: (source, source.present) for name, source in data.splits.items()}
-  frozen, stored = extract.open_taps(
-    config,
-    wanted,
-    model=model,
-    towers=towers,
-    preprocess=preprocess,
-    mesh=sharding.make_mesh(config),
-  )
-  return frozen, stored, model, data, preprocess
+def _open(config):
+  """Fills the store of `config` with all splits; returns (assembly, stored)."""
+  assembly = assemble(config)
+  wanted = {name: (source, source.present) for name, source in assembly.data.splits.items()}
+  _, stored = extract.open_features(assembly.extraction, wanted)
+  return assembly, stored
 
 
 @pytest.fixture
@@ -85,7 +77,7 @@ def no_tower(monkeypatch):
   def explode(*args, **kwargs):
     raise AssertionError('a tower was loaded')
 
-  monkeypatch.setattr(model_lib.weights, 'load_tower', explode)
+  monkeypatch.setattr(loading, 'load_tower', explode)
 
 
 def _losses(workdir):
@@ -125,16 +117,16 @@ def test_sigterm_and_resume_from_a_full_store_bit_for_bit_and_no_tower_is_loaded
 
   with monkeypatch.context() as patch:
     patch.setattr(sharding, 'put_batch', put_and_stop)
-    with pytest.raises(loop.Interrupted, match='step 2 of 6'):
+    with pytest.raises(Interrupted, match='step 2 of 6'):
       train.train(six_steps(), tmp_path / 'run')
   train.train(six_steps(), tmp_path / 'run')
   same_run(store_run, tmp_path / 'run')
 
 
-def test_stored_taps_are_live_taps_on_every_valid_token(six_steps):
+def test_stored_states_are_live_states_on_every_valid_token(six_steps):
   config = six_steps()
-  _, stored, model, data, preprocess = _open(config)
-  source = data.splits['train']
+  assembly, stored = _open(config)
+  source, preprocess = assembly.data.splits['train'], assembly.preprocess
   live = next(iter(pipeline.eval_batches(source, preprocess, batch_size=48)))
   ours = next(
     iter(pipeline.eval_batches(source, preprocess, batch_size=48, stored=stored['train']))
@@ -142,11 +134,11 @@ def test_stored_taps_are_live_taps_on_every_valid_token(six_steps):
   for name in ('present', 'token_mask', 'label', 'weight', 'index'):
     np.testing.assert_array_equal(live[name], ours[name])
   assert not {'image', 'tokens'} & set(ours)
-  frozen = model_lib.load_frozen(config, sharding.make_mesh(config))
-  a = hidden_states.extract(
-    model.image_tower, model.text_tower, frozen, live, num_taps=model.num_taps
-  )
-  b = model.taps({}, ours)
+  method = assembly.method
+  frozen = frozen_towers.load_frozen(config, assembly.mesh, method.reads)
+  states = {modality: reads.states for modality, reads in method.reads.items()}
+  a = hidden_states.extract(method.modules, frozen, live, states)
+  b = method.features({}, ours)
   has_image, mask = live['present'][:, 0], np.asarray(a.text_mask_bt)
   np.testing.assert_array_equal(mask, b.text_mask_bt)
   np.testing.assert_allclose(
@@ -165,8 +157,8 @@ def test_stored_taps_are_live_taps_on_every_valid_token(six_steps):
 
 
 def test_the_order_and_the_protocol_of_training_are_those_of_live_training(six_steps):
-  _, stored, _, data, preprocess = _open(six_steps())
-  source = data.splits['train']
+  assembly, stored = _open(six_steps())
+  source, preprocess = assembly.data.splits['train'], assembly.preprocess
   keep = np.tile([[True, True], [False, True], [True, False]], (16, 1))
 
   def batches(**how):
@@ -188,7 +180,7 @@ def test_the_order_and_the_protocol_of_training_are_those_of_live_training(six_s
 def test_smaller_types_stay_near(six_steps, tmp_path, dtype, bound):
   exact = _open(six_steps())[1]
   small = _open(six_steps(tmp_path / 'store', dtype))[1]
-  for modality in model_lib.MODALITIES:
+  for modality in MODALITIES:
     one, two = exact['train'][modality], small['train'][modality]
     for key in filter(None, one.keys):
       x, y = one.read(key), np.asarray(two.read(key), np.float32)
@@ -209,18 +201,18 @@ def test_training_from_int8_stays_near(six_steps, live_run, tmp_path):
 def counted(monkeypatch):
   """The keys of all inputs that were computed, and the towers that were loaded."""
   calls = {'rows': [], 'loaded': []}
-  add, load = store_lib.FeatureStore.add, model_lib.load_frozen
+  add, load = store_lib.FeatureStore.add, frozen_towers.load_frozen
 
   def add_and_count(self, key, x):
     calls['rows'].append(key)
     return add(self, key, x)
 
-  def load_and_count(config, mesh, modalities=model_lib.MODALITIES):
+  def load_and_count(config, mesh, reads, modalities=MODALITIES, **how):
     calls['loaded'] += modalities
-    return load(config, mesh, modalities)
+    return load(config, mesh, reads, modalities, **how)
 
   monkeypatch.setattr(store_lib.FeatureStore, 'add', add_and_count)
-  monkeypatch.setattr(model_lib, 'load_frozen', load_and_count)
+  monkeypatch.setattr(frozen_towers, 'load_frozen', load_and_count)
   return calls
 
 
@@ -242,9 +234,10 @@ def test_each_input_is_computed_once_and_what_is_absent_not_at_all(
     (table / f'{split}.csv').write_text('\n'.join([lines[0], *map(','.join, rows)]) + '\n')
   config = _six_steps(make_tiny_config, tmp_path / 'store')
   config.dataset.path = str(table)
-  _, _, _, data, preprocess = _open(config)
-  examples = [source[i] for source in data.splits.values() for i in range(len(source))]
-  texts = {tuple(preprocess.encode(x['text'], 12)) for x in examples if x['text']}
+  assembly, _ = _open(config)
+  splits = assembly.data.splits.values()
+  examples = [source[i] for source in splits for i in range(len(source))]
+  texts = {tuple(assembly.preprocess.encode(x['text'], 12)) for x in examples if x['text']}
   assert len(counted['rows']) == len(set(counted['rows'])) == 2 + len(texts)
   assert counted['loaded'] == ['image', 'text']
   _open(config)
@@ -306,13 +299,10 @@ def test_unusable_images_are_reported_and_absent_as_in_live_training(
   batches, lines = [], []
   for config in configs:
     config.dataset.path = str(table)
-    _, stored, _, data, preprocess = _open(config)
+    assembly, stored = _open(config)
+    source, preprocess = assembly.data.splits['train'], assembly.preprocess
     batches.append(
-      list(
-        pipeline.eval_batches(
-          data.splits['train'], preprocess, batch_size=8, stored=stored['train']
-        )
-      )
+      list(pipeline.eval_batches(source, preprocess, batch_size=8, stored=stored['train']))
     )
     lines.append(sorted(preprocess.report.line().split(': ', 1)[1].split(', train')))
   assert len(lines[0]) == 2 and preprocess.report.counts() == {'image': 2}
@@ -370,7 +360,7 @@ def processes():
 def _same_content(config_one, config_two):
   one, two = _open(config_one)[1], _open(config_two)[1]
   for split in one:
-    for modality in model_lib.MODALITIES:
+    for modality in MODALITIES:
       assert one[split][modality].keys == two[split][modality].keys
       for key in filter(None, one[split][modality].keys):
         np.testing.assert_allclose(
@@ -396,9 +386,9 @@ def test_a_kill_loses_nothing_that_was_written(six_steps, tmp_path, processes, c
 def _keys(stored):
   return {
     (modality, key)
-    for taps in stored.values()
-    for modality, t in taps.items()
-    for key in t.keys
+    for states in stored.values()
+    for modality, x in states.items()
+    for key in x.keys
     if key
   }
 
@@ -425,13 +415,12 @@ def test_damage_stops_training_before_it_is_trained_on_and_names_the_file(
     damaged = tmp_path / f'store{n}' / path.relative_to(full_store)
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    _, stored, _, data, preprocess = _open(six_steps(tmp_path / f'store{n}'))
+    assembly, stored = _open(six_steps(tmp_path / f'store{n}'))
+    splits, preprocess = assembly.data.splits, assembly.preprocess
     iterator = pipeline.train_iterator(
-      data.splits['train'], preprocess, batch_size=48, seed=0, stored=stored['train']
+      splits['train'], preprocess, batch_size=48, seed=0, stored=stored['train']
     )
-    other = pipeline.eval_batches(
-      data.splits['test'], preprocess, batch_size=14, stored=stored['test']
-    )
+    other = pipeline.eval_batches(splits['test'], preprocess, batch_size=14, stored=stored['test'])
     with pytest.raises(UserError, match='is damaged') as error:
       next(iterator)
       list(other)

@@ -19,7 +19,7 @@ from molt_jax import train
 from molt_jax.config import resolved
 from molt_jax.errors import UserError
 from molt_jax.runtime import logbook, processes, sharding
-from molt_jax.training import loop
+from molt_jax.runtime.signals import Interrupted
 
 STEPS = 6  # An epoch.
 # Trains as the command line does, notes the indices of the rows it is given, and may send itself
@@ -46,24 +46,18 @@ sys.exit(code)
 FILL = """
 import json, pathlib, sys
 from molt_jax import config
-from molt_jax.data import datasets
 from molt_jax.features import extract, store
-from molt_jax.methods import model
-from molt_jax.runtime import processes, sharding
+from molt_jax.runtime import processes
+from molt_jax.training.assembly import assemble
 preset, note = sys.argv[1:]
 processes.join()
-config = config.load_config(preset)
-mesh, data = sharding.make_mesh(config), datasets.load_dataset(config)
-towers = model.describe_towers(config)
-net = model.make_model(config, towers, num_classes=3)
-preprocess = model.make_preprocess(config, towers, num_classes=3)
+assembly = assemble(config.load_config(preset))
 add, added = store.FeatureStore.add, []
 store.FeatureStore.add = lambda self, key, x: (added.append(key), add(self, key, x))
-wanted = {split: (source, source.present) for split, source in data.splits.items()}
-how = {'model': net, 'towers': towers, 'preprocess': preprocess, 'mesh': mesh}
-_, stored = extract.open_taps(config, wanted, **how)
-found = {split: {m: s.keys for m, s in taps.items()} for split, taps in stored.items()}
-pathlib.Path(note).write_text(json.dumps([added, found, preprocess.report.line()]))
+wanted = {split: (source, source.present) for split, source in assembly.data.splits.items()}
+_, stored = extract.open_features(assembly.extraction, wanted)
+found = {split: {m: s.keys for m, s in states.items()} for split, states in stored.items()}
+pathlib.Path(note).write_text(json.dumps([added, found, assembly.preprocess.report.line()]))
 """
 
 
@@ -196,7 +190,7 @@ def test_one_two_and_four_devices_and_two_processes_are_the_same_run(
 
   with monkeypatch.context() as patch:
     _stop_after(patch, 2)
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
       train.train(four, second)
   finished = _start_two(TRAIN, four, tmp_path / 'b', (second, second), (0, 0))
   assert [code for code, _, _ in finished] == [0, 0], finished

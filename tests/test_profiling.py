@@ -54,7 +54,7 @@ def test_products_are_counted_as_often_as_they_run():
 
 @pytest.mark.parametrize('rows, tokens', [(8, 8), (2, 5)])
 def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
-  llama, clip = workload.model.text_tower, workload.model.image_tower
+  llama, clip = workload.modules['text'], workload.modules['image']
   _, frozen, _ = workload.shapes()
   text = (
     jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
@@ -112,8 +112,8 @@ def test_xla_counts_the_same_where_no_loop_hides_it(workload):
 
 def test_random_towers_keep_states_near_one(workload):
   batch = workload.batch()
-  taps = jax.jit(workload.model.taps)(workload.frozen(), batch)
-  for x_lbnd in (taps.image_lbid, taps.text_lbtd):
+  features = jax.jit(workload.method.features)(workload.frozen(), batch)
+  for x_lbnd in (features.image_lbid, features.text_lbtd):
     assert 0.3 < float(jnp.std(x_lbnd)) < 10
 
 
@@ -292,10 +292,11 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
     architectures.CLIP_VISION['clip-vit-tiny'],
     rival_torch.Settings(8, 4, 5),
   )
+  families = {kind: spec.family for kind, spec in ours.workload.assembly.towers.items()}
   for tower, kind in ((rival.text, 'text'), (rival.image, 'image')):
     tensors = {
       name: torch.tensor(np.array(x))
-      for name, x in hugging_face_tensors(ours.frozen[kind], kind=kind).items()
+      for name, x in hugging_face_tensors(ours.frozen[kind], families[kind]).items()
     }
     missing, unexpected = tower.load_state_dict(tensors, strict=False)
     assert not unexpected and all('post_layernorm' in name for name in missing)

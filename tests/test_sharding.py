@@ -79,18 +79,18 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
   )
   config.backbones.dtype = config.compute_dtype = 'float32'
   (
-    config.molt.num_layers,
+    config.molt.layers,
     config.molt.width,
     config.classifier.hidden,
     config.text.max_tokens,
     config.train.batch_size,
-  ) = 2, 32, 48, 24, 16
+  ) = '-2:', 32, 48, 24, 16
   work = Workload.open(config, num_classes=5)
   state, frozen, batch = work.shapes()
   found = collectives.compiled_collectives(
     work.step().lower(state, frozen, batch, None).compile().as_text()
   )
-  listed = collectives.collectives(work.model, state, config=config, mesh=work.mesh)
+  listed = collectives.collectives(work.assembly, state)
 
   towers = [x for x in found if 'Llama' in x[2] or 'ClipVision' in x[2]]
   assert all(kind == 'all-reduce' for kind, _, _ in towers), 'a weight of a tower moved'
@@ -99,8 +99,8 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
   # A loop's operation is there once and runs once a layer. The image tower has three heads, which
   # do not split: one all-reduce a layer.
   depth = {
-    'image': work.model.image_tower.config.num_layers,
-    'text': work.model.text_tower.config.num_layers,
+    'image': work.modules['image'].config.num_layers,
+    'text': work.modules['text'].config.num_layers,
   }
   expected = [
     (x.bytes, x.times // depth[x.what.split()[0]]) for x in model_axis if 'layers' in x.what
@@ -122,7 +122,7 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
 
 
 def test_packed_texts_stay_on_their_device():
-  """Each of two shards packs its own rows: the taps are those of padded texts, and only the
+  """Each of two shards packs its own rows: the states are those of padded texts, and only the
   weights' axis is summed over.
   """
   config = default_config()
@@ -133,26 +133,30 @@ def test_packed_texts_stay_on_their_device():
   work = Workload.open(config, num_classes=5)
   batch = work.batch(length_b=np.array([3, 24, 1, 7, 20, 2, 9, 1]))
   assert batch['token_position'].shape == (2, 40)
-  taps, frozen = jax.jit(work.model.taps), work.frozen()
+  features, frozen = jax.jit(work.method.features), work.frozen()
   packed, padded = (
     sharding.put_batch({k: x for k, x in batch.items() if k not in left_out}, work.mesh)
     for left_out in ((), ('token_position',))
   )
-  program = taps.lower(frozen, packed).compile()
+  program = features.lower(frozen, packed).compile()
   assert {kind for kind, _, _ in collectives.compiled_collectives(program.as_text())} == {
     'all-reduce'
   }
   assert len(collectives.compiled_collectives(program.as_text())) == len(
-    collectives.compiled_collectives(taps.lower(frozen, padded).compile().as_text())
+    collectives.compiled_collectives(features.lower(frozen, padded).compile().as_text())
   )
   mask_bt = batch['token_mask']
-  found = taps(frozen, packed)
+  found = features(frozen, packed)
   np.testing.assert_allclose(
-    found.text_lbtd[:, mask_bt], taps(frozen, padded).text_lbtd[:, mask_bt], rtol=1e-5, atol=1e-5
+    found.text_lbtd[:, mask_bt],
+    features(frozen, padded).text_lbtd[:, mask_bt],
+    rtol=1e-5,
+    atol=1e-5,
   )
   state = work.state()
-  head = jax.jit(work.model.classify).lower(
-    {'params': state.params, 'statistics': state.statistics}, found, packed['present']
+  variables = {'params': state.params, 'statistics': state.statistics}
+  head = jax.jit(lambda *x: work.method(*x)).lower(
+    variables, dict.fromkeys(frozen), found, packed, packed['present']
   )
   assert found.token_position_gn is not None and not collectives.compiled_collectives(
     head.compile().as_text()

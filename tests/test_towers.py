@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from molt_jax.errors import UserError
-from molt_jax.features import extract
-from molt_jax.methods import model as model_lib
+from molt_jax.features import frozen
+from molt_jax.training.assembly import assemble
 
 
 @pytest.fixture
@@ -43,42 +43,42 @@ def test_the_towers_own_preprocessing_reaches_pixels_and_store(
 ):
   config, folders = copied
   config.image.resize = config_resize
-  towers = model_lib.describe_towers(config)
-  before = model_lib.make_preprocess(config, towers, num_classes=3)
+  assemblies = [assemble(config, class_names=('a', 'b', 'c'))]
+  before = assemblies[0].preprocess
   preprocessed(folders['image'], **content)
-  towers = model_lib.describe_towers(config)
-  after = model_lib.make_preprocess(config, towers, num_classes=3)
+  assemblies.append(assemble(config, class_names=('a', 'b', 'c')))
+  after = assemblies[1].preprocess
   assert (after.resize, after.resample) == expected
-  kept = [extract._spec(config, towers['image'], p, 'image') for p in (before, after)]
+  kept = [assembly.extraction.spec('image') for assembly in assemblies]
   changed = (after.resize, after.resample) != (before.resize, before.resample)
   assert (kept[0] != kept[1]) == changed
 
 
 def test_a_checkpoint_belongs_to_the_preprocessing_and_the_tokenizer_too(copied):
   config, folders = copied
-  saved = model_lib.identities(model_lib.describe_towers(config))
-  model_lib.check_same_towers(saved, model_lib.describe_towers(config))
+  saved = frozen.identities(frozen.describe_towers(config))
+  frozen.check_same_towers(saved, frozen.describe_towers(config))
   preprocessed(folders['image'])  # What holds without a file, written down.
-  model_lib.check_same_towers(saved, model_lib.describe_towers(config))
+  frozen.check_same_towers(saved, frozen.describe_towers(config))
   preprocessed(folders['image'], resample=2)
   with pytest.raises(UserError, match='backbones.image.path.*another image preprocessing'):
-    model_lib.check_same_towers(saved, model_lib.describe_towers(config))
+    frozen.check_same_towers(saved, frozen.describe_towers(config))
   preprocessed(folders['image'])
   file = folders['text'] / 'tokenizer.json'
   content = json.loads(file.read_text())
   content['normalizer'] = {'type': 'Lowercase'}
   file.write_text(json.dumps(content))
   with pytest.raises(UserError, match='backbones.text.path.*another tokenizer') as error:
-    model_lib.check_same_towers(saved, model_lib.describe_towers(config))
+    frozen.check_same_towers(saved, frozen.describe_towers(config))
   assert '\n' not in str(error.value)
 
 
 def test_checkpoints_from_before_this_was_kept_still_open(copied):
   config, _ = copied
-  towers = model_lib.describe_towers(config)
+  towers = frozen.describe_towers(config)
   old = {
     m: {k: v for k, v in identity.items() if k != 'input_sha256'}
-    for m, identity in model_lib.identities(towers).items()
+    for m, identity in frozen.identities(towers).items()
   }
   assert 'input_sha256' not in old['text']
-  model_lib.check_same_towers(old, towers)
+  frozen.check_same_towers(old, towers)

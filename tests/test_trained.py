@@ -529,13 +529,11 @@ def test_a_checkpoint_without_a_fingerprint_is_gone_on_from_with_a_word(
   shutil.copytree(trained_home.table, home.table)
   config = trained_home.config(**{'dataset.path': str(home.table)})
   with monkeypatch.context() as patch:
-    new_meta = resuming.new_meta
     patch.setattr(
       checkpoint,
       'seal',
       lambda meta: {key: value for key, value in meta.items() if key not in ('data', 'checksums')},
     )
-    patch.setattr(trained, 'new_meta', new_meta)
     train.train(config, home.run)
   table = (home.table / 'train.csv').read_text()
   home.edit_table(CHANGES['removed'])

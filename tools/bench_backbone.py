@@ -30,7 +30,7 @@ from flax import traverse_util
 
 from molt_jax.towers import base, loading, tensors
 
-NUM_TAPS = 4
+NUM_STATES = 4
 
 
 def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
@@ -89,7 +89,7 @@ def main() -> None:
   mask_bt = np.ones(tokens_bt.shape, bool)
   start = time.perf_counter()
   step = (
-    jax.jit(lambda p, t, m: tower.module.apply({'params': p}, t, m, states=range(-NUM_TAPS, 0)))
+    jax.jit(lambda p, t, m: tower.module.apply({'params': p}, t, m, states=range(-NUM_STATES, 0)))
     .lower(tower.params, tokens_bt, mask_bt)
     .compile()
   )
@@ -107,7 +107,7 @@ def main() -> None:
     with torch.inference_mode():
       return model(
         input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
-      ).hidden_states[-NUM_TAPS:]
+      ).hidden_states[-NUM_STATES:]
 
   seconds = {'molt_jax': [], 'pytorch': []}
   for _ in range(args.rounds + 1):

@@ -4,9 +4,9 @@
 Times the pipeline alone (read, decode, resize to `--size` pixels, normalise, tokenise, batch) with
 several numbers of workers, which are threads (`input.num_threads`), on the config's data set and on
 made-up JPEG photographs; and the config's training step on a batch that is there, `live` (towers
-run) and `stored` (their taps come with the batch, as with `features.store`). All take turns within
-a round, so that other work on the machine weighs on all of them; numbers are medians over rounds. A
-ratio above 1 means that the pipeline keeps ahead of that step.
+run) and `stored` (their hidden states come with the batch, as with `features.store`). All take
+turns within a round, so that other work on the machine weighs on all of them; numbers are medians
+over rounds. A ratio above 1 means that the pipeline keeps ahead of that step.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from PIL import Image
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import Rule, at_least
-from molt_jax.data import datasets, pipeline
-from molt_jax.methods import model as model_lib
+from molt_jax.data import pipeline
 from molt_jax.profiling.timing import Parts
 from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import atomic, console, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag
+from molt_jax.training.assembly import assemble
 
 SIDES = Rule(
   'WIDTHxHEIGHT such as 500x375', lambda v: re.fullmatch(r'[1-9][0-9]*x[1-9][0-9]*', v) is not None
@@ -153,11 +153,9 @@ def measure(
   batches: int,
 ) -> dict:
   """Returns the report."""
-  data = datasets.load_dataset(config)
-  preprocess = model_lib.make_preprocess(
-    config, model_lib.describe_towers(config), num_classes=len(data.class_names)
-  )
-  preprocess = dataclasses.replace(preprocess, image_size=size)
+  assembly = assemble(config)
+  data = assembly.data
+  preprocess = dataclasses.replace(assembly.preprocess, image_size=size)
   sources = {
     data.name: data.splits['train'],
     'photographs': Photographs(data.splits['train'], *sides),

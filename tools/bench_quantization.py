@@ -25,25 +25,23 @@ FLAGS = (
 )
 
 
-def inputs(kind: str, config, rows: int) -> tuple[np.ndarray, ...]:
+def inputs(modality: str, config, rows: int) -> tuple[np.ndarray, ...]:
   """What the tower reads."""
   rng = np.random.default_rng(0)
-  if kind == 'image':
+  if modality == 'image':
     return (rng.standard_normal((rows, config.image_size, config.image_size, 3), np.float32),)
   return rng.integers(0, config.vocab_size, (rows, 16)).astype(np.int32), np.ones((rows, 16), bool)
 
 
-def states(path: str, kind: str, quantization: str, rows: int) -> np.ndarray:
+def states(path: str, modality: str, quantization: str, rows: int) -> np.ndarray:
   """All hidden states, [1 + layers, rows, tokens, D]."""
-  tower = loading.load_tower(
-    path, kind=kind, dtype='float32', attention='xla', quantization=quantization
-  )
+  tower = loading.load_tower(path, modality=modality, dtype='float32', quantization=quantization)
   run = jax.jit(
     lambda params, *x: tower.module.apply(
       {'params': params}, *x, states=range(-tower.config.num_layers - 1, 0)
     )
   )
-  return np.asarray(run(tower.params, *inputs(kind, tower.config, rows)))
+  return np.asarray(run(tower.params, *inputs(modality, tower.config, rows)))
 
 
 @command
@@ -56,13 +54,13 @@ def main(argv: Sequence[str]) -> None:
     argv,
   )
   found = {}
-  for kind, path in (('text', flags.text), ('image', flags.image)):
-    exact = states(path, kind, 'none', flags.rows) if path else None
+  for modality, path in (('text', flags.text), ('image', flags.image)):
+    exact = states(path, modality, 'none', flags.rows) if path else None
     for quantization in ('int8', 'int4') if path else ():
       error = np.linalg.norm(
-        states(path, kind, quantization, flags.rows) - exact, axis=-1
+        states(path, modality, quantization, flags.rows) - exact, axis=-1
       ) / np.linalg.norm(exact, axis=-1)
-      found[f'{kind} {quantization}'] = error.mean(axis=(1, 2))[
+      found[f'{modality} {quantization}'] = error.mean(axis=(1, 2))[
         1:
       ].tolist()  # The first state is the embedding.
   if flags.json:

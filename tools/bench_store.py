@@ -10,7 +10,6 @@ clock starts.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import pathlib
@@ -27,15 +26,17 @@ import numpy as np
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least
-from molt_jax.data import datasets, pipeline
+from molt_jax.data import pipeline
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import extract
-from molt_jax.methods import model as model_lib
+from molt_jax.features.frozen import load_frozen
+from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
-from molt_jax.training import step as step_lib
 from molt_jax.training import train_state
+from molt_jax.training.assembly import assemble
+from molt_jax.training.losses import make_objective
 
 FLAGS = (
   Flag('config', 'preset', 'configs/quickstart.py'),
@@ -72,36 +73,20 @@ class Bench:
   """One model, one split, a store in a temporary folder."""
 
   def __init__(self, config: ml_collections.ConfigDict, rows: int):
-    self.config, self.mesh = config, sharding.make_mesh(config)
-    self.towers = model_lib.describe_towers(config)
-    data = datasets.load_dataset(config)
-    self.model = model_lib.make_model(config, self.towers, num_classes=len(data.class_names))
-    self.preprocess = model_lib.make_preprocess(
-      config, self.towers, num_classes=len(data.class_names)
-    )
-    self.source = Subset(data.splits['train'], rows)
-    self.tx = train_state.make_optimizer(config, 1000)
-    self.estimator = step_lib.make_cca_estimator(config)
-    step = functools.partial(
-      step_lib.train_step,
-      model=self.model,
-      tx=self.tx,
-      estimator=self.estimator,
-      config=ml_collections.FrozenConfigDict(config),
-    )
-    self.step = jax.jit(step, donate_argnums=0)
+    assembly = assemble(config)
+    self.config, self.mesh, self.assembly = config, assembly.mesh, assembly
+    self.source = Subset(assembly.data.splits['train'], rows)
+    tx = train_state.make_optimizer(config, 1000)
+    workload = Workload(assembly, make_objective(assembly), tx)
+    self.state, self.step = workload.state, workload.step()
     start = time.perf_counter()
-    self.frozen = model_lib.load_frozen(config, self.mesh)
+    self.frozen = load_frozen(config, self.mesh, assembly.method.reads)
     self.load_seconds = time.perf_counter() - start
-
-  def state(self):
-    init_cca = functools.partial(self.estimator.init, self.model.num_taps, self.config.molt.width)
-    return train_state.create(self.model.init, self.tx, init_cca, seed=0, mesh=self.mesh)
 
   def batches(self, stored, *, padded=False):
     return pipeline.train_iterator(
       self.source,
-      self.preprocess,
+      self.assembly.preprocess,
       batch_size=self.config.train.batch_size,
       seed=0,
       stored=stored,
@@ -110,29 +95,22 @@ class Bench:
       prefetch=self.config.input.prefetch,
     )
 
-  def extract(self):
-    """Returns (stored taps, seconds)."""
+  def fill(self):
+    """Returns (stored hidden states, seconds)."""
     start = time.perf_counter()
-    _, stored = extract.open_taps(
-      self.config,
-      {'train': (self.source, self.source.present)},
-      model=self.model,
-      towers=self.towers,
-      preprocess=self.preprocess,
-      mesh=self.mesh,
-    )
+    wanted = {'train': (self.source, self.source.present)}
+    _, stored = extract.open_features(self.assembly.extraction, wanted)
     return stored['train'], time.perf_counter() - start
 
   def forward(self):
     """Returns the seconds that the towers take for all rows once, as a live epoch runs them
     (decoding included).
     """
-    forward = jax.jit(
-      lambda frozen, batch: jax.tree.map(lambda x: x.sum(), self.model.taps(frozen, batch))
-    )
+    features = self.assembly.method.features
+    forward = jax.jit(lambda *x: jax.tree.map(lambda leaf: leaf.sum(), features(*x)))
     batches = pipeline.eval_batches(
       self.source,
-      self.preprocess,
+      self.assembly.preprocess,
       batch_size=self.config.train.batch_size,
       pack=sharding.packing(self.config, self.mesh),
     )

@@ -5,16 +5,17 @@ Every case trains the same head on the same architectures, batch and sizes. Cont
 within a case, so that other work on the machine weighs on all of them (on an idle machine the
 ratios are steadier, and PyTorch's threads do not spin against ours: OMP_WAIT_POLICY=PASSIVE).
 
-  paper    our step with the paper's settings: one view, no normalisation of taps, linear
-  classifier, CCA over the batch: what the rival computes robust   our default step, three views of
-  each example, normalised taps, MLP classifiers: the rival computes less
+  paper   our step with the paper's settings: one view, hidden states as they are, linear
+          classifier, CCA over the batch: what the rival computes
+  robust  our default step, three views of each example, normalised hidden states, MLP classifiers:
+          the rival computes less
 
-`live` runs the towers, `store` reads their taps from a batch, as training does from the second
-epoch on (`features.store`). Texts have the lengths that --lengths says: our text tower computes
-their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the longest of
-the batch. The defaults are the quickstart's: SmolLM2-135M, the shipped vision tower, batches of 64,
-texts of 6 +- 3.6 tokens, at most 16 (--width=128 --preset=robust is its head). `tools/bench_gpu.sh`
-calls this with LLaMA-7B and CLIP ViT-L/14.
+`live` runs the towers, `store` reads their hidden states from a batch, as training does from the
+second epoch on (`features.store`). Texts have the lengths that --lengths says: our text tower
+computes their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the
+longest of the batch. The defaults are the quickstart's: SmolLM2-135M, the shipped vision tower,
+batches of 64, texts of 6 +- 3.6 tokens, at most 16 (--width=128 --preset=robust is its head).
+`tools/bench_gpu.sh` calls this with LLaMA-7B and CLIP ViT-L/14.
 """
 
 import functools
@@ -197,11 +198,12 @@ class Theirs:
     self._shapes = shape_of('text', flags.text), shape_of('image', flags.image)
     self._towers = rival_torch.make_towers(*self._shapes, self.device)
 
-  def runs(self, wanted, config, host):
+  def runs(self, wanted, workload, host):
     """Contestant -> a function that does one step; its loss waits for the device."""
+    config = workload.config
     settings = self._lib.Settings(
       width=config.molt.width,
-      num_layers=config.molt.num_layers,
+      num_layers=workload.method.num_layers,
       num_classes=self._flags.classes,
       ridge=config.cca.ridge,
     )
@@ -247,7 +249,7 @@ def measure(flags) -> dict:
     runs = ours.runs(wanted)
     if theirs:
       theirs.forget_peak()
-      runs |= theirs.runs(wanted, config, ours.host)
+      runs |= theirs.runs(wanted, ours.workload, ours.host)
     taken = timing.seconds_in_turn(runs, rounds=flags.rounds)
     cases.append(
       _case(batch, width, preset, taken, theirs)

@@ -27,7 +27,7 @@ import safetensors.numpy
 import tiny_run
 
 TIMES = ('images_per_second', 'epoch_seconds')
-MODULES = ('train', 'pretrain', 'evaluate', 'report', 'data.describe')
+MODULES = ('train', 'pretrain', 'evaluate', 'report', 'describe')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,15 +174,13 @@ def works(inputs: pathlib.Path) -> dict[str, Work]:
     return files(folder, 'run/report.html')
 
   of_run = ('run/.tmp-*', 'run/checkpoints/*/*tmp*')
-  one_shard_an_input = (('backbones.store.SHARD_BYTES', 1),)
+  one_shard_an_input = (('features.store.SHARD_BYTES', 1),)
   return {
     'train': Work('train', train, trained, of_run),
     'store': Work(
       'train', fill, stored, ('store/*/.tmp-*',), moments=(0.0, 0.4), patch=one_shard_an_input
     ),
-    'prepare': Work(
-      'data.describe', prepare, prepared, ('data/*/*/*incomplete*/*', 'described/.tmp-*')
-    ),
+    'prepare': Work('describe', prepare, prepared, ('data/*/*/*incomplete*/*', 'described/.tmp-*')),
     'pretrain': Work('pretrain', pretrain, pretrained, of_run),
     'evaluate': Work(
       'evaluate', run, lambda folder: scores(folder / 'run'), ('run/.tmp-*',), begin=evaluated

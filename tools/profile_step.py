@@ -35,6 +35,7 @@ import jax
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.profiling.flops import PEAK_FLOPS, clip_flops, llama_flops, matmul_flops
 from molt_jax.profiling.timing import Parts, seconds_in_turn, spread
 from molt_jax.profiling.trace import trace_parts
@@ -144,7 +145,7 @@ def _xla_flops(compiled):
 
 def _closed_form(workload):
   rows, tokens = workload.config.train.batch_size, workload.config.text.max_tokens
-  image, text = workload.model.image_tower, workload.model.text_tower
+  image, text = (workload.modules.get(modality) for modality in MODALITIES)
   return (clip_flops(image.config, rows) if image else 0) + (
     llama_flops(text.config, rows, tokens) if text else 0
   )
@@ -180,15 +181,11 @@ def _memory(compiled, device):
 
 def _pipeline(config, workload, stepper, rounds):
   from molt_jax.data import datasets, pipeline
-  from molt_jax.methods import model as model_lib
 
   data = datasets.load_dataset(config)
-  preprocess = model_lib.make_preprocess(
-    config, model_lib.describe_towers(config), num_classes=workload.num_classes
-  )
   iterator = pipeline.train_iterator(
     data.splits['train'],
-    preprocess,
+    workload.assembly.preprocess,
     batch_size=config.train.batch_size,
     seed=config.seed,
     num_threads=config.input.num_threads,

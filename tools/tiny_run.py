@@ -76,8 +76,7 @@ PRETRAIN = {
   'eval.select': 'latest',
   'export.dtype': 'float32',
 }
-PRESET = """from molt_jax.runtime.command_line import Flag, command, parse
-from molt_jax import config as lib
+PRESET = """from molt_jax import config as lib
 
 def get_config():
   config = lib.default_config(lib.{schema})

@@ -81,17 +81,16 @@ def open_work(
 
 def listed(work: Workload) -> list[collectives.Collective]:
   """The collectives of the step, from shapes."""
-  return collectives.collectives(work.model, work.shapes()[0], config=work.config, mesh=work.mesh)
+  return collectives.collectives(work.assembly, work.shapes()[0])
 
 
 def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
-  rows, model = flags.rows, whole.model
-  towers = flops.llama_flops(model.text_tower.config, rows, flags.tokens) + flops.clip_flops(
-    model.image_tower.config, rows
+  rows, modules = flags.rows, whole.modules
+  towers = flops.llama_flops(modules['text'].config, rows, flags.tokens) + flops.clip_flops(
+    modules['image'].config, rows
   )
-  step, rest = (flops.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
   step, rest = (flops.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
   return towers, step - towers, step - rest
 
@@ -115,8 +114,8 @@ def check(flags, devices: int, model: int) -> None:
     work.step().lower(*work.shapes(), None).compile().as_text()
   )
   depth = {
-    'Llama': work.model.text_tower.config.num_layers,
-    'ClipVision': work.model.image_tower.config.num_layers,
+    'Llama': work.modules['text'].config.num_layers,
+    'ClipVision': work.modules['image'].config.num_layers,
   }
   total = {'model': 0, 'data': 0}
   for _, size, name in found:

@@ -20,7 +20,7 @@ from molt_jax.config.fields import (
   more_than,
   one_of,
 )
-from molt_jax.config.methods import METHOD, SECTIONS
+from molt_jax.config.methods import METHOD, METHODS, SECTIONS
 from molt_jax.config.resolved import modalities
 from molt_jax.config.schema import Schema
 
@@ -361,6 +361,17 @@ def _towers(c: ml_collections.ConfigDict) -> Iterator[str]:
       yield f'config.backbones.{modality}.path: empty; give the {modality} tower'
 
 
+def _trainable(c: ml_collections.ConfigDict) -> Iterator[str]:
+  able = [name for name, row in METHODS.items() if row.trains_towers]
+  for modality in modalities(c) if c.method not in able else ():
+    if c.backbones[modality].trainable:
+      yield (
+        f'config.backbones.{modality}.trainable: {c.backbones[modality].trainable!r} beside '
+        f'config.method={c.method!r}, which leaves the towers as they are; leave it empty, or give '
+        f'method={" or ".join(able)}'
+      )
+
+
 def _missing(c: ml_collections.ConfigDict) -> Iterator[str]:
   if c.missing.strategy == 'translate' and c.method != 'molt':
     yield (
@@ -382,4 +393,6 @@ def _directions(c: ml_collections.ConfigDict) -> Iterator[str]:
     )
 
 
-CLASSIFIER = Schema('train', FIELDS, (_divisors, data_folder, _towers, _missing, _directions))
+CLASSIFIER = Schema(
+  'train', FIELDS, (_divisors, data_folder, _towers, _trainable, _missing, _directions)
+)

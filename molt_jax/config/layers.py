@@ -53,15 +53,15 @@ def select(text: str, num_layers: int, *, field: str, tower: str) -> tuple[int, 
   count = num_layers + 1
   found = []
   for item in ['0:'] if text == 'all' else text.split(','):
+    bounds = [int(part) if part else None for part in item.split(':')]
+    # '-4:' of a tower with two layers would quietly be three states.
+    if any(bound and not -count <= bound <= count for bound in bounds[:2]):
+      raise _refusal(text, num_layers, field, tower)
     if ':' in item:
-      found += range(count)[slice(*(int(part) if part else None for part in item.split(':')))]
+      found += range(count)[slice(*bounds)]
     else:
-      found.append(int(item) + count if item.startswith('-') else int(item))
-  # '-4:' of a tower with two layers would quietly be three states.
-  too_many = re.fullmatch(r'-(\d+):', text)
-  if (too_many and int(too_many[1]) > count) or not found or len(set(found)) < len(found):
-    raise _refusal(text, num_layers, field, tower)
-  if min(found) < 0 or max(found) >= count:
+      found.append(bounds[0] + count if item.startswith('-') else bounds[0])
+  if not found or len(set(found)) < len(found) or max(found) >= count:
     raise _refusal(text, num_layers, field, tower)
   return tuple(sorted(found))
 

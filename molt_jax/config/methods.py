@@ -16,11 +16,13 @@ class Row(NamedTuple):
     module: dotted name.
     meaning: for `--help`.
     fields: of its own section of the config; {}: none.
+    trains_towers: whether it heeds `backbones.MODALITY.trainable`.
   """
 
   module: str
   meaning: str
   fields: dict[str, Any]
+  trains_towers: bool = False
 
 
 MOLT = {
@@ -77,11 +79,12 @@ PMF = {
   ),
 }
 METHODS = {
-  'molt': Row('molt_jax.methods.molt', 'MoLT (Sun and Song 2024)', MOLT),
+  'molt': Row('molt_jax.methods.molt', 'MoLT (Sun and Song 2024)', MOLT, trains_towers=True),
   'late_fusion': Row(
     'molt_jax.methods.late_fusion',
     'pooled last states, concatenated, MLP (the baseline without MoLT)',
     {},
+    trains_towers=True,
   ),
   'mmrl': Row(
     'molt_jax.methods.mmrl', 'representation tokens in the upper layers (Guo and Gu 2025)', MMRL

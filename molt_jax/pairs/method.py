@@ -298,7 +298,7 @@ class PairLoss:
   def present(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
     """The one pattern there is: every example has both modalities."""
     del key
-    return jnp.ones((1, len(batch['weight']), 2), bool)
+    return jnp.ones((1, len(batch['weight']), len(MODALITIES)), bool)
 
   def __call__(self, out_v: Output, batch, present_vbm, class_weight_k, memory, key):
     """Returns (loss, {'loss_NAME', 'scale'}, memory)."""

@@ -159,11 +159,9 @@ def _verify(folder: pathlib.Path) -> None:
   """Compares config.json and the arrays of the run's checkpoint with what was saved."""
   if any((folder / 'checkpoints').glob('*/[0-9]*')):
     # Imports JAX, which a page without checkpoints does without.
-    from molt_jax.training import (
-      runs as trained,
-    )
+    from molt_jax.evaluation import trained
 
-    trained.verify(trained.open_run(folder))
+    trained.verify(trained.open(folder))
 
 
 def _read(folder: pathlib.Path, name: str) -> Run:

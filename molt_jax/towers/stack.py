@@ -20,6 +20,11 @@ from flax import linen as nn
 from molt_jax.errors import UserError
 from molt_jax.towers import quantize
 
+# Differentiation (methods train what they insert between frozen layers) must not keep each layer's
+# slice of the weights, scaled back or not, as a residual: that would be a second copy of the model.
+# Products are kept; slices are read again and what is cheap is computed again.
+_KEPT = jax.checkpoint_policies.dots_saveable
+
 
 def resolve_states(states: Sequence[int], num_layers: int, tower: str) -> tuple[int, ...]:
   """Returns hidden states by number, ascending; negative ones count from the last, which is -1.
@@ -101,9 +106,7 @@ def run_layers(
     (hidden states that leave layer stop - 1, states_sbtd: the states that were asked for).
   """
   first = first_layer(params, num_layers)
-  # A state that is not asked for lands in the slot of the next one, which overwrites it.
-  slots = np.searchsorted(np.asarray(states, int), np.arange(start, stop + 1))
-  slots = jnp.asarray(np.minimum(slots, max(len(states) - 1, 0)), jnp.int32)
+  slots = _slots(states, start, stop)
 
   def body(carry, i):
     h_btd, states_sbtd = carry
@@ -118,13 +121,17 @@ def run_layers(
       states_sbtd = jax.lax.dynamic_update_index_in_dim(states_sbtd, h_btd, slots[i + 1], 0)
     return (h_btd, states_sbtd), None
 
-  # Differentiation (methods train what they insert between frozen layers) must not keep each
-  # layer's slice of the weights, scaled back or not, as a residual: that would be a second copy of
-  # the model. Products are kept; slices are read again and what is cheap is computed again.
-  policy = jax.checkpoint_policies.dots_saveable
-  body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+  body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT)
   states_sbtd = jnp.broadcast_to(h_btd, (len(states), *h_btd.shape))
   return jax.lax.scan(body, (h_btd, states_sbtd), jnp.arange(stop - start))[0]
+
+
+def _slots(states: Sequence[int], start: int, stop: int) -> jax.Array:
+  """Returns where each of the states start..stop is put, int32; one that is not asked for lands in
+  the slot of the next one, which overwrites it.
+  """
+  slots = np.searchsorted(np.asarray(states, int), np.arange(start, stop + 1))
+  return jnp.asarray(np.minimum(slots, max(len(states) - 1, 0)), jnp.int32)
 
 
 def lengths(mask_bt: jax.Array) -> jax.Array:

@@ -1,25 +1,27 @@
 """What a config turns into: devices, towers, data, method, preprocessing.
 
-Every command, benchmark and experiment begins here.
+Every command, benchmark and experiment begins here. Reading data takes Grain and Pillow; what only
+computes does without them, so they are imported where data are read.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
 
-from molt_jax.data import datasets, pipeline
-from molt_jax.data.pipeline import Preprocess
 from molt_jax.data.sources import Dataset
 from molt_jax.features import frozen
-from molt_jax.features.extract import Extraction
 from molt_jax.methods.base import Method, make_method
 from molt_jax.pairs import method as pairs
 from molt_jax.runtime import processes, sharding
 from molt_jax.towers.loading import TowerSpec
+
+if TYPE_CHECKING:
+  from molt_jax.data.pipeline import Preprocess
+  from molt_jax.features.extract import Extraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +65,17 @@ class Assembly:
     )
 
   @functools.cached_property
-  def preprocess(self) -> Preprocess:
+  def preprocess(self) -> 'Preprocess':
     """How one example becomes arrays: the image tower's preprocessing, the text tower's
     tokenizer. It counts what could not be used, for the whole life of the assembly.
     """
     return make_preprocess(self.config, self.towers, num_classes=self.num_classes)
 
   @property
-  def extraction(self) -> Extraction:
+  def extraction(self) -> 'Extraction':
     """What computes features."""
+    from molt_jax.features.extract import Extraction
+
     return Extraction(
       config=self.config,
       reads=self.method.reads,
@@ -89,6 +93,8 @@ class Assembly:
       stored: its features by modality, in the place of images and texts.
       present: bool[N, 2], the modalities of each example that are wanted.
     """
+    from molt_jax.data import pipeline
+
     c = self.config
     return pipeline.eval_batches(
       source,
@@ -123,6 +129,8 @@ def assemble(
   mesh = sharding.make_mesh(config)
   if class_names is not None:
     return Assembly(config, mesh, describe_towers(config), tuple(class_names))
+  from molt_jax.data import datasets
+
   check_batch_sizes(config, mesh, ('train', 'eval'))
   towers = describe_towers(config)
   with processes.leader_first('data set'):
@@ -148,7 +156,7 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, TowerSpec]:
 
 def make_preprocess(
   config: ml_collections.ConfigDict, towers: Mapping[str, TowerSpec], *, num_classes: int
-) -> Preprocess:
+) -> 'Preprocess':
   """Returns how one example becomes arrays.
 
   Args:
@@ -156,6 +164,8 @@ def make_preprocess(
     towers: modality -> description; a modality without one gets the least there is.
     num_classes: K.
   """
+  from molt_jax.data.pipeline import Preprocess
+
   how: dict[str, Any] = {
     'image_size': 1,
     'mean': (0.0,) * 3,

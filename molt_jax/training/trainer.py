@@ -137,14 +137,16 @@ class Trainer(abc.ABC):
     )
     if processes.leads():
       workdir.claim(config, self.workdir)
-    splits = assembly.data.splits
-    facts = {
+    with run_record.recorded(self.workdir, self._facts(state), step=int(state.step)):
+      loop.run(state, iterator)
+      return self.finish()
+
+  def _facts(self, state: TrainState) -> dict[str, Any]:
+    splits = self.assembly.data.splits
+    return {
       'examples': {split: len(source) for split, source in splits.items()},
       'parameters': train_state.count(state.params),
     }
-    with run_record.recorded(self.workdir, facts, step=int(state.step)):
-      loop.run(state, iterator)
-      return self.finish()
 
   def _new_state(self, tx) -> TrainState:
     method, config = self.assembly.method, self.assembly.config

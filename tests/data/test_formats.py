@@ -23,6 +23,7 @@ from molt_jax.data.summary import describe
 from molt_jax.errors import UserError
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract
+from molt_jax.features.frozen import Reads
 from molt_jax.pairs import augment, probes
 from molt_jax.pairs import batches as pairs
 from molt_jax.reporting.contact_sheet import contact_sheet
@@ -516,13 +517,13 @@ def test_pixels_as_features_of_a_strip():
 
 
 def test_features_of_images_that_were_decoded_otherwise_are_not_used(monkeypatch, make_preprocess):
-  config = types.SimpleNamespace(
-    backbones=types.SimpleNamespace(dtype='float32'), molt=types.SimpleNamespace(num_layers=2)
-  )
+  config = types.SimpleNamespace(backbones={'dtype': 'float32'})
   tower = types.SimpleNamespace(identity={'sha256': 'ab'})
-  before = extract._spec(config, tower, make_preprocess(), 'image')
+  reads = {'image': Reads(states=(2, 3))}
+  how = extract.Extraction(config, reads, {'image': tower}, {}, make_preprocess(), mesh=None)
+  before = how.spec('image')
   monkeypatch.setattr(transforms, 'DECODING', transforms.DECODING + 1)
-  assert extract._spec(config, tower, make_preprocess(), 'image') != before
+  assert how.spec('image') != before
 
 
 def test_a_mistake_whose_picture_cannot_be_read_is_shown_without(tmp_path, make_source):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +52,9 @@ class Broken:
 def predictor(make_preprocess, monkeypatch):
   """A predictor without towers, whose answer is always the first class; it keeps the examples."""
   made = object.__new__(predict.Predictor)
-  made._towers, made.class_names = {'image': None, 'text': None}, ['cat', 'dog']
-  made._preprocess, made.examples = make_preprocess(), []
+  towers = {'image': None, 'text': None}
+  made._assembly = types.SimpleNamespace(towers=towers, preprocess=make_preprocess())
+  made.class_names, made.examples = ['cat', 'dog'], []
 
   def probabilities(examples):
     made.examples += examples

@@ -115,11 +115,11 @@ def picture(path):
 
 
 def test_table1_has_every_method_and_reads_what_is_finished(study):
-  from molt_jax.methods import heads
+  from molt_jax.config import methods
 
   content, text, out, count = study('table1')
   assert count == 2 * 2 * len(content['methods'])
-  assert all(method in content['methods'] for method in heads.METHODS if method != 'molt')
+  assert all(method in content['methods'] for method in methods.METHODS if method != 'molt')
   again, same, _, still = study('table1')
   assert (
     still == count

@@ -1,4 +1,4 @@
-"""Taps of a batch: what is absent is never fed."""
+"""Hidden states of a batch: what is absent is never fed."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from molt_jax.features import hidden_states
+
+LAST_TWO = {'image': (-2, -1), 'text': (-2, -1)}
 
 
 @pytest.fixture(scope='module')
@@ -23,19 +25,20 @@ def example(rng, present):
   }
 
 
+def modules(towers):
+  return {'image': towers[0].module, 'text': towers[1].module}
+
+
 def run(towers, batch, *, image=True, text=True):
   frozen = {
     'image': towers[0].params if image else None,
     'text': towers[1].params if text else None,
   }
-  return jax.jit(
-    lambda f, b: hidden_states.extract(
-      towers[0].module, towers[1].module, f, b, states=range(-2, 0)
-    )
-  )(frozen, batch)
+  extract = jax.jit(lambda f, b: hidden_states.extract(modules(towers), f, b, LAST_TWO))
+  return extract(frozen, batch)
 
 
-def test_taps_are_those_of_the_towers(towers, taps):
+def test_states_are_those_of_the_towers(towers, taps):
   batch = example(np.random.default_rng(0), [[1, 1]] * 3)
   out = run(towers, batch)
   np.testing.assert_allclose(
@@ -68,13 +71,12 @@ def test_no_content_of_an_absent_modality_changes_a_bit(towers):
 def test_a_tower_without_parameters_is_not_run(towers, side):
   batch = example(np.random.default_rng(0), [[1, 1]] * 2)
   out = run(towers, batch, **{side: False})
-  taps = {'image': out.image_lbid, 'text': out.text_lbtd}
-  assert taps.pop(side) is None
-  (kept,) = taps.values()
+  states = {'image': out.image_lbid, 'text': out.text_lbtd}
+  assert states.pop(side) is None
+  (kept,) = states.values()
   assert kept.shape[:2] == (2, 2)
-  none = hidden_states.extract(
-    None, None, {'image': None, 'text': None}, batch, states=range(-2, 0)
-  )
+  nothing = {'image': None, 'text': None}
+  none = hidden_states.extract(nothing, nothing, batch, LAST_TWO)
   assert none.image_lbid is None and none.text_lbtd is None
 
 
@@ -82,9 +84,7 @@ def test_no_gradient_reaches_the_towers(towers):
   batch = example(np.random.default_rng(0), [[1, 1]] * 2)
 
   def loss(frozen):
-    out = hidden_states.extract(
-      towers[0].module, towers[1].module, frozen, batch, states=range(-2, 0)
-    )
+    out = hidden_states.extract(modules(towers), frozen, batch, LAST_TWO)
     return out.image_lbid.sum() + out.text_lbtd.sum()
 
   gradient = jax.jit(jax.grad(loss))({'image': towers[0].params, 'text': towers[1].params})

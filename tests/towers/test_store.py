@@ -18,7 +18,7 @@ from molt_jax.errors import UserError
 from molt_jax.features import store as store_lib
 from molt_jax.features.store import FeatureStore, key_of
 
-SPEC = {'modality': 'text', 'tower': 'ab' * 32, 'num_taps': 2}
+SPEC = {'modality': 'text', 'tower': 'ab' * 32, 'states': [2, 3]}
 
 
 def _arrays(count, seed=0, width=5):
@@ -87,7 +87,7 @@ def test_shards_are_safetensors_files_that_anybody_can_open_and_as_large_as_prom
 def test_another_tower_preprocessing_type_or_format_finds_nothing(tmp_path, monkeypatch):
   arrays = _arrays(3)
   _write(tmp_path, arrays)
-  for change in ({'tower': 'cd' * 32}, {'num_taps': 3}, {'modality': 'image'}, {'new': 1}):
+  for change in ({'tower': 'cd' * 32}, {'states': [1, 2, 3]}, {'modality': 'image'}, {'new': 1}):
     assert len(FeatureStore(tmp_path, SPEC | change, 'float32')) == 0
   assert len(FeatureStore(tmp_path, SPEC, 'int8')) == 0
   monkeypatch.setattr(store_lib, 'FORMAT', store_lib.FORMAT + 1)

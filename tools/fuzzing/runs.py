@@ -20,14 +20,13 @@ from PIL import Image
 from molt_jax import train
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import datasets
 from molt_jax.errors import UserError
-from molt_jax.methods import model as model_lib
+from molt_jax.evaluation import trained
 from molt_jax.reporting import runs as report_runs
-from molt_jax.runtime import logbook, sharding
-from molt_jax.training import checkpoint, loop, train_state
-from molt_jax.training import runs as trained
-from molt_jax.training import step as step_lib
+from molt_jax.runtime import logbook
+from molt_jax.training import checkpoint, losses, resuming, train_state
+from molt_jax.training.assembly import assemble
+from molt_jax.training.workdir import check_config
 
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 PLAIN = ('evaluation.json', 'metrics.jsonl', 'run.json', 'mistakes.json')
@@ -188,24 +187,19 @@ def _leaves(tree: Any) -> dict[str, bytes]:
 def _own(config: Any) -> list[str]:
   """The fields of a config that are not free to change in use."""
   changed = resolved.differences(CLASSIFIER.default(), config)
-  return [line for line in changed if line.split(':')[0] not in trained.FREE_IN_USE]
+  return [line for line in changed if line.split(':')[0] not in resuming.FREE_IN_USE]
 
 
 @functools.cache
-def _model():
-  config = CLASSIFIER.read_run(made())
-  towers = model_lib.describe_towers(config)
-  num_classes = len(trained.open_run(made()).class_names)
-  model = model_lib.make_model(config, towers, num_classes=num_classes)
-  return config, towers, model, sharding.make_mesh(config)
+def _assembly():
+  return assemble(CLASSIFIER.read_run(made()))
 
 
 def use(workdir: pathlib.Path) -> Any:
   """Opens a run as evaluate and predict do."""
-  _, towers, model, mesh = _model()
-  run = trained.open_run(workdir)
-  model_lib.check_same_towers(run.meta['backbones'], towers)
-  arrays = _leaves(trained.restore_variables(run, model.init, mesh))
+  run = trained.open(workdir)
+  run.check_towers()
+  arrays = _leaves(run.variables())
   labels = trained.open_split(run, 'test')[0].labels
   return {'config': _own(run.config), 'meta': run.meta, 'arrays': arrays, 'labels': list(labels)}
 
@@ -217,23 +211,16 @@ class _Position:
 
 def resume(workdir: pathlib.Path) -> Any:
   """Opens a run as training does to go on."""
-  config, towers, model, mesh = _model()
-  loop.check_workdir(config, workdir)
+  assembly = _assembly()
+  config, method = assembly.config, assembly.method
+  check_config(config, workdir)
   checkpoints = checkpoint.Checkpoints(workdir)
   try:
     saved = checkpoints.meta()
-    data = trained.go_on(
-      saved,
-      config,
-      towers,
-      datasets.load_dataset(config),
-      checkpoints=checkpoints,
-      data_changed=False,
-    )
+    resumed, _ = resuming.resume(assembly, checkpoints, data_changed=False)
     tx = train_state.make_optimizer(config, 3)
-    estimator = step_lib.make_cca_estimator(config, mesh)
-    init_cca = functools.partial(estimator.init, model.num_taps, config.molt.width)
-    state = train_state.create(model.init, tx, init_cca, seed=config.seed, mesh=mesh)
+    init_memory = functools.partial(losses.make_objective(assembly).init, method)
+    state = train_state.create(method.init, tx, init_memory, seed=config.seed, mesh=assembly.mesh)
     state, position = checkpoints.restore(state) if saved else (None, None)
     checkpoints.move(iterator := _Position(), position) if saved else None
     logbook.read(workdir)
@@ -244,7 +231,7 @@ def resume(workdir: pathlib.Path) -> Any:
     'meta': saved,
     'arrays': _leaves(state),
     'position': iterator.state if saved else None,
-    'labels': list(data.splits['train'].labels),
+    'labels': list(resumed.data.splits['train'].labels),
     'best': best,
   }
 
