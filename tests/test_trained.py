@@ -239,7 +239,7 @@ def test_a_damaged_folder_is_refused_or_read_as_it_was(fuzz, generator, trained_
     from fuzzing import runs
 
     patch.setattr(runs, 'made', lambda: trained_home.run)
-    for cached in (runs.saved, runs._model):
+    for cached in (runs.saved, runs._assembly):
       cached.cache_clear()
     fuzz(generator, count=25)
 
