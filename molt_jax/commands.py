@@ -9,8 +9,9 @@ import argparse
 import difflib
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from molt_jax.config import preset_files
 from molt_jax.config.classifier import CLASSIFIER
@@ -18,7 +19,7 @@ from molt_jax.config.fields import at_least, between
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.config.schema import Schema
 from molt_jax.errors import UserError
-from molt_jax.runtime import command_line
+from molt_jax.runtime import command_line, lost
 from molt_jax.runtime.flags import Flag, choice
 
 SPLITS = choice('train', 'validation', 'test')
@@ -195,8 +196,25 @@ def run(name: str, argv: Sequence[str], prog: str = '') -> int:
   return work(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def end(code: int) -> NoReturn:
+  """Ends the process with an exit code.
+
+  After a mistake, threads are not waited for: writers of checkpoints that a full disk stopped wait
+  minutes for each other.
+  """
+  main_thread = threading.main_thread()
+  if code and any(not (t is main_thread or t.daemon) for t in threading.enumerate()):
+    lost.end_now(code)
+  sys.exit(code)
+
+
+def script() -> NoReturn:
   """The console script `molt`."""
+  end(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs `molt` and returns its exit code."""
   argv = sys.argv[1:] if argv is None else list(argv)
   if argv and argv[0] in COMMANDS:
     return run(argv[0], argv[1:], prog=f'molt {argv[0]}')

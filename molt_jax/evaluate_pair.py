@@ -10,7 +10,7 @@ import sys
 from molt_jax import commands
 
 if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
-  sys.exit(commands.run('evaluate_pair', sys.argv[1:]))
+  commands.end(commands.run('evaluate_pair', sys.argv[1:]))
 
 import argparse
 import dataclasses

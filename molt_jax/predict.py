@@ -7,7 +7,7 @@ import sys
 from molt_jax import commands
 
 if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
-  sys.exit(commands.run('predict', sys.argv[1:]))
+  commands.end(commands.run('predict', sys.argv[1:]))
 
 import argparse
 import itertools

@@ -11,7 +11,7 @@ import sys
 from molt_jax import commands
 
 if __name__ == '__main__':  # Arguments are read before JAX is imported, so that --help is quick.
-  sys.exit(commands.run('pretrain', sys.argv[1:]))
+  commands.end(commands.run('pretrain', sys.argv[1:]))
 
 import argparse
 import pathlib

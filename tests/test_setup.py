@@ -196,7 +196,7 @@ def test_the_script_is_the_table_of_commands():
   config = configparser.ConfigParser()
   config.read(ROOT / 'setup.cfg')
   script = config['options.entry_points']['console_scripts'].strip()
-  assert script == 'molt = molt_jax.commands:main' and callable(commands.main)
+  assert script == 'molt = molt_jax.commands:script' and callable(commands.script)
 
 
 def test_the_text_model_of_the_quickstart_is_installed_without_what_it_asks_for():

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Environment with test extras, linter, tests. Further arguments go to pytest:
-#   [PYTHON=python3.12] bash tools/test.sh tests/modules -x
+# Environment with test extras, linter, tests but for those marked slow, which --all runs too.
+# Further arguments go to pytest:
+#   [PYTHON=python3.12] bash tools/test.sh [--all] tests/modules -x
 set -euo pipefail
+marks='not slow'
+if [[ ${1-} == --all ]]; then
+  marks=''
+  shift
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment quickstart,test
 
@@ -13,4 +19,4 @@ runpy.run_path("tests/conftest.py")["jax"].numpy.ones(2).sum().block_until_ready
   echo 'error: JAX does not run under the settings of tests/conftest.py; see above' >&2
   exit 1
 fi
-python -m pytest -n 2 --dist=loadfile "$@"
+python -m pytest -n 2 --dist=loadfile -m "$marks" --durations=10 "$@"

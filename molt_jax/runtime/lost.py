@@ -84,7 +84,7 @@ def leave(code: int) -> None:
   """Ends the process at once, so that the others notice; waiting for them could last for ever."""
   _leaving.append(code)
   time.sleep(1.0)  # The same mistake, they may be about to say themselves.
-  _exit(code)
+  end_now(code)
 
 
 def end() -> None:
@@ -95,10 +95,11 @@ def end() -> None:
       goes_on = f'goes on from step {step}' if step else 'begins anew'
       line = _joining[0] if _joining else _GONE + goes_on
       print(f'error: {line}', file=sys.stderr)
-    _exit(_leaving[0] if _leaving else 2 if _joining else EXIT_CODE)
+    end_now(_leaving[0] if _leaving else 2 if _joining else EXIT_CODE)
 
 
-def _exit(code: int) -> None:
+def end_now(code: int) -> None:
+  """Ends the process without waiting for its threads; what was printed comes out."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()

@@ -171,17 +171,17 @@ def test_the_text_half_of_a_whole_clip(hf, tmp_path):
     lambda p: (b := tower.module.bind({'params': p})).project(pool(b, tokens_bt, mask_bt))
   )(tower.params)
   np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-  image = loading.load_tower(
-    path, modality='image', dtype='float32', attention='xla', heads=('pool',)
-  )
+  how['heads'] = ('pool', 'projection')
+  image = loading.load_tower(path, modality='image', **how)
   pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
   with torch.inference_mode():
-    expected = model.vision_model(
-      pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)
-    ).pooler_output.numpy()
+    pooled = model.vision_model(pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)).pooler_output
+    projected = model.visual_projection(pooled)
   bound = image.module.bind({'params': image.params})
-  ours = jax.jit(lambda x: bound.pool(bound(x, states=range(-1, 0))[0]))(pixels)
-  np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+  our_pooled = jax.jit(lambda x: bound.pool(bound(x, states=(-1,))[0]))(pixels)
+  for ours, expected in ((our_pooled, pooled), (bound.project(our_pooled), projected)):
+    expected = expected.numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_random_text_towers_end_their_texts(make):
