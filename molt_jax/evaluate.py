@@ -56,7 +56,7 @@ def run(
     _check_choice('--missing_type', kind, ('text', 'image', 'both'))
   for name in absent or ():
     _check_choice('--absent', name, KEPT)
-  if processes.leads() and workdir.is_dir():
+  if processes.is_main() and workdir.is_dir():
     workdirs.try_out(workdir)
   run = trained.open(workdir)
   config, assembly = run.config, run.assembly
@@ -131,7 +131,7 @@ def _rate(text: str) -> float:
 def _check_left(
   config: ml_collections.ConfigDict, absent: Collection[str], missing_rates: Collection[float]
 ) -> None:
-  """Raises UserError where a specialist would be left with nothing, or has nothing to lose."""
+  """Raises UserError where a unimodal model would be left with nothing, or has nothing to lose."""
   legal, this_run = (
     scoring.missing_names(config),
     f'a run with config.dataset.modalities={config.dataset.modalities!r}',

@@ -38,9 +38,8 @@ from molt_jax.runtime import atomic, console, logbook, terminal
 from molt_jax.training import workdir as workdir_lib
 
 SPLITS = ('train', 'validation', 'test')
-TAPS = (
-  4  # Last layers of the tower that a probe reads, as the heads of the classifier do by default.
-)
+# Last layers of the tower that a probe reads, as the heads of the classifier do by default.
+MOST_STATES = 4
 LIBRARIES = ('jax', 'flax', 'optax', 'numpy', 'scipy')
 
 
@@ -98,7 +97,7 @@ def _each_split(features: Callable) -> Callable:
 
 def _tower_features(pair, images):
   return pair.image_features(
-    images, num_layers=min(TAPS, pair.model.encoder.image_tower.config.num_layers)
+    images, num_layers=min(MOST_STATES, pair.model.encoder.image_tower.config.num_layers)
   )
 
 

@@ -215,7 +215,7 @@ class ClassifierTrainer(Trainer):
       step=step,
       layer_weights_l=variables['params'].get('layer_weights'),
     )
-    if shown and processes.leads():
+    if shown and processes.is_main():
       shown.save(self.workdir / records.PAIRS)
 
 

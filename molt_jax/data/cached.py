@@ -37,8 +37,8 @@ def take(
   if not stored:
     return part, stored
   kept = {}
-  for modality, taps in stored.items():
-    kept[modality] = dataclasses.replace(taps, keys=[taps.keys[row] for row in rows])
+  for modality, states in stored.items():
+    kept[modality] = dataclasses.replace(states, keys=[states.keys[row] for row in rows])
   return part, kept
 
 
@@ -72,7 +72,7 @@ def stack_examples(
 def _read_states(
   stored: CachedStates, index_b: np.ndarray, present_n: np.ndarray, most: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (taps [B, L, `most` tokens, D], zeros where absent; real tokens int[B])."""
+  """Returns (hidden states [B, L, `most` tokens, D], zeros where absent; real tokens int[B])."""
   layers, all_tokens, width = stored.shape
   states_blnd = np.zeros((len(index_b), layers, most or all_tokens, width), stored.dtype)
   length_b = np.zeros(len(index_b), int)

@@ -3,8 +3,8 @@
 Columns: `image` (path relative to the file, may be empty), `text` (may be empty), `label` (several
 joined by `|` when `dataset.multi_label`; a list in .jsonl works too). An empty cell is an absent
 modality, and in train.csv, unless `dataset.multi_label`, an unknown label: such a row takes part in
-L_CCA and in the statistics of the taps alone. Other columns are ignored. CSV as in RFC 4180, with a
-header line, in UTF-8. What else a cell may hold, and what becomes of it, is in `cells.py`.
+L_CCA and in the statistics of hidden states alone. Other columns are ignored. CSV as in RFC 4180,
+with a header line, in UTF-8. What else a cell may hold, and what becomes of it, is in `cells.py`.
 
 Rows are numbered as a spreadsheet numbers them: the header of a CSV file is row 1; in a .jsonl file
 the first line is row 1. The id of an example is `FILE:ROW`. Classes are ordered by name. What is

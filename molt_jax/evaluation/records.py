@@ -127,7 +127,7 @@ class Predictions(Saved):
       kind: 'text', 'image' or 'both'; see `missing.present_table`.
 
     Raises:
-      ValueError: a condition is not among `conditions`: a specialist has no second modality to
+      ValueError: a condition is not among `conditions`: a unimodal model has no second modality to
         lose.
     """
     drawn_nm = missing.present_table(

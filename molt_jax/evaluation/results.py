@@ -31,7 +31,7 @@ def publish(
   the content of the first.
   """
   record = write(workdir, split=split, results=results, meta=meta, data=data)
-  if processes.leads():
+  if processes.is_main():
     if recorder:
       recorder.write(
         workdir,
@@ -75,7 +75,7 @@ def write(
   same = ('split', 'step', 'config_hash', 'backbones', 'data')
   if all(old.get(key) == record[key] for key in same) and isinstance(old.get('results'), dict):
     record['results'] = old['results'] | record['results']
-  if processes.leads():
+  if processes.is_main():
     atomic.write(path, logbook.to_json(record, indent=2) + '\n')
   return record
 

@@ -1,4 +1,4 @@
-"""Taps of a frozen tower on disk: each input computed once, every byte checked when it is read.
+"""Hidden states of a frozen tower on disk: each input computed once, every byte checked when read.
 
   STORE/<sha256 of spec.json>/spec.json                            what was computed: tower,
   preprocessing, layers, stored type
@@ -43,8 +43,8 @@ ADVICE = 'delete it, and what it held is computed again'
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-  """How taps [L, T, D] are stored: the type on disk, the type that comes out, and the way there and
-  back.
+  """How hidden states [L, T, D] are stored: the type on disk, the type that comes out, and the way
+  there and back.
   """
 
   stored: np.dtype
@@ -105,12 +105,12 @@ class _Entry(NamedTuple):
 
 
 class FeatureStore:
-  """The taps of one tower: key of an input -> [L, T, D], real tokens only. Reading is thread-safe;
-  one thread writes.
+  """The hidden states of one tower: key of an input -> [L, T, D], real tokens only. Reading is
+  thread-safe; one thread writes.
 
   Args:
     directory: the store, shared by all towers, runs and data sets; made if need be.
-    spec: all that the taps depend on beside the input; JSON types. The type they are stored in
+    spec: all that the states depend on beside the input; JSON types. The type they are stored in
       belongs to it.
     dtype: 'float32', 'bfloat16', or 'int8' with one scale per token and layer.
     field: of the config that names the directory, for errors.
@@ -185,7 +185,7 @@ class FeatureStore:
         self._shards.add(path.name)
 
   def read(self, key: str) -> np.ndarray:
-    """Returns the taps of one input, [L, T, D] in `codec.read`.
+    """Returns the states of one input, [L, T, D] in `codec.read`.
 
     Raises:
       UserError: the entry on disk is not what was written, or its file is gone.
@@ -210,7 +210,7 @@ class FeatureStore:
     return self._entries[key].shape[1]
 
   def add(self, key: str, x_ltd: np.ndarray) -> None:
-    """Takes the taps of one input; they are on disk after the next `flush`, which comes by itself
+    """Takes the states of one input; they are on disk after the next `flush`, which comes by itself
     every SHARD_BYTES or SHARD_SECONDS.
     """
     if not self._pending:

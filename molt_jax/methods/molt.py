@@ -1,5 +1,5 @@
-"""MoLT: modality latent translation (eq. 1-5), fusion (eq. 6-7) and classifier over the taps of two
-frozen towers.
+"""MoLT: modality latent translation (eq. 1-5), fusion (eq. 6-7) and classifier over hidden states
+of two frozen towers.
 """
 
 import functools
@@ -17,7 +17,7 @@ from molt_jax.methods import base
 from molt_jax.methods import head as heads
 from molt_jax.methods.parts.attention import LayerAffine, PooledLayerNorm, attend
 from molt_jax.methods.parts.fusion import Fusion
-from molt_jax.methods.parts.imputation import Translator
+from molt_jax.methods.parts.imputation import CrossModalImputation
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.methods.parts.interface import Output, Tokens, TokenSequence, usable_mean
 
@@ -108,8 +108,8 @@ class MoLTHead(nn.Module):
     classifier: a module of `fusion.CLASSIFIERS`.
     alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None:
       the same one reads all rows.
-    translator: fills the absent h_l in eq. 5, a `translation.Translator`; None: H_l is of the
-      usable ones.
+    translator: fills the absent h_l in eq. 5, an `imputation.CrossModalImputation`; None: H_l is
+      of the available ones.
     width: C (d_c).
     num_layers: L (L_s).
     num_heads: attention heads in the common space.
@@ -185,7 +185,7 @@ def make_head(config, *, num_layers, num_classes, image_width, text_width) -> Mo
     inputs=heads.inputs(config, num_layers, image_width, text_width),
     classifier=heads.classifier(config, num_classes, 'common'),
     alone=heads.unimodal_classifiers(config, num_classes, 'common'),
-    translator=Translator(num_layers, c.width) if translates else None,
+    translator=CrossModalImputation(num_layers, c.width) if translates else None,
     width=c.width,
     num_layers=num_layers,
     num_heads=c.num_heads,

@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, who speaks and writes, and what they
 agree on.
 
-Process 0 leads: it alone logs, prints and writes files. Checkpoints are written by all (Orbax), to
-a folder that all can reach.
+Process 0 is the main one: it alone logs, prints and writes files. Checkpoints are written by
+all (Orbax), to a folder that all can reach.
 """
 
 import collections
@@ -70,7 +70,7 @@ def join() -> None:
       )
     except (RuntimeError, ValueError, OSError) as error:
       raise UserError(f'{apart} ({" ".join(str(error).split())[:200]})') from error
-  if not leads():
+  if not is_main():
     console.be_silent()
 
 
@@ -84,7 +84,7 @@ def _number(name: str) -> int:
   return int(text)
 
 
-def leads() -> bool:
+def is_main() -> bool:
   """Whether this process logs, prints and writes. Alone, it does; no device is looked for then."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -97,10 +97,10 @@ def wait(name: str) -> None:
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
   """Runs a block in process 0 and then in all others, which find done what it leaves on disk."""
-  if not leads():
+  if not is_main():
     wait(name)
   yield
-  if leads():
+  if is_main():
     wait(name)
 
 

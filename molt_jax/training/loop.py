@@ -89,7 +89,7 @@ class Loop:
     return state
 
   def _open_log(self, start: int) -> tuple[logbook.Logbook, StepMonitor]:
-    leads = processes.leads()
+    leads = processes.is_main()
     log = logbook.Logbook(self.workdir, step=start) if leads else logbook.NoLogbook()
     ids = self.assembly.data.splits['train'].ids
     monitor = StepMonitor(

@@ -105,7 +105,7 @@ class StepMonitor:
   def _refuse(self, step, loss, index):
     ids = [self._ids[i] for i in processes.fetch(index)]
     path = self._workdir / 'not_finite.json'
-    if processes.leads():
+    if processes.is_main():
       atomic.write(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
     rate = self._config.optimizer.learning_rate
     raise UserError(

@@ -60,7 +60,7 @@ def _write(path, facts, earlier, step, start) -> None:
     'peak_device_bytes': on_device,
     'peak_host_bytes': unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
   }
-  if processes.leads():
+  if processes.is_main():
     devices = {
       'device': device.device_kind,
       'devices': jax.device_count(),

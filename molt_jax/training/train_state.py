@@ -24,7 +24,8 @@ class TrainState:
   Attributes:
     step: int32 scalar, updates done so far.
     params: the head's parameters, float32.
-    statistics: the head's streamed tap statistics (empty unless `molt.input_norm` is standardize).
+    statistics: the method's streamed statistics of hidden states (empty unless
+      `molt.input_norm` is standardize).
     opt_state: the optimiser's moments.
     cca: what the CCA estimator remembers.
     seed: uint32 scalar, root of the random streams; never changes. An array, so that runs that

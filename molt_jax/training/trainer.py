@@ -135,7 +135,7 @@ class Trainer(abc.ABC):
       title=self.title,
       unit=self.unit,
     )
-    if processes.leads():
+    if processes.is_main():
       workdir.claim(config, self.workdir)
     with run_record.recorded(self.workdir, self._facts(state), step=int(state.step)):
       loop.run(state, iterator)

@@ -195,7 +195,7 @@ def working_in(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Itera
   Raises:
     UserError: as `held`, or the folder holds a run with another config.
   """
-  with held(folder) if processes.leads() else contextlib.nullcontext():
+  with held(folder) if processes.is_main() else contextlib.nullcontext():
     check_config(config, folder)
     yield folder
 

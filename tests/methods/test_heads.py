@@ -213,9 +213,9 @@ def test_attention_and_its_gradients_equal_pytorch_in_every_form(
 @pytest.mark.parametrize(
   ('askers', 'keys', 'num_heads', 'cheapest'),
   [
-    (1, 65, 1, '_project_asker'),
-    (16, 65, 1, '_project_asker'),
-    (65, 16, 1, '_project_memory'),
+    (1, 65, 1, '_project_queries'),
+    (16, 65, 1, '_project_queries'),
+    (65, 16, 1, '_project_context'),
     (40, 40, 16, '_project_both'),
   ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from molt_jax.methods.parts.imputation import Moments, Translator
+from molt_jax.methods.parts.imputation import CrossModalImputation, Moments
 
 LAYERS, ROWS, WIDTH, RIDGE = 2, 60, 7, 1e-3
 
@@ -91,7 +91,7 @@ def test_a_constant_view_predicts_the_mean():
 def test_only_gaps_are_filled_and_none_before_the_fit(pairs):
   x_lnc, y_lnc = np.nan_to_num(pairs[0][:, :4]), pairs[1][:, :4]
   usable_nm = np.array([[True, True], [True, False], [False, True], [False, False]])
-  module = Translator(LAYERS, WIDTH)
+  module = CrossModalImputation(LAYERS, WIDTH)
   variables = module.init(jax.random.key(0), x_lnc, y_lnc, usable_nm)
   image, text, usable = module.apply(variables, x_lnc, y_lnc, usable_nm)
   for got, expected in ((image, x_lnc), (text, y_lnc), (usable, usable_nm)):

@@ -63,8 +63,8 @@ class LayerAffine(nn.Module):
 
 
 def attend(
-  asker: Tokens,
-  memory: Tokens,
+  queries: Tokens,
+  context: Tokens,
   mask_bs: jax.Array,
   *,
   query: Affine,
@@ -72,8 +72,8 @@ def attend(
   value: Affine,
   num_heads: int,
 ) -> Tokens:
-  """SoftMax(Q K' / sqrt(H)) V over the valid keys, eq. 2 and 6, with Q = query(asker), K =
-  key(memory), V = value(memory); H = width / N.
+  """SoftMax(Q K' / sqrt(H)) V over the valid keys, eq. 2 and 6, with Q = query(queries), K =
+  key(context), V = value(context); H = width / N.
 
   Matrix products may be bracketed as one likes, (x W_q)(m W_k)' = (x W_q W_k') m' for instance; the
   bracketing with the fewest multiplications is taken (`FORMS`). The products run in the type of the
@@ -81,8 +81,8 @@ def attend(
   alike, which the softmax does not see.
 
   Args:
-    asker: [L, B, T, C], or [L, 1, T, C] to ask for every row alike; padded or packed.
-    memory: [L, B, S, D]; padded or packed.
+    queries: [L, B, T, C], or [L, 1, T, C] to ask for every row alike; padded or packed.
+    context: [L, B, S, D]; padded or packed.
     mask_bs: bool[B, S]. Where no key is valid the result is finite but means nothing.
     query: from C to the width.
     key: from D to the width, without bias.
@@ -90,22 +90,22 @@ def attend(
     num_heads: N; must divide the width.
 
   Returns:
-    [L, B, T, width], the heads side by side; as the asker is, padded or packed.
+    [L, B, T, width], the heads side by side; as the queries are, padded or packed.
   """
   rows, width = len(mask_bs), query.kernel_ldc.shape[-1]
-  asker, memory = (
-    asker.map(lambda x: x.astype(query.kernel_ldc.dtype)),
-    memory.map(lambda x: x.astype(key.kernel_ldc.dtype)),
+  queries, context = (
+    queries.map(lambda x: x.astype(query.kernel_ldc.dtype)),
+    context.map(lambda x: x.astype(key.kernel_ldc.dtype)),
   )
-  if not asker.packing:
-    asker = asker.map(lambda x: jnp.broadcast_to(x, (len(x), rows, *x.shape[2:])))
-  places = [math.prod(tokens.x_lbtd.shape[1:3]) / rows for tokens in (asker, memory)]
-  length = asker.packing.slot_gm.size // rows if asker.packing else asker.x_lbtd.shape[2]
+  if not queries.packing:
+    queries = queries.map(lambda x: jnp.broadcast_to(x, (len(x), rows, *x.shape[2:])))
+  places = [math.prod(tokens.x_lbtd.shape[1:3]) / rows for tokens in (queries, context)]
+  length = queries.packing.slot_gm.size // rows if queries.packing else queries.x_lbtd.shape[2]
   sizes = (
     *places,
     length * mask_bs.shape[1],
-    asker.x_lbtd.shape[3],
-    memory.x_lbtd.shape[3],
+    queries.x_lbtd.shape[3],
+    context.x_lbtd.shape[3],
     width,
     num_heads,
   )
@@ -119,33 +119,33 @@ def attend(
     )
     return jax.nn.softmax(scores_lbnts, axis=-1).astype(value.kernel_ldc.dtype)
 
-  return form(asker, memory, rows, query, key, value, num_heads, softmax)
+  return form(queries, context, rows, query, key, value, num_heads, softmax)
 
 
 _scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _project_both(asker, memory, rows, query, key, value, num_heads, softmax):
+def _project_both(queries, context, rows, query, key, value, num_heads, softmax):
   """The textbook order."""
   query_lbtnh, key_lbsnh, value_lbsnh = (
     _split(x.padded(rows), num_heads)
-    for x in (asker.map(query), memory.map(key), memory.map(value))
+    for x in (queries.map(query), context.map(key), context.map(value))
   )
   weights_lbnts = softmax(_scores('lbtnh,lbsnh->lbnts', query_lbtnh, key_lbsnh))
-  return asker.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh)))
+  return queries.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh)))
 
 
-def _project_asker(asker, memory, rows, query, key, value, num_heads, softmax):
-  """W_k goes to the queries and W_v to the weighted mean of the memory, whose tokens are never
+def _project_queries(queries, context, rows, query, key, value, num_heads, softmax):
+  """W_k goes to the queries and W_v to the weighted mean of the context, whose tokens are never
   projected: for few askers.
   """
   key_ldnh, value_ldnh = (_split(m.kernel_ldc, num_heads) for m in (key, value))
-  memory_lbsd = memory.padded(rows)
-  query = asker.map(
+  context_lbsd = context.padded(rows)
+  query = queries.map(
     lambda x_lbtc: jnp.einsum('lbtnh,ldnh->lbtnd', _split(query(x_lbtc), num_heads), key_ldnh)
   )
-  weights_lbnts = softmax(_scores('lbtnd,lbsd->lbnts', query.padded(rows), memory_lbsd))
-  mean = asker.like(jnp.einsum('lbnts,lbsd->lbtnd', weights_lbnts, memory_lbsd))
+  weights_lbnts = softmax(_scores('lbtnd,lbsd->lbnts', query.padded(rows), context_lbsd))
+  mean = queries.like(jnp.einsum('lbnts,lbsd->lbtnd', weights_lbnts, context_lbsd))
   return mean.map(
     lambda mean_lbtnd: (
       _join(jnp.einsum('lbtnd,ldnh->lbtnh', mean_lbtnd, value_ldnh))
@@ -154,29 +154,29 @@ def _project_asker(asker, memory, rows, query, key, value, num_heads, softmax):
   )
 
 
-def _project_memory(asker, memory, rows, query, key, value, num_heads, softmax):
-  """W_q goes to the keys, and the askers' tokens are never projected: for a short memory."""
-  keys = memory.map(lambda x_lbsd: _split(key(x_lbsd), num_heads))
+def _project_context(queries, context, rows, query, key, value, num_heads, softmax):
+  """W_q goes to the keys, and the queries are never projected: for a short context."""
+  keys = context.map(lambda x_lbsd: _split(key(x_lbsd), num_heads))
   key_lbsnc = keys.map(
     lambda x_lbsnh: jnp.einsum('lbsnh,lcnh->lbsnc', x_lbsnh, _split(query.kernel_ldc, num_heads))
   ).padded(rows)
   bias_lbsn = keys.map(
     lambda x_lbsnh: _scores('lbsnh,lnh->lbsn', x_lbsnh, _split(query.bias_lc, num_heads))
   ).padded(rows)
-  value_lbsnh = _split(memory.map(value).padded(rows), num_heads)
+  value_lbsnh = _split(context.map(value).padded(rows), num_heads)
   scores_lbnts = (
-    _scores('lbtc,lbsnc->lbnts', asker.padded(rows), key_lbsnc)
+    _scores('lbtc,lbsnc->lbnts', queries.padded(rows), key_lbsnc)
     + jnp.moveaxis(bias_lbsn, 3, 2)[:, :, :, None, :]
   )
-  return asker.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', softmax(scores_lbnts), value_lbsnh)))
+  return queries.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', softmax(scores_lbnts), value_lbsnh)))
 
 
-# Multiplications a row for askers and memory in T and S places, TS pairs of tokens, widths C and D,
-# heads side by side W wide, N heads.
+# Multiplications per row for queries and context in T and S places, TS pairs of tokens, widths C
+# and D, heads side by side W wide, N heads.
 FORMS: dict[Callable[..., Tokens], Callable[..., float]] = {
   _project_both: lambda t, s, ts, c, d, w, n: t * c * w + 2 * s * d * w + 2 * ts * w,
-  _project_asker: lambda t, s, ts, c, d, w, n: t * c * w + 2 * t * d * w + 2 * ts * d * n,
-  _project_memory: lambda t, s, ts, c, d, w, n: 2 * s * d * w + s * c * w + ts * (c * n + w),
+  _project_queries: lambda t, s, ts, c, d, w, n: t * c * w + 2 * t * d * w + 2 * ts * d * n,
+  _project_context: lambda t, s, ts, c, d, w, n: 2 * s * d * w + s * c * w + ts * (c * n + w),
 }
 
 

@@ -16,7 +16,7 @@ class Fusion(nn.Module):
   modalities (the classifier's input in eq. 7).
 
   E is the last tapped layer as the head sees it, so normalised with that layer's own statistics and
-  with its stand-in where absent.
+  with its placeholder where absent.
 
   Attributes:
     width: C.
@@ -44,9 +44,9 @@ class Fusion(nn.Module):
       self._map(f'{modality}_{role}', ('embed', 'heads'), last.x_lbtd.shape[-1])
       for role in ('key', 'value')
     )
-    asker = Tokens(joint_bc[None, :, None, :])
+    queries = Tokens(joint_bc[None, :, None, :])
     answer_1b1c = attend(
-      asker, last, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads
+      queries, last, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads
     ).x_lbtd
     if sequence.stand_in_l11d is not None:  # One key, so the softmax is one.
       answer_1b1c = jnp.where(

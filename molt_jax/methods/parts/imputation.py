@@ -110,7 +110,7 @@ class Moments:
     }
 
 
-class Translator(nn.Module):
+class CrossModalImputation(nn.Module):
   """Fills in what is absent by the fitted map; before it is fitted, nothing.
 
   The collection `statistics` holds, for each direction 'to_image' and 'to_text', kernel_lcc [L, C,

@@ -1,7 +1,7 @@
-"""From taps to token sequences: the normalisation of the taps, and what stands in for an absent
+"""From hidden states to token sequences: their normalisation, and what stands in for an absent
 modality.
 
-Whatever sits in the taps of an absent row, or under text padding, is selected away before any
+Whatever sits in the states of an absent row, or under text padding, is selected away before any
 arithmetic: NaN there changes no bit.
 """
 
@@ -33,7 +33,7 @@ class Strategy:
       present modality works alone.
     learned: the token is a parameter, one per layer; otherwise it is zero.
     translates: the absent h_l of eq. 5 is predicted from the present one
-      (`translation.Translator`); its tokens stay absent.
+      (`imputation.CrossModalImputation`); its tokens stay absent.
   """
 
   stands_in: bool
@@ -72,7 +72,7 @@ class RMSNormalize(nn.Module):
 
 class Standardize(nn.Module):
   """Each channel of each layer minus its mean, over its deviation, both streamed over the valid
-  tokens of the training taps.
+  tokens of the training states.
 
   The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances
   from the mean), merged with those of each training batch (`objectives.moments`). Training and
@@ -112,14 +112,14 @@ INPUT_NORMS = {'none': Identity, 'rms': RMSNormalize, 'standardize': Standardize
 
 
 class Inputs(nn.Module):
-  """Normalises the taps of one modality and fills the gap where it is absent.
+  """Normalises the hidden states of one modality and fills the gap where it is absent.
 
   Attributes:
     num_layers: L, layers that are tapped.
     width: D, the tower's width. The parameters follow from these fields alone, never from which
       modality is present.
     norm: a key of INPUT_NORMS.
-    strategy: a key of STRATEGIES. A stand-in lives in the space of the normalised taps.
+    strategy: a key of STRATEGIES. A placeholder lives in the space of the normalised states.
     dtype: type of the tokens that come out.
   """
 
@@ -144,7 +144,7 @@ class Inputs(nn.Module):
     """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt
     is bool[B, 1] of False).
 
-    present_b: bool[B]; content_b: bool[B], rows whose taps may be read (default: present_b, which
+    present_b: bool[B]; content_b: bool[B], rows whose states may be read (default: present_b, which
     must be among them); counted_b: bool[B], rows that enter the statistics if they may be read;
     position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
     """
@@ -182,7 +182,7 @@ def _read(x_lbtd, valid):
 
 
 class InputPair(nn.Module):
-  """Both modalities' taps -> (image, text), the two TokenSequences a head works on.
+  """Both modalities' hidden states -> (image, text), the two TokenSequences a head works on.
 
   A text without a single valid token counts as absent. Attributes as in `Inputs`.
   """

@@ -75,4 +75,4 @@ def _with_pairs(page: Page, draw: Callable[..., Any], caption: Callable[[Pairs],
 def _why_none(run: Run) -> str:
   if run.is_baseline:
     return 'late fusion has no common space'
-  return 'no pairs are recorded (a specialist has none; training writes them)'
+  return 'no pairs are recorded (a unimodal model has none; training writes them)'
