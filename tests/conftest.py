@@ -46,7 +46,7 @@ import pytest  # noqa: E402
 
 
 def pytest_addoption(parser):
-  parser.addoption('--kills', default='4', help='how often tests/test_kills.py kills a run')
+  parser.addoption('--kills', default='2', help='how often tests/test_kills.py kills a run')
 
 
 def pytest_configure(config):

@@ -1,7 +1,7 @@
 """SIGKILL at random moments, many of them during a save: the run that comes out is the
 uninterrupted one, bit for bit.
 
-More kills than the usual few: pytest tests/test_kills.py --kills=20
+More kills than the usual two: pytest tests/test_kills.py --kills=20
 """
 
 import multiprocessing

@@ -40,7 +40,7 @@ def size(tree):
   'quantization, devices, tower_bytes',
   [
     ('int8', 1, LLAMA_MATRICES + CLIP_MATRICES + 2 * REST),
-    ('none', 2, (LLAMA + CLIP) * 2 / 2),
+    pytest.param('none', 2, (LLAMA + CLIP) * 2 / 2, marks=pytest.mark.slow),
   ],
 )
 def test_a_step_of_llama_7b_and_clip_l_14_fits_24_gb(quantization, devices, tower_bytes):

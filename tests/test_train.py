@@ -108,6 +108,7 @@ def test_frozen_parameters_are_byte_identical_after_training_and_get_no_gradient
   assert _bytes(kept['frozen']) == before
 
 
+@pytest.mark.slow  # A run that is resumed equals the whole one: the daily proof of the first half.
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(
   six_step_run, six_steps, tmp_path, same_run
 ):

@@ -233,7 +233,10 @@ def test_a_report_does_without_checkpoints(home):
 
 
 @pytest.mark.parametrize('generator', ['runs', 'bits'])
-def test_a_damaged_folder_is_refused_or_read_as_it_was(fuzz, generator, trained_home, monkeypatch):
+@pytest.mark.parametrize('count', [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_damaged_folder_is_refused_or_read_as_it_was(
+  fuzz, generator, count, trained_home, monkeypatch
+):
   with monkeypatch.context() as patch:
     fuzz('runs', count=0)  # Makes the generators' module importable.
     from fuzzing import runs
@@ -241,7 +244,7 @@ def test_a_damaged_folder_is_refused_or_read_as_it_was(fuzz, generator, trained_
     patch.setattr(runs, 'made', lambda: trained_home.run)
     for cached in (runs.saved, runs._assembly):
       cached.cache_clear()
-    fuzz(generator, count=25)
+    fuzz(generator, count=count)
 
 
 # ---- Files beside it -----------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 # Further arguments go to pytest:
 #   [PYTHON=python3.12] bash tools/test.sh [--all] tests/modules -x
 set -euo pipefail
-marks='not slow'
+selected=(-m 'not slow')
 if [[ ${1-} == --all ]]; then
-  marks=''
+  selected=(--kills=20)
   shift
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -19,4 +19,4 @@ runpy.run_path("tests/conftest.py")["jax"].numpy.ones(2).sum().block_until_ready
   echo 'error: JAX does not run under the settings of tests/conftest.py; see above' >&2
   exit 1
 fi
-python -m pytest -n 2 --dist=loadfile -m "$marks" --durations=10 "$@"
+python -m pytest -n 2 --dist=loadfile "${selected[@]}" --durations=10 "$@"
