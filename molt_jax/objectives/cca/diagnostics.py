@@ -52,7 +52,7 @@ def _fit(x_nd, y_nd, weight_n, ridge):
 def _directions(view, factor, turn_ks):
   """Columns [d, k] of one view, from its `Centred`, its `Factor` and singular vectors as rows."""
   direction_kd = jnp.linalg.multi_dot([turn_ks, *factor.back])
-  return jnp.clip(direction_kd.T * view.inverse_norm, -LARGEST, LARGEST)
+  return jnp.clip(direction_kd.T * view.inverse_norm * view.inverse_size, -LARGEST, LARGEST)
 
 
 def _weights(weight_n, x_nd):

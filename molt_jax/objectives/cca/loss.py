@@ -230,5 +230,6 @@ def _pull_back(own, other, a_kj, w_jk, centred, rows, share):
   g_nd -= jnp.sum(g_nd * centred.x_nd) * centred.x_nd
   g_nd -= rows.unit_n[:, None] * (rows.unit_n @ g_nd)[None, :]
   g_nd *= -share * rows.root_weight_n[:, None]
-  g_nd = jnp.where(rows.root_weight_n[:, None] > 0, g_nd * centred.inverse_norm, 0.0)
+  g_nd *= centred.inverse_norm
+  g_nd = jnp.where(rows.root_weight_n[:, None] > 0, g_nd * centred.inverse_size, 0.0)
   return jnp.clip(g_nd, -LARGEST, LARGEST)

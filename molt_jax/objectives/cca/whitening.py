@@ -50,11 +50,13 @@ class Rows(NamedTuple):
 class Centred(NamedTuple):
   """A view with weighted mean zero and unit Frobenius norm.
 
-  x_nd = xc_nd / inverse_norm, row by row times sqrt(weight).
+  x_nd = xc_nd / norm, row by row times sqrt(weight). 1 / norm = inverse_norm * inverse_size, which
+  alone can be beyond float32 where a gradient is not: multiply by one after the other.
   """
 
   x_nd: jax.Array
   inverse_norm: jax.Array
+  inverse_size: jax.Array
   mean_d: jax.Array
 
 
@@ -111,10 +113,10 @@ def centre(x_nd, rows):
   norm = jnp.sqrt(jnp.sum(x_nd * x_nd))
   is_constant = norm == 0
   inverse = jnp.where(is_constant, 0.0, 1.0 / jnp.where(is_constant, 1.0, norm))
-  # The gradient of a tiny view can leave float32, and by rounding the mean of a huge one.
-  inverse_norm = jnp.minimum(inverse * jnp.minimum((1 / spread) * (1 / size), LARGEST), LARGEST)
+  inverse_norm = jnp.minimum(inverse * (1 / spread), LARGEST)
+  # By rounding, the mean of a huge view can leave float32.
   mean_d = jnp.clip((first_d + mean_d * spread) * size, -LARGEST, LARGEST)
-  return Centred(x_nd * inverse, inverse_norm, mean_d)
+  return Centred(x_nd * inverse, inverse_norm, 1 / size, mean_d)
 
 
 def magnitude(x, axis=None):
