@@ -292,6 +292,27 @@ def test_mistakes_are_named(arguments):
     cca_loss(**({'x_nd': np.zeros((4, 3)), 'y_nd': np.zeros((4, 3))} | arguments))
 
 
+@pytest.mark.parametrize(
+  ('weak', 'light', 'exponent'), [(1, 1e-8, -120), (1e-4, 1, 124)], ids=['tiny', 'huge']
+)
+def test_gradient_in_range_of_a_view_whose_inverse_norm_is_not(weak, light, exponent):
+  """A view 2^k times as large has a gradient 2^k times as small.
+
+  Rows of small weight make the norm smaller than a gradient's inverse, weak directions larger.
+  """
+  x_nd, y_nd = pair(9, 8, 8)
+  x_nd[:, 1:] *= weak
+  weight_n = np.where(np.arange(len(x_nd)) == 0, 1, light)
+  results = [
+    loss_and_gradients(np.ldexp(x_nd, k), y_nd, weight_n, ridge=1e-10) for k in (0, exponent)
+  ]
+  (loss, (dx_nd, dy_nd)), (scaled_loss, (scaled_dx_nd, scaled_dy_nd)) = results
+  assert scaled_loss == loss and np.array_equal(scaled_dy_nd, dy_nd)
+  scaled_dx_nd = np.ldexp(np.asarray(scaled_dx_nd, np.float64), exponent)
+  # A CPU flushes single entries to 0.
+  assert relative(scaled_dx_nd, np.asarray(dx_nd, np.float64)) <= 1e-4
+
+
 # Always finite.
 
 
