@@ -225,12 +225,14 @@ def _do(module: str, flags: list[str], printed: pathlib.Path, patch) -> None:
   """In a process of its own: does the work, what it prints goes to files."""
   import importlib
 
+  from molt_jax import commands
+
   for name, descriptor in (('stdout', 1), ('stderr', 2)):
     os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
   for name, value in patch:
     owner, _, attribute = name.rpartition('.')
     setattr(importlib.import_module(f'molt_jax.{owner}'), attribute, value)
-  sys.exit(importlib.import_module(f'molt_jax.{module}').main(flags))
+  commands.end(importlib.import_module(f'molt_jax.{module}').main(flags))
 
 
 @functools.cache
