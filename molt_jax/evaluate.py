@@ -114,20 +114,6 @@ def _rates(
   return conditions
 
 
-def _words(text: str) -> list[str]:
-  return [word for word in text.split(',') if word]
-
-
-def _rate(text: str) -> float:
-  try:
-    rate = float(text)
-  except ValueError:
-    rate = -1.0
-  if not 0 <= rate <= 1:
-    raise UserError(f'--missing_rate: {text!r} is not legal; give a number from 0 to 1')
-  return rate
-
-
 def _check_left(
   config: ml_collections.ConfigDict, absent: Collection[str], missing_rates: Collection[float]
 ) -> None:

@@ -137,29 +137,29 @@ def test_sharding_the_batch_changes_nothing(case, presence):
   )  # Gradients: sums in another order, then inverse covariances.
 
 
-def attention_problem(*, askers=3, keys=5, width=8):
-  """Inputs and maps of `attend` in float64: L = 2, B = 3, asker and memory of different widths, at
-  least one valid key a row.
+def attention_problem(*, queries=3, keys=5, width=8):
+  """Inputs and maps of `attend` in float64: L = 2, B = 3, queries and context of different widths,
+  at least one valid key per example.
   """
   rng = np.random.default_rng(0)
   draw = functools.partial(rng.normal, size=None)
-  asker_lbtc, memory_lbsd = draw(size=(2, 3, askers, 6)), draw(size=(2, 3, keys, 7))
+  query_lbtc, memory_lbsd = draw(size=(2, 3, queries, 6)), draw(size=(2, 3, keys, 7))
   maps = {
     'query': (draw(size=(2, 6, width)), draw(size=(2, width))),
     'key': (draw(size=(2, 7, width)),),
     'value': (draw(size=(2, 7, width)), draw(size=(2, width))),
   }
-  return asker_lbtc, memory_lbsd, np.arange(keys) < rng.integers(1, keys + 1, (3, 1)), maps
+  return query_lbtc, memory_lbsd, np.arange(keys) < rng.integers(1, keys + 1, (3, 1)), maps
 
 
-def pytorch_attention(asker_lbtc, memory_lbsd, mask_bs, maps, num_heads):
+def pytorch_attention(query_lbtc, memory_lbsd, mask_bs, maps, num_heads):
   def project(x_lbtd, kernel_ldc, bias_lc=None):
     y_lbtc = x_lbtd @ kernel_ldc[:, None]
     y_lbtc = y_lbtc if bias_lc is None else y_lbtc + bias_lc[:, None, None]
     return y_lbtc.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
 
   projected = (
-    project(asker_lbtc, *maps['query']),
+    project(query_lbtc, *maps['query']),
     project(memory_lbsd, *maps['key']),
     project(memory_lbsd, *maps['value']),
   )
@@ -179,30 +179,30 @@ def packed(x_lbtd, keep_bt):
 
 @pytest.mark.parametrize('form', attention.FORMS)
 @pytest.mark.parametrize(
-  'num_heads, pack', [(1, ''), (2, ''), (4, ''), (2, 'asker'), (2, 'memory')]
+  'num_heads, pack', [(1, ''), (2, ''), (4, ''), (2, 'query_tokens'), (2, 'memory')]
 )
 def test_attention_and_its_gradients_equal_pytorch_in_every_form(
   monkeypatch, form, num_heads, pack
 ):
   monkeypatch.setattr(attention, 'FORMS', {form: attention.FORMS[form]})
-  asker, memory, mask_bs, maps = attention_problem()
+  query_tokens, memory, mask_bs, maps = attention_problem()
   weight = np.random.default_rng(1).normal(size=(2, 3, 3, 8))
-  leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), (asker, memory, maps))
+  leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), (query_tokens, memory, maps))
   expected = pytorch_attention(*leaves[:2], mask_bs, leaves[2], num_heads)
   keep_bt = np.arange(3) < np.array([[2], [3], [1]])
-  weight *= 1 if pack != 'asker' else keep_bt[None, :, :, None]
+  weight *= 1 if pack != 'query_tokens' else keep_bt[None, :, :, None]
   torch.sum(expected * torch.tensor(weight)).backward()
 
-  def value(asker, memory, maps):
+  def value(query_tokens, memory, maps):
     maps = {role: attention.Affine(*m) for role, m in maps.items()}
-    asker = packed(asker, keep_bt) if pack == 'asker' else Tokens(asker)
+    query_tokens = packed(query_tokens, keep_bt) if pack == 'query_tokens' else Tokens(query_tokens)
     memory = packed(memory, mask_bs) if pack == 'memory' else Tokens(memory)
-    answer = attention.attend(asker, memory, mask_bs, **maps, num_heads=num_heads).padded(3)
+    answer = attention.attend(query_tokens, memory, mask_bs, **maps, num_heads=num_heads).padded(3)
     return jnp.sum(answer * weight.astype(np.float32)), answer
 
-  inputs = jax.tree.map(lambda x: x.astype(np.float32), (asker, memory, maps))
+  inputs = jax.tree.map(lambda x: x.astype(np.float32), (query_tokens, memory, maps))
   (_, actual), gradient = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
-  asked_bt = keep_bt if pack == 'asker' else np.ones_like(keep_bt)
+  asked_bt = keep_bt if pack == 'query_tokens' else np.ones_like(keep_bt)
   np.testing.assert_allclose(
     actual[:, asked_bt], expected.detach().numpy()[:, asked_bt], rtol=1e-5, atol=1e-5
   )
@@ -211,7 +211,7 @@ def test_attention_and_its_gradients_equal_pytorch_in_every_form(
 
 
 @pytest.mark.parametrize(
-  ('askers', 'keys', 'num_heads', 'cheapest'),
+  ('queries', 'keys', 'num_heads', 'cheapest'),
   [
     (1, 65, 1, '_project_queries'),
     (16, 65, 1, '_project_queries'),
@@ -219,9 +219,9 @@ def test_attention_and_its_gradients_equal_pytorch_in_every_form(
     (40, 40, 16, '_project_both'),
   ],
 )
-def test_attention_brackets_its_products_by_their_cost(askers, keys, num_heads, cheapest):
-  asker, memory, _, maps = jax.tree.map(
-    np.float32, attention_problem(askers=askers, keys=keys, width=64)
+def test_attention_brackets_its_products_by_their_cost(queries, keys, num_heads, cheapest):
+  query_tokens, memory, _, maps = jax.tree.map(
+    np.float32, attention_problem(queries=queries, keys=keys, width=64)
   )
   cost = {}
   for form in attention.FORMS:
@@ -230,22 +230,22 @@ def test_attention_brackets_its_products_by_their_cost(askers, keys, num_heads, 
       maps_of = (attention.Affine(*maps[role]) for role in ('query', 'key', 'value'))
       return form(*map(Tokens, arrays), 3, *maps_of, num_heads, jax.nn.softmax).x_lbtd
 
-    cost[form.__name__] = jax.jit(run).lower(asker, memory).cost_analysis()['flops']
+    cost[form.__name__] = jax.jit(run).lower(query_tokens, memory).cost_analysis()['flops']
   assert min(cost, key=cost.get) == cheapest
-  sizes = (askers, keys, askers * keys, 6, 7, 64, num_heads)
+  sizes = (queries, keys, queries * keys, 6, 7, 64, num_heads)
   assert min(attention.FORMS, key=lambda form: attention.FORMS[form](*sizes)).__name__ == cheapest
 
 
 def test_attention_without_a_valid_key_is_finite():
-  asker, memory, mask_bs, maps = jax.tree.map(np.float32, attention_problem())
+  query_tokens, memory, mask_bs, maps = jax.tree.map(np.float32, attention_problem())
   maps = {role: attention.Affine(*m) for role, m in maps.items()}
 
-  def value(asker):
+  def value(query_tokens):
     return attention.attend(
-      Tokens(asker), Tokens(memory), np.zeros_like(mask_bs, bool), **maps, num_heads=1
+      Tokens(query_tokens), Tokens(memory), np.zeros_like(mask_bs, bool), **maps, num_heads=1
     ).x_lbtd.sum()
 
-  value, gradient = jax.value_and_grad(value)(asker)
+  value, gradient = jax.value_and_grad(value)(query_tokens)
   assert np.isfinite(value) and np.isfinite(gradient).all()
 
 

@@ -1,5 +1,5 @@
-"""PyTorch where it is installed; elsewhere a stand-in that skips, visibly, whichever test reaches
-for it.
+"""PyTorch where it is installed; elsewhere a placeholder that skips, visibly, whichever test
+reaches for it.
 
 `from optional_torch import torch` in place of `import torch` keeps all else of a module running.
 """

@@ -137,7 +137,7 @@ def _project_both(queries, context, rows, query, key, value, num_heads, softmax)
 
 def _project_queries(queries, context, rows, query, key, value, num_heads, softmax):
   """W_k goes to the queries and W_v to the weighted mean of the context, whose tokens are never
-  projected: for few askers.
+  projected: for few queries.
   """
   key_ldnh, value_ldnh = (_split(m.kernel_ldc, num_heads) for m in (key, value))
   context_lbsd = context.padded(rows)
