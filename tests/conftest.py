@@ -115,6 +115,30 @@ def tiny_towers(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope='session')
+def tiny_pair(tiny_towers) -> dict[str, object]:
+  """Fields of a config of pretraining that trains in seconds; without its data and its epochs."""
+  return {
+    'text.max_tokens': 12,
+    'mesh.data': 1,
+    'compute_dtype': 'float32',
+    'backbones.text.path': tiny_towers['text'],
+    'backbones.image.size': 16,
+    'backbones.image.patch': 8,
+    'backbones.image.width': 16,
+    'backbones.image.layers': 2,
+    'backbones.image.heads': 2,
+    'projection.width': 12,
+    'optimizer.learning_rate': 3e-3,
+    'optimizer.weight_decay': 0.1,
+    'objective.v2v': 0.3,
+    'objective.uniformity': 0.1,
+    'train.batch_size': 8,
+    'eval.batch_size': 8,
+    'eval.select': 'latest',
+  }
+
+
+@pytest.fixture(scope='session')
 def tiny_table(tmp_path_factory) -> pathlib.Path:
   """A folder in the own-data layout: 48 + 12 + 14 coloured squares of 3 classes; some rows lack the
   image or the text.

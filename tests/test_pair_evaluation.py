@@ -149,32 +149,16 @@ def test_one_class_alone_leaves_retrieval(examples):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, tiny_towers, tiny_table):
+def trained(tmp_path_factory, tiny_pair, tiny_table):
   """A pair trained for a few steps; the config of tests/test_pretrain.py, whose compiled programs
   are then at hand.
   """
   config = PRETRAINING.default()
   overrides = {
+    **tiny_pair,
     'dataset.path': str(tiny_table),
-    'text.max_tokens': 12,
-    'mesh.data': 1,
     'input.text_store': '',
-    'compute_dtype': 'float32',
-    'backbones.text.path': tiny_towers['text'],
-    'backbones.image.size': 16,
-    'backbones.image.patch': 8,
-    'backbones.image.width': 16,
-    'backbones.image.layers': 2,
-    'backbones.image.heads': 2,
-    'projection.width': 12,
-    'optimizer.learning_rate': 3e-3,
-    'optimizer.weight_decay': 0.1,
-    'objective.v2v': 0.3,
-    'objective.uniformity': 0.1,
-    'train.batch_size': 8,
     'train.epochs': 3.0,
-    'eval.batch_size': 8,
-    'eval.select': 'latest',
   }
   for name, value in overrides.items():
     resolved.set_field(config, name, value)

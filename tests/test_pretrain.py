@@ -45,7 +45,7 @@ FROM_PRETRAIN = 'import sys; from molt_jax import pretrain; sys.exit(pretrain.ma
 
 
 @pytest.fixture(scope='module')
-def make_config(tiny_towers, tiny_table, tmp_path_factory):
+def make_config(tiny_pair, tiny_table, tmp_path_factory):
   """Returns a function of overrides (dotted names): a config that trains in seconds, 36 pairs, 4.5
   steps an epoch.
   """
@@ -53,28 +53,12 @@ def make_config(tiny_towers, tiny_table, tmp_path_factory):
 
   def make(**overrides):
     values = {
+      **tiny_pair,
       'dataset.path': str(tiny_table),
-      'text.max_tokens': 12,
-      'mesh.data': 1,
       'input.text_store': str(store),
-      'compute_dtype': 'float32',
-      'backbones.text.path': tiny_towers['text'],
-      'backbones.image.size': 16,
-      'backbones.image.patch': 8,
-      'backbones.image.width': 16,
-      'backbones.image.layers': 2,
-      'backbones.image.heads': 2,
-      'projection.width': 12,
-      'optimizer.learning_rate': 3e-3,
-      'optimizer.weight_decay': 0.1,
-      'objective.v2v': 0.3,
-      'objective.uniformity': 0.1,
-      'train.batch_size': 8,
       'train.epochs': 3.0,
       'train.log_every': 1,
       'train.save_every': 2,
-      'eval.batch_size': 8,
-      'eval.select': 'latest',
       'export.dtype': 'float32',
     } | overrides
     config = PRETRAINING.default()

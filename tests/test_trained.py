@@ -582,33 +582,17 @@ def test_outputs_that_are_not_finite_have_no_score(home, entry, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def pair_home(tmp_path_factory, tiny_towers, tiny_table):
+def pair_home(tmp_path_factory, tiny_pair, tiny_table):
   """A pair of towers after a few steps; the config of tests/test_pair_evaluation.py."""
   home = Home(tmp_path_factory.mktemp('pair'))
   shutil.copytree(tiny_table, home.table)
   config = PRETRAINING.default()
   config.update_from_flattened_dict(
     {
+      **tiny_pair,
       'dataset.path': str(home.table),
-      'text.max_tokens': 12,
-      'mesh.data': 1,
       'input.text_store': '',
-      'compute_dtype': 'float32',
-      'backbones.text.path': tiny_towers['text'],
-      'backbones.image.size': 16,
-      'backbones.image.patch': 8,
-      'backbones.image.width': 16,
-      'backbones.image.layers': 2,
-      'backbones.image.heads': 2,
-      'projection.width': 12,
-      'optimizer.learning_rate': 3e-3,
-      'optimizer.weight_decay': 0.1,
-      'objective.v2v': 0.3,
-      'objective.uniformity': 0.1,
-      'train.batch_size': 8,
       'train.epochs': 1.0,
-      'eval.batch_size': 8,
-      'eval.select': 'latest',
     }
   )
   pretrain.pretrain(PRETRAINING.validate(config), home.run)
