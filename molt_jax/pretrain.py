@@ -113,11 +113,9 @@ class PairTrainer(Trainer):
       self.assembly.data.splits['train'],
       self.assembly.preprocess,
       _views(config),
-      batch_size=config.train.batch_size,
+      self.assembly.batching('train'),
       seed=config.seed,
       text_pooled_nd=self._pooled.get('train'),
-      num_threads=config.input.num_threads,
-      prefetch=config.input.prefetch,
     )
 
   def validate(self, state: TrainState, monitor: StepMonitor) -> tuple[dict[str, Any], str]:

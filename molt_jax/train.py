@@ -22,14 +22,13 @@ import ml_collections
 import numpy as np
 
 from molt_jax.data import missing, pipeline
-from molt_jax.data.sources import UNLABELLED, Source, classes_of
+from molt_jax.data.sources import UNLABELLED, Source
 from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import extract, store
 from molt_jax.methods.parts.inputs import STRATEGIES
-from molt_jax.objectives import cross_entropy
-from molt_jax.runtime import console, processes, sharding
+from molt_jax.runtime import console, processes
 from molt_jax.runtime.signals import exit_code
 from molt_jax.training import imputation_fit, losses, train_state, workdir
 from molt_jax.training.assembly import Assembly
@@ -102,23 +101,14 @@ class ClassifierTrainer(Trainer):
 
   def iterator(self) -> Any:
     """See `Trainer`."""
-    config, mesh = self.config, self.assembly.mesh
     return pipeline.train_iterator(
       self.assembly.data.splits['train'],
       self.assembly.preprocess,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
+      self.assembly.batching('train'),
+      seed=self.config.seed,
       present=self._left['train'],
       stored=self._stored['train'],
-      pack=sharding.packing(config, mesh, parts=config.train.accumulate),
-      num_threads=config.input.num_threads,
-      prefetch=config.input.prefetch,
-      **sharding.data_shard(mesh),
     )
-
-  def class_weights(self) -> np.ndarray | None:
-    """See `Trainer`."""
-    return class_weights(self.assembly)
 
   def refresh(self, state: TrainState) -> TrainState:
     """See `Trainer`."""
@@ -230,19 +220,6 @@ def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> n
   return missing.present_table(
     source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present
   )
-
-
-def class_weights(assembly: Assembly) -> np.ndarray | None:
-  """Returns float32[K] from the training split's class counts, or None."""
-  config = assembly.config
-  if config.loss.class_weights == 'none':
-    return None
-  labels = assembly.data.splits['train'].labels
-  classes = [k for label in labels for k in classes_of(label)]
-  count_k = np.bincount(classes, minlength=assembly.num_classes)
-  if config.dataset.multi_label:
-    return cross_entropy.balanced_positive_weights(count_k, num_examples=len(labels))
-  return cross_entropy.balanced_class_weights(count_k)
 
 
 def introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> None:

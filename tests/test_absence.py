@@ -98,7 +98,7 @@ def test_content_under_an_absent_modality_changes_no_bit_of_training_evaluation_
   @jax.jit
   def everything(batch):
     """The new state holds the gradients, in Adam's first moments."""
-    trained = setup.step_fn()(state, frozen, batch, None)
+    trained = setup.step_fn()(state, frozen, batch)
     variables = {'params': state.params, 'statistics': state.statistics}
     evaluated = scoring.eval_step(variables, frozen, batch, totals, method=setup.method)
     return trained, evaluated, setup.logits(variables, frozen, batch)
@@ -136,26 +136,27 @@ def test_hits_are_the_same_whatever_batch_threads_processes_and_resume_point(tin
   expected = {i: tuple(p) for i, p in enumerate(table_nm)}
   assert all(any(p) for p in expected.values())
   for batch_size, num_threads, processes in ((4, 1, 1), (16, 3, 1), (8, 2, 2)):
-    options = {
-      'batch_size': batch_size,
-      'present': table_nm,
-      'num_threads': num_threads,
-      'process_count': processes,
-    }
     evaluated, trained = {}, {}
     for process in range(processes):
-      evaluated |= hits(
-        pipeline.eval_batches(source, preprocess, process_index=process, **options), 99
+      how = pipeline.Batching(
+        batch_size,
+        num_threads=num_threads,
+        process_index=process,
+        process_count=processes,
       )
-      trained |= hits(
-        pipeline.train_iterator(source, preprocess, seed=5, process_index=process, **options),
-        48 // batch_size,
-      )
+      every = pipeline.eval_batches(source, preprocess, how, present=table_nm)
+      evaluated |= hits(every, 99)
+      drawn = pipeline.train_iterator(source, preprocess, how, seed=5, present=table_nm)
+      trained |= hits(drawn, 48 // batch_size)
     assert evaluated == trained == expected
-  iterator = pipeline.train_iterator(source, preprocess, seed=5, batch_size=4, present=table_nm)
+  iterator = pipeline.train_iterator(
+    source, preprocess, pipeline.Batching(batch_size=4), seed=5, present=table_nm
+  )
   first = hits(iterator, 5)
   position = iterator.get_state()
-  resumed = pipeline.train_iterator(source, preprocess, seed=5, batch_size=4, present=table_nm)
+  resumed = pipeline.train_iterator(
+    source, preprocess, pipeline.Batching(batch_size=4), seed=5, present=table_nm
+  )
   resumed.set_state(position)
   assert first | hits(resumed, 7) == expected
 

@@ -127,9 +127,13 @@ def test_stored_states_are_live_states_on_every_valid_token(six_steps):
   config = six_steps()
   assembly, stored = _open(config)
   source, preprocess = assembly.data.splits['train'], assembly.preprocess
-  live = next(iter(pipeline.eval_batches(source, preprocess, batch_size=48)))
+  live = next(iter(pipeline.eval_batches(source, preprocess, pipeline.Batching(batch_size=48))))
   ours = next(
-    iter(pipeline.eval_batches(source, preprocess, batch_size=48, stored=stored['train']))
+    iter(
+      pipeline.eval_batches(
+        source, preprocess, pipeline.Batching(batch_size=48), stored=stored['train']
+      )
+    )
   )
   for name in ('present', 'token_mask', 'label', 'weight', 'index'):
     np.testing.assert_array_equal(live[name], ours[name])
@@ -163,7 +167,7 @@ def test_the_order_and_the_protocol_of_training_are_those_of_live_training(six_s
 
   def batches(**how):
     iterator = pipeline.train_iterator(
-      source, preprocess, batch_size=7, seed=3, present=keep, **how
+      source, preprocess, pipeline.Batching(batch_size=7), seed=3, present=keep, **how
     )
     return [next(iterator) for _ in range(9)]
 
@@ -302,7 +306,11 @@ def test_unusable_images_are_reported_and_absent_as_in_live_training(
     assembly, stored = _open(config)
     source, preprocess = assembly.data.splits['train'], assembly.preprocess
     batches.append(
-      list(pipeline.eval_batches(source, preprocess, batch_size=8, stored=stored['train']))
+      list(
+        pipeline.eval_batches(
+          source, preprocess, pipeline.Batching(batch_size=8), stored=stored['train']
+        )
+      )
     )
     lines.append(sorted(preprocess.report.line().split(': ', 1)[1].split(', train')))
   assert len(lines[0]) == 2 and preprocess.report.counts() == {'image': 2}
@@ -418,9 +426,11 @@ def test_damage_stops_training_before_it_is_trained_on_and_names_the_file(
     assembly, stored = _open(six_steps(tmp_path / f'store{n}'))
     splits, preprocess = assembly.data.splits, assembly.preprocess
     iterator = pipeline.train_iterator(
-      splits['train'], preprocess, batch_size=48, seed=0, stored=stored['train']
+      splits['train'], preprocess, pipeline.Batching(batch_size=48), seed=0, stored=stored['train']
     )
-    other = pipeline.eval_batches(splits['test'], preprocess, batch_size=14, stored=stored['test'])
+    other = pipeline.eval_batches(
+      splits['test'], preprocess, pipeline.Batching(batch_size=14), stored=stored['test']
+    )
     with pytest.raises(UserError, match='is damaged') as error:
       next(iterator)
       list(other)

@@ -57,7 +57,7 @@ def test_a_step_of_llama_7b_and_clip_l_14_fits_24_gb(quantization, devices, towe
   state, frozen, batch = workload.shapes()
   memory = (
     workload.step()
-    .lower(state, frozen, batch, None)
+    .lower(state, frozen, batch)
     .compile(compiler_options=AS_ON_AN_ACCELERATOR)
     .memory_analysis()
   )

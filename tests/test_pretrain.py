@@ -338,9 +338,7 @@ def _make_gradient(config):
   state = state.replace(statistics=statistics)
   frozen = dict.fromkeys(method.modules)
   step = jax.jit(
-    lambda state, batch: train_step(
-      state, frozen, batch, None, method=method, objective=objective, tx=tx
-    )
+    lambda state, batch: train_step(state, frozen, batch, method=method, objective=objective, tx=tx)
   )
 
   def gradient(batch):

@@ -308,7 +308,7 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
     with torch.no_grad():
       loss, ce, cca = (float(x) for x in rival.loss(theirs))
     rival.step(theirs)
-    state, metrics = step(state, ours.frozen, ours.host, None)
+    state, metrics = step(state, ours.frozen, ours.host)
     assert float(metrics['loss_ce']) == pytest.approx(ce, rel=1e-4)
     assert float(metrics['loss_cca']) == pytest.approx(cca, rel=1e-3)
     assert float(metrics['loss']) == pytest.approx(loss, rel=1e-3)

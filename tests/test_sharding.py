@@ -88,7 +88,7 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
   work = Workload.open(config, num_classes=5)
   state, frozen, batch = work.shapes()
   found = collectives.compiled_collectives(
-    work.step().lower(state, frozen, batch, None).compile().as_text()
+    work.step().lower(state, frozen, batch).compile().as_text()
   )
   listed = collectives.collectives(work.assembly, state)
 

@@ -2,6 +2,7 @@
 does not grow with their depth.
 """
 
+import dataclasses
 import types
 
 import jax
@@ -56,7 +57,6 @@ def test_runs_that_differ_in_their_seed_share_a_program(tiny_config):
         setup.state(),
         setup.frozen(),
         _batch(4, size=16, tokens=12),
-        None,
       )
       .as_text()
     )
@@ -86,11 +86,8 @@ def test_accumulation_is_the_whole_batch(tiny_config, fields):
   for accumulate in (1, 4):
     tiny_config.train.accumulate = accumulate
     setup = make_setup(tiny_config)
-    frozen, state, step = (
-      setup.frozen(),
-      setup.state(),
-      setup.step(),
-    )
+    setup.objective = dataclasses.replace(setup.objective, class_weight_k=class_weight_k)
+    frozen, state, step = setup.frozen(), setup.state(), setup.step()
     seen = []
     for seed in range(2):  # The second step has a past and statistics to add to.
       batch = _batch(16, size=16, tokens=12, seed=seed)
@@ -100,7 +97,7 @@ def test_accumulation_is_the_whole_batch(tiny_config, fields):
         )
       if tiny_config.dataset.multi_label:
         batch['label'] = np.eye(3, dtype=np.float32)[batch['label']]
-      state, metrics = step(state, frozen, batch, class_weight_k)
+      state, metrics = step(state, frozen, batch)
       seen.append(metrics)
     results.append(
       jax.device_get((seen, state.opt_state, state.statistics, state.cca, state.params))
@@ -133,7 +130,7 @@ def test_a_row_without_a_label_takes_part_in_cca_alone(tiny_config):
   blank = labelled | {'label': np.where(some, labelled['label'], UNLABELLED).astype(np.int32)}
   fewer = labelled | {'weight': labelled['weight'] * some}
   seen = {
-    name: step(setup.state(), frozen, batch, None)[1]
+    name: step(setup.state(), frozen, batch)[1]
     for name, batch in (('all', labelled), ('blank', blank), ('fewer', fewer))
   }
   np.testing.assert_allclose(seen['blank']['loss_ce'], seen['fewer']['loss_ce'], rtol=1e-6)
@@ -162,7 +159,7 @@ def _compiled(tiny_config, monkeypatch, layers):
     tiny_config.backbones[modality].path = 'random:deep'
   tiny_config.method, tiny_config.missing.views = 'late_fusion', False
   work = Workload.open(tiny_config, num_classes=3)
-  return work.step().lower(*work.shapes(), None).compile(), work.shapes()
+  return work.step().lower(*work.shapes()).compile(), work.shapes()
 
 
 def test_depth_costs_no_compilation_and_towers_keep_nothing_for_a_way_back(

@@ -103,10 +103,8 @@ def _loader(source, preprocess, config, threads: int, batches: int) -> Callable[
     iterator = pipeline.train_iterator(
       source,
       preprocess,
-      batch_size=config.train.batch_size,
+      pipeline.Batching(batch_size=config.train.batch_size, num_threads=threads, prefetch=threads),
       seed=0,
-      num_threads=threads,
-      prefetch=threads,
     )
     for _ in range(batches):
       next(iterator)
@@ -135,7 +133,7 @@ def _stepper(workload, frozen, batch, batches) -> Callable[[], float]:
     nonlocal state
     start = time.perf_counter()
     for _ in range(batches):
-      state, metrics = step(state, frozen, batch, None)
+      state, metrics = step(state, frozen, batch)
     jax.block_until_ready(metrics)
     return batches * workload.config.train.batch_size / (time.perf_counter() - start)
 

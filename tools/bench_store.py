@@ -87,12 +87,14 @@ class Bench:
     return pipeline.train_iterator(
       self.source,
       self.assembly.preprocess,
-      batch_size=self.config.train.batch_size,
+      pipeline.Batching(
+        batch_size=self.config.train.batch_size,
+        pack=None if padded else sharding.packing(self.config, self.mesh),
+        num_threads=self.config.input.num_threads,
+        prefetch=self.config.input.prefetch,
+      ),
       seed=0,
       stored=stored,
-      pack=None if padded else sharding.packing(self.config, self.mesh),
-      num_threads=self.config.input.num_threads,
-      prefetch=self.config.input.prefetch,
     )
 
   def fill(self):
@@ -111,8 +113,9 @@ class Bench:
     batches = pipeline.eval_batches(
       self.source,
       self.assembly.preprocess,
-      batch_size=self.config.train.batch_size,
-      pack=sharding.packing(self.config, self.mesh),
+      pipeline.Batching(
+        batch_size=self.config.train.batch_size, pack=sharding.packing(self.config, self.mesh)
+      ),
     )
     for batch in one_of_each_size(batches):
       jax.block_until_ready(forward(self.frozen, sharding.put_batch(batch, self.mesh)))
@@ -125,7 +128,7 @@ class Bench:
     """Runs steps as the training loop does; returns (state, seconds a step)."""
     start = time.perf_counter()
     for batch in itertools.islice(batches, steps):
-      state, metrics = self.step(state, frozen, sharding.put_batch(batch, self.mesh), None)
+      state, metrics = self.step(state, frozen, sharding.put_batch(batch, self.mesh))
     jax.block_until_ready(metrics)
     return state, (time.perf_counter() - start) / steps
 
@@ -160,7 +163,7 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
     'store': [bench.state(), nothing, bench.batches(stored), STORED_PER_LIVE, []],
   }
   for batch in one_of_each_size(itertools.islice(bench.batches(None), rounds + 1)):
-    bench.step(bench.state(), bench.frozen, sharding.put_batch(batch, bench.mesh), None)
+    bench.step(bench.state(), bench.frozen, sharding.put_batch(batch, bench.mesh))
   for turn in range(rounds + 1):
     for lane in lanes.values():
       lane[0], seconds = bench.seconds(*lane[:4])
@@ -170,7 +173,7 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   state, head = lanes['store'][0], []
   for _ in range(rounds * STORED_PER_LIVE):
     start = time.perf_counter()
-    state, metrics = bench.step(state, nothing, on_device, None)
+    state, metrics = bench.step(state, nothing, on_device)
     jax.block_until_ready(metrics)
     head.append(time.perf_counter() - start)
   taken = {name: lane[4] for name, lane in lanes.items()}

@@ -180,7 +180,7 @@ class Ours:
 
     def run():
       nonlocal state
-      state, metrics = step(state, frozen, batch, None)
+      state, metrics = step(state, frozen, batch)
       return metrics
 
     return run

@@ -65,12 +65,12 @@ class Stepper:
 
   def __init__(self, workload: Workload):
     start = time.perf_counter()
-    self.compiled = workload.step().lower(*workload.shapes(), None).compile()
+    self.compiled = workload.step().lower(*workload.shapes()).compile()
     self.compile_seconds = time.perf_counter() - start
     self.frozen, self._state = workload.frozen(), workload.state()
 
   def __call__(self, batch):
-    self._state, metrics = self.compiled(self._state, self.frozen, batch, None)
+    self._state, metrics = self.compiled(self._state, self.frozen, batch)
     return metrics
 
 
@@ -102,7 +102,7 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
   }
   rest = step - sum(part['seconds'] for part in split.values())
   device = jax.devices()[0]
-  flops = matmul_flops(workload.step(), *workload.shapes(), None)
+  flops = matmul_flops(workload.step(), *workload.shapes())
   peak = PEAK_FLOPS.get(device.device_kind)
   peak = peak and peak * workload.mesh.size
   return {
@@ -186,10 +186,12 @@ def _pipeline(config, workload, stepper, rounds):
   iterator = pipeline.train_iterator(
     data.splits['train'],
     workload.assembly.preprocess,
-    batch_size=config.train.batch_size,
+    pipeline.Batching(
+      batch_size=config.train.batch_size,
+      num_threads=config.input.num_threads,
+      prefetch=config.input.prefetch,
+    ),
     seed=config.seed,
-    num_threads=config.input.num_threads,
-    prefetch=config.input.prefetch,
   )
   waits, metrics = [], None
   begin = time.perf_counter()

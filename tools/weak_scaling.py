@@ -91,7 +91,7 @@ def flops_of(flags) -> tuple[float, float, float]:
   towers = flops.llama_flops(modules['text'].config, rows, flags.tokens) + flops.clip_flops(
     modules['image'].config, rows
   )
-  step, rest = (flops.matmul_flops(work.step(), *work.shapes(), None) for work in (whole, without))
+  step, rest = (flops.matmul_flops(work.step(), *work.shapes()) for work in (whole, without))
   return towers, step - towers, step - rest
 
 
@@ -110,9 +110,7 @@ def seconds_of(collective: collectives.Collective, work: Workload, flags) -> flo
 def check(flags, devices: int, model: int) -> None:
   """Compiles the step and counts its bytes; in float32, which is what a CPU computes in."""
   work = open_work(flags, devices, model, 'float32')
-  found = collectives.compiled_collectives(
-    work.step().lower(*work.shapes(), None).compile().as_text()
-  )
+  found = collectives.compiled_collectives(work.step().lower(*work.shapes()).compile().as_text())
   depth = {
     'Llama': work.modules['text'].config.num_layers,
     'ClipVision': work.modules['image'].config.num_layers,

@@ -44,15 +44,49 @@ from molt_jax.data.sources import Source
 __all__ = [
   'DecodeReport',
   'Preprocess',
+  'Batching',
   'CachedStates',
   'eval_batches',
-  'local_batches',
   'pixels',
   'read_example',
   'single_example',
   'take',
   'train_iterator',
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+  """How a stream of examples is cut into batches.
+
+  Attributes:
+    batch_size: over all processes; each of them gets batch_size / process_count examples.
+    pack: (shards, parts), see `packing.groups`: pad texts to `padded_length` of the batch's longest
+      one, not to max_tokens, and add where the real tokens are. The examples of a batch stay.
+    num_threads: threads that read, decode and tokenise, one batch each.
+    prefetch: batches prepared ahead.
+    process_index, process_count: this process among those that share the data.
+  """
+
+  batch_size: int
+  pack: tuple[int, int] | None = None
+  num_threads: int = 2
+  prefetch: int = 4
+  process_index: int = 0
+  process_count: int = 1
+
+  def __post_init__(self):
+    if self.batch_size % self.process_count:
+      raise ValueError(
+        f'batch_size {self.batch_size} is not a multiple of process_count {self.process_count}'
+      )
+
+  def ahead(self, batches: grain.MapDataset) -> grain.IterDataset:
+    """Returns batches that threads prepare ahead."""
+    buffer = max(self.prefetch, self.num_threads)
+    return batches.to_iter_dataset(
+      grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer)
+    )
 
 
 @dataclasses.dataclass
@@ -64,17 +98,13 @@ class _BatchMaker:
 
   source: Source
   preprocess: Preprocess
-  batch_size: int
+  how: Batching
   present: np.ndarray | None
   stored: Mapping[str, CachedStates] | None
-  pack: tuple[int, int] | None
-  process_index: int
-  process_count: int
 
   def __post_init__(self):
     if self.present is not None and self.present.shape != (len(self.source), 2):
       raise ValueError(f'present must be bool[{len(self.source)}, 2], not {self.present.shape}')
-    _check_divides(self.batch_size, self.process_count)
     self._present_nm = self.source.present
     if self.present is not None:
       self._present_nm = self.source.present & self.present
@@ -82,10 +112,10 @@ class _BatchMaker:
 
   def _find_usual_size(self) -> int:
     """Stored lengths are known without reading, so nearly all batches can be of one size."""
-    if not self.pack or not self.stored or 'text' not in self.stored:
+    if not self.how.pack or not self.stored or 'text' not in self.stored:
       return 0
     lengths = [self._text_length(index) for index in range(len(self.source))]
-    return packing.usual_size(lengths, self.batch_size // math.prod(self.pack))
+    return packing.usual_size(lengths, self.how.batch_size // math.prod(self.how.pack))
 
   def _text_length(self, index: int) -> int:
     if self.stored:
@@ -102,8 +132,8 @@ class _BatchMaker:
 
   def make(self, index_b: np.ndarray) -> dict[str, np.ndarray]:
     """Returns this process's examples of the batch that has these indices over all processes."""
-    own_b = np.split(index_b, self.process_count)[self.process_index]
-    if not self.pack:
+    own_b = np.split(index_b, self.how.process_count)[self.how.process_index]
+    if not self.how.pack:
       return self._stack(own_b, self.preprocess)
     length_b = np.array([self._text_length(int(index)) for index in index_b])
     longest = packing.padded_length(length_b.max(), self.preprocess.max_tokens)
@@ -114,56 +144,21 @@ class _BatchMaker:
 
   def _token_positions(self, mask_bt: np.ndarray, length_b: np.ndarray) -> dict[str, np.ndarray]:
     """`packing.token_positions` of this process's `mask_bt`; `length_b` is that of all of them."""
-    shards, parts = self.pack
-    tokens_g = length_b[packing.groups(self.batch_size, self.pack)].sum(axis=1)
+    shards, parts = self.how.pack
+    tokens_g = length_b[packing.groups(self.how.batch_size, self.how.pack)].sum(axis=1)
     size = max(self._usual_size, packing.packed_size(tokens_g.max()))
-    own_gr = packing.groups(len(mask_bt), (shards // self.process_count, parts))
+    own_gr = packing.groups(len(mask_bt), (shards // self.how.process_count, parts))
     return packing.token_positions(mask_bt, own_gr, size)
-
-
-def _check_divides(batch_size: int, process_count: int) -> None:
-  if batch_size % process_count:
-    raise ValueError(f'batch_size {batch_size} is not a multiple of process_count {process_count}')
-
-
-def local_batches(
-  rows: grain.MapDataset,
-  *,
-  batch_size: int,
-  num_threads: int,
-  prefetch: int,
-  process_index: int,
-  process_count: int,
-) -> grain.IterDataset:
-  """Cuts a stream of examples into batches and keeps this process's part.
-
-  The parts of all processes, joined, are the batch of a single process.
-  """
-  _check_divides(batch_size, process_count)
-  return _ahead(
-    rows.batch(batch_size // process_count)[process_index::process_count], num_threads, prefetch
-  )
-
-
-def _ahead(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.IterDataset:
-  return batches.to_iter_dataset(
-    grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
-  )
 
 
 def train_iterator(
   source: Source,
   preprocess: Preprocess,
+  how: Batching,
   *,
-  batch_size: int,
   seed: int,
   present: np.ndarray | None = None,
   stored: Mapping[str, CachedStates] | None = None,
-  pack: tuple[int, int] | None = None,
-  num_threads: int = 2,
-  prefetch: int = 4,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> grain.DatasetIterator:
   """Returns an endless iterator of training batches.
 
@@ -174,50 +169,34 @@ def train_iterator(
   Args:
     source: the training split.
     preprocess: how an example becomes arrays.
-    batch_size: over all processes; each of them gets batch_size / process_count examples.
+    how: how batches are made.
     seed: root of the order.
     present: bool[N, 2], what the missing-rate protocol leaves (`missing.present_table`); combined
       with what the source has.
     stored: hidden states by modality, in the place of images and texts; None: images and texts.
-    pack: (shards, parts), see `packing.groups`: pad texts to `padded_length` of the batch's longest
-      one, not to max_tokens, and add where the real tokens are. The examples of a batch stay.
-    num_threads: threads that read, decode and tokenise, one batch each.
-    prefetch: batches prepared ahead.
-    process_index, process_count: this process among those that share the data.
   """
   # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second
   # epoch of seed 0.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  maker = _BatchMaker(
-    source, preprocess, batch_size, present, stored, pack, process_index, process_count
-  )
+  maker = _BatchMaker(source, preprocess, how, present, stored)
   order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
-  return iter(_ahead(order.batch(batch_size).map(maker.make), num_threads, prefetch))
+  return iter(how.ahead(order.batch(how.batch_size).map(maker.make)))
 
 
 def eval_batches(
   source: Source,
   preprocess: Preprocess,
+  how: Batching,
   *,
-  batch_size: int,
   present: np.ndarray | None = None,
   stored: Mapping[str, CachedStates] | None = None,
-  pack: tuple[int, int] | None = None,
-  num_threads: int = 2,
-  prefetch: int = 4,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> grain.IterDataset:
   """Returns an iterable over every example once, in order.
 
   The last batch is filled up with padding, of weight 0 and index -1. Every process gets the same
   number of batches. Arguments are those of `train_iterator`.
   """
-  maker = _BatchMaker(
-    source, preprocess, batch_size, present, stored, pack, process_index, process_count
-  )
-  n = len(source)
-  order = grain.MapDataset.range(-(-n // batch_size) * batch_size).map(
-    lambda index: index if index < n else -1
-  )
-  return _ahead(order.batch(batch_size).map(maker.make), num_threads, prefetch)
+  maker = _BatchMaker(source, preprocess, how, present, stored)
+  n, b = len(source), how.batch_size
+  order = grain.MapDataset.range(-(-n // b) * b).map(lambda index: index if index < n else -1)
+  return how.ahead(order.batch(b).map(maker.make))

@@ -6,6 +6,7 @@ A method is a static object without arrays. The harness asks it what it reads of
 profiling and pretraining know nothing else of it.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -24,6 +25,19 @@ from molt_jax.towers.loading import TowerSpec
 
 # Of a modality without a tower: a head's parameters for it are there, tiny, and meet nothing.
 UNUSED_WIDTH = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How a training step calls a method.
+
+  Attributes:
+    rngs: keys by name: 'dropout', 'patches'.
+    update: whether to return new statistics.
+  """
+
+  rngs: Mapping[str, jax.Array]
+  update: bool = True
 
 
 class Method(Protocol):
@@ -60,10 +74,7 @@ class Method(Protocol):
     features: Any,
     batch: Mapping[str, jax.Array],
     present_bm: jax.Array,
-    *,
-    train: bool = False,
-    rngs: Mapping[str, jax.Array] | None = None,
-    update: bool = False,
+    training: Training | None = None,
   ) -> Output:
     """Runs the method for one missing pattern.
 
@@ -73,9 +84,7 @@ class Method(Protocol):
       features: as `features` returned them.
       batch: see `data.pipeline`.
       present_bm: bool[B, 2], the modalities that may be read; no bit of another enters.
-      train: whether dropout is on.
-      rngs: keys by name ('dropout', ...).
-      update: whether to return new statistics.
+      training: how a training step calls it; None: evaluation, which draws nothing.
     """
 
   def constrain(self, params: Any) -> Any:
@@ -120,36 +129,34 @@ def run_patterns(
   features: Any,
   batch: Mapping[str, jax.Array],
   present_vbm: jax.Array,
-  rngs: Mapping[str, jax.Array],
-  *,
-  update: bool,
+  training: Training,
 ) -> tuple[Output, Any]:
   """Runs a method in training for each missing pattern of a batch.
 
   Args:
     method, variables, frozen, features, batch: see `Method`.
     present_vbm: bool[V, B, 2], the patterns; all have the same content to read.
-    rngs: keys by name; that of dropout is split over patterns, the others are shared.
-    update: whether to return new statistics.
+    training: its key of dropout is split over patterns, the others are shared.
 
   Returns:
-    (outputs stacked over patterns, new statistics: {} without `update`).
+    (outputs stacked over patterns, new statistics).
   """
-  dropout_v = jax.random.split(rngs['dropout'], len(present_vbm))
+  dropout_v = jax.random.split(training.rngs['dropout'], len(present_vbm))
 
   def one(pattern):
     present_bm, dropout = pattern
-    keys = {**rngs, 'dropout': dropout}
-    how = {'train': True, 'rngs': keys, 'update': update}
-    return method(variables, frozen, features, batch, present_bm, **how)
+    of_pattern = Training({**training.rngs, 'dropout': dropout}, training.update)
+    return method(variables, frozen, features, batch, present_bm, of_pattern)
 
   if method.over_patterns is jax.lax.map:
     out_v = jax.lax.map(one, (present_vbm, dropout_v))
   else:
     out_v = method.over_patterns(one)((present_vbm, dropout_v))
   # Statistics are of what may be read at all, so every pattern finds the same.
-  statistics = jax.tree.map(lambda x: x[0], out_v.statistics) if update else {}
-  return out_v.replace(statistics=None), statistics or {}
+  statistics = variables.get('statistics', {})
+  if out_v.statistics is not None:
+    statistics = jax.tree.map(lambda x: x[0], out_v.statistics)
+  return out_v.replace(statistics=None), statistics
 
 
 def make_method(

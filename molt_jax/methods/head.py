@@ -80,31 +80,20 @@ class HeadMethod(base.Defaults):
       taken[modality] = traverse_util.unflatten_dict(flat, sep='/')
     return {**variables, 'params': {**params, TOWERS: taken}}
 
-  def __call__(
-    self,
-    variables,
-    frozen,
-    features,
-    batch,
-    present_bm,
-    *,
-    train=False,
-    rngs=None,
-    update=False,
-  ) -> Output:
+  def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
     """See `base.Method`."""
     params = dict(variables['params'])
     towers = params.pop(TOWERS, {})
     states = self._states(towers, frozen, features, batch)
     how = {}
-    if train:
+    if training:
       how = {'content_bm': batch['present'], 'row_weight_b': batch['weight']}
-      how |= {'rngs': {'dropout': rngs['dropout']}}
+      how |= {'rngs': {'dropout': training.rngs['dropout']}}
     own = {'params': params, 'statistics': variables.get('statistics', {})}
-    if not update:
-      return self.head.apply(own, states, present_bm, train=train, **how)
+    if not (training and training.update):
+      return self.head.apply(own, states, present_bm, train=training is not None, **how)
     out, changed = self.head.apply(
-      own, states, present_bm, train=train, mutable=['statistics'], **how
+      own, states, present_bm, train=True, mutable=['statistics'], **how
     )
     return out.replace(statistics=changed.get('statistics', {}))
 

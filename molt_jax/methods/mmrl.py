@@ -152,21 +152,9 @@ class MMRL(base.Defaults):
     found = {'class_states': entering, 'class_untouched': untouched.astype(jnp.float32)}
     return {**variables, 'statistics': jax.device_put(found, place)}
 
-  def __call__(
-    self,
-    variables,
-    frozen,
-    features,
-    batch,
-    present_bm,
-    *,
-    train=False,
-    rngs=None,
-    update=False,
-  ) -> Output:
+  def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
     """See `base.Method`."""
-    del rngs
-    content_bm = batch['present'] if train else present_bm
+    content_bm = batch['present'] if training else present_bm
     trained = self.representation.apply({'params': variables['params']})
     classes, apart = self._classes(trained, variables, frozen)
     logits, regularizers, there = {}, [], []
@@ -185,12 +173,11 @@ class MMRL(base.Defaults):
     there_bm = jnp.stack(there, axis=-1)
     branches = {name: _mean(parts, there_bm) for name, parts in logits.items()}
     alpha = self.config.mmrl.alpha
-    out = Output(
+    return Output(
       logits_bk=alpha * branches['class'] + (1 - alpha) * branches['representation'],
       branches_bk=branches,
       losses_b={'regularizer': _sum(regularizers, there_bm) + apart},
     )
-    return out.replace(statistics=variables.get('statistics', {})) if update else out
 
   def _features(self, modality, trained, params, features, content_b):
     """Returns f_c, f_r and the untouched tower's f_c, float32[B, C] each, of one modality."""

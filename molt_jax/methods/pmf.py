@@ -108,20 +108,8 @@ class PMF(base.Defaults):
     """See `base.Method`."""
     return {'params': self.prompts.init(key)['params'], 'statistics': {}}
 
-  def __call__(
-    self,
-    variables,
-    frozen,
-    features,
-    batch,
-    present_bm,
-    *,
-    train=False,
-    rngs=None,
-    update=False,
-  ) -> Output:
+  def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
     """See `base.Method`."""
-    del rngs, train
     trained = self.prompts.bind({'params': variables['params']})
     there = {}
     towers = {}
@@ -138,8 +126,7 @@ class PMF(base.Defaults):
     there_bm = jnp.stack(list(there.values()), axis=-1)
     stacked = jnp.where(there_bm[:, :, None], jnp.stack(logits, axis=1), 0.0)
     count_b1 = jnp.maximum(jnp.sum(there_bm, axis=-1, keepdims=True), 1)
-    out = Output(logits_bk=jnp.sum(stacked, axis=1) / count_b1)
-    return out.replace(statistics={}) if update else out
+    return Output(logits_bk=jnp.sum(stacked, axis=1) / count_b1)
 
 
 class _Tower:

@@ -122,12 +122,10 @@ def train_iterator(
   source: Source,
   preprocess: examples.Preprocess,
   views: PairViews,
+  how: pipeline.Batching,
   *,
-  batch_size: int,
   seed: int,
-  text_pooled_nd: np.ndarray | None,
-  num_threads: int,
-  prefetch: int,
+  text_pooled_nd: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
   """Returns an endless iterator of batches of pairs; `get_state` and `set_state` resume exactly.
 
@@ -138,26 +136,15 @@ def train_iterator(
     source: the training split; rows that lack a modality are left out.
     preprocess: how pictures are normalised and texts encoded.
     views: what is made of a pair.
-    batch_size: pairs a batch.
+    how: how batches are made, by one process and not packed.
     seed: root of order and augmentation.
     text_pooled_nd: float32[N, D], in the place of the source's texts; None: they are encoded.
-    num_threads: threads that make batches.
-    prefetch: batches prepared ahead.
   """
   rows = complete_rows(source)
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   maker = _PairMaker(source, preprocess, views, seed, rows, text_pooled_nd)
   order = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat()
-  return iter(
-    pipeline.local_batches(
-      order.map_with_index(maker.make),
-      batch_size=batch_size,
-      num_threads=num_threads,
-      prefetch=prefetch,
-      process_index=0,
-      process_count=1,
-    )
-  )
+  return iter(how.ahead(order.map_with_index(maker.make).batch(how.batch_size)))
 
 
 def _siblings(source: Source, rows: np.ndarray) -> dict[int, np.ndarray]:

@@ -92,21 +92,10 @@ class PairMethod:
     del frozen, batch
     return {}
 
-  def __call__(
-    self,
-    variables,
-    frozen,
-    features,
-    batch,
-    present_bm,
-    *,
-    train=False,
-    rngs=None,
-    update=False,
-  ) -> Output:
+  def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
     """See `Method`; every example has both modalities."""
-    del features, present_bm, update
-    key = rngs['patches'] if train else None
+    del features, present_bm
+    key = training.rngs['patches'] if training else None
     embeddings = self.embed_batch(self.whole(variables, frozen), batch, key)
     scale = jnp.exp(variables['params']['log_scale'])
     return Output(embeddings=(embeddings, scale), statistics=variables['statistics'])
@@ -300,9 +289,9 @@ class PairLoss:
     del key
     return jnp.ones((1, len(batch['weight']), len(MODALITIES)), bool)
 
-  def __call__(self, out_v: Output, batch, present_vbm, class_weight_k, memory, key):
+  def __call__(self, out_v: Output, batch, present_vbm, memory, key):
     """Returns (loss, {'loss_NAME', 'scale'}, memory)."""
-    del batch, present_vbm, class_weight_k
+    del batch, present_vbm
     embeddings, scale = jax.tree.map(lambda x: x[0], out_v.embeddings)
     loss, parts = contrastive.pair_loss(embeddings, self.weights, scale, key)
     named = {f'loss_{name}': value for name, value in parts.items()}

@@ -56,7 +56,7 @@ class Parts:
       calls[f'{modality}_tower'] = features, (self._alone(modality), self._batch)
     state = w.state()
     head = jax.jit(functools.partial(train_step, **self._without_cca()))
-    calls['head'] = head, (state, self._live(), self.stored_batch(), None)
+    calls['head'] = head, (state, self._live(), self.stored_batch())
     if w.config.cca.weight and len(w.modules) == 2:
       pair = (w.method.num_layers, w.config.train.batch_size, w.config.molt.width)
       x_lbd, y_lbd = (jax.random.normal(jax.random.key(i), pair) for i in range(2))

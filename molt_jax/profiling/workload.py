@@ -69,7 +69,7 @@ class Workload:
   def step(self, **changes: Any) -> Callable[..., Any]:
     """The jitted `step.train_step`; `changes` replace what it is made of.
 
-    (state, frozen, batch, class weights or None) -> (state, metrics)
+    (state, frozen, batch) -> (state, metrics)
     """
     made_of = {
       'method': self.method,
@@ -125,7 +125,7 @@ class Workload:
   def shapes(self) -> tuple[Any, Any, Any]:
     """(state, frozen, batch) as shapes with their shardings.
 
-    `step().lower(*shapes(), None)` allocates nothing.
+    `step().lower(*shapes())` allocates nothing.
     """
 
     def placed(x, place):

@@ -20,7 +20,7 @@ from molt_jax.runtime import processes, sharding
 from molt_jax.towers.loading import TowerSpec
 
 if TYPE_CHECKING:
-  from molt_jax.data.pipeline import Preprocess
+  from molt_jax.data.pipeline import Batching, Preprocess
   from molt_jax.features.extract import Extraction
 
 
@@ -85,6 +85,19 @@ class Assembly:
       mesh=self.mesh,
     )
 
+  def batching(self, name: str) -> 'Batching':
+    """Returns how batches are made; `name` is 'train' or 'eval'."""
+    from molt_jax.data.pipeline import Batching
+
+    c = self.config
+    return Batching(
+      batch_size=c[name].batch_size,
+      pack=sharding.packing(c, self.mesh, parts=parts_of(c, name)),
+      num_threads=c.input.num_threads,
+      prefetch=c.input.prefetch,
+      **sharding.data_shard(self.mesh),
+    )
+
   def eval_batches(self, source, stored=None, present=None) -> Any:
     """Returns a pass over a split in order; see `pipeline.eval_batches`.
 
@@ -95,17 +108,8 @@ class Assembly:
     """
     from molt_jax.data import pipeline
 
-    c = self.config
     return pipeline.eval_batches(
-      source,
-      self.preprocess,
-      batch_size=c.eval.batch_size,
-      present=present,
-      stored=stored,
-      pack=sharding.packing(c, self.mesh),
-      num_threads=c.input.num_threads,
-      prefetch=c.input.prefetch,
-      **sharding.data_shard(self.mesh),
+      source, self.preprocess, self.batching('eval'), present=present, stored=stored
     )
 
   def with_data(self, data: Dataset) -> 'Assembly':
@@ -138,12 +142,17 @@ def assemble(
   return Assembly(config, mesh, towers, tuple(data.class_names), data)
 
 
+def parts_of(config: ml_collections.ConfigDict, name: str) -> int:
+  """Returns the microbatches that a batch of 'train' or 'eval' is worked through in."""
+  return config.train.get('accumulate', 1) if name == 'train' else 1
+
+
 def check_batch_sizes(
   config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, names: tuple[str, ...]
 ) -> None:
   """Raises UserError unless the batches of 'train' or 'eval' split evenly over the devices."""
   for name in names:
-    parts = config.train.get('accumulate', 1) if name == 'train' else 1
+    parts = parts_of(config, name)
     sharding.check_batch_size(f'{name}.batch_size', config[name].batch_size, mesh, parts=parts)
 
 

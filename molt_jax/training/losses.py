@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from molt_jax.config.resolved import modalities
 from molt_jax.data.modalities import PATTERNS
+from molt_jax.data.sources import classes_of
 from molt_jax.methods.parts.interface import Output
 from molt_jax.objectives import cross_entropy
 from molt_jax.objectives.cca.estimators import CCAEstimator, make_estimator
@@ -32,12 +34,14 @@ class ClassifierLoss:
     estimator: of the canonical correlations.
     weights: of the method's own losses, `Method.loss_weights`.
     branches: of the logits that it is trained by, `Method.branch_weights`.
+    class_weight_k: float32[K], of classes (multi-label: of positives); None: all are alike.
   """
 
   config: ml_collections.ConfigDict
   estimator: CCAEstimator
   weights: Mapping[str, float]
   branches: Mapping[str, float]
+  class_weight_k: np.ndarray | None = None
 
   def init(self, method: Any) -> Any:
     """Returns what the estimator remembers before the first step of a method."""
@@ -62,7 +66,6 @@ class ClassifierLoss:
     out_v: Output,
     batch: Mapping[str, jax.Array],
     present_vbm: jax.Array,
-    class_weight_k: jax.Array | None,
     memory: Any,
     key: jax.Array,
   ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
@@ -74,7 +77,6 @@ class ClassifierLoss:
       batch: reads label (negative: not known, the example takes part in L_CCA alone) and weight.
       present_vbm: as `present` returned it; an example that a pattern leaves with nothing does not
         count there.
-      class_weight_k: weights of classes (multi-label: of positives), or None.
       memory: what the estimator remembers.
       key: not read.
 
@@ -83,19 +85,20 @@ class ClassifierLoss:
       there is L_CCA, the method's own}, the estimator's new memory).
     """
     del key
-    totals = self.totals(batch, present_vbm, class_weight_k)
-    loss, parts = self.over_examples(out_v, batch, present_vbm, class_weight_k, totals)
+    totals = self.totals(batch, present_vbm)
+    loss, parts = self.over_examples(out_v, batch, present_vbm, totals)
     pairs = self.pairs(out_v)
     if pairs:
       loss_cca, (parts_cca, memory) = self.of_pairs(pairs, batch, present_vbm, memory)
       loss, parts = loss + loss_cca, parts | parts_cca
     return loss, parts, memory
 
-  def totals(self, batch, present_vbm, class_weight_k) -> tuple[jax.Array, jax.Array]:
+  def totals(self, batch, present_vbm) -> tuple[jax.Array, jax.Array]:
     """Returns what sums over examples are divided by, float32[V] each: the weight of each pattern's
     cross-entropy, and of its other losses.
     """
     kind = cross_entropy.KINDS[self.config.dataset.multi_label]
+    class_weight_k = self.class_weight_k
     num_classes = 1 if class_weight_k is None else len(class_weight_k)
     # Weights do not depend on logits.
     nothing_bk = jnp.zeros((len(batch['weight']), num_classes))
@@ -108,7 +111,7 @@ class ClassifierLoss:
     return jnp.maximum(ce_v, _LEAST), jnp.maximum(jnp.sum(weight_vb, axis=1), _LEAST)
 
   def over_examples(
-    self, out_v, batch, present_vbm, class_weight_k, totals
+    self, out_v, batch, present_vbm, totals
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Per-example losses over the weights `totals`: those of microbatches, over the whole batch's
     weights, add up to its.
@@ -118,7 +121,7 @@ class ClassifierLoss:
     weight_vb, (ce_total_v, total_v) = _example_weights(batch, present_vbm), totals
 
     def ce(logits_bk, weight_b):
-      return kind.cross_entropy(logits_bk, batch['label'], weight_b, class_weight_k)[0]
+      return kind.cross_entropy(logits_bk, batch['label'], weight_b, self.class_weight_k)[0]
 
     if self.branches:
       named = out_v.branches_bk
@@ -203,5 +206,19 @@ def make_objective(assembly: Any) -> ClassifierLoss:
   """Returns what a classifier minimises; `assembly` is an `assembly.Assembly`."""
   config = ml_collections.FrozenConfigDict(assembly.config)
   estimator = make_cca_estimator(assembly.config, assembly.mesh)
+  weights = class_weights(assembly) if assembly.data else None
   method = assembly.method
-  return ClassifierLoss(config, estimator, method.loss_weights, method.branch_weights)
+  return ClassifierLoss(config, estimator, method.loss_weights, method.branch_weights, weights)
+
+
+def class_weights(assembly: Any) -> np.ndarray | None:
+  """Returns float32[K] from the training split's class counts, or None."""
+  config = assembly.config
+  if config.loss.class_weights == 'none':
+    return None
+  labels = assembly.data.splits['train'].labels
+  classes = [k for label in labels for k in classes_of(label)]
+  count_k = np.bincount(classes, minlength=assembly.num_classes)
+  if config.dataset.multi_label:
+    return cross_entropy.balanced_positive_weights(count_k, num_examples=len(labels))
+  return cross_entropy.balanced_class_weights(count_k)

@@ -13,26 +13,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from molt_jax.methods.base import run_patterns
+from molt_jax.methods.base import Training, run_patterns
 
 
-def gradients(state, frozen, batch, present_vbm, class_weight_k, *, method, objective, rngs, count):
+def gradients(state, frozen, batch, *, method, objective, rngs, count):
   """As `step._gradients`, in `count` microbatches.
 
   Returns:
     (loss, parts, gradients, new statistics, the objective's new memory).
   """
+  present_vbm = objective.present(batch, rngs['modality_dropout'])
   batch_a = _cut(batch, count)
   present_avbm = jnp.swapaxes(_cut(jnp.swapaxes(present_vbm, 0, 1), count), 1, 2)
   features_a = jax.lax.map(lambda part: method.features(frozen, part), batch_a)
   micro_a = features_a, batch_a, present_avbm, jax.random.split(rngs['dropout'], count)
-  totals = objective.totals(batch, present_vbm, class_weight_k)
+  totals = objective.totals(batch, present_vbm)
 
   def run(params, statistics, micro, *, update):
     features, part, present, dropout = micro
     variables = {'params': params, 'statistics': statistics}
-    keys = {**rngs, 'dropout': dropout}
-    return run_patterns(method, variables, frozen, features, part, present, keys, update=update)
+    training = Training({**rngs, 'dropout': dropout}, update)
+    return run_patterns(method, variables, frozen, features, part, present, training)
 
   statistics = state.statistics
   if statistics:
@@ -55,7 +56,7 @@ def gradients(state, frozen, batch, present_vbm, class_weight_k, *, method, obje
 
   def loss_fn(params, micro, slope):
     out_v, _ = run(params, statistics, micro, update=False)
-    loss, parts = objective.over_examples(out_v, micro[1], micro[2], class_weight_k, totals)
+    loss, parts = objective.over_examples(out_v, micro[1], micro[2], totals)
     return loss + _inner(objective.pairs(out_v), slope), (loss, parts)
 
   grads, loss, parts = _sum(loss_fn, state.params, (micro_a, slopes))

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from molt_jax.runtime import console, processes
 from molt_jax.training import resuming, run_record, train_state, workdir
@@ -80,10 +79,6 @@ class Trainer(abc.ABC):
   def refresh(self, state: TrainState) -> TrainState:
     """Returns the state with what is fitted anew before each validation."""
     return state
-
-  def class_weights(self) -> np.ndarray | None:
-    """Returns float32[K], or None."""
-    return None
 
   def before_state(self) -> None:  # noqa: B027
     """Sets the objective, and does what the method needs before its variables are made."""
@@ -164,5 +159,4 @@ class Trainer(abc.ABC):
       accumulate=self.assembly.config.train.get('accumulate', 1),
     )
     compiled = jax.jit(step, donate_argnums=0)
-    class_weight_k = self.class_weights()
-    return lambda state, batch: compiled(state, self.frozen, batch, class_weight_k)
+    return lambda state, batch: compiled(state, self.frozen, batch)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from molt_jax.data import pipeline
 from molt_jax.data.examples import pixels
 from molt_jax.pairs import augment, batches
 
@@ -166,11 +167,9 @@ def iterate(
     source,
     preprocess,
     how,
-    batch_size=batch_size,
+    pipeline.Batching(batch_size=batch_size, num_threads=threads, prefetch=2),
     seed=seed,
     text_pooled_nd=pooled,
-    num_threads=threads,
-    prefetch=2,
   )
 
 

@@ -88,7 +88,9 @@ def test_what_is_no_image_file_is_neither_waited_for_nor_read(
   with pytest.raises(UserError, match=says):
     examples.single_example(preprocess, image=path)
   rows = (table.Row('test.csv:2', str(path), 'a text', ('x',)),)
-  (batch,) = pipeline.eval_batches(table.TableSource(rows, (0,)), preprocess, batch_size=1)
+  (batch,) = pipeline.eval_batches(
+    table.TableSource(rows, (0,)), preprocess, pipeline.Batching(batch_size=1)
+  )
   assert batch['present'].tolist() == [[False, True]]
   assert preprocess.report.counts() == {'image': 1} and 'test.csv:2 (' in preprocess.report.line()
 
@@ -488,7 +490,12 @@ def test_a_strip_in_pretraining(make_source, make_preprocess, resize, size):
   source = make_source(2, images=[save(Image.new('RGB', size, (250, 5, 5)), 'PNG')] * 2)
   preprocess = make_preprocess(resize=resize)
   batches = pairs.train_iterator(
-    source, preprocess, views, batch_size=2, seed=0, text_pooled_nd=None, num_threads=1, prefetch=1
+    source,
+    preprocess,
+    views,
+    pipeline.Batching(batch_size=2, num_threads=1, prefetch=1),
+    seed=0,
+    text_pooled_nd=None,
   )
   image_hwc = next(batches)['image'][0] * preprocess.std + preprocess.mean
   middle_nc = image_hwc[4, :] if size[1] == 1 else image_hwc[:, 4]

@@ -72,7 +72,7 @@ def test_a_table_row_of_each_kind(folder, make_preprocess, resize):
   rows = [table.Row(name, str(root / name), 'a text', ('x',)) for name in names]
   source = table.TableSource(tuple(rows), (0,) * len(rows))
   preprocess = make_preprocess(resize=resize)
-  (batch,) = pipeline.eval_batches(source, preprocess, batch_size=len(rows))
+  (batch,) = pipeline.eval_batches(source, preprocess, pipeline.Batching(batch_size=len(rows)))
   assert batch['present'][:, 0].tolist() == [True] * len(meant) + [False] * len(unusable)
   assert np.isfinite(batch['image']).all() and not batch['image'][len(meant) :].any()
   for name, image_hwc in zip(meant, batch['image'], strict=False):

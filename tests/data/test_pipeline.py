@@ -28,7 +28,9 @@ def assert_same(a, b):
 def test_every_epoch_is_another_permutation_and_nothing_is_dropped(
   make_source, make_preprocess, n, batch_size
 ):
-  it = pipeline.train_iterator(make_source(n), make_preprocess(), batch_size=batch_size, seed=0)
+  it = pipeline.train_iterator(
+    make_source(n), make_preprocess(), pipeline.Batching(batch_size=batch_size), seed=0
+  )
   stream = indices(it, -(-4 * n // batch_size))[: 4 * n].reshape(4, n)
   assert (np.sort(stream, axis=1) == np.arange(n)).all()
   assert n < 10 or len({tuple(epoch) for epoch in stream}) == 4
@@ -38,7 +40,10 @@ def test_order_depends_on_seed_and_epoch_alone(make_source, make_preprocess):
   def stream(seed, batch_size, n=20, **options):
     return indices(
       pipeline.train_iterator(
-        make_source(n), make_preprocess(), batch_size=batch_size, seed=seed, **options
+        make_source(n),
+        make_preprocess(),
+        pipeline.Batching(batch_size, **options),
+        seed=seed,
       ),
       40 // batch_size,
     ).tolist()
@@ -58,7 +63,7 @@ def test_resume_is_exact(make_source, make_preprocess):
 
   def make():
     return pipeline.train_iterator(
-      make_source(10), make_preprocess(), batch_size=4, seed=5, present=present
+      make_source(10), make_preprocess(), pipeline.Batching(batch_size=4), seed=5, present=present
     )
 
   it = make()
@@ -75,7 +80,7 @@ def test_resume_is_exact(make_source, make_preprocess):
 
 def test_evaluation_resumes_exactly(make_source, make_preprocess):
   grain.experimental.assert_equal_output_after_checkpoint(
-    pipeline.eval_batches(make_source(10), make_preprocess(), batch_size=4)
+    pipeline.eval_batches(make_source(10), make_preprocess(), pipeline.Batching(batch_size=4))
   )
 
 
@@ -83,8 +88,8 @@ def test_evaluation_resumes_exactly(make_source, make_preprocess):
 def test_shards_joined_are_the_batch_of_a_single_process(make_source, make_preprocess, count):
   source, preprocess = make_source(10), make_preprocess()
   for make in (
-    lambda **o: pipeline.train_iterator(source, preprocess, batch_size=8, seed=1, **o),
-    lambda **o: iter(pipeline.eval_batches(source, preprocess, batch_size=8, **o)),
+    lambda **o: pipeline.train_iterator(source, preprocess, pipeline.Batching(8, **o), seed=1),
+    lambda **o: iter(pipeline.eval_batches(source, preprocess, pipeline.Batching(8, **o))),
   ):
     whole = list(itertools.islice(make(), 4))
     shards = [
@@ -97,7 +102,7 @@ def test_shards_joined_are_the_batch_of_a_single_process(make_source, make_prepr
 def test_batch_size_must_divide_among_processes(make_source, make_preprocess):
   with pytest.raises(ValueError, match='batch_size 6'):
     pipeline.train_iterator(
-      make_source(9), make_preprocess(), batch_size=6, seed=0, process_count=4
+      make_source(9), make_preprocess(), pipeline.Batching(batch_size=6, process_count=4), seed=0
     )
 
 
@@ -107,7 +112,10 @@ def test_packing_changes_the_padding_alone(make_source, make_preprocess, count):
   texts = ['x' * int(n) for n in rng.integers(1, 20, 24)]
   texts[3], texts[5] = 'y' * 70, None
   source, preprocess = make_source(24, texts=texts), make_preprocess(max_tokens=64)
-  make = lambda **o: pipeline.train_iterator(source, preprocess, batch_size=8, seed=1, **o)  # noqa: E731
+
+  def make(**how):
+    return pipeline.train_iterator(source, preprocess, pipeline.Batching(8, **how), seed=1)
+
   parts = [make(pack=(2, 2), process_index=p, process_count=count) for p in range(count)]
   lengths, whole = [], make()
   for _ in range(6):
@@ -145,7 +153,11 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
   }
   source, preprocess = make_source(8), make_preprocess(max_tokens=40)
   whole, fitted = (
-    list(pipeline.eval_batches(source, preprocess, batch_size=4, stored=stored, pack=pack))
+    list(
+      pipeline.eval_batches(
+        source, preprocess, pipeline.Batching(batch_size=4, pack=pack), stored=stored
+      )
+    )
     for pack in (None, (1, 1))
   )
   assert [batch['text_states'].shape for batch in whole] == [(4, 2, 40, 3)] * 2
@@ -179,7 +191,10 @@ def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_
   }
   batches = list(
     pipeline.eval_batches(
-      make_source(64), make_preprocess(max_tokens=16), batch_size=16, stored=stored, pack=(2, 2)
+      make_source(64),
+      make_preprocess(max_tokens=16),
+      pipeline.Batching(batch_size=16, pack=(2, 2)),
+      stored=stored,
     )
   )
   # Four rows of a device and part: 16 and three times 2 or 3 tokens are more than usual.
@@ -193,7 +208,7 @@ def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_
 
 def test_content_of_a_batch(make_source, make_preprocess):
   source, preprocess = make_source(4), make_preprocess()
-  (batch,) = pipeline.eval_batches(source, preprocess, batch_size=4)
+  (batch,) = pipeline.eval_batches(source, preprocess, pipeline.Batching(batch_size=4))
   assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {
     'image': ((4, 8, 8, 3), 'float32'),
     'tokens': ((4, 6), 'int32'),
@@ -220,7 +235,7 @@ def test_content_of_a_batch(make_source, make_preprocess):
 
 def test_the_evaluation_tail_has_weight_zero(make_source, make_preprocess):
   source = make_source(10)
-  batches = list(pipeline.eval_batches(source, make_preprocess(), batch_size=4))
+  batches = list(pipeline.eval_batches(source, make_preprocess(), pipeline.Batching(batch_size=4)))
   assert [batch['image'].shape[0] for batch in batches] == [4, 4, 4]
   assert np.concatenate([batch['index'] for batch in batches]).tolist() == [*range(10), -1, -1]
   assert np.concatenate([batch['weight'] for batch in batches]).tolist() == [1] * 10 + [0, 0]
@@ -232,14 +247,18 @@ def test_the_evaluation_tail_has_weight_zero(make_source, make_preprocess):
 
 
 def test_iterating_twice_gives_the_same(make_source, make_preprocess):
-  batches = pipeline.eval_batches(make_source(5), make_preprocess(), batch_size=2)
+  batches = pipeline.eval_batches(
+    make_source(5), make_preprocess(), pipeline.Batching(batch_size=2)
+  )
   for first, second in zip(batches, batches, strict=True):
     assert_same(first, second)
 
 
 def test_multi_label_vectors(make_source, make_preprocess):
   source = make_source(3, labels=[(0, 2), (1,), (0, 1, 2)])
-  (batch,) = pipeline.eval_batches(source, make_preprocess(multi_label=True), batch_size=4)
+  (batch,) = pipeline.eval_batches(
+    source, make_preprocess(multi_label=True), pipeline.Batching(batch_size=4)
+  )
   assert batch['label'].dtype == np.float32 and batch['label'].tolist() == [
     [1, 0, 1],
     [0, 1, 0],
@@ -251,7 +270,9 @@ def test_multi_label_vectors(make_source, make_preprocess):
 def test_absent_content_is_constant_and_never_read(make_source, make_preprocess):
   source = make_source(4, texts=['a', None, 'c', 'd'])
   present = np.array([[0, 1], [1, 1], [1, 0], [1, 1]], bool)
-  (batch,) = pipeline.eval_batches(source, make_preprocess(), batch_size=4, present=present)
+  (batch,) = pipeline.eval_batches(
+    source, make_preprocess(), pipeline.Batching(batch_size=4), present=present
+  )
   assert batch['present'].tolist() == [[False, True], [True, False], [True, False], [True, True]]
   assert not batch['image'][0].any() and source.read_images == {1, 2, 3}
   assert (
@@ -264,7 +285,10 @@ def test_absent_content_is_constant_and_never_read(make_source, make_preprocess)
 def test_a_row_left_with_nothing_weighs_nothing(make_source, make_preprocess):
   source = make_source(2, texts=[None, 'b'])
   (batch,) = pipeline.eval_batches(
-    source, make_preprocess(), batch_size=2, present=np.array([[0, 1], [1, 1]], bool)
+    source,
+    make_preprocess(),
+    pipeline.Batching(batch_size=2),
+    present=np.array([[0, 1], [1, 1]], bool),
   )
   assert (
     batch['weight'].tolist() == [0, 1]
@@ -279,7 +303,7 @@ def test_unusable_files_cost_their_example_one_modality(make_source, make_prepro
   source = make_source(4, images=[*broken, good], texts=['a', None, 'c', ''])
   source.present[3, 1] = True  # A text of which the tokenizer leaves nothing.
   preprocess = make_preprocess()
-  batches = pipeline.eval_batches(source, preprocess, batch_size=4)
+  batches = pipeline.eval_batches(source, preprocess, pipeline.Batching(batch_size=4))
   for _ in range(2):
     (batch,) = batches
     assert batch['present'].tolist() == [
@@ -306,7 +330,9 @@ def test_a_file_that_vanished_is_an_absent_image(make_source, make_preprocess):
 
   source, preprocess = make_source(3), make_preprocess()
   (batch,) = pipeline.eval_batches(
-    Vanished(source.images, source.texts, source.labels), preprocess, batch_size=3
+    Vanished(source.images, source.texts, source.labels),
+    preprocess,
+    pipeline.Batching(batch_size=3),
   )
   assert batch['present'][:, 0].tolist() == [
     True,
@@ -328,7 +354,10 @@ def test_the_report_keeps_the_first_names():
 def test_present_must_fit_the_source(make_source, make_preprocess):
   with pytest.raises(ValueError, match=r'bool\[4, 2\]'):
     pipeline.eval_batches(
-      make_source(4), make_preprocess(), batch_size=2, present=np.ones((3, 2), bool)
+      make_source(4),
+      make_preprocess(),
+      pipeline.Batching(batch_size=2),
+      present=np.ones((3, 2), bool),
     )
 
 

@@ -92,8 +92,8 @@ def case(name):
 @pytest.mark.parametrize('name', CASES)
 def test_content_of_a_missing_modality_changes_no_bit(name):
   c, batch = case(name), make_batch()
-  clean = jax.device_get(c.step(c.state, c.frozen, batch, None))
-  foul = jax.device_get(c.step(c.state, c.frozen, fouled(batch), None))
+  clean = jax.device_get(c.step(c.state, c.frozen, batch))
+  foul = jax.device_get(c.step(c.state, c.frozen, fouled(batch)))
   jax.tree.map(np.testing.assert_array_equal, foul, clean)
   logits = [c.predict(c.variables, c.frozen, b) for b in (batch, fouled(batch))]
   np.testing.assert_array_equal(*logits)
@@ -103,7 +103,7 @@ def test_content_of_a_missing_modality_changes_no_bit(name):
 @pytest.mark.parametrize('name', CASES)
 def test_all_that_is_trained_has_a_gradient_and_three_steps_lower_the_loss(name):
   c, batch = case(name), make_batch()
-  state, metrics = c.step(c.state, c.frozen, batch, None)
+  state, metrics = c.step(c.state, c.frozen, batch)
   dead = []
   for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state[0].trace):
     if not np.any(np.asarray(x)):
@@ -112,7 +112,7 @@ def test_all_that_is_trained_has_a_gradient_and_three_steps_lower_the_loss(name)
   assert [path for path in dead if 'kernel' in path] == []
   first = float(metrics['loss'])
   for _ in range(2):
-    state, metrics = c.step(state, c.frozen, batch, None)
+    state, metrics = c.step(state, c.frozen, batch)
   assert float(metrics['loss']) < first
 
 
@@ -137,7 +137,7 @@ def test_a_pattern_is_what_an_example_without_the_modality_gets(name):
   for keep in PATTERNS:
     masked = batch | {'present': batch['present'] & keep}
     features = c.setup.method.features(c.frozen, batch)
-    kept = c.setup.method(c.variables, c.frozen, features, batch, masked['present'], train=False)
+    kept = c.setup.method(c.variables, c.frozen, features, batch, masked['present'])
     alone = c.predict(c.variables, c.frozen, masked)
     np.testing.assert_allclose(kept.logits_bk, alone, atol=1e-5)
 

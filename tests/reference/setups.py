@@ -43,7 +43,7 @@ class Setup:
     return state.replace(params=started['params'], statistics=started['statistics'])
 
   def step_fn(self):
-    """(state, frozen, batch, class weights) -> (state, metrics), not jitted."""
+    """(state, frozen, batch) -> (state, metrics), not jitted."""
     how = {'method': self.method, 'objective': self.objective, 'tx': self.tx}
     return functools.partial(train_step, **how, accumulate=self.config.train.accumulate)
 
