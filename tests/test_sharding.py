@@ -16,7 +16,7 @@ from molt_jax.errors import UserError
 from molt_jax.profiling import collectives
 from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import sharding
-from molt_jax.towers import loading
+from molt_jax.towers import base, loading
 
 # Parameters of the published models, counted from their configurations (no language-model head;
 # CLIP without its final norm and projection).
@@ -170,12 +170,10 @@ def _mesh(data, model):
 
 
 def test_every_axis_name_of_every_tower_has_a_rule():
-  for name, kind in (('llama-tiny', 'text'), ('clip-vit-tiny', 'image')):
-    boxed = loading.abstract_params(
-      loading.make_module(
-        loading.open_files(f'random:{name}', modality=kind), dtype='float32', attention='xla'
-      )
-    )
+  for family in base.FAMILIES:
+    files = loading.open_files(f'random:{min(family.architectures)}', modality=family.modality)
+    how = {'dtype': 'float32', 'attention': 'xla', 'heads': files.heads}
+    boxed = loading.abstract_params(loading.make_module(files, **how))
     names = {
       axis
       for spec in jax.tree.leaves(

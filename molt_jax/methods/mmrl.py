@@ -8,9 +8,10 @@ classes by its cosine times 100, and the two are trained side by side:
 
   L = alpha CE(f_c) + (1 - alpha) CE(f_r) + regularizer (1 - cos(f_c, f_c of the untouched tower))
 
-Beyond the paper, whose input is an image: an example's own text is a second input, with its tokens
-behind the text, since in a causal tower tokens in front of it would not see it; logits are the mean
-over the modalities that are there. With the classes' names, the text tower makes the classes'
+Beyond the paper, whose input is an image: an example's own text is a second input. In a causal
+tower its tokens stand behind the text, since in front of it they would not see it; in one where
+every token reads all others they stand behind the first, as in images. Logits are the mean over the
+modalities that are there. With the classes' names, the text tower makes the classes'
 vectors as in the paper, tokens after the first one; without a pair of towers that share a space,
 they are learned.
 """
@@ -190,7 +191,7 @@ class MMRL(base.Defaults):
     how = {'start': reads.run_from, 'stop': tower.config.num_layers, 'inserts': inserts_lkd}
     mask_bt = features.text_mask_bt & content_b[:, None] if modality == 'text' else None
     untouched_bc = self._untouched(tower, last_btd, mask_bt)
-    if modality == 'text':
+    if modality == 'text' and tower.is_causal:
       # Behind the text: what stands before them, the text's own readout, stays as it was.
       lengths_b = stack.lengths(mask_bt)
       inserted_bkd = _spread(inserts_lkd[0], len(lengths_b))
@@ -204,8 +205,8 @@ class MMRL(base.Defaults):
       tokens_bkd = stack.read_behind(h_bpd, lengths_b, count)
       class_bc = untouched_bc
     else:
-      h_btd, tokens_bkd = self._run_behind_first(tower, entering_btd, None, how)
-      class_bc = self._project(tower, tower.pool(h_btd) if self._pools(tower) else h_btd[:, 0])
+      h_btd, tokens_bkd = self._run_behind_first(tower, entering_btd, mask_bt, how)
+      class_bc = self._untouched(tower, h_btd, mask_bt)
     normed_bkd = tower.norm_tokens(tokens_bkd) if self._norms(tower) else tokens_bkd
     mean_bd = jnp.sum(normed_bkd.astype(jnp.float32), axis=1) / max(count, 1)
     rep_bc = jnp.einsum('bd,dc->bc', mean_bd, trained['projection_dc'], precision='highest')
@@ -251,8 +252,8 @@ class MMRL(base.Defaults):
     return dict.fromkeys(self.reads, names_kc), apart
 
   def _untouched(self, tower, last_btd, mask_bt):
-    """The feature of what leaves the last layer: pooled and, where there is a projection,
-    projected.
+    """The feature of what leaves the last layer, without tokens that were inserted: pooled and,
+    where there is a projection, projected.
     """
     if mask_bt is not None:
       return self._project(tower, tower.pool(last_btd, None, mask_bt))

@@ -29,6 +29,7 @@ RULES: dict[str, str | None] = {
   'mlp': 'model',
   'patch': None,
   'position': None,
+  'segment': None,
   'common': None,
   'hidden': None,
   'classes': None,

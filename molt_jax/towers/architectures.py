@@ -59,6 +59,28 @@ def _clip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides)
   }
 
 
+def _bert(hidden_size, num_hidden_layers, num_attention_heads, model_type='bert', **overrides):
+  return {
+    'model_type': model_type,
+    'vocab_size': 30522,
+    'hidden_size': hidden_size,
+    'intermediate_size': 4 * hidden_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'max_position_embeddings': 512,
+    'type_vocab_size': 2,
+    'hidden_act': 'gelu',
+    'layer_norm_eps': 1e-12,
+    **overrides,
+  }
+
+
+def _roberta(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
+  sizes = (hidden_size, num_hidden_layers, num_attention_heads)
+  ours = {'max_position_embeddings': 514, 'type_vocab_size': 1, 'layer_norm_eps': 1e-5}
+  return _bert(*sizes, **{'model_type': 'roberta', **ours, 'pad_token_id': 1, **overrides})
+
+
 LLAMA = {
   'llama-7b': _llama(
     4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6
@@ -69,6 +91,23 @@ LLAMA = {
     576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0
   ),
   'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
+}
+BERT = {
+  'bert-base': _bert(768, 12, 12),
+  'bert-large': _bert(1024, 24, 16),
+  'minilm-l6': _bert(384, 6, 12),
+  'bert-tiny': _bert(64, 4, 4, vocab_size=512),
+}
+ROBERTA = {
+  'roberta-base': _roberta(768, 12, 12, vocab_size=50265),
+  'roberta-large': _roberta(1024, 24, 16, vocab_size=50265),
+  # The byte tokenizer of random towers pads with the id 257.
+  'roberta-tiny': _roberta(
+    64, 4, 4, vocab_size=512, max_position_embeddings=1024, pad_token_id=257
+  ),
+}
+XLM_ROBERTA = {
+  'xlm-roberta-base': _roberta(768, 12, 12, model_type='xlm-roberta', vocab_size=250002),
 }
 CLIP_TEXT = {
   'clip-text-b': _clip_text(512, 12, 8),

@@ -3,8 +3,9 @@ from.
 
 A tower is a Linen module with the attributes config, dtype, attention, param_dtype and heads, and
 the methods `__call__(inputs, ..., states=)`, `embed`, `run`, `finish` and `pool`: see
-`llama.model.Llama`. To add a family, write a folder like llama/ (config, model, weights) and give
-it a row in `FAMILIES`.
+`llama.model.Llama`. A text tower has `is_causal` too: whether no token reads what stands behind it.
+To add a family, write a folder like llama/ (config, model, weights) and give it a row in
+`FAMILIES`.
 """
 
 import dataclasses
@@ -14,6 +15,9 @@ from typing import Any
 from molt_jax.errors import UserError
 from molt_jax.runtime.files import shown
 from molt_jax.towers import architectures
+from molt_jax.towers.bert import weights as bert
+from molt_jax.towers.bert.config import BertConfig
+from molt_jax.towers.bert.model import Bert
 from molt_jax.towers.clip import weights as clip
 from molt_jax.towers.clip.config import ClipTextConfig, ClipVisionConfig
 from molt_jax.towers.clip.text import ClipText
@@ -42,6 +46,7 @@ class Family:
     inputs: our parameters that `embed` alone reads.
     heads: what a tower may have above its last hidden state -> the tensor that says so.
     larger: `model_type` of a model that holds such a tower.
+    renamed: regex in the names that older files have -> what stands there now.
   """
 
   name: str
@@ -55,6 +60,24 @@ class Family:
   inputs: tuple[str, ...]
   heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
   larger: str = ''
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _bert(name: str, random: Mapping[str, Mapping[str, Any]]) -> Family:
+  """The row of BERT, or of one that differs from it in how positions are counted."""
+  return Family(
+    name=name,
+    modality='text',
+    config=BertConfig,
+    module=Bert,
+    tensors=bert.TENSORS,
+    ignored=bert.IGNORED,
+    prefix=bert.PREFIX[name],
+    architectures=random,
+    inputs=('token_embedding', 'position_embedding', 'type_embedding', 'embedding_norm'),
+    heads={'pool': 'pooler.dense.weight'},
+    renamed=bert.RENAMED,
+  )
 
 
 FAMILIES = (
@@ -69,6 +92,9 @@ FAMILIES = (
     architectures=architectures.LLAMA,
     inputs=('embedding',),
   ),
+  _bert('bert', architectures.BERT),
+  _bert('roberta', architectures.ROBERTA),
+  _bert('xlm-roberta', architectures.XLM_ROBERTA),
   Family(
     name='clip_text_model',
     modality='text',

@@ -3,6 +3,7 @@ package, or nothing but a name (random weights).
 """
 
 import abc
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ import numpy as np
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
-from molt_jax.towers import preprocessing, shards, tokenizer, tokenizer_files
+from molt_jax.towers import preprocessing, sentence_files, shards, tokenizer, tokenizer_files
 from molt_jax.towers.base import Family, family_of, random_family
 from molt_jax.towers.preprocessing import ImageSpec
 
@@ -89,14 +90,14 @@ class RandomFiles(TowerFiles):
     # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
     if name.endswith('.bias'):
       return np.zeros(shape, np.float32)
-    if 'norm' in name.split('.')[-2]:
+    if 'norm' in name.split('.')[-2].lower():
       return np.ones(shape, np.float32)
     rng = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())])
     # Variance 1 / fan-in; shapes are [out, in...].
     return rng.standard_normal(shape, np.float32) / np.float32(math.prod(shape[1:]) ** 0.5)
 
   def tokenizer(self):
-    with_end = hasattr(self.architecture, 'eos_token_id')
+    with_end = getattr(self.architecture, 'ends_texts', False)
     return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=with_end)
 
 
@@ -151,9 +152,24 @@ class HuggingFaceFiles(TowerFiles):
     family = family_of(content, modality, str(config))
     self._tensors = _named(shards.find(directory), family, directory)
     read = sorted({t.file for t in self._tensors.values()})
-    super().__init__(path, family, content, _sha256([config, *read]), str(config))
+    self._pooling = sentence_files.read(directory) if hasattr(family.config, 'pooling') else None
+    describing = [config, self._pooling.file] if self._pooling else [config]
+    super().__init__(path, family, content, _sha256([*describing, *read]), str(config))
     self.shapes = {name: t.shape for name, t in self._tensors.items()}
     self.types = {n: t.dtype for n, t in self._tensors.items() if t.dtype not in WEIGHT_TYPES}
+
+  @functools.cached_property
+  def architecture(self):
+    """See `TowerFiles`; a directory of sentence-transformers says how it pools."""
+    architecture = super().architecture
+    if self._pooling is None:
+      return architecture
+    return dataclasses.replace(architecture, pooling=self._pooling.mode)
+
+  @property
+  def heads(self):
+    """See `TowerFiles`; the pooler of a model that was trained to pool otherwise is left over."""
+    return tuple(head for head in super().heads if head != 'pool' or self._pooling is None)
 
   def read(self, name, shape):
     return self._tensors[name].read()
@@ -168,10 +184,12 @@ class HuggingFaceFiles(TowerFiles):
 def _named(
   tensors: Mapping[str, shards.Tensor], family: Family, directory: pathlib.Path
 ) -> dict[str, shards.Tensor]:
-  """Takes the prefix of a larger model off the names."""
+  """Takes the prefix of a larger model off the names, and older names out of them."""
   named = {}
   for theirs, tensor in tensors.items():
     name = re.sub(family.prefix, '', theirs)
+    for old, new in family.renamed.items():
+      name = re.sub(old, new, name)
     if name in named:
       raise UserError(
         f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
@@ -258,7 +276,8 @@ def _download(repo_id: str) -> pathlib.Path:
       huggingface_hub.snapshot_download(
         repo_id,
         allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'],
-        ignore_patterns=['*/*'],
+        # Of folders below it, sentence-transformers' 1_Pooling alone.
+        ignore_patterns=['[!1]*/*'],
       )
     )
   except Exception as e:  # Of the hub, its client, the network below it, or the disk.

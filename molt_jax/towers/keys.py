@@ -259,6 +259,16 @@ LLAMA_MODELS = (
   'LlamaForTokenClassification',
   'LlamaForQuestionAnswering',
 )
+BERT_TASKS = (
+  'Model',
+  'ForMaskedLM',
+  'ForPreTraining',
+  'ForNextSentencePrediction',
+  'ForSequenceClassification',
+  'ForTokenClassification',
+  'ForQuestionAnswering',
+  'ForMultipleChoice',
+)
 CLIP_MODELS = (
   'CLIPModel',
   'CLIPVisionModel',
@@ -330,6 +340,48 @@ ROPE: Table = {
   'high_freq_factor': or_null(POSITIVE),
   'original_max_position_embeddings': or_null(POSITIONS),
   'partial_rotary_factor': only(1.0, None),
+}
+BERT: Table = {
+  'model_type': only('bert'),
+  **COMMON,
+  'architectures': _models(*(f'Bert{task}' for task in BERT_TASKS)),
+  'vocab_size': WIDTH,
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'max_position_embeddings': whole(1, MOST_WIDTH),
+  'type_vocab_size': whole(1, MOST_WIDTH),
+  'hidden_act': only('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu', 'swish'),
+  'layer_norm_eps': EPSILON,
+  # A decoder's tokens read what is before them alone.
+  'is_decoder': only(False, None),
+  'position_embedding_type': only('absolute', None),
+  'embedding_size': only(None),
+  **neutral(
+    'attention_probs_dropout_prob',
+    'hidden_dropout_prob',
+    'classifier_dropout',
+    'output_past',
+    # Of BERT's multilingual files: a pooler that is not in them.
+    'directionality',
+    'pooler_fc_size',
+    'pooler_num_attention_heads',
+    'pooler_num_fc_layers',
+    'pooler_size_per_head',
+    'pooler_type',
+  ),
+}
+ROBERTA: Table = {
+  **BERT,
+  'model_type': only('roberta'),
+  'architectures': _models(*(f'Roberta{task}' for task in BERT_TASKS)),
+  'pad_token_id': ID,  # Positions are counted from it on.
+}
+XLM_ROBERTA: Table = {
+  **ROBERTA,
+  'model_type': only('xlm-roberta'),
+  'architectures': _models(*(f'XLMRoberta{task}' for task in BERT_TASKS)),
 }
 CLIP_COMMON: Table = {
   'model_type': ANYTHING,
@@ -490,6 +542,10 @@ TOKENIZER_CONFIG: Table = {
   'added_tokens_decoder': OBJECT,
   'split_special_tokens': only(False, None),
   'truncation_side': only('right', None),
+  # Of BERT's words; tokenizer.json must say the same.
+  **dict.fromkeys(('do_lower_case', 'strip_accents', 'tokenize_chinese_chars'), or_null(FLAG)),
+  'do_basic_tokenize': only(True, None),
+  'never_split': only(None, []),
   'fast_tokenizer_files': or_null(only(['tokenizer.json'])),
   'auto_map': only(None),
   **neutral(
@@ -497,8 +553,8 @@ TOKENIZER_CONFIG: Table = {
     'add_bos_token',
     'add_eos_token',
     'add_prefix_space',
+    'trim_offsets',
     'legacy',
-    'do_lower_case',
     'use_fast',
     'from_slow',
     'backend',

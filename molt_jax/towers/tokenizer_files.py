@@ -49,6 +49,7 @@ def read(directory: pathlib.Path, *, vocab_size: int) -> tokenizer.Tokenizer:
   content = files.read_bytes(file, limit=files.MAX_JSON_BYTES)
   found = files.parse_json(content, str(file))
   _check(found, str(file))
+  _check_agreement(config, found, directory)
   backend = tokenizer.guarded(str(file), tokenizers.Tokenizer.from_str, content.decode())
   _check_ids(backend, {t['id']: t['content'] for t in found.get('added_tokens', [])}, str(file))
   tokens = _tokens(directory, config, found)
@@ -158,6 +159,32 @@ def _check_template(part: Mapping[str, Any], where: str) -> None:
     raise UserError(
       f'{where} has {files.shown(lacking[0])} in its template, but not among its special_tokens'
     )
+
+
+def _check_agreement(
+  config: Mapping[str, Any], found: Mapping[str, Any], directory: pathlib.Path
+) -> None:
+  """transformers takes some settings of BERT's and RoBERTa's words from tokenizer_config.json, and
+  not from tokenizer.json; they must be the same in both.
+  """
+  there = {}
+  normalizer, words = found.get('normalizer') or {}, found.get('pre_tokenizer') or {}
+  if normalizer.get('type') == 'BertNormalizer':
+    lower = normalizer.get('lowercase', True)
+    accents = normalizer.get('strip_accents')
+    there['do_lower_case'] = lower
+    there['tokenize_chinese_chars'] = normalizer.get('handle_chinese_chars', True)
+    if config.get('strip_accents') is not None:  # Else accents go where case goes.
+      there['strip_accents'] = lower if accents is None else accents
+  if words.get('type') == 'ByteLevel' and 'Roberta' in (config.get('tokenizer_class') or ''):
+    there['add_prefix_space'] = words.get('add_prefix_space', True)
+  for key, value in there.items():
+    if config.get(key, value) not in (value, None):
+      raise UserError(
+        f'{directory / "tokenizer_config.json"} has {key} = {files.shown(config[key])}, but '
+        f'tokenizer.json beside it does otherwise ({files.shown(value)}); which of them is meant '
+        'is not known: give both the same value'
+      )
 
 
 # ---- What other files add ------------------------------------------------------------------------

@@ -26,10 +26,10 @@ def pair():
   patch.undo()
 
 
-def make_setup(**fields):
+def make_setup(text='random:clip-text-tiny', **fields):
   config = CLASSIFIER.default()
   config.dataset.path, config.method = 'unread', 'mmrl'
-  config.backbones.text.path, config.backbones.image.path = 'random:clip-text-tiny', 'random:pair'
+  config.backbones.text.path, config.backbones.image.path = text, 'random:pair'
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.mesh.data, config.text.max_tokens, config.train.batch_size = 1, TOKENS, ROWS
   config.mmrl.width = 8
@@ -132,6 +132,30 @@ def test_tokens_behind_a_text_read_all_of_it_and_padding_changes_nothing(pair):
   first = batch | {'tokens': batch['tokens'].copy()}
   first['tokens'][:, 0] += 1
   assert np.abs(logits(variables, frozen, first) - found).min(axis=0).max() > 1e-3
+
+
+def test_in_an_encoder_tokens_stand_behind_the_first_and_are_read(pair):
+  """Against the same layers run one by one on each text without padding."""
+  setup, frozen, variables = make_setup('random:bert-tiny', num_tokens=2)
+  batch = make_batch(present=(False, True))
+  method, params = setup.method, variables['params']
+  trained = method.representation.apply({'params': params})['text']
+  tower = method.modules['text'].bind({'params': frozen['text']})
+  first, logits = method.reads['text'].run_from, []
+  for tokens_t, mask_t in zip(batch['tokens'][:2], batch['token_mask'][:2], strict=True):
+    own = jnp.asarray(tokens_t[None, mask_t])
+    h_btd, seen = tower(own, own >= 0, states=(first,))[0], jnp.ones((1, mask_t.sum() + 2), bool)
+    h_btd = jnp.concatenate([h_btd[:, :1], h_btd[:, :2], h_btd[:, 1:]], axis=1)
+    for layer, insert_kd in enumerate(trained['inserts_lkd'], start=first):
+      h_btd = h_btd.at[0, 1:3].set(insert_kd)
+      h_btd, _ = tower.run(h_btd, seen, start=layer, stop=layer + 1)
+    read_d = h_btd[0, 1:3].mean(axis=0) @ trained['projection_dc']
+    of_class = [tower.pool(h_btd, None, seen)[0], read_d]
+    logits.append([100 * unit(x) @ unit(trained['classes_kc']).T for x in of_class])
+  alpha = setup.method.config.mmrl.alpha
+  expected_bk = np.einsum('bck,c->bk', np.array(logits), [alpha, 1 - alpha])
+  found_bk = jax.jit(setup.logits)(variables, frozen, batch)
+  np.testing.assert_allclose(found_bk[:2], expected_bk, atol=2e-3)
 
 
 def test_parameters_of_the_published_size():

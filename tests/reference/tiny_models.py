@@ -89,7 +89,25 @@ def _clip_text(c):
   yield 'text_projection.weight', (c.projection_dim, d)
 
 
+def _bert(c):
+  d, wide = c.hidden_size, c.intermediate_size
+  tables = {'word': c.vocab_size, 'position': c.max_position_embeddings}
+  for name, rows in {**tables, 'token_type': c.type_vocab_size}.items():
+    yield f'embeddings.{name}_embeddings.weight', (rows, d)
+  yield from _norm('embeddings.LayerNorm', d)
+  for i in range(c.num_hidden_layers):
+    layer = f'encoder.layer.{i}'
+    for name in ('self.query', 'self.key', 'self.value', 'output.dense'):
+      yield from _linear(f'{layer}.attention.{name}', (d, d), bias=True)
+    yield from _linear(f'{layer}.intermediate.dense', (wide, d), bias=True)
+    yield from _linear(f'{layer}.output.dense', (d, wide), bias=True)
+    for part in ('attention.output', 'output'):
+      yield from _norm(f'{layer}.{part}.LayerNorm', d)
+  yield from _linear('pooler.dense', (d, d), bias=True)
+
+
 ARCHITECTURES = {
+  **dict.fromkeys(('BertModel', 'RobertaModel', 'XLMRobertaModel'), _bert),
   'LlamaModel': _llama,
   'LlamaForCausalLM': _causal_lm,
   'CLIPVisionModel': _clip_vision,

@@ -11,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
+from molt_jax.towers.bert import BertConfig
 from molt_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from molt_jax.towers.llama import LlamaConfig
 
@@ -18,6 +19,7 @@ READERS = {
   'text': LlamaConfig.from_hf,
   'image': ClipVisionConfig.from_hf,
   'clip_text': ClipTextConfig.from_hf,
+  'bert': BertConfig.from_hf,
 }
 # Facts about files that are on the hub, every key as it is written there.
 LLAMA_2 = {
@@ -239,6 +241,71 @@ IP_ADAPTER = {
   'torch_dtype': 'float16',
   'transformers_version': '4.28.0.dev0',
 }
+MINILM = {
+  '_name_or_path': 'nreimers/MiniLM-L6-H384-uncased',
+  'architectures': ['BertModel'],
+  'attention_probs_dropout_prob': 0.1,
+  'gradient_checkpointing': False,
+  'hidden_act': 'gelu',
+  'hidden_dropout_prob': 0.1,
+  'hidden_size': 384,
+  'initializer_range': 0.02,
+  'intermediate_size': 1536,
+  'layer_norm_eps': 1e-12,
+  'max_position_embeddings': 512,
+  'model_type': 'bert',
+  'num_attention_heads': 12,
+  'num_hidden_layers': 6,
+  'pad_token_id': 0,
+  'position_embedding_type': 'absolute',
+  'transformers_version': '4.8.2',
+  'type_vocab_size': 2,
+  'use_cache': True,
+  'vocab_size': 30522,
+}
+MULTILINGUAL_BERT = {
+  'architectures': ['BertForMaskedLM'],
+  'attention_probs_dropout_prob': 0.1,
+  'directionality': 'bidi',
+  'hidden_act': 'gelu',
+  'hidden_dropout_prob': 0.1,
+  'hidden_size': 768,
+  'initializer_range': 0.02,
+  'intermediate_size': 3072,
+  'layer_norm_eps': 1e-12,
+  'max_position_embeddings': 512,
+  'model_type': 'bert',
+  'num_attention_heads': 12,
+  'num_hidden_layers': 12,
+  'pad_token_id': 0,
+  'pooler_fc_size': 768,
+  'pooler_num_attention_heads': 12,
+  'pooler_num_fc_layers': 3,
+  'pooler_size_per_head': 128,
+  'pooler_type': 'first_token_transform',
+  'type_vocab_size': 2,
+  'vocab_size': 119547,
+}
+XLM_ROBERTA = {
+  'architectures': ['XLMRobertaForMaskedLM'],
+  'attention_probs_dropout_prob': 0.1,
+  'bos_token_id': 0,
+  'eos_token_id': 2,
+  'hidden_act': 'gelu',
+  'hidden_dropout_prob': 0.1,
+  'hidden_size': 768,
+  'initializer_range': 0.02,
+  'intermediate_size': 3072,
+  'layer_norm_eps': 1e-05,
+  'max_position_embeddings': 514,
+  'model_type': 'xlm-roberta',
+  'num_attention_heads': 12,
+  'num_hidden_layers': 12,
+  'output_past': True,
+  'pad_token_id': 1,
+  'type_vocab_size': 1,
+  'vocab_size': 250002,
+}
 PUBLISHED = {
   'LLaMA 2': ('text', LLAMA_2),
   'LLaMA 3.2': ('text', LLAMA_3_2),
@@ -246,6 +313,9 @@ PUBLISHED = {
   'CLIP L/14, image': ('image', CLIP_L),
   'CLIP L/14, text': ('clip_text', CLIP_L),
   'CLIP H/14': ('image', IP_ADAPTER),
+  'MiniLM': ('bert', MINILM),
+  'BERT, multilingual': ('bert', MULTILINGUAL_BERT),
+  'XLM-RoBERTa': ('bert', XLM_ROBERTA),
 }
 SMALL = {
   'text': {
@@ -258,6 +328,7 @@ SMALL = {
   },
   'image': {'model_type': 'clip_vision_model'},
   'clip_text': {'model_type': 'clip_text_model'},
+  'bert': {'model_type': 'bert'},
 }
 
 
@@ -277,6 +348,7 @@ def test_all_that_transformers_writes_is_known():
     'text': transformers.LlamaConfig().to_dict(),
     'image': whole,
     'clip_text': whole,
+    'bert': transformers.BertConfig().to_dict(),
   }.items():
     READERS[kind](config)
     READERS[kind](json.loads(json.dumps({**config, **generation})))
@@ -366,6 +438,15 @@ SIZES = {
     'max_position_embeddings',
     'eos_token_id',
   ),
+  'bert': (
+    'vocab_size',
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'max_position_embeddings',
+    'type_vocab_size',
+  ),
 }
 NO_SIZES = [-1, 10**11, 2**64, 1.5, 8.0, True, '8', [8], {}, float('nan'), float('inf')]
 
@@ -415,7 +496,8 @@ VALUES = (
 @settings(max_examples=300)
 def test_any_values_give_a_configuration_or_one_line(data):
   kind = data.draw(st.sampled_from(sorted(READERS)))
-  table = {'text': keys.LLAMA, 'image': keys.CLIP_VISION, 'clip_text': keys.CLIP_TEXT}[kind]
+  tables = {'text': keys.LLAMA, 'image': keys.CLIP_VISION, 'clip_text': keys.CLIP_TEXT}
+  table = {**tables, 'bert': keys.BERT}[kind]
   config = dict(SMALL[kind])
   for key in data.draw(st.lists(st.sampled_from(sorted(table)), min_size=1, max_size=3)):
     config[key] = data.draw(VALUES)

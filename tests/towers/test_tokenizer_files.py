@@ -569,3 +569,86 @@ def test_what_is_accepted_is_quick_on_repetitive_texts(pattern):
   split = pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
   for text in ('a' * 1500, 'ab' * 700 + 'c', 'a b ' * 300):
     split.pre_tokenize_str(text)
+
+
+# ---- Tokenizers of encoders ----------------------------------------------------------------------
+
+SENTENCES = [
+  'A red square, and the blue one!',
+  'naïve Café 日本語 e\u0301',
+  '[MASK] <mask> in [SEP] a </s> text',
+  'antidisestablishmentarianism ' * 9,
+  ' lead and  trail \n',
+  '',
+]
+SPECIAL = {
+  'bert': ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
+  'roberta': ['<s>', '<pad>', '</s>', '<unk>', '<mask>'],
+  'xlm-roberta': ['<s>', '<pad>', '</s>', '<unk>'],
+}
+
+
+def _encoder(kind, tmp_path, **options):
+  """Files of a tokenizer that transformers has made and saved, its vocabulary learned here."""
+  train = {'special_tokens': SPECIAL[kind], 'vocab_size': 330, 'show_progress': False}
+  if kind == 'bert':
+    made = transformers.BertTokenizer(**options)
+    trainer = trainers.WordPieceTrainer(**train)
+  elif kind == 'roberta':
+    made = transformers.RobertaTokenizer(**options)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(**train, initial_alphabet=sorted(alphabet))
+  else:
+    made = transformers.XLMRobertaTokenizer(**options)
+    trainer = trainers.UnigramTrainer(**train, unk_token='<unk>')
+  learned = tokenizers.Tokenizer.from_str(made.backend_tokenizer.to_str())
+  learned.train_from_iterator([*SENTENCES[:2], *TEXTS] * 3, trainer)
+  model = json.loads(learned.to_str())['model']
+  vocab = [tuple(x) for x in model['vocab']] if kind == 'xlm-roberta' else model['vocab']
+  merges = {'merges': [tuple(m) for m in model['merges']]} if kind == 'roberta' else {}
+  made = type(made)(vocab=vocab, **merges, **options)
+  made.save_pretrained(tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': kind}))
+  return transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'kind, options',
+  [
+    ('bert', {}),
+    ('bert', {'do_lower_case': False, 'tokenize_chinese_chars': False}),
+    ('bert', {'strip_accents': False}),
+    ('roberta', {}),
+    ('roberta', {'add_prefix_space': True}),
+    ('xlm-roberta', {}),
+  ],
+)
+def test_encoders_get_the_ids_of_transformers(tmp_path, kind, options):
+  theirs = _encoder(kind, tmp_path, **options)
+  ours = tokenizer_files.read(tmp_path, vocab_size=400)
+  for text in SENTENCES:
+    assert ours.encode(text, 999) == theirs(text).input_ids, text
+    for limit in (2, 3, 6):  # Both ends stay.
+      assert ours.encode(text, limit) == theirs(text, truncation=True, max_length=limit).input_ids
+  assert ours.pad_id == theirs.pad_token_id
+
+
+@pytest.mark.parametrize(
+  'kind, options, key, value',
+  [
+    ('bert', {}, 'do_lower_case', False),
+    ('bert', {}, 'strip_accents', False),
+    ('bert', {}, 'tokenize_chinese_chars', False),
+    ('roberta', {}, 'add_prefix_space', True),
+  ],
+)
+def test_settings_that_the_two_files_give_differently_are_refused(
+  tmp_path, kind, options, key, value
+):
+  _encoder(kind, tmp_path, **options)
+  file = tmp_path / 'tokenizer_config.json'
+  config = json.loads(file.read_text())
+  assert config.get(key) in (None, not value)
+  file.write_text(json.dumps({**config, key: value}))
+  with pytest.raises(UserError, match=f'{key} = {value}, but tokenizer.json'):
+    tokenizer_files.read(tmp_path, vocab_size=400)

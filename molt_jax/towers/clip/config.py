@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
@@ -133,6 +133,7 @@ class ClipTextConfig:
   layer_norm_eps: float
   eos_token_id: int | None
   projection_size: int
+  ends_texts: ClassVar[bool] = True  # There is an end token beside the begin token.
 
   @classmethod
   def from_hf(

@@ -1,7 +1,7 @@
 """CLIP's text transformer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,6 +31,7 @@ class ClipText(nn.Module):
   attention: str
   param_dtype: Any = None
   heads: tuple[str, ...] = ()
+  is_causal: ClassVar[bool] = True  # No token reads what stands behind it.
 
   def setup(self):
     c = self.config

@@ -1,7 +1,7 @@
 """LLaMA decoder as a text tower: hidden states only, no language-model head."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,7 @@ class Llama(nn.Module):
   attention: str
   param_dtype: Any = None
   heads: tuple[str, ...] = ()
+  is_causal: ClassVar[bool] = True  # No token reads what stands behind it.
 
   def setup(self):
     c = self.config
