@@ -9,7 +9,7 @@ from setups import Setup
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
-from molt_jax.methods import mmrl
+from molt_jax.methods import base, mmrl
 from molt_jax.towers import architectures
 
 ROWS, TOKENS = 4, 16
@@ -100,8 +100,8 @@ def test_the_regularizer_is_nothing_where_nothing_is_inserted(pair):
     setup, frozen, variables = make_setup(num_tokens=num_tokens)
     batch = make_batch()
     features = setup.method.features(frozen, batch)
-    how = {'train': True, 'rngs': {}}
-    out = setup.method(variables, frozen, features, batch, batch['present'], **how)
+    training = base.Training(rngs={})
+    out = setup.method(variables, frozen, features, batch, batch['present'], training)
     assert (np.abs(out.losses_b['regularizer']).max() < 1e-5) == is_zero
 
 
