@@ -1,12 +1,12 @@
-"""One model against specialists and rivals, with everything there and with a modality absent.
+"""One model against unimodal models and baselines, complete and with a modality absent.
 
   python experiments/absence.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2]
   [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
 
-Specialists of each modality (the same head, trained on that modality alone), late fusion trained in
-three ways, MoLT as printed, our default, and the default with one thing changed at a time. Accuracy
-(with several labels F1 micro) on the test split, mean and sample standard deviation over seeds;
-differences are paired by seed.
+A unimodal model of each modality (the same head, trained on that modality alone), late fusion
+trained in three ways, MoLT as printed, our default, and the default with one thing changed at a
+time. Accuracy (with several labels F1 micro) on the test split, mean and sample standard deviation
+over seeds; differences are paired by seed.
 """
 
 import time
@@ -26,13 +26,13 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 DROPOUT = grid.COMPLETE_ONLY | {'missing.train_dropout': 0.3}
-SPECIALISTS = {'text_absent': 'image specialist', 'image_absent': 'text specialist'}
+UNIMODAL = {'text_absent': 'unimodal image model', 'image_absent': 'unimodal text model'}
 DEFAULT = 'MoLT, default'
 CHANGES = {
   'one classifier for all': {'classifier.per_pattern': False},
   'modality dropout in place of views': DROPOUT,
   'views of one modality x 2': {'missing.view_weight': 2.0},
-  'taps as they are': {'molt.input_norm': 'none'},
+  'hidden states as they are': {'molt.input_norm': 'none'},
   'fusion without residual': {'fusion.residual': False},
   'distillation': {'missing.distill_weight': 1.0},
   'no CCA': {'cca.weight': 0.0},
@@ -43,10 +43,10 @@ CHANGES = {
   'zero': {'missing.strategy': 'zero'},
   'towers in int8': {'backbones.quantization': 'int8'},
   'towers in int4': {'backbones.quantization': 'int4'},
-  'stored taps in int8': {'features.dtype': 'int8'},
+  'stored hidden states in int8': {'features.dtype': 'int8'},
 }
 METHODS = {
-  **{name: grid.DEFAULT | {'dataset.modalities': name.split()[0]} for name in SPECIALISTS.values()},
+  **{name: grid.DEFAULT | {'dataset.modalities': name.split()[1]} for name in UNIMODAL.values()},
   'late fusion': grid.BASELINE,
   'late fusion + modality dropout': grid.BASELINE | DROPOUT,
   'late fusion + views': grid.DEFAULT | {'method': 'late_fusion'},
@@ -59,14 +59,14 @@ METHODS = {
 COLUMNS = LABELS | {name: name for name in grid.MISSING}
 RATES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 CURVES = ('late fusion', 'late fusion + views', 'MoLT, as printed', DEFAULT)
-MARGIN = 0.005  # What one model may lose against a specialist.
+MARGIN = 0.005  # What one model may lose against a unimodal model.
 
 
 def has(method, column):
-  """Whether a method has a score there: a specialist knows no other modality to lose."""
-  return method not in SPECIALISTS.values() or column in (
+  """Whether a method has a score there: a unimodal model knows no other modality to lose."""
+  return method not in UNIMODAL.values() or column in (
     'none_absent',
-    *(c for c, name in SPECIALISTS.items() if name == method),
+    *(c for c, name in UNIMODAL.items() if name == method),
   )
 
 
@@ -121,22 +121,22 @@ def head_milliseconds(data, method):
 
 
 def target(table, method):
-  """Lines that say whether `method` is one model for all: both specialists minus MARGIN, and the
-  best late fusion on complete input.
+  """Lines that say whether `method` is one model for all: both unimodal models minus MARGIN, and
+  the best late fusion on complete input.
   """
-  rivals = [m for m in table if m.startswith('late fusion') and values(table, m, 'none_absent')]
-  best = max(rivals, key=lambda m: np.mean(values(table, m, 'none_absent')), default=None)
-  goals = [(column, name, -MARGIN) for column, name in SPECIALISTS.items() if name in table] + (
+  baselines = [m for m in table if m.startswith('late fusion') and values(table, m, 'none_absent')]
+  best = max(baselines, key=lambda m: np.mean(values(table, m, 'none_absent')), default=None)
+  goals = [(column, name, -MARGIN) for column, name in UNIMODAL.items() if name in table] + (
     [('none_absent', best, 0.0)] if best else []
   )
-  for column, rival, least in goals:
-    differences = paired(table, method, rival, column)
+  for column, baseline, least in goals:
+    differences = paired(table, method, baseline, column)
     if not differences:
       yield f'{COLUMNS[column]}: no example to compare on'
       continue
     yield (
       f'{COLUMNS[column]}: {runs.spread(values(table, method, column))} against '
-      f'{runs.spread(values(table, rival, column))} ({rival}), '
+      f'{runs.spread(values(table, baseline, column))} ({baseline}), '
       f'paired difference {grid.signed(differences)}, allowed {100 * least:.1f}: '
       f'{"reached" if np.mean(differences) >= least else "MISSED"}'
     )
@@ -204,15 +204,15 @@ def figure(data, table, path):
       label=label,
       xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in rows],
     )
-    if SPECIALISTS.get(column) in table and values(table, SPECIALISTS[column], column):
+    if UNIMODAL.get(column) in table and values(table, UNIMODAL[column], column):
       bars.axvline(
-        100 * np.mean(values(table, SPECIALISTS[column], column)), color=f'C{offset}', linestyle=':'
+        100 * np.mean(values(table, UNIMODAL[column], column)), color=f'C{offset}', linestyle=':'
       )
   bars.set(
     yticks=range(len(table)),
     yticklabels=list(table),
     xlabel='test score, %',
-    title=f'{data} (dotted: specialists)',
+    title=f'{data} (dotted: unimodal models)',
   )
   bars.invert_yaxis()
   fig.legend(*bars.get_legend_handles_labels(), loc='outside lower left', ncols=3, frameon=False)

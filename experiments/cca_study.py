@@ -146,11 +146,11 @@ def tower_views(preset):
       np.stack([np.asarray(kept.read(kept.keys[row])[-1], np.float32).mean(0) for row in complete])
       for kept in (stored[split][m] for m in MODALITIES)
     ]
-  means, deviations = (
+  means, stds = (
     [f(view, axis=0, keepdims=True) for view in views['train']] for f in (np.mean, np.std)
   )
   return {
-    split: tuple(jnp.asarray((v - m) / s) for v, m, s in zip(pair, means, deviations, strict=True))
+    split: tuple(jnp.asarray((v - m) / s) for v, m, s in zip(pair, means, stds, strict=True))
     for split, pair in views.items()
   }
 

@@ -58,18 +58,20 @@ def sign_test(wins, losses):
 
 
 def counts(table):
-  """condition -> rival -> seed -> counts and the sign test."""
+  """condition -> baseline -> seed -> counts and the sign test."""
   found = {}
   for condition in LABELS:
     found[condition] = {}
-    for rival in (r for r in (BASELINE, TRAINED) if r in table):
+    for baseline in (r for r in (BASELINE, TRAINED) if r in table):
       by_seed = {}
-      for seed in sorted(set(table[OURS]) & set(table[rival])):
-        rows = split_cases(table[OURS][seed].predictions, table[rival][seed].predictions, condition)
+      for seed in sorted(set(table[OURS]) & set(table[baseline])):
+        rows = split_cases(
+          table[OURS][seed].predictions, table[baseline][seed].predictions, condition
+        )
         numbers = {name: len(cases) for name, cases in rows.items()}
         tested = {'p': sign_test(numbers['ours only'], numbers['theirs only'])}
         by_seed[seed] = numbers | (tested if any(numbers.values()) else {})
-      found[condition][rival] = by_seed
+      found[condition][baseline] = by_seed
   return found
 
 
@@ -80,28 +82,26 @@ def lines(found):
     'Test examples by outcome, mean over seeds; p: two-sided exact sign test over the examples on '
     'which exactly one is right, the largest over '
     f'seeds. MoLT is `{OURS}`. `{BASELINE}` is the baseline of the paper, trained on complete '
-    'examples alone; the other rival is trained for '
+    'examples alone; the other baseline is trained for '
     'absence in the same way as MoLT.\n'
   )
   for data, by_condition in found.items():
+    seeds = [seeds for against in by_condition.values() for seeds in against.values()]
+    yield f'## {data}, {max(map(len, seeds))} seed(s)\n'
     yield (
-      f'## {data}, '
-      f'{max(len(by_seed) for by_rival in by_condition.values() for by_seed in by_rival.values())} '
-      'seed(s)\n'
-    )
-    yield (
-      '| inference | rival | MoLT alone right | rival alone right | both right | both wrong | p |'
+      '| inference | baseline | MoLT alone right | baseline alone right | both right | both wrong '
+      '| p |'
     )
     yield '|---|---|--:|--:|--:|--:|--:|'
-    for condition, by_rival in by_condition.items():
-      for rival, by_seed in by_rival.items():
+    for condition, by_baseline in by_condition.items():
+      for baseline, by_seed in by_baseline.items():
         means = [
           f'{np.mean([numbers[name] for numbers in by_seed.values()]):.0f}'
           for name in ('ours only', 'theirs only', 'both', 'neither')
         ]
         found = [numbers['p'] for numbers in by_seed.values() if 'p' in numbers]
         p = f'{max(found):.2g}' if found else '-'
-        yield f'| {LABELS[condition]} | {rival} | ' + ' | '.join(means) + f' | {p} |'
+        yield f'| {LABELS[condition]} | {baseline} | ' + ' | '.join(means) + f' | {p} |'
     yield f'\n![examples on which one of the two is right](figure2_{data}.png)\n'
   yield (
     f'Left: `{BASELINE}` is wrong and `{OURS}` right; right: the reverse. Drawn by a hash of the '

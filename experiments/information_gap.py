@@ -271,8 +271,8 @@ def main(argv):
   }
   atomic.write(out / 'information_gap.json', logbook.to_json(record, indent=1) + '\n')
   (out / 'information_gap.md').write_text(
-    '# What perfect alignment costs, in bits\n\nMean ± sample deviation over seeds; aligned: '
-    'weight '
+    '# What perfect alignment costs, in bits\n\nMean ± sample standard deviation over seeds; '
+    'aligned: weight '
     f'{ALIGNMENT_WEIGHTS[-1]:g} of the alignment, free: weight 0. The bound of the theorem is the '
     'gap.\n\n'
     + '\n'.join(rows)

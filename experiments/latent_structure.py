@@ -307,7 +307,7 @@ def main(argv):
   lines = [
     '# CLIP against latent-structure regularisers',
     '',
-    f'Percent, mean ± sample deviation over seeds {", ".join(SEEDS.value)}.',
+    f'Percent, mean ± sample standard deviation over seeds {", ".join(SEEDS.value)}.',
   ]
   for dataset in datasets:
     for split in SPLITS:

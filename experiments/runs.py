@@ -84,8 +84,8 @@ def spread(values: Iterable[float | None], *, scale: float = 100.0, digits: int 
   values = values[np.isfinite(values)]
   if not len(values):
     return '-'
-  deviation = f' ± {values.std(ddof=1):.{digits}f}' if len(values) > 1 else ''
-  return f'{values.mean():.{digits}f}{deviation}'
+  spread = f' ± {values.std(ddof=1):.{digits}f}' if len(values) > 1 else ''
+  return f'{values.mean():.{digits}f}{spread}'
 
 
 def provenance() -> dict[str, Any]:

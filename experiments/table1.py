@@ -22,11 +22,11 @@ from molt_jax.data.modalities import LABELS
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-RIVALS = [method for method in methods.METHODS if method != 'molt']
+BASELINES = [method for method in methods.METHODS if method != 'molt']
 PRINTED, DEFAULT = 'MoLT, as printed', 'MoLT, default'
 METHODS = {
-  **{method: grid.BASELINE | {'method': method} for method in RIVALS},
-  **{f'{method}, trained for absence': grid.DEFAULT | {'method': method} for method in RIVALS},
+  **{method: grid.BASELINE | {'method': method} for method in BASELINES},
+  **{f'{method}, trained for absence': grid.DEFAULT | {'method': method} for method in BASELINES},
   PRINTED: grid.PRINTED,
   DEFAULT: grid.DEFAULT,
 }
@@ -101,7 +101,7 @@ def lines(made):
   yield '|---|---|' + '--:|' * len(made)
   for condition, label in LABELS.items():
     for method in methods:
-      if method != RIVALS[0]:
+      if method != BASELINES[0]:
         yield (
           f'| {label} | {method} | '
           + ' | '.join(_difference(t, method, condition) for t in made.values())
@@ -132,9 +132,9 @@ def _seeds(table):
 
 
 def _difference(table, method, condition):
-  if method not in table or RIVALS[0] not in table:
+  if method not in table or BASELINES[0] not in table:
     return '-'
-  return grid.signed(grid.paired(table, method, RIVALS[0], condition, grid.metric_of(table)))
+  return grid.signed(grid.paired(table, method, BASELINES[0], condition, grid.metric_of(table)))
 
 
 def figure(made, path):

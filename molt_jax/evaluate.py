@@ -109,7 +109,7 @@ def _rates(
   for kind in kinds:
     for rate in rates:
       conditions[f'missing_{kind}_{rate:g}'] = missing.present_table(
-        source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present
+        source.ids, rate=rate, kind=kind, seed=config.seed, split=split, present=source.present
       )
   return conditions
 

@@ -94,7 +94,7 @@ class ClassifierTrainer(Trainer):
     self.frozen, self._stored = extract.open_features(self.assembly.extraction, wanted)
     self._score = scoring.Scorer(self.assembly)
     self._imputation = None
-    if STRATEGIES[self.config.missing.strategy].translates:
+    if STRATEGIES[self.config.missing.strategy].imputes:
       self._imputation = imputation_fit.ImputationFit(
         self.assembly, splits['train'], self._left['train'], self._stored['train']
       )
@@ -218,7 +218,7 @@ def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> n
   c = config.missing
   rate, kind = (c.train_rate, c.train_type) if split == 'train' else (c.eval_rate, c.eval_type)
   return missing.present_table(
-    source.ids, rate=rate, kind=kind, seed=config.seed, split=split, natural=source.present
+    source.ids, rate=rate, kind=kind, seed=config.seed, split=split, present=source.present
   )
 
 

@@ -1,5 +1,5 @@
 """Absence end to end: leaks, the protocol whatever the machine, translation through a resume,
-specialists, data whose answer needs both.
+unimodal models, data whose answer needs both.
 """
 
 import json
@@ -131,7 +131,7 @@ def test_hits_are_the_same_whatever_batch_threads_processes_and_resume_point(tin
   preprocess = assemble(config, class_names=('a', 'b', 'c')).preprocess
   source = data.splits['train']
   table_nm = missing.present_table(
-    source.ids, rate=0.7, kind='both', seed=0, split='train', natural=source.present
+    source.ids, rate=0.7, kind='both', seed=0, split='train', present=source.present
   )
   expected = {i: tuple(p) for i, p in enumerate(table_nm)}
   assert all(any(p) for p in expected.values())
@@ -313,26 +313,26 @@ def test_the_maps_are_those_of_the_pooled_training_pairs(translated):
     )
 
 
-# ---- Specialists ---------------------------------------------------------------------------------
+# ---- Unimodal models -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
-def text_specialist(tmp_path_factory, make_tiny_config):
+def text_model(tmp_path_factory, make_tiny_config):
   config = make_tiny_config()
   config.dataset.modalities, config.backbones.image.path = 'text', ''
-  workdir = tmp_path_factory.mktemp('specialist') / 'run'
+  workdir = tmp_path_factory.mktemp('unimodal') / 'run'
   train.train(config, workdir)
   return workdir
 
 
-def test_a_specialist_knows_one_tower_and_the_rows_that_have_its_modality(text_specialist):
-  record = json.loads((text_specialist / 'evaluation.json').read_text())
+def test_a_unimodal_model_knows_one_tower_and_the_rows_that_have_its_modality(text_model):
+  record = json.loads((text_model / 'evaluation.json').read_text())
   assert set(record['backbones']) == {'text'}
   assert {
     name: (r['both'], r['image_only'], r['text_only']) for name, r in record['results'].items()
   } == {'none_absent': (0, 0, 13), 'image_absent': (0, 0, 13)}
   assert record['results']['none_absent']['accuracy'] > 0.6
-  predictor = molt_jax.load(text_specialist)
+  predictor = molt_jax.load(text_model)
   assert predictor.predict(text='a green square, number 3')['labels'][0]['label'] == 'green'
   with pytest.raises(UserError, match='knows texts alone'):
     predictor.predict(image=np.zeros((9, 9, 3), np.uint8), text='a green square')
@@ -345,8 +345,8 @@ def test_a_specialist_knows_one_tower_and_the_rows_that_have_its_modality(text_s
     (['--missing_rate=0.5'], ['--missing_rate', 'no second modality']),
   ],
 )
-def test_what_a_specialist_cannot_do_is_one_line(text_specialist, capsys, arguments, words):
-  assert evaluate.main([f'--workdir={text_specialist}', *arguments]) == 2
+def test_what_a_unimodal_model_cannot_do_is_one_line(text_model, capsys, arguments, words):
+  assert evaluate.main([f'--workdir={text_model}', *arguments]) == 2
   (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
   assert all(word in line for word in words)
 

@@ -18,7 +18,7 @@ CARD = 24e9
 LLAMA, CLIP = (
   6_607_343_616,
   303_177_728,
-)  # Parameters of the published models without what no tap needs.
+)  # Parameters of the published models without what no hidden state needs.
 LLAMA_MATRICES, CLIP_MATRICES = (
   32 * (4 * 4096**2 + 3 * 4096 * 11008),
   24 * (4 * 1024**2 + 2 * 1024 * 4096),

@@ -226,11 +226,11 @@ def test_features_of_a_probe_are_class_and_mean_patch_token(pair):
   x_bhwc = np.stack(
     [examples.single_example(pair.preprocess, image=image)['image'] for image in images]
   )
-  taps = np.asarray(
+  states = np.asarray(
     tower.apply({'params': pair.variables['params']['image_tower']}, x_bhwc, states=range(-2, 0))
   )
   expected = np.concatenate(
-    [np.concatenate([h[:, 0], h[:, 1:].mean(axis=1)], axis=1) for h in taps], axis=1
+    [np.concatenate([h[:, 0], h[:, 1:].mean(axis=1)], axis=1) for h in states], axis=1
   )
   np.testing.assert_allclose(pair.image_features(images, num_layers=2), expected, atol=1e-4)
 

@@ -209,22 +209,22 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
   assert says in err and err.count('\n') == 1
 
 
-# ---- The rival -----------------------------------------------------------------------------------
+# ---- The baseline --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
 def tools():
-  pytest.importorskip('torch', reason='the rival is written in PyTorch, which is not installed')
+  pytest.importorskip('torch', reason='the baseline is written in PyTorch, which is not installed')
   sys.path.insert(0, str(ROOT / 'tools'))
+  import baseline_torch
   import bench_train
-  import rival_torch
 
-  yield bench_train, rival_torch
+  yield bench_train, baseline_torch
   sys.path.remove(str(ROOT / 'tools'))
 
 
 def copy_head(head, params):
-  """Our head's parameters into the rival's."""
+  """Our head's parameters into the baseline's."""
   import torch
 
   params = jax.tree.map(np.asarray, params)
@@ -260,7 +260,7 @@ def copy_head(head, params):
   put(head.classifier, logits['kernel'], logits['bias'])
 
 
-def test_the_rival_computes_what_our_paper_preset_does(tools):
+def test_the_baseline_computes_what_our_paper_preset_does(tools):
   """Same weights, same batch, more rows than directions: the same losses, and the same
   cross-entropy after a step of either.
   """
@@ -269,7 +269,7 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
   from molt_jax.towers import architectures
   from molt_jax.towers.loading import hugging_face_tensors
 
-  bench_train, rival_torch = tools
+  bench_train, baseline_torch = tools
   sizes = [
     '--text=llama-tiny',
     '--image=clip-vit-tiny',
@@ -281,19 +281,19 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
     '--preset=paper',
   ]
   flags = command_line.parse(
-    'bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,rival', '--rounds=2']
+    'bench', '', bench_train.FLAGS, [*sizes, '--contestants=live,baseline', '--rounds=2']
   )[0]
   config = bench_train.make_config(flags, batch=24, width=8, preset='paper')
   ours = bench_train.Ours(config, 5, None, bench_train.lengths(flags, 24))
   assert 'token_position' in ours.host
   ours.host['label'] = np.arange(24, dtype=np.int32) % 5
-  rival = rival_torch.Rival(
+  baseline = baseline_torch.Baseline(
     architectures.LLAMA['llama-tiny'],
     architectures.CLIP_VISION['clip-vit-tiny'],
-    rival_torch.Settings(8, 4, 5),
+    baseline_torch.Settings(8, 4, 5),
   )
   families = {kind: spec.family for kind, spec in ours.workload.assembly.towers.items()}
-  for tower, kind in ((rival.text, 'text'), (rival.image, 'image')):
+  for tower, kind in ((baseline.text, 'text'), (baseline.image, 'image')):
     tensors = {
       name: torch.tensor(np.array(x))
       for name, x in hugging_face_tensors(ours.frozen[kind], families[kind]).items()
@@ -301,33 +301,33 @@ def test_the_rival_computes_what_our_paper_preset_does(tools):
     missing, unexpected = tower.load_state_dict(tensors, strict=False)
     assert not unexpected and all('post_layernorm' in name for name in missing)
   state = ours.workload.state()
-  copy_head(rival.head, state.params)
-  theirs = rival_torch.make_batch(ours.host)
+  copy_head(baseline.head, state.params)
+  theirs = baseline_torch.make_batch(ours.host)
   step = ours.workload.step()
   for _ in range(2):
     with torch.no_grad():
-      loss, ce, cca = (float(x) for x in rival.loss(theirs))
-    rival.step(theirs)
+      loss, ce, cca = (float(x) for x in baseline.loss(theirs))
+    baseline.step(theirs)
     state, metrics = step(state, ours.frozen, ours.host)
     assert float(metrics['loss_ce']) == pytest.approx(ce, rel=1e-4)
     assert float(metrics['loss_cca']) == pytest.approx(cca, rel=1e-3)
     assert float(metrics['loss']) == pytest.approx(loss, rel=1e-3)
   report = bench_train.measure(flags)
   assert (
-    set(report['cases'][0]['speedup']) == {'live_over_rival'}
-    and report['cases'][0]['seconds']['rival']['median'] > 0
+    set(report['cases'][0]['speedup']) == {'live_over_baseline'}
+    and report['cases'][0]['seconds']['baseline']['median'] > 0
   )
 
 
-def test_the_rival_survives_the_gradient_of_small_batches(tools):
+def test_the_baseline_survives_the_gradient_of_small_batches(tools):
   import torch
 
-  rival_torch = tools[1]
+  baseline_torch = tools[1]
   x, y = (
     torch.randn(6, 16, generator=torch.Generator().manual_seed(i), requires_grad=True)
     for i in range(2)
   )
-  loss = rival_torch.cca_loss(x, y, 1e-3)
+  loss = baseline_torch.cca_loss(x, y, 1e-3)
   loss.backward()
   assert -1.01 < loss.item() < -0.5 and x.grad.isfinite().all() and y.grad.isfinite().all()
 
@@ -343,7 +343,7 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
   subprocess.run(
     ['bash', str(ROOT / 'tools/bench_gpu.sh')], env=environment, check=True, capture_output=True
   )
-  names = {'rival', 'profile', 'flash', 'compiled', 'batches', 'texts', 'int8'}
+  names = {'baseline', 'profile', 'flash', 'compiled', 'batches', 'texts', 'int8'}
   assert {path.stem for path in (tmp_path / 'out').glob('*.json')} == names
   commands = [line.split() for line in (tmp_path / 'commands').read_text().splitlines()]
   assert len(commands) == len(names)

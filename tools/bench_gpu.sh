@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times LLaMA-7B + CLIP ViT-L/14 (random weights, bfloat16, 32 x 128 tokens) on one GPU of 80 GB, in under nine minutes: our step and its split, against
-# the PyTorch rival with and without torch.compile, with flash attention, over batch sizes, with texts of about 48 tokens, and with int8 towers.
+# the PyTorch baseline with and without torch.compile, with flash attention, over batch sizes, with texts of about 48 tokens, and with int8 towers.
 #
 #   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh                   # one JSON file a measurement, in FOLDER or experiments/results/gpu
 #   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh [--small] [NAME]  # --small: tiny shapes, on a CPU too; NAME: that measurement only
@@ -58,15 +58,15 @@ bench() {
 }
 
 failed=0
-bench rival --batch=$batch --preset=paper,robust --contestants=live,store,rival
-bench compiled --batch=$batch --preset=paper --contestants=live,rival_compiled
+bench baseline --batch=$batch --preset=paper,robust --contestants=live,store,baseline
+bench compiled --batch=$batch --preset=paper --contestants=live,baseline_compiled
 measure profile tools/profile_step.py --json --config=configs/quickstart.py --rounds=$rounds --trace="$cache/trace" \
   --config.backbones.text.path=random:$text --config.backbones.image.path=random:$image --config.backbones.dtype=$dtype --config.compute_dtype=$dtype \
   --config.text.max_tokens=$tokens --config.molt.width=$width --config.train.batch_size=$batch --config.mesh.data=1 \
   --config.features.store= --config.classifier.hidden=512
 bench flash --batch=$batch --preset=robust --contestants=live --attention=$flash
 bench int8 --batch=$batch --preset=robust --contestants=live --quantization=int8
-bench texts --batch=$batch --preset=robust --contestants=live,live_padded,rival --lengths=$((tokens * 3 / 8)),$((tokens / 5))
+bench texts --batch=$batch --preset=robust --contestants=live,live_padded,baseline --lengths=$((tokens * 3 / 8)),$((tokens / 5))
 bench batches --batch=$sweep --preset=robust --contestants=live
 echo "$((SECONDS)) s in all; results in $out"
 exit $failed

@@ -1,4 +1,4 @@
-"""Our training step against PyTorch's (`tools/rival_torch.py`) on noise: `python
+"""Our training step against PyTorch's (`tools/baseline_torch.py`) on noise: `python
 tools/bench_train.py [--json] [--out=FILE]`.
 
 Every case trains the same head on the same architectures, batch and sizes. Contestants take turns
@@ -6,13 +6,13 @@ within a case, so that other work on the machine weighs on all of them (on an id
 ratios are steadier, and PyTorch's threads do not spin against ours: OMP_WAIT_POLICY=PASSIVE).
 
   paper   our step with the paper's settings: one view, hidden states as they are, linear
-          classifier, CCA over the batch: what the rival computes
+          classifier, CCA over the batch: what the baseline computes
   robust  our default step, three views of each example, normalised hidden states, MLP classifiers:
-          the rival computes less
+          the baseline computes less
 
 `live` runs the towers, `store` reads their hidden states from a batch, as training does from the
 second epoch on (`features.store`). Texts have the lengths that --lengths says: our text tower
-computes their real tokens alone (`live`) or padding too (`live_padded`); the rival pads to the
+computes their real tokens alone (`live`) or padding too (`live_padded`); the baseline pads to the
 longest of the batch. The defaults are the quickstart's: SmolLM2-135M, the shipped vision tower,
 batches of 64, texts of 6 +- 3.6 tokens, at most 16 (--width=128 --preset=robust is its head).
 `tools/bench_gpu.sh` calls this with LLaMA-7B and CLIP ViT-L/14.
@@ -48,7 +48,7 @@ from molt_jax.runtime.flags import Flag, choice
 from molt_jax.towers import architectures
 
 SHIPPED = 'openmoji'
-CONTESTANTS = ('live', 'live_padded', 'store', 'rival', 'rival_compiled')
+CONTESTANTS = ('live', 'live_padded', 'store', 'baseline', 'baseline_compiled')
 PAPER = {
   name: presets.PAPER[name]
   for name in (
@@ -88,7 +88,7 @@ FLAGS = (
   Flag(
     'contestants',
     'what takes turns',
-    ('live', 'live_padded', 'store', 'rival'),
+    ('live', 'live_padded', 'store', 'baseline'),
     rule=choice(*CONTESTANTS),
     many=True,
   ),
@@ -116,8 +116,8 @@ def lengths(flags, rows: int) -> np.ndarray:
   """Tokens of each text, as --lengths says; the same for all contestants."""
   if flags.lengths == 'full':
     return np.full(rows, flags.tokens)
-  mean, deviation = map(float, flags.lengths.split(','))
-  spread = math.sqrt(math.log1p((deviation / mean) ** 2))
+  mean, std = map(float, flags.lengths.split(','))
+  spread = math.sqrt(math.log1p((std / mean) ** 2))
   drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, rows)
   return np.clip(np.rint(drawn), 1, flags.tokens).astype(int)
 
@@ -187,16 +187,16 @@ class Ours:
 
 
 class Theirs:
-  """Steps of the rival; towers are shared between cases."""
+  """Steps of the baseline; towers are shared between cases."""
 
   def __init__(self, flags):
-    import rival_torch
+    import baseline_torch
     import torch
 
-    self._lib, self._torch, self._flags = rival_torch, torch, flags
+    self._lib, self._torch, self._flags = baseline_torch, torch, flags
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self._shapes = shape_of('text', flags.text), shape_of('image', flags.image)
-    self._towers = rival_torch.make_towers(*self._shapes, self.device)
+    self._towers = baseline_torch.make_towers(*self._shapes, self.device)
 
   def runs(self, wanted, workload, host):
     """Contestant -> a function that does one step; its loss waits for the device."""
@@ -208,24 +208,24 @@ class Theirs:
       ridge=config.cca.ridge,
     )
     batch = self._lib.make_batch(host, self.device)
-    rivals = {
-      name: self._lib.Rival(
+    baselines = {
+      name: self._lib.Baseline(
         *self._shapes,
         settings,
         device=self.device,
-        compiled=name == 'rival_compiled',
+        compiled=name == 'baseline_compiled',
         towers=self._towers,
       )
-      for name in ('rival', 'rival_compiled')
+      for name in ('baseline', 'baseline_compiled')
       if name in wanted
     }
-    return {name: functools.partial(rival.step, batch) for name, rival in rivals.items()}
+    return {name: functools.partial(baseline.step, batch) for name, baseline in baselines.items()}
 
   def versions(self):
     return {
       'torch': self._torch.__version__,
       'torch_threads': self._torch.get_num_threads(),
-      'rival_device': self.device,
+      'baseline_device': self.device,
     }
 
   def forget_peak(self):
@@ -240,7 +240,7 @@ class Theirs:
 def measure(flags) -> dict:
   """Returns the report; every case is said on stderr as it is done."""
   wanted = flags.contestants
-  theirs = Theirs(flags) if any(name.startswith('rival') for name in wanted) else None
+  theirs = Theirs(flags) if any(name.startswith('baseline') for name in wanted) else None
   frozen, cases = None, []
   for batch, width, preset in itertools.product(flags.batch, flags.width, flags.preset):
     config = make_config(flags, batch=batch, width=width, preset=preset)
@@ -289,14 +289,14 @@ def _case(batch, width, preset, taken, theirs):
     'preset': preset,
     'seconds': {name: timing.spread(values) for name, values in taken.items()},
   }
-  rivals = [name for name in taken if name.startswith('rival')]
+  baselines = [name for name in taken if name.startswith('baseline')]
   case['speedup'] = {  # Medians over rounds of the ratio within a round.
-    f'{ours}_over_{rival}': statistics.median(
-      b / a for a, b in zip(taken[ours], taken[rival], strict=True)
+    f'{ours}_over_{baseline}': statistics.median(
+      b / a for a, b in zip(taken[ours], taken[baseline], strict=True)
     )
     for ours in CONTESTANTS[:3]
     if ours in taken
-    for rival in rivals
+    for baseline in baselines
   }
   case['examples_per_second'] = {
     name: batch / statistics.median(values) for name, values in taken.items()
@@ -304,7 +304,7 @@ def _case(batch, width, preset, taken, theirs):
   stats = jax.devices()[0].memory_stats() or {}
   case['peak_bytes'] = {
     'ours_so_far': stats.get('peak_bytes_in_use'),
-    'rival': theirs.peak() if theirs else None,
+    'baseline': theirs.peak() if theirs else None,
   }
   return case
 

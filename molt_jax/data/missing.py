@@ -51,7 +51,7 @@ def present_table(
   kind: str,
   seed: int,
   split: str,
-  natural: np.ndarray | None = None,
+  present: np.ndarray | None = None,
 ) -> np.ndarray:
   """Draws the rows that lack a modality, by the field's standard protocol.
 
@@ -72,12 +72,12 @@ def present_table(
       other its image, never both (an odd row loses text).
     seed: root of the draw.
     split: name of the split; each has its own draw.
-    natural: bool[N, 2], what the rows have by nature (`Source.present`); None: all are complete.
+    present: bool[N, 2], what the rows have by nature (`Source.present`); None: all are complete.
 
   Returns:
     bool[N, 2]
   """
-  present_nm = np.ones((len(ids), 2), bool) if natural is None else np.array(natural, bool)
+  present_nm = np.ones((len(ids), 2), bool) if present is None else np.array(present, bool)
   complete = present_nm.all(axis=1)
   ranked = [n for n in hash_order(ids, seed=seed, name=f'missing/{split}') if complete[n]]
   affected = ranked[: int(np.floor(rate * len(ranked) + 0.5))]

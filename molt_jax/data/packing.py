@@ -34,8 +34,8 @@ def usual_size(lengths: Sequence[int], rows: int) -> int:
 
   Mean + 3 standard deviations of the sum, for rows drawn from texts of these lengths.
   """
-  mean, deviation = (float(f(lengths)) if len(lengths) else 0.0 for f in (np.mean, np.std))
-  return packed_size(round(rows * mean + 3 * rows**0.5 * deviation))
+  mean, std = (float(f(lengths)) if len(lengths) else 0.0 for f in (np.mean, np.std))
+  return packed_size(round(rows * mean + 3 * rows**0.5 * std))
 
 
 def groups(rows: int, pack: tuple[int, int]) -> np.ndarray:

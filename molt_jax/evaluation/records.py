@@ -131,7 +131,7 @@ class Predictions(Saved):
         lose.
     """
     drawn_nm = missing.present_table(
-      self.ids, rate=rate, kind=kind, seed=self.seed, split=self.split, natural=self.present_nm
+      self.ids, rate=rate, kind=kind, seed=self.seed, split=self.split, present=self.present_nm
     )
     lost_nm = self.present_nm & ~drawn_nm
     none, text, image = (self.conditions.index(name) for name in CONDITIONS)

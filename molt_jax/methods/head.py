@@ -33,7 +33,7 @@ class HeadMethod(base.Defaults):
   """A head over hidden states of both towers; see `base.Method`.
 
   Attributes:
-    head: Linen module, called as head(states, present_bm, train=, content_bm=, row_weight_b=).
+    head: Linen module, called as head(states, present_bm, train=, content_bm=, weight_b=).
     states: modality -> hidden states that the head reads, numbered from 0.
     reads: modality -> what is read of the tower.
     modules: modality -> the tower's module, None for one that is not used.
@@ -87,7 +87,7 @@ class HeadMethod(base.Defaults):
     states = self._states(towers, frozen, features, batch)
     how = {}
     if training:
-      how = {'content_bm': batch['present'], 'row_weight_b': batch['weight']}
+      how = {'content_bm': batch['present'], 'weight_b': batch['weight']}
       how |= {'rngs': {'dropout': training.rngs['dropout']}}
     own = {'params': params, 'statistics': variables.get('statistics', {})}
     if not (training and training.update):
@@ -170,7 +170,7 @@ def make_head(config: ml_collections.ConfigDict, **sizes: int) -> nn.Module:
   """Returns the head that `config.method` names, of a method that is one.
 
   Call it as `head.apply({'params': p, 'statistics': s}, states, present_bm, train=...,
-  content_bm=..., row_weight_b=..., rngs={'dropout': key})`, with `mutable=['statistics']` in
+  content_bm=..., weight_b=..., rngs={'dropout': key})`, with `mutable=['statistics']` in
   training; it returns an `Output`. `s` is empty unless `config.molt.input_norm` is `standardize` or
   `config.missing.strategy` is `translate`.
 
@@ -181,7 +181,7 @@ def make_head(config: ml_collections.ConfigDict, **sizes: int) -> nn.Module:
 
   Returns:
     A Linen module; `states` is `HiddenStates`, `present_bm` is bool[B, 2] (image, text),
-    `row_weight_b` [B] marks padding by zero. `content_bm` bool[B, 2] (default: present_bm) says
+    `weight_b` [B] marks padding by zero. `content_bm` bool[B, 2] (default: present_bm) says
     whose states may be read at all: training maps the head over several `present_bm` of one batch,
     and what depends on the states alone is then computed once. Without it nothing of a missing
     modality is read.

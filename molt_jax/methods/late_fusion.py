@@ -32,11 +32,11 @@ class LateFusionHead(nn.Module):
     *,
     train: bool,
     content_bm: jax.Array | None = None,
-    row_weight_b: jax.Array | None = None,
+    weight_b: jax.Array | None = None,
   ) -> Output:
     """See `head.make_head`."""
     sequences = self.inputs(
-      states, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
+      states, present_bm, train=train, content_bm=content_bm, weight_b=weight_b
     )
     features_bd = jnp.concatenate([_pooled(sequence) for sequence in sequences], axis=-1)
     return Output(self.classifier(features_bd, train=train))
@@ -44,7 +44,9 @@ class LateFusionHead(nn.Module):
 
 def _pooled(sequence):
   absent = (
-    0.0 if sequence.stand_in_l11d is None else sequence.stand_in_l11d[-1, 0].astype(jnp.float32)
+    0.0
+    if sequence.placeholder_l11d is None
+    else sequence.placeholder_l11d[-1, 0].astype(jnp.float32)
   )
   return jnp.where(sequence.present_b[:, None], pool(sequence.tokens, sequence.mask_bt)[-1], absent)
 

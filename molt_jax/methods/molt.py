@@ -19,7 +19,7 @@ from molt_jax.methods.parts.attention import LayerAffine, PooledLayerNorm, atten
 from molt_jax.methods.parts.fusion import Fusion
 from molt_jax.methods.parts.imputation import CrossModalImputation
 from molt_jax.methods.parts.inputs import STRATEGIES
-from molt_jax.methods.parts.interface import Output, Tokens, TokenSequence, usable_mean
+from molt_jax.methods.parts.interface import Output, Tokens, TokenSequence, available_mean
 
 
 class Translation(nn.Module):
@@ -49,8 +49,8 @@ class Translation(nn.Module):
     maps = {m: self._maps(m, *s.tokens.x_lbtd.shape[::3]) for m, s in sequences.items()}
     norms = {m: PooledLayerNorm(name=f'{m}_norm') for m in MODALITIES}
     tokens = {m: s.tokens.map(maps[m]['project']) for m, s in sequences.items()}
-    stand_ins = {
-      m: None if s.stand_in_l11d is None else Tokens(maps[m]['project'](s.stand_in_l11d))
+    placeholders = {
+      m: None if s.placeholder_l11d is None else Tokens(maps[m]['project'](s.placeholder_l11d))
       for m, s in sequences.items()
     }
     pooled = []
@@ -60,11 +60,11 @@ class Translation(nn.Module):
       )
       own_mask_bt, other_mask_bt = sequences[own].mask_bt, sequences[other].mask_bt
       together_lbc = norms[own](ask(tokens[own], tokens[other], other_mask_bt), own_mask_bt)
-      alone_lbc = norms[own](ask(tokens[own], stand_ins[other], None), own_mask_bt)
+      alone_lbc = norms[own](ask(tokens[own], placeholders[other], None), own_mask_bt)
       absent_lbc = jnp.zeros_like(alone_lbc)
-      if stand_ins[own] is not None:
+      if placeholders[own] is not None:
         absent_lbc = norms[own](
-          ask(stand_ins[own], tokens[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1])
+          ask(placeholders[own], tokens[other], other_mask_bt), jnp.ones_like(own_mask_bt[:, :1])
         )
       present_lbc = jnp.where(sequences[other].present_b[None, :, None], together_lbc, alone_lbc)
       pooled.append(jnp.where(sequences[own].present_b[None, :, None], present_lbc, absent_lbc))
@@ -108,7 +108,7 @@ class MoLTHead(nn.Module):
     classifier: a module of `fusion.CLASSIFIERS`.
     alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None:
       the same one reads all rows.
-    translator: fills the absent h_l in eq. 5, an `imputation.CrossModalImputation`; None: H_l is
+    translator: predicts the absent h_l in eq. 5, an `imputation.CrossModalImputation`; None: H_l is
       of the available ones.
     width: C (d_c).
     num_layers: L (L_s).
@@ -121,7 +121,7 @@ class MoLTHead(nn.Module):
   inputs: nn.Module
   classifier: nn.Module
   alone: Mapping[str, nn.Module] | None
-  translator: nn.Module | None
+  translator: nn.Module | None  # Its name is that of its statistics in checkpoints.
   width: int
   num_layers: int
   num_heads: int
@@ -139,18 +139,18 @@ class MoLTHead(nn.Module):
     *,
     train: bool,
     content_bm: jax.Array | None = None,
-    row_weight_b: jax.Array | None = None,
+    weight_b: jax.Array | None = None,
   ) -> Output:
     """See `head.make_head`."""
     image, text = self.inputs(
-      states, present_bm, train=train, content_bm=content_bm, row_weight_b=row_weight_b
+      states, present_bm, train=train, content_bm=content_bm, weight_b=weight_b
     )
-    usable_bm = jnp.stack([image.usable_b, text.usable_b], axis=-1)
+    available_bm = jnp.stack([image.available_b, text.available_b], axis=-1)
     pooled = Translation(
       self.width, self.num_heads, self.cross_attention, self.dtype, name='translation'
     )(image, text)
-    layers_lbc = usable_mean(
-      *(self.translator(*pooled, usable_bm) if self.translator else (*pooled, usable_bm))
+    layers_lbc = available_mean(
+      *(self.translator(*pooled, available_bm) if self.translator else (*pooled, available_bm))
     )
     if self.layer_weights:
       init = nn.with_logical_partitioning(nn.initializers.ones, ('layers',))
@@ -180,12 +180,12 @@ class MoLTHead(nn.Module):
 def make_head(config, *, num_layers, num_classes, image_width, text_width) -> MoLTHead:
   """See `head.make_head`."""
   c = config.molt
-  translates = STRATEGIES[config.missing.strategy].translates
+  imputes = STRATEGIES[config.missing.strategy].imputes
   return MoLTHead(
     inputs=heads.inputs(config, num_layers, image_width, text_width),
     classifier=heads.classifier(config, num_classes, 'common'),
     alone=heads.unimodal_classifiers(config, num_classes, 'common'),
-    translator=CrossModalImputation(num_layers, c.width) if translates else None,
+    translator=CrossModalImputation(num_layers, c.width) if imputes else None,
     width=c.width,
     num_layers=num_layers,
     num_heads=c.num_heads,

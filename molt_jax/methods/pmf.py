@@ -69,10 +69,10 @@ class Prompts(nn.Module):
     for m in self.widths:
       other = jnp.zeros((1, self.num_tokens, self.widths[OTHER[m]]))
       for layer in range(self.num_layers):
-        self.translate(m, layer, other)
+        self.map_into(m, layer, other)
       self.classify(m, jnp.zeros((1, self.widths[m])))
 
-  def translate(self, modality: str, layer: int, x_bkd: jax.Array) -> jax.Array:
+  def map_into(self, modality: str, layer: int, x_bkd: jax.Array) -> jax.Array:
     """Maps what the other tower's queries read into this tower."""
     first, second = self.maps[modality][layer]
     return second(nn.relu(first(x_bkd.astype(jnp.float32))))
@@ -172,7 +172,7 @@ class _Tower:
     context = self._prompts(trained, 'fusion_context', layer)
     parts, seen = [context], [jnp.ones(context.shape[:2], bool)]
     if read_bkd is not None:
-      y_bkd = trained.translate(self.modality, layer, read_bkd).astype(self.h_btd.dtype)
+      y_bkd = trained.map_into(self.modality, layer, read_bkd).astype(self.h_btd.dtype)
       parts.append(y_bkd)
       seen.append(jnp.broadcast_to(other_b[:, None], y_bkd.shape[:2]))
     prompts, seen = jnp.concatenate(parts, axis=1), jnp.concatenate(seen, axis=1)

@@ -25,13 +25,13 @@ def check_finite(x_nc: np.ndarray, what: str) -> None:
 
 
 def statistics(pooled_nd: np.ndarray) -> dict[str, np.ndarray]:
-  """Mean and deviation of each channel: a few channels of a LLaMA are thousands of times as large
-  as the others.
+  """Mean and standard deviation of each channel: a few channels of a LLaMA are thousands of times
+  as large as the others.
   """
-  deviation_d = pooled_nd.std(axis=0, dtype=np.float64)
+  std_d = pooled_nd.std(axis=0, dtype=np.float64)
   return {
     'mean': pooled_nd.mean(axis=0, dtype=np.float64).astype(np.float32),
-    'deviation': np.where(deviation_d > 0, deviation_d, 1.0).astype(np.float32),
+    'deviation': np.where(std_d > 0, std_d, 1.0).astype(np.float32),
   }
 
 

@@ -95,7 +95,7 @@ def wait(name: str) -> None:
 
 
 @contextlib.contextmanager
-def leader_first(name: str) -> Iterator[None]:
+def main_first(name: str) -> Iterator[None]:
   """Runs a block in process 0 and then in all others, which find done what it leaves on disk."""
   if not is_main():
     wait(name)

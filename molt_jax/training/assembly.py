@@ -137,7 +137,7 @@ def assemble(
 
   check_batch_sizes(config, mesh, ('train', 'eval'))
   towers = describe_towers(config)
-  with processes.leader_first('data set'):
+  with processes.main_first('data set'):
     data = datasets.load_dataset(config)
   return Assembly(config, mesh, towers, tuple(data.class_names), data)
 

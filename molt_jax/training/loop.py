@@ -89,8 +89,8 @@ class Loop:
     return state
 
   def _open_log(self, start: int) -> tuple[logbook.Logbook, StepMonitor]:
-    leads = processes.is_main()
-    log = logbook.Logbook(self.workdir, step=start) if leads else logbook.NoLogbook()
+    is_main = processes.is_main()
+    log = logbook.Logbook(self.workdir, step=start) if is_main else logbook.NoLogbook()
     ids = self.assembly.data.splits['train'].ids
     monitor = StepMonitor(
       self.assembly.config, self.workdir, self.schedule, self.learning_rate, log, ids

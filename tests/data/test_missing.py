@@ -54,7 +54,7 @@ def test_rows_incomplete_by_nature_are_left_alone_and_not_counted(natural, rate,
   natural_nm = np.array(natural, bool).reshape(-1, 2)
   ids = [str(n) for n in range(len(natural))]
   present_nm = missing.present_table(
-    ids, rate=rate, kind=kind, seed=1, split='train', natural=natural_nm
+    ids, rate=rate, kind=kind, seed=1, split='train', present=natural_nm
   )
   complete = natural_nm.all(axis=1)
   assert (present_nm[~complete] == natural_nm[~complete]).all() and present_nm.any(axis=1).all()

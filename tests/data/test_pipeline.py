@@ -144,11 +144,11 @@ def test_packing_changes_the_padding_alone(make_source, make_preprocess, count):
 
 def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess):
   rng = np.random.default_rng(0)
-  taps = {f'k{n}': rng.normal(size=(2, 1 + 5 * n, 3)).astype(np.float32) for n in range(8)}
-  keys = [*taps][:7] + [None]
+  states = {f'k{n}': rng.normal(size=(2, 1 + 5 * n, 3)).astype(np.float32) for n in range(8)}
+  keys = [*states][:7] + [None]
   stored = {
     'text': cached.CachedStates(
-      keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 40, 3), np.dtype(np.float32)
+      keys, states.__getitem__, lambda key: states[key].shape[1], (2, 40, 3), np.dtype(np.float32)
     )
   }
   source, preprocess = make_source(8), make_preprocess(max_tokens=40)
@@ -182,11 +182,11 @@ def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess
 def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_number(
   make_source, make_preprocess
 ):
-  taps = {f'k{n}': np.ones((2, n, 3), np.float32) for n in (2, 3, 16)}
+  states = {f'k{n}': np.ones((2, n, 3), np.float32) for n in (2, 3, 16)}
   keys = ['k16', *['k2', 'k3'] * 31, None]
   stored = {
     'text': cached.CachedStates(
-      keys, taps.__getitem__, lambda key: taps[key].shape[1], (2, 16, 3), np.dtype(np.float32)
+      keys, states.__getitem__, lambda key: states[key].shape[1], (2, 16, 3), np.dtype(np.float32)
     )
   }
   batches = list(

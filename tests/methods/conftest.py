@@ -64,7 +64,7 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  taps: HiddenStates
+  states: HiddenStates
   label: np.ndarray
   weight_b: np.ndarray
 
@@ -83,7 +83,7 @@ def make_batch(multi_label=False, seed=0):
   """Hidden states with channel offsets and scales far from standard, ragged texts, labels."""
   rng = np.random.default_rng(seed)
 
-  def tapped(tokens, width):
+  def layers_of(tokens, width):
     scale, shift = (
       rng.uniform(0.5, 3, (LAYERS, 1, 1, width)),
       rng.normal(0, 2, (LAYERS, 1, 1, width)),
@@ -94,7 +94,7 @@ def make_batch(multi_label=False, seed=0):
   label = rng.integers(0, 2, (BATCH, CLASSES)) if multi_label else rng.integers(0, CLASSES, BATCH)
   return Batch(
     HiddenStates(
-      tapped(IMAGE_TOKENS, WIDTHS['image']), tapped(TEXT_TOKENS, WIDTHS['text']), mask_bt
+      layers_of(IMAGE_TOKENS, WIDTHS['image']), layers_of(TEXT_TOKENS, WIDTHS['text']), mask_bt
     ),
     label,
     np.ones(BATCH, np.float32),
@@ -106,7 +106,9 @@ def random_variables(head, batch):
   and M would hide mistakes).
   """
   abstract = nn.unbox(
-    jax.eval_shape(functools.partial(head.init, train=False), jax.random.key(0), batch.taps, MIXED)
+    jax.eval_shape(
+      functools.partial(head.init, train=False), jax.random.key(0), batch.states, MIXED
+    )
   )
 
   def draw(path, leaf):
@@ -143,13 +145,13 @@ class Case:
   def statistics(self):
     return self.variables.get('statistics', {})
 
-  def _step(self, params, statistics, taps, present_bm, label, weight_b):
+  def _step(self, params, statistics, states, present_bm, label, weight_b):
     """((loss, (Output, parts, new statistics)), gradient)."""
 
     def loss_fn(params):
       variables = {'params': params, 'statistics': statistics}
       out, mutated = self.head.apply(
-        variables, taps, present_bm, train=True, row_weight_b=weight_b, mutable=['statistics']
+        variables, states, present_bm, train=True, weight_b=weight_b, mutable=['statistics']
       )
       entropy = (
         cross_entropy.sigmoid_cross_entropy
@@ -170,11 +172,11 @@ class Case:
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
-  def run(self, present_bm, taps=None, statistics=None, weight_b=None):
+  def run(self, present_bm, states=None, statistics=None, weight_b=None):
     return self.step(
       self.variables['params'],
       self.statistics if statistics is None else statistics,
-      self.batch.taps if taps is None else taps,
+      self.batch.states if states is None else states,
       present_bm,
       self.batch.label,
       self.batch.weight_b if weight_b is None else weight_b,

@@ -1,4 +1,4 @@
-"""Finite in, finite out: every head on hostile taps, and what the statistics keep of them."""
+"""Finite in, finite out: every head on hostile states, and what the statistics keep of them."""
 
 import flax.linen as nn
 import jax
@@ -25,9 +25,9 @@ HOSTILE = {
 }
 
 
-def hostile(taps, kind):
+def hostile(states, kind):
   change = lambda x: HOSTILE[kind](x.astype(np.float64)).astype(np.float32)  # noqa: E731
-  return taps.replace(image_lbid=change(taps.image_lbid), text_lbtd=change(taps.text_lbtd))
+  return states.replace(image_lbid=change(states.image_lbid), text_lbtd=change(states.text_lbtd))
 
 
 def all_finite(tree):
@@ -36,11 +36,11 @@ def all_finite(tree):
 
 @pytest.mark.parametrize('kind', HOSTILE)
 def test_heads_are_finite_whatever_is_finite(each_case, presence, kind):
-  """Logits, loss, gradients and statistics; also of normal taps after hostile ones, and of hostile
-  ones after normal ones.
+  """Logits, loss, gradients and statistics; also of normal states after hostile ones, and of
+  hostile ones after normal ones.
   """
-  taps = hostile(each_case.batch.taps, kind)
-  orders = ((taps, each_case.batch.taps), (each_case.batch.taps, taps))
+  states = hostile(each_case.batch.states, kind)
+  orders = ((states, each_case.batch.states), (each_case.batch.states, states))
   for first, second in orders:
     statistics = each_case.statistics
     for each in (first, second):
@@ -53,10 +53,10 @@ def test_heads_are_finite_whatever_is_finite(each_case, presence, kind):
 @pytest.mark.parametrize('name', ['default', 'paper', 'late_fusion'])
 def test_infinity_is_not_taken_for_a_large_number(case, presence, name):
   case = case(name)
-  taps = case.batch.taps.replace(
-    image_lbid=np.where(np.arange(11) == 2, np.inf, case.batch.taps.image_lbid).astype(np.float32)
+  states = case.batch.states.replace(
+    image_lbid=np.where(np.arange(11) == 2, np.inf, case.batch.states.image_lbid).astype(np.float32)
   )
-  assert not np.isfinite(case.predict(case.variables, taps, presence['mixed']).logits_bk).all()
+  assert not np.isfinite(case.predict(case.variables, states, presence['mixed']).logits_bk).all()
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -85,7 +85,7 @@ def test_pooled_norm_has_a_finite_gradient(kind):
   x_lbtd = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
   x_lbtd = np.clip(HOSTILE[kind](x_lbtd), -1e14, 1e14).astype(
     np.float32
-  )  # Of what projections of taps can be.
+  )  # Of what projections of states can be.
   mask_bt = np.array([[True] * 4, [True, False, True, False], [False] * 4])
   module = PooledLayerNorm()
   variables = nn.unbox(module.init(jax.random.key(0), Tokens(x_lbtd), mask_bt))

@@ -20,7 +20,7 @@ def truth(oracle, presence):
   @functools.cache
   def compute(case, pattern):
     present_bm = presence[pattern]
-    config, taps = case.config, case.batch.taps
+    config, states = case.config, case.batch.states
     settings = oracle.Settings(
       method=config.method,
       strategy=config.missing.strategy,
@@ -33,11 +33,11 @@ def truth(oracle, presence):
       classifier=config.classifier.kind,
       per_pattern=config.classifier.per_pattern,
     )
-    arrays = {'image': taps.image_lbid, 'text': taps.text_lbtd}
+    arrays = {'image': states.image_lbid, 'text': states.text_lbtd}
     params = jax.tree.map(
       lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True), case.variables['params']
     )
-    samples = oracle.samples_of(arrays, taps.text_mask_bt, present_bm)
+    samples = oracle.samples_of(arrays, states.text_mask_bt, present_bm)
     statistics = {
       m: [oracle.channel_statistics(samples, m, k) for k in range(len(x))]
       for m, x in arrays.items()

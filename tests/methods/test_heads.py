@@ -40,7 +40,7 @@ def test_tables_hold_what_the_schema_allows(field):
 
 def test_every_parameter_is_float32_under_known_logical_names(each_case):
   params = jax.eval_shape(
-    each_case.init, jax.random.key(0), each_case.batch.taps, np.ones((24, 2), bool)
+    each_case.init, jax.random.key(0), each_case.batch.states, np.ones((24, 2), bool)
   )['params']
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   specs = flatten_dict(
@@ -54,7 +54,7 @@ def test_every_parameter_is_float32_under_known_logical_names(each_case):
 def test_initial_values(case):
   case = case('null_two_heads')
   params = flatten_dict(
-    nn.unbox(case.init(jax.random.key(0), case.batch.taps, np.ones((24, 2), bool)))['params']
+    nn.unbox(case.init(jax.random.key(0), case.batch.states, np.ones((24, 2), bool)))['params']
   )
   for path, leaf in params.items():
     if path[-1] in ('scale', 'layer_weights'):
@@ -76,13 +76,13 @@ def test_size_of_the_paper_head():
     config.classifier.per_pattern,
   ) = False, 'linear', 'none', False
   head = make_head(config, num_layers=4, num_classes=101, image_width=1024, text_width=4096)
-  taps = type(
-    'Taps',
+  states = type(
+    'States',
     (),
     {'image_lbid': None, 'text_lbtd': None, 'text_mask_bt': None, 'token_position_gn': None},
   )
   variables = nn.unbox(
-    jax.eval_shape(lambda: head.init(jax.random.key(0), taps, np.ones((1, 2), bool), train=False))
+    jax.eval_shape(lambda: head.init(jax.random.key(0), states, np.ones((1, 2), bool), train=False))
   )
   c, layers = 1024, 4
   square = c * c + c
@@ -99,7 +99,7 @@ def test_size_of_the_paper_head():
 def test_bfloat16_compute_keeps_float32_results(case, new_case, presence):
   low, full = new_case({'compute_dtype': 'bfloat16'}), case('default')
   actual, expected = (
-    c.predict(full.variables, full.batch.taps, presence['mixed']) for c in (low, full)
+    c.predict(full.variables, full.batch.states, presence['mixed']) for c in (low, full)
   )
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(actual))
   jax.tree.map(
@@ -115,14 +115,14 @@ def test_sharding_the_batch_changes_nothing(case, presence):
   def put(x, *spec):
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-  taps, whole = case.batch.taps, jax.tree.map(put, (case.variables['params'], case.statistics))
-  taps = taps.replace(
-    image_lbid=put(taps.image_lbid, None, 'data'),
-    text_lbtd=put(taps.text_lbtd, None, 'data'),
-    text_mask_bt=put(taps.text_mask_bt, 'data'),
+  states, whole = case.batch.states, jax.tree.map(put, (case.variables['params'], case.statistics))
+  states = states.replace(
+    image_lbid=put(states.image_lbid, None, 'data'),
+    text_lbtd=put(states.text_lbtd, None, 'data'),
+    text_mask_bt=put(states.text_mask_bt, 'data'),
   )
   rows = [put(x, 'data') for x in (presence['mixed'], case.batch.label, case.batch.weight_b)]
-  sharded, single = case.step(*whole, taps, *rows), case.run(presence['mixed'])
+  sharded, single = case.step(*whole, states, *rows), case.run(presence['mixed'])
 
   def check(tolerance, actual, expected):
     np.testing.assert_allclose(
@@ -255,12 +255,12 @@ def test_texts_without_their_padding_are_the_padded_ones(case, presence, name):
   nothing comes of what is not valid.
   """
   case = case(name)
-  taps = case.batch.taps
-  rows = packing.groups(len(taps.text_mask_bt), (2, 1))
-  positions = packing.token_positions(taps.text_mask_bt, rows, size=48)['token_position']
-  junk = np.where(taps.text_mask_bt[None, :, :, None], taps.text_lbtd, np.nan)
+  states = case.batch.states
+  rows = packing.groups(len(states.text_mask_bt), (2, 1))
+  positions = packing.token_positions(states.text_mask_bt, rows, size=48)['token_position']
+  junk = np.where(states.text_mask_bt[None, :, :, None], states.text_lbtd, np.nan)
   actual, expected = (
-    case.run(presence['mixed'], taps.replace(text_lbtd=junk, token_position_gn=positions)),
+    case.run(presence['mixed'], states.replace(text_lbtd=junk, token_position_gn=positions)),
     case.run(presence['mixed']),
   )
 

@@ -1,4 +1,4 @@
-"""Normalisation of the taps against float64 NumPy, and what stands in for an absent modality."""
+"""Normalisation of the states against float64 NumPy, and what stands in for an absent modality."""
 
 import chex
 import jax
@@ -150,7 +150,7 @@ def test_rms_divides_each_token_by_its_root_mean_square():
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 @pytest.mark.parametrize('norm', INPUT_NORMS)
-def test_what_stands_in_for_an_absent_row(norm, strategy):
+def test_what_placeholder_for_an_absent_row(norm, strategy):
   x_lbtd, mask_bt, present_b, counted_b = next(batches(1))
   mask_bt[:, 0] = True
   present_b = np.array([True, False, True, False])
@@ -159,16 +159,16 @@ def test_what_stands_in_for_an_absent_row(norm, strategy):
   sequence = module.apply(variables, x_lbtd, mask_bt, present_b, counted_b, train=False)
   np.testing.assert_array_equal(sequence.mask_bt, mask_bt & present_b[:, None])
   assert not np.any(sequence.tokens.x_lbtd[:, ~present_b])
-  if not STRATEGIES[strategy].stands_in:
-    assert sequence.stand_in_l11d is None
-    np.testing.assert_array_equal(sequence.usable_b, present_b)
+  if not STRATEGIES[strategy].placeholder:
+    assert sequence.placeholder_l11d is None
+    np.testing.assert_array_equal(sequence.available_b, present_b)
     return
-  assert sequence.usable_b.all()
-  stand_in = (
+  assert sequence.available_b.all()
+  placeholder = (
     variables['params']['null'].unbox() if strategy == 'null' else np.zeros((LAYERS, WIDTH))
   )
-  assert (np.abs(stand_in).max() > 0) == (strategy == 'null')
-  np.testing.assert_array_equal(sequence.stand_in_l11d, stand_in[:, None, None, :])
+  assert (np.abs(placeholder).max() > 0) == (strategy == 'null')
+  np.testing.assert_array_equal(sequence.placeholder_l11d, placeholder[:, None, None, :])
 
 
 @pytest.mark.parametrize('strategy', ['robust', 'null', 'zero'])
@@ -192,4 +192,4 @@ def test_what_may_be_read_is_normalised_once_whatever_a_view_takes(strategy):
   np.testing.assert_array_equal(view.tokens.x_lbtd, whole.tokens.x_lbtd)
   np.testing.assert_array_equal(view.mask_bt, whole.mask_bt)
   alone = module.apply(variables, x_lbtd, mask_bt, present_b, counted_b, train=False)
-  np.testing.assert_array_equal(view.usable_b, alone.usable_b)
+  np.testing.assert_array_equal(view.available_b, alone.available_b)

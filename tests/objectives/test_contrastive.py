@@ -117,7 +117,7 @@ def test_absent_rows_are_as_if_never_there():
   assert not any(np.any(g[~present]) for g in gradients[:2])
 
 
-def test_no_rows_cost_nothing_and_one_row_has_no_rival():
+def test_no_rows_cost_nothing_and_one_row_has_no_negative():
   e = embeddings(24, 8)
   for weight_b in (np.zeros(24, np.float32), np.float32(np.arange(24) == 5)):
     for leaf in jax.tree.leaves(loss_and_gradients(e.image_bc, e.text_bc, 14.3, weight_b)):

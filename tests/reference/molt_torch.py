@@ -29,13 +29,13 @@ class Settings:
   per_pattern: bool
 
 
-def samples_of(taps, mask, present):
+def samples_of(states, mask, present):
   """NumPy {'image': [L, B, I, D], 'text': [L, B, T, D]} (either may be None), mask [B, T], present
   [B, 2] -> list of samples.
   """
 
   def rows(modality, b, keep):
-    return [torch.tensor(layer[b][keep], dtype=torch.float64) for layer in taps[modality]]
+    return [torch.tensor(layer[b][keep], dtype=torch.float64) for layer in states[modality]]
 
   return [
     {

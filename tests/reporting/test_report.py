@@ -132,8 +132,8 @@ def _make_run(make_predictions, folder, *, method='molt', pairs=True, seed=0, se
 
 @pytest.fixture(scope='module')
 def pages(tmp_path_factory, make_run):
-  """name -> page: one run; three side by side, one of them the baseline; many labels; a specialist,
-  whose absences are one.
+  """name -> page: one run; three side by side, one of them the baseline; many labels; a unimodal
+  model, whose absences are one.
   """
   root = tmp_path_factory.mktemp('report')
   runs = [
@@ -147,7 +147,7 @@ def pages(tmp_path_factory, make_run):
     'several': runs,
     'labels': [make_run(root / 'labels', multi_label=True, classes=23)],
     'many': [make_run(root / 'many', classes=40, rows=300)],
-    'specialist': [make_run(root / 'alone', conditions=CONDITIONS[:1], pairs=False)],
+    'unimodal': [make_run(root / 'alone', conditions=CONDITIONS[:1], pairs=False)],
   }
   return {name: report.write(folders, root / f'{name}.html') for name, folders in cases.items()}
 
@@ -183,7 +183,7 @@ class Tags(html.parser.HTMLParser):
       self.text.append(data)
 
 
-@pytest.mark.parametrize('name', ['one', 'several', 'labels', 'many', 'specialist'])
+@pytest.mark.parametrize('name', ['one', 'several', 'labels', 'many', 'unimodal'])
 def test_a_page_is_whole_and_needs_nothing_from_elsewhere(pages, name):
   text = pages[name].read_text(encoding='utf-8')
   tags = Tags()

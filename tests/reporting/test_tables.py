@@ -141,22 +141,22 @@ def test_table1_has_every_method_and_reads_what_is_finished(study):
   picture(out / 'table1.png')
 
 
-def test_absence_compares_one_model_with_specialists_and_says_what_is_missed(
+def test_absence_compares_one_model_with_unimodal_models_and_says_what_is_missed(
   study, monkeypatch, scripts
 ):
   monkeypatch.setattr(scripts['absence'], 'head_milliseconds', lambda data, method: 1.25)
   content, text, out, _ = study('absence')
   ours, image, text_alone = (
     content['data']['one'][method]
-    for method in ('MoLT, default', 'image specialist', 'text specialist')
+    for method in ('MoLT, default', 'unimodal image model', 'unimodal text model')
   )
-  for label, condition, rival in (
+  for label, condition, baseline in (
     ('text absent', 'text_absent', image),
     ('image absent', 'image_absent', text_alone),
   ):
     difference = np.mean(
       [
-        ours[seed]['test'][condition]['accuracy'] - rival[seed]['test'][condition]['accuracy']
+        ours[seed]['test'][condition]['accuracy'] - baseline[seed]['test'][condition]['accuracy']
         for seed in ('0', '1')
       ]
     )
@@ -165,13 +165,15 @@ def test_absence_compares_one_model_with_specialists_and_says_what_is_missed(
       line.endswith('reached' if difference >= -0.005 else 'MISSED')
       and f'{100 * difference:+.1f}' in line
     )
-  cells = next(line for line in text.splitlines() if line.startswith('| image specialist |')).split(
-    ' | '
-  )
+  cells = next(
+    line for line in text.splitlines() if line.startswith('| unimodal image model |')
+  ).split(' | ')
   assert cells[3] == cells[4] == '-' and cells[1] != '-' != cells[2], (
-    'a specialist has no second modality to lose'
+    'a unimodal model has no second modality to lose'
   )
-  assert content['methods']['image specialist']['dataset.modalities'] == 'image' and '1.2' in text
+  assert (
+    content['methods']['unimodal image model']['dataset.modalities'] == 'image' and '1.2' in text
+  )
   picture(out / 'absence_one.png')
 
 
@@ -215,12 +217,12 @@ def test_robustness_begins_complete_and_ends_as_without_the_modality(study):
 def test_figure2_counts_both_ways(study):
   content, text, out, _ = study('figure2')
   for by_condition in content['counts'].values():
-    for condition, by_rival in by_condition.items():
-      for by_seed in by_rival.values():
+    for condition, by_baseline in by_condition.items():
+      for by_seed in by_baseline.values():
         for numbers in by_seed.values():
           total = sum(numbers[name] for name in ('ours only', 'theirs only', 'both', 'neither'))
           assert total == 14 or condition != 'none_absent'
-  assert 'MoLT alone right' in text and 'rival alone right' in text
+  assert 'MoLT alone right' in text and 'baseline alone right' in text
   assert len(content['shown']['one']) == 1 + 2 * 2
   picture(out / 'figure2_one.png')
 

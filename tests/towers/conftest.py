@@ -121,7 +121,7 @@ def batch():
 
 
 @pytest.fixture(scope='session')
-def taps():
+def states_of():
   """All hidden states of a loaded tower."""
 
   def run(tower, *inputs, module=None):

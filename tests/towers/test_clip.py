@@ -39,31 +39,33 @@ def _images(size):
 
 
 @pytest.mark.parametrize('overrides, wrong', CASES.values(), ids=CASES)
-def test_every_layer_matches_hugging_face(hf, tower_of, taps, relative_error, overrides, wrong):
+def test_every_layer_matches_hugging_face(
+  hf, tower_of, states_of, relative_error, overrides, wrong
+):
   model = hf.clip(**overrides)
   tower = tower_of(model)
   image_bhwc = _images(model.config.image_size)
   expected = hf.image_states(model, image_bhwc)
-  ours = taps(tower, image_bhwc)
+  ours = states_of(tower, image_bhwc)
   assert relative_error(ours, expected).max() <= 1e-4
   assert ours.shape[2] == tower.config.num_tokens
   if wrong:
     module = tower.module.clone(config=dataclasses.replace(tower.config, **wrong))
-    assert relative_error(taps(tower, image_bhwc, module=module), expected).max() > 1e-3
+    assert relative_error(states_of(tower, image_bhwc, module=module), expected).max() > 1e-3
 
 
-def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relative_error):
+def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, states_of, relative_error):
   model = hf.clip(initializer_range=0.1)
   tower = tower_of(model, dtype='bfloat16')
   exact = hf.image_states(model, _images(20))
   theirs = relative_error(hf.image_states(model.to(torch.bfloat16), _images(20)), exact)
-  ours = relative_error(taps(tower, _images(20)).astype(jnp.float32), exact)
+  ours = relative_error(states_of(tower, _images(20)).astype(jnp.float32), exact)
   assert ours.max() <= max(2 * theirs.max(), 2**-7)
 
 
-def test_fewer_taps_and_runs_of_layers(hf, tower_of, taps):
+def test_fewer_states_and_runs_of_layers(hf, tower_of, states_of):
   tower = tower_of(hf.clip())
-  all_lbid = taps(tower, _images(20))
+  all_lbid = states_of(tower, _images(20))
   bound = tower.module.bind({'params': tower.params})
   np.testing.assert_allclose(
     jax.jit(lambda x: bound(x, states=range(-2, 0)))(_images(20)),

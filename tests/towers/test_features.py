@@ -38,16 +38,16 @@ def run(towers, batch, *, image=True, text=True):
   return extract(frozen, batch)
 
 
-def test_states_are_those_of_the_towers(towers, taps):
+def test_states_are_those_of_the_towers(towers, states_of):
   batch = example(np.random.default_rng(0), [[1, 1]] * 3)
   out = run(towers, batch)
   np.testing.assert_allclose(
-    out.image_lbid, taps(towers[0], batch['image'])[-2:], rtol=1e-4, atol=1e-5
+    out.image_lbid, states_of(towers[0], batch['image'])[-2:], rtol=1e-4, atol=1e-5
   )
   valid = batch['token_mask']
   np.testing.assert_allclose(
     out.text_lbtd[:, valid],
-    taps(towers[1], batch['tokens'], valid)[-2:, valid],
+    states_of(towers[1], batch['tokens'], valid)[-2:, valid],
     rtol=1e-4,
     atol=1e-5,
   )

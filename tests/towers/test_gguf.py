@@ -115,12 +115,12 @@ def theirs(path, auto=transformers.AutoModel, **options):
   [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q5_K, Q.Q6_K],
   ids=lambda q: q.name,
 )
-def test_every_quantisation_matches_transformers(hf, taps, relative_error, tmp_path, kind):
+def test_every_quantisation_matches_transformers(hf, states_of, relative_error, tmp_path, kind):
   path = write(tmp_path / 'tiny.gguf', kind)
   tokens_bt = np.random.default_rng(1).integers(0, VOCAB, (2, 9)).astype(np.int32)
   mask_bt = np.arange(9)[None] < np.array([[9], [4]])
   expected = hf.text_states(theirs(path, dtype=torch.float32), tokens_bt, mask_bt)
-  assert relative_error(taps(load(path), tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
+  assert relative_error(states_of(load(path), tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
 
 
 @pytest.fixture(scope='module')
@@ -156,14 +156,14 @@ TEXTS = [
 ]
 
 
-def test_smollm2_states_match_transformers(hf, tower, taps, relative_error, directory):
+def test_smollm2_states_match_transformers(hf, tower, states_of, relative_error, directory):
   """A padded batch in float32; then in bfloat16, where we may err as much as PyTorch does."""
   rows = [tower.tokenizer.encode(t, 14) for t in TEXTS]
   tokens_bt = np.array([r + [tower.tokenizer.pad_id] * (14 - len(r)) for r in rows], np.int32)
   mask_bt = np.array([[True] * len(r) + [False] * (14 - len(r)) for r in rows])
   model = theirs(os.path.join(directory, SMOLLM2), dtype=torch.float32)
   expected = hf.text_states(model, tokens_bt, mask_bt)
-  ours = taps(tower, tokens_bt, mask_bt)
+  ours = states_of(tower, tokens_bt, mask_bt)
   assert len(expected) == 31 and relative_error(ours, expected, mask_bt).max() <= 1e-4
   logits = np.asarray(ours[-1, 0, len(rows[0]) - 1]) @ np.asarray(tower.params['embedding']).T
   assert tower.tokenizer.backend.decode([int(logits.argmax())]) == ' Paris'
@@ -175,7 +175,7 @@ def test_smollm2_states_match_transformers(hf, tower, taps, relative_error, dire
   their_error = _error_of_tokens(
     hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), expected, mask_bt
   )
-  our_error = _error_of_tokens(taps(low, tokens_bt, mask_bt), expected, mask_bt)
+  our_error = _error_of_tokens(states_of(low, tokens_bt, mask_bt), expected, mask_bt)
   assert np.median(our_error / their_error) < 1.2 and our_error[-1] < 1.5 * their_error[-1]
 
 
@@ -243,7 +243,7 @@ def _config(spec):
   }
 
 
-def test_linear_rope_and_biases_are_read(hf, taps, relative_error, tmp_path):
+def test_linear_rope_and_biases_are_read(hf, states_of, relative_error, tmp_path):
   path = write(
     tmp_path / 'a.gguf', change={'rope.scaling.type': 'linear', 'rope.scaling.factor': 3.0}
   )

@@ -70,21 +70,24 @@ def plain(hf, tower_of):
 
 @pytest.mark.parametrize('overrides, wrong', CASES.values(), ids=CASES)
 def test_every_layer_matches_hugging_face(
-  hf, tower_of, taps, relative_error, batch, overrides, wrong
+  hf, tower_of, states_of, relative_error, batch, overrides, wrong
 ):
   tokens_bt, mask_bt = batch
   model = hf.llama(**overrides)
   tower = tower_of(model)
   expected = hf.text_states(model, tokens_bt, mask_bt)
-  assert relative_error(taps(tower, tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
+  assert relative_error(states_of(tower, tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
   if wrong:
     module = tower.module.clone(config=dataclasses.replace(tower.config, **wrong))
     assert (
-      relative_error(taps(tower, tokens_bt, mask_bt, module=module), expected, mask_bt).max() > 1e-3
+      relative_error(states_of(tower, tokens_bt, mask_bt, module=module), expected, mask_bt).max()
+      > 1e-3
     )
 
 
-def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relative_error, batch):
+def test_bfloat16_errs_no_more_than_hugging_face_does(
+  hf, tower_of, states_of, relative_error, batch
+):
   tokens_bt, mask_bt = batch
   model = hf.llama(initializer_range=0.1)
   tower = tower_of(model, dtype='bfloat16')
@@ -93,13 +96,13 @@ def test_bfloat16_errs_no_more_than_hugging_face_does(hf, tower_of, taps, relati
   theirs = relative_error(
     hf.text_states(model.to(torch.bfloat16), tokens_bt, mask_bt), exact, mask_bt
   )
-  ours = relative_error(taps(tower, tokens_bt, mask_bt).astype(jnp.float32), exact, mask_bt)
+  ours = relative_error(states_of(tower, tokens_bt, mask_bt).astype(jnp.float32), exact, mask_bt)
   assert ours.max() <= max(2 * theirs.max(), 2**-7)
 
 
-def test_fewer_taps_are_the_last_ones(plain, taps, batch):
+def test_fewer_states_are_the_last_ones(plain, states_of, batch):
   tower = plain[1]
-  all_lbtd = taps(tower, *batch)
+  all_lbtd = states_of(tower, *batch)
   for n in (1, 3):
     np.testing.assert_allclose(
       apply(tower, None, *batch, states=range(-n, 0)), all_lbtd[-n:], rtol=1e-4, atol=1e-5
@@ -120,17 +123,19 @@ def test_more_tokens_than_positions_are_refused(plain):
     )
 
 
-def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, taps, batch):
+def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, states_of, batch):
   tokens_bt, mask_bt = batch
   other_bt = np.where(mask_bt, tokens_bt, (tokens_bt + 17) % 97)
-  first, second = (np.asarray(taps(plain[1], t, mask_bt)) for t in (tokens_bt, other_bt))
+  first, second = (np.asarray(states_of(plain[1], t, mask_bt)) for t in (tokens_bt, other_bt))
   assert not np.array_equal(first, second)
   np.testing.assert_array_equal(first[:, mask_bt], second[:, mask_bt])
   assert np.isfinite(first).all() and np.isfinite(second).all()
 
 
 @pytest.mark.parametrize('shards, size', [(1, 30), (2, 20)])
-def test_packed_tokens_are_the_padded_ones(hf, plain, taps, relative_error, batch, shards, size):
+def test_packed_tokens_are_the_padded_ones(
+  hf, plain, states_of, relative_error, batch, shards, size
+):
   tokens_bt, mask_bt = batch
   model, tower = plain
   position_gn = packing.token_positions(
@@ -139,15 +144,15 @@ def test_packed_tokens_are_the_padded_ones(hf, plain, taps, relative_error, batc
   packed = apply(tower, None, tokens_bt, mask_bt, position_gn, states=range(-4, 0))
   assert relative_error(packed, hf.text_states(model, tokens_bt, mask_bt), mask_bt).max() <= 1e-4
   np.testing.assert_allclose(
-    packed[:, mask_bt], taps(tower, tokens_bt, mask_bt)[:, mask_bt], rtol=1e-5, atol=1e-5
+    packed[:, mask_bt], states_of(tower, tokens_bt, mask_bt)[:, mask_bt], rtol=1e-5, atol=1e-5
   )
   assert np.isfinite(packed).all()
 
 
-def test_runs_of_layers_compose(plain, taps, batch):
+def test_runs_of_layers_compose(plain, states_of, batch):
   tower = plain[1]
   tokens_bt, mask_bt = batch
-  expected = taps(tower, tokens_bt, mask_bt)
+  expected = states_of(tower, tokens_bt, mask_bt)
   h_btd = apply(tower, 'embed', tokens_bt)
   np.testing.assert_array_equal(h_btd, expected[0])
   np.testing.assert_array_equal(apply(tower, 'run', h_btd, mask_bt, start=1, stop=1)[0], h_btd)

@@ -97,7 +97,7 @@ def inputs(batch):
 
 @pytest.mark.parametrize('kind', ['text', 'image'])
 def test_int8_matrices_are_rounded_and_the_tower_computes_with_them(
-  hf, saved, loaded, taps, relative_error, inputs, kind
+  hf, saved, loaded, states_of, relative_error, inputs, kind
 ):
   model, tower = copy.deepcopy(saved[kind][0]), loaded(kind, 'int8')
   for layer in range(3):
@@ -117,7 +117,7 @@ def test_int8_matrices_are_rounded_and_the_tower_computes_with_them(
     else hf.image_states(model, *inputs[kind])
   )
   mask_bt = inputs[kind][1] if kind == 'text' else None
-  assert relative_error(taps(tower, *inputs[kind]), theirs, mask_bt).max() < 1e-5
+  assert relative_error(states_of(tower, *inputs[kind]), theirs, mask_bt).max() < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['text', 'image'])
@@ -138,9 +138,11 @@ def test_int4_errs_by_half_a_level_of_its_group(saved, loaded, kind):
 
 
 @pytest.mark.parametrize('method, low, high', [('int8', 1e-3, 0.05), ('int4', 0.03, 0.5)])
-def test_drift_of_hidden_states(loaded, taps, inputs, method, low, high):
+def test_drift_of_hidden_states(loaded, states_of, inputs, method, low, high):
   tokens_bt, mask_bt = inputs['text']
-  exact, coded = (np.asarray(taps(loaded('text', q), tokens_bt, mask_bt)) for q in ('none', method))
+  exact, coded = (
+    np.asarray(states_of(loaded('text', q), tokens_bt, mask_bt)) for q in ('none', method)
+  )
   drift = np.linalg.norm(coded - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
   assert (drift[0] == 0).all() and low < drift[-1][mask_bt].mean() < high
 
@@ -185,7 +187,7 @@ def test_loading_never_holds_the_tower_in_full_precision(saved, monkeypatch):
 
 
 @pytest.mark.parametrize('method', ['int8', 'int4'])
-def test_codes_and_scales_split_over_devices(saved, loaded, taps, inputs, method):
+def test_codes_and_scales_split_over_devices(saved, loaded, states_of, inputs, method):
   config = default_config()
   config.mesh.data, config.mesh.model = 1, 2
   mesh = sharding.make_mesh(config)
@@ -203,7 +205,9 @@ def test_codes_and_scales_split_over_devices(saved, loaded, taps, inputs, method
     np.testing.assert_array_equal(
       np.asarray(a).astype(np.float32), np.asarray(b).astype(np.float32)
     )
-  np.testing.assert_allclose(taps(split, *inputs['text']), taps(whole, *inputs['text']), atol=2e-4)
+  np.testing.assert_allclose(
+    states_of(split, *inputs['text']), states_of(whole, *inputs['text']), atol=2e-4
+  )
 
 
 def test_a_quantised_tower_is_another_tower(saved):
@@ -252,8 +256,8 @@ def test_one_layer_at_a_time_is_scaled_back(method, direction):
   assert memory.temp_size_in_bytes < unpacked + 2 * one_layer
 
 
-def test_without_qwix_only_quantisation_is_refused(saved, monkeypatch, taps, inputs):
+def test_without_qwix_only_quantisation_is_refused(saved, monkeypatch, states_of, inputs):
   monkeypatch.setitem(sys.modules, 'qwix', None)
-  taps(load(saved['text'][1], 'text'), *inputs['text'])
+  states_of(load(saved['text'][1], 'text'), *inputs['text'])
   with pytest.raises(UserError, match='config.backbones.quantization: int8 needs the package qwix'):
     load(saved['text'][1], 'text', quantization='int8')

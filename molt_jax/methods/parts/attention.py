@@ -1,4 +1,4 @@
-"""Attention with masked keys, and the layers that hold one set of parameters per tapped layer."""
+"""Attention with masked keys, and the layers that hold one set of parameters per hidden state."""
 
 import functools
 import math

@@ -8,14 +8,14 @@ from flax import linen as nn
 
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.methods.parts.attention import LayerAffine, attend, dense
-from molt_jax.methods.parts.interface import Tokens, TokenSequence, usable_mean
+from molt_jax.methods.parts.interface import Tokens, TokenSequence, available_mean
 
 
 class Fusion(nn.Module):
-  """H_r asks the tokens of E_i and of E_t, eq. 6; returns the mean answer over the usable
+  """H_r asks the tokens of E_i and of E_t, eq. 6; returns the mean answer over the available
   modalities (the classifier's input in eq. 7).
 
-  E is the last tapped layer as the head sees it, so normalised with that layer's own statistics and
+  E is the last hidden state as the head sees it, so normalised with that layer's own statistics and
   with its placeholder where absent.
 
   Attributes:
@@ -36,7 +36,7 @@ class Fusion(nn.Module):
       self._answer(modality, joint_bc, query, sequence)
       for modality, sequence in zip(MODALITIES, (image, text), strict=True)
     ]
-    return usable_mean(*answers, jnp.stack([image.usable_b, text.usable_b], axis=-1))
+    return available_mean(*answers, jnp.stack([image.available_b, text.available_b], axis=-1))
 
   def _answer(self, modality, joint_bc, query, sequence):
     last = sequence.tokens.map(lambda x_lbtd: x_lbtd[-1:])
@@ -48,9 +48,9 @@ class Fusion(nn.Module):
     answer_1b1c = attend(
       queries, last, sequence.mask_bt, query=query, key=key, value=value, num_heads=self.num_heads
     ).x_lbtd
-    if sequence.stand_in_l11d is not None:  # One key, so the softmax is one.
+    if sequence.placeholder_l11d is not None:  # One key, so the softmax is one.
       answer_1b1c = jnp.where(
-        sequence.present_b[None, :, None, None], answer_1b1c, value(sequence.stand_in_l11d[-1:])
+        sequence.present_b[None, :, None, None], answer_1b1c, value(sequence.placeholder_l11d[-1:])
       )
     return answer_1b1c[0, :, 0, :].astype(jnp.float32)
 

@@ -127,22 +127,22 @@ class CrossModalImputation(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image_lbc: jax.Array, text_lbc: jax.Array, usable_bm: jax.Array
+    self, image_lbc: jax.Array, text_lbc: jax.Array, available_bm: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Float32[L, B, C] of each modality and bool[B, 2], where it is usable -> the same with the
+    """Float32[L, B, C] of each modality and bool[B, 2], where it is available -> the same with the
     gaps of rows that have one of them filled.
     """
     fitted = self.variable('statistics', 'pairs', jnp.zeros, (), jnp.float32).value > 0
-    fill_b = fitted & (usable_bm[:, 0] != usable_bm[:, 1])
+    fill_b = fitted & (available_bm[:, 0] != available_bm[:, 1])
     own = {'image': image_lbc, 'text': text_lbc}
     filled = []
     for column, modality in enumerate(MODALITIES):
       other = MODALITIES[1 - column]
       predicted_lbc = self._map(f'to_{modality}', own[other])
       filled.append(
-        jnp.where((fill_b & ~usable_bm[:, column])[None, :, None], predicted_lbc, own[modality])
+        jnp.where((fill_b & ~available_bm[:, column])[None, :, None], predicted_lbc, own[modality])
       )
-    return *filled, usable_bm | fill_b[:, None]
+    return *filled, available_bm | fill_b[:, None]
 
   def _map(self, name: str, x_lbc: jax.Array) -> jax.Array:
     affine = self.variable(

@@ -19,8 +19,8 @@ from molt_jax.towers.packing import Packing
 
 # HiddenStates beyond, and normalised ones, count as this much: products of a few stay in float32.
 LARGEST = 1e9
-# A channel whose deviation is below this share of its mean is constant: float32 sums resolve no
-# less.
+# A channel whose standard deviation is below this share of its mean is constant: float32 sums
+# resolve no less.
 _CONSTANT = 1e-5
 
 
@@ -29,23 +29,23 @@ class Strategy:
   """How the gap that an absent modality leaves is filled.
 
   Attributes:
-    stands_in: a token takes the place of the absent sequence and counts as usable; otherwise the
-      present modality works alone.
+    placeholder: a token takes the place of the absent sequence and counts as available; otherwise
+      the present modality works alone.
     learned: the token is a parameter, one per layer; otherwise it is zero.
-    translates: the absent h_l of eq. 5 is predicted from the present one
+    imputes: the absent h_l of eq. 5 is predicted from the present one
       (`imputation.CrossModalImputation`); its tokens stay absent.
   """
 
-  stands_in: bool
+  placeholder: bool
   learned: bool
-  translates: bool = False
+  imputes: bool = False
 
 
 STRATEGIES = {
-  'robust': Strategy(stands_in=False, learned=False),
-  'translate': Strategy(stands_in=False, learned=False, translates=True),
-  'null': Strategy(stands_in=True, learned=True),
-  'zero': Strategy(stands_in=True, learned=False),
+  'robust': Strategy(placeholder=False, learned=False),
+  'translate': Strategy(placeholder=False, learned=False, imputes=True),
+  'null': Strategy(placeholder=True, learned=True),
+  'zero': Strategy(placeholder=True, learned=False),
 }
 
 
@@ -71,14 +71,14 @@ class RMSNormalize(nn.Module):
 
 
 class Standardize(nn.Module):
-  """Each channel of each layer minus its mean, over its deviation, both streamed over the valid
-  tokens of the training states.
+  """Each channel of each layer minus its mean, over its standard deviation, both streamed over
+  the valid tokens of the training states.
 
   The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances
   from the mean), merged with those of each training batch (`objectives.moments`). Training and
   evaluation use the same statistics (in training those that include the batch). Everything is a
   sum over rows, so sharding the batch changes nothing. Before the first update, and in constant
-  channels, the deviation is taken as one.
+  channels, the standard deviation is taken as one.
   """
 
   @nn.compact
@@ -115,7 +115,7 @@ class Inputs(nn.Module):
   """Normalises the hidden states of one modality and fills the gap where it is absent.
 
   Attributes:
-    num_layers: L, layers that are tapped.
+    num_layers: L, hidden states that are read.
     width: D, the tower's width. The parameters follow from these fields alone, never from which
       modality is present.
     norm: a key of INPUT_NORMS.
@@ -132,7 +132,7 @@ class Inputs(nn.Module):
   @nn.compact
   def __call__(
     self,
-    taps_lbtd: jax.Array | None,
+    states_lbtd: jax.Array | None,
     mask_bt: jax.Array,
     present_b: jax.Array,
     counted_b: jax.Array,
@@ -141,7 +141,7 @@ class Inputs(nn.Module):
     content_b: jax.Array | None = None,
     position_gn: jax.Array | None = None,
   ) -> TokenSequence:
-    """Returns the TokenSequence of taps_lbtd [L, B, T, D] (None: absent in every row, and mask_bt
+    """Returns the TokenSequence of states_lbtd [L, B, T, D] (None: absent in every row, and mask_bt
     is bool[B, 1] of False).
 
     present_b: bool[B]; content_b: bool[B], rows whose states may be read (default: present_b, which
@@ -149,8 +149,8 @@ class Inputs(nn.Module):
     position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
     """
     content_b = present_b if content_b is None else content_b
-    if taps_lbtd is None:
-      taps_lbtd, position_gn = (
+    if states_lbtd is None:
+      states_lbtd, position_gn = (
         jnp.zeros((self.num_layers, present_b.shape[0], 1, self.width), self.dtype),
         None,
       )
@@ -159,13 +159,13 @@ class Inputs(nn.Module):
     valid_bt = mask_bt & content_b[:, None]
     valid, counted_bt = placed(valid_bt)[None, :, :, None], placed(valid_bt & counted_b[:, None])
     norm = INPUT_NORMS[self.norm](name='norm')
-    x_lbtd = norm(_read(jax.vmap(placed)(taps_lbtd), valid), counted_bt, train=train)
+    x_lbtd = norm(_read(jax.vmap(placed)(states_lbtd), valid), counted_bt, train=train)
     tokens = Tokens(_read(x_lbtd, valid).astype(self.dtype), packing)
-    return TokenSequence(tokens, valid_bt, present_b, self._stand_in())
+    return TokenSequence(tokens, valid_bt, present_b, self._placeholder())
 
-  def _stand_in(self):
+  def _placeholder(self):
     strategy = STRATEGIES[self.strategy]
-    if not strategy.stands_in:
+    if not strategy.placeholder:
       return None
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('layers', 'embed'))
     shape_ld = (self.num_layers, self.width)
@@ -202,12 +202,12 @@ class InputPair(nn.Module):
     *,
     train: bool,
     content_bm: jax.Array | None = None,
-    row_weight_b: jax.Array | None = None,
+    weight_b: jax.Array | None = None,
   ) -> tuple[TokenSequence, TokenSequence]:
     """Arguments as `heads.make_head` describes them."""
     present_bm = present_bm.astype(bool)
     content_bm = present_bm if content_bm is None else content_bm.astype(bool)
-    counted_b = jnp.ones_like(present_bm[:, 0]) if row_weight_b is None else row_weight_b > 0
+    counted_b = jnp.ones_like(present_bm[:, 0]) if weight_b is None else weight_b > 0
     masks = (
       jnp.ones((present_bm.shape[0], _length(states.image_lbid)), bool),
       jnp.zeros((present_bm.shape[0], 1), bool)
@@ -226,17 +226,17 @@ class InputPair(nn.Module):
     )
     return tuple(
       Inputs(self.num_layers, width, self.norm, self.strategy, self.dtype, name=name)(
-        None if tapped is None else tapped[-self.num_layers :],
+        None if own_lbtd is None else own_lbtd[-self.num_layers :],
         mask_bt,
-        present_b & content_b & jnp.any(mask_bt, axis=-1) & (tapped is not None),
+        present_b & content_b & jnp.any(mask_bt, axis=-1) & (own_lbtd is not None),
         counted_b,
         train=train,
         content_b=content_b,
         position_gn=position_gn,
       )
-      for name, width, tapped, mask_bt, position_gn, content_b, present_b in columns
+      for name, width, own_lbtd, mask_bt, position_gn, content_b, present_b in columns
     )
 
 
-def _length(taps_lbtd):
-  return 1 if taps_lbtd is None else taps_lbtd.shape[2]
+def _length(states_lbtd):
+  return 1 if states_lbtd is None else states_lbtd.shape[2]

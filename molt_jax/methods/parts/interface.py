@@ -1,6 +1,6 @@
 """What goes into a head and what comes out of it.
 
-A head is a Linen module called as `head(states, present_bm, train=..., row_weight_b=...)`. `states`
+A head is a Linen module called as `head(states, present_bm, train=..., weight_b=...)`. `states`
 are `HiddenStates`; a modality whose states are None was not run because it is absent in every
 example. Column 0 of `present_bm` is the image, column 1 the text.
 """
@@ -58,21 +58,19 @@ class TokenSequence:
     tokens: in the compute dtype, finite everywhere.
     mask_bt: bool[B, T], which tokens are valid and may be read.
     present_b: bool[B], whether the row has the modality.
-    stand_in_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the
+    placeholder_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the
       other modality works alone.
   """
 
   tokens: Tokens
   mask_bt: jax.Array
   present_b: jax.Array
-  stand_in_l11d: jax.Array | None = None
+  placeholder_l11d: jax.Array | None = None
 
   @property
-  def usable_b(self) -> jax.Array:
-    """bool[B], whether the row has anything to read: the modality itself or what stands in for
-    it.
-    """
-    return self.present_b if self.stand_in_l11d is None else jnp.ones_like(self.present_b)
+  def available_b(self) -> jax.Array:
+    """bool[B], whether the example has anything to read: the modality or a placeholder."""
+    return self.present_b if self.placeholder_l11d is None else jnp.ones_like(self.present_b)
 
 
 @struct.dataclass
@@ -128,11 +126,11 @@ def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None
   return jnp.einsum('lbt,lbtc->lbc', weight_lbt, x_lbtc, precision='highest')
 
 
-def usable_mean(image: jax.Array, text: jax.Array, usable_bm: jax.Array) -> jax.Array:
-  """Mean over the usable modalities of two float32[..., B, C]: the halves of eq. 5 and eq. 7 where
-  both are, zero where none is.
+def available_mean(image: jax.Array, text: jax.Array, available_bm: jax.Array) -> jax.Array:
+  """Mean over the available modalities of two float32[..., B, C]: the halves of eq. 5 and eq. 7
+  where both are, zero where none is.
   """
   both = jnp.stack([image, text], axis=-2)
-  count_b1 = jnp.maximum(jnp.sum(usable_bm, axis=-1, keepdims=True), 1).astype(jnp.float32)
-  total = jnp.sum(both, axis=-2, where=jnp.broadcast_to(usable_bm[:, :, None], both.shape))
+  count_b1 = jnp.maximum(jnp.sum(available_bm, axis=-1, keepdims=True), 1).astype(jnp.float32)
+  total = jnp.sum(both, axis=-2, where=jnp.broadcast_to(available_bm[:, :, None], both.shape))
   return total / jnp.broadcast_to(count_b1, total.shape)

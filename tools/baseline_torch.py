@@ -32,7 +32,7 @@ class Settings:
 
 
 class TranslationLayer(nn.Module):
-  """Eq. 1 to 3 for one pair of tapped layers, and the mean over tokens."""
+  """Eq. 1 to 3 for one pair of hidden states, and the mean over tokens."""
 
   def __init__(self, image_width, text_width, width):
     super().__init__()
@@ -69,7 +69,7 @@ def attend(query_btc, key_bsc, value_bsc, mask_bs):
 
 
 class Head(nn.Module):
-  """Eq. 1 to 7 and a linear classifier: taps -> (logits, h_i and h_t of each layer)."""
+  """Eq. 1 to 7 and a linear classifier: hidden states -> (logits, h_i and h_t of each layer)."""
 
   def __init__(self, image_width, text_width, settings):
     super().__init__()
@@ -130,7 +130,7 @@ def inverse_root(s_dd, ridge):
   return (v_dd * e_d.clamp(min=1e-12).rsqrt()) @ v_dd.T
 
 
-class Rival:
+class Baseline:
   """Towers, head and optimiser on one device.
 
   Args:
@@ -146,9 +146,11 @@ class Rival:
     self.text, self.image = towers or make_towers(text, image, device)
     self.head = Head(image['hidden_size'], text['hidden_size'], settings).to(device)
     self.optimizer = torch.optim.Adam(self.head.parameters(), lr=settings.learning_rate)
-    self._taps, self._head = (torch.compile(f) if compiled else f for f in (self.taps, self.head))
+    self._states, self._head = (
+      torch.compile(f) if compiled else f for f in (self.states, self.head)
+    )
 
-  def taps(self, image_bchw, tokens_bt, mask_bt):
+  def states(self, image_bchw, tokens_bt, mask_bt):
     """The last hidden states of both towers, as lists."""
     last = -self.settings.num_layers
     with torch.no_grad():
@@ -168,7 +170,7 @@ class Rival:
     """batch: image [B, 3, H, W], tokens [B, T], mask bool[B, T], label [B]. Returns (loss,
     cross-entropy, CCA).
     """
-    image, text = self._taps(batch['image'], batch['tokens'], batch['mask'])
+    image, text = self._states(batch['image'], batch['tokens'], batch['mask'])
     with torch.autocast(self.device, torch.bfloat16, enabled=self.device == 'cuda'):
       logits_bk, pooled = self._head(image, text, batch['mask'])
     ce = F.cross_entropy(logits_bk.float(), batch['label'])
@@ -204,7 +206,7 @@ def make_towers(text, image, device):
 
 
 def make_batch(batch, device='cpu'):
-  """The dict of NumPy arrays that molt_jax trains on -> the rival's tensors."""
+  """The dict of NumPy arrays that molt_jax trains on -> the baseline's tensors."""
   longest = batch['token_mask'].sum(axis=1).max()
   tensors = {
     'image': torch.tensor(batch['image']).permute(0, 3, 1, 2).contiguous(),

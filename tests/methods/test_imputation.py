@@ -90,11 +90,11 @@ def test_a_constant_view_predicts_the_mean():
 
 def test_only_gaps_are_filled_and_none_before_the_fit(pairs):
   x_lnc, y_lnc = np.nan_to_num(pairs[0][:, :4]), pairs[1][:, :4]
-  usable_nm = np.array([[True, True], [True, False], [False, True], [False, False]])
+  available_nm = np.array([[True, True], [True, False], [False, True], [False, False]])
   module = CrossModalImputation(LAYERS, WIDTH)
-  variables = module.init(jax.random.key(0), x_lnc, y_lnc, usable_nm)
-  image, text, usable = module.apply(variables, x_lnc, y_lnc, usable_nm)
-  for got, expected in ((image, x_lnc), (text, y_lnc), (usable, usable_nm)):
+  variables = module.init(jax.random.key(0), x_lnc, y_lnc, available_nm)
+  image, text, available = module.apply(variables, x_lnc, y_lnc, available_nm)
+  for got, expected in ((image, x_lnc), (text, y_lnc), (available, available_nm)):
     np.testing.assert_array_equal(got, expected)
   fitted = moments(pairs, []).solve(ridge=RIDGE)
   maps = {
@@ -102,8 +102,8 @@ def test_only_gaps_are_filled_and_none_before_the_fit(pairs):
     'to_image': {name: -value for name, value in fitted.items()},
     'pairs': np.float32(60),
   }
-  image, text, usable = module.apply({'statistics': maps}, x_lnc, y_lnc, usable_nm)
-  np.testing.assert_array_equal(usable, [[True, True]] * 3 + [[False, False]])
+  image, text, available = module.apply({'statistics': maps}, x_lnc, y_lnc, available_nm)
+  np.testing.assert_array_equal(available, [[True, True]] * 3 + [[False, False]])
   np.testing.assert_array_equal(image[:, [0, 1, 3]], x_lnc[:, [0, 1, 3]])
   np.testing.assert_array_equal(text[:, [0, 2, 3]], y_lnc[:, [0, 2, 3]])
 
