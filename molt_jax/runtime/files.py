@@ -1,12 +1,14 @@
 """Files that others wrote, read within bounds; what is wrong with one is one line (UserError)."""
 
+import abc
 import json
 import os
 import pathlib
 import reprlib
 import stat
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import IO, Any
 
 from molt_jax.errors import UserError
 
@@ -25,7 +27,29 @@ _SHORT.maxlist = _SHORT.maxdict = 4
 _SHORT.maxlevel = 3
 
 
-def check_file(path: str | os.PathLike) -> int:
+class Enclosed(abc.ABC):
+  """A file within another file, such as a member of a zip; `str` of it is its path for errors.
+
+  Attributes:
+    size: its bytes.
+  """
+
+  size: int
+
+  @abc.abstractmethod
+  def open(self) -> AbstractContextManager[IO[bytes]]:
+    """Opens it; what goes wrong, also while it is read, is a UserError."""
+
+
+Path = str | os.PathLike | Enclosed
+
+
+def open_binary(path: Path) -> AbstractContextManager[IO[bytes]]:
+  """Opens a file to be read, wherever it lies."""
+  return path.open() if isinstance(path, Enclosed) else open(path, 'rb')
+
+
+def check_file(path: Path) -> int:
   """Looks at a file before it is opened: a pipe would be waited for, a device never end.
 
   Returns:
@@ -34,31 +58,35 @@ def check_file(path: str | os.PathLike) -> int:
   Raises:
     UserError: it is not there, cannot be read, is no regular file, is empty, or a Git LFS pointer.
   """
+  size = path.size if isinstance(path, Enclosed) else _size(path)
   try:
-    found = os.stat(path)
-    regular = stat.S_ISREG(found.st_mode)
-    head = _head(path) if regular else b''
-  except (OSError, ValueError) as error:  # ValueError: the path has a NUL.
+    with open_binary(path) as file:
+      head = file.read(len(LFS_POINTER))
+  except OSError as error:
     raise UserError(f'{printable(path)} cannot be read ({reason(error)})') from error
-  if not regular:
-    kind = KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
-    raise UserError(f'{printable(path)} is {kind}, not a file: put the file itself there')
   if not head:
     raise UserError(f'{printable(path)} is empty: download or write it again')
   if head == LFS_POINTER:
     raise UserError(
       f'{printable(path)} is a Git LFS pointer in the place of the file: run "git lfs pull" in '
-      f'{printable(pathlib.Path(path).parent)}, or download the file itself'
+      f'{printable(pathlib.Path(str(path)).parent)}, or download the file itself'
     )
+  return size
+
+
+def _size(path: str | os.PathLike) -> int:
+  """Returns the size of a regular file."""
+  try:
+    found = os.stat(path)
+  except (OSError, ValueError) as error:  # ValueError: the path has a NUL.
+    raise UserError(f'{printable(path)} cannot be read ({reason(error)})') from error
+  if not stat.S_ISREG(found.st_mode):
+    kind = KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
+    raise UserError(f'{printable(path)} is {kind}, not a file: put the file itself there')
   return found.st_size
 
 
-def _head(path: str | os.PathLike) -> bytes:
-  with open(path, 'rb') as file:
-    return file.read(len(LFS_POINTER))
-
-
-def read_bytes(path: str | os.PathLike, *, limit: int) -> bytes:
+def read_bytes(path: Path, *, limit: int) -> bytes:
   """Reads a file of at most `limit` bytes.
 
   Raises:
@@ -70,13 +98,13 @@ def read_bytes(path: str | os.PathLike, *, limit: int) -> bytes:
       f'{printable(path)} has {size} bytes, more than the {limit} that are read of such a file'
     )
   try:
-    with open(path, 'rb') as file:
+    with open_binary(path) as file:
       return file.read(limit)
   except OSError as error:
     raise UserError(f'{printable(path)} cannot be read ({reason(error)})') from error
 
 
-def read_json(path: str | os.PathLike, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
   """Reads a JSON file that holds one object.
 
   Raises:
@@ -116,9 +144,9 @@ def shown(value: Any) -> str:
   return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def printable(path: str | os.PathLike) -> str:
+def printable(path: Path) -> str:
   """Returns a path as errors show it."""
-  text = os.fsdecode(path)
+  text = str(path) if isinstance(path, Enclosed) else os.fsdecode(path)
   return text if text.isprintable() else ascii(text)
 
 

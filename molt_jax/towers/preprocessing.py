@@ -1,12 +1,12 @@
 """What an image tower wants to see, from preprocessor_config.json or processor_config.json."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
+from molt_jax.runtime.zipped import Place
 from molt_jax.towers import keys
 
 
@@ -59,7 +59,7 @@ DEFAULTS = {
 }
 
 
-def read(directory: pathlib.Path, image_size: int) -> ImageSpec:
+def read(directory: Place, image_size: int) -> ImageSpec:
   """Reads what a directory says of its images; CLIP's own values where it says nothing.
 
   Args:
@@ -77,11 +77,12 @@ def read(directory: pathlib.Path, image_size: int) -> ImageSpec:
     found = whole.get('image_processor', {})
   else:
     return ImageSpec(image_size)
-  keys.check(found, keys.PREPROCESSOR, str(file))
-  return _spec(found, image_size, str(file))
+  return from_content(found, image_size, str(file))
 
 
-def _spec(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:
+def from_content(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:
+  """As `read`, of the content of a preprocessor_config.json; `where` names it in errors."""
+  keys.check(found, keys.PREPROCESSOR, where)
   name = found.get('image_processor_type') or found.get('feature_extractor_type') or 'CLIP'
   default = next(d for family, d in DEFAULTS.items() if name.startswith(family))
   c = {**default, **found}

@@ -2,11 +2,11 @@
 of a text.
 """
 
-import pathlib
 from typing import NamedTuple
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
+from molt_jax.runtime.zipped import Place
 
 MODES = {'pooling_mode_cls_token': 'first', 'pooling_mode_mean_tokens': 'mean'}
 
@@ -15,10 +15,10 @@ class Pooling(NamedTuple):
   """How tokens become one vector, 'first' or 'mean', and the file that says so."""
 
   mode: str
-  file: pathlib.Path
+  file: Place
 
 
-def read(directory: pathlib.Path) -> Pooling | None:
+def read(directory: Place) -> Pooling | None:
   """Reads the pooling of a directory; None: it is none of sentence-transformers.
 
   What may follow the pooling there, a linear layer or a norm, is not applied.
@@ -40,7 +40,7 @@ def read(directory: pathlib.Path) -> Pooling | None:
   return Pooling(MODES[chosen[0]], file)
 
 
-def _check_case(file: pathlib.Path) -> None:
+def _check_case(file: Place) -> None:
   if file.exists() and files.read_json(file).get('do_lower_case'):
     raise UserError(
       f'{file} has do_lower_case = true: texts would be turned to lower case before the tokenizer '

@@ -1,15 +1,18 @@
-"""Tensors of a directory as `save_pretrained` writes it: which files hold them, their headers."""
+"""Tensors of a directory as `save_pretrained` writes it, on the disk or within a zip: which files
+hold them, their headers.
+"""
 
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
-from molt_jax.towers import keys
+from molt_jax.runtime.zipped import Place, ZipPath
+from molt_jax.towers import keys, zipped_tensors
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt')
@@ -34,7 +37,11 @@ class Tensor(NamedTuple):
       raise UserError(f'{self.file} can no longer be read ({files.reason(error)})') from error
 
 
-def find(directory: pathlib.Path) -> dict[str, Tensor]:
+# Of a file on the disk, or within a zip.
+AnyTensor = Tensor | zipped_tensors.Tensor
+
+
+def find(directory: Place) -> dict[str, AnyTensor]:
   """Returns the tensors of a directory by name; headers are read, no weights.
 
   Where there is a whole file beside an index with shards, the whole file is what transformers
@@ -63,7 +70,7 @@ def find(directory: pathlib.Path) -> dict[str, Tensor]:
   return whole
 
 
-def _what_else(directory: pathlib.Path) -> str:
+def _what_else(directory: Place) -> str:
   pickled = [p.name for pattern in PICKLED for p in sorted(directory.glob(pattern))]
   if pickled:
     return (
@@ -74,7 +81,7 @@ def _what_else(directory: pathlib.Path) -> str:
   return f'{directory} holds no {SINGLE} and no {INDEX}'
 
 
-def _read_index(index: pathlib.Path) -> dict[str, str]:
+def _read_index(index: Place) -> dict[str, str]:
   """Returns tensor -> name of its file, a plain one."""
   found = files.read_json(index)
   keys.check(found, keys.INDEX, str(index))
@@ -96,8 +103,10 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 
 
 def _read_shards(
-  index: pathlib.Path, shards: list[pathlib.Path], weight_map: Mapping[str, str]
-) -> dict[str, Tensor]:
+  index: Place,
+  shards: list[Place],
+  weight_map: Mapping[str, str],
+) -> dict[str, AnyTensor]:
   if missing := [f.name for f in shards if not f.exists()]:
     raise UserError(
       f'{index.parent} lacks {files.listed(missing)}, which {index.name} lists: download them'
@@ -112,7 +121,7 @@ def _read_shards(
   return found
 
 
-def _headers(paths: list[pathlib.Path]) -> dict[str, Tensor]:
+def _headers(paths: list[Place]) -> dict[str, AnyTensor]:
   found = {}
   for path in paths:
     for tensor in _header(path):
@@ -125,30 +134,46 @@ def _headers(paths: list[pathlib.Path]) -> dict[str, Tensor]:
   return found
 
 
-def _header(path: pathlib.Path) -> list[Tensor]:
-  """Reads the header of one file: safetensors checks it, but for names that are there twice."""
+def _header(path: Place) -> list[AnyTensor]:
+  """Reads the header of one file."""
   files.check_file(path)
+  if isinstance(path, ZipPath):
+    metadata, tensors = zipped_tensors.header(path)
+  else:
+    metadata, tensors = _plain_header(path)
+  if (made_with := metadata.get('format')) not in FORMATS:
+    raise UserError(
+      f'{path} says that it was made with {files.shown(made_with)}, whose tensors lie in another '
+      'way; implemented: pt (save_pretrained of a PyTorch model)'
+    )
+  return tensors
+
+
+def _plain_header(path: pathlib.Path) -> tuple[dict[str, Any], list[Tensor]]:
+  """Reads the header of a file on the disk, metadata and tensors: safetensors checks it, but for
+  names that are there twice.
+  """
   try:
     with safetensors.safe_open(path, framework='np') as f:
-      made_with = (f.metadata() or {}).get('format')
+      metadata = f.metadata() or {}
     with open(path, 'rb') as file:
       content = file.read(min(int.from_bytes(file.read(8), 'little'), MAX_HEADER_BYTES))
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(
       f'{path} is damaged or cut short ({files.reason(error)}); download it again'
     ) from error
-  if made_with not in FORMATS:
-    raise UserError(
-      f'{path} says that it was made with {files.shown(made_with)}, whose tensors lie in another '
-      'way; implemented: pt (save_pretrained of a PyTorch model)'
-    )
   header = files.parse_json(content, f'the header of {path}')
   header.pop('__metadata__', None)
-  return [Tensor(path, name, t['dtype'], tuple(t['shape'])) for name, t in header.items()]
+  tensors = [Tensor(path, name, t['dtype'], tuple(t['shape'])) for name, t in header.items()]
+  return metadata, tensors
 
 
-def _equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+def _equal(one: Mapping[str, AnyTensor], two: Mapping[str, AnyTensor]) -> bool:
   """Whether both hold the same tensors, byte by byte; one pair at a time is in memory."""
-  if {n: t[2:] for n, t in one.items()} != {n: t[2:] for n, t in two.items()}:
+  if _kinds(one) != _kinds(two):
     return False
   return all(t.read().tobytes() == two[name].read().tobytes() for name, t in one.items())
+
+
+def _kinds(tensors: Mapping[str, AnyTensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+  return {name: (t.dtype, t.shape) for name, t in tensors.items()}

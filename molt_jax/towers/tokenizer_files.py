@@ -8,7 +8,6 @@ text is cut, and which tokens are put around it, is what tokenizer.json says.
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import tokenizers
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
+from molt_jax.runtime.zipped import Place, ZipPath
 from molt_jax.towers import keys, regexes, tokenizer
 
 _SECTIONS = {
@@ -35,7 +35,7 @@ class _Tokens(NamedTuple):
   further: list[tokenizers.AddedToken | str]
 
 
-def read(directory: pathlib.Path, *, vocab_size: int) -> tokenizer.Tokenizer:
+def read(directory: Place, *, vocab_size: int) -> tokenizer.Tokenizer:
   """Reads the tokenizer of a model that embeds `vocab_size` tokens.
 
   Raises:
@@ -67,7 +67,7 @@ def read(directory: pathlib.Path, *, vocab_size: int) -> tokenizer.Tokenizer:
   )
 
 
-def _read_beside(directory: pathlib.Path, name: str, table: keys.Table | None) -> dict[str, Any]:
+def _read_beside(directory: Place, name: str, table: keys.Table | None) -> dict[str, Any]:
   """Reads a file that need not be there."""
   if not (file := directory / name).exists():
     return {}
@@ -162,7 +162,7 @@ def _check_template(part: Mapping[str, Any], where: str) -> None:
 
 
 def _check_agreement(
-  config: Mapping[str, Any], found: Mapping[str, Any], directory: pathlib.Path
+  config: Mapping[str, Any], found: Mapping[str, Any], directory: Place
 ) -> None:
   """transformers takes some settings of BERT's and RoBERTa's words from tokenizer_config.json, and
   not from tokenizer.json; they must be the same in both.
@@ -190,9 +190,7 @@ def _check_agreement(
 # ---- What other files add ------------------------------------------------------------------------
 
 
-def _tokens(
-  directory: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, Any]
-) -> _Tokens:
+def _tokens(directory: Place, config: Mapping[str, Any], found: Mapping[str, Any]) -> _Tokens:
   if 'added_tokens_decoder' in config:
     special, by_id = {}, _decoder(config, str(directory / 'tokenizer_config.json'))
   else:
@@ -234,7 +232,7 @@ def _further(config: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]
 
 
 def _old_added_tokens(
-  directory: pathlib.Path, settings: Mapping[str, Any]
+  directory: Place, settings: Mapping[str, Any]
 ) -> dict[int, tokenizers.AddedToken]:
   """Reads added_tokens.json: name -> id."""
   found = _read_beside(directory, 'added_tokens.json', None)
@@ -301,9 +299,7 @@ def _check_ids(backend: tokenizers.Tokenizer, declared: Mapping[int, str], where
 # ---- tokenizer.model -----------------------------------------------------------------------------
 
 
-def _convert(
-  directory: pathlib.Path, config: Mapping[str, Any], vocab_size: int
-) -> tokenizer.Tokenizer:
+def _convert(directory: Place, config: Mapping[str, Any], vocab_size: int) -> tokenizer.Tokenizer:
   """Converts tokenizer.model, whose use must be declared: it does not say it itself."""
   file = directory / 'tokenizer.model'
   if not file.exists():
@@ -311,6 +307,8 @@ def _convert(
       f'{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer of the '
       'model there'
     )
+  if isinstance(directory, ZipPath):
+    raise UserError(f'{file} is not read in a zip: unzip it and give the folder')
   files.check_file(file)
   silent = [k for k in ('tokenizer_class', 'add_bos_token') if config.get(k) is None]
   if silent:

