@@ -161,9 +161,7 @@ def _check_template(part: Mapping[str, Any], where: str) -> None:
     )
 
 
-def _check_agreement(
-  config: Mapping[str, Any], found: Mapping[str, Any], directory: Place
-) -> None:
+def _check_agreement(config: Mapping[str, Any], found: Mapping[str, Any], directory: Place) -> None:
   """transformers takes some settings of BERT's and RoBERTa's words from tokenizer_config.json, and
   not from tokenizer.json; they must be the same in both.
   """

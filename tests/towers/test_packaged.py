@@ -6,14 +6,16 @@ import importlib.util
 import pathlib
 import re
 import sys
+import zipfile
 
 import numpy as np
 import pytest
+import transformers
+from optional_torch import needs_torch
 
 from molt_jax.config import SCHEMA
 from molt_jax.errors import UserError
-from molt_jax.runtime import zipped
-from molt_jax.towers import files, onnx, packaged, shards
+from molt_jax.towers import files, loading, onnx, packaged
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -132,15 +134,27 @@ def test_installed_files_are_those_that_are_known(name):
   )
 
 
-def test_minilm_is_the_published_model():
-  found = shards.find(zipped.folder(installed('minilm')))
-  digest = hashlib.sha256()
-  with next(iter(found.values())).file.open() as file:
-    digest.update(file.read())
-  # Of model.safetensors of sentence-transformers/all-MiniLM-L6-v2.
-  expected = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
-  assert digest.hexdigest() == expected
-  assert found['embeddings.word_embeddings.weight'].shape == (30522, 384)
+TEXTS = ['Slice of pizza', 'A naïve, 12-piece set of blue mugs\n (dishwasher-safe)', '']
+
+
+@needs_torch
+def test_minilm_is_the_published_model(hf, taps, relative_error, tmp_path):
+  """Every hidden state against transformers, and ids against its tokenizer."""
+  with zipfile.ZipFile(installed('minilm')) as archive:
+    archive.extractall(tmp_path)
+  digest = hashlib.sha256((tmp_path / 'model.safetensors').read_bytes()).hexdigest()
+  # Of the file in sentence-transformers/all-MiniLM-L6-v2.
+  assert digest == '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
+  tower = loading.load_tower('minilm', modality='text', dtype='float32', attention='xla')
+  ids = [tower.tokenizer.encode(text, 24) for text in TEXTS]
+  fast = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+  assert ids == [fast(text)['input_ids'] for text in TEXTS]
+  mask_bt = np.arange(24)[None] < np.array([len(row) for row in ids])[:, None]
+  tokens_bt = np.array([row + [0] * (24 - len(row)) for row in ids], np.int32)
+  model = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+  expected = hf.text_states(model, tokens_bt, mask_bt)
+  found = taps(tower, tokens_bt, mask_bt)
+  assert len(found) == 7 and relative_error(found, expected, mask_bt).max() < 1e-5
 
 
 def test_dinov2_has_the_shapes_of_its_configuration():
