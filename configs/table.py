@@ -11,5 +11,5 @@ def get_config():
   config = presets.put(default_config(), presets.LAPTOP)
   config.dataset.name = 'table'
   config.dataset.path = 'FOLDER'
-  config.text.max_tokens = 64
+  config.text.max_tokens = 0  # Chosen from the training texts.
   return config

@@ -18,7 +18,7 @@ if __name__ == '__main__':  # Arguments are read before JAX is imported, so that
 import argparse
 import io
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -27,7 +27,7 @@ import rich.text
 
 from molt_jax import errors
 from molt_jax.config import resolved
-from molt_jax.data import datasets
+from molt_jax.data import datasets, text_length
 from molt_jax.data.summary import describe
 from molt_jax.errors import UserError
 from molt_jax.reporting.contact_sheet import contact_sheet
@@ -88,12 +88,17 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
   atomic.try_out(out, tried=failed)
   dataset = datasets.load_dataset(config)
-  encode = _tokenizer(config)
+  tower = _text_tower(config)
+  encode = tower.tokenizer().encode if tower else None
+  max_tokens = config.text.max_tokens
+  if tower and not max_tokens:
+    most = tower.architecture.max_positions
+    max_tokens = text_length.choose(dataset.splits['train'], encode, most).tokens
   report = {
     'config': {'dataset': config.dataset.to_dict(), 'seed': config.seed},
-    'text_tower': config.backbones.text.path if encode else None,
-    'max_tokens': config.text.max_tokens,
-    **describe(dataset, encode=encode, max_tokens=config.text.max_tokens, sample=sample),
+    'text_tower': config.backbones.text.path if tower else None,
+    'max_tokens': max_tokens,
+    **describe(dataset, encode=encode, max_tokens=max_tokens, sample=sample),
   }
   picture = io.BytesIO()
   contact_sheet(dataset, 'train', sheet).save(picture, 'PNG')
@@ -108,12 +113,14 @@ def run(
   return report
 
 
-def _tokenizer(config: ml_collections.ConfigDict) -> Callable[[str, int], Sequence[int]] | None:
-  """Returns the text tower's tokenizer; None, with a message, where the tower is not here."""
+def _text_tower(config: ml_collections.ConfigDict) -> files_lib.TowerFiles | None:
+  """Returns the text tower's files; None, with a message, where they are not here."""
   if 'text' not in resolved.modalities(config):
     return None
   try:
-    return files_lib.open_files(config.backbones.text.path, modality='text').tokenizer().encode
+    tower = files_lib.open_files(config.backbones.text.path, modality='text')
+    tower.tokenizer()
+    return tower
   except UserError as error:
     console.log(f'texts are measured in words alone: {error}')
     return None

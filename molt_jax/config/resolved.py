@@ -41,6 +41,27 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+# Fields that a run chooses from its data where they have this value; config.json has the choice.
+CHOSEN = {'text.max_tokens': 0}
+
+
+def with_choices(
+  config: ml_collections.ConfigDict, begun: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+  """Returns a config with what a run that has begun chose from its data.
+
+  Args:
+    config: as it is given.
+    begun: of the run, of the same schema.
+  """
+  config = config.copy_and_resolve_references()
+  values, given = dict(flatten(begun.to_dict())), dict(flatten(config.to_dict()))
+  for name, open_value in CHOSEN.items():
+    if given[name] == open_value:
+      set_field(config, name, values[name])
+  return config
+
+
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
   """Returns `name: old -> new` for every field that differs, of two configs of one schema."""
   after = dict(flatten(new.to_dict()))

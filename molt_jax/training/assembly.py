@@ -16,7 +16,7 @@ from molt_jax.data.sources import Dataset
 from molt_jax.features import frozen
 from molt_jax.methods.base import Method, make_method
 from molt_jax.pairs import method as pairs
-from molt_jax.runtime import processes, sharding
+from molt_jax.runtime import console, processes, sharding
 from molt_jax.towers.loading import TowerSpec
 
 if TYPE_CHECKING:
@@ -132,14 +132,39 @@ def assemble(
   """
   mesh = sharding.make_mesh(config)
   if class_names is not None:
-    return Assembly(config, mesh, describe_towers(config), tuple(class_names))
+    towers = describe_towers(config)
+    return Assembly(_with_text_length(config, towers), mesh, towers, tuple(class_names))
   from molt_jax.data import datasets
 
   check_batch_sizes(config, mesh, ('train', 'eval'))
   towers = describe_towers(config)
   with processes.main_first('data set'):
     data = datasets.load_dataset(config)
+  config = _with_text_length(config, towers, data)
   return Assembly(config, mesh, towers, tuple(data.class_names), data)
+
+
+def _with_text_length(
+  config: ml_collections.ConfigDict, towers: Mapping[str, TowerSpec], data: Dataset | None = None
+) -> ml_collections.ConfigDict:
+  """Returns the config with `text.max_tokens` chosen from the training texts, where it is 0; the
+  most there can be where there are none to look at.
+  """
+  if config.text.max_tokens:
+    return config
+  from molt_jax.data import text_length
+
+  tokens = text_length.LEAST
+  if 'text' in towers:
+    most = min(text_length.MOST, towers['text'].config.max_positions)
+    tokens = most
+    if data is not None:
+      found = text_length.choose(data.splits['train'], towers['text'].tokenizer.encode, most)
+      console.log(found.message())
+      tokens = found.tokens
+  config = config.copy_and_resolve_references()
+  config.text.max_tokens = tokens
+  return config
 
 
 def parts_of(config: ml_collections.ConfigDict, name: str) -> int:

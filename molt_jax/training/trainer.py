@@ -39,7 +39,7 @@ class Trainer(abc.ABC):
   def __init__(self, config, folder: pathlib.Path, *, data_changed: bool):
     self.workdir = folder
     self.checkpoints = Checkpoints(folder)
-    assembly = assemble(config)
+    assembly = assemble(workdir.as_begun(config, folder))
     self.check(assembly)
     resumed = resuming.resume(assembly, self.checkpoints, data_changed=data_changed)
     self.assembly, self.is_resumed = resumed

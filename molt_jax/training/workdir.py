@@ -204,14 +204,22 @@ def check_config(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Non
   """Raises UserError if the folder holds a run with another config."""
   if not (folder / 'config.json').exists():
     return
-  old = resuming.schema_of(config).read_run(folder)
-  changed = resolved.differences(old, config)
+  changed = resolved.differences(
+    resuming.schema_of(config).read_run(folder), as_begun(config, folder)
+  )
   changed = [line for line in changed if line.split(':')[0] not in resuming.FREE_ON_RESUME]
   if changed:
     raise UserError(
       f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
       'another folder or that config'
     )
+
+
+def as_begun(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collections.ConfigDict:
+  """Returns the config with what the run in the folder, if there is one, chose from its data."""
+  if not (folder / 'config.json').exists():
+    return config
+  return resolved.with_choices(config, resuming.schema_of(config).read_run(folder))
 
 
 def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
