@@ -72,7 +72,7 @@ def plain(tower_of):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_every_layer_matches_hugging_face(hf, tower_of, taps, relative_error, batch, case):
+def test_every_layer_matches_hugging_face(hf, tower_of, states_of, relative_error, batch, case):
   kind, overrides, wrong = CASES[case]
   tokens_bt, mask_bt = batch
   model = theirs(kind, **overrides)
@@ -81,41 +81,41 @@ def test_every_layer_matches_hugging_face(hf, tower_of, taps, relative_error, ba
     tokens_bt[0, 3] = model.config.pad_token_id  # Which may stand in a text, too.
   tower = tower_of(model)
   expected = hf.text_states(model, tokens_bt, mask_bt)
-  assert relative_error(taps(tower, tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
+  assert relative_error(states_of(tower, tokens_bt, mask_bt), expected, mask_bt).max() <= 1e-4
   if wrong:
     module = tower.module.clone(config=dataclasses.replace(tower.config, **wrong))
-    found = taps(tower, tokens_bt, mask_bt, module=module)
+    found = states_of(tower, tokens_bt, mask_bt, module=module)
     assert relative_error(found, expected, mask_bt).max() > 1e-3
 
 
 @pytest.mark.parametrize('kind', ['bert', 'roberta'])
 @pytest.mark.parametrize('shards, size', [(1, 30), (2, 20)])
-def test_packed_tokens_are_the_padded_ones(tower_of, taps, batch, kind, shards, size):
+def test_packed_tokens_are_the_padded_ones(tower_of, states_of, batch, kind, shards, size):
   tokens_bt, mask_bt = batch
   tower = tower_of(theirs(kind))
   groups = packing.groups(len(mask_bt), (shards, 1))
   position_gn = packing.token_positions(mask_bt, groups, size=size)['token_position']
   states = range(-4, 0)
   packed = run(tower.module, tower.params, tokens_bt, mask_bt, position_gn, states=states)
-  padded = taps(tower, tokens_bt, mask_bt)
+  padded = states_of(tower, tokens_bt, mask_bt)
   np.testing.assert_allclose(packed[:, mask_bt], padded[:, mask_bt], rtol=1e-5, atol=1e-5)
   assert np.isfinite(packed).all()
 
 
-def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, taps, batch):
+def test_padding_changes_no_valid_bit_and_empty_rows_stay_finite(plain, states_of, batch):
   tokens_bt, mask_bt = batch
   other_bt = np.where(mask_bt, tokens_bt, (tokens_bt + 17) % 97)
-  first, second = (np.asarray(taps(plain[1], t, mask_bt)) for t in (tokens_bt, other_bt))
+  first, second = (np.asarray(states_of(plain[1], t, mask_bt)) for t in (tokens_bt, other_bt))
   assert not np.array_equal(first, second)
   np.testing.assert_array_equal(first[:, mask_bt], second[:, mask_bt])
   assert np.isfinite(first).all() and np.isfinite(second).all()
 
 
-def test_every_token_reads_the_whole_text(plain, taps, batch):
+def test_every_token_reads_the_whole_text(plain, states_of, batch):
   tokens_bt, mask_bt = batch
   changed_bt = tokens_bt.copy()
   changed_bt[0, 10] += 1  # The last of a text.
-  first, second = (np.asarray(taps(plain[1], t, mask_bt)) for t in (tokens_bt, changed_bt))
+  first, second = (np.asarray(states_of(plain[1], t, mask_bt)) for t in (tokens_bt, changed_bt))
   np.testing.assert_array_equal(first[0, 0, :10], second[0, 0, :10])
   assert (np.abs(first - second)[1:, 0, :10].max(axis=-1) > 1e-4).all()
 
@@ -158,10 +158,10 @@ def test_pooled_as_the_files_say(plain, hf, tmp_path, batch):
     loading.describe_tower(str(sentences), modality='text')
 
 
-def test_runs_of_layers_compose(plain, taps, batch):
+def test_runs_of_layers_compose(plain, states_of, batch):
   tower = plain[1]
   tokens_bt, mask_bt = batch
-  expected = taps(tower, tokens_bt, mask_bt)
+  expected = states_of(tower, tokens_bt, mask_bt)
   h_btd = run(tower.module, tower.params, tokens_bt, method='embed')
   np.testing.assert_array_equal(h_btd, expected[0])
   for start, stop in ((0, 1), (1, 3)):
