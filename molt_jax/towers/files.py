@@ -266,7 +266,7 @@ def _open(path: str, modality: str) -> TowerFiles:
     return RandomFiles(path, modality, path.removeprefix('random:'))
   place = packaged.expand(path)
   in_package = place.startswith(packaged.SCHEME)
-  local = packaged.find(place) if in_package else pathlib.Path(place).expanduser()
+  local = packaged.find(place, modality) if in_package else pathlib.Path(place).expanduser()
   if local.is_dir():
     return HuggingFaceFiles(path, modality, local)
   if local.exists():

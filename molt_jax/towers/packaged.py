@@ -140,17 +140,23 @@ def known(path: str) -> Packaged | None:
   return next((row for row in TOWERS.values() if row.path == path), None)
 
 
-def find(path: str) -> pathlib.Path:
+def find(path: str, modality: str) -> pathlib.Path:
   """Finds what a pkg:// path names, without importing the package.
 
   Args:
     path: pkg://package/relative/path.
+    modality: of the tower that is wanted.
 
   Raises:
-    UserError: the package is not installed, holds no such file, or a file of `TOWERS` is not the
-      one that is known.
+    UserError: the package is not installed, holds no such file, or a tower of `TOWERS` is of the
+      other modality, or not the file that is known.
   """
   row = known(path)
+  if row and row.modality != modality:
+    raise UserError(
+      f'{path!r} reads the {row.modality}, and a tower that reads the {modality} is wanted: give '
+      f'{", ".join(_names(modality))}, or one of Hugging Face'
+    )
   package, _, relative = path.removeprefix(SCHEME).partition('/')
   try:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -193,10 +199,15 @@ def _check(row: Packaged, local: pathlib.Path) -> None:
     )
 
 
+def _names(modality: str) -> list[str]:
+  """The short names of the towers of a modality."""
+  return [name for name, row in TOWERS.items() if row.modality == modality]
+
+
 def _remedy(row: Packaged | None, package: str) -> str:
-  if row is None:
+  if row is None or not row.pip:
     return f'pip install {package.replace("_", "-")}'
-  others = [n for n, other in TOWERS.items() if other.modality == row.modality and other != row]
+  others = [name for name in _names(row.modality) if TOWERS[name] != row]
   return f'{INSTALL} {row.pip}, or take another tower: {", ".join(others)}, or one of Hugging Face'
 
 

@@ -25,7 +25,7 @@ def installed(name):
   row = packaged.TOWERS[name]
   if importlib.util.find_spec(row.package) is None:
     pytest.skip(f'{row.package} is not installed')
-  return packaged.find(row.path)
+  return packaged.find(row.path, row.modality)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def package(tmp_path, monkeypatch):
 def test_packages_are_found_and_not_imported(package):
   row, folder = package
   assert packaged.expand('hostile') == row.path == 'pkg://hostile_package/tower.onnx'
-  assert packaged.find(row.path) == folder / 'tower.onnx'
+  assert packaged.find(row.path, 'image') == folder / 'tower.onnx'
   assert 'hostile_package' not in sys.modules
 
 
@@ -75,6 +75,11 @@ def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
   with pytest.raises(UserError, match=re.escape(says)) as error:
     files.open_files('dinov2-small', modality='image')
   assert str(error.value).isprintable()
+
+
+def test_a_tower_of_the_other_modality_is_one_line():
+  with pytest.raises(UserError, match='reads the image, and a tower that reads the text.*minilm'):
+    files.open_files('openmoji', modality='text')
 
 
 def test_a_known_package_without_its_file_is_one_line(package):
