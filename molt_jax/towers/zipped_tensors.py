@@ -49,6 +49,12 @@ class Tensor:
   start: int
   read_bytes: Callable[[int, int], bytes]
 
+  def block(self, index: int, count: int) -> 'Tensor':
+    """Returns one of `count` equal blocks of its rows."""
+    shape = (self.shape[0] // count, *self.shape[1:])
+    size = math.prod(shape) * np.dtype(TYPES[self.dtype]).itemsize
+    return dataclasses.replace(self, shape=shape, start=self.start + index * size)
+
   def read(self) -> np.ndarray:
     """Reads it."""
     kind = TYPES[self.dtype]

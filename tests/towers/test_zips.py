@@ -100,6 +100,14 @@ def test_other_types_are_read_as_the_library_reads_them(tmp_path):
     assert found[name].dtype == value.dtype
 
 
+def test_blocks_of_rows_are_read_alone(tmp_path):
+  value = np.arange(24, dtype=np.float32).reshape(6, 4)
+  (tmp_path / 'm.zip').write_bytes(made.pack(safetensors.numpy.save({'x': value})))
+  tensor = shards.find(zipped.folder(tmp_path / 'm.zip'))['x']
+  blocks = [tensor.block(i, 3).read() for i in range(3)]
+  np.testing.assert_array_equal(np.stack(blocks), value.reshape(3, 2, 4))
+
+
 # ---- Traps ---------------------------------------------------------------------------------------
 
 
