@@ -9,7 +9,7 @@ L_CCA (d_c with cca.estimator=batch), that is all:
   data    all-reduce  the gradient of the head                             its parameters, float32
   data    all-reduce  statistics of the hidden states (standardize)        2 L (D_i + D_t) float32
   data    all-reduce  sums of losses and of their weights                  some ten
-  data    all-gather  the pairs of L_CCA, projected, and their weights     2 L B k + B float32
+  data    all-gather  the pairs of L_CCA, projected, and their weights     L B (2 k + 1) float32
 
 A test finds these and no others in the compiled program (where gradients of parameters that two
 branches share may be reduced once for each).
@@ -75,7 +75,7 @@ def collectives(assembly: Assembly, state: Any) -> list[Collective]:
   found.append(Collective('statistics of hidden states', 'all-reduce', 'data', 1, size))
   if config.cca.weight and config.method == 'molt':
     k = config.molt.width if config.cca.estimator == 'batch' else config.cca.num_directions
-    numbers = config.train.batch_size * (2 * method.num_layers * k + 1)
+    numbers = config.train.batch_size * method.num_layers * (2 * k + 1)
     found.append(Collective('pairs of L_CCA', 'all-gather', 'data', 1, 4 * numbers))
   return found
 

@@ -204,16 +204,15 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 
 def gather_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
-  """Returns a function for use under jit that brings the rows of x [B] or [L, B, k], split over
-  `data`, to every device.
+  """Returns a function for use under jit that brings the rows of x [L, B, k], split over `data`, to
+  every device.
   """
 
-  def gather(x):
+  def gather(x_lbk):
     # Gather x, not what it is made of.
-    split = jax.lax.with_sharding_constraint(
-      x, jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim > 1), 'data'))
-    )
-    return jax.lax.with_sharding_constraint(split, replicated(mesh))
+    split = jax.NamedSharding(mesh, jax.P(None, 'data'))
+    x_lbk = jax.lax.with_sharding_constraint(x_lbk, split)
+    return jax.lax.with_sharding_constraint(x_lbk, replicated(mesh))
 
   return gather
 

@@ -198,7 +198,7 @@ def make_cca_estimator(
     ridge=c.ridge,
     solver=c.solver,
     seed=config.seed,
-    gather=sharding.gather_rows(mesh) if mesh else lambda x: x,
+    gather=sharding.gather_rows(mesh) if mesh and mesh.size > 1 else None,
   )
 
 

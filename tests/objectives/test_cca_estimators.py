@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from molt_jax.objectives.cca import diagnostics
 from molt_jax.objectives.cca.estimators import make_estimator
 from molt_jax.objectives.cca.loss import canonical_correlations, cca_loss
+from molt_jax.profiling import collectives
+from molt_jax.runtime import sharding
 
 LAYERS, BATCH, WIDTH, K, WINDOW = 2, 8, 12, 3, 40
 ESTIMATOR = make_estimator('moving_average', num_directions=K, window=WINDOW)
@@ -110,18 +112,37 @@ def test_gradient_is_that_of_the_current_rows_times_all_over_current_weight():
   )
 
 
-def test_sharded_batch_gives_the_single_device_result():
+@pytest.mark.parametrize('name', ['moving_average', 'batch'])
+def test_sharded_batch_gives_the_single_device_result_after_one_collective(name):
+  """Of several independent ones, virtual devices take any first, and can wait for each other."""
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-  x_lbd, y_lbd, weight_b = batch(3)
   place = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))  # noqa: E731
-  _, state, _ = run(range(3))
-  got = STEP(
-    place(state), place(x_lbd, None, 'data'), place(y_lbd, None, 'data'), place(weight_b, 'data')
+
+  def stepping(gather):
+    made = make_estimator(name, num_directions=K, window=WINDOW, gather=gather)
+
+    def loss(x_lbd, y_lbd, state, weight_b):
+      value, state, aux = made.loss(state, x_lbd, y_lbd, weight_b)
+      return value, (state, aux)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+  state = run(range(3))[1] if name == 'moving_average' else {}
+  x_lbd, y_lbd, weight_b = batch(3)
+  whole = (
+    place(x_lbd, None, 'data'),
+    place(y_lbd, None, 'data'),
+    place(state),
+    place(weight_b, 'data'),
   )
+  step = stepping(sharding.gather_rows(mesh)).lower(*whole).compile()
+  width = 2 * (K if name == 'moving_average' else WIDTH) + 1
+  found = collectives.compiled_collectives(step.as_text())
+  assert [(kind, size) for kind, size, _ in found] == [('all-gather', 4 * LAYERS * BATCH * width)]
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
-    got,
-    STEP(state, x_lbd, y_lbd, weight_b),
+    lambda got, want: np.testing.assert_allclose(got, want, atol=2e-6),
+    step(*whole),
+    stepping(None)(x_lbd, y_lbd, state, weight_b),
   )
 
 

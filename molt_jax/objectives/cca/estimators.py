@@ -48,7 +48,7 @@ class CCAEstimator(NamedTuple):
 
 
 def make_estimator(
-  name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0, gather=lambda x: x
+  name, *, num_directions=16, window=8192, ridge=1e-3, solver='eigh', seed=0, gather=None
 ):
   """The `CCAEstimator` called `name`.
 
@@ -71,9 +71,9 @@ def make_estimator(
       `num_directions`.
     ridge, solver: as for `cca_loss`.
     seed: of the random directions.
-    gather: brings rows that are split over devices to each of them, applied to weights and to what
-      is compared (after the projection). Without it the statistics are the same, by a reduction
-      over devices in every one of them.
+    gather: brings rows [L, B, j] that are split over devices to each of them; None: they are not
+      split. Applied once, to what is compared (after the projection) and its weights together, so
+      that all of CCA comes after one collective and has none of its own.
 
   Raises:
     ValueError: an unknown name or a size out of range.
@@ -92,8 +92,9 @@ def _batch(num_directions, window, seed, gather, options):
   del num_directions, window, seed
 
   def loss(state, x_lbd, y_lbd, weight_b=None):
-    weight_b = jnp.ones(x_lbd.shape[1]) if weight_b is None else gather(weight_b)
-    loss_l = cca_loss(gather(x_lbd), gather(y_lbd), weight_n=weight_b, **options)
+    weight_b = _float32_weights(weight_b, x_lbd.shape[1])
+    x_lbd, y_lbd, weight_b = _together(gather, x_lbd, y_lbd, weight_b)
+    loss_l = cca_loss(x_lbd, y_lbd, weight_n=weight_b, **options)
     return jnp.mean(loss_l), state, {'correlation': -lax.stop_gradient(loss_l)}
 
   return CCAEstimator(lambda num_layers, width: {}, loss, lambda state: None)
@@ -115,7 +116,7 @@ class _MovingAverage:
   num_directions: int
   window: float
   seed: int
-  gather: Callable
+  gather: Callable | None
   options: dict[str, Any]
 
   def init(self, num_layers, width):
@@ -137,11 +138,12 @@ class _MovingAverage:
 
   def loss(self, state, x_lbd, y_lbd, weight_b=None):
     """See `CCAEstimator`."""
-    weight_b = self._weights(weight_b, x_lbd.shape[1])
+    weight_b = jnp.clip(_float32_weights(weight_b, x_lbd.shape[1]), 0.0, _MOST_WEIGHT)
     x_lbk, y_lbk = (
-      self.gather(_project(view_lbd, state[f'projection_{name}_ldk'], weight_b))
+      _project(view_lbd, state[f'projection_{name}_ldk'], weight_b)
       for name, view_lbd in (('x', x_lbd), ('y', y_lbd))
     )
+    x_lbk, y_lbk, weight_b = _together(self.gather, x_lbk, y_lbk, weight_b)
     decay = jnp.maximum(1 - jnp.sum(weight_b) / max(self.window, 1e-6), 0.0)
     x_lpk, y_lpk, weight_p = lax.stop_gradient(_points(state['past'], decay))
     weight_n = jnp.concatenate([weight_b, weight_p])
@@ -159,19 +161,30 @@ class _MovingAverage:
     kept = _updated(state['past'], decay, jnp.concatenate([x_lbk, y_lbk], axis=2), weight_b)
     return jnp.mean(loss_l), lax.stop_gradient(state | {'past': kept}), lax.stop_gradient(aux)
 
-  def _weights(self, weight_b, count):
-    """Float32 weights in range, on each device."""
-    if weight_b is None:
-      return jnp.ones(count)
-    weight_b = lax.stop_gradient(weight_b).astype(jnp.float32)
-    # Before they are gathered: after it, XLA would split what is made of them over devices again.
-    return self.gather(jnp.clip(weight_b, 0.0, _MOST_WEIGHT))
-
 
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
 # So that squares, times weights, times d or a window, stay in float32.
 _LARGEST, _MOST_WEIGHT = 1e12, 1e6
 _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
+
+
+def _float32_weights(weight_b, count):
+  return jnp.ones(count) if weight_b is None else lax.stop_gradient(weight_b).astype(jnp.float32)
+
+
+def _together(gather, x_lbj, y_lbj, weight_b):
+  """Both views and their weights, all rows on each device, by one collective.
+
+  XLA's CPU devices take independent collectives in any order: one that waits for the first and one
+  that waits for the second wait for ever.
+  """
+  if gather is None:
+    return x_lbj, y_lbj, weight_b
+  weight_lb1 = jnp.broadcast_to(weight_b[None, :, None], (*x_lbj.shape[:2], 1))
+  whole_lbj = gather(jnp.concatenate([x_lbj, y_lbj, weight_lb1], axis=2))
+  ends = x_lbj.shape[2], x_lbj.shape[2] + y_lbj.shape[2]
+  x_lbj, y_lbj, weight_lb1 = jnp.split(whole_lbj, ends, axis=2)
+  return x_lbj, y_lbj, weight_lb1[0, :, 0]
 
 
 def _points(past, decay):
