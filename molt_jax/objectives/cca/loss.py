@@ -49,9 +49,11 @@ def cca_loss(x_nd, y_nd, *, weight_n=None, ridge=1e-3, solver='eigh'):
 
   Computed in float32 at the highest matrix precision whatever the input type. Batched over leading
   axes: [L, n, d] gives [L]. Under `jit` on a sharded batch the statistics are those of the global
-  batch, to rounding; a gradient that equals one device's to the bit takes rows that were brought
-  together (`with_sharding_constraint`) first. First derivatives only; `weight_n` and `ridge` get
-  none.
+  batch, but bring its rows together first, both views and the weights by one collective
+  (`with_sharding_constraint` of them side by side): the gradient is then that of one device to the
+  bit. Otherwise each sum over rows is a collective of its own, and XLA's virtual CPU devices, which
+  take independent ones in any order, can wait for each other without end. First derivatives only;
+  `weight_n` and `ridge` get none.
 
   Args:
     x_nd: [..., n, d1] samples of one view.
@@ -202,7 +204,9 @@ def _attempt(centred_x, centred_y, rows, ridge, solver):
   x, y = (whiten(centred.x_nd, rows, ridge, solver) for centred in (centred_x, centred_y))
   a_kj = cross(x, y)
   scale = x.scale * y.scale
-  scaled_corr, w_kj = POLAR[solver](a_kj * scale)
+  roundings = [factor.rounding for factor in (x, y) if factor.rounding is not None]
+  rounding = functools.reduce(jnp.maximum, roundings, 0.0)
+  scaled_corr, w_kj, is_sound = POLAR[solver](a_kj * scale, rounding)
   num_directions = jnp.clip(
     rows.count - 1, 1, min(centred_x.x_nd.shape[1], centred_y.x_nd.shape[1])
   )
@@ -211,7 +215,8 @@ def _attempt(centred_x, centred_y, rows, ridge, solver):
   dx_nd = _pull_back(x, y, a_kj, w_kj.T, centred_x, rows, share)
   dy_nd = _pull_back(y, x, a_kj.T, w_kj, centred_y, rows, share)
   are_sound = [factor.is_sound for factor in (x, y) if factor.is_sound is not None]
-  is_sound = jnp.all(jnp.stack([*are_sound, jnp.isfinite(scaled_corr)])) if are_sound else None
+  can_fail = bool(are_sound or roundings)
+  is_sound = jnp.all(jnp.stack([*are_sound, is_sound])) if can_fail else None
   return (loss, dx_nd, dy_nd), is_sound
 
 

@@ -11,8 +11,11 @@ _NEARLY_ORTHOGONAL = 0.1
 _MARGIN = 1.1
 
 
-def _polar(a_kj):
-  """Nuclear norm and polar factor; directions without correlation get none.
+def _polar(a_kj, rounding):
+  """(nuclear norm, polar factor, whether to believe them); directions without correlation get none.
+
+  Not if there are correlations above float32's own rounding that are no larger than `rounding`, the
+  larger one of `Factor.rounding`: they may be of directions that a view does not have.
 
   The A of a batch smaller than the width is all but orthogonal, beside rows and columns of zeros.
   Then a few products are faster than an SVD.
@@ -20,29 +23,34 @@ def _polar(a_kj):
   square_jj = a_kj.T @ a_kj
   off_jj = square_jj - jnp.diag(jnp.where(jnp.diag(square_jj) > 0, 1.0, 0.0))
   is_nearly_orthogonal = jnp.sum(off_jj * off_jj) < _NEARLY_ORTHOGONAL**2
-  return either(is_nearly_orthogonal, _polar_of_nearly_orthogonal, _polar_by_svd, a_kj)
+  return either(is_nearly_orthogonal, _polar_of_nearly_orthogonal, _polar_by_svd, a_kj, rounding)
 
 
-def _polar_by_svd(a_kj):
+def _polar_by_svd(a_kj, rounding):
   p_ks, s_s, q_sj = svd(a_kj)
-  return jnp.sum(s_s), (p_ks * (s_s > 8 * EPS)[None, :]) @ q_sj
+  is_there_s = s_s > 8 * EPS
+  is_sound = ~jnp.any(is_there_s & (s_s <= rounding))
+  return jnp.sum(s_s), (p_ks * is_there_s[None, :]) @ q_sj, is_sound
 
 
-def _polar_of_nearly_orthogonal(a_kj):
+def _polar_of_nearly_orthogonal(a_kj, rounding):
   """By x -> (3 x - x^3) / 2, which takes 1 - e to 1 - 1.5 e^2 or so.
 
   From 0.1 off to float32's rounding in three steps.
   """
+  del rounding
   w_kj = a_kj
   for _ in range(3):
     w_kj = 1.5 * w_kj - 0.5 * w_kj @ (w_kj.T @ w_kj)
-  return jnp.sum(w_kj * a_kj), w_kj
+  return jnp.sum(w_kj * a_kj), w_kj, jnp.bool_(True)
 
 
-def _polar_by_products(a_kj):
+def _polar_by_products(a_kj, rounding):
   """The same by matrix products. Singular values below 1e-4 are not fully turned to 1."""
+  del rounding
   w_kj = newton_schulz_polar(a_kj / _MARGIN, smallest=1e-4)
-  return jnp.sum(w_kj * a_kj), w_kj
+  corr = jnp.sum(w_kj * a_kj)
+  return corr, w_kj, jnp.isfinite(corr)
 
 
 def newton_schulz_polar(a_kj, smallest):

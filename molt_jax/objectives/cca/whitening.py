@@ -29,7 +29,7 @@ from molt_jax.objectives.cca.linalg import (
 from molt_jax.objectives.cca.polar import newton_schulz_polar, newton_schulz_root
 
 # Share of the ridge in the least eigenvalue of K + r from which on K (K + r)^(-1) has no accurate
-# Cholesky factor.
+# Cholesky factor. In that of S + r, below it, no direction is one of rounding.
 _MOSTLY_RIDGE = 0.9
 
 
@@ -70,6 +70,8 @@ class Factor(NamedTuple):
     residual_nn: I - T T', where it is known without cancellation (Gram space).
     scale: 1 over a bound of the singular values of T, which a large ridge makes small.
     is_sound: whether it can be used; None: it can.
+    rounding: singular values of T up to this, times `scale`, may stand for directions that the view
+      does not have; None: none do.
   """
 
   t: tuple[jax.Array, ...]
@@ -77,6 +79,7 @@ class Factor(NamedTuple):
   residual_nn: jax.Array | None
   scale: jax.Array
   is_sound: jax.Array | None = None
+  rounding: jax.Array | None = None
 
 
 def weigh_rows(weight_n):
@@ -98,11 +101,18 @@ def centre(x_nd, rows):
   """
   valid_n1 = rows.root_weight_n[:, None] > 0
   x_nd = jnp.where(valid_n1, x_nd.astype(jnp.float32), 0.0)
-  size = magnitude(x_nd)
-  x_nd = x_nd * (1 / size)
   first_n1 = jnp.arange(x_nd.shape[0])[:, None] == jnp.argmax(valid_n1)
   first_d = jnp.sum(jnp.where(first_n1, x_nd, 0.0), axis=0)
-  x_nd = jnp.where(valid_n1, x_nd - first_d[None, :], 0.0)
+  # The size of what differs: beside a constant column, the others can be too small for float32.
+  # Half of a difference is always in range.
+  size = magnitude(
+    2 * jnp.max(jnp.abs(0.5 * x_nd - 0.5 * first_d[None, :]), initial=0.0, where=valid_n1)
+  )
+  start_d = first_d * (1 / size)
+  # A constant column can leave float32 here; one that is not finite is to be NaN.
+  same_d = jnp.where(jnp.isfinite(first_d), first_d, jnp.nan)
+  differs_nd = valid_n1 & (x_nd != same_d[None, :])
+  x_nd = jnp.where(differs_nd, x_nd * (1 / size) - start_d[None, :], 0.0)
   spread = magnitude(x_nd)
   x_nd = x_nd * (1 / spread)
   mean_d = jnp.zeros_like(first_d)
@@ -115,7 +125,8 @@ def centre(x_nd, rows):
   inverse = jnp.where(is_constant, 0.0, 1.0 / jnp.where(is_constant, 1.0, norm))
   inverse_norm = jnp.minimum(inverse * (1 / spread), LARGEST)
   # By rounding, the mean of a huge view can leave float32.
-  mean_d = jnp.clip((first_d + mean_d * spread) * size, -LARGEST, LARGEST)
+  mean_d = jnp.where(mean_d == 0, first_d, (start_d + mean_d * spread) * size)
+  mean_d = jnp.clip(mean_d, -LARGEST, LARGEST)
   return Centred(x_nd * inverse, inverse_norm, 1 / size, mean_d)
 
 
@@ -142,6 +153,11 @@ def cross(x, y):
   return jnp.linalg.multi_dot([*(transposed(m) for m in reversed(x.t)), *y.t])
 
 
+def _rounding(shape):
+  """Of the largest singular value of a view."""
+  return 4 * EPS * max(shape) ** 0.5
+
+
 def _scale(r):
   """`Factor.scale`: S has trace 1, so T's singular values are at most (1 + r)^(-1/2)."""
   return jnp.sqrt(jnp.maximum(r, 1.0))
@@ -155,8 +171,14 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
   del rows
   whole_dd = s_dd + r * jnp.eye(s_dd.shape[0])
   inverse_l_dd = inverse_cholesky(whole_dd)
-  factor = Factor((x_nd, inverse_l_dd.T), (inverse_l_dd,), None, _scale(r))
-  is_accurate = is_well_conditioned(whole_dd, inverse_l_dd.T @ inverse_l_dd)
+  inverse_dd = inverse_l_dd.T @ inverse_l_dd
+  square = largest_row_sum(inverse_dd)  # Of the norm of B.
+  # What rounding has left in place of a singular value of 0, B enlarges. The view has norm 1: that
+  # of S is at most its largest singular value, and mostly not far below.
+  rounding = _rounding(x_nd.shape) * jnp.linalg.norm(s_dd) * jnp.sqrt(square) * _scale(r)
+  rounding = jnp.where(r * square < _MOSTLY_RIDGE, 0.0, rounding)
+  factor = Factor((x_nd, inverse_l_dd.T), (inverse_l_dd,), None, _scale(r), rounding=rounding)
+  is_accurate = is_well_conditioned(whole_dd, inverse_dd)
   return either(
     is_accurate,
     lambda factor, *_: factor,
@@ -170,7 +192,8 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
 def _whiten_covariance_svd(x_nd, s_dd, r, rows):
   del s_dd, rows
   u_nd, t_d, back_d, _, v_dd = _whitened_svd(x_nd, r)
-  return Factor((u_nd, jnp.diag(t_d)), (back_d[:, None] * v_dd,), None, _scale(r))
+  back_dd = back_d[:, None] * v_dd
+  return Factor((u_nd, jnp.diag(t_d)), (back_dd,), None, _scale(r), rounding=jnp.zeros(()))
 
 
 def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
@@ -255,7 +278,7 @@ def _whitened_svd(x_nd, r):
   hold a singular value eps / sqrt(w) that is not there.
   """
   u_nk, s_k, v_kd = svd(x_nd)
-  is_there_k = s_k > 4 * EPS * max(x_nd.shape) ** 0.5 * jnp.max(s_k)
+  is_there_k = s_k > _rounding(x_nd.shape) * jnp.max(s_k)
   whole_k = s_k * s_k + r
   back_k = jnp.where(is_there_k, lax.rsqrt(jnp.where(is_there_k, whole_k, 1.0)), 0.0)
   rest_k = jnp.where(is_there_k, r / jnp.where(is_there_k, whole_k, 1.0), 1.0)
