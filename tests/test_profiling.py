@@ -66,7 +66,7 @@ def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
   ) == flops.llama_flops(llama.config, rows, tokens)
   assert flops.matmul_flops(
     lambda p, x: clip.apply({'params': p}, x, states=range(-4, 0)), frozen['image'], image
-  ) == flops.clip_flops(clip.config, rows)
+  ) == flops.vision_flops(clip.config, rows)
 
 
 def test_llama_7b_takes_two_flops_a_weight_and_token():

@@ -73,6 +73,28 @@ def test_a_checkpoint_belongs_to_the_preprocessing_and_the_tokenizer_too(copied)
   assert '\n' not in str(error.value)
 
 
+def test_the_resolution_reaches_pixels_store_tower_and_checkpoint(copied):
+  config, _ = copied
+  saved = frozen.identities(frozen.describe_towers(config))
+  before = assemble(config, class_names=('a', 'b', 'c'))
+  config.backbones.image.resolution = 24
+  after = assemble(config, class_names=('a', 'b', 'c'))
+  assert after.preprocess.image_size == 24
+  assert after.extraction.spec('image') != before.extraction.spec('image')
+  assert after.extraction.spec('text') == before.extraction.spec('text')
+  assert after.extraction.largest('image')[1] == after.towers['image'].config.num_tokens == 10
+  reads = after.method.reads
+  params = frozen.load_frozen(config, after.mesh, reads, ['image'])['image']
+  assert params['position_embedding'].shape == (10, 24)
+  with pytest.raises(UserError, match='resolution 24. is not the tower'):
+    frozen.check_same_towers(saved, after.towers)
+  config.backbones.image.resolution = 16
+  frozen.check_same_towers(saved, frozen.describe_towers(config))
+  config.backbones.image.resolution = 20
+  with pytest.raises(UserError, match='backbones.image.resolution: 20'):
+    frozen.describe_towers(config)
+
+
 def test_checkpoints_from_before_this_was_kept_still_open(copied):
   config, _ = copied
   towers = frozen.describe_towers(config)

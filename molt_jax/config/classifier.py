@@ -173,6 +173,12 @@ FIELDS: dict[str, Any] = {
           'Face directory (or .zip of it) or hub id, pkg://package/folder, or random:NAME.'
         ),
       ),
+      'resolution': Field(
+        0,
+        between(0, 2048),
+        'Side in pixels of the images that the tower reads, a multiple of its patches: positions '
+        'are resampled, pictures resized. 0: its own.',
+      ),
       'trainable': Field(
         '',
         ANY_STRING,

@@ -30,6 +30,7 @@ class Preprocess:
     num_classes: K.
     multi_label: whether labels are vectors of K zeros and ones.
     resample: a `PIL.Image.Resampling` value (3 = bicubic).
+    scaled, rounded: see `transforms.preprocess_image`.
     report: where unusable images and texts are counted.
   """
 
@@ -43,6 +44,8 @@ class Preprocess:
   num_classes: int
   multi_label: bool
   resample: int = 3
+  scaled: int = 0
+  rounded: bool = True
   report: DecodeReport = dataclasses.field(default_factory=DecodeReport, compare=False, repr=False)
 
 
@@ -55,6 +58,8 @@ def pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     std=preprocess.std,
     resize=preprocess.resize,
     resample=preprocess.resample,
+    scaled=preprocess.scaled,
+    rounded=preprocess.rounded,
   )
 
 

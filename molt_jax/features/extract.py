@@ -79,6 +79,10 @@ class Extraction:
         'resize': p.resize,
         'resample': p.resample,
       }
+      if p.scaled:  # What older stores do not have is left out where it says nothing.
+        spec['preprocess']['scaled'] = p.scaled
+      if not p.rounded:
+        spec['preprocess']['rounded'] = False
       spec['decoding'] = transforms.DECODING
     return spec
 

@@ -46,7 +46,10 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
   towers = {}
   for modality in used_modalities(config):
     towers[modality] = loading.describe_tower(
-      c[modality].path, modality=modality, quantization=c.quantization
+      c[modality].path,
+      modality=modality,
+      quantization=c.quantization,
+      resolution=c[modality].get('resolution', 0),
     )
   return towers
 
@@ -97,6 +100,7 @@ def load_frozen(
       shardings=sharding.param_shardings(mesh),
       heads=wanted.heads,
       first_layer=wanted.run_from if stored else 0,
+      resolution=c[modality].get('resolution', 0),
     ).params
   return frozen
 
@@ -132,5 +136,5 @@ def check_same_towers(
 
 
 def _name(identity: Mapping[str, str]) -> str:
-  coded = f', quantization {identity["quantization"]}' if 'quantization' in identity else ''
-  return f'{identity["path"]!r} (sha256 {identity["sha256"][:12]}{coded})'
+  how = [f', {key} {identity[key]}' for key in ('quantization', 'resolution') if key in identity]
+  return f'{identity["path"]!r} (sha256 {identity["sha256"][:12]}{"".join(how)})'

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.towers.clip import ClipVision, patches
+from molt_jax.towers.vision import VisionTransformer, patches
 
 
 class Projection(nn.Module):
@@ -49,7 +49,7 @@ class DualEncoder(nn.Module):
   separation; with `reconstruct`, the image tower has a linear decoder of pixels, image_decoder.
 
   Attributes:
-    image_tower: a ClipVision with its final norm.
+    image_tower: a vision transformer with its final norm.
     text_tower: a LLaMA (its mean-pooled last hidden states are projected) or a CLIP text tower (its
       pooled token).
     width: C, of the common space.
@@ -60,7 +60,7 @@ class DualEncoder(nn.Module):
       1].
   """
 
-  image_tower: ClipVision
+  image_tower: VisionTransformer
   text_tower: nn.Module
   width: int
   dtype: Any
@@ -111,16 +111,20 @@ class DualEncoder(nn.Module):
       hidden_bid, patches_bpx = self._thin_out(hidden_bid, patches_bpx, key)
     stop = self.image_tower.config.num_layers
     hidden_bid, _ = self.image_tower.run(hidden_bid, start=0, stop=stop)
-    error_b = self._decoding_error(hidden_bid[:, 1:], patches_bpx) if self.reconstruct else None
+    error_b = None
+    if self.reconstruct:
+      first = self.image_tower.config.num_prefix_tokens
+      error_b = self._decoding_error(hidden_bid[:, first:], patches_bpx)
     return self.image_tower.pool(hidden_bid), error_b
 
   def _thin_out(self, hidden_bid, patches_bpx, key):
-    """Keeps the class token and a random choice of patches, in their order."""
+    """Keeps the tokens that are no patches and a random choice of patches, in their order."""
     b, p = patches_bpx.shape[:2]
+    first = self.image_tower.config.num_prefix_tokens
     order_bp = jnp.argsort(jax.random.uniform(key, (b, p)), axis=1)
     chosen_bk1 = jnp.sort(order_bp[:, : max(1, round(self.kept * p))], axis=1)[:, :, None]
-    tokens_bkd = jnp.take_along_axis(hidden_bid[:, 1:], chosen_bk1, axis=1)
-    return jnp.concatenate([hidden_bid[:, :1], tokens_bkd], axis=1), jnp.take_along_axis(
+    tokens_bkd = jnp.take_along_axis(hidden_bid[:, first:], chosen_bk1, axis=1)
+    return jnp.concatenate([hidden_bid[:, :first], tokens_bkd], axis=1), jnp.take_along_axis(
       patches_bpx, chosen_bk1, axis=1
     )
 
@@ -141,7 +145,7 @@ class DualEncoder(nn.Module):
     float32[B, num_layers * 2 * D_i].
     """
     found_lbid = self.image_tower(image_bhwc, states=range(-num_layers, 0)).astype(jnp.float32)
-    patch_lbd = jnp.mean(found_lbid[:, :, 1:], axis=2)
+    patch_lbd = jnp.mean(found_lbid[:, :, self.image_tower.config.num_prefix_tokens :], axis=2)
     both_lbd = jnp.concatenate([found_lbid[:, :, 0], patch_lbd], axis=-1)
     return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
 

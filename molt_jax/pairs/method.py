@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from molt_jax.data.modalities import MODALITIES
+from molt_jax.errors import UserError
 from molt_jax.features.frozen import Reads
 from molt_jax.methods.parts.interface import Output
 from molt_jax.objectives import contrastive
@@ -216,6 +217,13 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
   c = config.backbones
   if c.image.path:
     image = loading.describe_tower(c.image.path, modality='image')
+    written = base.family_of({}, 'image', '').name
+    if not c.image.freeze and image.family.name != written:
+      raise UserError(
+        f'config.backbones.image.path: {c.image.path!r} is of the family {image.family.name}, '
+        'which is read, but not written after training; give config.backbones.image.freeze=True, '
+        f'or a tower of the family {written}'
+      )
   else:
     image = _scratch_tower(c.image)
   return {'image': image, 'text': loading.describe_tower(c.text.path, modality='text')}

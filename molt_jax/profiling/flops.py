@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from molt_jax.towers.clip import ClipVisionConfig
 from molt_jax.towers.llama import LlamaConfig
+from molt_jax.towers.vision import VisionConfig
 
 # Dense bfloat16 (TPU v6e and GPUs: with float32 accumulation) FLOP/s of one device by
 # `jax.Device.device_kind`, from the makers' data sheets.
@@ -88,13 +88,13 @@ def llama_flops(config: LlamaConfig, rows: int, tokens: int) -> int:
   return 2 * c.num_layers * rows * tokens * (projections + attention)
 
 
-def clip_flops(config: ClipVisionConfig, rows: int) -> int:
+def vision_flops(config: VisionConfig, rows: int) -> int:
   """FLOPs of a forward pass of the vision tower, in closed form."""
   c = config
-  patches = 2 * rows * (c.num_tokens - 1) * 3 * c.patch_size**2 * c.hidden_size
+  patches = 2 * rows * c.grid**2 * 3 * c.patch_size**2 * c.hidden_size
   per_token = (
     4 * c.hidden_size**2
-    + 2 * c.hidden_size * c.intermediate_size
+    + (3 if c.gated else 2) * c.hidden_size * c.intermediate_size
     + 2 * c.hidden_size * c.num_tokens
   )
   return patches + 2 * c.num_layers * rows * c.num_tokens * per_token

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 _SCOPES = {
-  'image_tower': r'\bClipVision\b',
+  'image_tower': r'\bVisionTransformer\b',
   'text_tower': r'\bLlama\b',
   'cca': r'\bcca\b',
   'optimizer': r'\boptimizer\b',

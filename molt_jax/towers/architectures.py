@@ -42,6 +42,27 @@ def _clip(hidden_size, num_hidden_layers, num_attention_heads, image_size, patch
   }
 
 
+def _dinov2(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
+  return {
+    'model_type': 'dinov2',
+    'hidden_size': hidden_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'mlp_ratio': 4,
+    'num_channels': 3,
+    'image_size': 224,
+    'patch_size': 14,
+    'hidden_act': 'gelu',
+    'layer_norm_eps': 1e-6,
+    **overrides,
+  }
+
+
+def _registers(*sizes, **overrides):
+  registers = {'model_type': 'dinov2_with_registers', 'num_register_tokens': 4}
+  return _dinov2(*sizes, **registers, **overrides)
+
+
 def _clip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
   return {
     'model_type': 'clip_text_model',
@@ -120,4 +141,17 @@ CLIP_VISION = {
   'clip-vit-l-14': _clip(1024, 24, 16, 224, 14),
   'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14),
   'clip-vit-tiny': _clip(192, 6, 3, 64, 8),
+}
+# Published DINOv2 have positions for 518 pixels, and are given 224.
+DINOV2 = {
+  'dinov2-small': _dinov2(384, 12, 6),
+  'dinov2-base': _dinov2(768, 12, 12),
+  'dinov2-large': _dinov2(1024, 24, 16),
+  'dinov2-giant': _dinov2(1536, 40, 24, use_swiglu_ffn=True),
+  'dinov2-tiny': _dinov2(192, 6, 3, image_size=56),
+}
+DINOV2_WITH_REGISTERS = {
+  'dinov2-with-registers-small': _registers(384, 12, 6),
+  'dinov2-with-registers-base': _registers(768, 12, 12),
+  'dinov2-with-registers-tiny': _registers(192, 6, 3, image_size=56),
 }

@@ -9,7 +9,7 @@ To add a family, write a folder like llama/ (config, model, weights) and give it
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from molt_jax.errors import UserError
@@ -21,11 +21,14 @@ from molt_jax.towers.bert.model import Bert
 from molt_jax.towers.clip import weights as clip
 from molt_jax.towers.clip.config import ClipTextConfig, ClipVisionConfig
 from molt_jax.towers.clip.text import ClipText
-from molt_jax.towers.clip.vision import ClipVision
+from molt_jax.towers.dinov2 import weights as dinov2
+from molt_jax.towers.dinov2.config import Dinov2Config, Dinov2WithRegistersConfig
 from molt_jax.towers.llama import weights as llama
 from molt_jax.towers.llama.config import LlamaConfig
 from molt_jax.towers.llama.model import Llama
 from molt_jax.towers.tensors import Transform
+from molt_jax.towers.vision import positions
+from molt_jax.towers.vision.model import VisionTransformer
 
 MODALITIES = ('image', 'text')
 
@@ -46,7 +49,12 @@ class Family:
     inputs: our parameters that `embed` alone reads.
     heads: what a tower may have above its last hidden state -> the tensor that says so.
     larger: `model_type` of a model that holds such a tower.
-    renamed: regex in the names that older files have -> what stands there now.
+    renamed: regex in the names that other versions of the files have -> what stands there here.
+    split: (regex, replacements) of a tensor that holds several of ours, equal blocks of its rows.
+    resampled: our parameter -> how its transform follows from the architecture.
+    preprocessor: what preprocessor_config.json is taken to say where it is silent or not there.
+    any_size: images need not have the size of the pretraining: theirs is what the preprocessing
+      makes.
   """
 
   name: str
@@ -61,6 +69,12 @@ class Family:
   heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
   larger: str = ''
   renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  split: tuple[tuple[str, tuple[str, ...]], ...] = ()
+  resampled: Mapping[str, Callable[[Transform, Any], Transform]] = dataclasses.field(
+    default_factory=dict
+  )
+  preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  any_size: bool = False
 
 
 def _bert(name: str, random: Mapping[str, Mapping[str, Any]]) -> Family:
@@ -79,6 +93,32 @@ def _bert(name: str, random: Mapping[str, Mapping[str, Any]]) -> Family:
     renamed=bert.RENAMED,
   )
 
+
+# What every vision transformer has in common; `embed` alone reads the inputs.
+_VISION: dict[str, Any] = {
+  'modality': 'image',
+  'module': VisionTransformer,
+  'inputs': (
+    'patch_kernel',
+    'patch_bias',
+    'class_embedding',
+    'registers',
+    'position_embedding',
+    'pre_norm',
+  ),
+  'resampled': {'position_embedding': positions.transform},
+}
+_DINOV2: dict[str, Any] = {
+  **_VISION,
+  'tensors': dinov2.TENSORS,
+  'ignored': dinov2.IGNORED,
+  'prefix': dinov2.PREFIX,
+  'renamed': dinov2.RENAMED,
+  'split': dinov2.SPLIT,
+  'heads': {'pool': 'layernorm.weight'},
+  'preprocessor': dinov2.PREPROCESSOR,
+  'any_size': True,
+}
 
 FAMILIES = (
   Family(
@@ -110,16 +150,21 @@ FAMILIES = (
   ),
   Family(
     name='clip_vision_model',
-    modality='image',
     config=ClipVisionConfig,
-    module=ClipVision,
     tensors=clip.VISION,
     ignored=clip.VISION_IGNORED,
     prefix=clip.VISION_PREFIX,
     architectures=architectures.CLIP_VISION,
-    inputs=('patch_kernel', 'class_embedding', 'position_embedding', 'pre_norm'),
     heads={'pool': 'post_layernorm.weight', 'projection': 'visual_projection.weight'},
     larger='clip',
+    **_VISION,
+  ),
+  Family(name='dinov2', config=Dinov2Config, architectures=architectures.DINOV2, **_DINOV2),
+  Family(
+    name='dinov2_with_registers',
+    config=Dinov2WithRegistersConfig,
+    architectures=architectures.DINOV2_WITH_REGISTERS,
+    **_DINOV2,
   ),
 )
 # What a file without a `model_type` is taken for.

@@ -2,7 +2,6 @@
 `backbones.image.path`.
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -29,7 +28,7 @@ def save_image_tower(
 
   Args:
     directory: where to.
-    params: of a `ClipVision` with `with_pool`.
+    params: of its `VisionTransformer` with the head 'pool'.
     config: its architecture.
     preprocess: what it wants to see.
     dtype: 'float16' or 'float32', of the weights on disk; config.json asks for float32 in memory
@@ -50,18 +49,21 @@ def save_image_tower(
 
 
 def _config(config: ClipVisionConfig) -> dict[str, Any]:
-  c = dataclasses.asdict(config)
-  del c['projection_size']  # Only states are written: there is no projection.
   return {
     'architectures': ['CLIPVisionModel'],
     'model_type': 'clip_vision_model',
     'dtype': 'float32',
     'num_channels': 3,
     'attention_dropout': 0.0,
-    'projection_dim': c['hidden_size'],
-    'num_hidden_layers': c.pop('num_layers'),
-    'num_attention_heads': c.pop('num_heads'),
-    **c,
+    'projection_dim': config.hidden_size,  # Only states are written: there is no projection.
+    'num_hidden_layers': config.num_layers,
+    'num_attention_heads': config.num_heads,
+    'hidden_size': config.hidden_size,
+    'intermediate_size': config.intermediate_size,
+    'image_size': config.image_size,
+    'patch_size': config.patch_size,
+    'hidden_act': config.hidden_act,
+    'layer_norm_eps': config.layer_norm_eps,
   }
 
 

@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -47,6 +47,7 @@ class TowerFiles(abc.ABC):
     shapes: Hugging Face tensor name -> shape; None where weights are random and any name can be
       read.
     types: Hugging Face tensor name -> type, where it is not one of WEIGHT_TYPES.
+    resolution: side in pixels that an image tower shall read; 0: its own.
   """
 
   shapes: Mapping[str, tuple[int, ...]] | None = None
@@ -55,6 +56,7 @@ class TowerFiles(abc.ABC):
   def __init__(self, path: str, family: Family, config: dict[str, Any], sha256: str, where: str):
     self.family, self.config, self.where = family, config, where
     self.identity = {'path': path, 'sha256': sha256}
+    self.resolution = 0
 
   @property
   def heads(self) -> tuple[str, ...]:
@@ -64,8 +66,19 @@ class TowerFiles(abc.ABC):
 
   @functools.cached_property
   def architecture(self) -> Any:
-    """The configuration as our modules take it."""
+    """The configuration as our modules take it; of an image tower, for the images that it reads."""
+    if self.family.modality == 'text':
+      return self._pretrained
+    return self._pretrained.at(self.preprocess().size, self.where)
+
+  @functools.cached_property
+  def _pretrained(self) -> Any:
     return self.family.config.from_hf(self.config, self.where)
+
+  @property
+  def is_resized(self) -> bool:
+    """Whether an image tower reads images of another side than its own."""
+    return self.resolution not in (0, self.own_preprocess().size)
 
   @abc.abstractmethod
   def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -78,8 +91,27 @@ class TowerFiles(abc.ABC):
     """The text tower's tokenizer."""
 
   def preprocess(self) -> ImageSpec:
-    """What the image tower wants to see."""
-    return ImageSpec(self.architecture.image_size)
+    """What the image tower is given to see, of `resolution`.
+
+    Raises:
+      UserError: patches do not fill the resolution, or the files say what is not implemented.
+    """
+    own, side = self.own_preprocess(), self._pretrained.patch_size
+    if not self.resolution:
+      return own
+    if self.resolution % side:
+      fitting = max(side, self.resolution // side * side)
+      raise UserError(
+        f'config.backbones.image.resolution: {self.resolution}, which patches of {side} pixels '
+        f'({self.identity["path"]}) do not fill; give a multiple such as {fitting}, or 0 for '
+        f'{own.size}'
+      )
+    return own.at(self.resolution)
+
+  def own_preprocess(self) -> ImageSpec:
+    """What the image tower wants to see by its files."""
+    family = self.family
+    return preprocessing.spec(family.preprocessor, self._pretrained.image_size, self.where)
 
 
 class RandomFiles(TowerFiles):
@@ -95,11 +127,20 @@ class RandomFiles(TowerFiles):
     # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
     if name.endswith('.bias'):
       return np.zeros(shape, np.float32)
-    if 'norm' in name.split('.')[-2].lower():
+    norm = 'norm' in name.split('.')[-2].lower()
+    if norm or name.endswith('.lambda1'):  # The latter of LayerScale.
       return np.ones(shape, np.float32)
     rng = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())])
-    # Variance 1 / fan-in; shapes are [out, in...].
-    return rng.standard_normal(shape, np.float32) / np.float32(math.prod(shape[1:]) ** 0.5)
+    # Variance 1 / fan-in; shapes are [out, in...], of tokens and positions with ones in front.
+    inner = shape
+    while len(inner) > 1 and inner[0] == 1:
+      inner = inner[1:]
+    return rng.standard_normal(shape, np.float32) / np.float32(math.prod(inner[1:]) ** 0.5)
+
+  def own_preprocess(self):
+    sizes = ('size', 'crop_size')  # Those of the architecture, in the place of the published ones.
+    usual = {k: v for k, v in self.family.preprocessor.items() if k not in sizes}
+    return preprocessing.spec(usual, self._pretrained.image_size, self.where)
 
   def tokenizer(self):
     with_end = getattr(self.architecture, 'ends_texts', False)
@@ -184,28 +225,45 @@ class HuggingFaceFiles(TowerFiles):
   def tokenizer(self):
     return tokenizer_files.read(self._directory, vocab_size=self.architecture.vocab_size)
 
-  def preprocess(self):
-    return preprocessing.read(self._directory, self.architecture.image_size)
+  def own_preprocess(self):
+    return preprocessing.read(
+      self._directory,
+      self._pretrained.image_size,
+      usual=self.family.preprocessor,
+      any_size=self.family.any_size or self.resolution > 0,
+    )
 
 
 def _named(
-  tensors: Mapping[str, shards.AnyTensor],
-  family: Family,
-  directory: zipped.Place,
-) -> dict[str, shards.AnyTensor]:
-  """Takes the prefix of a larger model off the names, and older names out of them."""
-  named = {}
+  tensors: Mapping[str, Any], family: Family, place: zipped.Place
+) -> dict[str, Any]:
+  """Gives tensors (with `block`, where the family splits any) the names in the family's table:
+  without the prefix of a larger model, renamed, one that holds several split.
+  """
+  named, origin = {}, {}
   for theirs, tensor in tensors.items():
     name = re.sub(family.prefix, '', theirs)
-    for old, new in family.renamed.items():
-      name = re.sub(old, new, name)
-    if name in named:
-      raise UserError(
-        f'{directory} holds {files.shown(named[name].name)} and {files.shown(theirs)}, two '
-        'tensors for one parameter: which of them is meant is not known'
-      )
-    named[name] = tensor
+    for pattern, replacement in family.renamed.items():
+      name = re.sub(pattern, replacement, name)
+    for part_name, part in _parts(name, tensor, family):
+      if part_name in named:
+        raise UserError(
+          f'{place} holds {files.shown(origin[part_name])} and {files.shown(theirs)}, two tensors '
+          'for one parameter: which of them is meant is not known'
+        )
+      named[part_name], origin[part_name] = part, theirs
   return named
+
+
+def _parts(name: str, tensor: Any, family: Family) -> Iterator[tuple[str, Any]]:
+  """Yields the tensor, or the parameters of ours that it holds, by name."""
+  for pattern, replacements in family.split:
+    match, count = re.fullmatch(pattern, name), len(replacements)
+    if match and tensor.shape and tensor.shape[0] % count == 0:
+      for k, replacement in enumerate(replacements):
+        yield match.expand(replacement), tensor.block(k, count)
+      return
+  yield name, tensor
 
 
 class OnnxFiles(TowerFiles):
@@ -222,7 +280,7 @@ class OnnxFiles(TowerFiles):
         f'known: {", ".join(known)}; give the Hugging Face directory that it was made of'
       )
     family = family_of(row.config, modality, str(file))
-    self._weights = onnx.dinov2(onnx.Graph(file), row.prefix)
+    self._weights = _named(onnx.dinov2(onnx.Graph(file), row.prefix), family, file)
     content = json.dumps(row.config, sort_keys=True).encode()
     sha256 = hashlib.sha256(content + row.sha256.encode()).hexdigest()
     super().__init__(path, family, dict(row.config), sha256, str(file))
@@ -235,19 +293,22 @@ class OnnxFiles(TowerFiles):
     raise AssertionError('an image tower has no tokenizer')
 
 
-def open_files(path: str, *, modality: str) -> TowerFiles:
+def open_files(path: str, *, modality: str, resolution: int = 0) -> TowerFiles:
   """Finds a tower's files and reads their headers; no weights are loaded.
 
   Args:
     path: Hugging Face directory or hub id, .gguf file, .zip file of such a directory,
       pkg://package/relative/path, a name of `packaged.TOWERS`, or random:NAME.
     modality: 'image' or 'text', what the tower reads; the family follows from its files.
+    resolution: side in pixels that an image tower shall read; 0: its own.
 
   Raises:
     UserError: nothing is there, it cannot be read, or it is no tower of this modality.
   """
   try:
-    return _open(path, modality)
+    found = _open(path, modality)
+    found.resolution = resolution
+    return found
   except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: ~user without such a user.
     reason = files.reason(error)
     raise UserError(f'{files.printable(path)}: the tower cannot be opened ({reason})') from error

@@ -423,6 +423,53 @@ CLIP: Table = {
   'text_config_dict': or_null(OBJECT),
 }
 
+VISION_COMMON: Table = {
+  'model_type': ANYTHING,
+  **COMMON,
+  'hidden_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'hidden_act': only('gelu', 'quick_gelu', 'gelu_pytorch_tanh', 'silu'),
+  'layer_norm_eps': EPSILON,
+  'num_channels': only(3),
+  'image_size': PIXELS,
+  'patch_size': PIXELS,
+  **neutral(
+    'hidden_dropout_prob',
+    'attention_probs_dropout_prob',
+    'drop_path_rate',
+    'layerscale_value',  # What LayerScale is initialised to.
+    # Of feature maps for other models.
+    'out_features',
+    'out_indices',
+    'stage_names',
+    'apply_layernorm',
+    'reshape_hidden_states',
+  ),
+}
+DINOV2_COMMON: Table = {
+  **VISION_COMMON,
+  'mlp_ratio': number(0, 1 << 10),
+  'qkv_bias': FLAG,
+  'use_swiglu_ffn': FLAG,
+  **neutral('use_mask_token'),
+}
+DINOV2: Table = {
+  **DINOV2_COMMON,
+  'model_type': only('dinov2'),
+  'architectures': _models('Dinov2Model', 'Dinov2ForImageClassification', 'Dinov2Backbone'),
+}
+DINOV2_WITH_REGISTERS: Table = {
+  **DINOV2_COMMON,
+  'model_type': only('dinov2_with_registers'),
+  'architectures': _models(
+    'Dinov2WithRegistersModel',
+    'Dinov2WithRegistersForImageClassification',
+    'Dinov2WithRegistersBackbone',
+  ),
+  'num_register_tokens': whole(0, 1 << 10),
+}
+
 # ---- model.safetensors.index.json ----------------------------------------------------------------
 
 INDEX: Table = {'weight_map': OBJECT, **neutral('metadata')}
@@ -453,7 +500,7 @@ SIZE = Rule(
     and all(map(PIXELS.holds, v.values()))
   ),
 )
-PROCESSORS = ('CLIP', 'Siglip', 'ViT')
+PROCESSORS = ('CLIP', 'Bit', 'Siglip', 'ViT', 'DINOv3ViT')
 
 
 def _processor_names() -> Iterable[str]:
@@ -466,13 +513,13 @@ PREPROCESSOR: Table = {
   'image_processor_type': or_null(only(*_processor_names())),
   'feature_extractor_type': or_null(only(*_processor_names())),
   'do_resize': ALWAYS,
-  'do_rescale': ALWAYS,
-  'do_normalize': ALWAYS,
+  'do_rescale': FLAG,
+  'do_normalize': FLAG,
   'do_center_crop': or_null(FLAG),
   'size': SIZE,
   'crop_size': or_null(SIZE),
   'resample': RESAMPLING,
-  'rescale_factor': Rule('1/255', lambda v: _is_number(v) and abs(v - 1 / 255) < 1e-9),
+  'rescale_factor': number(1e-6, 1e6),
   'image_mean': THREE,
   'image_std': THREE_POSITIVE,
   'default_to_square': or_null(FLAG),

@@ -36,8 +36,9 @@ class TowerSpec:
   Attributes:
     family: its row in `base.FAMILIES`.
     config: the architecture; `config.hidden_size` is the width of the hidden states.
-    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' where
-      there is one, 'input_sha256': of what makes its input, tokenizer or image preprocessing}.
+    identity: {'path': as given, 'sha256': of configuration and tensors, and of 'quantization' and
+      'resolution' where there is one, 'input_sha256': of what makes its input, tokenizer or image
+      preprocessing}.
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
     heads: what its files have above the last hidden state.
@@ -63,9 +64,11 @@ class Tower(TowerSpec):
   params: Any = None
 
 
-def describe_tower(path: str, *, modality: str, quantization: str = 'none') -> TowerSpec:
+def describe_tower(
+  path: str, *, modality: str, quantization: str = 'none', resolution: int = 0
+) -> TowerSpec:
   """Reads what a tower is without loading its weights; arguments and errors as `load_tower`."""
-  files = open_files(path, modality=modality)
+  files = open_files(path, modality=modality, resolution=resolution)
   if files.shapes is not None:
     # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
     # there must have them. Which are missing, loading says.
@@ -86,6 +89,7 @@ class Loading:
     param_dtype: of weights; None: `dtype`.
     heads: what is loaded above the last hidden state, of `Family.heads`.
     first_layer: the lowest layer that will be run; what lies below it is not loaded.
+    resolution: side in pixels of the images that an image tower reads; 0: its own.
   """
 
   dtype: Any
@@ -94,6 +98,7 @@ class Loading:
   param_dtype: Any = None
   heads: tuple[str, ...] = ()
   first_layer: int = 0
+  resolution: int = 0
 
 
 def load_tower(
@@ -113,7 +118,7 @@ def load_tower(
       (all of them are named), weights that are not finite or too large for the machine, no qwix.
   """
   how = Loading(**how)
-  files = open_files(path, modality=modality)
+  files = open_files(path, modality=modality, resolution=how.resolution)
   module = make_module(
     files,
     dtype=how.dtype,
@@ -232,10 +237,14 @@ def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
     content = f'{identity["sha256"]} {quantization} {quantize.SCHEMES[quantization]}'
     mixed = hashlib.sha256(content.encode()).hexdigest()
     identity = {**identity, 'sha256': mixed, 'quantization': quantization}
+  if files.family.modality == 'image' and files.is_resized:
+    content = f'{identity["sha256"]} resolution {files.resolution}'
+    mixed = hashlib.sha256(content.encode()).hexdigest()
+    identity = {**identity, 'sha256': mixed, 'resolution': str(files.resolution)}
   reads_text = files.family.modality == 'text'
   text = files.tokenizer() if reads_text else None
   image = None if reads_text else files.preprocess()
-  inputs = text.sha256 if text else _sha256_of(dataclasses.asdict(image))
+  inputs = text.sha256 if text else _sha256_of(image.content())
   if inputs:
     identity = {**identity, 'input_sha256': inputs}
   return TowerSpec(files.family, files.architecture, identity, text, image, files.heads)
@@ -266,10 +275,12 @@ def _load(
     stacked = path.startswith('layers/')
     buffer = _zeros(final[path], places[path])
     shape = wanted[path].shape[1:] if stacked else wanted[path].shape
-    fill = _fill(transform, shape, stacked, hows.get(path), places[path])
+    fill = _fill(transform.reorder, shape, stacked, hows.get(path), places[path])
     for layer, name in enumerate(names):
+      theirs = files.read(name, source_shape)
+      theirs = transform.host(theirs) if transform.host else theirs
       # Waiting keeps a single tensor alive; the buffer is donated and filled in place.
-      buffer, finite = jax.block_until_ready(fill(buffer, files.read(name, source_shape), layer))
+      buffer, finite = jax.block_until_ready(fill(buffer, theirs, layer))
       if not finite:
         raise UserError(
           f'{files.identity["path"]}: {name} holds NaN or infinity: the weights are damaged; '
@@ -304,7 +315,11 @@ def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
 
 @functools.cache
 def _fill(
-  transform: Transform, shape: tuple[int, ...], stacked: bool, how: quantize.How | None, place: Any
+  reorder: Callable[[jax.Array], jax.Array],
+  shape: tuple[int, ...],
+  stacked: bool,
+  how: quantize.How | None,
+  place: Any,
 ):
   """Compiled: (parameter, tensor, layer) -> parameter with the tensor in it, whether it is finite.
 
@@ -312,7 +327,7 @@ def _fill(
   """
 
   def fill(buffer, w, layer):
-    new = transform.reorder(w).reshape(shape)
+    new = reorder(w).reshape(shape)
     if how is None:  # A number can be too large for the type in which it is computed with.
       new = new.astype(buffer.dtype)
     finite = jnp.isfinite(new).all()
@@ -338,15 +353,7 @@ def _plan(
   Raises:
     UserError: names every tensor that is missing, unknown or of the wrong shape or type.
   """
-  plan, wrong = {}, []
-  for template, (path, transform) in files.family.tensors.items():
-    if path not in wanted:
-      continue
-    shape = wanted[path].shape
-    stacked = path.startswith('layers/')
-    names = [template.format(i) for i in range(shape[0])] if stacked else [template]
-    expected = transform.source_shape(shape[1:] if stacked else shape)
-    plan[path] = names, expected, transform
+  plan, wrong = _sources(files, wanted), []
   if files.shapes is None:
     return plan
   for names, expected, _ in plan.values():
@@ -374,6 +381,25 @@ def _plan(
       + '; '.join(faults)
     )
   return plan
+
+
+def _sources(
+  files: TowerFiles, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, tuple[list[str], tuple[int, ...], Transform]]:
+  """What `_plan` returns, of tensors that may not be there."""
+  family, found = files.family, {}
+  for template, (path, stored) in family.tensors.items():
+    if path not in wanted:
+      continue
+    transform = stored
+    if path in family.resampled:
+      transform = family.resampled[path](stored, files.architecture)
+    shape = wanted[path].shape
+    stacked = path.startswith('layers/')
+    names = [template.format(i) for i in range(shape[0])] if stacked else [template]
+    expected = transform.source_shape(shape[1:] if stacked else shape)
+    found[path] = names, expected, transform
+  return found
 
 
 def hugging_face_tensors(params: Any, family: Family) -> dict[str, np.ndarray]:

@@ -21,18 +21,28 @@ FORMATS = (None, 'pt', 'np', 'mlx')  # Of TensorFlow and Flax, matrices are tran
 
 
 class Tensor(NamedTuple):
-  """Where a tensor is: its file and its name there, its type (as safetensors names it), shape."""
+  """Where a tensor is: its file and its name there, its type (as safetensors names it), shape, and
+  the first of its rows where it is a block of one.
+  """
 
   file: pathlib.Path
   name: str
   dtype: str
   shape: tuple[int, ...]
+  first_row: int | None = None
+
+  def block(self, index: int, count: int) -> 'Tensor':
+    """Returns one of `count` equal blocks of its rows."""
+    rows = self.shape[0] // count
+    return self._replace(shape=(rows, *self.shape[1:]), first_row=index * rows)
 
   def read(self) -> np.ndarray:
     """Reads it; its file is opened anew, so that pages already copied are given back."""
     try:
       with safetensors.safe_open(self.file, framework='np') as f:
-        return f.get_tensor(self.name)
+        if self.first_row is None:
+          return f.get_tensor(self.name)
+        return f.get_slice(self.name)[self.first_row : self.first_row + self.shape[0]]
     except (OSError, safetensors.SafetensorError) as error:
       raise UserError(f'{self.file} can no longer be read ({files.reason(error)})') from error
 

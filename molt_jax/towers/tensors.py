@@ -16,11 +16,13 @@ class Transform:
     source_shape: shape of ours -> the shape that theirs must have.
     reorder: theirs -> ours (a reshape to the shape of ours follows).
     restore: (ours, shape of theirs) -> theirs.
+    host: theirs -> theirs, on the host before `reorder`; None: nothing.
   """
 
   source_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
   reorder: Callable[[jax.Array], jax.Array]
   restore: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+  host: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def _turned(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
@@ -33,6 +35,8 @@ def _unpatched(w: np.ndarray, theirs: tuple[int, ...]) -> np.ndarray:
 
 
 AS_IS = Transform(lambda ours: ours, lambda w: w, np.reshape)
+ROWS = Transform(lambda ours: (1, *ours), lambda w: w, np.reshape)  # Of a batch of one.
+TOKEN = Transform(lambda ours: (1, 1, *ours), lambda w: w, np.reshape)
 FLAT = Transform(lambda ours: (math.prod(ours),), lambda w: w, np.reshape)
 DENSE = Transform(
   lambda ours: (math.prod(ours[1:]), ours[0]), lambda w: w.T, _turned

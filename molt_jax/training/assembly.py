@@ -212,9 +212,9 @@ def make_preprocess(
   if 'image' in towers:
     spec = towers['image'].preprocess
     how |= {'image_size': spec.size, 'mean': spec.mean, 'std': spec.std}
-    how |= {'resample': spec.resample}
+    how |= {'resample': spec.resample, 'rounded': spec.rounded}
     if config.image.resize == 'crop':  # As the tower was trained, which may be to squash.
-      how['resize'] = spec.resize
+      how |= {'resize': spec.resize, 'scaled': spec.scaled}
   if 'text' in towers:
     tokenizer = towers['text'].tokenizer
     how |= {'encode': tokenizer.encode, 'pad_id': tokenizer.pad_id}

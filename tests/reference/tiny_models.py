@@ -106,22 +106,53 @@ def _bert(c):
   yield from _linear('pooler.dense', (d, d), bias=True)
 
 
+def _dinov2(c):
+  """By the names of the published files."""
+  d, hidden = c.hidden_size, int(c.hidden_size * c.mlp_ratio)
+  yield 'embeddings.cls_token', (1, 1, d)
+  yield 'embeddings.mask_token', (1, d)
+  if hasattr(c, 'num_register_tokens'):
+    yield 'embeddings.register_tokens', (1, c.num_register_tokens, d)
+  yield 'embeddings.position_embeddings', (1, (c.image_size // c.patch_size) ** 2 + 1, d)
+  patch = (d, 3, c.patch_size, c.patch_size)
+  yield from _linear('embeddings.patch_embeddings.projection', patch, bias=True)
+  for i in range(c.num_hidden_layers):
+    layer = f'encoder.layer.{i}'
+    yield from _norm(f'{layer}.norm1', d)
+    yield from _norm(f'{layer}.norm2', d)
+    for name in ('query', 'key', 'value'):
+      yield from _linear(f'{layer}.attention.attention.{name}', (d, d), bias=c.qkv_bias)
+    yield from _linear(f'{layer}.attention.output.dense', (d, d), bias=True)
+    for k in (1, 2):
+      yield f'{layer}.layer_scale{k}.lambda1', (d,)
+    if c.use_swiglu_ffn:
+      half = (int(hidden * 2 / 3) + 7) // 8 * 8
+      yield from _linear(f'{layer}.mlp.weights_in', (2 * half, d), bias=True)
+      yield from _linear(f'{layer}.mlp.weights_out', (d, half), bias=True)
+    else:
+      yield from _linear(f'{layer}.mlp.fc1', (hidden, d), bias=True)
+      yield from _linear(f'{layer}.mlp.fc2', (d, hidden), bias=True)
+  yield from _norm('layernorm', d)
+
+
 ARCHITECTURES = {
   **dict.fromkeys(('BertModel', 'RobertaModel', 'XLMRobertaModel'), _bert),
   'LlamaModel': _llama,
   'LlamaForCausalLM': _causal_lm,
   'CLIPVisionModel': _clip_vision,
   'CLIPTextModelWithProjection': _clip_text,
+  'Dinov2Model': _dinov2,
+  'Dinov2WithRegistersModel': _dinov2,
 }
 
 
 def _value(rng, config, name, shape, vector_noise):
-  """Embeddings and LLaMA's matrices as wide as the configuration says, CLIP's by their inputs."""
+  """Embeddings and LLaMA's matrices as wide as the configuration says, others by their inputs."""
   noise = rng.standard_normal(shape)
   if len(shape) == 1 and name != 'embeddings.class_embedding':
-    start = 1.0 if name.endswith('weight') else 0.0  # Of norms, biases.
+    start = 0.0 if name.endswith('bias') else 1.0
     return start + vector_noise * noise
-  if 'encoder.layers' in name:
+  if 'encoder.layer' in name:
     return noise * (2 * shape[1]) ** -0.5
   return noise * config.initializer_range
 

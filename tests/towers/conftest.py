@@ -44,6 +44,12 @@ class HuggingFace:
     config = transformers.CLIPVisionConfig(**{**TINY_CLIP, **overrides})
     return tiny_models.make('CLIPVisionModel', config, vector_noise=0.3)
 
+  def vision(self, name, **overrides):
+    """A vision transformer, by the name of its transformers model."""
+    kind = getattr(transformers, name.removesuffix('Model') + 'Config')
+    config = kind(**{k: v for k, v in TINY_CLIP.items() if hasattr(kind(), k)} | overrides)
+    return tiny_models.make(name, config, vector_noise=0.3)
+
   def clip_text(self, **overrides):
     config = transformers.CLIPTextConfig(**overrides)
     return tiny_models.make('CLIPTextModelWithProjection', config, vector_noise=0.3)
@@ -67,13 +73,14 @@ class HuggingFace:
       )
     return np.stack([h.float().numpy() for h in out.hidden_states])
 
-  def image_states(self, model, image_bhwc):
+  def image_states(self, model, image_bhwc, **how):
+    return np.stack([h.float().numpy() for h in self.see(model, image_bhwc, **how).hidden_states])
+
+  def see(self, model, image_bhwc, **how):
+    """What a vision model returns."""
+    pixels = torch.tensor(np.asarray(image_bhwc)).permute(0, 3, 1, 2).to(model.dtype)
     with torch.inference_mode():
-      out = model(
-        pixel_values=torch.tensor(np.asarray(image_bhwc)).permute(0, 3, 1, 2).to(model.dtype),
-        output_hidden_states=True,
-      )
-    return np.stack([h.float().numpy() for h in out.hidden_states])
+      return model(pixel_values=pixels, output_hidden_states=True, **how)
 
 
 @pytest.fixture(scope='session')

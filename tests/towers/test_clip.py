@@ -13,7 +13,8 @@ from optional_torch import torch
 
 from molt_jax.errors import UserError
 from molt_jax.towers import architectures, loading
-from molt_jax.towers.clip import ClipVision, ClipVisionConfig
+from molt_jax.towers.clip import ClipVisionConfig
+from molt_jax.towers.vision import VisionTransformer
 
 CASES = {
   'plain': ({}, {}),
@@ -89,7 +90,7 @@ def test_fewer_states_and_runs_of_layers(hf, tower_of, states_of):
 )
 def test_full_size_models_trace_without_weights(name):
   config = architectures.CLIP_VISION[name]
-  module = ClipVision(ClipVisionConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
+  module = VisionTransformer(ClipVisionConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
   params = nn.unbox(loading.abstract_params(module))
   with torch.device('meta'):
     theirs = transformers.CLIPVisionModel(
@@ -111,7 +112,7 @@ def test_full_size_models_trace_without_weights(name):
 
 def test_every_parameter_has_known_logical_axes():
   boxed = loading.abstract_params(
-    ClipVision(
+    VisionTransformer(
       ClipVisionConfig.from_hf(architectures.CLIP_VISION['clip-vit-tiny']),
       jnp.dtype('float32'),
       'xla',

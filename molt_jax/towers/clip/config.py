@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
+from molt_jax.towers.vision.config import VisionConfig, check_heads, check_patches
 
 # What Hugging Face reads where a vision config is silent: values equal to these are left out when a
 # CLIPConfig is saved.
@@ -23,23 +24,11 @@ DEFAULTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipVisionConfig:
-  """Architecture of a CLIP vision transformer; image and patches are square."""
+class ClipVisionConfig(VisionConfig):
+  """Architecture of a CLIP vision transformer."""
 
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  image_size: int
-  patch_size: int
-  hidden_act: str
-  layer_norm_eps: float
-  projection_size: int = 512
-
-  @property
-  def num_tokens(self) -> int:
-    """Class token and patches."""
-    return 1 + (self.image_size // self.patch_size) ** 2
+  patch_bias: bool = False
+  pre_norm: bool = True
 
   @classmethod
   def from_hf(
@@ -57,11 +46,7 @@ class ClipVisionConfig:
     """
     c = _part(config, 'vision', keys.CLIP_VISION, DEFAULTS, where)
     c['projection_dim'] = config.get('projection_dim') or c.get('projection_dim') or 512
-    if c['image_size'] < c['patch_size']:
-      raise UserError(
-        f'{where} has image_size = {c["image_size"]}, which must be at least patch_size = '
-        f'{c["patch_size"]}'
-      )
+    check_patches(c, where)
     return cls(
       hidden_size=c['hidden_size'],
       intermediate_size=c['intermediate_size'],
@@ -91,11 +76,7 @@ def _part(
       part |= {**defaults, **over}
   keys.check({'model_type': None, **part}, table, where)
   c = {**defaults, **{k: v for k, v in part.items() if v is not None}}
-  if c['hidden_size'] % c['num_attention_heads']:
-    raise UserError(
-      f'{where} has num_attention_heads = {c["num_attention_heads"]}, which must divide '
-      f'hidden_size = {c["hidden_size"]}'
-    )
+  check_heads(c, where)
   return c
 
 

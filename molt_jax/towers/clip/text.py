@@ -9,7 +9,7 @@ from flax import linen as nn
 from molt_jax.errors import UserError
 from molt_jax.towers import stack
 from molt_jax.towers.clip.config import ClipTextConfig
-from molt_jax.towers.clip.layers import ClipLayer, layer_norm
+from molt_jax.towers.encoder import EncoderLayer, layer_norm
 
 
 class ClipText(nn.Module):
@@ -44,7 +44,7 @@ class ClipText(nn.Module):
 
     param('token_embedding', ('vocab', 'embed'), (c.vocab_size, c.hidden_size), 0.02)
     param('position_embedding', ('position', 'embed'), (c.max_positions, c.hidden_size), 0.01)
-    self.layer = ClipLayer(c, self.dtype, self.attention, param_dtype, parent=None)
+    self.layer = EncoderLayer(c, self.dtype, self.attention, param_dtype, parent=None)
     example = jnp.zeros((1, 1, c.hidden_size), self.dtype), jnp.ones(1, jnp.int32)
     self.layers = stack.layer_params(self, self.layer, c.num_layers, *example)
     self.final_norm = layer_norm(c, self.dtype, param_dtype, None)
