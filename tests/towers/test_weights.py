@@ -277,8 +277,8 @@ def test_preprocessing_is_read(image_dir, tmp_path):
   )
   assert loading.describe_tower(str(path), modality='image').preprocess.resample == 3
   for change, says in (
-    ({'size': {'shortest_edge': 24}}, r'\[20, 24\].*reads 20'),
-    ({'do_normalize': False}, 'do_normalize = False'),
+    ({'size': 24, 'crop_size': 24}, 'of 24 pixels, the tower reads 20'),
+    ({'do_resize': False}, 'do_resize = False'),
   ):
     (path / 'preprocessor_config.json').write_text(json.dumps({**SPEC, **change}))
     with pytest.raises(UserError, match=says):
