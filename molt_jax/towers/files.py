@@ -234,9 +234,7 @@ class HuggingFaceFiles(TowerFiles):
     )
 
 
-def _named(
-  tensors: Mapping[str, Any], family: Family, place: zipped.Place
-) -> dict[str, Any]:
+def _named(tensors: Mapping[str, Any], family: Family, place: zipped.Place) -> dict[str, Any]:
   """Gives tensors (with `block`, where the family splits any) the names in the family's table:
   without the prefix of a larger model, renamed, one that holds several split.
   """
