@@ -171,3 +171,60 @@ def test_dinov2_has_the_shapes_of_its_configuration():
   assert weights['encoder.layer.11.mlp.fc1.weight'].shape == (mlp, width)
   assert len(weights) == 4 + 2 + 12 * 18
   assert all(np.isfinite(weight.read()).all() for weight in weights.values())
+
+
+# Side -> of each hidden state, as ONNX Runtime 1.32 computes them from the file itself (its input
+# widened to the side, its inner values made outputs): the first number of the class token, number
+# 100 of the first patch, the last number of the last patch, root mean square.
+ONNX_RUNTIME = {
+  112: [
+    (-0.012013, 0.036477, -0.113292, 0.086627),
+    (0.032939, 0.022092, -0.120180, 0.063346),
+    (0.022571, 0.034958, -0.122741, 0.047272),
+    (-0.014164, 0.026582, -0.133523, 0.042473),
+    (-0.029500, 0.007807, -0.204169, 0.049181),
+    (-0.027802, 0.031022, -0.280552, 0.054349),
+    (-0.086781, 0.236883, -0.357831, 0.090503),
+    (-0.078260, 0.259213, -0.424911, 0.106792),
+    (-0.095237, 0.262413, -0.467200, 0.144788),
+    (-0.147653, -0.050835, -0.556365, 0.198471),
+    (-0.086036, 0.140237, -0.263243, 0.346221),
+    (0.127062, -0.516522, 0.183225, 0.558537),
+    (-2.421137, -0.516897, 0.425032, 2.355637),
+  ],
+  224: [
+    (-0.012013, 0.033586, -0.108734, 0.085034),
+    (0.033317, 0.022037, -0.118172, 0.060349),
+    (0.024047, 0.031174, -0.117330, 0.044112),
+    (-0.014922, 0.033726, -0.139135, 0.038954),
+    (-0.026091, 0.025754, -0.202308, 0.047138),
+    (-0.019759, 0.068415, -0.299620, 0.053791),
+    (-0.084724, 0.312059, -0.369249, 0.090501),
+    (-0.081387, 0.308914, -0.434992, 0.109737),
+    (-0.091016, 0.224405, -0.477939, 0.143720),
+    (-0.184210, -0.079033, -0.535163, 0.197127),
+    (-0.182393, 0.084670, -0.212986, 0.324372),
+    (-0.017167, -0.588571, 0.141524, 0.531048),
+    (-2.608668, -0.394271, 0.366122, 2.347967),
+  ],
+}
+
+
+def wave(side):
+  """A smooth picture of values about 1, float32[1, side, side, 3]."""
+  y, x = np.mgrid[0:side, 0:side] / side
+  channels = [np.sin(7 * x + 3 * y), np.cos(5 * x * y), np.sin(11 * y) - x]
+  return np.stack(channels, axis=-1).astype(np.float32)[None]
+
+
+@pytest.mark.parametrize('side', ONNX_RUNTIME)
+def test_dinov2_computes_what_onnx_runtime_computes(states_of, side):
+  installed('dinov2-small')
+  tower = loading.load_tower(
+    'dinov2-small', modality='image', dtype='float32', attention='xla', resolution=side
+  )
+  assert tower.preprocess.mean == (0.485, 0.456, 0.406) and tower.preprocess.size == side
+  states = np.asarray(states_of(tower, wave(side)), np.float64)[:, 0]
+  rms = np.sqrt(np.square(states).mean(axis=(1, 2)))
+  found = np.stack([states[:, 0, 0], states[:, 1, 100], states[:, -1, 383], rms], axis=1)
+  np.testing.assert_allclose(found, ONNX_RUNTIME[side], rtol=1e-4, atol=2e-5)
