@@ -46,6 +46,11 @@ def _image_or_text(flags: argparse.Namespace) -> None:
     raise UserError('--image and --text are both absent; give at least one of them')
 
 
+def _table_of_pair(flags: argparse.Namespace) -> None:
+  if flags.pair and not flags.table:
+    raise UserError('--pair: a published pair was trained on no data of yours; give --table=FOLDER')
+
+
 WORKDIR = Flag('workdir', 'folder of the run', required=True)
 DATA_CHANGED = Flag(
   'data_changed', 'go on with data that have changed since the checkpoint', switch=True
@@ -103,9 +108,25 @@ COMMANDS = {
     schema=PRETRAINING,
   ),
   'evaluate_pair': Command(
-    'Evaluate a pretrained pair of an image and a text tower.',
+    'Evaluate a pair of an image and a text tower, of a run or published.',
     (
-      Flag('workdir', 'folder of a run of molt pretrain', required=True),
+      Flag(
+        'workdir',
+        'folder of a run of molt pretrain; with --pair, where scores are written',
+        required=True,
+      ),
+      Flag(
+        'pair',
+        'a whole CLIP or SigLIP (Hugging Face directory or hub id), in the place of a run; needs '
+        '--table',
+        '',
+      ),
+      Flag(
+        'dtype',
+        'type of computation of --pair',
+        'float32',
+        rule=choice('float32', 'bfloat16'),
+      ),
       Flag('split', 'split to score', 'test', rule=SPLITS),
       Flag(
         'table',
@@ -127,6 +148,7 @@ COMMANDS = {
         many=True,
       ),
     ),
+    check=_table_of_pair,
   ),
   'describe': Command(
     'Look at a data set before anything is trained.',

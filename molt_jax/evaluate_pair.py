@@ -1,4 +1,5 @@
-"""Evaluates a pretrained pair of towers: `python -m molt_jax.evaluate_pair --workdir=DIR`.
+"""Evaluates a pair of towers: `python -m molt_jax.evaluate_pair --workdir=DIR`, of a run that
+pretrained one or, with `--pair=MODEL --table=FOLDER`, of a published CLIP or SigLIP.
 
 Zero-shot classification, retrieval both ways, the shape of the common space, and linear probes on
 the frozen image tower beside probes that need no tower (raw pixels, their principal components).
@@ -17,25 +18,27 @@ import dataclasses
 import importlib.metadata
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.table
 import rich.text
 from PIL import Image
 
-from molt_jax import pretrain
+from molt_jax import errors, pretrain
 from molt_jax.config import resolved
 from molt_jax.config.json_files import read_json
+from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, decode_report, fingerprint, transforms
 from molt_jax.data.examples import read_example
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
-from molt_jax.pairs import in_use, retrieval
+from molt_jax.pairs import in_use, published, retrieval
 from molt_jax.pairs.probes import linear_probe, pixels, principal_components
-from molt_jax.runtime import atomic, console, logbook, terminal
+from molt_jax.runtime import atomic, console, logbook, sharding, terminal
 from molt_jax.training import workdir as workdir_lib
+from molt_jax.training.assembly import make_preprocess
 
 SPLITS = ('train', 'validation', 'test')
 # Last layers of the tower that a probe reads, as the heads of the classifier do by default.
@@ -187,6 +190,7 @@ def _pair_scores(pair, part, image_nc, prompts_kpc) -> dict[str, Any]:
       texts=texts,
       labels=None if prompts_kpc is None else part.labels,
       class_prompts_kpc=prompts_kpc,
+      sigmoid=pair.sigmoid,
     )
     | counts
   )
@@ -247,12 +251,29 @@ def command(flags: argparse.Namespace) -> None:
     table=flags.table,
     templates=flags.templates,
     probes=flags.probes,
+    published_pair=(flags.pair, flags.dtype) if flags.pair else None,
   )
 
 
 def main(argv: Sequence[str]) -> int:
   """The command line; see `commands.run`. Exit code 0: done; 2: a mistake of the user's."""
   return commands.run('evaluate_pair', argv)
+
+
+class _Opened(NamedTuple):
+  """A pair, what it is scored on, and what the record says of both.
+
+  Attributes:
+    pair: the towers.
+    dataset: what they are scored on.
+    data: fingerprint of the split.
+    facts: of the pair: the step of its run, or what was published.
+  """
+
+  pair: in_use.TowerPair
+  dataset: Dataset
+  data: Mapping[str, Any]
+  facts: Mapping[str, Any]
 
 
 def run(
@@ -262,38 +283,81 @@ def run(
   table: str = '',
   templates: Sequence[str] = retrieval.TEMPLATES,
   probes: Collection[str] = tuple(PROBES),
+  published_pair: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
   """Evaluates the pair in `workdir`, prints the table, writes `pair_evaluation.json` and returns
   its content.
 
   The file holds one record for each (data set, split); the others are kept as they are.
 
+  Args:
+    workdir: of a run of pretraining or, with a published pair, where the file is written.
+    split: to score.
+    table: an own-data folder in the place of the run's data.
+    templates: prompts with {} for the class name.
+    probes: names in `PROBES`.
+    published_pair: (Hugging Face directory or hub id of a whole model, type of computation).
+
   Raises:
-    UserError: no run there, an unknown split or probe, unusable templates, a split without images.
+    UserError: no run there, an unknown split or probe, unusable templates, a split without images,
+      no pair of towers.
   """
   _check(split, templates, probes)
-  if workdir.is_dir():
-    workdir_lib.try_out(workdir)
   path = workdir / 'pair_evaluation.json'
-  opened = pretrain.open_run(workdir)
+  if published_pair is None:
+    if workdir.is_dir():
+      workdir_lib.try_out(workdir)
+    opened = _open_run(workdir, split, table)
+  else:
+    _make_folder(workdir)
+    opened = _open_published(*published_pair, split, table)
   kept = _written(path)
+  results = _score(opened.pair, opened.dataset, split, templates, probes)
+  kept[f'{opened.dataset.name}/{split}'] = {
+    'dataset': opened.dataset.name,
+    'split': split,
+    'data': opened.data,
+    'templates': list(templates),
+    'results': results,
+    **opened.facts,
+    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+  }
+  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
+  return kept[f'{opened.dataset.name}/{split}']
+
+
+def _open_run(workdir: pathlib.Path, split: str, table: str) -> _Opened:
+  opened = pretrain.open_run(workdir)
   pair = pretrain.make_pair(opened)
   dataset = open_dataset(opened.config, table)
   data = fingerprint.of(dataset.splits[split], dataset.class_names)
   if not table:
     data = trained.compare(opened, split, data)
-  results = _score(pair, dataset, split, templates, probes)
-  kept[f'{dataset.name}/{split}'] = {
-    'dataset': dataset.name,
-    'split': split,
-    'data': data,
-    'templates': list(templates),
-    'results': results,
-    'step': opened.meta['step'],
-    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
-  }
-  atomic.write(path, logbook.to_json(kept, indent=2) + '\n')
-  return kept[f'{dataset.name}/{split}']
+  return _Opened(pair, dataset, data, {'step': opened.meta['step']})
+
+
+def _open_published(path: str, dtype: str, split: str, table: str) -> _Opened:
+  towers = published.describe(path)
+  config = PRETRAINING.default()
+  config.text.max_tokens = towers['text'].config.max_positions
+  mesh = sharding.make_mesh(config)
+  dataset = open_dataset(config, table)
+  pair, variables = published.load(path, towers, mesh, dtype)
+  preprocess = make_preprocess(config, towers, num_classes=len(dataset.class_names))
+  pair = in_use.TowerPair(pair, variables, preprocess, config.eval.batch_size, mesh)
+  data = fingerprint.of(dataset.splits[split], dataset.class_names)
+  return _Opened(pair, dataset, data, {'pair': dict(towers['image'].identity)})
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+  """Makes the folder for the scores of a published pair; a run's own are kept apart."""
+  if (folder / 'config.json').exists():
+    raise UserError(
+      f'--workdir: {str(folder)!r} holds a run; give another folder for the scores of --pair'
+    )
+  with errors.explained(f'--workdir: {str(folder)!r} cannot be made'):
+    folder.mkdir(parents=True, exist_ok=True)
+  workdir_lib.try_out(folder)
 
 
 def _score(

@@ -21,6 +21,8 @@ COLOURS = ('blue', 'green', 'red')
 class ColourPair:
   """Towers that see the mean colour and read its name."""
 
+  sigmoid = None
+
   model = types.SimpleNamespace(
     encoder=types.SimpleNamespace(
       image_tower=types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1))

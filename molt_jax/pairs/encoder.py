@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.towers.vision import VisionTransformer, patches
+from molt_jax.towers.vision import patches
 
 
 class Projection(nn.Module):
@@ -41,7 +41,42 @@ class Projection(nn.Module):
     )
 
 
-class DualEncoder(nn.Module):
+class Towers(nn.Module):
+  """An image tower and a text tower, and what is read of them; parameters: {image,text}_tower.
+
+  Attributes:
+    image_tower: with its final norm.
+    text_tower: with its `pool`.
+  """
+
+  image_tower: nn.Module
+  text_tower: nn.Module
+
+  def pool_text(self, tokens_bt, mask_bt):
+    """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised,
+    where it is).
+    """
+    last_btd = self.text_tower(tokens_bt, mask_bt, states=(-1,))[0]
+    return self.text_tower.pool(last_btd, tokens_bt, mask_bt).astype(jnp.float32)
+
+  def image_features(self, image_bhwc, num_layers: int):
+    """Class token and mean patch token of each of the image tower's last layers, side by side,
+    float32[B, num_layers * 2 * D_i].
+    """
+    found_lbid = self.image_tower(image_bhwc, states=range(-num_layers, 0)).astype(jnp.float32)
+    patch_lbd = jnp.mean(found_lbid[:, :, self.image_tower.config.num_prefix_tokens :], axis=2)
+    both_lbd = jnp.concatenate([found_lbid[:, :, 0], patch_lbd], axis=-1)
+    return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
+
+  def image_tokens(self, image_bhwc):
+    """Every token of the image tower's last layer, laid flat, float32[B, I * D_i]: what
+    `image_features` averages over places.
+    """
+    last_bid = self.image_tower(image_bhwc, states=(-1,))[0].astype(jnp.float32)
+    return last_bid.reshape(len(image_bhwc), -1)
+
+
+class DualEncoder(Towers):
   """An image tower and a text tower, each with a projection head; parameters: {image,text}_tower,
   {image,text}_head.
 
@@ -60,8 +95,6 @@ class DualEncoder(nn.Module):
       1].
   """
 
-  image_tower: VisionTransformer
-  text_tower: nn.Module
   width: int
   dtype: Any
   independent: bool
@@ -132,29 +165,6 @@ class DualEncoder(nn.Module):
     return jnp.mean(
       jnp.square(self.image_decoder(tokens_bpd).astype(jnp.float32) - patches_bpx), axis=(1, 2)
     )
-
-  def pool_text(self, tokens_bt, mask_bt):
-    """One vector a text, float32[B, D_t]: what the text head reads (before it is standardised,
-    where it is).
-    """
-    last_btd = self.text_tower(tokens_bt, mask_bt, states=(-1,))[0]
-    return self.text_tower.pool(last_btd, tokens_bt, mask_bt).astype(jnp.float32)
-
-  def image_features(self, image_bhwc, num_layers: int):
-    """Class token and mean patch token of each of the image tower's last layers, side by side,
-    float32[B, num_layers * 2 * D_i].
-    """
-    found_lbid = self.image_tower(image_bhwc, states=range(-num_layers, 0)).astype(jnp.float32)
-    patch_lbd = jnp.mean(found_lbid[:, :, self.image_tower.config.num_prefix_tokens :], axis=2)
-    both_lbd = jnp.concatenate([found_lbid[:, :, 0], patch_lbd], axis=-1)
-    return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
-
-  def image_tokens(self, image_bhwc):
-    """Every token of the image tower's last layer, laid flat, float32[B, I * D_i]: what
-    `image_features` averages over places.
-    """
-    last_bid = self.image_tower(image_bhwc, states=(-1,))[0].astype(jnp.float32)
-    return last_bid.reshape(len(image_bhwc), -1)
 
   def project_image(self, pooled_bd):
     """Returns (embeddings, independent features or None), each float32[B, C] with rows of length

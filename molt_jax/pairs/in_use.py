@@ -86,7 +86,7 @@ class TowerPair:
   """A trained pair, numpy in and out.
 
   Attributes:
-    model: the modules.
+    model: a `PairMethod` or a `PublishedPair`.
     variables: 'params' of everything and 'statistics'.
     preprocess: how images and texts become arrays.
     batch_size: of a call to the devices.
@@ -98,6 +98,13 @@ class TowerPair:
   preprocess: examples.Preprocess
   batch_size: int
   mesh: jax.sharding.Mesh
+
+  @property
+  def sigmoid(self) -> tuple[float, float] | None:
+    """(scale, bias) where the sigmoid of scale * cosine + bias is the probability that an image and
+    a text belong together.
+    """
+    return self.model.sigmoid
 
   def embed_images(self, images: Sequence[Any]) -> np.ndarray:
     """Embeds images: paths, PIL images, uint8 arrays [H, W, 3], or file contents (bytes). Returns

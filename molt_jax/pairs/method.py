@@ -49,6 +49,11 @@ class PairMethod:
   branch_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
+  def sigmoid(self) -> None:
+    """It is trained to choose among the texts of a batch, and not to say what belongs together."""
+    return None
+
+  @property
   def frozen(self) -> tuple[str, ...]:
     """The modalities whose towers are not trained."""
     return tuple(m for m in MODALITIES if self.config.backbones[m].freeze)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from molt_jax.errors import UserError
 from molt_jax.objectives.cca.diagnostics import modality_gap
@@ -29,6 +30,7 @@ def evaluate_pair(
   texts: Sequence[str] | None = None,
   labels: Sequence[int] | None = None,
   class_prompts_kpc: np.ndarray | None = None,
+  sigmoid: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
   """Scores the embeddings of one split.
 
@@ -39,11 +41,14 @@ def evaluate_pair(
     texts: the M texts themselves, so that equal ones are known as equal; None: all differ.
     labels: [N] classes of the images, for zero-shot classification.
     class_prompts_kpc: [K, P, C], embeddings of P prompts of each class; see `class_prompts`.
+    sigmoid: (scale, bias) of towers whose sigmoid of scale * cosine + bias is the probability that
+      image and text belong together.
 
   Returns:
     {'image_to_text': {'R@1': ..}, 'text_to_image': {..}, 'modality_gap': .., 'alignment': ..,
     'uniformity_image': .., 'uniformity_text': ..}, with labels and prompts also 'zero_shot':
-    {'top1': ..}. Shares lie in [0, 1].
+    {'top1': ..}, with `sigmoid` 'match_probability': {'right pairs': .., 'wrong pairs': ..}. Shares
+    lie in [0, 1].
 
     What the rows do not determine is left out: retrieval of fewer than two images with a text, gap
     and alignment without a pair, uniformity of fewer than two rows, zero-shot classification
@@ -53,7 +58,10 @@ def evaluate_pair(
   image_of_text = np.asarray(image_of_text, int)
   results = {}
   if len(np.unique(image_of_text)) >= 2:
-    results |= retrieval(image_nc, text_mc, image_of_text=image_of_text, texts=texts)
+    how = {'image_of_text': image_of_text, 'texts': texts}
+    results |= retrieval(image_nc, text_mc, **how)
+    if sigmoid is not None:
+      results['match_probability'] = match_probability(image_nc, text_mc, *sigmoid, **how)
   if len(text_mc):
     paired_mc = np.asarray(image_nc)[image_of_text]
     results['modality_gap'] = float(modality_gap(jnp.asarray(paired_mc), jnp.asarray(text_mc)))
@@ -133,23 +141,13 @@ def retrieval(
   Raises:
     UserError: fewer than two images with a text.
   """
-  if image_of_text is None:
-    image_of_text = np.arange(len(text_mc))
-  used, image_of_text = np.unique(image_of_text, return_inverse=True)
-  if len(used) < 2:
-    raise UserError(
-      f'retrieval: {len(used)} image(s) with a text leave nothing to choose; give two or more'
-    )
-  image_nc, text_mc = normalise(np.asarray(image_nc)[used]), normalise(text_mc)
-  kind_m = np.arange(len(text_mc))
-  if texts is not None:
-    _, kind_m = np.unique(np.asarray(texts, object).astype(str), return_inverse=True)
-    kind_m = kind_m.reshape(-1)
+  image_nc, *of_texts = _with_a_text(image_nc, text_mc, image_of_text, texts)
+  text_mc = of_texts[0]
   best_m = np.full(len(text_mc), -np.inf)
-  for scores_bm, right_bm, _ in _blocks(image_nc, text_mc, image_of_text, kind_m):
+  for scores_bm, right_bm, _ in _blocks(image_nc, *of_texts):
     best_m = np.maximum(best_m, np.max(scores_bm, axis=0, where=right_bm, initial=-np.inf))
   rank_m, rank_n = np.zeros(len(text_mc), int), np.zeros(len(image_nc), int)
-  for scores_bm, right_bm, rows in _blocks(image_nc, text_mc, image_of_text, kind_m):
+  for scores_bm, right_bm, rows in _blocks(image_nc, *of_texts):
     rank_m += np.sum(~right_bm & (scores_bm >= best_m[None, :]), axis=0)
     best_b = np.max(scores_bm, axis=1, where=right_bm, initial=-np.inf)
     rank_n[rows] = np.sum(~right_bm & (scores_bm >= best_b[:, None]), axis=1)
@@ -157,6 +155,52 @@ def retrieval(
   return {
     way: {f'R@{k}': float(np.mean(rank < k)) for k in RECALL_AT} for way, rank in ranks.items()
   }
+
+
+def match_probability(
+  image_nc: np.ndarray,
+  text_mc: np.ndarray,
+  scale: float,
+  bias: float,
+  *,
+  image_of_text: Sequence[int] | None = None,
+  texts: Sequence[str] | None = None,
+) -> dict[str, float]:
+  """The mean probability that image and text belong together, of pairs that do and of all others.
+
+  It is the sigmoid of scale * cosine + bias (Zhai et al. 2023). Which pairs are right is as in
+  `retrieval`.
+  """
+  image_nc, *of_texts = _with_a_text(image_nc, text_mc, image_of_text, texts)
+  sums, counts = np.zeros(2), np.zeros(2)
+  for scores_bm, right_bm, _ in _blocks(image_nc, *of_texts):
+    probability_bm = scipy.special.expit(scale * scores_bm.astype(np.float64) + bias)
+    for side, chosen_bm in enumerate((right_bm, ~right_bm)):
+      sums[side] += probability_bm.sum(where=chosen_bm)
+      counts[side] += chosen_bm.sum()
+  means = sums / np.maximum(counts, 1)
+  return {'right pairs': float(means[0]), 'wrong pairs': float(means[1])}
+
+
+def _with_a_text(image_nc, text_mc, image_of_text, texts) -> tuple[np.ndarray, ...]:
+  """Returns the images that have a text and the texts, both of unit length, the row of each text's
+  image among them, and which texts are equal, int[M].
+
+  Raises:
+    UserError: fewer than two images with a text.
+  """
+  if image_of_text is None:
+    image_of_text = np.arange(len(text_mc))
+  used, image_of_text = np.unique(image_of_text, return_inverse=True)
+  if len(used) < 2:
+    raise UserError(
+      f'retrieval: {len(used)} image(s) with a text leave nothing to choose; give two or more'
+    )
+  kind_m = np.arange(len(text_mc))
+  if texts is not None:
+    _, kind_m = np.unique(np.asarray(texts, object).astype(str), return_inverse=True)
+    kind_m = kind_m.reshape(-1)
+  return normalise(np.asarray(image_nc)[used]), normalise(text_mc), image_of_text, kind_m
 
 
 def _blocks(
