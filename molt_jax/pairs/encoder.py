@@ -60,12 +60,13 @@ class Towers(nn.Module):
     return self.text_tower.pool(last_btd, tokens_bt, mask_bt).astype(jnp.float32)
 
   def image_features(self, image_bhwc, num_layers: int):
-    """Class token and mean patch token of each of the image tower's last layers, side by side,
-    float32[B, num_layers * 2 * D_i].
+    """Class token (where there is one) and mean patch token of each of the image tower's last
+    layers, side by side, float32[B, num_layers * 2 * D_i].
     """
+    first = self.image_tower.config.num_prefix_tokens
     found_lbid = self.image_tower(image_bhwc, states=range(-num_layers, 0)).astype(jnp.float32)
-    patch_lbd = jnp.mean(found_lbid[:, :, self.image_tower.config.num_prefix_tokens :], axis=2)
-    both_lbd = jnp.concatenate([found_lbid[:, :, 0], patch_lbd], axis=-1)
+    parts = [found_lbid[:, :, 0]] if first else []
+    both_lbd = jnp.concatenate([*parts, jnp.mean(found_lbid[:, :, first:], axis=2)], axis=-1)
     return jnp.moveaxis(both_lbd, 0, 1).reshape(both_lbd.shape[1], -1)
 
   def image_tokens(self, image_bhwc):

@@ -13,8 +13,11 @@ from molt_jax.towers.llama.model import rotate
 ACTIVATIONS = {
   'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
   'gelu': lambda x: nn.gelu(x, approximate=False),
+  'gelu_new': lambda x: nn.gelu(x, approximate=True),
   'gelu_pytorch_tanh': lambda x: nn.gelu(x, approximate=True),
+  'relu': nn.relu,
   'silu': nn.silu,
+  'swish': nn.silu,
 }
 
 
@@ -23,7 +26,8 @@ class EncoderLayer(nn.Module):
 
   With lengths, attention is causal and masks padding; with `keys_bt`, bool[B, T], only those tokens
   are read; with `rope`, (cos, sin) float32[P, H / 2] each, queries and keys of the last P tokens
-  are rotated.
+  are rotated; with a packing, which needs lengths, it takes packed tokens [G, N, D] in the place of
+  [B, T, D].
 
   Attributes:
     config: has hidden_size, intermediate_size, num_heads, hidden_act and layer_norm_eps.
@@ -43,21 +47,23 @@ class EncoderLayer(nn.Module):
   layer_scale: bool = False
 
   @nn.compact
-  def __call__(self, h_bid, lengths_b=None, keys_bt=None, rope=None):
+  def __call__(self, h_bid, lengths_b=None, keys_bt=None, rope=None, packing=None):
     c = self.config
     x_bid = layer_norm(c, self.dtype, self.param_dtype, 'attention_norm')(h_bid)
     q_binh, k_binh, v_binh = (self._heads(name)(x_bid) for name in ('q_proj', 'k_proj', 'v_proj'))
     if rope is not None:
       q_binh, k_binh = rotate_last(q_binh, *rope), rotate_last(k_binh, *rope)
+    qkv = q_binh, k_binh, v_binh
+    if packing:
+      qkv = [packing.unpack(x, len(lengths_b)) for x in qkv]
     a_binh = jax.nn.dot_product_attention(
-      q_binh,
-      k_binh,
-      v_binh,
+      *qkv,
       is_causal=lengths_b is not None,
       key_value_seq_lengths=lengths_b,
       mask=None if keys_bt is None else keys_bt[:, None, None, :],
       implementation=self.attention,
     )
+    a_binh = packing.pack(a_binh) if packing else a_binh
     out_axes = ('heads', 'head_dim', 'embed')
     x_bid = self._dense('o_proj', c.hidden_size, out_axes, axis=(-2, -1))(a_binh)
     h_bid += self._scaled('attention_scale', x_bid)
@@ -93,7 +99,7 @@ class EncoderLayer(nn.Module):
 
 
 def dense(
-  name: str, features: Any, axes: tuple[str, ...], dtype: Any, param_dtype: Any, **how: Any
+  name: str | None, features: Any, axes: tuple[str, ...], dtype: Any, param_dtype: Any, **how: Any
 ) -> nn.DenseGeneral:
   """A linear layer whose parameters have logical axes.
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 import transformers
 from optional_torch import torch
 
+from molt_jax.data import packing
 from molt_jax.errors import UserError
 from molt_jax.towers import architectures, loading, tokenizer
 from molt_jax.towers.clip import ClipText, ClipTextConfig
@@ -100,6 +101,21 @@ def test_states_pooled_and_projected_match_hugging_face(make, relative_error, ov
   assert relative_error(ours, states, mask_bt).max() <= 1e-4
   np.testing.assert_allclose(our_pooled, pooled, atol=1e-4 * np.abs(pooled).max())
   np.testing.assert_allclose(our_projected, projected, atol=1e-4 * np.abs(projected).max())
+
+
+def test_packed_tokens_are_the_padded_ones(make):
+  _, tower = make()
+  tokens_bt, mask_bt = texts()
+  groups = packing.groups(len(mask_bt), (2, 1))
+  position_gn = packing.token_positions(mask_bt, groups)['token_position']
+  assert position_gn.size < mask_bt.size
+
+  @jax.jit
+  def run(params, *positions):
+    return tower.module.apply({'params': params}, tokens_bt, mask_bt, *positions, states=range(4))
+
+  packed, padded = run(tower.params, position_gn), run(tower.params)
+  np.testing.assert_allclose(packed[:, mask_bt], padded[:, mask_bt], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_reaches_no_valid_token(make):

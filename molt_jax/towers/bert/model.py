@@ -12,15 +12,7 @@ from flax import linen as nn
 from molt_jax.errors import UserError
 from molt_jax.towers import packing, stack
 from molt_jax.towers.bert.config import BertConfig
-
-ACTIVATIONS = {
-  'gelu': lambda x: nn.gelu(x, approximate=False),
-  'gelu_new': lambda x: nn.gelu(x, approximate=True),
-  'gelu_pytorch_tanh': lambda x: nn.gelu(x, approximate=True),
-  'relu': nn.relu,
-  'silu': nn.silu,
-  'swish': nn.silu,
-}
+from molt_jax.towers.encoder import ACTIVATIONS, dense, layer_norm
 
 
 class BertLayer(nn.Module):
@@ -49,47 +41,24 @@ class BertLayer(nn.Module):
     )
     a_btnh = packing.pack(a_btnh) if packing else a_btnh
     out_axes = ('heads', 'head_dim', 'embed')
-    o_proj = dense(self, 'o_proj', c.hidden_size, out_axes, axis=(-2, -1))
-    h_btd = layer_norm(self, 'attention_norm')(h_btd + o_proj(a_btnh))
+    o_proj = self._dense('o_proj', c.hidden_size, out_axes, axis=(-2, -1))
+    h_btd = self._norm('attention_norm')(h_btd + o_proj(a_btnh))
 
-    x_btf = dense(self, 'up_proj', c.intermediate_size, ('embed', 'mlp'))(h_btd)
+    x_btf = self._dense('up_proj', c.intermediate_size, ('embed', 'mlp'))(h_btd)
     x_btf = ACTIVATIONS[c.hidden_act](x_btf)
-    down_proj = dense(self, 'down_proj', c.hidden_size, ('mlp', 'embed'))
-    return layer_norm(self, 'mlp_norm')(h_btd + down_proj(x_btf))
+    down_proj = self._dense('down_proj', c.hidden_size, ('mlp', 'embed'))
+    return self._norm('mlp_norm')(h_btd + down_proj(x_btf))
 
   def _heads(self, name):
     c = self.config
     heads = (c.num_heads, c.hidden_size // c.num_heads)
-    return dense(self, name, heads, ('embed', 'heads', 'head_dim'))
+    return self._dense(name, heads, ('embed', 'heads', 'head_dim'))
 
+  def _dense(self, name, features, axes, axis=-1):
+    return dense(name, features, axes, self.dtype, self.param_dtype, axis=axis)
 
-def dense(module: nn.Module, name: str | None, features: Any, axes: Any, axis: Any = -1):
-  """Returns a linear layer with bias, in the types of `module`, whose kernel has these logical
-  axes.
-  """
-  num_out = len(features) if isinstance(features, tuple) else 1
-  return nn.DenseGeneral(
-    features,
-    axis=axis,
-    dtype=module.dtype,
-    param_dtype=module.param_dtype or module.dtype,
-    name=name,
-    kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-num_out:]),
-  )
-
-
-def layer_norm(module: nn.Module, name: str | None) -> nn.LayerNorm:
-  """LayerNorm with float32 statistics by the two-pass formula."""
-  return nn.LayerNorm(
-    epsilon=module.config.layer_norm_eps,
-    dtype=module.dtype,
-    param_dtype=module.param_dtype or module.dtype,
-    use_fast_variance=False,
-    name=name,
-    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)),
-  )
+  def _norm(self, name):
+    return layer_norm(self.config, self.dtype, self.param_dtype, name)
 
 
 def _mean(last_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
@@ -134,12 +103,13 @@ class Bert(nn.Module):
     table('token_embedding', 'vocab', c.vocab_size)
     table('position_embedding', 'position', c.num_positions)
     table('type_embedding', 'segment', c.type_vocab_size)
-    self.embedding_norm = layer_norm(self, None)
+    self.embedding_norm = layer_norm(c, self.dtype, param_dtype, None)
     self.layer = BertLayer(c, self.dtype, self.attention, param_dtype, parent=None)
     example = jnp.zeros((1, 1, c.hidden_size), self.dtype), jnp.ones(1, jnp.int32)
     self.layers = stack.layer_params(self, self.layer, c.num_layers, *example)
     if 'pool' in self.heads:
-      self.pooler = dense(self, None, c.hidden_size, ('embed', 'common'))
+      axes = ('embed', 'common')
+      self.pooler = dense(None, c.hidden_size, axes, self.dtype, param_dtype)
 
   def __call__(self, tokens_bt, mask_bt, position_gn=None, *, states: Sequence[int]):
     """Returns hidden states, numbered as Hugging Face's `output_hidden_states` numbers them.

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from molt_jax.errors import UserError
-from molt_jax.towers import stack
+from molt_jax.towers import packing, stack
 from molt_jax.towers.clip.config import ClipTextConfig
 from molt_jax.towers.encoder import EncoderLayer, layer_norm
 
@@ -59,7 +60,8 @@ class ClipText(nn.Module):
     Args:
       tokens_bt: int32[B, T].
       mask_bt: bool[B, T], True for valid tokens, right-padded.
-      position_gn: not read: every position is computed.
+      position_gn: int32[G, N], where the valid tokens are (`packing.Packing`): padding then costs
+        attention alone. None: every position is computed.
       states: which, from 0 to num_layers, or from -num_layers - 1 to -1. Layers above the last of
         them do not run.
 
@@ -69,14 +71,18 @@ class ClipText(nn.Module):
     Raises:
       UserError: a state that is not there, or more tokens than the model has positions.
     """
-    del position_gn
     states = stack.resolve_states(states, self.config.num_layers, 'CLIP text tower')
     self.check_length(tokens_bt.shape[1])
+    how = {'start': 0, 'stop': states[-1], 'states': states}
     hidden_btd = self.embed(tokens_bt)
-    last_btd, found_sbtd = self.run(hidden_btd, mask_bt, start=0, stop=states[-1], states=states)
-    if self.is_initializing():
-      self.final_norm(last_btd)
-    return found_sbtd
+    if position_gn is None:
+      last_btd, found_sbtd = self._run(hidden_btd, mask_bt, **how)
+      if self.is_initializing():
+        self.final_norm(last_btd)
+      return found_sbtd
+    packed = packing.Packing.of(position_gn, tokens_bt.shape)
+    found_sgnd = self._run(packed.pack(hidden_btd), mask_bt, packing=packed, **how)[1]
+    return jax.vmap(lambda x_gnd: packed.unpack(x_gnd, len(tokens_bt)))(found_sgnd)
 
   def check_length(self, tokens: int) -> None:
     """Raises UserError for more tokens than the model has positions."""
@@ -110,18 +116,8 @@ class ClipText(nn.Module):
       (hidden states dtype[B, T, D], states dtype[len(states), B, T, D]).
     """
     del positions_bt
-    return stack.run_layers(
-      self.layer,
-      self.layers,
-      hidden_btd,
-      stack.lengths(mask_bt),
-      keys_bt,
-      num_layers=self.config.num_layers,
-      start=start,
-      stop=stop,
-      states=states,
-      **hook,
-    )
+    how = {'start': start, 'stop': stop, 'states': states, 'keys_bt': keys_bt}
+    return self._run(hidden_btd, mask_bt, **how, **hook)
 
   def finish(self, hidden_btd):
     """What makes the last hidden state of what leaves the last layer: nothing."""
@@ -151,3 +147,8 @@ class ClipText(nn.Module):
     `text_embeds`. Only with the head 'projection'.
     """
     return pooled_bd @ self.projection.astype(self.dtype)
+
+  def _run(self, hidden_btd, mask_bt, *, packing=None, keys_bt=None, **how):
+    inputs = stack.lengths(mask_bt), keys_bt, None, packing
+    depth = self.config.num_layers
+    return stack.run_layers(self.layer, self.layers, hidden_btd, *inputs, num_layers=depth, **how)
