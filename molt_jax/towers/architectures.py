@@ -58,6 +58,19 @@ def _dinov2(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
   }
 
 
+def _vit(model_type, hidden_size, num_hidden_layers, num_attention_heads, **overrides):
+  return {
+    'model_type': model_type,
+    'hidden_size': hidden_size,
+    'intermediate_size': 4 * hidden_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'image_size': 224,
+    'patch_size': 16,
+    **overrides,
+  }
+
+
 def _registers(*sizes, **overrides):
   registers = {'model_type': 'dinov2_with_registers', 'num_register_tokens': 4}
   return _dinov2(*sizes, **registers, **overrides)
@@ -154,4 +167,21 @@ DINOV2_WITH_REGISTERS = {
   'dinov2-with-registers-small': _registers(384, 12, 6),
   'dinov2-with-registers-base': _registers(768, 12, 12),
   'dinov2-with-registers-tiny': _registers(192, 6, 3, image_size=56),
+}
+_SO400M = {'intermediate_size': 4304, 'patch_size': 14, 'image_size': 384}
+SIGLIP_VISION = {
+  'siglip-base-patch16-224': _vit('siglip_vision_model', 768, 12, 12),
+  'siglip-so400m-patch14-384': _vit('siglip_vision_model', 1152, 27, 16, **_SO400M),
+  'siglip-tiny': _vit('siglip_vision_model', 192, 6, 3, image_size=64),
+}
+VIT = {
+  'vit-base-patch16-224': _vit('vit', 768, 12, 12),
+  'vit-large-patch16-224': _vit('vit', 1024, 24, 16),
+  'vit-tiny': _vit('vit', 192, 6, 3, image_size=64),
+}
+DINOV3 = {
+  'dinov3-vits16': _vit('dinov3_vit', 384, 12, 6, num_register_tokens=4),
+  'dinov3-vitb16': _vit('dinov3_vit', 768, 12, 12, num_register_tokens=4),
+  'dinov3-vitl16': _vit('dinov3_vit', 1024, 24, 16, num_register_tokens=4),
+  'dinov3-tiny': _vit('dinov3_vit', 192, 6, 3, num_register_tokens=4, image_size=64),
 }

@@ -23,12 +23,18 @@ from molt_jax.towers.clip.config import ClipTextConfig, ClipVisionConfig
 from molt_jax.towers.clip.text import ClipText
 from molt_jax.towers.dinov2 import weights as dinov2
 from molt_jax.towers.dinov2.config import Dinov2Config, Dinov2WithRegistersConfig
+from molt_jax.towers.dinov3 import weights as dinov3
+from molt_jax.towers.dinov3.config import Dinov3Config
 from molt_jax.towers.llama import weights as llama
 from molt_jax.towers.llama.config import LlamaConfig
 from molt_jax.towers.llama.model import Llama
+from molt_jax.towers.siglip import weights as siglip
+from molt_jax.towers.siglip.config import SiglipVisionConfig
 from molt_jax.towers.tensors import Transform
 from molt_jax.towers.vision import positions
 from molt_jax.towers.vision.model import VisionTransformer
+from molt_jax.towers.vit import weights as vit
+from molt_jax.towers.vit.config import VitConfig
 
 MODALITIES = ('image', 'text')
 
@@ -166,9 +172,56 @@ FAMILIES = (
     architectures=architectures.DINOV2_WITH_REGISTERS,
     **_DINOV2,
   ),
+  Family(
+    name='siglip_vision_model',
+    config=SiglipVisionConfig,
+    tensors=siglip.VISION,
+    ignored=siglip.VISION_IGNORED,
+    prefix=siglip.VISION_PREFIX,
+    architectures=architectures.SIGLIP_VISION,
+    heads={'pool': 'head.probe'},
+    larger='siglip',
+    split=siglip.VISION_SPLIT,
+    preprocessor=siglip.PREPROCESSOR,
+    **_VISION,
+  ),
+  Family(
+    name='vit',
+    config=VitConfig,
+    tensors=vit.TENSORS,
+    ignored=vit.IGNORED,
+    prefix=vit.PREFIX,
+    architectures=architectures.VIT,
+    heads={'pool': 'layernorm.weight'},
+    renamed=vit.RENAMED,
+    preprocessor=vit.PREPROCESSOR,
+    **_VISION,
+  ),
+  Family(
+    name='dinov3_vit',
+    config=Dinov3Config,
+    tensors=dinov3.TENSORS,
+    ignored=dinov3.IGNORED,
+    prefix=dinov3.PREFIX,
+    architectures=architectures.DINOV3,
+    heads={'pool': 'norm.weight'},
+    preprocessor=dinov3.PREPROCESSOR,
+    any_size=True,
+    **_VISION,
+  ),
 )
 # What a file without a `model_type` is taken for.
 _USUAL = {'text': 'llama', 'image': 'clip_vision_model'}
+# Models that could be taken for one that is read -> what to give in their place.
+_NAFLEX = (
+  '; SigLIP 2 with pictures of any shape (NaFlex) is not, give one of fixed resolution, such as '
+  'google/siglip2-base-patch16-224'
+)
+NOT_READ = {
+  'siglip2': _NAFLEX,
+  'siglip2_vision_model': _NAFLEX,
+  'deit': '; DeiT has a second class token, give a ViT or DINO of model_type vit',
+}
 
 
 def family_of(config: Mapping[str, Any], modality: str, where: str) -> Family:
@@ -188,10 +241,11 @@ def family_of(config: Mapping[str, Any], modality: str, where: str) -> Family:
   for row in rows:
     if name in (row.name, row.larger):
       return row
+  hint = NOT_READ.get(name, '') if isinstance(name, str) else ''
   known = [row.name for row in rows] + sorted({row.larger for row in rows} - {''})
   raise UserError(
     f'{where} has model_type = {shown(name)}, which is not implemented; '
-    f'implemented {modality} towers: {", ".join(known)}'
+    f'implemented {modality} towers: {", ".join(known)}{hint}'
   )
 
 

@@ -470,6 +470,44 @@ DINOV2_WITH_REGISTERS: Table = {
   'num_register_tokens': whole(0, 1 << 10),
 }
 
+SIGLIP_VISION: Table = {
+  **VISION_COMMON,
+  'model_type': only('siglip_vision_model'),
+  'architectures': _models('SiglipVisionModel', 'SiglipModel', 'SiglipForImageClassification'),
+  'intermediate_size': WIDTH,
+  'vision_use_head': FLAG,
+}
+# The whole pair; of the two parts, the one that is read is checked by a list of its own.
+SIGLIP: Table = {
+  'model_type': only('siglip'),
+  **COMMON,
+  'architectures': _models('SiglipModel', 'SiglipForImageClassification'),
+  'vision_config': or_null(OBJECT),
+  'text_config': or_null(OBJECT),
+}
+VIT: Table = {
+  **VISION_COMMON,
+  'model_type': only('vit'),
+  'architectures': _models('ViTModel', 'ViTForImageClassification', 'ViTForMaskedImageModeling'),
+  'intermediate_size': WIDTH,
+  'qkv_bias': FLAG,
+  **neutral('encoder_stride', 'pooler_output_size', 'pooler_act'),
+}
+DINOV3: Table = {
+  **VISION_COMMON,
+  'model_type': only('dinov3_vit'),
+  'architectures': _models(
+    'DINOv3ViTModel', 'DINOv3ViTBackbone', 'DINOv3ViTForImageClassification'
+  ),
+  'intermediate_size': WIDTH,
+  'rope_theta': POSITIVE,
+  **dict.fromkeys(('query_bias', 'key_bias', 'value_bias', 'proj_bias', 'mlp_bias'), FLAG),
+  'use_gated_mlp': FLAG,
+  'num_register_tokens': whole(0, 1 << 10),
+  # Of how positions are varied in training.
+  **neutral('pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale', 'return_class_token'),
+}
+
 # ---- model.safetensors.index.json ----------------------------------------------------------------
 
 INDEX: Table = {'weight_map': OBJECT, **neutral('metadata')}

@@ -369,7 +369,8 @@ def _plan(
     ]
   used = {n for names, _, _ in plan.values() for n in names}
   missing = sorted(used - set(files.shapes))
-  unknown = sorted(n for n in set(files.shapes) - used if not re.fullmatch(files.family.ignored, n))
+  others = [n for n in set(files.shapes) - used if math.prod(files.shapes[n])]
+  unknown = sorted(n for n in others if not re.fullmatch(files.family.ignored, n))
   faults = []
   for fault, names in (('missing', missing), ('unknown', unknown)):
     if names and complete:

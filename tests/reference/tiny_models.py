@@ -6,6 +6,7 @@ reads the same files, and refuses them if a name or a shape were not its own.
 
 import json
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -135,6 +136,62 @@ def _dinov2(c):
   yield from _norm('layernorm', d)
 
 
+def _siglip_vision(c):
+  d, patch = c.hidden_size, c.patch_size
+  yield from _linear('embeddings.patch_embedding', (d, 3, patch, patch), bias=True)
+  yield 'embeddings.position_embedding.weight', ((c.image_size // patch) ** 2, d)
+  yield from _clip_layers(c)
+  yield from _norm('post_layernorm', d)
+  if c.vision_use_head:
+    yield 'head.probe', (1, 1, d)
+    yield 'head.attention.in_proj_weight', (3 * d, d)
+    yield 'head.attention.in_proj_bias', (3 * d,)
+    yield from _linear('head.attention.out_proj', (d, d), bias=True)
+    yield from _norm('head.layernorm', d)
+    yield from _linear('head.mlp.fc1', (c.intermediate_size, d), bias=True)
+    yield from _linear('head.mlp.fc2', (d, c.intermediate_size), bias=True)
+
+
+def _vit(c):
+  """By the names of the published files."""
+  d, patch, wide = c.hidden_size, c.patch_size, c.intermediate_size
+  yield 'embeddings.cls_token', (1, 1, d)
+  yield 'embeddings.position_embeddings', (1, (c.image_size // patch) ** 2 + 1, d)
+  yield from _linear('embeddings.patch_embeddings.projection', (d, 3, patch, patch), bias=True)
+  for i in range(c.num_hidden_layers):
+    layer = f'encoder.layer.{i}'
+    yield from _norm(f'{layer}.layernorm_before', d)
+    yield from _norm(f'{layer}.layernorm_after', d)
+    for name in ('query', 'key', 'value'):
+      yield from _linear(f'{layer}.attention.attention.{name}', (d, d), bias=c.qkv_bias)
+    yield from _linear(f'{layer}.attention.output.dense', (d, d), bias=True)
+    yield from _linear(f'{layer}.intermediate.dense', (wide, d), bias=True)
+    yield from _linear(f'{layer}.output.dense', (d, wide), bias=True)
+  yield from _norm('layernorm', d)
+  yield from _linear('pooler.dense', (d, d), bias=True)
+
+
+def _dinov3(c):
+  """By the names of the published files."""
+  d, patch, wide = c.hidden_size, c.patch_size, c.intermediate_size
+  for name, shape in {'cls_token': (1, 1, d), 'mask_token': (1, 1, d)}.items():
+    yield f'embeddings.{name}', shape
+  yield 'embeddings.register_tokens', (1, c.num_register_tokens, d)
+  yield from _linear('embeddings.patch_embeddings', (d, 3, patch, patch), bias=True)
+  biases = {'q': c.query_bias, 'k': c.key_bias, 'v': c.value_bias, 'o': c.proj_bias}
+  for i in range(c.num_hidden_layers):
+    layer = f'layer.{i}'
+    for k in (1, 2):
+      yield from _norm(f'{layer}.norm{k}', d)
+      yield f'{layer}.layer_scale{k}.lambda1', (d,)
+    for name, bias in biases.items():
+      yield from _linear(f'{layer}.attention.{name}_proj', (d, d), bias=bias)
+    for name in ('up', 'gate')[: 1 + c.use_gated_mlp]:
+      yield from _linear(f'{layer}.mlp.{name}_proj', (wide, d), bias=c.mlp_bias)
+    yield from _linear(f'{layer}.mlp.down_proj', (d, wide), bias=c.mlp_bias)
+  yield from _norm('norm', d)
+
+
 ARCHITECTURES = {
   **dict.fromkeys(('BertModel', 'RobertaModel', 'XLMRobertaModel'), _bert),
   'LlamaModel': _llama,
@@ -143,6 +200,9 @@ ARCHITECTURES = {
   'CLIPTextModelWithProjection': _clip_text,
   'Dinov2Model': _dinov2,
   'Dinov2WithRegistersModel': _dinov2,
+  'SiglipVisionModel': _siglip_vision,
+  'ViTModel': _vit,
+  'DINOv3ViTModel': _dinov3,
 }
 
 
@@ -152,9 +212,9 @@ def _value(rng, config, name, shape, vector_noise):
   if len(shape) == 1 and name != 'embeddings.class_embedding':
     start = 0.0 if name.endswith('bias') else 1.0
     return start + vector_noise * noise
-  if 'encoder.layer' in name:
+  if re.search(r'encoder\.layer|^layer\.|^head\.', name) and len(shape) == 2:
     return noise * (2 * shape[1]) ** -0.5
-  return noise * config.initializer_range
+  return noise * getattr(config, 'initializer_range', 0.3)  # SigLIP's has none.
 
 
 def write(config, tensors, folder):

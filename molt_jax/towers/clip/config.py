@@ -44,7 +44,8 @@ class ClipVisionConfig(VisionConfig):
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    c = _part(config, 'vision', keys.CLIP_VISION, DEFAULTS, where)
+    tables = keys.CLIP, keys.CLIP_VISION
+    c = part_of_pair(config, 'clip', 'vision', tables, DEFAULTS, where)
     c['projection_dim'] = config.get('projection_dim') or c.get('projection_dim') or 512
     check_patches(c, where)
     return cls(
@@ -60,15 +61,32 @@ class ClipVisionConfig(VisionConfig):
     )
 
 
-def _part(
-  config: Mapping[str, Any], name: str, table: keys.Table, defaults: Mapping[str, Any], where: str
+def part_of_pair(
+  config: Mapping[str, Any],
+  pair: str,
+  name: str,
+  tables: tuple[keys.Table, keys.Table],
+  defaults: Mapping[str, Any],
+  where: str,
 ) -> dict[str, Any]:
-  """A tower's own configuration, or its part of a CLIPModel's; defaults where it is silent."""
-  kind = f'clip_{name}_model'
+  """Returns a tower's own configuration, or its part of a pair's; defaults where it is silent.
+
+  Args:
+    config: the dict of a Hugging Face config.json.
+    pair: `model_type` of a pair, 'clip' or 'siglip'.
+    name: of the part, 'vision' or 'text'.
+    tables: keys of a pair and of the part.
+    defaults: of the part.
+    where: names it in errors.
+
+  Raises:
+    UserError: a key is unknown, or a value is not implemented.
+  """
+  whole, table = tables
   part = dict(config)
-  if config.get('model_type', 'clip') == 'clip' and f'{name}_config' in config:
-    keys.check(config, keys.CLIP, where)
-    part = {'model_type': kind, **(config[f'{name}_config'] or {})}
+  if config.get('model_type', pair) == pair and f'{name}_config' in config:
+    keys.check(config, whole, where)
+    part = {'model_type': f'{pair}_{name}_model', **(config[f'{name}_config'] or {})}
     where = f'{where}: {name}_config'
     if (over := config.get(f'{name}_config_dict')) is not None:
       # Of early files; it overrides, and where it is silent, its defaults do.
@@ -130,7 +148,8 @@ class ClipTextConfig:
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    c = _part(config, 'text', keys.CLIP_TEXT, TEXT_DEFAULTS, where)
+    tables = keys.CLIP, keys.CLIP_TEXT
+    c = part_of_pair(config, 'clip', 'text', tables, TEXT_DEFAULTS, where)
     if config.get('model_type', 'clip') == 'clip':  # A CLIPModel's own is what its projection has.
       c['projection_dim'] = config.get('projection_dim') or TEXT_DEFAULTS['projection_dim']
     eos = c['eos_token_id']
