@@ -6,9 +6,9 @@ Debian and npm, and others that are there in another form.
 
 Each becomes FOLDER/NAME with train.csv, validation.csv, test.csv (image, text, label), images/,
 README (provenance) and LICENSE. The packages are fetched by apt-get and npm, and nothing of them is
-executed. Versions are pinned by SHA-256 (Debian 12's, where another suite has others), so that what is
-built is the same on every machine. --tables holds folders of tables that are not
-in a package (easy_vqa, usda_pomological, shop); without it they are left out.
+executed. Versions are pinned by SHA-256 (those of Debian 12), so that what is built is the same on
+every machine. --tables holds folders of tables that are in no package (easy_vqa, usda_pomological,
+shop); without it they are left out.
 """
 
 import pathlib
