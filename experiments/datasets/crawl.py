@@ -2,6 +2,7 @@
 the folder of the tile.
 """
 
+import collections
 import pathlib
 import re
 
@@ -18,9 +19,10 @@ weapon ... Folders of 20 described tiles at least.
 From the upstream archive of Debian's source package crawl 2:0.28.0-1.1 (https://crawl.develz.org):
 texts GPL-2 or later, tiles public domain (CC0 or RLTiles). Tiles of 32 x 32 pixels, or somewhat
 more, enlarged four times on white without smoothing.
-Splits: tiles of one description stay together (variants of one monster).
+Splits: tiles of one description (variants of one monster, three of one at most) stay together.
 """
 ENLARGED = 4
+MOST_VARIANTS = 3  # A dozen pictures of one shrub would be most of a class in one split.
 FOLDERS = ('mon', 'item')
 
 
@@ -35,12 +37,13 @@ def build(cache: pathlib.Path) -> tuple[list[folders.Example], str]:
   source = next(package.glob('stone_soup-*'))
   texts = _descriptions(source / 'source/dat/descript')
   tiles = source / 'source/rltiles'
-  examples = []
+  examples, variants = [], collections.Counter()
   for kind in FOLDERS:
     for path in sorted((tiles / kind).rglob('*.png')):
       where = path.relative_to(tiles)
       text = texts.get(_key(path.stem)) or texts.get(_key(re.sub(r'\d+$', '', path.stem)))
-      if text and len(where.parts) > 2:
+      variants[text] += 1
+      if text and len(where.parts) > 2 and variants[text] <= MOST_VARIANTS:
         name = '_'.join(where.with_suffix('').parts)
         examples.append(folders.Example(name, _enlarged(path), text, where.parts[1], text))
   licence = (source / 'LICENSE').read_text() + '\n' + (tiles / 'license.txt').read_text()
