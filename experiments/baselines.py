@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -226,12 +227,12 @@ def logistic(inputs: Inputs) -> Found:
 
 
 def _components(features, count=200):
+  """Returns split -> [N, count], in units of the first component's standard deviation."""
   flat = {split: x.reshape(len(x), -1) for split, x in features.items()}
-  mean = flat['train'].mean(0)
-  centred = flat['train'] - mean
-  value, vector = np.linalg.eigh(centred.T @ centred / len(centred))
-  axes = vector[:, -count:] / np.sqrt(value[-1])
-  return {split: (x - mean) @ axes for split, x in flat.items()}
+  count = min(count, *flat['train'].shape)
+  axes = PCA(count, svd_solver='randomized', random_state=0).fit(flat['train'])
+  scale = np.sqrt(axes.explained_variance_[0])
+  return {split: axes.transform(x) / scale for split, x in flat.items()}
 
 
 def _logistic(features, inputs):

@@ -359,7 +359,7 @@ def data_lines(data: str, rows: Mapping[str, Any]) -> list[str]:
   lines += [f'| test accuracy | {" | ".join(COLUMNS.values())} | CPU, s | peak, GB |']
   lines += ['|---|' + '--:|' * (len(COLUMNS) + 2)]
   for row in rows:
-    cells = [runs.spread(values(rows, row, name)) for name in COLUMNS]
+    cells = [_cell(values(rows, row, name)) for name in COLUMNS]
     lines.append(f'| {row} | {" | ".join([*cells, *costs(rows, row)])} |')
   lines.append('')
   for condition, label in COLUMNS.items():
@@ -369,6 +369,11 @@ def data_lines(data: str, rows: Mapping[str, Any]) -> list[str]:
         said = f'{word(own - rival[0])} ({100 * own:.1f}, {100 * rival[0]:.1f})'
         lines.append(f'- {label}, against the best {kind}, {rival[1]}: {said}.')
   return [*lines, '']
+
+
+def _cell(found):
+  """Returns 'mean ± standard deviation'; the mean alone where nothing was drawn."""
+  return runs.spread(found[:1] if len(set(found)) == 1 else found)
 
 
 def summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
