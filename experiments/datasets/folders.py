@@ -116,12 +116,19 @@ def write(examples: Iterable[Example], folder: pathlib.Path, readme: str, licenc
 
   Returns:
     The counts, one line.
+
+  Raises:
+    ValueError: a split would have no example of a class.
   """
   unique = _unique(examples)
   labels = [e.label for e, _ in unique]
   where = np.array([e.split for e, _ in unique])
   if not all(where):
     where = split(labels, groups_of([_keys(e, file) for e, file in unique]))
+  for name in SPLITS:
+    lacking = set(labels) - {labels[n] for n in np.flatnonzero(where == name)}
+    if lacking:
+      raise ValueError(f'{name} has no example of {", ".join(sorted(lacking))}: groups too large')
   half = folder.with_name(f'{folder.name}.part')
   shutil.rmtree(half, ignore_errors=True)
   (half / 'images').mkdir(parents=True)

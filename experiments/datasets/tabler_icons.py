@@ -1,5 +1,6 @@
 """Tabler Icons: line drawings with tags; the label is their category."""
 
+import collections
 import json
 import pathlib
 import re
@@ -14,7 +15,8 @@ tabler_icons: icons of Tabler with their tags as text and their category as the 
 name and 'logo' are taken out of the tags.
 From the npm package @tabler/icons 3.52.0 (https://tabler.io/icons, Pawel Kuna), MIT. Outlines
 rendered by resvg on white, 224 x 224 pixels.
-Splits: icons of one base (the first word of the name: heart, heart-off, heart-plus) stay together.
+Splits: icons of one base (the first word of the name: heart, heart-off, heart-plus; two words where
+a tenth of a category begins alike, as brand-github) stay together.
 """
 
 
@@ -27,13 +29,14 @@ def build(cache: pathlib.Path) -> tuple[list[folders.Example], str]:
     '626620c7d42afd2f294fba167ce4653b5cb946336d186b4991c70b700e5616af',
     cache,
   )
+  icons = json.loads((package / 'icons.json').read_text())
+  base = _bases({name: icon['category'] for name, icon in icons.items()})
   examples = []
-  for name, icon in sorted(json.loads((package / 'icons.json').read_text()).items()):
-    label = icon['category']
+  for name, icon in sorted(icons.items()):
     text = ', '.join(_tags(icon))
     if text and 'outline' in icon['styles']:
       path = package / 'icons/outline' / f'{name}.svg'
-      examples.append(folders.Example(name, path, text, label, _base(name)))
+      examples.append(folders.Example(name, path, text, icon['category'], base[name]))
   chosen = folders.frequent(examples, 40, 400)
   drawn = [
     folders.Example(e.name, drawings.render(e.image), e.text, e.label, e.group) for e in chosen
@@ -41,9 +44,19 @@ def build(cache: pathlib.Path) -> tuple[list[folders.Example], str]:
   return drawn, (package / 'LICENSE').read_text()
 
 
-def _base(name):
-  words = [word for word in name.split('-') if word not in ('brand', 'letter', 'number', 'circle')]
-  return words[0] if words else name
+def _bases(category):
+  """Returns name -> base, of name -> category."""
+  size = collections.Counter(category.values())
+  first = {name: name.split('-')[0] for name in category}
+  alike = collections.Counter((own, first[name]) for name, own in category.items())
+  return {
+    name: first[name] if alike[own, first[name]] < 0.1 * size[own] else _two_words(name)
+    for name, own in category.items()
+  }
+
+
+def _two_words(name):
+  return '-'.join(name.split('-')[:2])
 
 
 def _tags(icon):
