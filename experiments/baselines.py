@@ -28,7 +28,7 @@ SHARES = (0.3, 1.0, 3.0, 10.0)
 STRENGTHS = 10.0 ** np.arange(-4, 3, 0.5)
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # C of logistic regression.
 # Up to so many training examples kernels are exact, above they have so many landmarks (Nystroem).
-MOST_EXACT, NUM_LANDMARKS = 5_000, 2_000
+MOST_EXACT, NUM_LANDMARKS = 5_000, 1_000
 
 
 @dataclasses.dataclass(frozen=True)

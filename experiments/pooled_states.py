@@ -28,8 +28,8 @@ from molt_jax.training.assembly import assemble
 def load(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
   """Returns the pooled states of a data set, computed unless `folder` has them.
 
-  Of a text the mean over its tokens; of an image the first token (in CLIP and DINOv2 the class
-  token) and the mean over the others, side by side.
+  Of a text the mean over its tokens; of an image the mean over its patches and, where the tower has
+  one, the class token beside it.
 
   Returns:
     {'states': modality -> split -> float32[L, N, D], zeros where absent; 'cpu_seconds': what
@@ -75,13 +75,15 @@ def _compute(how, modality, data) -> Mapping[str, np.ndarray]:
   found = identify(wanted, how.preprocess, [modality], num_threads=config.input.num_threads)
   unique = {x.key: x for split in wanted for x in found[split][modality] if x}
   params = frozen.load_frozen(config, how.mesh, how.reads, [modality])
+  tower = how.towers[modality].config
 
   @jax.jit
   def run(params, arrays, length_b):
     states_blnd = how.run(params, arrays, modality).astype(jnp.float32)
     if modality == 'image':
-      others = states_blnd[:, :, 1:].mean(axis=2)
-      return jnp.concatenate([states_blnd[:, :, 0], others], axis=-1)
+      patches = states_blnd[:, :, tower.num_prefix_tokens :].mean(axis=2)
+      class_token = [states_blnd[:, :, 0]] if tower.class_token else []
+      return jnp.concatenate([*class_token, patches], axis=-1)
     mask_bn = jnp.arange(states_blnd.shape[2]) < length_b[:, None]
     total = jnp.where(mask_bn[:, None, :, None], states_blnd, 0).sum(axis=2)
     return total / length_b[:, None, None]
