@@ -12,7 +12,8 @@ without one of them. Everything is chosen on validation.
 
 Each row and seed is a process of its own, whose processor seconds and peak memory are kept with its
 scores in OUT/DATA.json. What is there is not made again, so that a call that was cut off goes on,
-and parts can be made by several calls at once. OUT/usefulness.md is made of all that is there.
+and parts can be made by several calls at once. OUT/usefulness.md is made of all that is there, and
+the summary in README.md.
 """
 
 import fcntl
@@ -86,6 +87,8 @@ BASELINES = {**baselines.PIXELS_AND_TFIDF, **baselines.PROBES}
 ROWS = (*BASELINES, *OURS)
 # A difference that counts, in accuracy.
 MARGIN = 0.005
+README = pathlib.Path(__file__).parent / 'README.md'
+BLOCK = re.compile('(<!-- usefulness:.*?-->\n).*?(<!-- /usefulness -->)', re.DOTALL)
 
 
 # ---- What is to be made --------------------------------------------------------------------------
@@ -393,7 +396,9 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def report() -> None:
-  """Writes and prints usefulness.md of all data sets that have results."""
+  """Writes and prints usefulness.md of all data sets that have results; the summary goes into the
+  README where the results are the repository's.
+  """
   folder = grid.folder_of('usefulness')
   found = {path.stem: results(path.stem) for path in sorted(folder.glob('*.json'))}
   found = {data: rows for data, rows in found.items() if rows}
@@ -408,6 +413,9 @@ def report() -> None:
   lines += ['that computed them; peak: resident memory.']
   atomic.write(folder / 'usefulness.md', '\n'.join(lines) + '\n')
   print('\n'.join(lines))
+  if not grid.OUT.value:
+    text = BLOCK.sub(lambda m: '\n'.join([m[1], *summary(found), '', m[2]]), README.read_text())
+    atomic.write(README, text)
 
 
 def main():
