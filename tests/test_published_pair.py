@@ -47,21 +47,31 @@ def save_tokenizer(folder):
   made.save(str(folder / 'tokenizer.json'))
 
 
-@pytest.fixture(scope='module')
-def clip(tmp_path_factory):
-  """(transformers' model, where it lies)."""
+def save(model, folder):
+  """Writes a model of noise, and a tokenizer beside it."""
   torch.manual_seed(0)
-  config = transformers.CLIPConfig(
-    text_config=TEXT, vision_config=VISION, projection_dim=12, logit_scale_init_value=1.5
-  )
-  model = transformers.CLIPModel(config).eval()
   with torch.no_grad():
     for p in model.parameters():
       p.add_(0.3 * torch.randn(p.shape))
-  folder = tmp_path_factory.mktemp('clip')
-  model.save_pretrained(folder)
+  model.eval().save_pretrained(folder)
   save_tokenizer(folder)
   return model, folder
+
+
+@pytest.fixture(scope='module')
+def clip(tmp_path_factory):
+  """(transformers' model, where it lies)."""
+  config = transformers.CLIPConfig(
+    text_config=TEXT, vision_config=VISION, projection_dim=12, logit_scale_init_value=1.5
+  )
+  return save(transformers.CLIPModel(config), tmp_path_factory.mktemp('clip'))
+
+
+@pytest.fixture(scope='module')
+def siglip(tmp_path_factory):
+  """As `clip`."""
+  config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+  return save(transformers.SiglipModel(config), tmp_path_factory.mktemp('siglip'))
 
 
 def open_pair(folder):
@@ -74,13 +84,15 @@ def open_pair(folder):
   return in_use.TowerPair(model, variables, preprocess, 4, mesh)
 
 
-def test_logits_are_those_of_transformers(clip):
-  model, folder = clip
+@pytest.mark.parametrize('kind', ['clip', 'siglip'])
+def test_logits_are_those_of_transformers(kind, request):
+  model, folder = request.getfixturevalue(kind)
   pair = open_pair(folder)
   images = list(np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8))
   image_nc, text_mc = pair.embed_images(images), pair.embed_texts(TEXTS)
   encode = pair.preprocess.encode
   ids = [encode(text, 99) for text in TEXTS]
+  assert kind == 'clip' or set(map(len, ids)) == {12}
   tokens_bt = np.ones((3, max(map(len, ids))), int)
   for row, own in zip(tokens_bt, ids, strict=True):
     row[: len(own)] = own
@@ -93,25 +105,32 @@ def test_logits_are_those_of_transformers(clip):
     (pair.model.logits(image_nc, text_mc), out.logits_per_image),
   ):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
-  assert pair.sigmoid is None
+  if kind == 'clip':
+    assert pair.sigmoid is None
+    return
+  scale, bias = pair.sigmoid
+  np.testing.assert_allclose(
+    [np.log(scale), bias], [model.logit_scale[0].item(), model.logit_bias[0].item()], rtol=1e-5
+  )
 
 
-def test_the_command_scores_a_published_pair(clip, tiny_table, tmp_path, capsys):
-  _, folder = clip
-  command = [f'--pair={folder}', f'--workdir={tmp_path / "scores"}', '--probes=embedding']
+def test_the_command_scores_a_published_pair(siglip, tiny_table, tmp_path, capsys):
+  _, folder = siglip
+  command = [f'--pair={folder}', f'--workdir={tmp_path / "scores"}', '--probes=embedding,tower']
   assert evaluate_pair.main(command) == 2
   assert '--pair: a published pair' in capsys.readouterr().err
   assert evaluate_pair.main([*command, f'--table={tiny_table}', '--templates={}']) == 0
   (record,) = json.loads((tmp_path / 'scores' / 'pair_evaluation.json').read_text()).values()
   assert record['pair']['path'] == str(folder) and 'step' not in record
   assert 0 <= record['results']['zero_shot']['top1'] <= record['results']['zero_shot']['top3'] == 1
-  assert set(record['results']['linear_probe']) == {'embedding'}
+  assert set(record['results']['linear_probe']) == {'embedding', 'tower'}
+  assert set(record['results']['match_probability']) == {'right pairs', 'wrong pairs'}
   (tmp_path / 'scores' / 'config.json').write_text('{}')
   assert evaluate_pair.main([*command, f'--table={tiny_table}']) == 2
   assert 'holds a run' in capsys.readouterr().err
 
 
-def test_what_is_no_pair_is_refused(tiny_towers, clip, tmp_path):
+def test_what_is_no_pair_is_refused(tiny_towers):
   with pytest.raises(UserError, match='one tower alone .clip_vision_model.; .* model_type = clip'):
     published.describe(tiny_towers['image'])
   with pytest.raises(UserError, match='llama'):

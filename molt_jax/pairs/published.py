@@ -121,7 +121,7 @@ def load(
     (the pair, variables).
 
   Raises:
-    UserError: weights are missing or damaged.
+    UserError: weights are missing or damaged, or a tower has nothing above its last hidden state.
   """
   loaded = {}
   for modality, tower in towers.items():
@@ -130,7 +130,7 @@ def load(
       modality=modality,
       dtype=dtype,
       shardings=sharding.param_shardings(mesh),
-      heads=tower.heads,
+      heads=tuple(tower.family.heads),
     )
   encoder = PublishedEncoder(loaded['image'].module, loaded['text'].module)
   files = open_files(path, modality='text')

@@ -115,6 +115,19 @@ def _roberta(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
   return _bert(*sizes, **{'model_type': 'roberta', **ours, 'pad_token_id': 1, **overrides})
 
 
+def _siglip_text(hidden_size, num_hidden_layers, num_attention_heads, **overrides):
+  return {
+    'model_type': 'siglip_text_model',
+    'vocab_size': 32000,
+    'hidden_size': hidden_size,
+    'intermediate_size': 4 * hidden_size,
+    'num_hidden_layers': num_hidden_layers,
+    'num_attention_heads': num_attention_heads,
+    'max_position_embeddings': 64,
+    **overrides,
+  }
+
+
 LLAMA = {
   'llama-7b': _llama(
     4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6
@@ -173,6 +186,11 @@ SIGLIP_VISION = {
   'siglip-base-patch16-224': _vit('siglip_vision_model', 768, 12, 12),
   'siglip-so400m-patch14-384': _vit('siglip_vision_model', 1152, 27, 16, **_SO400M),
   'siglip-tiny': _vit('siglip_vision_model', 192, 6, 3, image_size=64),
+}
+SIGLIP_TEXT = {
+  'siglip-text-base': _siglip_text(768, 12, 12),
+  'siglip-text-so400m': _siglip_text(1152, 27, 16, intermediate_size=4304),
+  'siglip-text-tiny': _siglip_text(128, 4, 2, vocab_size=259, max_position_embeddings=16),
 }
 VIT = {
   'vit-base-patch16-224': _vit('vit', 768, 12, 12),

@@ -28,8 +28,11 @@ from molt_jax.towers.dinov3.config import Dinov3Config
 from molt_jax.towers.llama import weights as llama
 from molt_jax.towers.llama.config import LlamaConfig
 from molt_jax.towers.llama.model import Llama
+from molt_jax.towers.siglip import text_weights as siglip_text
 from molt_jax.towers.siglip import weights as siglip
 from molt_jax.towers.siglip.config import SiglipVisionConfig
+from molt_jax.towers.siglip.text import SiglipText
+from molt_jax.towers.siglip.text_config import SiglipTextConfig
 from molt_jax.towers.tensors import Transform
 from molt_jax.towers.vision import positions
 from molt_jax.towers.vision.model import VisionTransformer
@@ -171,6 +174,19 @@ FAMILIES = (
     config=Dinov2WithRegistersConfig,
     architectures=architectures.DINOV2_WITH_REGISTERS,
     **_DINOV2,
+  ),
+  Family(
+    name='siglip_text_model',
+    modality='text',
+    config=SiglipTextConfig,
+    module=SiglipText,
+    tensors=siglip_text.TEXT,
+    ignored=siglip_text.TEXT_IGNORED,
+    prefix=siglip_text.TEXT_PREFIX,
+    architectures=architectures.SIGLIP_TEXT,
+    inputs=('token_embedding', 'position_embedding'),
+    heads={'projection': 'head.weight'},
+    larger='siglip',
   ),
   Family(
     name='siglip_vision_model',

@@ -144,7 +144,13 @@ class RandomFiles(TowerFiles):
 
   def tokenizer(self):
     with_end = getattr(self.architecture, 'ends_texts', False)
-    return tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=with_end)
+    made = tokenizer.byte_tokenizer(vocab_size=self.architecture.vocab_size, with_end=with_end)
+    return dataclasses.replace(made, filled=_filled(self.architecture))
+
+
+def _filled(architecture: Any) -> int:
+  """Ids that every text of a text tower has; 0: texts are as long as they are."""
+  return getattr(architecture, 'filled_length', 0)
 
 
 class GgufFiles(TowerFiles):
@@ -223,7 +229,8 @@ class HuggingFaceFiles(TowerFiles):
     return self._tensors[name].read()
 
   def tokenizer(self):
-    return tokenizer_files.read(self._directory, vocab_size=self.architecture.vocab_size)
+    sizes = {'vocab_size': self.architecture.vocab_size, 'filled': _filled(self.architecture)}
+    return tokenizer_files.read(self._directory, **sizes)
 
   def own_preprocess(self):
     return preprocessing.read(

@@ -485,6 +485,20 @@ SIGLIP: Table = {
   'vision_config': or_null(OBJECT),
   'text_config': or_null(OBJECT),
 }
+SIGLIP_TEXT: Table = {
+  'model_type': only('siglip_text_model'),
+  **COMMON,
+  'architectures': _models('SiglipTextModel', 'SiglipModel'),
+  'vocab_size': WIDTH,
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'max_position_embeddings': whole(1, MOST_WIDTH),
+  'hidden_act': only('gelu_pytorch_tanh', 'gelu', 'quick_gelu'),
+  'layer_norm_eps': EPSILON,
+  'projection_size': or_null(WIDTH),
+}
 VIT: Table = {
   **VISION_COMMON,
   'model_type': only('vit'),

@@ -42,6 +42,8 @@ class Tokenizer:
     after: likewise, after it.
     source: where it is from, for errors.
     sha256: of the files that it is from; '' where the tower's own hash covers them.
+    filled: ids that every text has, filled up with `pad_id`, for a model that reads padding as it
+      reads a text; 0: texts are as long as they are.
   """
 
   backend: tokenizers.Tokenizer
@@ -51,6 +53,15 @@ class Tokenizer:
   after: tuple[int, ...]
   source: str
   sha256: str
+  filled: int = 0
+
+  def check_length(self, max_tokens: int) -> None:
+    """Raises UserError where texts would be cut that must all be of one length."""
+    if max_tokens < self.filled:
+      raise UserError(
+        f'config.text.max_tokens: {max_tokens}, but the model of {self.source} reads exactly '
+        f'{self.filled} tokens, padding among them; give {self.filled}, or 0'
+      )
 
   def encode(self, text: str, max_tokens: int) -> list[int]:
     """Returns the first ids of a text, with special tokens as the model's own tokenizer adds them.
@@ -61,8 +72,13 @@ class Tokenizer:
       max_tokens: how many ids at most, at least 1.
 
     Raises:
-      UserError: the tokenizer fails on this text.
+      UserError: the tokenizer fails on this text, or texts of the model have more ids.
     """
+    self.check_length(max_tokens)
+    ids = self._encode(text, min(max_tokens, self.filled or max_tokens))
+    return ids + [self.pad_id] * (self.filled - len(ids))
+
+  def _encode(self, text: str, max_tokens: int) -> list[int]:
     if _SURROGATES.search(text):
       text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     room = max(max_tokens - len(self.before) - len(self.after), 0)

@@ -6,12 +6,16 @@ there is no `added_tokens_decoder`, special_tokens_map.json and added_tokens.jso
 text is cut, and which tokens are put around it, is what tokenizer.json says.
 """
 
+import dataclasses
 import hashlib
 import json
+import re
+import string
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
+from tokenizers import normalizers
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
@@ -24,6 +28,12 @@ _SECTIONS = {
   'post_processor': keys.POST_PROCESSORS,
 }
 _PARTS = {'normalizers', 'pretokenizers', 'processors'}
+# What SigLIP's own class does beside lower case: string.punctuation out, one space between words.
+WITHOUT_PUNCTUATION = [
+  normalizers.Replace(tokenizers.Regex(f'[{re.escape(string.punctuation)}]'), ''),
+  normalizers.Replace(tokenizers.Regex(r'\s+'), ' '),
+  normalizers.Strip(),
+]
 _FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 
 
@@ -35,12 +45,18 @@ class _Tokens(NamedTuple):
   further: list[tokenizers.AddedToken | str]
 
 
-def read(directory: Place, *, vocab_size: int) -> tokenizer.Tokenizer:
-  """Reads the tokenizer of a model that embeds `vocab_size` tokens.
+def read(directory: Place, *, vocab_size: int, filled: int = 0) -> tokenizer.Tokenizer:
+  """Reads the tokenizer of a model.
+
+  Args:
+    directory: where its files are.
+    vocab_size: tokens that the model embeds.
+    filled: see `tokenizer.Tokenizer`.
 
   Raises:
     UserError: there is no tokenizer, a file of it is damaged, has keys that are unknown or
-      components that are not implemented, or a token has no embedding.
+      components that are not implemented, a token has no embedding, or texts that are filled up
+      have no end.
   """
   config = _read_beside(directory, 'tokenizer_config.json', keys.TOKENIZER_CONFIG)
   file = directory / 'tokenizer.json'
@@ -55,8 +71,9 @@ def read(directory: Place, *, vocab_size: int) -> tokenizer.Tokenizer:
   tokens = _tokens(directory, config, found)
   added = _add(backend, tokens, str(directory / 'tokenizer_config.json'))
   roles = {role: _content(token) for role, token in tokens.named.items()}
-  digest = hashlib.sha256(content + json.dumps(added).encode()).hexdigest()
-  return tokenizer.wrap(
+  cleaning = _clean(backend, config, filled)
+  digest = hashlib.sha256(content + json.dumps(added).encode() + cleaning.encode()).hexdigest()
+  made = tokenizer.wrap(
     backend,
     bos=roles.get('bos_token'),
     eos=roles.get('eos_token'),
@@ -65,6 +82,43 @@ def read(directory: Place, *, vocab_size: int) -> tokenizer.Tokenizer:
     source=str(file),
     sha256=digest,
   )
+  return _filled(made, filled, config)
+
+
+def _clean(backend: tokenizers.Tokenizer, config: Mapping[str, Any], filled: int) -> str:
+  """Puts before the normalizer of tokenizer.json what the class of SigLIP's tokenizers does to a
+  text in its own code. Returns its name, '' for nothing.
+
+  SigLIP 2's files name Gemma's class, and say `do_lower_case`, by which they were trained.
+  """
+  name, lower = config.get('tokenizer_class') or '', config.get('do_lower_case')
+  steps, cleaning = [], ''
+  if name.startswith('SiglipTokenizer'):
+    steps, cleaning = WITHOUT_PUNCTUATION, 'words'
+    if lower is not False:
+      steps, cleaning = [normalizers.Lowercase(), *steps], 'words in lower case'
+  elif name.startswith('Siglip2') or filled and lower:
+    steps, cleaning = [normalizers.Lowercase()], 'lower case'
+  if steps:
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+  return cleaning
+
+
+def _filled(
+  made: tokenizer.Tokenizer, filled: int, config: Mapping[str, Any]
+) -> tokenizer.Tokenizer:
+  """The tokenizer of a model that reads padding as it reads a text."""
+  if filled and not made.after:
+    raise UserError(
+      f'{made.source} puts no end token behind texts, with which the model was trained'
+    )
+  if filled and config.get('padding_side', 'right') != 'right':
+    raise UserError(
+      f'{made.source} is beside a tokenizer_config.json with padding_side = '
+      f'{files.shown(config["padding_side"])}; implemented for this model: right'
+    )
+  return dataclasses.replace(made, filled=filled)
 
 
 def _read_beside(directory: Place, name: str, table: keys.Table | None) -> dict[str, Any]:

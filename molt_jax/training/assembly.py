@@ -149,7 +149,12 @@ def _with_text_length(
 ) -> ml_collections.ConfigDict:
   """Returns the config with `text.max_tokens` chosen from the training texts, where it is 0; the
   most there can be where there are none to look at.
+
+  Raises:
+    UserError: it is too low for the text tower.
   """
+  if 'text' in towers and config.text.max_tokens:
+    towers['text'].tokenizer.check_length(config.text.max_tokens)
   if config.text.max_tokens:
     return config
   from molt_jax.data import text_length

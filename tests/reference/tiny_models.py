@@ -136,6 +136,15 @@ def _dinov2(c):
   yield from _norm('layernorm', d)
 
 
+def _siglip_text(c):
+  d = c.hidden_size
+  yield 'embeddings.token_embedding.weight', (c.vocab_size, d)
+  yield 'embeddings.position_embedding.weight', (c.max_position_embeddings, d)
+  yield from _clip_layers(c)
+  yield from _norm('final_layer_norm', d)
+  yield from _linear('head', (c.projection_size, d), bias=True)
+
+
 def _siglip_vision(c):
   d, patch = c.hidden_size, c.patch_size
   yield from _linear('embeddings.patch_embedding', (d, 3, patch, patch), bias=True)
@@ -200,6 +209,7 @@ ARCHITECTURES = {
   'CLIPTextModelWithProjection': _clip_text,
   'Dinov2Model': _dinov2,
   'Dinov2WithRegistersModel': _dinov2,
+  'SiglipTextModel': _siglip_text,
   'SiglipVisionModel': _siglip_vision,
   'ViTModel': _vit,
   'DINOv3ViTModel': _dinov3,

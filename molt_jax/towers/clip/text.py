@@ -33,6 +33,7 @@ class ClipText(nn.Module):
   param_dtype: Any = None
   heads: tuple[str, ...] = ()
   is_causal: ClassVar[bool] = True  # No token reads what stands behind it.
+  title: ClassVar[str] = 'CLIP text tower'
 
   def setup(self):
     c = self.config
@@ -50,8 +51,7 @@ class ClipText(nn.Module):
     self.layers = stack.layer_params(self, self.layer, c.num_layers, *example)
     self.final_norm = layer_norm(c, self.dtype, param_dtype, None)
     if 'projection' in self.heads:
-      shape = (c.hidden_size, c.projection_size)
-      param('projection', ('embed', 'common'), shape, c.hidden_size**-0.5)
+      self.projection = self._make_projection(param_dtype)
 
   def __call__(self, tokens_bt, mask_bt, position_gn=None, *, states: Sequence[int]):
     """Returns hidden states, numbered as Hugging Face's `output_hidden_states` numbers them (the
@@ -71,14 +71,16 @@ class ClipText(nn.Module):
     Raises:
       UserError: a state that is not there, or more tokens than the model has positions.
     """
-    states = stack.resolve_states(states, self.config.num_layers, 'CLIP text tower')
+    states = stack.resolve_states(states, self.config.num_layers, self.title)
     self.check_length(tokens_bt.shape[1])
     how = {'start': 0, 'stop': states[-1], 'states': states}
     hidden_btd = self.embed(tokens_bt)
     if position_gn is None:
       last_btd, found_sbtd = self._run(hidden_btd, mask_bt, **how)
       if self.is_initializing():
-        self.final_norm(last_btd)
+        pooled_bd = self.pool(last_btd, tokens_bt)
+        if 'projection' in self.heads:
+          self.project(pooled_bd)
       return found_sbtd
     packed = packing.Packing.of(position_gn, tokens_bt.shape)
     found_sgnd = self._run(packed.pack(hidden_btd), mask_bt, packing=packed, **how)[1]
@@ -147,6 +149,12 @@ class ClipText(nn.Module):
     `text_embeds`. Only with the head 'projection'.
     """
     return pooled_bd @ self.projection.astype(self.dtype)
+
+  def _make_projection(self, param_dtype):
+    init = nn.initializers.normal(self.config.hidden_size**-0.5)
+    init = nn.with_logical_partitioning(init, ('embed', 'common'))
+    shape = self.config.hidden_size, self.config.projection_size
+    return self.param('projection', init, shape, param_dtype)
 
   def _run(self, hidden_btd, mask_bt, *, packing=None, keys_bt=None, **how):
     inputs = stack.lengths(mask_bt), keys_bt, None, packing
