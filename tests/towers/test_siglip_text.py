@@ -153,7 +153,9 @@ def test_padding_on_the_left_and_texts_without_an_end_are_refused(tmp_path):
 def test_full_size_models_have_hugging_faces_number_of_parameters(name):
   config = architectures.SIGLIP_TEXT[name]
   made = SiglipTextConfig.from_hf(config)
-  params = loading.abstract_params(SiglipText(made, np.dtype('float32'), 'xla', heads=('projection',)))
+  params = loading.abstract_params(
+    SiglipText(made, np.dtype('float32'), 'xla', heads=('projection',))
+  )
   with torch.device('meta'):
     model = transformers.SiglipTextModel(
       transformers.SiglipTextConfig(**{k: v for k, v in config.items() if k != 'model_type'})
