@@ -37,7 +37,7 @@ from jax import lax
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.features import extract
+from molt_jax.features import opening
 from molt_jax.objectives.cca.diagnostics import fit_directions, held_out_correlations
 from molt_jax.objectives.cca.estimators import CCAEstimator, make_estimator
 from molt_jax.objectives.cca.loss import cca_loss
@@ -136,7 +136,7 @@ def tower_views(preset):
   assembly = assemble(config)
   splits = assembly.data.splits
   wanted = {split: (source, source.present) for split, source in splits.items()}
-  _, stored = extract.open_features(assembly.extraction, wanted)
+  _, stored = opening.open_features(assembly.extraction, wanted)
   views = {}
   for split, source in splits.items():
     complete = [

@@ -27,7 +27,7 @@ from absl import app, flags, logging
 
 from molt_jax import evaluate_pair, pretrain
 from molt_jax.config.pretraining import PRETRAINING
-from molt_jax.pairs import in_use
+from molt_jax.pairs import in_use, scoring
 from molt_jax.pairs.probes import linear_probe
 from molt_jax.runtime import atomic, logbook, terminal
 
@@ -143,7 +143,7 @@ def run(variant, seed, data, pooled):
     pair = pretrain.load_pair(folder)
     pair = PooledOnce(pair, pooled) if config.backbones.text.freeze else pair
     scores = {
-      name: evaluate_pair.evaluate_examples(
+      name: scoring.evaluate_examples(
         pair, examples, class_names, splits=SPLITS, probes=('tower', 'embedding')
       )
       for name, examples, class_names in data
@@ -168,7 +168,7 @@ def open_data():
     for table in ('', SHIFTED.value)[: 1 + bool(SHIFTED.value)]
   ]
   return [
-    (dataset.name, evaluate_pair.read_dataset(dataset), dataset.class_names) for dataset in datasets
+    (dataset.name, scoring.read_dataset(dataset), dataset.class_names) for dataset in datasets
   ]
 
 
@@ -183,7 +183,7 @@ def without_tower(data):
     if not path.exists() or json.loads(path.read_text(encoding='utf-8'))['counts'] != counts:
       labels = {split: part.labels for split, part in examples.items()}
       fits = {
-        probe: linear_probe(evaluate_pair.PROBES[probe](None, examples), labels)
+        probe: linear_probe(scoring.PROBES[probe](None, examples), labels)
         for probe in ('pixels', 'pca')
       }
       accuracy = {probe: fit['accuracy'] for probe, fit in fits.items()}

@@ -85,7 +85,7 @@ def cause(error: BaseException) -> BaseException | None:
     text = str(error)
     if found := _NUMBER.search(text):
       return OSError(int(found[1]), '')
-    number = next((number for said, number in _TEXTS.items() if said in text), None)
+    number = next((number for words, number in _TEXTS.items() if words in text), None)
     return None if number is None else OSError(number, '')
   return None
 

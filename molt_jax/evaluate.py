@@ -22,7 +22,7 @@ from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation import results, scoring, trained
 from molt_jax.evaluation.recorder import PredictionRecorder
-from molt_jax.features import extract
+from molt_jax.features import opening
 from molt_jax.runtime import console, processes
 from molt_jax.training import workdir as workdirs
 from molt_jax.training.assembly import check_batch_sizes
@@ -51,37 +51,49 @@ def run(
     UserError: no run there, an unknown split, a condition that is unknown or leaves the run with
       nothing, a tower that has changed.
   """
-  _check_choice('--split', split, ('train', 'validation', 'test'))
-  for kind in missing_types:
-    _check_choice('--missing_type', kind, ('text', 'image', 'both'))
-  for name in absent or ():
-    _check_choice('--absent', name, KEPT)
+  _check_choices('--split', [split], ('train', 'validation', 'test'))
+  _check_choices('--missing_type', missing_types, ('text', 'image', 'both'))
+  _check_choices('--absent', absent or (), KEPT)
   if processes.is_main() and workdir.is_dir():
     workdirs.try_out(workdir)
   run = trained.open(workdir)
-  config, assembly = run.config, run.assembly
-  check_batch_sizes(config, assembly.mesh, ('eval',))
-  names = scoring.missing_names(config) if absent is None else list(absent)
-  _check_left(config, names, missing_rates)
+  check_batch_sizes(run.config, run.assembly.mesh, ('eval',))
+  every = scoring.missing_names(run.config)
+  names = every if absent is None else list(absent)
+  _check_left(run.config, names, missing_rates)
   source, data = trained.open_split(run, split)
   conditions = scoring.conditions_of(names, len(source))
-  conditions |= _rates(config, source, split, missing_rates, missing_types)
+  conditions |= _rates(run.config, source, split, missing_rates, missing_types)
   if not conditions:
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
-  modalities = scoring.needed(conditions, source)
-  run.check_towers(modalities)
-  variables = run.variables()
-  wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
-  frozen, stored = extract.open_features(assembly.extraction, wanted, modalities)
   recorder = None
-  if names == scoring.missing_names(config):  # A part leaves an earlier record of all as it is.
+  if names == every:  # A part leaves an earlier record of all as it is.
     recorder = PredictionRecorder(
       source,
       run.class_names,
       list(scoring.conditions_of(names, 0)),
-      multi_label=config.dataset.multi_label,
+      multi_label=run.config.dataset.multi_label,
     )
-  scores = scoring.Scorer(assembly)(
+  scores = _score(run, source, conditions, recorder, split)
+  return results.publish(
+    workdir, split=split, results=scores, meta=run.meta, recorder=recorder, data=data
+  )
+
+
+def _score(
+  run: trained.Trained,
+  source: Source,
+  conditions: Mapping[str, np.ndarray],
+  recorder: PredictionRecorder | None,
+  split: str,
+) -> dict[str, dict[str, float]]:
+  """Scores a split under its conditions; logs what could not be read."""
+  modalities = scoring.needed(conditions, source)
+  run.check_towers(modalities)
+  variables = run.variables()
+  wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
+  frozen, stored = opening.open_features(run.assembly.extraction, wanted, modalities)
+  scores = scoring.Scorer(run.assembly)(
     variables,
     frozen,
     source,
@@ -90,11 +102,9 @@ def run(
     title=f'evaluating {split}',
     observers=[recorder] if recorder else [],
   )
-  for line in processes.lines_of_all(assembly.preprocess.report.line()):
+  for line in processes.lines_of_all(run.assembly.preprocess.report.line()):
     console.log(line)
-  return results.publish(
-    workdir, split=split, results=scores, meta=run.meta, recorder=recorder, data=data
-  )
+  return scores
 
 
 def _rates(
@@ -129,9 +139,10 @@ def _check_left(
     raise UserError(f'--missing_rate: {this_run} has no second modality to lose; leave it out')
 
 
-def _check_choice(flag: str, value: str, legal: Collection[str]) -> None:
-  if value not in legal:
-    raise UserError(f'{flag}: {value!r} is not legal; give one of {", ".join(legal)}')
+def _check_choices(flag: str, values: Collection[str], legal: Collection[str]) -> None:
+  for value in values:
+    if value not in legal:
+      raise UserError(f'{flag}: {value!r} is not legal; give one of {", ".join(legal)}')
 
 
 def command(flags: argparse.Namespace) -> int | None:

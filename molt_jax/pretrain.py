@@ -26,7 +26,7 @@ from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data.sources import Dataset, Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
-from molt_jax.features import extract
+from molt_jax.features import opening
 from molt_jax.objectives import contrastive
 from molt_jax.pairs import augment, batches, in_use, retrieval
 from molt_jax.pairs import method as pairs
@@ -184,7 +184,7 @@ def _pool_frozen_texts(assembly: Assembly) -> dict[str, np.ndarray]:
     return {}
   texts = {split: _texts(assembly.data.splits[split]) for split in SPLITS}
   every = texts['train'] + texts['validation']
-  both_nd = extract.pooled_texts(assembly.extraction, every, assembly.config.input.text_store)
+  both_nd = opening.pooled_texts(assembly.extraction, every, assembly.config.input.text_store)
   pooled, start = {}, 0
   for split, own in texts.items():
     source = assembly.data.splits[split]

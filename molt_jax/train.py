@@ -26,7 +26,7 @@ from molt_jax.data.sources import UNLABELLED, Source
 from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
-from molt_jax.features import extract, store
+from molt_jax.features import opening, store
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.runtime import console, processes
 from molt_jax.runtime.signals import exit_code
@@ -91,7 +91,7 @@ class ClassifierTrainer(Trainer):
     for name in ('train', 'validation'):
       self._left[name] = protocol(self.config, splits[name], name)
     wanted = {name: (source, self._left[name]) for name, source in splits.items()}
-    self.frozen, self._stored = extract.open_features(self.assembly.extraction, wanted)
+    self.frozen, self._stored = opening.open_features(self.assembly.extraction, wanted)
     self._score = scoring.Scorer(self.assembly)
     self._imputation = None
     if STRATEGIES[self.config.missing.strategy].imputes:
@@ -251,12 +251,12 @@ def _gaps(source: Source) -> str:
     'image only': image_n & ~text_n,
     'text only': text_n & ~image_n,
   }
-  said = (
+  parts = (
     [] if counts['both'].all() else [f'{np.sum(has_n)} {name}' for name, has_n in counts.items()]
   )
   unlabelled = sum(label == UNLABELLED for label in source.labels)
-  said += [f'{unlabelled} without a label'] if unlabelled else []
-  return f' ({", ".join(said)})' if said else ''
+  parts += [f'{unlabelled} without a label'] if unlabelled else []
+  return f' ({", ".join(parts)})' if parts else ''
 
 
 def command(flags: argparse.Namespace) -> int | None:

@@ -116,7 +116,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
   )
   subprocess.run([sys.executable, '-c', code, tmp_path], check=False)
   (left,) = tmp_path.iterdir()
-  assert atomic.is_temporary(left.name)
+  assert atomic._NAME.fullmatch(left.name)
   own = atomic._temporary(tmp_path)  # Of a process that lives: this one.
   other = tmp_path / '.tmp-00000000-1-abc'  # Of another machine,
   aged = tmp_path / '.tmp-00000000-1-def'  # and long ago.

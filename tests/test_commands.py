@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from molt_jax import commands, evaluate_pair
+from molt_jax import commands
 from molt_jax.config import preset_files
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least, between
 from molt_jax.errors import UserError
-from molt_jax.pairs import retrieval
+from molt_jax.pairs import retrieval, scoring
 from molt_jax.runtime import help_text
 from molt_jax.runtime.command_line import parse
 from molt_jax.runtime.flags import Flag, choice
@@ -73,7 +73,7 @@ ANSWERS = {
   'train': ['--config=nope', '--workdir=x'],
   'evaluate': ['--workdir=x', '--missing_rate=2'],
   'predict': ['--workdir=x'],
-  'pretrain': ['--config=pretrain_openmoji', '--workdir=x', '--config.text.max_tokens=0'],
+  'pretrain': ['--config=pretrain_openmoji', '--workdir=x', '--config.train.batch_size=0'],
   'evaluate_pair': ['--workdir=x', '--probes=knn'],
   'describe': ['--config=openmoji'],
   'report': ['--wrokdir=x'],
@@ -112,7 +112,7 @@ def test_running_a_module_reads_its_arguments_first():
 def test_what_the_table_repeats_of_other_modules_is_theirs():
   """Names that stand in both places since the table imports nothing large."""
   flags = {flag.name: flag for flag in commands.flags_of('evaluate_pair')}
-  assert flags['probes'].default == tuple(evaluate_pair.PROBES)
+  assert flags['probes'].default == tuple(scoring.PROBES)
   assert flags['templates'].default == retrieval.TEMPLATES
 
 

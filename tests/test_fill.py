@@ -18,8 +18,8 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import pipeline
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError
-from molt_jax.features import extract, hidden_states
 from molt_jax.features import frozen as frozen_towers
+from molt_jax.features import hidden_states, opening
 from molt_jax.features import store as store_lib
 from molt_jax.runtime import logbook, sharding
 from molt_jax.runtime.signals import Interrupted
@@ -66,7 +66,7 @@ def _open(config):
   """Fills the store of `config` with all splits; returns (assembly, stored)."""
   assembly = assemble(config)
   wanted = {name: (source, source.present) for name, source in assembly.data.splits.items()}
-  _, stored = extract.open_features(assembly.extraction, wanted)
+  _, stored = opening.open_features(assembly.extraction, wanted)
   return assembly, stored
 
 

@@ -14,6 +14,7 @@ from molt_jax.config import resolved
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets
 from molt_jax.data.sources import UNLABELLED
+from molt_jax.pairs import scoring
 
 COLOURS = ('blue', 'green', 'red')
 
@@ -45,7 +46,7 @@ class ColourPair:
 
 @pytest.fixture
 def examples(tiny_config):
-  return evaluate_pair.read_dataset(datasets.load_dataset(tiny_config))
+  return scoring.read_dataset(datasets.load_dataset(tiny_config))
 
 
 def test_reading_keeps_images_with_their_texts_and_labels(examples, tiny_config):
@@ -62,14 +63,14 @@ def test_reading_keeps_images_with_their_texts_and_labels(examples, tiny_config)
 
 
 def test_towers_that_know_the_answer_score_full_marks(examples):
-  results = evaluate_pair.evaluate_examples(
+  results = scoring.evaluate_examples(
     ColourPair(), examples, COLOURS, splits=('validation', 'test'), templates=['{}', 'a {} square']
   )
   for split, scores in results.items():
     assert scores['zero_shot']['top1'] == 1
     assert {
       name: probe['accuracy'] for name, probe in scores['linear_probe'].items()
-    } == dict.fromkeys(evaluate_pair.PROBES, 1.0)
+    } == dict.fromkeys(scoring.PROBES, 1.0)
     assert scores['modality_gap'] == pytest.approx(0, abs=1e-6) and scores[
       'alignment'
     ] == pytest.approx(0, abs=1e-6)
@@ -86,12 +87,12 @@ def test_towers_that_know_the_answer_score_full_marks(examples):
 
 def test_equal_captions_are_found_wherever_they_hang(examples):
   part = examples['test']
-  same = evaluate_pair.Examples(
+  same = scoring.Examples(
     part.images,
     [text and COLOURS[label] for text, label in zip(part.texts, part.labels, strict=True)],
     part.labels,
   )
-  scores = evaluate_pair.evaluate_examples(ColourPair(), {'test': same}, COLOURS, probes=())['test']
+  scores = scoring.evaluate_examples(ColourPair(), {'test': same}, COLOURS, probes=())['test']
   assert (
     scores['image_to_text']['R@1'] == scores['text_to_image']['R@1'] == 1
     and 'linear_probe' not in scores
@@ -99,7 +100,7 @@ def test_equal_captions_are_found_wherever_they_hang(examples):
 
 
 def test_several_labels_leave_zero_shot_and_probes_out(examples):
-  scores = evaluate_pair.evaluate_examples(ColourPair(), examples, None)['test']
+  scores = scoring.evaluate_examples(ColourPair(), examples, None)['test']
   assert (
     'zero_shot' not in scores
     and 'linear_probe' not in scores
@@ -110,7 +111,7 @@ def test_several_labels_leave_zero_shot_and_probes_out(examples):
 def _without(part, keep=lambda n: True, texts=True, labels=True):
   """The rows of a split that are kept, perhaps without texts or labels."""
   rows = [n for n in range(len(part.images)) if keep(n)]
-  return evaluate_pair.Examples(
+  return scoring.Examples(
     [part.images[n] for n in rows],
     [part.texts[n] if texts else None for n in rows],
     [part.labels[n] if labels else UNLABELLED for n in rows],
@@ -137,16 +138,16 @@ def test_what_nothing_determines_is_left_out_and_said(examples, taken):
   changes, lacks = NOTHING[taken]
   left = {split: _without(part, **changes.get(split, {})) for split, part in examples.items()}
   probes = ('embedding', 'pixels')
-  scores = evaluate_pair.evaluate_examples(ColourPair(), left, COLOURS, probes=probes)['test']
+  scores = scoring.evaluate_examples(ColourPair(), left, COLOURS, probes=probes)['test']
   names = ('image_to_text', 'zero_shot', 'linear_probe')
   assert [name for name in names if name not in scores] == lacks
-  said = list(evaluate_pair.left_out(scores, labelled=True, probes=('pixels',)))
+  said = list(scoring.left_out(scores, labelled=True, probes=('pixels',)))
   assert len(said) == len(lacks) and {'num_images', 'num_texts'} <= set(scores)
   evaluate_pair.print_table(scores, 'shown')
 
 
 def test_one_class_alone_leaves_retrieval(examples):
-  scores = evaluate_pair.evaluate_examples(ColourPair(), examples, COLOURS[:1])['test']
+  scores = scoring.evaluate_examples(ColourPair(), examples, COLOURS[:1])['test']
   assert 'image_to_text' in scores and 'zero_shot' not in scores and 'linear_probe' not in scores
 
 
@@ -184,11 +185,11 @@ def test_the_command_writes_what_it_prints(trained, capsys):
     f'{100 * scores["zero_shot"]["top1"]:.1f} %' in out and f'{scores["modality_gap"]:.3f}' in out
   )
   pair = pretrain.load_pair(trained)
-  examples = evaluate_pair.read_dataset(
+  examples = scoring.read_dataset(
     evaluate_pair.open_dataset(PRETRAINING.from_json((trained / 'config.json').read_text())),
     ('test',),
   )
-  expected = evaluate_pair.evaluate_examples(
+  expected = scoring.evaluate_examples(
     pair, examples, COLOURS, templates=['{}', 'a {} square'], probes=()
   )['test']
   assert {name: scores[name] for name in expected} == expected

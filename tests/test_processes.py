@@ -46,7 +46,7 @@ sys.exit(code)
 FILL = """
 import json, pathlib, sys
 from molt_jax import config
-from molt_jax.features import extract, store
+from molt_jax.features import opening, store
 from molt_jax.runtime import processes
 from molt_jax.training.assembly import assemble
 preset, note = sys.argv[1:]
@@ -55,7 +55,7 @@ assembly = assemble(config.load_config(preset))
 add, added = store.FeatureStore.add, []
 store.FeatureStore.add = lambda self, key, x: (added.append(key), add(self, key, x))
 wanted = {split: (source, source.present) for split, source in assembly.data.splits.items()}
-_, stored = extract.open_features(assembly.extraction, wanted)
+_, stored = opening.open_features(assembly.extraction, wanted)
 found = {split: {m: s.keys for m, s in states.items()} for split, states in stored.items()}
 pathlib.Path(note).write_text(json.dumps([added, found, assembly.preprocess.report.line()]))
 """

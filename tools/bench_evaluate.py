@@ -29,18 +29,18 @@ UNIT = 1 if sys.platform == 'darwin' else 1024  # Of ru_maxrss, in bytes.
 
 
 def measure(arguments: Sequence[str]) -> dict[str, float]:
-  """Runs one evaluation; raises UserError with what it said if it failed."""
+  """Runs one evaluation; raises UserError with its last message if it failed."""
   process = subprocess.Popen(
     [sys.executable, '-m', 'molt_jax.evaluate', *arguments],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
   )
-  said = process.stderr.read()  # Until it ends.
+  output = process.stderr.read()  # Until it ends.
   _, status, usage = os.wait4(process.pid, 0)
   process.returncode = os.waitstatus_to_exitcode(status)
   if process.returncode:
-    raise UserError(said.strip().splitlines()[-1].removeprefix('error: '))
+    raise UserError(output.strip().splitlines()[-1].removeprefix('error: '))
   return {'peak_bytes': usage.ru_maxrss * UNIT, 'cpu_seconds': usage.ru_utime + usage.ru_stime}
 
 

@@ -28,7 +28,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least
 from molt_jax.data import pipeline
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.features import extract
+from molt_jax.features import opening
 from molt_jax.features.frozen import load_frozen
 from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import sharding
@@ -101,7 +101,7 @@ class Bench:
     """Returns (stored hidden states, seconds)."""
     start = time.perf_counter()
     wanted = {'train': (self.source, self.source.present)}
-    _, stored = extract.open_features(self.assembly.extraction, wanted)
+    _, stored = opening.open_features(self.assembly.extraction, wanted)
     return stored['train'], time.perf_counter() - start
 
   def forward(self):

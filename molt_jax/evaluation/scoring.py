@@ -195,9 +195,9 @@ def describe_score(results: Mapping[str, Mapping[str, float]], *, multi_label: b
   names = {True: [], False: []}
   for name, result in results.items():
     names[key in result].append(name.replace('_', ' '))
-  said = [f'{key.replace("_", " ")}, mean over {", ".join(names[True])}'] if names[True] else []
+  parts = [f'{key.replace("_", " ")}, mean over {", ".join(names[True])}'] if names[True] else []
   without = f'no example to score with {", ".join(names[False])}' if names[False] else ''
-  return '; '.join([*said, *([without] if without else [])])
+  return '; '.join([*parts, *([without] if without else [])])
 
 
 def needed(conditions: Mapping[str, np.ndarray], source: Source) -> list[str]:

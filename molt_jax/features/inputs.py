@@ -124,7 +124,7 @@ def text_input(text: str, preprocess: pipeline.Preprocess) -> Input | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batching:
+class InputBatches:
   """How inputs become batches.
 
   Attributes:
@@ -147,7 +147,7 @@ class Batching:
     batches = []
     for group in groups.values():
       batches += [group[i : i + self.examples] for i in range(0, len(group), self.examples)]
-    # No result depends on the order; processes that fill one store begin at different ends.
+    # No result depends on the order; processes that share a store begin at different ends.
     random.SystemRandom().shuffle(batches)
     return batches
 

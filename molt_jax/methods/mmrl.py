@@ -31,7 +31,8 @@ from molt_jax.errors import UserError
 from molt_jax.features import frozen as frozen_towers
 from molt_jax.features.frozen import Reads
 from molt_jax.methods import base
-from molt_jax.methods.parts.interface import Output
+from molt_jax.methods.parts import readout
+from molt_jax.methods.parts.interface import Output, available_mean
 from molt_jax.towers import stack
 from molt_jax.towers.loading import TowerSpec
 
@@ -147,7 +148,7 @@ class MMRL(base.Defaults):
     def run(params):
       bound = tower.bind({'params': params})
       entering, last = bound(tokens_kt, mask_kt, states=self.reads['text'].states)
-      return entering, self._untouched(bound, last, mask_kt)
+      return entering, readout.projected(bound, last, mask_kt)
 
     entering, untouched = jax.jit(run)(whole)
     found = {'class_states': entering, 'class_untouched': untouched.astype(jnp.float32)}
@@ -172,12 +173,13 @@ class MMRL(base.Defaults):
       regularizers.append(1 - jnp.sum(_unit(class_bc) * _unit(untouched_bc), axis=-1))
       there.append(present_bm[:, COLUMN[modality]] & content_b)
     there_bm = jnp.stack(there, axis=-1)
-    branches = {name: _mean(parts, there_bm) for name, parts in logits.items()}
+    regularizer_b = jnp.sum(jnp.stack(regularizers, axis=-1), axis=-1, where=there_bm)
+    branches = {name: available_mean(parts, there_bm) for name, parts in logits.items()}
     alpha = self.config.mmrl.alpha
     return Output(
       logits_bk=alpha * branches['class'] + (1 - alpha) * branches['representation'],
       branches_bk=branches,
-      losses_b={'regularizer': _sum(regularizers, there_bm) + apart},
+      losses_b={'regularizer': regularizer_b + apart},
     )
 
   def _features(self, modality, trained, params, features, content_b):
@@ -190,7 +192,7 @@ class MMRL(base.Defaults):
     inserts_lkd, count = trained['inserts_lkd'].astype(tower.dtype), self.config.mmrl.num_tokens
     how = {'start': reads.run_from, 'stop': tower.config.num_layers, 'inserts': inserts_lkd}
     mask_bt = features.text_mask_bt & content_b[:, None] if modality == 'text' else None
-    untouched_bc = self._untouched(tower, last_btd, mask_bt)
+    untouched_bc = readout.projected(tower, last_btd, mask_bt)
     if modality == 'text' and tower.is_causal:
       # Behind the text: what stands before them, the text's own readout, stays as it was.
       lengths_b = stack.lengths(mask_bt)
@@ -206,7 +208,7 @@ class MMRL(base.Defaults):
       class_bc = untouched_bc
     else:
       h_btd, tokens_bkd = self._run_behind_first(tower, entering_btd, mask_bt, how)
-      class_bc = self._untouched(tower, h_btd, mask_bt)
+      class_bc = readout.projected(tower, h_btd, mask_bt)
     normed_bkd = tower.norm_tokens(tokens_bkd) if self._norms(tower) else tokens_bkd
     mean_bd = jnp.sum(normed_bkd.astype(jnp.float32), axis=1) / max(count, 1)
     rep_bc = jnp.einsum('bd,dc->bc', mean_bd, trained['projection_dc'], precision='highest')
@@ -246,27 +248,13 @@ class MMRL(base.Defaults):
     stop = tower.config.num_layers
     how = {'start': self.reads['text'].run_from, 'stop': stop, 'inserts': inserts_lkd}
     h_ktd, _ = self._run_behind_first(tower, statistics['class_states'], mask_kt, how)
-    names_kc = self._untouched(tower, h_ktd, mask_kt).astype(jnp.float32)
+    names_kc = readout.projected(tower, h_ktd, mask_kt).astype(jnp.float32)
     untouched_kc = statistics['class_untouched']
     apart = 1 - jnp.mean(jnp.sum(_unit(names_kc) * _unit(untouched_kc), axis=-1))
     return dict.fromkeys(self.reads, names_kc), apart
 
-  def _untouched(self, tower, last_btd, mask_bt):
-    """The feature of what leaves the last layer, without tokens that were inserted: pooled and,
-    where there is a projection, projected.
-    """
-    if mask_bt is not None:
-      return self._project(tower, tower.pool(last_btd, None, mask_bt))
-    return self._project(tower, tower.pool(last_btd) if self._pools(tower) else last_btd[:, 0])
-
-  def _project(self, tower, pooled_bd):
-    return tower.project(pooled_bd) if 'projection' in tower.heads else pooled_bd
-
-  def _pools(self, tower) -> bool:
-    return 'pool' in tower.heads
-
   def _norms(self, tower) -> bool:
-    return self._pools(tower) or not hasattr(tower.config, 'image_size')
+    return 'pool' in tower.heads or not hasattr(tower.config, 'image_size')
 
 
 def _spread(new_kd: jax.Array, count: int) -> jax.Array:
@@ -278,18 +266,6 @@ def _unit(x_bc: jax.Array) -> jax.Array:
   return x_bc * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_bc), axis=-1, keepdims=True), 1e-12))
 
 
-def _sum(parts, there_bm: jax.Array) -> jax.Array:
-  """Sum over the modalities that are there."""
-  stacked = jnp.stack(parts, axis=1)
-  shape = (*there_bm.shape, *[1] * (stacked.ndim - 2))
-  return jnp.sum(jnp.where(there_bm.reshape(shape), stacked, 0.0), axis=1)
-
-
-def _mean(parts, there_bm: jax.Array) -> jax.Array:
-  count_b1 = jnp.maximum(jnp.sum(there_bm, axis=-1, keepdims=True), 1)
-  return _sum(parts, there_bm) / count_b1
-
-
 def build(config, towers, *, num_classes, class_names=()) -> MMRL:
   """See `base.make_method`.
 
@@ -298,7 +274,7 @@ def build(config, towers, *, num_classes, class_names=()) -> MMRL:
       that share a space.
   """
   c = config.mmrl
-  shared = _share_a_space(towers)
+  shared = readout.share_a_space(towers)
   if c.classes == 'names' and not shared:
     raise UserError(
       "config.mmrl.classes: 'names' needs an image and a text tower with projections into one "
@@ -323,27 +299,9 @@ def build(config, towers, *, num_classes, class_names=()) -> MMRL:
     num_classes=0 if by_name else num_classes,
   )
   modules = base.tower_modules(config, towers, reads)
-  tokens = _class_tokens(config, towers['text'], class_names) if by_name else None
+  tokens = None
+  if by_name:
+    most = config.text.max_tokens
+    tokens = readout.class_tokens(towers['text'], class_names, c.template, most)
   frozen_config = ml_collections.FrozenConfigDict(config)
   return MMRL(frozen_config, towers, modules, reads, representation, tokens)
-
-
-def _share_a_space(towers: Mapping[str, TowerSpec]) -> bool:
-  """Whether both towers have a projection into one space."""
-  if len(towers) < 2 or not all('projection' in tower.heads for tower in towers.values()):
-    return False
-  return len({tower.config.projection_size for tower in towers.values()}) == 1
-
-
-def _class_tokens(config, tower: TowerSpec, class_names) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (ids int32[K, T], mask bool[K, T]) of the classes' names in their template."""
-  most = min(config.text.max_tokens, tower.config.max_positions)
-  texts = [config.mmrl.template.replace('{}', name.replace('_', ' ')) for name in class_names]
-  encoded = [tower.tokenizer.encode(text, most) for text in texts]
-  length = max(len(ids) for ids in encoded)
-  tokens_kt = np.full((len(texts), length), tower.tokenizer.pad_id, np.int32)
-  mask_kt = np.zeros((len(texts), length), bool)
-  for k, ids in enumerate(encoded):
-    tokens_kt[k, : len(ids)] = ids
-    mask_kt[k, : len(ids)] = True
-  return tokens_kt, mask_kt

@@ -149,9 +149,10 @@ class MoLTHead(nn.Module):
     pooled = Translation(
       self.width, self.num_heads, self.cross_attention, self.dtype, name='translation'
     )(image, text)
-    layers_lbc = available_mean(
-      *(self.translator(*pooled, available_bm) if self.translator else (*pooled, available_bm))
-    )
+    imputed = pooled
+    if self.translator:
+      *imputed, available_bm = self.translator(*pooled, available_bm)
+    layers_lbc = available_mean(imputed, available_bm)
     if self.layer_weights:
       init = nn.with_logical_partitioning(nn.initializers.ones, ('layers',))
       layers_lbc *= self.param('layer_weights', init, (self.num_layers,), jnp.float32)[

@@ -25,7 +25,8 @@ from molt_jax.data.modalities import COLUMN, MODALITIES
 from molt_jax.errors import UserError
 from molt_jax.features.frozen import Reads
 from molt_jax.methods import base
-from molt_jax.methods.parts.interface import Output
+from molt_jax.methods.parts import readout
+from molt_jax.methods.parts.interface import Output, available_mean
 from molt_jax.towers import stack
 
 OTHER = {'image': 'text', 'text': 'image'}
@@ -124,9 +125,7 @@ class PMF(base.Defaults):
         tower.fuse(trained, layer, read.get(OTHER[m]), there.get(OTHER[m]))
     logits = [trained.classify(m, tower.readout()) for m, tower in towers.items()]
     there_bm = jnp.stack(list(there.values()), axis=-1)
-    stacked = jnp.where(there_bm[:, :, None], jnp.stack(logits, axis=1), 0.0)
-    count_b1 = jnp.maximum(jnp.sum(there_bm, axis=-1, keepdims=True), 1)
-    return Output(logits_bk=jnp.sum(stacked, axis=1) / count_b1)
+    return Output(logits_bk=available_mean(logits, there_bm))
 
 
 class _Tower:
@@ -194,10 +193,7 @@ class _Tower:
 
   def readout(self) -> jax.Array:
     """The vector that the head reads, [B, D]."""
-    last = self.module.finish(self.h_btd)
-    if self.mask_bt is not None:
-      return self.module.pool(last, None, self.mask_bt)
-    return self.module.pool(last) if 'pool' in self.module.heads else last[:, 0]
+    return readout.pooled(self.module, self.module.finish(self.h_btd), self.mask_bt)
 
 
 def build(config, towers, *, num_classes, class_names=()) -> PMF:

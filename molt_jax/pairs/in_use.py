@@ -9,7 +9,7 @@ import numpy as np
 
 from molt_jax.data import examples, transforms
 from molt_jax.errors import UserError
-from molt_jax.features.inputs import Batching, text_input
+from molt_jax.features.inputs import InputBatches, text_input
 from molt_jax.pairs.method import PairMethod
 from molt_jax.runtime import console, sharding
 
@@ -64,7 +64,7 @@ def pool_texts(
   if empty:
     raise UserError(f'the text {empty[0]!r} has no tokens: leave it out')
   unique = {x.key: x for x in inputs}
-  batching = Batching(batch_size, 1, preprocess)
+  batching = InputBatches(batch_size, 1, preprocess)
 
   def pool(variables, tokens_bt, mask_bt):
     return method.run(variables, 'pool_text', tokens_bt, mask_bt)

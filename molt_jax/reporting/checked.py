@@ -189,11 +189,11 @@ def _faults(value: Any, schema: Any, where: str) -> Iterator[str]:
   """Yields what is not as `schema` says."""
   if isinstance(schema, Rule):
     if not schema.holds(value):
-      yield _said(where, value, schema.text)
+      yield _message(where, value, schema.text)
   elif isinstance(schema, Listed):
     yield from _listed_faults(value, schema, where)
   elif not isinstance(value, dict):
-    yield _said(where, value, 'an object with named values')
+    yield _message(where, value, 'an object with named values')
   elif isinstance(schema, Each):
     if len(value) > schema.most:
       yield f'{where} has {len(value):,} entries, more than {schema.most:,}'
@@ -205,7 +205,7 @@ def _faults(value: Any, schema: Any, where: str) -> Iterator[str]:
 
 def _listed_faults(value: Any, schema: Listed, where: str) -> Iterator[str]:
   if not isinstance(value, list):
-    yield _said(where, value, 'a list')
+    yield _message(where, value, 'a list')
   elif len(value) > schema.most:
     yield f'{where} has {len(value):,} entries, more than {schema.most:,}'
   else:
@@ -228,7 +228,7 @@ def _under(where: str, key: str) -> str:
   return f'{where}.{_cut(key)}' if where else _cut(key)
 
 
-def _said(where: str, value: Any, legal: str) -> str:
+def _message(where: str, value: Any, legal: str) -> str:
   return f'{where or "the content"} is {_cut(_shown(value))}, not {legal}'
 
 

@@ -107,11 +107,6 @@ def remove_leftovers(path: pathlib.Path) -> None:
         _remove(path / name)
 
 
-def is_temporary(name: str) -> bool:
-  """Whether a name is one under which files are written."""
-  return bool(_NAME.fullmatch(name))
-
-
 def _temporary(path: pathlib.Path) -> pathlib.Path:
   return path / f'.tmp-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}'
 

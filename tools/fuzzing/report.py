@@ -183,12 +183,12 @@ def trial(rng: np.random.Generator, folder) -> dict[str, int]:
     runs.insert(rng.integers(2), other)
   for _ in range(rng.integers(1, 3)):
     _spoil(rng, run)
-  code, said = _render(runs, folder / 'page.html')
+  code, output = _render(runs, folder / 'page.html')
   if code == 2:
-    check_line(said)
+    check_line(output)
     return {'refused in one line': 1}
   if code != 0:
-    raise AssertionError(f'exit code {code}: {said[:300]}')
+    raise AssertionError(f'exit code {code}: {output[:300]}')
   check_page((folder / 'page.html').read_text(encoding='utf-8'))
   return {'page' if len(runs) == 1 else 'page of two runs': 1}
 
@@ -266,10 +266,10 @@ def check_page(text: str) -> None:
   assert len(text) < MOST_BYTES, len(text)
 
 
-def check_line(said: str) -> None:
-  """Raises AssertionError unless it is one line of printable characters that ends what was said."""
-  line = said.strip('\n')
-  assert line.startswith('error: ') and '\n' not in line and len(line) < 5_000, said[:300]
+def check_line(output: str) -> None:
+  """Raises AssertionError unless it is one line of printable characters that ends the output."""
+  line = output.strip('\n')
+  assert line.startswith('error: ') and '\n' not in line and len(line) < 5_000, output[:300]
   assert not [c for c in line if unicodedata.category(c) in ('Cc', 'Cs')], repr(line[:300])
 
 

@@ -270,14 +270,14 @@ def outcome(workdir: pathlib.Path, entry: str, damaged: pathlib.Path) -> str:
   """
   expected = saved(entry)
   try:
-    with quiet() as said:
+    with quiet() as lines:
       found = ENTRIES[entry](workdir)
   except UserError as error:
     assert '\n' not in str(error), error
     assert 'tensorstore' not in str(error).lower() and len(str(error)) < 1500, error
     return 'refused'
   finally:
-    assert len(said) <= MAX_LINES, [line[:200] for line in said[:9]]
+    assert len(lines) <= MAX_LINES, [line[:200] for line in lines[:9]]
   other = [key for key in expected if _differ(found[key], expected[key])]
   if not other:
     return 'harmless'

@@ -36,7 +36,7 @@ class Fusion(nn.Module):
       self._answer(modality, joint_bc, query, sequence)
       for modality, sequence in zip(MODALITIES, (image, text), strict=True)
     ]
-    return available_mean(*answers, jnp.stack([image.available_b, text.available_b], axis=-1))
+    return available_mean(answers, jnp.stack([image.available_b, text.available_b], axis=-1))
 
   def _answer(self, modality, joint_bc, query, sequence):
     last = sequence.tokens.map(lambda x_lbtd: x_lbtd[-1:])

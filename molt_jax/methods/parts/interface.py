@@ -6,7 +6,7 @@ example. Column 0 of `present_bm` is the image, column 1 the text.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,11 +126,11 @@ def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None
   return jnp.einsum('lbt,lbtc->lbc', weight_lbt, x_lbtc, precision='highest')
 
 
-def available_mean(image: jax.Array, text: jax.Array, available_bm: jax.Array) -> jax.Array:
-  """Mean over the available modalities of two float32[..., B, C]: the halves of eq. 5 and eq. 7
-  where both are, zero where none is.
+def available_mean(parts: Sequence[jax.Array], available_bm: jax.Array) -> jax.Array:
+  """Mean over the available modalities of what each has, float32[..., B, C]: the halves of eq. 5
+  and eq. 7 where both are available, zero where none is.
   """
-  both = jnp.stack([image, text], axis=-2)
+  both = jnp.stack(parts, axis=-2)
   count_b1 = jnp.maximum(jnp.sum(available_bm, axis=-1, keepdims=True), 1).astype(jnp.float32)
   total = jnp.sum(both, axis=-2, where=jnp.broadcast_to(available_bm[:, :, None], both.shape))
   return total / jnp.broadcast_to(count_b1, total.shape)

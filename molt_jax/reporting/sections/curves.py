@@ -66,12 +66,12 @@ def _scores(runs: Sequence[Run]) -> dict[str, dict[str, Series]]:
 
 def _evaluated(runs: Sequence[Run]) -> str:
   """Which checkpoints are evaluated."""
-  said = []
+  parts = []
   for select, what in CHECKPOINTS.items():
     steps = [str(run.evaluation['step']) for run in runs if run.config.eval.select == select]
     if steps:
-      said.append(f'{what} (step {", ".join(steps)})')
-  return ' and '.join(said)
+      parts.append(f'{what} (step {", ".join(steps)})')
+  return ' and '.join(parts)
 
 
 def _layers(values: Sequence[Any]) -> np.ndarray:

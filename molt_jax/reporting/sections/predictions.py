@@ -116,10 +116,11 @@ def _mistakes(run: Run) -> str:
     counted_n = run.predictions.counted_cn[c]
     wrong = int(np.sum(counted_n & ~run.predictions.right_cn[c]))
     count = int(counted_n.sum())
-    said = f'{wrong:,} mistakes of {count:,}' if count else 'no example'
+    caption = f'{wrong:,} mistakes of {count:,}' if count else 'no example'
     cards = ''.join(_card(run, name, row) for row in rows)
     parts.append(
-      f'<h4>{LABELS[name].capitalize()} <small>{said}</small></h4><div class="cards">{cards}</div>'
+      f'<h4>{LABELS[name].capitalize()} <small>{caption}</small></h4>'
+      f'<div class="cards">{cards}</div>'
     )
   parts.append(
     '<p class="caption">The mistakes of the greatest cross-entropy. What is crossed out was there, '
