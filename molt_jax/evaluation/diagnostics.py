@@ -169,18 +169,26 @@ def _against_past(past, projections, pairs, ridge) -> dict[str, Any]:
 
 def _spectra(x_nc, y_nc, x_mc, y_mc, ridge, *, count, batch):
   """One layer's (batch [k], fitted [k], held out [k]); m are training pairs, n those measured."""
-  batch_k = np.asarray(loss.canonical_correlations(x_mc[:batch], y_mc[:batch], ridge=ridge))
-  batch_k = batch_k[: min(count, batch - 1)]
   axes_x_ck, axes_y_ck = (_principal_axes(view_mc, count) for view_mc in (x_mc, y_mc))
   fitted = x_mc @ axes_x_ck, y_mc @ axes_y_ck
-  held_out_k = diagnostics.held_out_correlations(
-    diagnostics.fit_directions(*fitted, ridge=ridge), x_nc @ axes_x_ck, y_nc @ axes_y_ck
-  )
+  held_out = x_nc @ axes_x_ck, y_nc @ axes_y_ck
+  found = _correlations((x_mc[:batch], y_mc[:batch]), fitted, held_out, ridge)
+  batch_k, fitted_k, held_out_k = jax.device_get(found)
+  batch_k = batch_k[: min(count, batch - 1)]
   pad = count - len(batch_k)  # Centred, n pairs have n - 1 correlations.
+  return np.pad(batch_k, (0, pad), constant_values=np.nan), fitted_k, held_out_k
+
+
+@jax.jit
+def _correlations(batch, fitted, held_out, ridge):
+  """Canonical correlations of a batch, of what directions are fitted to, and along these of what
+  is held out.
+  """
+  directions = diagnostics.fit_directions(*fitted, ridge=ridge)
   return (
-    np.pad(batch_k, (0, pad), constant_values=np.nan),
-    np.asarray(loss.canonical_correlations(*fitted, ridge=ridge)),
-    np.asarray(held_out_k),
+    loss.canonical_correlations(*batch, ridge=ridge),
+    loss.canonical_correlations(*fitted, ridge=ridge),
+    diagnostics.held_out_correlations(directions, *held_out),
   )
 
 
