@@ -20,7 +20,7 @@ from molt_jax.data.modalities import MODALITIES
 from molt_jax.data.sources import Dataset
 from molt_jax.features import frozen
 from molt_jax.features.frozen import Reads
-from molt_jax.features.inputs import Batching, ahead, identify
+from molt_jax.features.inputs import InputBatches, ahead, identify
 from molt_jax.runtime import sharding
 from molt_jax.training.assembly import assemble
 
@@ -88,7 +88,7 @@ def _compute(how, modality, data) -> Mapping[str, np.ndarray]:
     total = jnp.where(mask_bn[:, None, :, None], states_blnd, 0).sum(axis=2)
     return total / length_b[:, None, None]
 
-  batching = Batching(config.eval.batch_size, how.mesh.shape['data'], how.preprocess)
+  batching = InputBatches(config.eval.batch_size, how.mesh.shape['data'], how.preprocess)
   batches = batching.cut(list(unique.values()), modality)
   pooled = {}
   for batch in ahead(lambda x: batching.prepare(x, modality), batches, config.input.num_threads):
