@@ -324,9 +324,7 @@ def _open(path: str, modality: str) -> TowerFiles:
     raise UserError(f'{files.printable(path)} is no path: it has a NUL character')
   if path.startswith('random:'):
     return RandomFiles(path, modality, path.removeprefix('random:'))
-  place = packaged.expand(path)
-  in_package = place.startswith(packaged.SCHEME)
-  local = packaged.find(place, modality) if in_package else pathlib.Path(place).expanduser()
+  local = packaged.find(path, modality) or pathlib.Path(path).expanduser()
   if local.is_dir():
     return HuggingFaceFiles(path, modality, local)
   if local.exists():

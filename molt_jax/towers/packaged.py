@@ -111,36 +111,27 @@ INSTALL = 'pip install --no-deps'
 MOVED = {'pkg://molt_jax/towers/openmoji': TOWERS['openmoji'].path}
 
 
-def expand(path: str) -> str:
-  """Returns the pkg:// path of a short name; other paths as they are."""
-  if path in TOWERS:
-    return TOWERS[path].path
-  return MOVED.get(path, path)
-
-
-def known(path: str) -> Packaged | None:
-  """Returns the row of a pkg:// path."""
-  return next((row for row in TOWERS.values() if row.path == path), None)
-
-
-def find(path: str, modality: str) -> pathlib.Path:
-  """Finds what a pkg:// path names, without importing the package.
+def find(path: str, modality: str) -> pathlib.Path | None:
+  """Finds the file or folder of an installed package, without importing the package.
 
   Args:
-    path: pkg://package/relative/path.
+    path: a short name of `TOWERS`, or pkg://package/relative/path; None is returned of others.
     modality: of the tower that is wanted.
 
   Raises:
     UserError: the package is not installed, holds no such file, or a tower of `TOWERS` is of the
       other modality, or not the file that is known.
   """
-  row = known(path)
+  place = TOWERS[path].path if path in TOWERS else MOVED.get(path, path)
+  if not place.startswith(SCHEME):
+    return None
+  row = next((row for row in TOWERS.values() if row.path == place), None)
   if row and row.modality != modality:
     raise UserError(
       f'{path!r} reads the {row.modality}, and a tower that reads the {modality} is wanted: give '
       f'{", ".join(_names(modality))}, or one of Hugging Face'
     )
-  package, _, relative = path.removeprefix(SCHEME).partition('/')
+  package, _, relative = place.removeprefix(SCHEME).partition('/')
   try:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
   except (ImportError, ValueError):  # ValueError: of __main__.
@@ -155,7 +146,7 @@ def find(path: str, modality: str) -> pathlib.Path:
       f'{_listing(local.parent)}{remedy}'
     )
   if row and row.sha256:
-    _check(row, local)
+    _check(row, path, local)
   return local
 
 
@@ -171,14 +162,14 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _check(row: Packaged, local: pathlib.Path) -> None:
+def _check(row: Packaged, path: str, local: pathlib.Path) -> None:
   """Refuses another file under a name that is known: it would be another tower, of which neither
   shapes nor licence are known, and scores would change without a word.
   """
   if (found := _sha256(local)) != row.sha256:
     raise UserError(
-      f'{row.path!r} is not the file that is known: its sha256 is {found}, that of {row.pip} is '
-      f'{row.sha256}; {INSTALL} --force-reinstall {row.pip}'
+      f'{path!r}: {local} is not the file that is known: its sha256 is {found}, that of {row.pip} '
+      f'is {row.sha256}; {INSTALL} --force-reinstall {row.pip}'
     )
 
 
