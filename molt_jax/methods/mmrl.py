@@ -209,13 +209,13 @@ class MMRL(base.Defaults):
     else:
       h_btd, tokens_bkd = self._run_behind_first(tower, entering_btd, mask_bt, how)
       class_bc = readout.projected(tower, h_btd, mask_bt)
-    normed_bkd = tower.norm_tokens(tokens_bkd) if self._norms(tower) else tokens_bkd
-    mean_bd = jnp.sum(normed_bkd.astype(jnp.float32), axis=1) / max(count, 1)
+    mean_bd = jnp.sum(tower.norm_tokens(tokens_bkd).astype(jnp.float32), axis=1) / max(count, 1)
     rep_bc = jnp.einsum('bd,dc->bc', mean_bd, trained['projection_dc'], precision='highest')
     return class_bc.astype(jnp.float32), rep_bc, untouched_bc.astype(jnp.float32)
 
   def _run_behind_first(self, tower, entering_btd, mask_bt, how):
-    """Runs the upper layers with tokens behind the first one (class token, or begin of text).
+    """Runs the upper layers with tokens behind the first one (class token, or begin of text; in an
+    image tower without a class token it makes no difference where they are).
 
     Returns:
       (what leaves the last layer without them, they themselves).
@@ -252,9 +252,6 @@ class MMRL(base.Defaults):
     untouched_kc = statistics['class_untouched']
     apart = 1 - jnp.mean(jnp.sum(_unit(names_kc) * _unit(untouched_kc), axis=-1))
     return dict.fromkeys(self.reads, names_kc), apart
-
-  def _norms(self, tower) -> bool:
-    return 'pool' in tower.heads or not hasattr(tower.config, 'image_size')
 
 
 def _spread(new_kd: jax.Array, count: int) -> jax.Array:

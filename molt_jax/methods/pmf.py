@@ -25,7 +25,6 @@ from molt_jax.data.modalities import COLUMN, MODALITIES
 from molt_jax.errors import UserError
 from molt_jax.features.frozen import Reads
 from molt_jax.methods import base
-from molt_jax.methods.parts import readout
 from molt_jax.methods.parts.interface import Output, available_mean
 from molt_jax.towers import stack
 
@@ -156,8 +155,8 @@ class _Tower:
     how = self._layer(trained, layer)
     count = trained.num_tokens
     if self.mask_bt is None:
-      h, _ = self.module.run(jnp.concatenate([self.h_btd, prompts], axis=1), **how)
-      return h[:, -count:]
+      h, _ = self.module.run(jnp.concatenate([prompts, self.h_btd], axis=1), **how)
+      return h[:, prompts.shape[1] - count : prompts.shape[1]]
     lengths_b = stack.lengths(self.mask_bt)
     h, new_lengths_b = stack.insert_behind(self.h_btd, lengths_b, prompts)
     mask = jnp.arange(h.shape[1])[None] < new_lengths_b[:, None]
@@ -178,9 +177,9 @@ class _Tower:
     how, count = self._layer(trained, layer), prompts.shape[1]
     b, t = self.h_btd.shape[:2]
     if self.mask_bt is None:
-      h = jnp.concatenate([self.h_btd, prompts], axis=1)
-      keys = jnp.concatenate([jnp.ones((b, t), bool), seen], axis=1)
-      self.h_btd = self.module.run(h, keys_bt=keys, **how)[0][:, :t]
+      h = jnp.concatenate([prompts, self.h_btd], axis=1)
+      keys = jnp.concatenate([seen, jnp.ones((b, t), bool)], axis=1)
+      self.h_btd = self.module.run(h, keys_bt=keys, **how)[0][:, count:]
       return
     h = jnp.concatenate([self.h_btd[:, :1], prompts, self.h_btd[:, 1:]], axis=1)
     mask = jnp.concatenate([self.mask_bt[:, :1], seen | True, self.mask_bt[:, 1:]], axis=1)
@@ -193,7 +192,7 @@ class _Tower:
 
   def readout(self) -> jax.Array:
     """The vector that the head reads, [B, D]."""
-    return readout.pooled(self.module, self.module.finish(self.h_btd), self.mask_bt)
+    return self.module.pool(self.module.finish(self.h_btd), None, self.mask_bt)
 
 
 def build(config, towers, *, num_classes, class_names=()) -> PMF:

@@ -229,6 +229,11 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
         'which is read, but not written after training; give config.backbones.image.freeze=True, '
         f'or a tower of the family {written}'
       )
+    if image.config.rope_theta and config.augment.image.kept < 1:
+      raise UserError(
+        f'config.augment.image.kept: {config.augment.image.kept}, but positions of '
+        f'{c.image.path!r} are counted from its patches, so that all are needed; give 1.0'
+      )
   else:
     image = _scratch_tower(c.image)
   return {'image': image, 'text': loading.describe_tower(c.text.path, modality='text')}

@@ -21,6 +21,7 @@ from molt_jax.errors import UserError
 from molt_jax.runtime import files, zipped
 from molt_jax.towers import (
   onnx,
+  open_clip,
   packaged,
   preprocessing,
   sentence_files,
@@ -241,6 +242,32 @@ class HuggingFaceFiles(TowerFiles):
     )
 
 
+class OpenClipFiles(HuggingFaceFiles):
+  """A directory of OpenCLIP, as the CLIPModel that it is."""
+
+  def __init__(self, path: str, modality: str, directory: zipped.Place):
+    content, self._asked = open_clip.read_config(directory, modality)
+    where = directory / open_clip.CONFIG
+    family = family_of(content, modality, str(where))
+    weights, found = open_clip.tensors(directory)
+    self._directory, self._pooling = directory, None
+    self._tensors = _named(found, family, directory)
+    TowerFiles.__init__(self, path, family, content, _sha256([where, weights]), str(where))
+    self.shapes = {name: t.shape for name, t in self._tensors.items()}
+    self.types = {n: t.dtype for n, t in self._tensors.items() if t.dtype not in WEIGHT_TYPES}
+
+  def own_preprocess(self):
+    asked, size = self._asked, self._pretrained.image_size
+    spec = preprocessing.spec(asked, size, self.where)
+    preprocessing.check_size(spec, size, self.resolution > 0, self.where)
+    return spec
+
+
+def _directory_files(path: str, modality: str, directory: zipped.Place) -> TowerFiles:
+  layout = OpenClipFiles if open_clip.is_one(directory) else HuggingFaceFiles
+  return layout(path, modality, directory)
+
+
 def _named(tensors: Mapping[str, Any], family: Family, place: zipped.Place) -> dict[str, Any]:
   """Gives tensors (with `block`, where the family splits any) the names in the family's table:
   without the prefix of a larger model, renamed, one that holds several split.
@@ -326,10 +353,10 @@ def _open(path: str, modality: str) -> TowerFiles:
     return RandomFiles(path, modality, path.removeprefix('random:'))
   local = packaged.find(path, modality) or pathlib.Path(path).expanduser()
   if local.is_dir():
-    return HuggingFaceFiles(path, modality, local)
+    return _directory_files(path, modality, local)
   if local.exists():
     if local.suffix == '.zip':
-      return HuggingFaceFiles(path, modality, _zipped_directory(local))
+      return _directory_files(path, modality, _zipped_directory(local))
     if local.suffix in FILES:
       return FILES[local.suffix](path, modality, local)
     raise UserError(
@@ -341,7 +368,7 @@ def _open(path: str, modality: str) -> TowerFiles:
       f'{path!r} does not exist; expected a Hugging Face directory or hub id, a .gguf file, a .zip '
       f'file, pkg://package/file, random:NAME, or one of {", ".join(packaged.TOWERS)}'
     )
-  return HuggingFaceFiles(path, modality, _download(path))
+  return _directory_files(path, modality, _download(path))
 
 
 # Files of one model each, by their suffix.

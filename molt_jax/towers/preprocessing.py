@@ -115,13 +115,20 @@ def read(
     named = {'image_processor_type': usual.get('image_processor_type')}
     found = {**found, **named}
   asked = spec(found, SIDES.get(_processor(found), image_size), str(file))
+  check_size(asked, image_size, any_size, str(file))
+  return asked
+
+
+def check_size(asked: ImageSpec, image_size: int, any_size: bool, where: str) -> None:
+  """Raises UserError where images have another side than the tower reads (`any_size`: it reads
+  them all); `where` names what asks for them.
+  """
   if asked.size != image_size and not any_size:
     raise UserError(
-      f'{file} asks for images of {asked.size} pixels, the tower reads {image_size} (square); '
+      f'{where} asks for images of {asked.size} pixels, the tower reads {image_size} (square); '
       f'give config.backbones.image.resolution = {asked.size}, and positions are resampled, or '
       f'{image_size}'
     )
-  return asked
 
 
 def spec(found: Mapping[str, Any], image_size: int, where: str) -> ImageSpec:

@@ -65,12 +65,12 @@ def find(directory: Place) -> dict[str, AnyTensor]:
   if not index.exists():
     if not single.exists():
       raise UserError(_what_else(directory))
-    return _headers([single])
+    return headers([single])
   weight_map = _read_index(index)
   shards = [directory / name for name in sorted(set(weight_map.values()))]
   if not single.exists():
     return _read_shards(index, shards, weight_map)
-  whole = _headers([single])
+  whole = headers([single])
   there = any(shard.exists() for shard in shards if shard != single)
   if there and not _equal(whole, _read_shards(index, shards, weight_map)):
     raise UserError(
@@ -121,7 +121,7 @@ def _read_shards(
     raise UserError(
       f'{index.parent} lacks {files.listed(missing)}, which {index.name} lists: download them'
     )
-  found = _headers(shards)
+  found = headers(shards)
   astray = [t for t, name in weight_map.items() if t not in found or found[t].file.name != name]
   if astray:
     raise UserError(
@@ -131,7 +131,12 @@ def _read_shards(
   return found
 
 
-def _headers(paths: list[Place]) -> dict[str, AnyTensor]:
+def headers(paths: list[Place]) -> dict[str, AnyTensor]:
+  """Returns the tensors of files by name.
+
+  Raises:
+    UserError: a file is damaged, or a tensor is in two.
+  """
   found = {}
   for path in paths:
     for tensor in _header(path):

@@ -65,7 +65,7 @@ def test_masked_prompts_leave_the_tower_as_it_is(modality, monkeypatch):
   def masked(self, h, *args, keys_bt, **how):
     t = keys_bt.shape[1]
     count = nothing.num_tokens
-    places = np.arange(t) >= t - count
+    places = np.arange(t) < count
     if own == 'text':
       places = (np.arange(t) >= 1) & (np.arange(t) < 1 + count)
     inserted.append(int(places.sum()))

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -228,6 +229,27 @@ def test_full_size_models_have_the_parameters_of_hugging_face(name):
   unused = UNUSED.get(kind, lambda d: 0)(files.config['hidden_size'])
   count = sum(x.size for x in jax.tree.leaves(nn.unbox(boxed)))
   assert count == sum(p.numel() for p in theirs.parameters()) - unused
+
+
+@pytest.mark.parametrize('path', ['random:dinov3-tiny', 'random:siglip-tiny'])
+def test_tokens_in_front_that_nobody_reads_change_nothing(relative_error, path):
+  """What methods insert stands before the patches; rotary positions stay with these."""
+  tower = loading.load_tower(path, modality='image', dtype='float32')
+
+  def run(params, image_bhwc):
+    bound = tower.module.bind({'params': params})
+    hidden_bid = bound.embed(image_bhwc)
+    alone, _ = bound.run(hidden_bid, start=0, stop=2)
+    b, count = len(hidden_bid), hidden_bid.shape[1]
+    more_bid = jnp.concatenate([jnp.ones((b, 3, hidden_bid.shape[2])), hidden_bid], axis=1)
+    keys_bi = jnp.broadcast_to(jnp.arange(count + 3) >= 3, (b, count + 3))
+    both, _ = bound.run(more_bid, start=0, stop=2, keys_bt=keys_bi)
+    return alone, both[:, 3:], bound.pool(alone)
+
+  alone, both, pooled_bd = jax.jit(run)(tower.params, _images(64))
+  assert relative_error(both, alone).max() < 1e-5
+  whole = alone[:, 0] if tower.config.class_token else alone.mean(axis=1)
+  np.testing.assert_allclose(pooled_bd, whole, rtol=1e-5, atol=1e-6)
 
 
 # Facts about files that are on the hub, every key as it is written there.

@@ -10,24 +10,16 @@ import numpy as np
 from molt_jax.towers.loading import TowerSpec
 
 
-def pooled(tower, last_btd: jax.Array, mask_bt: jax.Array | None = None) -> jax.Array:
-  """Returns what stands for a whole input, [B, D].
+def projected(tower, last_btd: jax.Array, mask_bt: jax.Array | None = None) -> jax.Array:
+  """Returns what stands for a whole input, [B, D] or, where the tower has a projection into a space
+  that it shares with another one, there.
 
   Args:
     tower: a bound tower.
     last_btd: what leaves its last layer; where the tower has a head of its own, before its norm.
     mask_bt: of a text, its tokens; None: an image.
   """
-  if mask_bt is not None:
-    return tower.pool(last_btd, None, mask_bt)
-  return tower.pool(last_btd) if 'pool' in tower.heads else last_btd[:, 0]
-
-
-def projected(tower, last_btd: jax.Array, mask_bt: jax.Array | None = None) -> jax.Array:
-  """As `pooled`, in the space that the tower shares with the other one, where it has a projection
-  into it.
-  """
-  pooled_bd = pooled(tower, last_btd, mask_bt)
+  pooled_bd = tower.pool(last_btd, None, mask_bt)
   return tower.project(pooled_bd) if 'projection' in tower.heads else pooled_bd
 
 

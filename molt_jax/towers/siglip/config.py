@@ -27,7 +27,7 @@ class SiglipVisionConfig(VisionConfig):
   """Architecture of a SigLIP vision transformer, which has no class token."""
 
   class_token: bool = False
-  pooling: str = 'attention'
+  pooled: str = 'attention'
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any], where: str = 'the SigLIP vision config') -> Self:

@@ -24,7 +24,7 @@ class VisionConfig:
     patch_bias: of the embedding of patches.
     pre_norm: a norm before the first layer.
     no_bias, gated, layer_scale: see `encoder.EncoderLayer`.
-    pooling: what is pooled of the last hidden states after the final norm: 'class', its class
+    pooled: what is pooled of the last hidden states after the final norm: 'class', its class
       token, or 'attention', what one learned query reads (SigLIP: Zhai et al. 2023).
   """
 
@@ -47,7 +47,7 @@ class VisionConfig:
   no_bias: tuple[str, ...] = ()
   gated: bool = False
   layer_scale: bool = False
-  pooling: str = 'class'
+  pooled: str = 'class'
 
   @property
   def grid(self) -> int:

@@ -73,7 +73,7 @@ class VisionTransformer(nn.Module):
     self.layers = stack.layer_params(self, self.layer, c.num_layers, example)
     if 'pool' in self.heads:
       self.post_norm = layer_norm(c, self.dtype, param_dtype, None)
-      if c.pooling == 'attention':
+      if c.pooled == 'attention':
         self.attention_pool = AttentionPool(c, self.dtype, self.attention, param_dtype)
     if 'projection' in self.heads:
       param('projection', width, ('embed', 'common'), (c.hidden_size, c.projection_size))
@@ -159,15 +159,20 @@ class VisionTransformer(nn.Module):
   def pool(self, hidden_bid, *unused):
     """One vector an image, dtype[B, D], of the last hidden states: after the final norm, the class
     token or what the learned query reads (Hugging Face's `pooler_output` of CLIP, DINOv2, DINOv3
-    and SigLIP). Only with the head 'pool'.
+    and SigLIP). Without the head 'pool' it is the class token, or the mean over patches where
+    there is none, without that norm.
     """
-    if self.config.pooling == 'attention':
+    if 'pool' not in self.heads:
+      return hidden_bid[:, 0] if self.config.class_token else jnp.mean(hidden_bid, axis=1)
+    if self.config.pooled == 'attention':
       return self.attention_pool(self.post_norm(hidden_bid))
     return self.post_norm(hidden_bid[:, 0])
 
   def norm_tokens(self, hidden_bkd):
-    """Any tokens of the last hidden states after the final norm. Only with the head 'pool'."""
-    return self.post_norm(hidden_bkd)
+    """Any tokens of the last hidden states after the final norm; without the head 'pool' as they
+    are.
+    """
+    return self.post_norm(hidden_bkd) if 'pool' in self.heads else hidden_bkd
 
   def project(self, pooled_bd):
     """What `pool` returned in CLIP's common space, dtype[B, projection_size]: Hugging Face's
