@@ -27,10 +27,11 @@ from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening, store
+from molt_jax.methods.head import RIDGE
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.runtime import console, processes
 from molt_jax.runtime.signals import exit_code
-from molt_jax.training import imputation_fit, losses, train_state, workdir
+from molt_jax.training import imputation_fit, losses, ridge_fit, train_state, workdir
 from molt_jax.training.assembly import Assembly
 from molt_jax.training.monitor import StepMonitor
 from molt_jax.training.schedule import StepSchedule
@@ -99,6 +100,10 @@ class ClassifierTrainer(Trainer):
         self.assembly, splits['train'], self._left['train'], self._stored['train']
       )
 
+    self._ridge = None
+    if RIDGE in self.assembly.method.closed_form:
+      self._ridge = ridge_fit.RidgeFit(self.assembly, self._left, self._stored)
+
   def iterator(self) -> Any:
     """See `Trainer`."""
     return pipeline.train_iterator(
@@ -110,11 +115,20 @@ class ClassifierTrainer(Trainer):
       stored=self._stored['train'],
     )
 
+  def begin(self, state: TrainState) -> TrainState:
+    """See `Trainer`."""
+    state = super().begin(state)
+    if not self._ridge:
+      return state
+    return state.replace(statistics=self._ridge.fit(_variables(state), self.frozen))
+
   def refresh(self, state: TrainState) -> TrainState:
     """See `Trainer`."""
-    if not self._imputation:
-      return state
-    return state.replace(statistics=self._imputation(_variables(state), self.frozen))
+    if self._imputation:
+      state = state.replace(statistics=self._imputation(_variables(state), self.frozen))
+    if self._ridge:
+      state = state.replace(statistics=self._ridge.weigh(_variables(state), self.frozen))
+    return state
 
   def validate(self, state: TrainState, monitor: StepMonitor) -> tuple[dict[str, Any], str]:
     """See `Trainer`."""

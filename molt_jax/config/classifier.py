@@ -105,10 +105,10 @@ FIELDS: dict[str, Any] = {
   'image': {
     'resize': Field(
       'crop',
-      one_of('crop', 'letterbox'),
+      one_of('crop', 'letterbox', 'squash'),
       (
-        'crop: as the tower has it, shortest side to size and centre crop, or (squash) both '
-        'sides to size; letterbox: longest side to size, padded.'
+        'crop: as the tower has it, mostly shortest side to size and centre crop; squash: both '
+        'sides to size, so that nothing is cut off; letterbox: longest side to size, padded.'
       ),
     ),
   },
@@ -226,6 +226,15 @@ FIELDS: dict[str, Any] = {
         'One classifier each for complete, image-only and text-only examples, where '
         'missing.views or missing.train_dropout trains them (MoLT).'
       ),
+    ),
+  },
+  'ridge': {
+    'landmarks': Field(
+      0,
+      between(-1, 16384),
+      'Training examples that a kernel ridge regression on the same hidden states compares with; '
+      'its answer is multiplied with that of the head (molt, late_fusion). -1: all, at most 4096; '
+      '0: no regression.',
     ),
   },
   'missing': {

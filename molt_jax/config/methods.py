@@ -32,6 +32,12 @@ MOLT = {
     "Hidden states of each tower that are read, numbered as Hugging Face's output_hidden_states: "
     "'-4:', '0,3,6', 'all', or 'image=0,6;text=-2:'; pair k is the k-th of each.",
   ),
+  'cells': Field(
+    0,
+    between(0, 64),
+    'Cells along a side of a picture whose means are read in the place of all patches: they keep '
+    'the layout, and the store is smaller; 0: every patch.',
+  ),
   'width': Field(1024, at_least(1), 'd_c: width of the common space.'),
   'num_heads': Field(
     1, at_least(1), 'Attention heads in the common space; must divide molt.width.'

@@ -42,7 +42,7 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
 
 
 # Fields that a run chooses from its data where they have this value; config.json has the choice.
-CHOSEN = {'text.max_tokens': 0}
+CHOSEN = {'text.max_tokens': 0, 'ridge.landmarks': -1}
 
 
 def with_choices(
@@ -57,7 +57,7 @@ def with_choices(
   config = config.copy_and_resolve_references()
   values, given = dict(flatten(begun.to_dict())), dict(flatten(config.to_dict()))
   for name, open_value in CHOSEN.items():
-    if given[name] == open_value:
+    if given.get(name) == open_value and name in values:
       set_field(config, name, values[name])
   return config
 

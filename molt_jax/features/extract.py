@@ -17,8 +17,8 @@ from flax import linen as nn
 
 from molt_jax.data import pipeline, transforms
 from molt_jax.errors import UserError
+from molt_jax.features import cells, hidden_states, store
 from molt_jax.features import frozen as frozen_towers
-from molt_jax.features import hidden_states, store
 from molt_jax.features.frozen import Reads
 from molt_jax.features.inputs import Input, InputBatches, TowerBatch, ahead
 from molt_jax.runtime import console, processes, sharding
@@ -64,6 +64,8 @@ class Extraction:
       spec['param_dtype'] = param_dtype
     if self.reads[modality].pooled:
       spec['pooled'] = True
+    if self._cells(modality):
+      spec['cells'] = self._cells(modality)
     if modality == 'image':
       p = self.preprocess
       spec['preprocess'] = {
@@ -83,8 +85,16 @@ class Extraction:
   def largest(self, modality: str) -> tuple[int, int, int]:
     """Returns (hidden states, most tokens, width) of an entry."""
     architecture, wanted = self.towers[modality].config, self.reads[modality]
-    tokens = architecture.num_tokens if modality == 'image' else self.config.text.max_tokens
+    tokens = self.config.text.max_tokens
+    if modality == 'image':
+      tokens = cells.num_tokens(architecture, wanted.cells)
     return len(wanted.states), 1 if wanted.pooled else tokens, architecture.hidden_size
+
+  def _cells(self, modality: str) -> int:
+    """Cells along a side that images are pooled to, 0 where every token is kept."""
+    wanted = self.reads[modality].cells
+    pools = modality == 'image' and cells.pools(self.towers[modality].config, wanted)
+    return wanted if pools else 0
 
   def run(self, frozen: Mapping[str, Any], arrays: Mapping[str, jax.Array], modality: str):
     """Returns the features of a batch, [B, L, N, D]."""
@@ -95,6 +105,8 @@ class Extraction:
       variables = {'params': frozen[modality]}
       pooled_bd = self.modules[modality].apply(variables, found_lbnd[-1], *inputs, method='pool')
       found_lbnd = pooled_bd[None, :, None].astype(jnp.float32)
+    if modality == 'image':
+      found_lbnd = cells.pool(found_lbnd, self.towers[modality].config, self._cells(modality))
     return jnp.moveaxis(found_lbnd, 1, 0)
 
 

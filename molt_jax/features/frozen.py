@@ -28,12 +28,15 @@ class Reads:
       the states makes the tower's weights needless.
     heads: what it reads above the last hidden state, see `towers.base.Family`.
     pooled: the feature is what the tower's `pool` makes of the last of `states`, not its tokens.
+    cells: of an image: cells along a side whose means are read in the place of all patches
+      (`features.cells`); 0: every token is read.
   """
 
   states: tuple[int, ...] = ()
   run_from: int | None = None
   heads: tuple[str, ...] = ()
   pooled: bool = False
+  cells: int = 0
 
 
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.TowerSpec]:

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.features import hidden_states
+from molt_jax.features import cells, hidden_states
 from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.parts.interface import Output
@@ -50,6 +50,7 @@ class Method(Protocol):
       they run once for all missing patterns; jax.lax.map otherwise.
     loss_weights: weights of `Output.losses_b`.
     branch_weights: weights of the cross-entropies of `Output.branches_bk`; their sum is 1.
+    closed_form: statistics that are fitted in closed form, by `training.ridge_fit`.
   """
 
   reads: Mapping[str, Reads]
@@ -57,6 +58,7 @@ class Method(Protocol):
   over_patterns: Any
   loss_weights: Mapping[str, float]
   branch_weights: Mapping[str, float]
+  closed_form: tuple[str, ...]
 
   def init(self, key: jax.Array) -> Any:
     """Returns what is trained, boxed with logical axes: {'params'} and perhaps {'statistics'}."""
@@ -104,6 +106,11 @@ class Defaults:
     """See `Method`."""
     return {}
 
+  @property
+  def closed_form(self) -> tuple[str, ...]:
+    """See `Method`."""
+    return ()
+
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `Method`."""
     del frozen
@@ -115,7 +122,11 @@ class Defaults:
     if stored is not None:
       return stored
     states = {modality: reads.states for modality, reads in self.reads.items()}
-    return hidden_states.extract(self.modules, frozen, batch, states)
+    found = hidden_states.extract(self.modules, frozen, batch, states)
+    if found.image_lbid is None:
+      return found
+    architecture, wanted = self.modules['image'].config, self.reads['image'].cells
+    return found.replace(image_lbid=cells.pool(found.image_lbid, architecture, wanted))
 
   def constrain(self, params: Any) -> Any:
     """See `Method`."""

@@ -16,15 +16,17 @@ from flax import traverse_util
 
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.features import hidden_states
+from molt_jax.features import cells, hidden_states
 from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base, trainable
+from molt_jax.methods.parts import kernel_ridge
 from molt_jax.methods.parts.fusion import CLASSIFIERS
 from molt_jax.methods.parts.inputs import InputPair
 from molt_jax.methods.parts.interface import Output
 from molt_jax.towers.loading import TowerSpec
 
+RIDGE = 'ridge'  # The regression's variables among the statistics.
 TOWERS = 'towers'  # Parameters of towers among those that are trained.
 
 
@@ -38,6 +40,10 @@ class HeadMethod(base.Defaults):
     reads: modality -> what is read of the tower.
     modules: modality -> the tower's module, None for one that is not used.
     trained: modality -> path -> shape of the tower's parameters that are trained.
+    cells: along a side, whose means the head reads in the place of patches; 0: every patch.
+    landmarks: of the kernel ridge regression beside the head (`parts.kernel_ridge`); 0: none.
+    num_classes: K.
+    multi_label: whether an example can have several labels.
     over_patterns: see `base.Method`.
   """
 
@@ -46,12 +52,21 @@ class HeadMethod(base.Defaults):
   reads: Mapping[str, Reads]
   modules: Mapping[str, nn.Module | None]
   trained: Mapping[str, Mapping[str, Any]]
+  cells: int = 0
+  landmarks: int = 0
+  num_classes: int = 0
+  multi_label: bool = False
   over_patterns: Any = jax.vmap
 
   @property
   def num_layers(self) -> int:
     """L, the hidden states of each tower that the head reads."""
     return max(len(states) for states in self.states.values())
+
+  @property
+  def closed_form(self) -> tuple[str, ...]:
+    """See `base.Method`."""
+    return (RIDGE,) if self.landmarks else ()
 
   def init(self, key: jax.Array) -> Any:
     """See `base.Method`."""
@@ -61,11 +76,25 @@ class HeadMethod(base.Defaults):
       found[modality] = None if shape is None else jnp.zeros(shape)
     example = HiddenStates(found['image'], found['text'], jnp.ones((1, 1), bool))
     variables = self.head.init(key, example, jnp.ones((1, 2), bool), train=False)
+    if self.landmarks:
+      statistics = {**variables.get('statistics', {}), RIDGE: self._empty_ridge()}
+      variables = {**variables, 'statistics': statistics}
     towers = {m: trainable.zeros(paths) for m, paths in self.trained.items() if paths}
     if not towers:
       return variables
     nested = {m: traverse_util.unflatten_dict(flat, sep='/') for m, flat in towers.items()}
     return {**variables, 'params': {**variables['params'], TOWERS: nested}}
+
+  def _empty_ridge(self) -> dict[str, Any]:
+    shapes = {}
+    for modality, module in self.modules.items():
+      shapes[modality] = None
+      if module:
+        architecture = module.config
+        tokens = 1 if modality == 'text' else cells.num_tokens(architecture, self.cells)
+        shapes[modality] = (len(self.states[modality]), tokens, architecture.hidden_size)
+    sizes = {'landmarks': self.landmarks, 'num_classes': self.num_classes}
+    return kernel_ridge.empty(shapes, **sizes)
 
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `base.Method`."""
@@ -89,13 +118,35 @@ class HeadMethod(base.Defaults):
     if training:
       how = {'content_bm': batch['present'], 'weight_b': batch['weight']}
       how |= {'rngs': {'dropout': training.rngs['dropout']}}
-    own = {'params': params, 'statistics': variables.get('statistics', {})}
+    statistics = dict(variables.get('statistics', {}))
+    ridge = statistics.pop(RIDGE, None)
+    own = {'params': params, 'statistics': statistics}
     if not (training and training.update):
-      return self.head.apply(own, states, present_bm, train=training is not None, **how)
+      out = self.head.apply(own, states, present_bm, train=training is not None, **how)
+      return out if training or ridge is None else self._with_ridge(out, ridge, states, present_bm)
     out, changed = self.head.apply(
       own, states, present_bm, train=True, mutable=['statistics'], **how
     )
-    return out.replace(statistics=changed.get('statistics', {}))
+    kept = {} if ridge is None else {RIDGE: ridge}
+    return out.replace(statistics={**changed.get('statistics', {}), **kept})
+
+  def _with_ridge(self, out: Output, ridge, states, present_bm) -> Output:
+    """The answer of head and regression together; each alone among the branches."""
+    answer_bk, pattern_b = kernel_ridge.scores(ridge, states, present_bm)
+    how = {'multi_label': self.multi_label}
+    logits_bk = kernel_ridge.combine(ridge, out.logits_bk, answer_bk, pattern_b, **how)
+    branches_bk = {'head': out.logits_bk, RIDGE: answer_bk}
+    return out.replace(logits_bk=logits_bk, branches_bk=branches_bk)
+
+  def ridge_inputs(self, frozen, features, batch, variables) -> dict[str, dict[str, jax.Array]]:
+    """Returns what the regression compares of a batch, modality -> group -> float32[B, ...]."""
+    towers = variables['params'].get(TOWERS, {})
+    states = self._states(towers, frozen, features, batch)
+    found = {}
+    for modality in MODALITIES:
+      if states.of(modality) is not None:
+        found[modality] = kernel_ridge.pool_modality(states, batch['present'], modality)
+    return found
 
   def _states(self, towers, frozen, features: HiddenStates, batch) -> HiddenStates:
     """The states that the head reads; those above a trained layer are computed here."""
@@ -107,6 +158,9 @@ class HeadMethod(base.Defaults):
         depth = self.modules[modality].config.num_layers
         params = trainable.merge(frozen[modality], flat, depth)
         found[modality] = self._run(modality, params, found[modality], batch)
+        if modality == 'image':
+          config = self.modules[modality].config
+          found[modality] = cells.pool(found[modality], config, self.cells)
     return features.replace(image_lbid=found['image'], text_lbtd=found['text'])
 
   def _run(self, modality, params, stored_lbtd, batch):
@@ -135,6 +189,8 @@ def build(
   towers: Mapping[str, TowerSpec],
   states: Mapping[str, tuple[int, ...]],
   head: nn.Module,
+  num_classes: int,
+  num_cells: int = 0,
 ) -> HeadMethod:
   """Returns the method of a head.
 
@@ -143,6 +199,7 @@ def build(
     towers: modality -> description, of those that are used.
     states: modality -> hidden states that the head reads.
     head: it.
+    num_cells: see `HeadMethod.cells`.
   """
   whole = {modality: Reads(wanted) for modality, wanted in states.items()}
   modules = base.tower_modules(config, towers, whole)
@@ -150,7 +207,19 @@ def build(
   for modality, tower in towers.items():
     trained[modality] = trainable.leaves(config, modality, modules[modality])
     reads[modality] = _reads(states[modality], trained[modality], tower)
-  return HeadMethod(head, states, reads, modules, trained)
+    if modality == 'image' and not trained[modality]:
+      reads[modality] = dataclasses.replace(reads[modality], cells=num_cells)
+  return HeadMethod(
+    head,
+    states,
+    reads,
+    modules,
+    trained,
+    cells=num_cells,
+    landmarks=config.ridge.landmarks,
+    num_classes=num_classes,
+    multi_label=config.dataset.multi_label,
+  )
 
 
 def _reads(states, trained, tower: TowerSpec) -> Reads:

@@ -66,4 +66,4 @@ def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
   states = {modality: (tower.config.num_layers,) for modality, tower in towers.items()}
   sizes = {f'{modality}_width': width for modality, width in base.widths(towers).items()}
   head = make_head(config, num_layers=1, num_classes=num_classes, **sizes)
-  return heads.build(config, towers, states, head)
+  return heads.build(config, towers, states, head, num_classes)

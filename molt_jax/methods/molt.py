@@ -221,4 +221,4 @@ def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
   sizes = {f'{modality}_width': width for modality, width in base.widths(towers).items()}
   num_layers = max(counts.values())
   head = make_head(config, num_layers=num_layers, num_classes=num_classes, **sizes)
-  return heads.build(config, towers, states, head)
+  return heads.build(config, towers, states, head, num_classes, config.molt.cells)

@@ -113,6 +113,11 @@ def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(x)
 
 
+def of_main(tree: Any) -> Any:
+  """Returns the main process's arrays in every process; all call it together, with equal shapes."""
+  return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+
+
 def lines_of_all(line: str, *, size: int = 4096) -> list[str]:
   """Returns what each process has to say, empty and equal lines left out; all processes call it
   together.

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
   from molt_jax.features.extract import Extraction
 
 
+MOST_LANDMARKS = 4096
+
+
 @dataclasses.dataclass(frozen=True)
 class Assembly:
   """What a config turns into; arrays are not in it.
@@ -140,8 +143,19 @@ def assemble(
   towers = describe_towers(config)
   with processes.main_first('data set'):
     data = datasets.load_dataset(config)
-  config = _with_text_length(config, towers, data)
+  config = _with_landmarks(_with_text_length(config, towers, data), data)
   return Assembly(config, mesh, towers, tuple(data.class_names), data)
+
+
+def _with_landmarks(config: ml_collections.ConfigDict, data: Dataset) -> ml_collections.ConfigDict:
+  """Returns the config with `ridge.landmarks` chosen where it is -1: every training example, up to
+  MOST_LANDMARKS.
+  """
+  if config.get('ridge', {}).get('landmarks') != -1:
+    return config
+  config = config.copy_and_resolve_references()
+  config.ridge.landmarks = min(len(data.splits['train']), MOST_LANDMARKS)
+  return config
 
 
 def _with_text_length(

@@ -1,0 +1,194 @@
+"""Kernel ridge regression on pooled hidden states, solved in closed form for each missing pattern.
+
+Few examples are learned better by ridge regression with a radial kernel than by gradient descent,
+so a head's answer is multiplied with that of such a regression on the same hidden states. A kernel
+compares an example with landmarks (training examples),
+
+  k_j(x, z) = exp(-GAMMA d_j(x, z)),   d_j = the mean of (x_c - z_c)^2 over the channels of group j,
+
+with channels standardised by training statistics. Each modality has two groups (`GROUPS`): the
+first token and the mean token of all hidden states, and all cells of one hidden state, which keep
+place. Its kernel is a convex mixture of theirs; that of a complete example is a convex mixture of
+both modalities'. Scores are k(x, Z) alpha + b, where alpha solves ridge regression of one-hot
+labels in the space that the landmarks span (Williams and Seeger 2001). Where all training examples
+are landmarks, that is exact kernel ridge regression.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from molt_jax.data.modalities import MODALITIES, PATTERNS
+from molt_jax.features.hidden_states import HiddenStates
+
+GAMMA = 0.3  # Standardised channels of unrelated examples have a mean squared distance of about 2.
+GROUPS = ('mean', 'cells')
+# More tokens than these are no cells: their mean alone is compared.
+MAX_CELLS = 40
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def empty(
+  shapes: Mapping[str, tuple[int, int, int] | None], *, landmarks: int, num_classes: int
+) -> dict[str, Any]:
+  """Returns the variables of a regression that answers nothing yet.
+
+  Args:
+    shapes: modality -> (L hidden states, N tokens, D channels), None for one that is not used.
+    landmarks: M.
+    num_classes: K.
+  """
+  patterns = len(PATTERNS)
+  found = {
+    'dual_vmk': jnp.zeros((patterns, landmarks, num_classes)),
+    'offset_vk': jnp.zeros((patterns, num_classes)),
+    'share_vm': jnp.zeros((patterns, len(MODALITIES))),
+    'temperature_v': jnp.zeros((patterns,)),
+    'head_weight_v': jnp.ones((patterns,)),
+  }
+  for modality, shape in shapes.items():
+    if shape is None:
+      continue
+    layers, tokens, width = shape
+    sizes = {'mean': (layers, min(tokens, 2), width), 'cells': (1, num_cells(tokens), width)}
+    found[modality] = {
+      'state': jnp.zeros((), jnp.int32),
+      'group_weight': jnp.zeros((len(GROUPS),)),
+      **{f'{group}_mean_lnd': jnp.zeros(size) for group, size in sizes.items()},
+      **{f'{group}_scale_lnd': jnp.zeros(size) for group, size in sizes.items()},
+      **{
+        f'{group}_landmarks_mlnd': jnp.zeros((landmarks, *size), jnp.float16)
+        for group, size in sizes.items()
+      },
+    }
+  return found
+
+
+def num_cells(tokens: int) -> int:
+  """Returns how many tokens of an example keep their place, 1 where they are too many."""
+  return tokens if tokens <= MAX_CELLS else 1
+
+
+def pool(states_lbnd: jax.Array, mask_bn: jax.Array, *, has_cells: bool) -> dict[str, jax.Array]:
+  """Returns what the groups compare of a modality's hidden states.
+
+  Args:
+    states_lbnd: [L, B, N, D]; whatever lies where mask_bn is False is not read.
+    mask_bn: bool[B, N].
+    has_cells: tokens have places (of an image) that examples share.
+
+  Returns:
+    {'mean': float32[B, L, 2 or 1, D], with cells the first token and the mean of the others, else
+    the mean of all; 'cells': float32[B, L, C, D]}; zero where no token is valid.
+  """
+  x_lbnd = jnp.where(mask_bn[None, :, :, None], states_lbnd, 0).astype(jnp.float32)
+  x_blnd = jnp.moveaxis(x_lbnd, 1, 0)
+  if not has_cells or x_blnd.shape[2] == 1:
+    count_b = jnp.maximum(jnp.sum(mask_bn, axis=1), 1).astype(jnp.float32)
+    mean_bl1d = jnp.sum(x_blnd, axis=2, keepdims=True) / count_b[:, None, None, None]
+    return {'mean': mean_bl1d, 'cells': mean_bl1d}
+  mean_bl1d = jnp.mean(x_blnd[:, :, 1:], axis=2, keepdims=True)
+  cells = x_blnd if num_cells(x_blnd.shape[2]) > 1 else mean_bl1d
+  return {'mean': jnp.concatenate([x_blnd[:, :, :1], mean_bl1d], axis=2), 'cells': cells}
+
+
+def kernel(variables: Mapping[str, Any], pooled: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns the kernel of a modality's examples with the landmarks, float32[B, M].
+
+  Args:
+    variables: of the modality, as in `empty`.
+    pooled: as `pool` returned it.
+  """
+  state = variables['state']
+  chosen = {
+    'mean': pooled['mean'],
+    'cells': jax.lax.dynamic_slice_in_dim(pooled['cells'], state, 1, axis=1),
+  }
+  total = 0.0
+  for g, group in enumerate(GROUPS):
+    x_bc, z_mc = _standardised(variables, group, chosen[group])
+    total += variables['group_weight'][g] * jnp.exp(-GAMMA * mean_squared_distance(x_bc, z_mc))
+  return total
+
+
+def _standardised(variables, group, x_blnd):
+  """float32[B, channels] of examples, float32[M, channels] of the landmarks."""
+  x_blnd = (x_blnd - variables[f'{group}_mean_lnd']) * variables[f'{group}_scale_lnd']
+  z_mlnd = variables[f'{group}_landmarks_mlnd'].astype(jnp.float32)
+  return x_blnd.reshape(len(x_blnd), -1), z_mlnd.reshape(len(z_mlnd), -1)
+
+
+def mean_squared_distance(x_bc: Any, z_mc: Any) -> Any:
+  """Returns float32[B, M], the mean over channels of squared differences."""
+  products_bm = jnp.matmul(x_bc, z_mc.T, precision=_HIGHEST)
+  squares = (jnp.square(x_bc).sum(1)[:, None], jnp.square(z_mc).sum(1)[None])
+  return jnp.maximum(squares[0] + squares[1] - 2 * products_bm, 0) / x_bc.shape[1]
+
+
+def scores(
+  variables: Mapping[str, Any], states: HiddenStates, present_bm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the regression's answers to examples with some of their modalities.
+
+  Args:
+    variables: as in `empty`, fitted.
+    states: hidden states that the head reads.
+    present_bm: bool[B, 2], the modalities that may be read; no bit of another enters.
+
+  Returns:
+    (float32[B, K], about 0 to 1; int32[B], which of PATTERNS an example is, 0 for one without
+    anything).
+  """
+  pattern_b = jnp.where(present_bm.all(axis=1), 0, jnp.where(present_bm[:, 0], 1, 2))
+  pattern_b = jnp.where(present_bm.any(axis=1), pattern_b, 0)
+  total_bm = 0.0
+  for column, modality in enumerate(MODALITIES):
+    if modality not in variables or states.of(modality) is None:
+      continue
+    pooled = pool_modality(states, present_bm, modality)
+    kernel_bm = kernel(variables[modality], pooled)
+    share_b = variables['share_vm'][pattern_b, column]
+    own_b = present_bm[:, column]
+    total_bm += jnp.where(own_b[:, None], share_b[:, None] * kernel_bm, 0.0)
+  answers_vbk = jnp.einsum('bm,vmk->vbk', total_bm, variables['dual_vmk'], precision=_HIGHEST)
+  answers_vbk += variables['offset_vk'][:, None]
+  rows = jnp.arange(len(pattern_b))
+  return answers_vbk[pattern_b, rows], pattern_b
+
+
+def pool_modality(
+  states: HiddenStates, present_bm: jax.Array, modality: str
+) -> dict[str, jax.Array]:
+  """`pool` of one modality's states, where it is present."""
+  own_lbnd, column = states.of(modality), MODALITIES.index(modality)
+  mask_bn = jnp.broadcast_to(present_bm[:, column, None], own_lbnd.shape[1:3])
+  if modality == 'text':
+    mask_bn &= states.text_mask_bt
+  return pool(own_lbnd, mask_bn, has_cells=modality == 'image')
+
+
+def combine(
+  variables: Mapping[str, Any],
+  logits_bk: jax.Array,
+  answer_bk: jax.Array,
+  pattern_b: jax.Array,
+  *,
+  multi_label: bool,
+) -> jax.Array:
+  """Multiplies a head's answer with the regression's, as `scores` returned it. Where nothing was
+  fitted the head's logits stay as they are.
+  """
+  temperature_b1 = variables['temperature_v'][pattern_b][:, None]
+  weight_b1 = variables['head_weight_v'][pattern_b][:, None]
+  mixed_bk = mix(logits_bk, answer_bk, weight_b1, temperature_b1, multi_label=multi_label)
+  return jnp.where(temperature_b1 > 0, mixed_bk, logits_bk)
+
+
+def mix(logits_bk: Any, answer_bk: Any, weight: Any, temperature: Any, *, multi_label: bool) -> Any:
+  """Returns weight log p_head + log p_ridge; for several labels, the sum of their logits."""
+  if multi_label:
+    return weight * logits_bk + temperature * (answer_bk - 0.5)
+  head_bk = jax.nn.log_softmax(logits_bk)
+  return weight * head_bk + jax.nn.log_softmax(temperature * answer_bk)

@@ -1,0 +1,362 @@
+"""Solves the kernel ridge regression of `kernel_ridge` on the host, and chooses what it leaves open
+(groups, mixture, ridge, temperature) by the log loss of examples held out.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from molt_jax.data.modalities import MODALITIES, PATTERNS
+from molt_jax.methods.parts.kernel_ridge import GAMMA
+
+RIDGES = tuple(float(x) for x in 10.0 ** np.arange(-2.5, 0.6, 0.5))
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # Of the text in the kernel of complete examples.
+TEMPERATURES = tuple(float(x) for x in 2.0 ** np.arange(0, 6.1, 0.5))
+HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Groups and mixtures are chosen with so many landmarks at most, as it takes a tenth of the time.
+_CHOOSING = 1024
+# Fewer examples decide nothing: neither is a regression fitted to, nor chosen by so few.
+LEAST = 10
+_LEAST_STD = 1e-3
+_JITTER = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Examples in a random order.
+
+  Attributes:
+    pooled: modality -> group -> [B, L, N, D].
+    present_bm: bool[B, 2].
+    target_bk: float32[B, K] of zeros and ones.
+  """
+
+  pooled: Mapping[str, Mapping[str, np.ndarray]]
+  present_bm: np.ndarray
+  target_bk: np.ndarray
+
+  def take(self, rows: np.ndarray) -> 'Examples':
+    """Returns some of the examples."""
+    pooled = {m: {g: x[rows] for g, x in groups.items()} for m, groups in self.pooled.items()}
+    return Examples(pooled, self.present_bm[rows], self.target_bk[rows])
+
+  def having(self, pattern_m: np.ndarray) -> np.ndarray:
+    """Returns the rows of the examples that have the modalities of a pattern."""
+    return np.flatnonzero(self.present_bm[:, pattern_m].all(axis=1))
+
+
+class Solution(NamedTuple):
+  """A regression, and the log loss of its answers to examples held out, at its best temperature."""
+
+  dual_mk: np.ndarray
+  offset_k: np.ndarray
+  temperature: float
+  loss: float
+
+
+def _best(found: Sequence[tuple[Any, Solution]]) -> tuple[Any, Solution]:
+  """Returns what has the least log loss: accuracy on a few hundred examples is luck."""
+  return min(found, key=lambda pair: pair[1].loss)
+
+
+def fit(
+  training: Examples, held: Examples, *, landmarks: int, multi_label: bool
+) -> dict[str, Any] | None:
+  """Fits a regression.
+
+  Args:
+    training: to fit to; the first are the landmarks.
+    held: to choose by; where a pattern has too few of them, every fifth training example is.
+    landmarks: M of the variables; unused ones weigh nothing.
+    multi_label: whether an example can have several labels.
+
+  Returns:
+    Variables as `kernel_ridge.empty` makes them; None where no pattern has enough examples.
+  """
+  count = min(landmarks, len(training.target_bk))
+  kernels = {m: _ModalityKernels(m, training, held, count) for m in training.pooled}
+  solver = _Solver(training, held, count, multi_label)
+  chosen: dict[int, Solution] = {}
+  for modality, own in kernels.items():
+    pattern = 1 + MODALITIES.index(modality)
+    if solver.has_enough(pattern):
+      own.choice = solver.choose_groups(pattern, own)
+      own.chosen = own.kernels(own.choice)
+      chosen[pattern] = solver.solve(pattern, own.chosen)
+  shares = {1: (1.0, 0.0), 2: (0.0, 1.0)}
+  if len(chosen) == 2 and solver.has_enough(0):
+    pair = [kernels[modality].chosen for modality in MODALITIES]
+    share = solver.choose(0, {share: _mixture(*pair, share) for share in SHARES})
+    shares[0] = (1 - share, share)
+    chosen[0] = solver.solve(0, _mixture(*pair, share))
+  return _packed(kernels, chosen, shares, landmarks) if chosen else None
+
+
+class _ModalityKernels:
+  """Kernels of one modality's examples (training, then held) with the landmarks."""
+
+  def __init__(self, modality: str, training: Examples, held: Examples, count: int):
+    own = training.having(np.array(MODALITIES) == modality)
+    self.choice, self.chosen = (1.0, 0.0, 0), None
+    self._spaces, self._inputs = {}, {}
+    for group, x_blnd in training.pooled[modality].items():
+      self._spaces[group] = _space(x_blnd[own] if len(own) else x_blnd)
+      self._inputs[group] = (x_blnd, held.pooled[modality][group])
+    self._count = count
+    self._num_states = training.pooled[modality]['cells'].shape[1]
+    # One token without a place: both groups would be the same.
+    self._has_cells = training.pooled[modality]['cells'].shape[2] > 1
+
+  @property
+  def states(self) -> range:
+    """The hidden states whose cells may be compared; none where there is one cell, since both
+    groups would be the same.
+    """
+    return range(self._num_states if self._has_cells else 0)
+
+  def kernels(self, choice: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the kernels of training and held examples, float32[B, M].
+
+    Args:
+      choice: (weight of the group of means, weight of the cells, state of the cells).
+    """
+    mean_weight, cells_weight, state = choice
+    parts = [(mean_weight, 'mean', None), (cells_weight, 'cells', state)]
+    found = [(w, self._kernels(group, s)) for w, group, s in parts if w]
+    return tuple(sum(w * pair[k] for w, pair in found) for k in range(2))
+
+  def _kernels(self, group: str, state: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    mean_lnd, scale_lnd = self._spaces[group]
+    rows = slice(None) if state is None else slice(state, state + 1)
+    flat = []
+    for x_blnd in self._inputs[group]:
+      z_blnd = (x_blnd[:, rows].astype(np.float32) - mean_lnd[rows]) * scale_lnd[rows]
+      flat.append(z_blnd.reshape(len(z_blnd), -1))
+    landmarks_mc = flat[0][: self._count]
+    return tuple(np.exp(-GAMMA * _mean_squared_distance(x_bc, landmarks_mc)) for x_bc in flat)
+
+  def variables(self, landmarks: int) -> dict[str, np.ndarray]:
+    """Returns the modality's variables, as `kernel_ridge.empty` makes them."""
+    *weights, state = self.choice
+    found = {'state': np.int32(state), 'group_weight': np.asarray(weights, np.float32)}
+    for group, (mean_lnd, scale_lnd) in self._spaces.items():
+      rows = slice(None) if group == 'mean' else slice(state, state + 1)
+      x_blnd = self._inputs[group][0][: self._count, rows].astype(np.float32)
+      z_mlnd = np.zeros((landmarks, *x_blnd.shape[1:]), np.float16)
+      z_mlnd[: self._count] = (x_blnd - mean_lnd[rows]) * scale_lnd[rows]
+      found |= {
+        f'{group}_mean_lnd': mean_lnd[rows],
+        f'{group}_scale_lnd': scale_lnd[rows],
+        f'{group}_landmarks_mlnd': z_mlnd,
+      }
+    return found
+
+
+def _space(x_blnd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and inverse standard deviation of training examples, float32[L, N, D] each."""
+  mean_lnd = x_blnd.mean(axis=0, dtype=np.float64)
+  square_lnd = np.zeros_like(mean_lnd)
+  for rows in np.array_split(x_blnd, max(len(x_blnd) // 256, 1)):
+    square_lnd += np.square(rows - mean_lnd).sum(axis=0)
+  deviation_lnd = np.sqrt(square_lnd / max(len(x_blnd), 1))
+  scale_lnd = 1 / (deviation_lnd + _LEAST_STD + 1e-3 * np.abs(mean_lnd))
+  return mean_lnd.astype(np.float32), scale_lnd.astype(np.float32)
+
+
+def _mean_squared_distance(x_bc: np.ndarray, z_mc: np.ndarray) -> np.ndarray:
+  products_bm = x_bc @ z_mc.T
+  squares_bm = np.square(x_bc).sum(1)[:, None] + np.square(z_mc).sum(1)[None]
+  return np.maximum(squares_bm - 2 * products_bm, 0) / x_bc.shape[1]
+
+
+def _mixture(image, text, share: float) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (1 - share) of the image's kernels + share of the text's."""
+  return tuple((1 - share) * a + share * b for a, b in zip(image, text, strict=True))
+
+
+class _Solver:
+  """Ridge regressions for missing patterns."""
+
+  def __init__(self, training: Examples, held: Examples, count: int, multi_label: bool):
+    self._training, self._held = training, held
+    self._count, self._multi_label = count, multi_label
+
+  def has_enough(self, pattern: int) -> bool:
+    """Whether training examples of a pattern are enough to fit to."""
+    rows = self._training.having(PATTERNS[pattern])
+    return np.sum(rows < self._count) >= LEAST
+
+  def choose_groups(self, pattern: int, own: _ModalityKernels) -> tuple:
+    """Returns the best of: the means, the cells of one state, and both at equal weight."""
+    cells = {(0.0, 1.0, state): own.kernels((0.0, 1.0, state)) for state in own.states}
+    mean = {(1.0, 0.0, 0): own.kernels((1.0, 0.0, 0))}
+    if not cells:
+      return (1.0, 0.0, 0)
+    state = self.choose(pattern, cells)[2]
+    both = {(0.5, 0.5, state): own.kernels((0.5, 0.5, state))}
+    best_cells = {(0.0, 1.0, state): cells[0.0, 1.0, state]}
+    return self.choose(pattern, mean | best_cells | both)
+
+  def choose(self, pattern: int, candidates: Mapping[Any, tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Returns the best candidate's name."""
+    found = [
+      (name, self._solve(pattern, pair, min(self._count, _CHOOSING)))
+      for name, pair in candidates.items()
+    ]
+    return _best(found)[0]
+
+  def solve(self, pattern: int, kernels: tuple[np.ndarray, np.ndarray]) -> Solution:
+    """Returns the regression of one pattern, with all landmarks."""
+    return self._solve(pattern, kernels, self._count)
+
+  def _solve(self, pattern, kernels, count) -> Solution:
+    problem = _problem(self._training, self._held, PATTERNS[pattern], kernels, count)
+    factor_mm = _factor(problem.gram_mm)
+    feature_nm, feature_hm = (
+      _solve_lower(factor_mm, kernel.T).T for kernel in (problem.kernel_nm, problem.kernel_hm)
+    )
+    offset_k = problem.target_nk.mean(axis=0)
+    fitted = ~problem.held_out_n
+    halves = _halves(feature_nm[fitted], problem.target_nk[fitted] - offset_k)
+    found = []
+    for ridge in RIDGES:
+      answer_hk = feature_hm @ _ridge_solution(*halves, ridge) + offset_k
+      found.append((ridge, self._judged(answer_hk, problem.target_hk)))
+    ridge, solution = _best(found)
+    if problem.held_out_n.any():  # What was chosen by is fitted to in the end.
+      halves = _halves(feature_nm, problem.target_nk - offset_k)
+    weight_mk = _ridge_solution(*halves, ridge)
+    dual_mk = np.zeros((self._count, weight_mk.shape[1]), np.float32)
+    dual_mk[problem.landmarks] = scipy.linalg.solve_triangular(
+      factor_mm, weight_mk, lower=True, trans=1
+    )
+    return solution._replace(dual_mk=dual_mk, offset_k=offset_k)
+
+  def _judged(self, answer_hk: np.ndarray, target_hk: np.ndarray) -> Solution:
+    """A solution without its coefficients."""
+    if self._multi_label:
+      answer_hk = answer_hk - 0.5
+    loss, temperature = min(
+      (log_loss(t * answer_hk, target_hk, self._multi_label), t) for t in TEMPERATURES
+    )
+    none = np.zeros(0, np.float32)
+    return Solution(none, none, temperature, loss)
+
+
+class _Problem(NamedTuple):
+  """One regression: landmarks (their rows), kernels and targets of fitted and held examples; which
+  of the fitted are held out, too, where no others are.
+  """
+
+  landmarks: np.ndarray
+  gram_mm: np.ndarray
+  kernel_nm: np.ndarray
+  kernel_hm: np.ndarray
+  target_nk: np.ndarray
+  target_hk: np.ndarray
+  held_out_n: np.ndarray
+
+
+def _problem(training, held, pattern_m, kernels, count) -> _Problem:
+  rows, held_rows = training.having(pattern_m), held.having(pattern_m)
+  landmarks = rows[rows < count]
+  kernel_nm = kernels[0][np.ix_(rows, landmarks)]
+  target_nk = training.target_bk[rows]
+  held_out_n = np.zeros(len(rows), bool)
+  kernel_hm, target_hk = kernels[1][np.ix_(held_rows, landmarks)], held.target_bk[held_rows]
+  if len(held_rows) < LEAST:
+    held_out_n = np.arange(len(rows)) % 5 == 0
+    kernel_hm, target_hk = kernel_nm[held_out_n], target_nk[held_out_n]
+  gram_mm = kernel_nm[rows < count]
+  return _Problem(landmarks, gram_mm, kernel_nm, kernel_hm, target_nk, target_hk, held_out_n)
+
+
+def _factor(gram_mm: np.ndarray) -> np.ndarray:
+  """Cholesky factor of the landmarks' kernel, lower, float64."""
+  gram_mm = gram_mm.astype(np.float64)
+  gram_mm[np.diag_indices(len(gram_mm))] += _JITTER
+  return scipy.linalg.cholesky(gram_mm, lower=True, overwrite_a=True, check_finite=False)
+
+
+def _solve_lower(factor_mm: np.ndarray, x_mn: np.ndarray) -> np.ndarray:
+  x_mn = x_mn.astype(np.float32)
+  factor_mm = factor_mm.astype(np.float32)
+  return scipy.linalg.solve_triangular(factor_mm, x_mn, lower=True, check_finite=False)
+
+
+def _halves(feature_nm: np.ndarray, target_nk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Both sides of the normal equations."""
+  gram_mm, right_mk = feature_nm.T @ feature_nm, feature_nm.T @ target_nk
+  return gram_mm.astype(np.float64), right_mk.astype(np.float64)
+
+
+def _ridge_solution(gram_mm: np.ndarray, right_mk: np.ndarray, ridge: float) -> np.ndarray:
+  gram_mm = gram_mm.copy()
+  gram_mm[np.diag_indices(len(gram_mm))] += ridge
+  factor = scipy.linalg.cho_factor(gram_mm, lower=True, overwrite_a=True, check_finite=False)
+  return scipy.linalg.cho_solve(factor, right_mk, check_finite=False)
+
+
+def log_loss(logits_bk: np.ndarray, target_bk: np.ndarray, multi_label: bool) -> float:
+  """Returns the mean cross-entropy of logits, softmax's or, for several labels, sigmoid's."""
+  if multi_label:
+    centred_bk = logits_bk
+    loss_bk = np.logaddexp(0, centred_bk) - target_bk * centred_bk
+    return float(loss_bk.mean())
+  return float(-(target_bk * log_softmax(logits_bk)).sum(axis=1).mean())
+
+
+def log_softmax(x_bk: np.ndarray) -> np.ndarray:
+  """Returns log-probabilities."""
+  x_bk = x_bk - x_bk.max(axis=1, keepdims=True)
+  return x_bk - np.log(np.exp(x_bk).sum(axis=1, keepdims=True))
+
+
+def calibrate(
+  head_bk: np.ndarray,
+  answer_bk: np.ndarray,
+  target_bk: np.ndarray,
+  *,
+  multi_label: bool,
+) -> tuple[float, float]:
+  """Returns (head_weight, temperature) with the least log loss of `kernel_ridge.mix`.
+
+  Args:
+    head_bk: the head's logits of examples held out.
+    answer_bk: the regression's.
+    target_bk: their labels.
+    multi_label: whether an example can have several labels.
+  """
+  if multi_label:
+    own_bk, answer_bk = head_bk, answer_bk - 0.5
+  else:
+    own_bk = log_softmax(head_bk)
+  pairs = itertools.product(HEAD_WEIGHTS, (0.0, *TEMPERATURES))
+  pairs = [(w, t) for w, t in pairs if w or t]
+  return min(
+    pairs, key=lambda wt: log_loss(wt[0] * own_bk + wt[1] * answer_bk, target_bk, multi_label)
+  )
+
+
+def _packed(kernels, chosen: Mapping[int, Solution], shares, landmarks: int) -> dict[str, Any]:
+  """Returns the variables; a pattern without a solution answers nothing."""
+  num_classes = next(iter(chosen.values())).dual_mk.shape[1]
+  patterns = len(PATTERNS)
+  found: dict[str, Any] = {
+    'dual_vmk': np.zeros((patterns, landmarks, num_classes), np.float32),
+    'offset_vk': np.zeros((patterns, num_classes), np.float32),
+    'share_vm': np.zeros((patterns, len(MODALITIES)), np.float32),
+    'temperature_v': np.zeros((patterns,), np.float32),
+    'head_weight_v': np.ones((patterns,), np.float32),
+  }
+  for pattern, solution in chosen.items():
+    found['dual_vmk'][pattern, : len(solution.dual_mk)] = solution.dual_mk
+    found['offset_vk'][pattern] = solution.offset_k
+    found['share_vm'][pattern] = shares[pattern]
+    found['temperature_v'][pattern] = solution.temperature
+    found['head_weight_v'][pattern] = 0.5
+  return found | {modality: own.variables(landmarks) for modality, own in kernels.items()}
