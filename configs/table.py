@@ -6,10 +6,10 @@ from molt_jax.config import default_config, presets
 
 
 def get_config():
-  # The image tower has learned from drawings; for photographs give a CLIP by
-  # --config.backbones.image.path=openai/clip-vit-base-patch32.
   config = presets.put(default_config(), presets.LAPTOP)
   config.dataset.name = 'table'
   config.dataset.path = 'FOLDER'
+  # A sentence encoder; --config.backbones.text.path=smollm2 for a language model.
+  config.backbones.text.path = 'minilm'
   config.text.max_tokens = 0  # Chosen from the training texts.
   return config

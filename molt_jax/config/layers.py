@@ -1,4 +1,5 @@
-"""Which hidden states of a tower are read: '-4:', '0,3,6,9,12', 'all', 'image=0,6;text=-2:'.
+"""Which hidden states of a tower are read: '-4:', '0,3,6,9,12', 'all', 'spread:4',
+'image=0,6;text=-2:'.
 
 States are numbered as Hugging Face's `output_hidden_states` numbers them: 0 is what enters the
 first layer, and the last one leaves the last layer.
@@ -10,6 +11,7 @@ from molt_jax.config.fields import Rule
 from molt_jax.errors import UserError
 
 MODALITIES = ('image', 'text')
+_SPREAD = re.compile(r'spread:([1-9]\d*)')
 _ITEM = re.compile(r'-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?')
 
 
@@ -24,11 +26,16 @@ def is_legal(text: str) -> bool:
 
 
 def _is_spec(text: str) -> bool:
-  return text == 'all' or all(_ITEM.fullmatch(item) for item in text.split(','))
+  return (
+    text == 'all'
+    or bool(_SPREAD.fullmatch(text))
+    or all(_ITEM.fullmatch(item) for item in text.split(','))
+  )
 
 
 LAYERS = Rule(
-  "hidden states: '-4:', '0,3,6', 'all', or 'image=...;text=...' with as many of each", is_legal
+  "hidden states: '-4:', '0,3,6', 'all', 'spread:4', or 'image=...;text=...' with as many of each",
+  is_legal,
 )
 
 
@@ -52,6 +59,12 @@ def select(text: str, num_layers: int, *, field: str, tower: str) -> tuple[int, 
   """
   count = num_layers + 1
   found = []
+  if spread := _SPREAD.fullmatch(text):
+    number = int(spread[1])
+    found = [-(-num_layers * (n + 1) // number) for n in range(number)]
+    if len(set(found)) < number:
+      raise _refusal(text, num_layers, field, tower)
+    return tuple(found)
   for item in ['0:'] if text == 'all' else text.split(','):
     bounds = [int(part) if part else None for part in item.split(':')]
     # '-4:' of a tower with two layers would quietly be three states.

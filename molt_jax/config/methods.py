@@ -30,7 +30,8 @@ MOLT = {
     '-4:',
     LAYERS,
     "Hidden states of each tower that are read, numbered as Hugging Face's output_hidden_states: "
-    "'-4:', '0,3,6', 'all', or 'image=0,6;text=-2:'; pair k is the k-th of each.",
+    "'-4:', '0,3,6', 'all', 'spread:4' (at equal distances, the last among them), or "
+    "'image=0,6;text=-2:'; pair k is the k-th of each.",
   ),
   'cells': Field(
     0,

@@ -53,9 +53,20 @@ SMALL_TOWERS = {
   'backbones.dtype': 'float32',
   'compute_dtype': 'float32',
 }
+# What measures best on small data (experiments/README.md): states from the whole stack, pictures
+# whole and as a grid, kernel ridge regression beside the head.
+PRETRAINED_IMAGES = {
+  'backbones.image.path': 'dinov2-small',
+  'backbones.image.resolution': 112,
+  'image.resize': 'squash',
+  'molt.cells': 4,
+  'molt.layers': 'spread:4',
+  'ridge.landmarks': -1,
+}
 # What quickstart and table share: a laptop's towers and the best settings.
 LAPTOP = {
   **SMALL_TOWERS,
+  **PRETRAINED_IMAGES,
   # The towers see each picture and text once, for all runs; '' runs them in each step.
   'features.store': '~/.cache/molt_jax/features',
   **BEST,

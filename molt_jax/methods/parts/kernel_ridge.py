@@ -6,12 +6,12 @@ compares an example with landmarks (training examples),
 
   k_j(x, z) = exp(-GAMMA d_j(x, z)),   d_j = the mean of (x_c - z_c)^2 over the channels of group j,
 
-with channels standardised by training statistics. Each modality has two groups (`GROUPS`): the
-first token and the mean token of all hidden states, and all cells of one hidden state, which keep
-place. Its kernel is a convex mixture of theirs; that of a complete example is a convex mixture of
-both modalities'. Scores are k(x, Z) alpha + b, where alpha solves ridge regression of one-hot
-labels in the space that the landmarks span (Williams and Seeger 2001). Where all training examples
-are landmarks, that is exact kernel ridge regression.
+with channels standardised by training statistics. Each modality has two groups (`GROUPS`): first
+token, mean (and, of a text, last token) of all hidden states; and, of an image, all cells of one
+hidden state, which keep place. Its kernel is a convex mixture of theirs; that of a complete example
+is a convex mixture of both modalities'. Scores are k(x, Z) alpha + b, where alpha solves ridge
+regression of one-hot labels in the space that the landmarks span (Williams and Seeger 2001). Where
+all training examples are landmarks, that is exact kernel ridge regression.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,8 @@ def empty(
   """Returns the variables of a regression that answers nothing yet.
 
   Args:
-    shapes: modality -> (L hidden states, N tokens, D channels), None for one that is not used.
+    shapes: modality -> (L hidden states, N tokens that keep a place, D channels), None for one that
+      is not used.
     landmarks: M.
     num_classes: K.
   """
@@ -52,7 +53,8 @@ def empty(
     if shape is None:
       continue
     layers, tokens, width = shape
-    sizes = {'mean': (layers, min(tokens, 2), width), 'cells': (1, num_cells(tokens), width)}
+    own = 3 if modality == 'text' else 2
+    sizes = {'mean': (layers, own, width), 'cells': (1, num_cells(tokens), width)}
     found[modality] = {
       'state': jnp.zeros((), jnp.int32),
       'group_weight': jnp.zeros((len(GROUPS),)),
@@ -76,22 +78,25 @@ def pool(states_lbnd: jax.Array, mask_bn: jax.Array, *, has_cells: bool) -> dict
 
   Args:
     states_lbnd: [L, B, N, D]; whatever lies where mask_bn is False is not read.
-    mask_bn: bool[B, N].
+    mask_bn: bool[B, N]; of a text, the first tokens are valid.
     has_cells: tokens have places (of an image) that examples share.
 
   Returns:
-    {'mean': float32[B, L, 2 or 1, D], with cells the first token and the mean of the others, else
-    the mean of all; 'cells': float32[B, L, C, D]}; zero where no token is valid.
+    {'mean': float32[B, L, 2 or 3, D], 'cells': float32[B, L, C, D]}; zero where no token is valid.
+    'mean' is of an image its first token and the mean of the others, of a text its first token, the
+    mean of all and its last token.
   """
   x_lbnd = jnp.where(mask_bn[None, :, :, None], states_lbnd, 0).astype(jnp.float32)
   x_blnd = jnp.moveaxis(x_lbnd, 1, 0)
-  if not has_cells or x_blnd.shape[2] == 1:
-    count_b = jnp.maximum(jnp.sum(mask_bn, axis=1), 1).astype(jnp.float32)
-    mean_bl1d = jnp.sum(x_blnd, axis=2, keepdims=True) / count_b[:, None, None, None]
-    return {'mean': mean_bl1d, 'cells': mean_bl1d}
-  mean_bl1d = jnp.mean(x_blnd[:, :, 1:], axis=2, keepdims=True)
-  cells = x_blnd if num_cells(x_blnd.shape[2]) > 1 else mean_bl1d
-  return {'mean': jnp.concatenate([x_blnd[:, :, :1], mean_bl1d], axis=2), 'cells': cells}
+  first_bl1d = x_blnd[:, :, :1]
+  if has_cells:
+    mean_bl1d = jnp.mean(x_blnd[:, :, 1:] if x_blnd.shape[2] > 1 else x_blnd, 2, keepdims=True)
+    cells = x_blnd if num_cells(x_blnd.shape[2]) > 1 else mean_bl1d
+    return {'mean': jnp.concatenate([first_bl1d, mean_bl1d], axis=2), 'cells': cells}
+  count_b = jnp.maximum(jnp.sum(mask_bn, axis=1, dtype=jnp.int32), 1)
+  mean_bl1d = jnp.sum(x_blnd, axis=2, keepdims=True) / count_b[:, None, None, None]
+  last_bl1d = jnp.take_along_axis(x_blnd, (count_b - 1)[:, None, None, None], axis=2)
+  return {'mean': jnp.concatenate([first_bl1d, mean_bl1d, last_bl1d], 2), 'cells': mean_bl1d}
 
 
 def kernel(variables: Mapping[str, Any], pooled: Mapping[str, jax.Array]) -> jax.Array:
@@ -115,7 +120,8 @@ def kernel(variables: Mapping[str, Any], pooled: Mapping[str, jax.Array]) -> jax
 
 def _standardised(variables, group, x_blnd):
   """float32[B, channels] of examples, float32[M, channels] of the landmarks."""
-  x_blnd = (x_blnd - variables[f'{group}_mean_lnd']) * variables[f'{group}_scale_lnd']
+  mean_lnd, scale_lnd = variables[f'{group}_mean_lnd'], variables[f'{group}_scale_lnd']
+  x_blnd = (x_blnd - mean_lnd[None]) * scale_lnd[None]
   z_mlnd = variables[f'{group}_landmarks_mlnd'].astype(jnp.float32)
   return x_blnd.reshape(len(x_blnd), -1), z_mlnd.reshape(len(z_mlnd), -1)
 
@@ -153,7 +159,7 @@ def scores(
     own_b = present_bm[:, column]
     total_bm += jnp.where(own_b[:, None], share_b[:, None] * kernel_bm, 0.0)
   answers_vbk = jnp.einsum('bm,vmk->vbk', total_bm, variables['dual_vmk'], precision=_HIGHEST)
-  answers_vbk += variables['offset_vk'][:, None]
+  answers_vbk += variables['offset_vk'][:, None, :]
   rows = jnp.arange(len(pattern_b))
   return answers_vbk[pattern_b, rows], pattern_b
 

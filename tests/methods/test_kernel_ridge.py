@@ -1,0 +1,159 @@
+"""Kernel ridge regression beside a head: against scikit-learn and float64, and strict absence."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.kernel_ridge import KernelRidge
+
+from molt_jax.features.hidden_states import HiddenStates
+from molt_jax.methods.parts import kernel_ridge, ridge_solver
+from molt_jax.methods.parts.ridge_solver import Examples
+
+LAYERS, CELLS, IMAGE_WIDTH, TEXT_WIDTH, TOKENS, CLASSES = 2, 5, 6, 4, 3, 3
+TRAINING, HELD = 60, 30
+
+
+def make_states(n, seed):
+  """Hidden states of n examples, class centres in both modalities, texts of unequal length."""
+  rng = np.random.default_rng(seed)
+  label = rng.integers(0, CLASSES, n)
+  centres = np.random.default_rng(99)
+  image = centres.normal(size=(CLASSES, LAYERS, CELLS, IMAGE_WIDTH))[label]
+  text = centres.normal(size=(CLASSES, LAYERS, 1, TEXT_WIDTH))[label]
+  image = image + 2 * rng.normal(size=image.shape)
+  text = text + 2 * rng.normal(size=(n, LAYERS, TOKENS, TEXT_WIDTH))
+  mask_bt = np.arange(TOKENS) < rng.integers(1, TOKENS + 1, (n, 1))
+  states = HiddenStates(
+    np.moveaxis(image, 0, 1).astype(np.float32),
+    np.moveaxis(text, 0, 1).astype(np.float32),
+    mask_bt,
+  )
+  return states, label
+
+
+def make_examples(states, label, present_bm):
+  pooled = {}
+  for modality in ('image', 'text'):
+    found = kernel_ridge.pool_modality(states, present_bm, modality)
+    pooled[modality] = {group: np.asarray(x) for group, x in found.items()}
+  return Examples(pooled, present_bm, np.eye(CLASSES, dtype=np.float32)[label])
+
+
+@pytest.fixture(scope='module')
+def fitted():
+  """A fitted regression, its examples, and more of them with every pattern of presence."""
+  present_bm = np.ones((TRAINING, 2), bool)
+  present_bm[:6, 0], present_bm[6:12, 1] = False, False
+  training = make_examples(*make_states(TRAINING, 0), present_bm)
+  held = make_examples(*make_states(HELD, 1), np.ones((HELD, 2), bool))
+  variables = ridge_solver.fit(training, held, landmarks=64, multi_label=False)
+  return variables, training, held
+
+
+def flat(x_blnd, mean_lnd, scale_lnd):
+  return ((x_blnd - mean_lnd) * scale_lnd).reshape(len(x_blnd), -1).astype(np.float64)
+
+
+def kernel_of(own, pooled, others):
+  """The kernel in float64, of groups as the docstring of `kernel_ridge` defines them."""
+  state, total = int(own['state']), 0.0
+  for weight, group in zip(own['group_weight'], kernel_ridge.GROUPS, strict=True):
+    rows = slice(None) if group == 'mean' else slice(state, state + 1)
+    space = own[f'{group}_mean_lnd'], own[f'{group}_scale_lnd']
+    x_bc, z_mc = (flat(p[group][:, rows], *space) for p in (pooled, others))
+    squared_bmc = np.square(x_bc[:, None] - z_mc[None])
+    total = total + weight * np.exp(-kernel_ridge.GAMMA * squared_bmc.mean(axis=2))
+  return total
+
+
+@pytest.mark.parametrize('pattern', [0, 1, 2])
+def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
+  variables, training, held = fitted
+  keep_m = np.array([[True, True], [True, False], [False, True]])[pattern]
+  rows = training.present_bm[:, keep_m].all(axis=1)
+  gram, test = 0.0, 0.0
+  for share, modality in zip(variables['share_vm'][pattern], ('image', 'text'), strict=True):
+    own, pooled = variables[modality], training.pooled[modality]
+    gram = gram + share * kernel_of(own, pooled, pooled)
+    test = test + share * kernel_of(own, held.pooled[modality], pooled)
+  target_nk = training.target_bk[rows]
+  mean_k = target_nk.mean(axis=0)
+  answers = []
+  for ridge in ridge_solver.RIDGES:
+    model = KernelRidge(alpha=ridge, kernel='precomputed')
+    model.fit(gram[np.ix_(rows, rows)], target_nk - mean_k)
+    answers.append(model.predict(test[:, rows]) + mean_k)
+  losses = [
+    min(ridge_solver.log_loss(t * answer, held.target_bk, False) for t in ridge_solver.TEMPERATURES)
+    for answer in answers
+  ]
+  states, _ = make_states(HELD, 1)
+  present_bm = np.tile(keep_m, (HELD, 1))
+  found, pattern_b = kernel_ridge.scores(variables, states, present_bm)
+  assert np.all(np.asarray(pattern_b) == pattern)
+  np.testing.assert_allclose(found, answers[int(np.argmin(losses))], atol=3e-3)
+  assert np.mean(np.argmax(found, 1) == held.target_bk.argmax(1)) > 0.6
+
+
+def test_fewer_landmarks_are_regression_in_the_space_that_they_span():
+  training = make_examples(*make_states(TRAINING, 0), np.ones((TRAINING, 2), bool))
+  held = make_examples(*make_states(HELD, 1), np.ones((HELD, 2), bool))
+  variables = ridge_solver.fit(training, held, landmarks=20, multi_label=False)
+  own = variables['image']
+  landmarks = {g: x[:20] for g, x in training.pooled['image'].items()}
+  k_nm = kernel_of(own, training.pooled['image'], landmarks)
+  k_mm = k_nm[:20]
+  mean_k = training.target_bk.mean(axis=0)
+  right_mk = k_nm.T @ (training.target_bk - mean_k)
+  # Normal equations of ridge regression whose penalty is alpha' K alpha.
+  duals = [np.linalg.solve(k_nm.T @ k_nm + r * k_mm, right_mk) for r in ridge_solver.RIDGES]
+  test_hm = kernel_of(own, held.pooled['image'], landmarks)
+  states, _ = make_states(HELD, 1)
+  found, _ = kernel_ridge.scores(variables, states, np.tile([True, False], (HELD, 1)))
+  errors = [np.abs(np.asarray(found) - mean_k - test_hm @ dual_mk).max() for dual_mk in duals]
+  assert min(errors) < 3e-3
+
+
+def test_nothing_of_a_missing_modality_enters(fitted):
+  variables = fitted[0]
+  states, _ = make_states(HELD, 2)
+  present_bm = np.array([[True, True], [True, False], [False, True]])[np.arange(HELD) % 3]
+  scores = jax.jit(kernel_ridge.scores)
+  clean, _ = scores(variables, states, present_bm)
+  image, text = states.image_lbid.copy(), states.text_lbtd.copy()
+  image[:, ~present_bm[:, 0]], text[:, ~present_bm[:, 1]] = np.nan, 3e38
+  mask_bt = states.text_mask_bt ^ ~present_bm[:, 1:]
+  foul, _ = scores(variables, HiddenStates(image, text, mask_bt), present_bm)
+  np.testing.assert_array_equal(clean, foul)
+  assert np.all(np.isfinite(clean))
+
+
+def test_a_pattern_without_examples_leaves_the_heads_logits():
+  present_bm = np.tile([True, False], (TRAINING, 1))
+  states, label = make_states(TRAINING, 0)
+  training = make_examples(states, label, present_bm)
+  variables = ridge_solver.fit(training, training, landmarks=64, multi_label=False)
+  assert list(variables['temperature_v'] > 0) == [False, True, False]
+  present_bm = np.array([[True, True], [True, False], [False, True]])[np.arange(TRAINING) % 3]
+  answers = kernel_ridge.scores(variables, states, present_bm)
+  logits_bk = np.random.default_rng(3).normal(size=(TRAINING, CLASSES)).astype(np.float32)
+  mixed = kernel_ridge.combine(variables, logits_bk, *answers, multi_label=False)
+  changed_b = np.abs(np.asarray(mixed) - logits_bk).max(axis=1) > 1e-3
+  np.testing.assert_array_equal(changed_b, np.arange(TRAINING) % 3 == 1)
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_weights_are_those_of_the_least_log_loss(multi_label):
+  rng = np.random.default_rng(5)
+  label = rng.integers(0, CLASSES, 200)
+  target_bk = np.eye(CLASSES, dtype=np.float32)[label]
+  right_bk = (target_bk + 0.6 * rng.normal(size=target_bk.shape)).astype(np.float32)
+  noise_bk = rng.normal(size=target_bk.shape).astype(np.float32)
+  weight, temperature = ridge_solver.calibrate(
+    noise_bk, right_bk, target_bk, multi_label=multi_label
+  )
+  assert weight == 0 and temperature > 0
+  weight, temperature = ridge_solver.calibrate(
+    2 * (right_bk - 0.5), noise_bk, target_bk, multi_label=multi_label
+  )
+  assert weight > 0.5 and temperature == 0
