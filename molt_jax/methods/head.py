@@ -132,10 +132,11 @@ class HeadMethod(base.Defaults):
 
   def _with_ridge(self, out: Output, ridge, states, present_bm) -> Output:
     """The answer of head and regression together; each alone among the branches."""
-    answer_bk, pattern_b = kernel_ridge.scores(ridge, states, present_bm)
+    answer_bvk, able_bv = kernel_ridge.answers(ridge, states, present_bm)
     how = {'multi_label': self.multi_label}
-    logits_bk = kernel_ridge.combine(ridge, out.logits_bk, answer_bk, pattern_b, **how)
-    branches_bk = {'head': out.logits_bk, RIDGE: answer_bk}
+    logits_bk = kernel_ridge.combine(ridge, out.logits_bk, answer_bvk, able_bv, **how)
+    experts_bvk = kernel_ridge.experts(answer_bvk, ridge['temperature_v'], **how)
+    branches_bk = {'head': out.logits_bk, RIDGE: experts_bvk}
     return out.replace(logits_bk=logits_bk, branches_bk=branches_bk)
 
   def ridge_inputs(self, frozen, features, batch, variables) -> dict[str, dict[str, jax.Array]]:

@@ -81,19 +81,23 @@ class RidgeFit:
     chosen anew.
     """
     ridge = variables['statistics'][RIDGE]
-    weight_v, temperature_v = (np.array(ridge[f'{x}_v']) for x in ('head_weight', 'temperature'))
+    fitted_v = np.asarray(ridge['temperature_v']) > 0
+    head_weight_v, weight_vv = (np.array(ridge[x]) for x in ('head_weight_v', 'weight_vv'))
     found = self._collect('validation', self._answers, variables, frozen)
     if found is None:
       return variables['statistics']
-    multi_label = self._assembly.config.dataset.multi_label
     for v, pattern_m in enumerate(PATTERNS):
       rows = found['present'][:, pattern_m].all(axis=1)
-      if temperature_v[v] and rows.sum() >= ridge_solver.LEAST:
-        answers = (found[name][rows, v] for name in ('head', RIDGE))
-        weight_v[v], temperature_v[v] = ridge_solver.calibrate(
-          *answers, found['target'][rows], multi_label=multi_label
+      able_v = fitted_v & ~(PATTERNS & ~pattern_m).any(axis=1)
+      if able_v.any() and rows.sum() >= ridge_solver.LEAST:
+        head_weight_v[v], weight_vv[v] = ridge_solver.calibrate(
+          found['head'][rows, v],
+          found[RIDGE][rows, v],
+          found['target'][rows],
+          able_v,
+          multi_label=self._assembly.config.dataset.multi_label,
         )
-    return self._placed(variables, {'head_weight_v': weight_v, 'temperature_v': temperature_v})
+    return self._placed(variables, {'head_weight_v': head_weight_v, 'weight_vv': weight_vv})
 
   def _collect(self, split: str, step: Callable, variables, frozen) -> dict[str, Any] | None:
     """Returns what `step` does of all examples of a split, None where there are none."""
@@ -136,7 +140,9 @@ def _inputs(variables, frozen, batch, *, method: HeadMethod) -> dict[str, Any]:
 
 
 def _answers(variables, frozen, batch, *, method: HeadMethod) -> dict[str, Any]:
-  """The answers of head and regression to each missing pattern, float32[B, V, K]."""
+  """The answers to each missing pattern, of the head float32[B, V, K], of the regressions
+  float32[B, V, V, K].
+  """
   features = method.features(frozen, batch)
 
   def one(keep_m):
@@ -144,8 +150,7 @@ def _answers(variables, frozen, batch, *, method: HeadMethod) -> dict[str, Any]:
     return method(variables, frozen, features, batch, present_bm).branches_bk
 
   answers = {
-    name: jnp.moveaxis(x_vbk, 0, 1)
-    for name, x_vbk in jax.lax.map(one, jnp.asarray(PATTERNS)).items()
+    name: jnp.moveaxis(x_vb, 0, 1) for name, x_vb in jax.lax.map(one, jnp.asarray(PATTERNS)).items()
   }
   return {**answers, 'present': batch['present'], 'target': _target(batch, method)}
 

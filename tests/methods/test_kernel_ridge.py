@@ -89,8 +89,9 @@ def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
   ]
   states, _ = make_states(HELD, 1)
   present_bm = np.tile(keep_m, (HELD, 1))
-  found, pattern_b = kernel_ridge.scores(variables, states, present_bm)
-  assert np.all(np.asarray(pattern_b) == pattern)
+  found, able_bv = kernel_ridge.answers(variables, states, present_bm)
+  found = found[:, pattern]
+  assert np.all(np.argmax(able_bv, axis=1) == pattern)
   np.testing.assert_allclose(found, answers[int(np.argmin(losses))], atol=3e-3)
   assert np.mean(np.argmax(found, 1) == held.target_bk.argmax(1)) > 0.6
 
@@ -109,7 +110,7 @@ def test_fewer_landmarks_are_regression_in_the_space_that_they_span():
   duals = [np.linalg.solve(k_nm.T @ k_nm + r * k_mm, right_mk) for r in ridge_solver.RIDGES]
   test_hm = kernel_of(own, held.pooled['image'], landmarks)
   states, _ = make_states(HELD, 1)
-  found, _ = kernel_ridge.scores(variables, states, np.tile([True, False], (HELD, 1)))
+  found = kernel_ridge.answers(variables, states, np.tile([True, False], (HELD, 1)))[0][:, 1]
   errors = [np.abs(np.asarray(found) - mean_k - test_hm @ dual_mk).max() for dual_mk in duals]
   assert min(errors) < 3e-3
 
@@ -118,12 +119,14 @@ def test_nothing_of_a_missing_modality_enters(fitted):
   variables = fitted[0]
   states, _ = make_states(HELD, 2)
   present_bm = np.array([[True, True], [True, False], [False, True]])[np.arange(HELD) % 3]
-  scores = jax.jit(kernel_ridge.scores)
-  clean, _ = scores(variables, states, present_bm)
+  answer = jax.jit(kernel_ridge.answers)
+  clean, able_bv = answer(variables, states, present_bm)
+  expected_bv = np.stack([present_bm.all(1), present_bm[:, 0], present_bm[:, 1]], axis=1)
+  np.testing.assert_array_equal(able_bv, expected_bv)
   image, text = states.image_lbid.copy(), states.text_lbtd.copy()
   image[:, ~present_bm[:, 0]], text[:, ~present_bm[:, 1]] = np.nan, 3e38
   mask_bt = states.text_mask_bt ^ ~present_bm[:, 1:]
-  foul, _ = scores(variables, HiddenStates(image, text, mask_bt), present_bm)
+  foul, _ = answer(variables, HiddenStates(image, text, mask_bt), present_bm)
   np.testing.assert_array_equal(clean, foul)
   assert np.all(np.isfinite(clean))
 
@@ -135,7 +138,7 @@ def test_a_pattern_without_examples_leaves_the_heads_logits():
   variables = ridge_solver.fit(training, training, landmarks=64, multi_label=False)
   assert list(variables['temperature_v'] > 0) == [False, True, False]
   present_bm = np.array([[True, True], [True, False], [False, True]])[np.arange(TRAINING) % 3]
-  answers = kernel_ridge.scores(variables, states, present_bm)
+  answers = kernel_ridge.answers(variables, states, present_bm)
   logits_bk = np.random.default_rng(3).normal(size=(TRAINING, CLASSES)).astype(np.float32)
   mixed = kernel_ridge.combine(variables, logits_bk, *answers, multi_label=False)
   changed_b = np.abs(np.asarray(mixed) - logits_bk).max(axis=1) > 1e-3
@@ -147,13 +150,15 @@ def test_weights_are_those_of_the_least_log_loss(multi_label):
   rng = np.random.default_rng(5)
   label = rng.integers(0, CLASSES, 200)
   target_bk = np.eye(CLASSES, dtype=np.float32)[label]
-  right_bk = (target_bk + 0.6 * rng.normal(size=target_bk.shape)).astype(np.float32)
+  right_bk = (4 * (target_bk - 0.5) + rng.normal(size=target_bk.shape)).astype(np.float32)
   noise_bk = rng.normal(size=target_bk.shape).astype(np.float32)
-  weight, temperature = ridge_solver.calibrate(
-    noise_bk, right_bk, target_bk, multi_label=multi_label
+  experts_bvk = np.stack([right_bk, noise_bk, right_bk], axis=1)
+  how = {'multi_label': multi_label}
+  weight, weight_v = ridge_solver.calibrate(
+    noise_bk, experts_bvk, target_bk, [True, True, False], **how
   )
-  assert weight == 0 and temperature > 0
-  weight, temperature = ridge_solver.calibrate(
-    2 * (right_bk - 0.5), noise_bk, target_bk, multi_label=multi_label
+  assert weight == 0 and weight_v[0] > 0.5 and not weight_v[1:].any()
+  weight, weight_v = ridge_solver.calibrate(
+    right_bk, experts_bvk, target_bk, [False, True, False], **how
   )
-  assert weight > 0.5 and temperature == 0
+  assert weight == 1 and weight_v[1] == 0.25 and not weight_v[[0, 2]].any()

@@ -1,7 +1,7 @@
 """Kernel ridge regression on pooled hidden states, solved in closed form for each missing pattern.
 
 Few examples are learned better by ridge regression with a radial kernel than by gradient descent,
-so a head's answer is multiplied with that of such a regression on the same hidden states. A kernel
+so a head's answer is multiplied with those of such regressions on the same hidden states. A kernel
 compares an example with landmarks (training examples),
 
   k_j(x, z) = exp(-GAMMA d_j(x, z)),   d_j = the mean of (x_c - z_c)^2 over the channels of group j,
@@ -47,6 +47,7 @@ def empty(
     'offset_vk': jnp.zeros((patterns, num_classes)),
     'share_vm': jnp.zeros((patterns, len(MODALITIES))),
     'temperature_v': jnp.zeros((patterns,)),
+    'weight_vv': jnp.zeros((patterns, patterns)),
     'head_weight_v': jnp.ones((patterns,)),
   }
   for modality, shape in shapes.items():
@@ -133,10 +134,10 @@ def mean_squared_distance(x_bc: Any, z_mc: Any) -> Any:
   return jnp.maximum(squares[0] + squares[1] - 2 * products_bm, 0) / x_bc.shape[1]
 
 
-def scores(
+def answers(
   variables: Mapping[str, Any], states: HiddenStates, present_bm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the regression's answers to examples with some of their modalities.
+  """Returns the answers of the regressions to examples with some of their modalities.
 
   Args:
     variables: as in `empty`, fitted.
@@ -144,24 +145,23 @@ def scores(
     present_bm: bool[B, 2], the modalities that may be read; no bit of another enters.
 
   Returns:
-    (float32[B, K], about 0 to 1; int32[B], which of PATTERNS an example is, 0 for one without
-    anything).
+    (float32[B, V, K], about 0 to 1: of the regressions of complete examples, of images and of
+    texts; bool[B, V], those whose modalities the example has).
   """
-  pattern_b = jnp.where(present_bm.all(axis=1), 0, jnp.where(present_bm[:, 0], 1, 2))
-  pattern_b = jnp.where(present_bm.any(axis=1), pattern_b, 0)
-  total_bm = 0.0
+  kernels = {}
   for column, modality in enumerate(MODALITIES):
-    if modality not in variables or states.of(modality) is None:
-      continue
-    pooled = pool_modality(states, present_bm, modality)
-    kernel_bm = kernel(variables[modality], pooled)
-    share_b = variables['share_vm'][pattern_b, column]
-    own_b = present_bm[:, column]
-    total_bm += jnp.where(own_b[:, None], share_b[:, None] * kernel_bm, 0.0)
-  answers_vbk = jnp.einsum('bm,vmk->vbk', total_bm, variables['dual_vmk'], precision=_HIGHEST)
-  answers_vbk += variables['offset_vk'][:, None, :]
-  rows = jnp.arange(len(pattern_b))
-  return answers_vbk[pattern_b, rows], pattern_b
+    if modality in variables and states.of(modality) is not None:
+      pooled = pool_modality(states, present_bm, modality)
+      own_b1 = present_bm[:, column, None]
+      kernels[column] = jnp.where(own_b1, kernel(variables[modality], pooled), 0.0)
+  found = []
+  for v in range(len(PATTERNS)):
+    shares = variables['share_vm'][v]
+    total_bm = sum(shares[column] * kernel_bm for column, kernel_bm in kernels.items())
+    answer_bk = jnp.matmul(total_bm, variables['dual_vmk'][v], precision=_HIGHEST)
+    found.append(answer_bk + variables['offset_vk'][v][None])
+  able_bv = jnp.stack([present_bm[:, pattern].all(axis=1) for pattern in PATTERNS], axis=1)
+  return jnp.stack(found, axis=1), able_bv
 
 
 def pool_modality(
@@ -178,23 +178,29 @@ def pool_modality(
 def combine(
   variables: Mapping[str, Any],
   logits_bk: jax.Array,
-  answer_bk: jax.Array,
-  pattern_b: jax.Array,
+  answer_bvk: jax.Array,
+  able_bv: jax.Array,
   *,
   multi_label: bool,
 ) -> jax.Array:
-  """Multiplies a head's answer with the regression's, as `scores` returned it. Where nothing was
-  fitted the head's logits stay as they are.
+  """Multiplies a head's answer with those of the regressions that an example has the modalities
+  for, as `answers` returned them. Where nothing was fitted the head's logits stay as they are.
   """
-  temperature_b1 = variables['temperature_v'][pattern_b][:, None]
-  weight_b1 = variables['head_weight_v'][pattern_b][:, None]
-  mixed_bk = mix(logits_bk, answer_bk, weight_b1, temperature_b1, multi_label=multi_label)
-  return jnp.where(temperature_b1 > 0, mixed_bk, logits_bk)
+  # Of the three patterns an example has its own, the first whose modalities are all there.
+  pattern_b = jnp.argmax(able_bv, axis=1)
+  fitted_v = variables['temperature_v'] > 0
+  weight_bv = jnp.where(able_bv & fitted_v[None], variables['weight_vv'][pattern_b], 0.0)
+  log_bvk = experts(answer_bvk, variables['temperature_v'], multi_label=multi_label)
+  head_bk = logits_bk if multi_label else jax.nn.log_softmax(logits_bk)
+  head_weight_b1 = variables['head_weight_v'][pattern_b][:, None]
+  mixed_bk = head_weight_b1 * head_bk + jnp.einsum('bv,bvk->bk', weight_bv, log_bvk)
+  answered_b1 = jnp.any(weight_bv > 0, axis=1)[:, None]
+  return jnp.where(answered_b1, mixed_bk, logits_bk)
 
 
-def mix(logits_bk: Any, answer_bk: Any, weight: Any, temperature: Any, *, multi_label: bool) -> Any:
-  """Returns weight log p_head + log p_ridge; for several labels, the sum of their logits."""
+def experts(answer_bvk: Any, temperature_v: Any, *, multi_label: bool) -> Any:
+  """Returns log-probabilities of answers; for several labels their logits."""
+  temperature_1v1 = temperature_v[None, :, None]
   if multi_label:
-    return weight * logits_bk + temperature * (answer_bk - 0.5)
-  head_bk = jax.nn.log_softmax(logits_bk)
-  return weight * head_bk + jax.nn.log_softmax(temperature * answer_bk)
+    return temperature_1v1 * (answer_bvk - 0.5)
+  return jax.nn.log_softmax(temperature_1v1 * answer_bvk)

@@ -3,8 +3,9 @@
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,9 @@ from molt_jax.methods.parts.kernel_ridge import GAMMA
 RIDGES = tuple(float(x) for x in 10.0 ** np.arange(-2.5, 0.6, 0.5))
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # Of the text in the kernel of complete examples.
 TEMPERATURES = tuple(float(x) for x in 2.0 ** np.arange(0, 6.1, 0.5))
-HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Of head and regressions in their product.
+HEAD_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
+EXPERT_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 # Groups and mixtures are chosen with so many landmarks at most, as it takes a tenth of the time.
 _CHOOSING = 1024
 # Fewer examples decide nothing: neither is a regression fitted to, nor chosen by so few.
@@ -84,15 +87,16 @@ def fit(
   for modality, own in kernels.items():
     pattern = 1 + MODALITIES.index(modality)
     if solver.has_enough(pattern):
-      own.choice = solver.choose_groups(pattern, own)
-      own.chosen = own.kernels(own.choice)
-      chosen[pattern] = solver.solve(pattern, own.chosen)
+      own.choice, ridge = solver.choose_groups(pattern, own)
+      own.chosen = own.kernels(own.choice, count)
+      chosen[pattern] = solver.solve(pattern, own.chosen, ridge)
   shares = {1: (1.0, 0.0), 2: (0.0, 1.0)}
   if len(chosen) == 2 and solver.has_enough(0):
     pair = [kernels[modality].chosen for modality in MODALITIES]
-    share = solver.choose(0, {share: _mixture(*pair, share) for share in SHARES})
+    mixtures = {share: functools.partial(_mixture, *pair, share) for share in SHARES}
+    share, ridge = solver.choose(0, mixtures)
     shares[0] = (1 - share, share)
-    chosen[0] = solver.solve(0, _mixture(*pair, share))
+    chosen[0] = solver.solve(0, _mixture(*pair, share, count), ridge)
   return _packed(kernels, chosen, shares, landmarks) if chosen else None
 
 
@@ -118,25 +122,26 @@ class _ModalityKernels:
     """
     return range(self._num_states if self._has_cells else 0)
 
-  def kernels(self, choice: tuple) -> tuple[np.ndarray, np.ndarray]:
+  def kernels(self, choice: tuple, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the kernels of training and held examples, float32[B, M].
 
     Args:
       choice: (weight of the group of means, weight of the cells, state of the cells).
+      count: M, of the landmarks.
     """
     mean_weight, cells_weight, state = choice
     parts = [(mean_weight, 'mean', None), (cells_weight, 'cells', state)]
-    found = [(w, self._kernels(group, s)) for w, group, s in parts if w]
+    found = [(w, self._kernels(group, s, count)) for w, group, s in parts if w]
     return tuple(sum(w * pair[k] for w, pair in found) for k in range(2))
 
-  def _kernels(self, group: str, state: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def _kernels(self, group: str, state: int | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     mean_lnd, scale_lnd = self._spaces[group]
     rows = slice(None) if state is None else slice(state, state + 1)
     flat = []
     for x_blnd in self._inputs[group]:
       z_blnd = (x_blnd[:, rows].astype(np.float32) - mean_lnd[rows]) * scale_lnd[rows]
       flat.append(z_blnd.reshape(len(z_blnd), -1))
-    landmarks_mc = flat[0][: self._count]
+    landmarks_mc = flat[0][:count]
     return tuple(np.exp(-GAMMA * _mean_squared_distance(x_bc, landmarks_mc)) for x_bc in flat)
 
   def variables(self, landmarks: int) -> dict[str, np.ndarray]:
@@ -173,9 +178,10 @@ def _mean_squared_distance(x_bc: np.ndarray, z_mc: np.ndarray) -> np.ndarray:
   return np.maximum(squares_bm - 2 * products_bm, 0) / x_bc.shape[1]
 
 
-def _mixture(image, text, share: float) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (1 - share) of the image's kernels + share of the text's."""
-  return tuple((1 - share) * a + share * b for a, b in zip(image, text, strict=True))
+def _mixture(image, text, share: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (1 - share) of the image's kernels + share of the text's, with `count` landmarks."""
+  pairs = zip(image, text, strict=True)
+  return tuple((1 - share) * a[:, :count] + share * b[:, :count] for a, b in pairs)
 
 
 class _Solver:
@@ -190,31 +196,41 @@ class _Solver:
     rows = self._training.having(PATTERNS[pattern])
     return np.sum(rows < self._count) >= LEAST
 
-  def choose_groups(self, pattern: int, own: _ModalityKernels) -> tuple:
-    """Returns the best of: the means, the cells of one state, and both at equal weight."""
-    cells = {(0.0, 1.0, state): own.kernels((0.0, 1.0, state)) for state in own.states}
-    mean = {(1.0, 0.0, 0): own.kernels((1.0, 0.0, 0))}
-    if not cells:
-      return (1.0, 0.0, 0)
-    state = self.choose(pattern, cells)[2]
-    both = {(0.5, 0.5, state): own.kernels((0.5, 0.5, state))}
-    best_cells = {(0.0, 1.0, state): cells[0.0, 1.0, state]}
-    return self.choose(pattern, mean | best_cells | both)
+  def choose_groups(self, pattern: int, own: _ModalityKernels) -> tuple[tuple, float]:
+    """Returns the best of: the means, the cells of one state, and both at equal weight; and its
+    ridge.
+    """
+    mean = self._candidates(own, [(1.0, 0.0, 0)])
+    if not own.states:
+      return self.choose(pattern, mean)
+    cells = self._candidates(own, [(0.0, 1.0, state) for state in own.states])
+    best = self.choose(pattern, cells)[0]
+    both = self._candidates(own, [(0.5, 0.5, best[2])])
+    return self.choose(pattern, mean | {best: cells[best]} | both)
 
-  def choose(self, pattern: int, candidates: Mapping[Any, tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Returns the best candidate's name."""
-    found = [
-      (name, self._solve(pattern, pair, min(self._count, _CHOOSING)))
-      for name, pair in candidates.items()
-    ]
+  def _candidates(self, own: _ModalityKernels, choices: Sequence[tuple]) -> dict[tuple, Callable]:
+    return {choice: functools.partial(own.kernels, choice) for choice in choices}
+
+  def choose(self, pattern: int, candidates: Mapping[Any, Callable]) -> tuple[Any, float]:
+    """Returns (name, ridge) of the best candidate; each returns its kernels with so many
+    landmarks.
+    """
+    count, found = min(self._count, _CHOOSING), []
+    for name, kernels in candidates.items():
+      ridge, solution = self._solve(pattern, kernels(count), RIDGES)
+      found.append(((name, ridge), solution))
     return _best(found)[0]
 
-  def solve(self, pattern: int, kernels: tuple[np.ndarray, np.ndarray]) -> Solution:
-    """Returns the regression of one pattern, with all landmarks."""
-    return self._solve(pattern, kernels, self._count)
+  def solve(self, pattern: int, kernels: tuple[np.ndarray, np.ndarray], ridge: float) -> Solution:
+    """Returns the regression of one pattern, with all landmarks, and about this ridge."""
+    if self._count <= _CHOOSING:
+      return self._solve(pattern, kernels, (ridge,))[1]
+    near = RIDGES.index(ridge)
+    return self._solve(pattern, kernels, RIDGES[max(near - 1, 0) : near + 2])[1]
 
-  def _solve(self, pattern, kernels, count) -> Solution:
-    problem = _problem(self._training, self._held, PATTERNS[pattern], kernels, count)
+  def _solve(self, pattern, kernels, ridges) -> tuple[float, Solution]:
+    """Returns the best of these ridges, and its solution."""
+    problem = _problem(self._training, self._held, PATTERNS[pattern], kernels)
     factor_mm = _factor(problem.gram_mm)
     feature_nm, feature_hm = (
       _solve_lower(factor_mm, kernel.T).T for kernel in (problem.kernel_nm, problem.kernel_hm)
@@ -223,7 +239,7 @@ class _Solver:
     fitted = ~problem.held_out_n
     halves = _halves(feature_nm[fitted], problem.target_nk[fitted] - offset_k)
     found = []
-    for ridge in RIDGES:
+    for ridge in ridges:
       answer_hk = feature_hm @ _ridge_solution(*halves, ridge) + offset_k
       found.append((ridge, self._judged(answer_hk, problem.target_hk)))
     ridge, solution = _best(found)
@@ -234,7 +250,7 @@ class _Solver:
     dual_mk[problem.landmarks] = scipy.linalg.solve_triangular(
       factor_mm, weight_mk, lower=True, trans=1
     )
-    return solution._replace(dual_mk=dual_mk, offset_k=offset_k)
+    return ridge, solution._replace(dual_mk=dual_mk, offset_k=offset_k)
 
   def _judged(self, answer_hk: np.ndarray, target_hk: np.ndarray) -> Solution:
     """A solution without its coefficients."""
@@ -261,7 +277,8 @@ class _Problem(NamedTuple):
   held_out_n: np.ndarray
 
 
-def _problem(training, held, pattern_m, kernels, count) -> _Problem:
+def _problem(training, held, pattern_m, kernels) -> _Problem:
+  count = kernels[0].shape[1]
   rows, held_rows = training.having(pattern_m), held.having(pattern_m)
   landmarks = rows[rows < count]
   kernel_nm = kernels[0][np.ix_(rows, landmarks)]
@@ -318,28 +335,31 @@ def log_softmax(x_bk: np.ndarray) -> np.ndarray:
 
 def calibrate(
   head_bk: np.ndarray,
-  answer_bk: np.ndarray,
+  expert_bvk: np.ndarray,
   target_bk: np.ndarray,
+  able_v: Sequence[bool],
   *,
   multi_label: bool,
-) -> tuple[float, float]:
-  """Returns (head_weight, temperature) with the least log loss of `kernel_ridge.mix`.
+) -> tuple[float, np.ndarray]:
+  """Returns the weights of `kernel_ridge.combine` with the least log loss: the head's, and those of
+  the regressions, float32[V].
 
   Args:
     head_bk: the head's logits of examples held out.
-    answer_bk: the regression's.
+    expert_bvk: what the regressions make of them, `kernel_ridge.experts`.
     target_bk: their labels.
+    able_v: which regressions answer examples of this pattern.
     multi_label: whether an example can have several labels.
   """
-  if multi_label:
-    own_bk, answer_bk = head_bk, answer_bk - 0.5
-  else:
-    own_bk = log_softmax(head_bk)
-  pairs = itertools.product(HEAD_WEIGHTS, (0.0, *TEMPERATURES))
-  pairs = [(w, t) for w, t in pairs if w or t]
-  return min(
-    pairs, key=lambda wt: log_loss(wt[0] * own_bk + wt[1] * answer_bk, target_bk, multi_label)
-  )
+  head_bk = head_bk if multi_label else log_softmax(head_bk)
+  grids = [HEAD_WEIGHTS, *(EXPERT_WEIGHTS if able else (0.0,) for able in able_v)]
+  found = []
+  for head_weight, *weight_v in itertools.product(*grids):
+    if any(weight_v):
+      mixed_bk = head_weight * head_bk + np.einsum('v,bvk->bk', weight_v, expert_bvk)
+      found.append((log_loss(mixed_bk, target_bk, multi_label), head_weight, weight_v))
+  _, head_weight, weight_v = min(found)
+  return head_weight, np.asarray(weight_v, np.float32)
 
 
 def _packed(kernels, chosen: Mapping[int, Solution], shares, landmarks: int) -> dict[str, Any]:
@@ -351,6 +371,7 @@ def _packed(kernels, chosen: Mapping[int, Solution], shares, landmarks: int) -> 
     'offset_vk': np.zeros((patterns, num_classes), np.float32),
     'share_vm': np.zeros((patterns, len(MODALITIES)), np.float32),
     'temperature_v': np.zeros((patterns,), np.float32),
+    'weight_vv': np.eye(patterns, dtype=np.float32),
     'head_weight_v': np.ones((patterns,), np.float32),
   }
   for pattern, solution in chosen.items():
