@@ -165,7 +165,12 @@ def test_a_preset_of_another_command_is_refused(schema, preset):
 def test_presets_share_what_a_laptop_needs():
   quickstart, table = (CLASSIFIER.load(name) for name in ('quickstart', 'table'))
   changed = {line.split(':')[0] for line in resolved.differences(quickstart, table)}
-  assert changed == {'dataset.name', 'dataset.path', 'text.max_tokens'}
+  assert changed == {
+    'backbones.text.path',
+    'dataset.name',
+    'dataset.path',
+    'text.max_tokens',
+  }
   default, robust = CLASSIFIER.default(), CLASSIFIER.load('mm_imdb:small,robust')
   for name in presets.WITHOUT_ADDITIONS:
     assert CLASSIFIER.get(robust, name) == CLASSIFIER.get(default, name)
