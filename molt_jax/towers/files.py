@@ -376,15 +376,16 @@ FILES = {'.gguf': GgufFiles, '.onnx': OnnxFiles}
 
 
 def _zipped_directory(file: pathlib.Path) -> zipped.ZipPath:
-  """The directory in a zip: its top, or the only folder in it that has a config.json."""
+  """The directory in a zip: its top, or the only folder in it that has a configuration."""
   top = zipped.folder(file)
   folders = [top / name for name in sorted({n.partition('/')[0] for n in top.members if '/' in n})]
-  found = [place for place in (top, *folders) if (place / 'config.json').exists()]
+  names = ('config.json', open_clip.CONFIG)
+  found = [p for p in (top, *folders) if any((p / name).exists() for name in names)]
   if top in found:
     return top
   if len(found) != 1:
     raise UserError(
-      f'{file} holds {len(found)} folders with a config.json; expected one Hugging Face model '
+      f'{file} holds {len(found)} folders with a {names[0]}; expected one Hugging Face model '
       f'directory: {files.listed(sorted(top.members)) or "it is empty"}'
     )
   return found[0]

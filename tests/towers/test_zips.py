@@ -168,6 +168,10 @@ TRAPS = {
   'no members': (archive(), 'holds 0 folders with a config.json.*it is empty'),
   'no model': (archive(('a.txt', b'x')), 'holds 0 folders with a config.json.*: a.txt'),
   'two models': (archive(('a/config.json', '{}'), ('b/config.json', '{}')), 'holds 2 folders'),
+  'an OpenCLIP model without weights': (
+    archive(('m/open_clip_config.json', '{}')),
+    'm/open_clip_config.json has',
+  ),
   'no weights': (archive(CONFIG, ('x.bin', b'')), 'holds only pickled weights .x.bin.'),
   'an empty config': (archive(('config.json', b'')), 'config.json is empty'),
   'other bytes': (
