@@ -46,12 +46,14 @@ class _Nothing:
   num_layers, num_tokens = 1, 3
 
   def of(self, modality, kind, layer):
-    return jnp.full((3, {'image': 192, 'text': 64, 'clip_text': 128}[self.width]), 5.0)
+    widths = {'image': 192, 'text': 64, 'clip_text': 128, 'encoder': 64}
+    return jnp.full((3, widths[self.width]), 5.0)
 
 
-@pytest.mark.parametrize('modality', ['image', 'text', 'clip_text'])
+@pytest.mark.parametrize('modality', ['image', 'text', 'clip_text', 'encoder'])
 def test_masked_prompts_leave_the_tower_as_it_is(modality, monkeypatch):
-  setup, frozen, _ = make_setup(TEXT_TOWERS[modality == 'clip_text'])
+  towers = {'clip_text': TEXT_TOWERS[1], 'encoder': 'random:bert-tiny'}
+  setup, frozen, _ = make_setup(towers.get(modality, TEXT_TOWERS[0]))
   batch = make_batch()
   own = 'image' if modality == 'image' else 'text'
   features = setup.method.features(frozen, batch)

@@ -14,12 +14,14 @@ from molt_jax.towers import keys
 from molt_jax.towers.bert import BertConfig
 from molt_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from molt_jax.towers.llama import LlamaConfig
+from molt_jax.towers.siglip.text_config import SiglipTextConfig
 
 READERS = {
   'text': LlamaConfig.from_hf,
   'image': ClipVisionConfig.from_hf,
   'clip_text': ClipTextConfig.from_hf,
   'bert': BertConfig.from_hf,
+  'siglip_text': SiglipTextConfig.from_hf,
 }
 # Facts about files that are on the hub, every key as it is written there.
 LLAMA_2 = {
@@ -306,6 +308,28 @@ XLM_ROBERTA = {
   'type_vocab_size': 1,
   'vocab_size': 250002,
 }
+SIGLIP2 = {
+  'architectures': ['SiglipModel'],
+  'initializer_factor': 1.0,
+  'model_type': 'siglip',
+  'text_config': {
+    'attention_dropout': 0.0,
+    'hidden_act': 'gelu_pytorch_tanh',
+    'hidden_size': 1152,
+    'intermediate_size': 4304,
+    'layer_norm_eps': 1e-06,
+    'max_position_embeddings': 64,
+    'model_type': 'siglip_text_model',
+    'num_attention_heads': 16,
+    'num_hidden_layers': 27,
+    'projection_size': 1152,
+    'torch_dtype': 'float32',
+    'vocab_size': 256000,
+  },
+  'torch_dtype': 'float32',
+  'transformers_version': '4.49.0.dev0',
+  'vision_config': {'model_type': 'siglip_vision_model'},
+}
 PUBLISHED = {
   'LLaMA 2': ('text', LLAMA_2),
   'LLaMA 3.2': ('text', LLAMA_3_2),
@@ -316,6 +340,7 @@ PUBLISHED = {
   'MiniLM': ('bert', MINILM),
   'BERT, multilingual': ('bert', MULTILINGUAL_BERT),
   'XLM-RoBERTa': ('bert', XLM_ROBERTA),
+  'SigLIP 2, text': ('siglip_text', SIGLIP2),
 }
 SMALL = {
   'text': {
@@ -329,14 +354,18 @@ SMALL = {
   'image': {'model_type': 'clip_vision_model'},
   'clip_text': {'model_type': 'clip_text_model'},
   'bert': {'model_type': 'bert'},
+  'siglip_text': {'model_type': 'siglip_text_model'},
 }
+
+
+PARTS = {'image': 'vision_config', 'clip_text': 'text_config', 'siglip_text': 'text_config'}
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_configurations_open(name):
   kind, config = PUBLISHED[name]
   made = READERS[kind](config)
-  part = config.get({'image': 'vision_config', 'clip_text': 'text_config'}.get(kind), config)
+  part = config.get(PARTS.get(kind), config)
   assert (made.hidden_size, made.num_layers) == (part['hidden_size'], part['num_hidden_layers'])
   assert made.num_heads == part['num_attention_heads']
 
@@ -349,6 +378,7 @@ def test_all_that_transformers_writes_is_known():
     'image': whole,
     'clip_text': whole,
     'bert': transformers.BertConfig().to_dict(),
+    'siglip_text': transformers.SiglipConfig().to_dict(),
   }.items():
     READERS[kind](config)
     READERS[kind](json.loads(json.dumps({**config, **generation})))
@@ -447,6 +477,14 @@ SIZES = {
     'max_position_embeddings',
     'type_vocab_size',
   ),
+  'siglip_text': (
+    'vocab_size',
+    'hidden_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'max_position_embeddings',
+    'projection_size',
+  ),
 }
 NO_SIZES = [-1, 10**11, 2**64, 1.5, 8.0, True, '8', [8], {}, float('nan'), float('inf')]
 
@@ -497,7 +535,7 @@ VALUES = (
 def test_any_values_give_a_configuration_or_one_line(data):
   kind = data.draw(st.sampled_from(sorted(READERS)))
   tables = {'text': keys.LLAMA, 'image': keys.CLIP_VISION, 'clip_text': keys.CLIP_TEXT}
-  table = {**tables, 'bert': keys.BERT}[kind]
+  table = {**tables, 'bert': keys.BERT, 'siglip_text': keys.SIGLIP_TEXT}[kind]
   config = dict(SMALL[kind])
   for key in data.draw(st.lists(st.sampled_from(sorted(table)), min_size=1, max_size=3)):
     config[key] = data.draw(VALUES)
