@@ -49,6 +49,12 @@ MOLT = {
     'Normalises the hidden states; standardize: by training statistics.',
   ),
   'cross_attention': Field(True, FLAG, 'Eq. 2; off: H is zero (first ablation of Table 2).'),
+  'bilinear': Field(
+    0,
+    between(0, 64),
+    'Factors of a bilinear pooling of both modalities that is added to H_l of eq. 5 (as in the '
+    "method's second version): for answers that hang on both together. 0: none.",
+  ),
   'layer_weights': Field(True, FLAG, 'Learn M of eq. 5; off: the plain mean over layers.'),
 }
 MMRL = {

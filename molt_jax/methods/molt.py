@@ -16,7 +16,7 @@ from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base
 from molt_jax.methods import head as heads
 from molt_jax.methods.parts.attention import LayerAffine, PooledLayerNorm, attend
-from molt_jax.methods.parts.fusion import Fusion
+from molt_jax.methods.parts.fusion import BilinearPooling, Fusion
 from molt_jax.methods.parts.imputation import CrossModalImputation
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.methods.parts.interface import Output, Tokens, TokenSequence, available_mean
@@ -115,6 +115,7 @@ class MoLTHead(nn.Module):
     num_heads: attention heads in the common space.
     cross_attention, layer_weights, fusion_attention: the switches of the paper's Table 2.
     fusion_residual: the classifier reads the fused vector + H_r.
+    bilinear: factors of the bilinear pooling that is added to H_l; 0: the mean of eq. 5 alone.
     dtype: type of the matrix products; norms, softmax, means and logits are float32.
   """
 
@@ -129,6 +130,7 @@ class MoLTHead(nn.Module):
   layer_weights: bool
   fusion_attention: bool
   fusion_residual: bool
+  bilinear: int
   dtype: jnp.dtype
 
   @nn.compact
@@ -153,6 +155,9 @@ class MoLTHead(nn.Module):
     if self.translator:
       *imputed, available_bm = self.translator(*pooled, available_bm)
     layers_lbc = available_mean(imputed, available_bm)
+    if self.bilinear:
+      pool = BilinearPooling(self.width, self.bilinear, self.dtype, name='bilinear')
+      layers_lbc += pool(*imputed, available_bm)
     if self.layer_weights:
       init = nn.with_logical_partitioning(nn.initializers.ones, ('layers',))
       layers_lbc *= self.param('layer_weights', init, (self.num_layers,), jnp.float32)[
@@ -194,6 +199,7 @@ def make_head(config, *, num_layers, num_classes, image_width, text_width) -> Mo
     layer_weights=c.layer_weights,
     fusion_attention=config.fusion.attention,
     fusion_residual=config.fusion.residual,
+    bilinear=config.molt.bilinear,
     dtype=jnp.dtype(config.compute_dtype),
   )
 

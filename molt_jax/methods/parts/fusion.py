@@ -60,6 +60,39 @@ class Fusion(nn.Module):
     )(width)
 
 
+class BilinearPooling(nn.Module):
+  """Factorised bilinear pooling of both modalities (MFB: Yu et al. 2017), as MoLT has it in its
+  second version: z_c = sum_j (u_cj' h_i + a_cj) (v_cj' h_t + b_cj) in each layer.
+
+  It says what holds of both together, as the answer to a question about a picture does. The factor
+  of a modality that is missing is one, which leaves an affine map of the present one.
+
+  Attributes:
+    width: C.
+    factors: number of j.
+    dtype: type of the matrix products.
+  """
+
+  width: int
+  factors: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, image_lbc: jax.Array, text_lbc: jax.Array, available_bm: jax.Array):
+    """float32[L, B, C] each, bool[B, 2] -> float32[L, B, C]; zero where nothing is available."""
+    product_lbcj = 1.0
+    for column, (modality, x_lbc) in enumerate(zip(MODALITIES, (image_lbc, text_lbc), strict=True)):
+      width = self.width * self.factors
+      layers, rows, size = x_lbc.shape
+      maps = LayerAffine(layers, width, ('common', 'heads'), self.dtype, name=modality)(size)
+      x_lbc = jnp.where(available_bm[None, :, column, None], x_lbc, 0.0)
+      factor_lbcj = maps(x_lbc[:, :, None]).astype(jnp.float32)
+      factor_lbcj = factor_lbcj.reshape(layers, rows, self.width, self.factors)
+      product_lbcj *= jnp.where(available_bm[None, :, column, None, None], factor_lbcj, 1.0)
+    pooled_lbc = jnp.sum(product_lbcj, axis=3)
+    return jnp.where(available_bm.any(axis=1)[None, :, None], pooled_lbc, 0.0)
+
+
 class Linear(nn.Module):
   """Dropout and one affine map, [B, C] -> float32[B, K]."""
 

@@ -100,12 +100,27 @@ def fit(
   return _packed(kernels, chosen, shares, landmarks) if chosen else None
 
 
+class Groups(NamedTuple):
+  """How a modality's kernel is made of groups.
+
+  Attributes:
+    mean_weight, cells_weight: of the two groups.
+    state: whose cells are compared.
+    lowest: the lowest hidden state whose means are compared, of those that the head reads.
+  """
+
+  mean_weight: float
+  cells_weight: float
+  state: int = 0
+  lowest: int = 0
+
+
 class _ModalityKernels:
   """Kernels of one modality's examples (training, then held) with the landmarks."""
 
   def __init__(self, modality: str, training: Examples, held: Examples, count: int):
     own = training.having(np.array(MODALITIES) == modality)
-    self.choice, self.chosen = (1.0, 0.0, 0), None
+    self.choice, self.chosen = Groups(1.0, 0.0), None
     self._spaces, self._inputs = {}, {}
     for group, x_blnd in training.pooled[modality].items():
       self._spaces[group] = _space(x_blnd[own] if len(own) else x_blnd)
@@ -116,47 +131,61 @@ class _ModalityKernels:
     self._has_cells = training.pooled[modality]['cells'].shape[2] > 1
 
   @property
-  def states(self) -> range:
-    """The hidden states whose cells may be compared; none where there is one cell, since both
-    groups would be the same.
-    """
-    return range(self._num_states if self._has_cells else 0)
+  def means(self) -> list[Groups]:
+    """The groups of means that may be compared: of all hidden states, and of the upper half."""
+    lowest = sorted({0, self._num_states // 2})
+    return [Groups(1.0, 0.0, lowest=state) for state in lowest]
 
-  def kernels(self, choice: tuple, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the kernels of training and held examples, float32[B, M].
-
-    Args:
-      choice: (weight of the group of means, weight of the cells, state of the cells).
-      count: M, of the landmarks.
+  @property
+  def cells(self) -> list[Groups]:
+    """The groups of cells that may be compared; none where there is one cell, since both groups
+    would be the same.
     """
-    mean_weight, cells_weight, state = choice
-    parts = [(mean_weight, 'mean', None), (cells_weight, 'cells', state)]
-    found = [(w, self._kernels(group, s, count)) for w, group, s in parts if w]
+    return [Groups(0.0, 1.0, state) for state in range(self._num_states if self._has_cells else 0)]
+
+  def kernels(self, choice: Groups, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the kernels of training and held examples with `count` landmarks, float32[B, M]."""
+    weights = {'mean': choice.mean_weight, 'cells': choice.cells_weight}
+    found = [(w, self._kernels(group, choice, count)) for group, w in weights.items() if w]
     return tuple(sum(w * pair[k] for w, pair in found) for k in range(2))
 
-  def _kernels(self, group: str, state: int | None, count: int) -> tuple[np.ndarray, np.ndarray]:
-    mean_lnd, scale_lnd = self._spaces[group]
-    rows = slice(None) if state is None else slice(state, state + 1)
+  def _kernels(self, group: str, choice: Groups, count: int) -> tuple[np.ndarray, np.ndarray]:
     flat = []
     for x_blnd in self._inputs[group]:
-      z_blnd = (x_blnd[:, rows].astype(np.float32) - mean_lnd[rows]) * scale_lnd[rows]
+      z_blnd = self._standardised(group, choice, x_blnd)
       flat.append(z_blnd.reshape(len(z_blnd), -1))
     landmarks_mc = flat[0][:count]
     return tuple(np.exp(-GAMMA * _mean_squared_distance(x_bc, landmarks_mc)) for x_bc in flat)
 
+  def _standardised(self, group: str, choice: Groups, x_blnd: np.ndarray) -> np.ndarray:
+    mean_lnd, scale_lnd, rows = self._space_of(group, choice)
+    return (x_blnd[:, rows].astype(np.float32) - mean_lnd) * scale_lnd
+
+  def _space_of(self, group: str, choice: Groups) -> tuple[np.ndarray, np.ndarray, slice]:
+    """Mean and scale of the hidden states of a group, and which they are. States that are not
+    compared have the scale zero, and the others weigh as much more.
+    """
+    mean_lnd, scale_lnd = self._spaces[group]
+    if group == 'cells':
+      rows = slice(choice.state, choice.state + 1)
+      return mean_lnd[rows], scale_lnd[rows], rows
+    scale_lnd = scale_lnd * np.sqrt(self._num_states / (self._num_states - choice.lowest))
+    scale_lnd[: choice.lowest] = 0
+    return mean_lnd, scale_lnd.astype(np.float32), slice(None)
+
   def variables(self, landmarks: int) -> dict[str, np.ndarray]:
     """Returns the modality's variables, as `kernel_ridge.empty` makes them."""
-    *weights, state = self.choice
-    found = {'state': np.int32(state), 'group_weight': np.asarray(weights, np.float32)}
-    for group, (mean_lnd, scale_lnd) in self._spaces.items():
-      rows = slice(None) if group == 'mean' else slice(state, state + 1)
-      x_blnd = self._inputs[group][0][: self._count, rows].astype(np.float32)
-      z_mlnd = np.zeros((landmarks, *x_blnd.shape[1:]), np.float16)
-      z_mlnd[: self._count] = (x_blnd - mean_lnd[rows]) * scale_lnd[rows]
+    choice = self.choice
+    weights = np.array([choice.mean_weight, choice.cells_weight], np.float32)
+    found = {'state': np.int32(choice.state), 'group_weight': weights}
+    for group, (x_blnd, _) in self._inputs.items():
+      z_mlnd = self._standardised(group, choice, x_blnd[: self._count])
+      padding = np.zeros((landmarks - len(z_mlnd), *z_mlnd.shape[1:]), np.float32)
+      mean_lnd, scale_lnd, _ = self._space_of(group, choice)
       found |= {
-        f'{group}_mean_lnd': mean_lnd[rows],
-        f'{group}_scale_lnd': scale_lnd[rows],
-        f'{group}_landmarks_mlnd': z_mlnd,
+        f'{group}_mean_lnd': mean_lnd,
+        f'{group}_scale_lnd': scale_lnd,
+        f'{group}_landmarks_mlnd': np.concatenate([z_mlnd, padding]).astype(np.float16),
       }
     return found
 
@@ -196,19 +225,18 @@ class _Solver:
     rows = self._training.having(PATTERNS[pattern])
     return np.sum(rows < self._count) >= LEAST
 
-  def choose_groups(self, pattern: int, own: _ModalityKernels) -> tuple[tuple, float]:
-    """Returns the best of: the means, the cells of one state, and both at equal weight; and its
-    ridge.
-    """
-    mean = self._candidates(own, [(1.0, 0.0, 0)])
-    if not own.states:
-      return self.choose(pattern, mean)
-    cells = self._candidates(own, [(0.0, 1.0, state) for state in own.states])
+  def choose_groups(self, pattern: int, own: _ModalityKernels) -> tuple[Groups, float]:
+    """Returns the best of means, cells of one state, and both at equal weight; and its ridge."""
+    means = self._candidates(own, own.means)
+    mean, ridge = self.choose(pattern, means)
+    if not own.cells:
+      return mean, ridge
+    cells = self._candidates(own, own.cells)
     best = self.choose(pattern, cells)[0]
-    both = self._candidates(own, [(0.5, 0.5, best[2])])
-    return self.choose(pattern, mean | {best: cells[best]} | both)
+    both = self._candidates(own, [Groups(0.5, 0.5, best.state, mean.lowest)])
+    return self.choose(pattern, {mean: means[mean], best: cells[best]} | both)
 
-  def _candidates(self, own: _ModalityKernels, choices: Sequence[tuple]) -> dict[tuple, Callable]:
+  def _candidates(self, own: _ModalityKernels, choices: Sequence[Groups]) -> dict[Groups, Callable]:
     return {choice: functools.partial(own.kernels, choice) for choice in choices}
 
   def choose(self, pattern: int, candidates: Mapping[Any, Callable]) -> tuple[Any, float]:
