@@ -61,6 +61,7 @@ PRETRAINED_IMAGES = {
   'image.resize': 'squash',
   'molt.cells': 4,
   'molt.layers': 'spread:4',
+  'molt.bilinear': 1,
   'ridge.landmarks': -1,
 }
 # What quickstart and table share: a laptop's towers and the best settings.
