@@ -72,6 +72,19 @@ PRINTED = {
   )
 }
 DEFAULT = {name: presets.ROBUST[name] for name in PRINTED}
+# What the presets quickstart and table said when the tables here were made, `usefulness.py` apart:
+# towers, states and head of commit c1ff4b1.
+FIRST_RELEASE = {
+  'backbones.text.path': presets.SMALL_TOWERS['backbones.text.path'],
+  'backbones.image.path': presets.SMALL_TOWERS['backbones.image.path'],
+  'backbones.image.resolution': 0,
+  'image.resize': 'crop',
+  'molt.bilinear': 0,
+  'molt.cells': 0,
+  'molt.layers': '-4:',
+  'ridge.landmarks': 0,
+}
+FIRST_TEXT_LENGTH = {'text.max_tokens': 64}  # Of the preset table.
 BASELINE = DEFAULT | {'method': 'late_fusion'} | COMPLETE_ONLY
 
 
@@ -107,8 +120,11 @@ def name_of(data: str) -> str:
   return data.partition('=')[0]
 
 
-def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collections.ConfigDict:
-  """Returns the config of one run.
+def make_config(
+  data: str, changes: Mapping[str, Any], seed: int, *, today: bool = False
+) -> ml_collections.ConfigDict:
+  """Returns the config of one run: of the presets quickstart and table as they were in the first
+  release, or as they are `today`.
 
   Raises:
     UserError: no such data set, preset or field.
@@ -120,10 +136,12 @@ def make_config(data: str, changes: Mapping[str, Any], seed: int) -> ml_collecti
   given = dict(_assignment(item) for item in SET.value)
   if not equals and name == 'openmoji':
     preset = str(configs / 'quickstart.py')
+    given = given if today else {**FIRST_RELEASE, **given}
   elif where.partition(':')[0].endswith('.py'):
     preset = where
   elif equals and name and pathlib.Path(where).is_dir():
     preset, given = str(configs / 'table.py'), given | {'dataset.path': where}
+    given = given if today else {**FIRST_RELEASE, **FIRST_TEXT_LENGTH, **given}
   else:
     raise UserError(
       f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) '

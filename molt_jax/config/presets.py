@@ -13,6 +13,9 @@ from molt_jax.errors import UserError
 
 # The equations as printed, without what this library adds to them by default (and no schedule).
 WITHOUT_ADDITIONS = {
+  'molt.bilinear': 0,
+  'molt.cells': 0,
+  'ridge.landmarks': 0,
   'molt.input_norm': 'none',
   'fusion.residual': False,
   'classifier.kind': 'linear',

@@ -14,6 +14,7 @@ regression of one-hot labels in the space that the landmarks span (Williams and 
 all training examples are landmarks, that is exact kernel ridge regression.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,9 +115,27 @@ def kernel(variables: Mapping[str, Any], pooled: Mapping[str, jax.Array]) -> jax
   }
   total = 0.0
   for g, group in enumerate(GROUPS):
-    x_bc, z_mc = _standardised(variables, group, chosen[group])
-    total += variables['group_weight'][g] * jnp.exp(-GAMMA * mean_squared_distance(x_bc, z_mc))
+    weight = variables['group_weight'][g]
+    # A group that was not chosen is not computed.
+    own = {group: chosen[group]}
+    total += weight * jax.lax.cond(
+      weight > 0,
+      functools.partial(_group_kernel, variables, group),
+      functools.partial(_zeros, variables),
+      own,
+    )
   return total
+
+
+def _group_kernel(variables, group, pooled) -> jax.Array:
+  x_bc, z_mc = _standardised(variables, group, pooled[group])
+  return jnp.exp(-GAMMA * mean_squared_distance(x_bc, z_mc))
+
+
+def _zeros(variables, pooled) -> jax.Array:
+  """A kernel, float32[B, M], of nothing."""
+  examples = len(next(iter(pooled.values())))
+  return jnp.zeros((examples, len(variables['mean_landmarks_mlnd'])))
 
 
 def _standardised(variables, group, x_blnd):
@@ -151,9 +170,16 @@ def answers(
   kernels = {}
   for column, modality in enumerate(MODALITIES):
     if modality in variables and states.of(modality) is not None:
+      own_b = present_bm[:, column]
       pooled = pool_modality(states, present_bm, modality)
-      own_b1 = present_bm[:, column, None]
-      kernels[column] = jnp.where(own_b1, kernel(variables[modality], pooled), 0.0)
+      # Missing from every example, its kernel is not computed.
+      kernel_bm = jax.lax.cond(
+        own_b.any(),
+        functools.partial(kernel, variables[modality]),
+        functools.partial(_zeros, variables[modality]),
+        pooled,
+      )
+      kernels[column] = jnp.where(own_b[:, None], kernel_bm, 0.0)
   found = []
   for v in range(len(PATTERNS)):
     shares = variables['share_vm'][v]
