@@ -615,6 +615,19 @@ def test_every_field_of_the_schema_survives_json(make_config):
   assert frozen.identities(towers)['image']['path'] == pairs.SCRATCH
 
 
+def test_towers_that_could_not_be_written_are_not_trained(make_config):
+  config = make_config()
+  config.backbones.image.path = 'random:dinov3-tiny'
+  with pytest.raises(UserError, match='family dinov3_vit.*image.freeze=True.*clip_vision_model'):
+    pairs.describe_towers(config)
+  config.backbones.image.freeze = config.backbones.image.pretrained = True
+  config.augment.image.kept = 0.5
+  with pytest.raises(UserError, match='image.kept: 0.5.*give 1.0'):
+    pairs.describe_towers(config)
+  config.augment.image.kept = 1.0
+  assert pairs.describe_towers(config)['image'].family.name == 'dinov3_vit'
+
+
 # ---- The shipped tower ---------------------------------------------------------------------------
 
 

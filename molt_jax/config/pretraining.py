@@ -56,8 +56,8 @@ PRETRAINING_FIELDS: dict[str, Any] = {
         '',
         ANY_STRING,
         (
-          'CLIP vision tower: openmoji, Hugging Face directory (or .zip of it) or hub id, '
-          'pkg://package/folder; empty: as below.'
+          'Image tower: openmoji, Hugging Face directory (or .zip of it) or hub id, '
+          'pkg://package/folder; trained a CLIP, with freeze any. Empty: as below.'
         ),
       ),
       'pretrained': Field(

@@ -210,6 +210,52 @@ PUBLISHED = {
     'image_mean': [0.48145466, 0.4578275, 0.40821073],
     'image_std': [0.26862954, 0.26130258, 0.27577711],
   },
+  'facebook/dinov2-small, sizes aside': {
+    'crop_size': SQUARE,
+    'do_center_crop': True,
+    'do_convert_rgb': True,
+    'do_normalize': True,
+    'do_rescale': True,
+    'do_resize': True,
+    'image_mean': [0.485, 0.456, 0.406],
+    'image_processor_type': 'BitImageProcessor',
+    'image_std': [0.229, 0.224, 0.225],
+    'resample': 3,
+    'rescale_factor': 0.00392156862745098,
+    'size': {'shortest_edge': 23},
+  },
+  'google/siglip-base-patch16-224, sizes aside': {
+    'do_normalize': True,
+    'do_rescale': True,
+    'do_resize': True,
+    'image_mean': [0.5, 0.5, 0.5],
+    'image_processor_type': 'SiglipImageProcessor',
+    'image_std': [0.5, 0.5, 0.5],
+    'processor_class': 'SiglipProcessor',
+    'resample': 3,
+    'rescale_factor': 0.00392156862745098,
+    'size': SQUARE,
+  },
+  'facebook/dinov3-vits16, sizes aside': {
+    'crop_size': None,
+    'data_format': 'channels_first',
+    'default_to_square': True,
+    'device': None,
+    'disable_grouping': None,
+    'do_center_crop': None,
+    'do_convert_rgb': None,
+    'do_normalize': True,
+    'do_rescale': True,
+    'do_resize': True,
+    'image_mean': [0.485, 0.456, 0.406],
+    'image_processor_type': 'DINOv3ViTImageProcessorFast',
+    'image_std': [0.229, 0.224, 0.225],
+    'input_data_format': None,
+    'resample': 2,
+    'rescale_factor': 0.00392156862745098,
+    'return_tensors': None,
+    'size': SQUARE,
+  },
   'a fast processor of transformers 4': {
     'crop_size': None,
     'data_format': 'channels_first',
@@ -235,7 +281,18 @@ PUBLISHED = {
 }
 
 
+# Family in the name -> (filter, how it resizes, side before the crop, rounded).
+ASKED = {
+  'clip': (3, 'crop', 0, True),
+  'dinov2': (3, 'crop', 23, True),
+  'siglip': (3, 'squash', 0, True),
+  'dinov3': (2, 'squash', 0, False),
+  'fast': (2, 'squash', 0, True),
+}
+
+
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_files_open(tmp_path, name):
   spec = read(tmp_path, **PUBLISHED[name])
-  assert (spec.resample, spec.resize) == ((3, 'crop') if 'clip' in name else (2, 'squash'))
+  expected = next(row for family, row in ASKED.items() if family in name)
+  assert (spec.resample, spec.resize, spec.scaled, spec.rounded) == expected

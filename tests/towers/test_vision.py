@@ -13,6 +13,8 @@ import pytest
 import safetensors.numpy
 import transformers
 from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optional_torch import needs_torch, torch
 
 from molt_jax.config import default_config
@@ -394,9 +396,54 @@ def test_all_that_transformers_writes_is_known(name):
   assert _read(config.to_dict()) == _read(json.loads(config.to_json_string()))
 
 
+NO_SIZES = [-1, 10**11, 1.5, True, '8', [8], None, float('nan')]
+SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
+OWN_SIZES = {
+  DINOV2_SMALL['model_type']: ('mlp_ratio',),
+  WITH_REGISTERS['model_type']: ('num_register_tokens',),
+  VIT_BASE['model_type']: ('intermediate_size',),
+  DINOV3_SMALL['model_type']: ('intermediate_size', 'num_register_tokens'),
+}
+PLAINLY = {c['model_type']: c for c in (DINOV2_SMALL, WITH_REGISTERS, VIT_BASE, DINOV3_SMALL)}
+PLAINLY['siglip_vision_model'] = SO400M['vision_config']
+
+
+@pytest.mark.parametrize('name', PLAINLY)
+def test_what_is_no_size_or_not_known_is_refused(name):
+  for key in SIZES + OWN_SIZES.get(name, ()):
+    for value in NO_SIZES:
+      if key == 'mlp_ratio' and value == 1.5:
+        continue
+      with pytest.raises(UserError, match=key) as error:
+        _read({**PLAINLY[name], key: value})
+      assert '\n' not in str(error.value)
+  for key in ('zzz', '', 'Hidden_size', 'num_experts'):
+    with pytest.raises(UserError, match=f'has {key!r}, unknown here'):
+      _read({**PLAINLY[name], key: None})
+
+
+VALUES = st.sampled_from([None, True, 0, 1, 2, 3, 7, 1 << 20, -1, 0.5, 1e-9, 1e300, 'gelu', [], {}])
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_any_values_give_a_configuration_or_one_line(data):
+  config = dict(PLAINLY[data.draw(st.sampled_from(sorted(PLAINLY)))])
+  for key in data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=3)):
+    config[key] = data.draw(VALUES)
+  try:
+    made = _read(config)
+  except UserError as error:
+    assert '\n' not in str(error)
+    return
+  assert made.intermediate_size >= 1 and made.hidden_size % made.num_heads == 0
+  assert made.num_tokens > made.num_prefix_tokens >= 0
+
+
 @pytest.mark.parametrize(
   'name, changes, says',
   [
+    ('DINOv2-S', {'mlp_ratio': 1e-6}, 'mlp_ratio = 1e-06, which makes 0'),
     ('DINOv2-S', {'num_register_tokens': 4}, "'num_register_tokens', unknown here"),
     ('DINOv2-S', {'hidden_act': 'gelu_new'}, "hidden_act = 'gelu_new'"),
     ('DINOv2-S', {'num_channels': 1}, 'num_channels = 1'),

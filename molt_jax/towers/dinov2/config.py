@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
+from molt_jax.errors import UserError
 from molt_jax.towers import keys
 from molt_jax.towers.vision.config import VisionConfig, check_heads, check_patches
 
@@ -52,6 +53,11 @@ class Dinov2Config(VisionConfig):
     hidden = int(c['hidden_size'] * c['mlp_ratio'])
     if c['use_swiglu_ffn']:  # Two thirds of it, in whole eights, so that the size stays.
       hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    if not keys.WIDTH.holds(hidden):
+      raise UserError(
+        f'{where} has mlp_ratio = {c["mlp_ratio"]}, which makes {hidden} of hidden_size = '
+        f'{c["hidden_size"]}; implemented: {keys.WIDTH.text}'
+      )
     return cls(
       hidden_size=c['hidden_size'],
       intermediate_size=hidden,
