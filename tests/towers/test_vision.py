@@ -216,7 +216,14 @@ FULL_SIZE = {
 UNUSED = {PLAIN: lambda d: d, REGISTERS: lambda d: d, VIT: lambda d: d * d + d, DINOV3: lambda d: d}
 
 
-@pytest.mark.parametrize('name', FULL_SIZE)
+SMALL = ('dinov2-small', 'dinov2-with-registers-small', 'dinov3-vits16', 'siglip-tiny', 'vit-tiny')
+
+
+def _slow_unless_small(name):
+  return name if name in SMALL else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('name', map(_slow_unless_small, FULL_SIZE))
 def test_full_size_models_have_the_parameters_of_hugging_face(name):
   kind = FULL_SIZE[name]
   files = loading.open_files(f'random:{name}', modality='image')
