@@ -223,7 +223,7 @@ def _slow_unless_small(name):
   return name if name in SMALL else pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('name', map(_slow_unless_small, FULL_SIZE))
+@pytest.mark.parametrize('name', [_slow_unless_small(name) for name in FULL_SIZE])
 def test_full_size_models_have_the_parameters_of_hugging_face(name):
   kind = FULL_SIZE[name]
   files = loading.open_files(f'random:{name}', modality='image')
