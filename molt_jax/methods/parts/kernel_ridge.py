@@ -26,6 +26,7 @@ from molt_jax.features.hidden_states import HiddenStates
 
 GAMMA = 0.3  # Standardised channels of unrelated examples have a mean squared distance of about 2.
 GROUPS = ('mean', 'cells')
+MEAN = 1  # Where the mean is among the tokens of the first group.
 # More tokens than these are no cells: their mean alone is compared.
 MAX_CELLS = 40
 _HIGHEST = jax.lax.Precision.HIGHEST

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from molt_jax.data.modalities import MODALITIES, PATTERNS
-from molt_jax.methods.parts.kernel_ridge import GAMMA
+from molt_jax.methods.parts.kernel_ridge import GAMMA, MEAN
 
 RIDGES = tuple(float(x) for x in 10.0 ** np.arange(-2.5, 0.6, 0.5))
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # Of the text in the kernel of complete examples.
@@ -107,12 +107,14 @@ class Groups(NamedTuple):
     mean_weight, cells_weight: of the two groups.
     state: whose cells are compared.
     lowest: the lowest hidden state whose means are compared, of those that the head reads.
+    only_mean: the first and the last token are not compared beside the mean.
   """
 
   mean_weight: float
   cells_weight: float
   state: int = 0
   lowest: int = 0
+  only_mean: bool = False
 
 
 class _ModalityKernels:
@@ -132,9 +134,12 @@ class _ModalityKernels:
 
   @property
   def means(self) -> list[Groups]:
-    """The groups of means that may be compared: of all hidden states, and of the upper half."""
+    """The groups of means that may be compared: of all hidden states or of the upper half, with or
+    without other tokens beside the mean.
+    """
     lowest = sorted({0, self._num_states // 2})
-    return [Groups(1.0, 0.0, lowest=state) for state in lowest]
+    choices = itertools.product(lowest, (False, True))
+    return [Groups(1.0, 0.0, lowest=state, only_mean=alone) for state, alone in choices]
 
   @property
   def cells(self) -> list[Groups]:
@@ -162,15 +167,16 @@ class _ModalityKernels:
     return (x_blnd[:, rows].astype(np.float32) - mean_lnd) * scale_lnd
 
   def _space_of(self, group: str, choice: Groups) -> tuple[np.ndarray, np.ndarray, slice]:
-    """Mean and scale of the hidden states of a group, and which they are. States that are not
-    compared have the scale zero, and the others weigh as much more.
+    """Mean and scale of the hidden states of a group, and which they are. What is not compared has
+    the scale zero, and the rest weighs as much more.
     """
     mean_lnd, scale_lnd = self._spaces[group]
     if group == 'cells':
       rows = slice(choice.state, choice.state + 1)
       return mean_lnd[rows], scale_lnd[rows], rows
-    scale_lnd = scale_lnd * np.sqrt(self._num_states / (self._num_states - choice.lowest))
-    scale_lnd[: choice.lowest] = 0
+    compared_lnd = np.zeros_like(scale_lnd)
+    compared_lnd[choice.lowest :, [MEAN] if choice.only_mean else slice(None)] = 1
+    scale_lnd = scale_lnd * compared_lnd / np.sqrt(compared_lnd.mean())
     return mean_lnd, scale_lnd.astype(np.float32), slice(None)
 
   def variables(self, landmarks: int) -> dict[str, np.ndarray]:
@@ -233,7 +239,8 @@ class _Solver:
       return mean, ridge
     cells = self._candidates(own, own.cells)
     best = self.choose(pattern, cells)[0]
-    both = self._candidates(own, [Groups(0.5, 0.5, best.state, mean.lowest)])
+    joint = mean._replace(mean_weight=0.5, cells_weight=0.5, state=best.state)
+    both = self._candidates(own, [joint])
     return self.choose(pattern, {mean: means[mean], best: cells[best]} | both)
 
   def _candidates(self, own: _ModalityKernels, choices: Sequence[Groups]) -> dict[Groups, Callable]:
