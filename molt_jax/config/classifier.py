@@ -51,7 +51,8 @@ FIELDS: dict[str, Any] = {
     'path': Field(
       '',
       ANY_STRING,
-      'The folder of the data set; table: it holds train.csv (or .jsonl) and test.csv.',
+      'The folder of the data set; table: it holds train.csv (or .jsonl) and test.csv, or is one '
+      'table (see docs/datasets.md).',
     ),
     'data_dir': Field(
       '~/.cache/molt_jax/datasets', NON_EMPTY, 'Where prepared data sets are kept.'
@@ -75,6 +76,46 @@ FIELDS: dict[str, Any] = {
         '--allow_count_mismatch).'
       ),
     ),
+    'table': {
+      'image': Field('image', ANY_STRING, 'Column of images; of several, joined by commas.'),
+      'text': Field(
+        'text', ANY_STRING, 'Columns of text, joined by commas; they become one, "title. body".'
+      ),
+      'label': Field('label', NON_EMPTY, 'Column of labels.'),
+      'split': Field(
+        '', ANY_STRING, 'Column that says train, validation or test; empty: there is none.'
+      ),
+      'group': Field(
+        '',
+        ANY_STRING,
+        'Column whose equal values stay in one split when rows are held out; empty: equal texts '
+        'and equal images do.',
+      ),
+      'test_file': Field('', ANY_STRING, 'Table of the test split, beside path; empty: none.'),
+      'validation_file': Field(
+        '', ANY_STRING, 'Table of the validation split, beside path; empty: none.'
+      ),
+      'test_fraction': Field(
+        0.0,
+        below(0, 1),
+        'Share of rows held out for test where nothing says which they are; 0: that is an error.',
+      ),
+      'odd_rows': Field(
+        'refuse',
+        one_of('refuse', 'set_aside'),
+        'What is done with rows that cannot be used, and with files that have to be guessed at.',
+      ),
+      'image_folder': Field(
+        '', ANY_STRING, 'What paths of images are relative to; empty: the folder of the table.'
+      ),
+      'separator': Field('', ANY_STRING, 'Of the cells of CSV files; empty: found by looking.'),
+      'encoding': Field('', ANY_STRING, 'Of text files; empty: found by looking.'),
+      'null_words': Field(
+        '',
+        ANY_STRING,
+        'Words for nothing, joined by commas; empty: those of pandas, R and spreadsheets.',
+      ),
+    },
     'mm_imdb': {
       'text': Field(
         'longest',

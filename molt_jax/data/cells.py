@@ -15,6 +15,7 @@ Tables (.csv, .jsonl), the files of published data sets and the arguments of `pr
   infinity, 2**53 and more (7)    refused              refused          refused          refused
   bytes                           content of a file    refused          refused          refused
   path object, PIL image          value                refused          refused          refused
+  `pictures.Picture` (9)          value                refused          refused          refused
   uint8 array [H, W(, 3 or 4)]    value                refused          refused          refused
   other arrays                    refused              refused          refused          refused
   list                            refused              refused          several (8)      refused
@@ -35,6 +36,9 @@ Tables (.csv, .jsonl), the files of published data sets and the arguments of `pr
 (7) As a floating point number, which is no longer exact there; a whole number may be as large.
 (8) Where there may be several; each by the rules of a label, absent ones left out. 'a|b' is a list
     too.
+(9) What stands for the bytes of an image in a Parquet or Arrow file until they are read.
+
+Where the user says which words stand for nothing, NULL_WORDS are strings as others.
 
 A path is refused with NUL in it, and with halves of surrogate pairs unless they stand for the bytes
 of a file's name (`os.fsdecode`).
@@ -71,6 +75,7 @@ from molt_jax.data.cell_values import (
   shown,
   string,
 )
+from molt_jax.data.pictures import Picture
 
 # What readers of cells need of values is found here too.
 __all__ = [
@@ -103,13 +108,16 @@ NULL_WORD, REPLACED, WRITTEN, TWICE = 'null word', 'replaced', 'written', 'twice
 Remark = Callable[[str, str], None]
 
 
-def read(column: str, value: Any, remark: Remark = lambda kind, value: None) -> Any:
+def read(
+  column: str, value: Any, remark: Remark = lambda kind, value: None, *, words: bool = True
+) -> Any:
   """Reads a cell by the table of this module's docstring.
 
   Args:
     column: 'image', 'text', 'label' or 'id'.
     value: what the cell holds.
     remark: called with what should be remarked of it.
+    words: whether NULL_WORDS stand for nothing; else they are strings as others.
 
   Returns:
     None: absent. A str; of 'image' perhaps bytes, a PIL image or a uint8 array.
@@ -117,18 +125,18 @@ def read(column: str, value: Any, remark: Remark = lambda kind, value: None) -> 
   Raises:
     CellError: it is refused.
   """
-  return _RULES[column](value, remark)
+  return _RULES[column](value, remark, words)
 
 
 def read_labels(
-  value: Any, *, several: bool, remark: Remark = lambda kind, value: None
+  value: Any, *, several: bool, remark: Remark = lambda kind, value: None, words: bool = True
 ) -> tuple[str, ...]:
   """Reads the labels of a row.
 
   Args:
     value: what the cell holds.
     several: whether a row can have several, in a list or joined by `|`.
-    remark: as in `read`.
+    remark, words: as in `read`.
 
   Returns:
     names, sorted and without repetition; empty: absent.
@@ -147,16 +155,16 @@ def read_labels(
         )
   else:
     parts = value.split('|') if several and isinstance(value, str) else [value]
-  names = {read('label', part, remark) for part in parts}
+  names = {read('label', part, remark, words=words) for part in parts}
   return tuple(sorted(names - {None}))
 
 
-def _text(value: Any, remark: Remark) -> str | None:
+def _text(value: Any, remark: Remark, words: bool) -> str | None:
   if type(value) is not str:
     value = string('text', value, remedy='give one string')
   if value is None or not VISIBLE.search(value):
     return None
-  if is_null_word(value):
+  if words and is_null_word(value):
     remark(NULL_WORD, value)
     return None
   if is_written(value):
@@ -167,10 +175,10 @@ def _text(value: Any, remark: Remark) -> str | None:
   return cleaned
 
 
-def _image(value: Any, remark: Remark) -> Any:
+def _image(value: Any, remark: Remark, words: bool) -> Any:
   if isinstance(value, bytes | bytearray | memoryview):
     return bytes(value)
-  if isinstance(value, Image.Image):
+  if isinstance(value, Image.Image | Picture):
     return value
   remedy = 'give the path of an image file'
   if isinstance(value, os.PathLike):
@@ -184,7 +192,7 @@ def _image(value: Any, remark: Remark) -> Any:
     return _pixels(value)
   if (text := string('image', value, remedy=remedy)) is None or not VISIBLE.search(text):
     return None
-  if is_null_word(text):
+  if words and is_null_word(text):
     remark(NULL_WORD, text)
     return None
   return _path(text.strip())
@@ -223,10 +231,10 @@ def _pixels(value: Any) -> np.ndarray:
   return array
 
 
-def _label(value: Any, remark: Remark) -> str | None:
+def _label(value: Any, remark: Remark, words: bool) -> str | None:
   del remark
   if isinstance(value, str):
-    return _name(str.__str__(value))
+    return _name(str.__str__(value), words)
   if isinstance(value, bool | np.bool_):
     return 'true' if value else 'false'
   remedy = 'give a string or a whole number'
@@ -242,13 +250,13 @@ def _label(value: Any, remark: Remark) -> str | None:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _name(text: str) -> str | None:
+def _name(text: str, words: bool) -> str | None:
   """Returns the name of the class that a string stands for; None: blank."""
   if not VISIBLE.search(text):
     return None
   _check_name(text)
   name = ' '.join(unicodedata.normalize('NFC', DROP.sub('', text)).split())
-  if name in NULL_WORDS:
+  if words and name in NULL_WORDS:
     raise CellError(
       'label',
       'is a word that tables write for nothing',
@@ -287,8 +295,8 @@ def _whole(name: str) -> str:
   return name
 
 
-def _id(value: Any, remark: Remark) -> str:
-  del remark
+def _id(value: Any, remark: Remark, words: bool) -> str:
+  del remark, words
   remedy = 'give a name or a whole number'
   if isinstance(value, int | np.integer) and not isinstance(value, bool):
     return digits('id', int(value), remedy)

@@ -4,7 +4,7 @@ its name to `dataset.name` in `config/classifier.py`.
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from molt_jax.config.resolved import modalities
@@ -32,10 +32,15 @@ DATASETS = {
 ONE_SPLIT = {'table': table.load_split}
 
 
-def load_split(config: Any, split: str) -> Dataset:
+def load_split(config: Any, split: str, class_names: Sequence[str] | None = None) -> Dataset:
   """Opens a split for a model that is trained, as `load_dataset` does; others may be left out.
 
   Its labels index the class names of the result, which need not be the model's (`sources.relabel`).
+
+  Args:
+    config: the whole configuration.
+    split: train, validation or test.
+    class_names: the model's, for tables whose rows with other labels are set aside.
 
   Raises:
     UserError: as `load_dataset`, but for what is wrong with splits that are not needed.
@@ -44,7 +49,7 @@ def load_split(config: Any, split: str) -> Dataset:
   if load is None:
     data = load_dataset(config)
     return dataclasses.replace(data, splits={split: data.splits[split]})
-  return _used(load(config, split), config)
+  return _used(load(config, split, class_names), config)
 
 
 def load_dataset(config: Any) -> Dataset:

@@ -23,30 +23,50 @@ class Findings:
     row: number or name of the row that is read.
   """
 
-  def __init__(self, where: Callable[[str, Sequence[Any]], str]):
-    """`where`: (column, rows) -> the words a line begins with."""
+  def __init__(
+    self, where: Callable[[str, Sequence[Any]], str], null_words: frozenset[str] = frozenset()
+  ):
+    """Begins without a finding.
+
+    Args:
+      where: (column, rows) -> the words a line begins with.
+      null_words: strings that stand for nothing; empty: those of `cells.NULL_WORDS`.
+    """
     self.row: Any = None
+    self._null_words = null_words
     self._where, self._column = where, ''
     self._refused: dict[tuple[str, str], list[tuple[Any, cells.CellError]]] = {}
     self._remarked: dict[tuple[str, str], list[tuple[Any, str]]] = {}
 
-  def read(self, column: str, value: Any) -> Any:
-    """As `cells.read`; what is refused is kept for `check` and is None."""
-    self._column = column
+  def read(self, column: str, value: Any, name: str = '') -> Any:
+    """As `cells.read`; what is refused is kept for `check` and is None.
+
+    Args:
+      column: what the column is.
+      value: the cell.
+      name: what the column is called; default: what it is.
+    """
+    self._column = name or column
     try:
-      return cells.read(column, value, self.remark)
+      return cells.read(column, self._cell(value), self.remark, words=not self._null_words)
     except cells.CellError as error:
       self._refuse(error)
       return None
 
-  def read_labels(self, value: Any, *, several: bool) -> tuple[str, ...]:
+  def read_labels(self, value: Any, *, several: bool, name: str = '') -> tuple[str, ...]:
     """As `cells.read_labels`; what is refused is kept for `check` and is empty."""
-    self._column = 'label'
+    self._column = name or 'label'
+    how = {'several': several, 'remark': self.remark, 'words': not self._null_words}
     try:
-      return cells.read_labels(value, several=several, remark=self.remark)
+      return cells.read_labels(self._cell(value), **how)
     except cells.CellError as error:
       self._refuse(error)
       return ()
+
+  def _cell(self, value: Any) -> Any:
+    if isinstance(value, str) and value.strip() in self._null_words:
+      return None
+    return value
 
   def require(self, column: str, value: Any) -> Any:
     """As `cells.read`; what is refused raises CellError."""
@@ -54,7 +74,7 @@ class Findings:
     return cells.read(column, value, self.remark)
 
   def _refuse(self, error: cells.CellError) -> None:
-    self._refused.setdefault((error.column, error.reason), []).append((self.row, error))
+    self._refused.setdefault((self._column, error.reason), []).append((self.row, error))
 
   def remark(self, kind: str, value: str) -> None:
     """Keeps a remark on the column that was read last."""
@@ -64,6 +84,14 @@ class Findings:
     """Raises UserError, one line on the first kind of cell that was refused, with its rows."""
     for (column, _), found in self._refused.items():
       raise UserError(f'{self._where(column, [row for row, _ in found])} {found[0][1].sentence()}')
+
+  def refused(self) -> dict[Any, str]:
+    """Returns why of each row that has a cell that was refused: the first such cell."""
+    found: dict[Any, str] = {}
+    for (column, _), cells_refused in self._refused.items():
+      for row, error in cells_refused:
+        found.setdefault(row, f'{column} {error.sentence()}')
+    return found
 
   def remarks(self) -> list[str]:
     """Returns a line for each kind of remark."""
@@ -75,10 +103,10 @@ class Findings:
     return lines
 
 
-def some(words: Sequence[str]) -> str:
+def some(words: Sequence[str], most: int = _SHOWN) -> str:
   """Returns the first words and how many more there are."""
-  more = f' and {len(words) - _SHOWN:,} more' if len(words) > _SHOWN else ''
-  return ', '.join(words[:_SHOWN]) + more
+  more = f' and {len(words) - most:,} more' if len(words) > most else ''
+  return ', '.join(words[:most]) + more
 
 
 def rows_in_words(rows: Sequence[Any]) -> str:

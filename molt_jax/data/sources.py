@@ -65,13 +65,15 @@ def text_number(text: str | None) -> int:
 class Dataset:
   """A classification data set.
 
-  `splits` has 'train', 'validation' and 'test'; a label is an index into `class_names`.
+  `splits` has 'train', 'validation' and 'test'; a label is an index into `class_names`. `aside`:
+  (file, row, reason) of each row that is not used since it is odd.
   """
 
   name: str
   class_names: tuple[str, ...]
   multi_label: bool
   splits: dict[str, Source]
+  aside: tuple[tuple[str, Any, str], ...] = ()
 
 
 @contextlib.contextmanager

@@ -1,40 +1,45 @@
-"""Your own data: a folder of images with train.csv, validation.csv (optional), test.csv, or .jsonl.
+"""Your own data: one table, or a folder of them, with columns of images, texts and labels.
 
-Columns: `image` (path relative to the file, may be empty), `text` (may be empty), `label` (several
-joined by `|` when `dataset.multi_label`; a list in .jsonl works too). An empty cell is an absent
-modality, and in train.csv, unless `dataset.multi_label`, an unknown label: such a row takes part in
-L_CCA and in the statistics of hidden states alone. Other columns are ignored. CSV as in RFC 4180,
-with a header line, in UTF-8. What else a cell may hold, and what becomes of it, is in `cells.py`.
+`tables/layout.py` says which files are read and which splits they are, `tables/rows.py` how their
+columns (`dataset.table` of the config) become images, texts and labels, `cells.py` what a cell may
+hold. An empty cell is an absent modality, and in train, unless `dataset.multi_label`, an unknown
+label: such a row takes part in L_CCA and in the statistics of hidden states alone.
 
 Rows are numbered as a spreadsheet numbers them: the header of a CSV file is row 1; in a .jsonl file
-the first line is row 1. The id of an example is `FILE:ROW`. Classes are ordered by name. What is
-taken in a way that the user may not mean (a word for nothing as an absent cell, classes that differ
-by case alone) is one line each time the table is loaded.
+the first line is row 1; in Parquet and Arrow files the first row is 0. The id of an example is
+`FILE:ROW`. Classes are ordered by name. What is taken in a way that the user may not mean (a word
+for nothing as an absent cell, classes that differ by case alone) is one line each time the table is
+loaded.
+
+Where no file and no column says which rows are for test or validation, they are held out by seed,
+stratified by label. Rows that share a value of `dataset.table.group` stay together; without one,
+rows of one text or one image do.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from molt_jax.data import formats
+from molt_jax.data import findings, pictures, same
 from molt_jax.data.sources import UNLABELLED, Dataset, text_number
 from molt_jax.data.splits import set_aside
-from molt_jax.data.table_classes import check_classes, check_seen, class_names_of
-from molt_jax.data.table_files import Row, read_table
+from molt_jax.data.tables import layout
+from molt_jax.data.tables.classes import check_classes, class_names_of, split_seen
+from molt_jax.data.tables.rows import Aside, Row, Spec, read_rows, spec_of
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 
-_FORMATS = ('.csv', '.jsonl')
+_SHOWN = 5  # Rows that are set aside, on screen.
 
 
 @dataclasses.dataclass(frozen=True)
 class TableSource:
-  """A split of a table; a `Source`. Image files are opened when they are asked for."""
+  """A split of a table; a `Source`. Images are opened when they are asked for."""
 
   rows: tuple[Row, ...]
   labels: tuple[Any, ...]
@@ -52,9 +57,9 @@ class TableSource:
   @functools.cached_property
   def contents(self) -> np.ndarray:
     """See `Source`; of an image file the size, which takes no reading."""
-    sizes = {path: _size(path) for path in {row.image for row in self.rows}}
-    numbers = [(sizes[row.image], text_number(row.text)) for row in self.rows]
-    return np.array(numbers, np.int64).reshape(-1, 2)
+    numbers = {image: pictures.number(image) for image in {row.image for row in self.rows}}
+    found = [(numbers[row.image], text_number(row.text)) for row in self.rows]
+    return np.array(found, np.int64).reshape(-1, 2)
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -64,117 +69,274 @@ class TableSource:
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     row = self.rows[index]
-    data = formats.read_file(row.image) if image and row.image is not None else None
+    data = pictures.read(row.image) if image and row.image is not None else None
     return {'id': row.id, 'image': data, 'text': row.text, 'label': self.labels[index]}
 
 
-def _size(path: str | None) -> int:
-  try:
-    return 0 if path is None else 1 + os.stat(path).st_size
-  except OSError:  # It went away since it was checked.
-    return -1
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 def load(config: Any) -> Dataset:
-  """Reads and checks the folder `dataset.path`; says what may be meant otherwise than it is read.
+  """Reads and checks the table `dataset.path`; says what may be meant otherwise than it is read.
 
   Raises:
     UserError: one line that names the file, the row and the remedy.
   """
-  folder, multi_label = _folder(config), config.dataset.multi_label
-  names = ('train', 'validation', 'test')
-  files = {split: _find(folder, split, required=split != 'validation') for split in names}
-  read = {
-    split: read_table(file, multi_label, unlabelled=split == 'train')
-    for split, file in files.items()
-    if file
-  }
-  tables = {split: rows for split, (rows, _) in read.items()}
-  class_names = class_names_of(files['train'], tables['train'])
-  remarks = [line for _, lines in read.values() for line in lines]
-  remarks += check_classes(files['train'], tables['train'], multi_label)
-  for split in ('validation', 'test'):
-    if split in tables:
-      check_seen(files[split], tables[split], class_names)
-  if 'validation' not in tables:
-    tables['train'], tables['validation'] = split_off(
-      tables['train'], fraction=config.dataset.validation_fraction, seed=config.seed
-    )
-    if not tables['validation']:
-      raise UserError(
-        f'{files["train"].name} is too small to set a validation split aside: '
-        'add rows or a validation.csv'
-      )
-  for line in remarks:
-    console.log(line)
-  splits = {split: _source(tables[split], class_names, multi_label) for split in names}
-  return Dataset(
-    name=folder.resolve().name, class_names=class_names, multi_label=multi_label, splits=splits
-  )
+  spec = spec_of(config)
+  read = _read_splits(config, spec, layout.SPLITS)
+  name, labelled = read.names['train'], [row for row in read.splits['train'] if row.labels]
+  class_names = class_names_of(name, labelled)
+  read.remarks += check_classes(name, labelled, spec.multi_label)
+  _drop_unseen(read, class_names, spec)
+  _hold_out(read, config, spec)
+  return _dataset(read, class_names, config, spec)
 
 
-def load_split(config: Any, split: str) -> Dataset:
+def load_split(config: Any, split: str, class_names: Sequence[str] | None = None) -> Dataset:
   """Reads and checks one split for a model that is trained: its classes are those that occur in it.
 
-  Other files are not looked at, except that of train where validation is set aside from it.
+  Other files are not looked at, except that of train where the split is a part of it.
+
+  Args:
+    config: the whole configuration.
+    split: train, validation or test.
+    class_names: those that the model knows: rows with others are set aside where odd rows are.
 
   Raises:
     UserError: one line that names the file, the row and the remedy.
   """
-  folder, multi_label = _folder(config), config.dataset.multi_label
-  own_validation = _find(folder, 'validation', required=False)
-  parts = split != 'test' and not own_validation
-  file = _find(folder, 'train' if parts else split, required=True)
-  rows, remarks = read_table(file, multi_label, unlabelled=file.stem == 'train')
-  for line in remarks:
-    console.log(line)
-  if parts:
-    rest, aside = split_off(rows, fraction=config.dataset.validation_fraction, seed=config.seed)
-    rows = aside if split == 'validation' else rest
-  class_names = tuple(sorted({label for row in rows for label in row.labels}))
-  source = _source(rows, class_names, multi_label)
-  return Dataset(folder.resolve().name, class_names, multi_label, {split: source})
+  spec = spec_of(config)
+  read = _read_splits(config, spec, (split,))
+  _hold_out(read, config, spec)
+  read.splits = {split: read.splits[split]}
+  return _for_model(read, class_names, config, spec)
 
 
-def _folder(config: Any) -> pathlib.Path:
-  folder = pathlib.Path(os.path.expanduser(config.dataset.path))
-  if not config.dataset.path or not os.path.isdir(folder):
-    raise UserError(
-      f'dataset.path {config.dataset.path!r} is not a folder: '
-      'give the folder that holds train.csv and test.csv'
-    )
-  return folder
+def load_other(
+  config: Any, path: str | os.PathLike, class_names: Sequence[str] | None = None
+) -> Dataset:
+  """Reads another table as a test split; its columns are called as those of the run's data.
 
+  Args:
+    config: of the run.
+    path: a file, or a folder whose rows of test are read if it says which they are, else all.
+    class_names: those that the model knows: rows with others are set aside where odd rows are.
 
-def split_off(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`).
-
-  Returns (rest, aside), in their order.
+  Raises:
+    UserError: one line that names the file, the row and the remedy.
   """
-  labelled = [row for row in rows if row.labels]
-  aside = {
-    labelled[n].id
-    for n in set_aside(
-      [row.id for row in labelled], [row.labels for row in labelled], fraction=fraction, seed=seed
+  spec = dataclasses.replace(spec_of(config), split='', group='')
+  files = layout.find(path, spec.dialect)
+  read = _Read({})
+  read.take('test', files.get('test') or files['train'], spec)
+  return _for_model(read, class_names, config, spec)
+
+
+@dataclasses.dataclass
+class _Read:
+  """What was read so far.
+
+  Attributes:
+    files: of each split that has any.
+    splits: the rows of each split.
+    names: of its files, for messages.
+    remarks: what the user should know of how they were read, a line each.
+    aside: odd rows.
+  """
+
+  files: Mapping[str, Sequence[layout.File]]
+  splits: dict[str, list[Row]] = dataclasses.field(default_factory=dict)
+  names: dict[str, str] = dataclasses.field(default_factory=dict)
+  remarks: list[str] = dataclasses.field(default_factory=list)
+  aside: list[Aside] = dataclasses.field(default_factory=list)
+
+  def take(self, split: str, files: Sequence[layout.File], spec: Spec) -> None:
+    """Reads the files of a split; rows of train may have no label."""
+    self.splits[split] = []
+    self.names[split] = findings.some([file.name for file in files])
+    for file in files:
+      found = read_rows(file.open(), spec, unlabelled=split == 'train')
+      self.splits[split] += found.rows
+      self.remarks += found.remarks
+      self.aside += found.aside
+
+
+def _read_splits(config: Any, spec: Spec, wanted: Sequence[str]) -> _Read:
+  """Reads the files of some splits, and that of train where the splits are parts of it."""
+  files = _files(config, spec)
+  read = _Read(files)
+  if 'train' in wanted or spec.split or not files.keys() >= set(wanted):
+    read.take('train', files['train'], spec)
+    if spec.split:
+      _part_by_column(read, spec)
+  for split in ('validation', 'test'):
+    if split in wanted and split in files:
+      read.take(split, files[split], spec)
+  return read
+
+
+def _files(config: Any, spec: Spec) -> dict[str, Sequence[layout.File]]:
+  """Returns the files of each split that has any.
+
+  Raises:
+    UserError: there are none for train, or none for test, and no rows are to be held out for it.
+  """
+  c = config.dataset
+  files = layout.find(c.path, spec.dialect)
+  for split in ('validation', 'test'):
+    if path := c.table[f'{split}_file']:
+      files[split] = next(iter(layout.find(path, spec.dialect).values()))
+  if spec.split and len(files) > 1:
+    raise UserError(
+      f'dataset.table.split: {spec.split!r} beside a file of {max(files)} rows: give one of them'
     )
-  }
-  return [row for row in rows if row.id not in aside], [row for row in rows if row.id in aside]
+  if 'test' not in files and not spec.split and not c.table.test_fraction:
+    raise UserError(
+      f'{c.path} has no test.csv and no test.jsonl: add one of them, or hold rows out by '
+      'dataset.table.test_fraction'
+    )
+  return files
 
 
-def _source(rows: Sequence[Row], class_names: Sequence[str], multi_label: bool) -> TableSource:
-  index = {name: k for k, name in enumerate(class_names)}
-  labels = [tuple(index[name] for name in row.labels) for row in rows]
-  return TableSource(
-    tuple(rows),
-    tuple(labels if multi_label else (label[0] if label else UNLABELLED for label in labels)),
+def _part_by_column(read: _Read, spec: Spec) -> None:
+  """Parts the rows of one file by what the column of splits says.
+
+  Raises:
+    UserError: it says something else, or a row of test has no label, and odd rows are refused.
+  """
+  parts: dict[str, list[Row]] = {}
+  odd = []
+  for row in read.splits['train']:
+    split = layout.SPLIT_WORDS.get(row.split.lower())
+    if split is None:
+      odd.append((row, f'{spec.split} is {row.split!r}, none of train, validation, test'))
+    elif split != 'train' and not row.labels and not spec.multi_label:
+      odd.append((row, f'{spec.label} is empty'))
+    else:
+      parts.setdefault(split, []).append(row)
+  if odd and not spec.lenient or 'train' not in parts:
+    row, why = odd[0]
+    raise UserError(f'{row.id}: {why}; mend it, or leave dataset.table.split empty')
+  read.aside += [Aside(*row.id.rsplit(':', 1), why) for row, why in odd]
+  read.splits = parts
+  read.names = dict.fromkeys(parts, read.names['train'])
+
+
+def _drop_unseen(read: _Read, class_names: Sequence[str], spec: Spec) -> None:
+  """Sets rows aside whose labels train does not have; raises UserError where none are."""
+  for split in read.splits:
+    rows, aside = split_seen(
+      read.names[split], read.splits[split], class_names, lenient=spec.lenient
+    )
+    read.splits[split] = rows
+    read.aside += aside
+
+
+def _for_model(read: _Read, class_names, config: Any, spec: Spec) -> Dataset:
+  """Returns what was read for a model that is trained."""
+  if class_names is not None and spec.lenient:
+    _drop_unseen(read, class_names, spec)
+  (rows,) = read.splits.values()
+  occurring = tuple(sorted({label for row in rows for label in row.labels}))
+  return _dataset(read, occurring, config, spec)
+
+
+def _dataset(read: _Read, class_names: Sequence[str], config: Any, spec: Spec) -> Dataset:
+  for line in read.remarks:
+    console.log(line)
+  if read.aside:
+    shown = [f'{x.file} row {x.row}: {x.reason}' for x in read.aside[:_SHOWN]]
+    more = len(read.aside) - len(shown)
+    shown += [f'and {more:,} more'] if more else []
+    count = len(read.aside)
+    console.log(f'set aside: {count:,} odd row{"s" if count > 1 else ""}: {"; ".join(shown)}')
+  if 'image' in spec.modalities:
+    images = [row.image for rows in read.splits.values() for row in rows]
+    pictures.fetch([image for image in images if isinstance(image, pictures.Address)])
+  path = pathlib.Path(os.path.expanduser(config.dataset.path)).resolve()
+  splits = [split for split in layout.SPLITS if split in read.splits]
+  return Dataset(
+    name=path.stem if path.is_file() else path.name,
+    class_names=tuple(class_names),
+    multi_label=spec.multi_label,
+    splits={split: _source(read.splits[split], class_names, spec) for split in splits},
+    aside=tuple(read.aside),
   )
 
 
-def _find(folder: pathlib.Path, split: str, *, required: bool) -> pathlib.Path | None:
-  files = [folder / (split + suffix) for suffix in _FORMATS]
-  found = [file for file in files if os.path.isfile(file)]
-  if len(found) > 1:
-    raise UserError(f'{folder} has both {found[0].name} and {found[1].name}: keep one of them')
-  if required and not found:
-    raise UserError(f'{folder} has no {split}.csv and no {split}.jsonl: add one of them')
-  return found[0] if found else None
+def _source(rows: Sequence[Row], class_names: Sequence[str], spec: Spec) -> TableSource:
+  index = {name: k for k, name in enumerate(class_names)}
+  labels = [tuple(index[name] for name in row.labels) for row in rows]
+  if not spec.multi_label:
+    labels = [label[0] if label else UNLABELLED for label in labels]
+  return TableSource(tuple(rows), tuple(labels))
+
+
+# ---- Holding out ---------------------------------------------------------------------------------
+
+
+def _hold_out(read: _Read, config: Any, spec: Spec) -> None:
+  """Takes rows for test and validation from those of train, where nothing else says which.
+
+  Raises:
+    UserError: there are too few.
+  """
+  c = config.dataset
+  for split, fraction in (
+    ('test', c.table.test_fraction),
+    ('validation', c.validation_fraction),
+  ):
+    if split in read.files or split in read.splits:
+      continue
+    name = read.names['train']
+    if not fraction:
+      raise UserError(f'{name} has no rows of {split}: set dataset.table.test_fraction')
+    how = {'fraction': fraction, 'seed': config.seed, 'name': split}
+    read.splits['train'], read.splits[split] = split_off(
+      read.splits['train'], together=_together(read.splits['train'], spec), **how
+    )
+    read.names[split] = name
+    if not read.splits[split]:
+      advice = (
+        f'a {split}.csv' if len(read.files) > 1 or c.path.endswith('/') else f'a {split} file'
+      )
+      raise UserError(f'{name} is too small to set a {split} split aside: add rows or {advice}')
+
+
+def _together(rows: Sequence[Row], spec: Spec) -> dict[str, Any]:
+  """Returns row id -> what is held out together with it."""
+  if spec.group:
+    # A row without a group is one by itself.
+    return {row.id: ('group', row.group) if row.group else row.id for row in rows}
+  texts = [None if row.text is None else same.text_key(row.text) for row in rows]
+  images = same.image_keys([row.image for row in rows]) if 'image' in spec.modalities else []
+  numbers = same.groups([texts, images] if images else [texts])
+  return {row.id: number for row, number in zip(rows, numbers, strict=True)}
+
+
+def split_off(
+  rows: Sequence[Row],
+  *,
+  fraction: float,
+  seed: int,
+  name: str = 'validation',
+  together: Mapping[str, Any] | None = None,
+) -> tuple[list[Row], list[Row]]:
+  """Sets a share of the labelled rows aside, stratified (`splits.set_aside`).
+
+  Args:
+    rows: of train.
+    fraction: of the labelled ones, in (0, 1).
+    seed: root of the draw.
+    name: of what is held out.
+    together: row id -> what is held out together; None: each row is by itself.
+
+  Returns:
+    (rest, aside), in their order.
+  """
+  labelled = [row for row in rows if row.labels]
+  ids, labels = [row.id for row in labelled], [row.labels for row in labelled]
+  groups = None if together is None else [together[row_id] for row_id in ids]
+  how = {'fraction': fraction, 'seed': seed, 'name': name, 'groups': groups}
+  aside = {ids[n] for n in set_aside(ids, labels, **how)}
+  return [row for row in rows if row.id not in aside], [row for row in rows if row.id in aside]

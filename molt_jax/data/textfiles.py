@@ -1,7 +1,8 @@
 """Text files that say which examples there are: CSV, JSON, and JSON a line.
 
-They are read line by line. Every mistake in them is one line that names the file and the place.
-`name` is what a file is called in messages.
+They are in UTF-8 unless told otherwise, and read line by line. Every mistake in them is one line
+that names the file and the place. `name` is what a file is
+called in messages.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from molt_jax.errors import UserError
 # The csv module refuses cells of more than 131,072 characters unless told otherwise; its C code
 # holds the limit in a long, which has 32 bits on some machines.
 _LONGEST_CELL = (1 << 31) - 1
+UTF8 = 'utf-8-sig'  # With or without a byte order mark.
 # What a file begins with that is not UTF-8. UTF-32 comes first: it begins like UTF-16.
 _MARKS = (
   (b'\xff\xfe\x00\x00', 'UTF-32'),
@@ -32,22 +34,33 @@ class NotJson(ValueError):
 
 
 def csv_rows(
-  file: pathlib.Path, *, name: str, strict: bool = True
+  file: pathlib.Path,
+  *,
+  name: str,
+  strict: bool = True,
+  separator: str = ',',
+  encoding: str = UTF8,
+  errors: str = 'strict',
 ) -> Iterator[tuple[int, list[str]]]:
   """Yields (row number, cells) of a CSV file as in RFC 4180; a blank line is a row without cells.
 
   Args:
-    file: in UTF-8, with or without a byte order mark.
+    file: where it is.
     name: what it is called in messages.
     strict: whether a quote inside a cell without quotes is refused.
+    separator: of cells.
+    encoding: default: UTF-8, with or without a byte order mark.
+    errors: what is done with bytes that are not of the encoding, as `open` has it.
 
   Raises:
-    UserError: it is no CSV file in UTF-8, or cannot be read.
+    UserError: it is no CSV file in that encoding, or cannot be read.
   """
   number = 0
-  with _opened(file, name, newline='') as stream, _LONG_CELLS:
+  how = {'newline': '', 'encoding': encoding, 'errors': errors}
+  with opened(file, name, **how) as stream, _LONG_CELLS:
     try:
-      for number, cells in enumerate(csv.reader(stream, strict=strict), start=1):
+      rows = csv.reader(stream, strict=strict, delimiter=separator)
+      for number, cells in enumerate(rows, start=1):
         if number == 1:
           _check_is_text(name, ''.join(cells))
         yield number, cells
@@ -57,13 +70,17 @@ def csv_rows(
       ) from error
 
 
-def lines(file: pathlib.Path, *, name: str) -> Iterator[tuple[int, str]]:
-  """Yields (line number, line) of a text file in UTF-8; blank lines are skipped.
+def lines(
+  file: pathlib.Path, *, name: str, encoding: str = UTF8, errors: str = 'strict'
+) -> Iterator[tuple[int, str]]:
+  """Yields (line number, line) of a text file; blank lines are skipped.
+
+  Arguments are those of `csv_rows`.
 
   Raises:
-    UserError: it is not UTF-8, or cannot be read.
+    UserError: it is not of that encoding, or cannot be read.
   """
-  with _opened(file, name) as stream:
+  with opened(file, name, encoding=encoding, errors=errors) as stream:
     for number, line in enumerate(stream, start=1):
       if number == 1:
         _check_is_text(name, line)
@@ -111,14 +128,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(file: pathlib.Path, name: str, newline: str | None = None) -> Iterator[Any]:
+def opened(file: pathlib.Path, name: str, **how: Any) -> Iterator[Any]:
+  """Opens a file as `open` does; what goes wrong, in the block too, is a UserError."""
   try:
     if not os.path.isfile(file):  # A pipe would be waited for without end.
       raise UserError(f'{name} is not a file that can be read: give a regular file')
-    with open(file, encoding='utf-8-sig', newline=newline) as stream:
+    with open(file, **how) as stream:
       yield stream
   except UnicodeDecodeError as error:
-    raise UserError(f'{name} {_why_not_utf8(file)}') from error
+    if how.get('encoding') == UTF8:
+      raise UserError(f'{name} {_why_not_utf8(file)}') from error
+    raise UserError(
+      f'{name} is not {how["encoding"]} (byte {error.start} of a part of it): give its encoding'
+    ) from error
+  except UnicodeError as error:  # UTF-16 and UTF-32 of an odd number of bytes, for instance.
+    raise UserError(f'{name} is not {how["encoding"]} ({error}): give its encoding') from error
   except OSError as error:
     raise UserError(f'{name} cannot be read: {error.strerror or error}') from error
 

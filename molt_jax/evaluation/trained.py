@@ -125,7 +125,7 @@ def open_split(run: Trained, split: str) -> tuple[Source, dict[str, Any]]:
   Raises:
     UserError: the data cannot be read, or have a label that the run does not know.
   """
-  data = datasets.load_split(run.config, split)
+  data = datasets.load_split(run.config, split, run.class_names)
   data = sources.relabel(data, run.class_names, where=resuming.where(run.config))
   source = data.splits[split]
   return source, compare(run, split, fingerprint.of(source, data.class_names))

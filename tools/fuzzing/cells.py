@@ -35,7 +35,7 @@ BAD_PATHS = (
   'a.png/c',
   'x' * 400,
   '/dev/null',
-  'http://a/b.png',
+  'data:image/png;base64,iVBORw0K',
   '~',
 )
 PATHS = ('a.png', './a.png', 'ü.png', 'sub/../a.png')

@@ -1,25 +1,22 @@
 """What the rows of a table say together: its classes, and whether they are what is meant."""
 
 import collections
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from molt_jax.data import cells, findings
 from molt_jax.data.likeness import likeness, lookalikes
-from molt_jax.data.table_files import Row
+from molt_jax.data.tables.rows import Aside, Row
 from molt_jax.errors import UserError
 
 
-def class_names_of(file: pathlib.Path, rows: Iterable[Row]) -> tuple[str, ...]:
+def class_names_of(file: str, rows: Iterable[Row]) -> tuple[str, ...]:
   names = tuple(sorted({label for row in rows for label in row.labels}))
   if len(names) < 2:
-    raise UserError(
-      f'{file.name} has one class only, {names[0]!r}: a classifier needs at least two'
-    )
+    raise UserError(f'{file} has one class only, {names[0]!r}: a classifier needs at least two')
   return names
 
 
-def check_classes(file: pathlib.Path, rows: Iterable[Row], multi_label: bool) -> list[str]:
+def check_classes(file: str, rows: Iterable[Row], multi_label: bool) -> list[str]:
   """Returns a line for each way in which classes may not be what is meant.
 
   Names that differ by case alone are not refused: Co and CO are two things to a chemist.
@@ -41,12 +38,10 @@ def check_classes(file: pathlib.Path, rows: Iterable[Row], multi_label: bool) ->
     (words, 'a word that may mean nothing is a class', 'leave the label empty if there is none'),
     (joined, 'what may be several labels is one class', remedy),
   )
-  return [
-    f'{file.name}: {what}: {findings.some(names)}; {hint}' for names, what, hint in kinds if names
-  ]
+  return [f'{file}: {what}: {findings.some(names)}; {hint}' for names, what, hint in kinds if names]
 
 
-def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> list[str]:
+def _joined(file: str, count: Mapping[str, int], multi_label: bool) -> list[str]:
   """Returns the classes whose names may be lists; one that is a list of others is refused."""
   marks = ',;' if multi_label else '|'
   named = []
@@ -61,7 +56,7 @@ def _joined(file: pathlib.Path, count: Mapping[str, int], multi_label: bool) -> 
       if multi_label:
         remedy = 'join labels by |'
       raise UserError(
-        f'{file.name}: the label {_counted(name, count)} is several labels, '
+        f'{file}: the label {_counted(name, count)} is several labels, '
         f'{findings.some([repr(part) for part in known])} among them: {remedy}'
       )
     named.append(_counted(name, count))
@@ -72,17 +67,38 @@ def _counted(name: str, count: Mapping[str, int]) -> str:
   return f'{cells.shown(name)} ({count[name]:,} row{"s" if count[name] > 1 else ""})'
 
 
-def check_seen(file: pathlib.Path, rows: Iterable[Row], class_names: Sequence[str]) -> None:
+def split_seen(
+  file: str, rows: Sequence[Row], class_names: Sequence[str], *, lenient: bool
+) -> tuple[list[Row], list[Aside]]:
+  """Returns the rows whose labels train has, and the others.
+
+  Raises:
+    UserError: there are others, and they are not to be set aside.
+  """
   known = set(class_names)
-  unseen = [(row.id, label) for row in rows for label in row.labels if label not in known]
-  if unseen:
-    near = {likeness(name): name for name in class_names}
-    words = []
-    for row_id, label in unseen:
-      like = near.get(likeness(label))
-      hint = f', train has {like!r}' if like else ''
-      words.append(f'{cells.shown(label)} (row {row_id.rpartition(":")[2]}{hint})')
-    raise UserError(
-      f'{file.name}: labels that train does not have: {findings.some(words)}; '
-      'correct them, or add such rows to train'
-    )
+  unseen = [(row, label) for row in rows for label in row.labels if label not in known]
+  if not unseen:
+    return list(rows), []
+  near = {likeness(name): name for name in class_names}
+  words = {}
+  for row, label in unseen:
+    like = near.get(likeness(label))
+    hint = f', train has {like!r}' if like else ''
+    words.setdefault(row.id, (cells.shown(label), hint))
+  if lenient:
+    aside = [
+      Aside(*_place(row_id), f'label {label} is not among those of train{hint}')
+      for row_id, (label, hint) in words.items()
+    ]
+    return [row for row in rows if row.id not in words], aside
+  named = [f'{label} (row {_place(row_id)[1]}{hint})' for row_id, (label, hint) in words.items()]
+  raise UserError(
+    f'{file}: labels that train does not have: {findings.some(named)}; '
+    'correct them, or add such rows to train'
+  )
+
+
+def _place(row_id: str) -> tuple[str, str]:
+  """Returns (file, row) of an id."""
+  file, _, row = row_id.rpartition(':')
+  return file, row
