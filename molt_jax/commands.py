@@ -32,12 +32,14 @@ class Command(NamedTuple):
     purpose: one sentence for `--help`.
     flags: besides --config, which it has if there is a schema.
     schema: of the config that it reads; None: it reads none.
+    preset: the config that it reads where none is given; '': one must be given.
     check: of flags together; raises UserError.
   """
 
   purpose: str
   flags: tuple[Flag, ...]
   schema: Schema | None = None
+  preset: str = ''
   check: Callable[[argparse.Namespace], None] = lambda flags: None
 
 
@@ -55,9 +57,49 @@ WORKDIR = Flag('workdir', 'folder of the run', required=True)
 DATA_CHANGED = Flag(
   'data_changed', 'go on with data that have changed since the checkpoint', switch=True
 )
+# How a table is read; None: it is guessed, or found by looking.
+TABLE = (
+  Flag(
+    'table',
+    'the data: a table (CSV, JSON lines, Parquet, Arrow), a folder of train and test tables, one '
+    'saved by `datasets`, or one of images in a folder a class',
+    required=True,
+    bare=True,
+  ),
+  Flag('image', 'columns of images, paths or addresses; default: guessed; empty: none', many=True),
+  Flag('text', 'columns of text, joined to one; default: guessed; empty: none', many=True),
+  Flag('label', 'column of labels; default: guessed'),
+  Flag('split', 'column that says train, validation or test; default: guessed; empty: none'),
+  Flag(
+    'group',
+    'column whose equal values are never in two splits; default: equal texts and images are not',
+  ),
+  Flag(
+    'test',
+    'rows to test on: a table, or the share that is held out; default: those that the data name, '
+    'else 0.2',
+  ),
+  Flag(
+    'validation',
+    'rows to choose by: a table, or the share that is held out of the rest; default: those that '
+    'the data name, else dataset.validation_fraction',
+  ),
+  Flag('multi_label', 'a row can have several labels, as a|b or a list', switch=True),
+  Flag('image_folder', 'what paths of images are relative to; default: the folder of the table'),
+  Flag('separator', 'of the cells of a CSV file; default: found by looking'),
+  Flag('encoding', 'of a CSV or JSON file, such as cp1252; default: found by looking'),
+  Flag('null_words', 'words for nothing; default: those of pandas, R, spreadsheets', many=True),
+  Flag('strict', 'refuse odd rows and encodings, and set none aside', switch=True),
+)
 TRAINED = Flag('workdir', 'folder of a run of molt train', required=True)
 
 COMMANDS = {
+  'fit': Command(
+    'Train a classifier on a table as it is.',
+    (*TABLE, WORKDIR, DATA_CHANGED),
+    schema=CLASSIFIER,
+    preset='table',
+  ),
   'train': Command(
     'Train a robust image+text classifier on frozen towers.',
     (WORKDIR, DATA_CHANGED),
@@ -153,6 +195,8 @@ COMMANDS = {
   'describe': Command(
     'Look at a data set before anything is trained.',
     (
+      TABLE[0]._replace(required=False),
+      *TABLE[1:],
       Flag('out', 'folder for describe.json and contact_sheet.png; default: describe/DATASET'),
       Flag(
         'sample',
@@ -164,6 +208,7 @@ COMMANDS = {
       Flag('sheet', 'examples on the contact sheet', 24, type=int, rule=at_least(1)),
     ),
     schema=CLASSIFIER,
+    preset='table',
   ),
   'report': Command(
     'Write one HTML page about one run, or several side by side.',
@@ -188,7 +233,9 @@ def flags_of(name: str) -> tuple[Flag, ...]:
     f'a preset of the package ({", ".join(preset_files.names())}; some take variants, e.g. '
     'mm_imdb:robust) or a file such as configs/table.py'
   )
-  return (Flag('config', meaning, required=True), *command.flags)
+  config = Flag('config', meaning, command.preset, required=not command.preset)
+  bare = [flag for flag in command.flags if flag.bare]
+  return (*bare, config, *(flag for flag in command.flags if not flag.bare))
 
 
 def run(name: str, argv: Sequence[str], prog: str = '') -> int:

@@ -1,11 +1,11 @@
-"""Looks at a data set before anything is trained: `python -m molt_jax.describe
---config=configs/mm_imdb.py --config.dataset.path=FOLDER`.
+"""Looks at a data set before anything is trained: `molt describe products.csv`, `molt describe
+--config=mm_imdb --config.dataset.path=FOLDER`.
 
 Prints a table and writes describe.json and contact_sheet.png: counts, what examples have, class
 balance, lengths of texts in words and in the text tower's tokens, sizes and formats of images, how
 often the name of an example's class stands in its text (the leak that people argue about), and
 pictures with their texts. Counts are of all examples; lengths, sizes and the leak are of `--sample`
-evenly spaced ones a split.
+evenly spaced ones a split. What may not be what is meant (`data/checks.py`) is a line each.
 """
 
 import sys
@@ -25,9 +25,9 @@ import ml_collections
 import rich.table
 import rich.text
 
-from molt_jax import errors
+from molt_jax import errors, fit
 from molt_jax.config import resolved
-from molt_jax.data import datasets, text_length
+from molt_jax.data import checks, datasets, text_length
 from molt_jax.data.summary import describe
 from molt_jax.errors import UserError
 from molt_jax.reporting.contact_sheet import contact_sheet
@@ -84,10 +84,10 @@ def run(
     UserError: the data set's files are not as they must be, or `out` cannot be written.
   """
   failed = f'--out: {str(out)!r} cannot be written'
+  dataset = datasets.load_dataset(config)  # Of data that are refused, no folder is left.
   with errors.explained(failed):
     out.mkdir(parents=True, exist_ok=True)
   atomic.try_out(out, tried=failed)
-  dataset = datasets.load_dataset(config)
   tower = _text_tower(config)
   encode = tower.tokenizer().encode if tower else None
   max_tokens = config.text.max_tokens
@@ -99,6 +99,7 @@ def run(
     'text_tower': config.backbones.text.path if tower else None,
     'max_tokens': max_tokens,
     **describe(dataset, encode=encode, max_tokens=max_tokens, sample=sample),
+    'checks': [finding._asdict() for finding in checks.look(dataset, sample=sample)],
   }
   picture = io.BytesIO()
   contact_sheet(dataset, 'train', sheet).save(picture, 'PNG')
@@ -109,6 +110,8 @@ def run(
   for split, values in report['splits'].items():
     if values['unusable']:
       console.log(f'{split}: {values["unusable"]}')
+  for finding in report['checks']:
+    console.log(finding['message'])
   console.log(f'written: {out / "describe.json"}, {out / "contact_sheet.png"}')
   return report
 
@@ -128,8 +131,13 @@ def _text_tower(config: ml_collections.ConfigDict) -> files_lib.TowerFiles | Non
 
 def command(flags: argparse.Namespace) -> None:
   """The work of the command."""
-  out = pathlib.Path(flags.out or f'describe/{flags.config.dataset.name}')
-  run(flags.config, out, sample=flags.sample, sheet=flags.sheet)
+  config, name = flags.config, flags.config.dataset.name
+  if flags.table is not None:
+    name = pathlib.PurePath(flags.table).stem or name
+  out = pathlib.Path(flags.out or f'describe/{name}')
+  if flags.table is not None:
+    config, _ = fit.configure(flags.table, fit.options_of(flags), config, out)
+  run(config, out, sample=flags.sample, sheet=flags.sheet)
 
 
 def main(argv: Sequence[str]) -> int:

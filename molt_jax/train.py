@@ -2,8 +2,8 @@
 
 DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/
 and, at the end, evaluation.json, run.json (data, device, seconds, memory) and what
-`molt_jax/evaluation/records.py` describes. The same command goes on where a run stopped, bit for
-bit.
+`molt_jax/evaluation/records.py` describes; rows_set_aside.csv where rows of a table are odd. The
+same command goes on where a run stopped, bit for bit.
 """
 
 import sys
@@ -21,15 +21,16 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from molt_jax.data import missing, pipeline
+from molt_jax.data import checks, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Source
+from molt_jax.data.tables.rows import aside_as_csv
 from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening, store
 from molt_jax.methods.head import RIDGE
 from molt_jax.methods.parts.inputs import STRATEGIES
-from molt_jax.runtime import console, processes
+from molt_jax.runtime import atomic, console, processes
 from molt_jax.runtime.signals import exit_code
 from molt_jax.training import imputation_fit, losses, ridge_fit, train_state, workdir
 from molt_jax.training.assembly import Assembly
@@ -38,9 +39,16 @@ from molt_jax.training.schedule import StepSchedule
 from molt_jax.training.train_state import TrainState
 from molt_jax.training.trainer import Trainer
 
+ASIDE = 'rows_set_aside.csv'
+CHECKED_IMAGES = 500  # Of each split, decoded to find those that are nearly the same.
+
 
 def train(
-  config: ml_collections.ConfigDict, folder: pathlib.Path, *, data_changed: bool = False
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  *,
+  data_changed: bool = False,
+  facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Trains (or goes on training) in `folder`, then evaluates the test split with each modality
   absent.
@@ -49,6 +57,7 @@ def train(
     config: a validated config of a classifier.
     folder: the run's folder; made if need be.
     data_changed: go on with data that have changed since the checkpoint; refused otherwise.
+    facts: what run.json shall say beside.
 
   Returns:
     The content of evaluation.json.
@@ -60,7 +69,9 @@ def train(
   with workdir.working_in(config, pathlib.Path(folder)) as folder:
     if config.features.store:
       store.make_root(config.features.store)
-    return ClassifierTrainer(config, folder, data_changed=data_changed).run()
+    trainer = ClassifierTrainer(config, folder, data_changed=data_changed)
+    trainer.more_facts = facts or {}
+    return trainer.run()
 
 
 class ClassifierTrainer(Trainer):
@@ -83,6 +94,13 @@ class ClassifierTrainer(Trainer):
   def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
     """See `Trainer`."""
     introduce(self.assembly, state, schedule)
+    if self.config.dataset.name == 'table' and not self.is_resumed:
+      for finding in checks.look(self.assembly.data, sample=CHECKED_IMAGES):
+        console.log(f'check: {finding.message}')
+    if self.assembly.data.aside and processes.is_main():
+      path = self.workdir / ASIDE
+      atomic.write(path, aside_as_csv(self.assembly.data.aside))
+      console.log(f'odd rows that are set aside are listed in {path}')
 
   def open_features(self) -> None:
     """See `Trainer`."""

@@ -26,7 +26,7 @@ def test_help_lists_every_command_with_its_purpose(capsys):
 
 
 @pytest.mark.parametrize(
-  ('word', 'hint'), [('trian', 'did you mean train?'), ('xyzzy', 'known: train, evaluate,')]
+  ('word', 'hint'), [('trian', 'did you mean train?'), ('xyzzy', 'known: fit, train, evaluate,')]
 )
 def test_an_unknown_command_is_one_line(capsys, word, hint):
   assert commands.main([word]) == 2
@@ -70,6 +70,7 @@ def test_help_has_every_flag_and_field_and_fits_100_columns(capsys, name):
 
 
 ANSWERS = {
+  'fit': ['products.csv'],
   'train': ['--config=nope', '--workdir=x'],
   'evaluate': ['--workdir=x', '--missing_rate=2'],
   'predict': ['--workdir=x'],

@@ -18,7 +18,17 @@ LAYERS = (
   ('training',),
   ('evaluation',),
   ('profiling', 'reporting'),
-  ('commands', 'train', 'evaluate', 'predict', 'pretrain', 'evaluate_pair', 'describe', 'report'),
+  (
+    'commands',
+    'fit',
+    'train',
+    'evaluate',
+    'predict',
+    'pretrain',
+    'evaluate_pair',
+    'describe',
+    'report',
+  ),
   ('__init__', '__main__'),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -36,6 +36,7 @@ class Findings:
     self._null_words = null_words
     self._where, self._column = where, ''
     self._refused: dict[tuple[str, str], list[tuple[Any, cells.CellError]]] = {}
+    self._reasons: dict[Any, str] = {}
     self._remarked: dict[tuple[str, str], list[tuple[Any, str]]] = {}
 
   def read(self, column: str, value: Any, name: str = '') -> Any:
@@ -75,6 +76,7 @@ class Findings:
 
   def _refuse(self, error: cells.CellError) -> None:
     self._refused.setdefault((self._column, error.reason), []).append((self.row, error))
+    self._reasons.setdefault(self.row, f'{self._column} {error.sentence()}')
 
   def remark(self, kind: str, value: str) -> None:
     """Keeps a remark on the column that was read last."""
@@ -85,13 +87,13 @@ class Findings:
     for (column, _), found in self._refused.items():
       raise UserError(f'{self._where(column, [row for row, _ in found])} {found[0][1].sentence()}')
 
+  def refuse(self, column: str, reason: str, remedy: str) -> None:
+    """Refuses what several cells are together; `column` is what they are."""
+    self._refuse(cells.CellError(column, reason, remedy))
+
   def refused(self) -> dict[Any, str]:
     """Returns why of each row that has a cell that was refused: the first such cell."""
-    found: dict[Any, str] = {}
-    for (column, _), cells_refused in self._refused.items():
-      for row, error in cells_refused:
-        found.setdefault(row, f'{column} {error.sentence()}')
-    return found
+    return self._reasons
 
   def remarks(self) -> list[str]:
     """Returns a line for each kind of remark."""

@@ -3,12 +3,13 @@
 import collections
 import hashlib
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from molt_jax.data import pictures
 
 # A text or image of more rows than this share of them is a phrase or a placeholder, and no thing.
 MOST_SHARED = 0.05
+MOST_JOINED = 0.1  # Of the rows, in one group.
 
 
 def text_key(text: str) -> str:
@@ -21,18 +22,38 @@ def text_key(text: str) -> str:
 def image_keys(images: Sequence[pictures.Image | None]) -> list[Hashable]:
   """Returns what is equal for images of one content; None where there is no image.
 
-  Only images whose sizes are equal are read. An address is known by itself.
+  Only images whose sizes and beginnings are equal are read. An address is known by itself.
   """
   distinct = dict.fromkeys(image for image in images if image is not None)
   sizes = {}
   for image in distinct:
     if not isinstance(image, pictures.Address):
       sizes[image] = pictures.number(image)
-  count = collections.Counter(sizes.values())
-  keys: dict[pictures.Image, Hashable] = {}
-  for image in distinct:
-    keys[image] = _digest(image) if count[sizes.get(image)] > 1 else image
+  alike = _repeated(sizes)
+  heads = {image: (sizes[image], _head(image)) for image in alike}
+  keys: dict[pictures.Image, Hashable] = {image: image for image in distinct}
+  for image in _repeated(heads):
+    keys[image] = _digest(image)
   return [None if image is None else keys[image] for image in images]
+
+
+def _repeated(values: Mapping[pictures.Image, Hashable]) -> list[pictures.Image]:
+  """Returns the images whose value another one has too."""
+  count = collections.Counter(values.values())
+  return [image for image, value in values.items() if count[value] > 1]
+
+
+_HEAD_BYTES = 4096  # Which two image files of one size rarely share.
+
+
+def _head(image: pictures.Image) -> bytes | None:
+  if not isinstance(image, str):
+    return None
+  try:
+    with open(image, 'rb') as file:
+      return hashlib.blake2b(file.read(_HEAD_BYTES), digest_size=16).digest()
+  except OSError:
+    return None
 
 
 def _digest(image: pictures.Image) -> Hashable:
@@ -42,15 +63,33 @@ def _digest(image: pictures.Image) -> Hashable:
     return image
 
 
-def groups(keys: Sequence[Sequence[Hashable]]) -> list[int]:
-  """Joins rows that share a key; returns the number of each row's group.
+def groups(keys: Mapping[str, Sequence[Hashable]]) -> tuple[list[int], list[str]]:
+  """Joins rows that share a key of some kind.
 
-  Keys that more than MOST_SHARED of the rows share, and more than two, join nothing.
+  Keys that more than MOST_SHARED of the rows share, and more than two, join nothing. A kind joins
+  nothing where it would make one group of more than MOST_JOINED of the rows, and more than five:
+  questions that are asked of many images, say.
 
   Args:
-    keys: of each kind (text, image), the key of each row; None: it has none.
+    keys: kind (text, image) -> the key of each row; None: it has none.
+
+  Returns:
+    (the number of each row's group, the kinds that joined rows).
   """
-  count = len(keys[0]) if keys else 0
+  for kinds in _choices(list(keys)):
+    numbers = _joined([keys[kind] for kind in kinds])
+    largest = max(collections.Counter(numbers).values(), default=0)
+    if largest <= max(5, MOST_JOINED * len(numbers)):
+      return numbers, kinds
+  return list(range(max((len(of_kind) for of_kind in keys.values()), default=0))), []
+
+
+def _choices(kinds: Sequence[str]) -> list[list[str]]:
+  return [list(kinds), *([kind] for kind in reversed(kinds))]
+
+
+def _joined(keys: Sequence[Sequence[Hashable]]) -> list[int]:
+  count = len(keys[0])
   parent = list(range(count))
 
   def root(row: int) -> int:

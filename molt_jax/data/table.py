@@ -183,8 +183,8 @@ def _files(config: Any, spec: Spec) -> dict[str, Sequence[layout.File]]:
   """
   c = config.dataset
   files = layout.find(c.path, spec.dialect)
-  for split in ('validation', 'test'):
-    if path := c.table[f'{split}_file']:
+  for split, path in (('validation', c.table.validation_file), ('test', c.table.test_file)):
+    if path:
       files[split] = next(iter(layout.find(path, spec.dialect).values()))
   if spec.split and len(files) > 1:
     raise UserError(
@@ -281,7 +281,7 @@ def _hold_out(read: _Read, config: Any, spec: Spec) -> None:
   Raises:
     UserError: there are too few.
   """
-  c = config.dataset
+  c, held_out = config.dataset, []
   for split, fraction in (
     ('test', c.table.test_fraction),
     ('validation', c.validation_fraction),
@@ -291,27 +291,35 @@ def _hold_out(read: _Read, config: Any, spec: Spec) -> None:
     name = read.names['train']
     if not fraction:
       raise UserError(f'{name} has no rows of {split}: set dataset.table.test_fraction')
-    how = {'fraction': fraction, 'seed': config.seed, 'name': split}
-    read.splits['train'], read.splits[split] = split_off(
-      read.splits['train'], together=_together(read.splits['train'], spec), **how
-    )
+    together, shared = _together(read.splits['train'], spec)
+    how = {'fraction': fraction, 'seed': config.seed, 'name': split, 'together': together}
+    read.splits['train'], read.splits[split] = split_off(read.splits['train'], **how)
     read.names[split] = name
+    held_out.append(f'{len(read.splits[split]):,} for {split}')
     if not read.splits[split]:
       advice = (
         f'a {split}.csv' if len(read.files) > 1 or c.path.endswith('/') else f'a {split} file'
       )
       raise UserError(f'{name} is too small to set a {split} split aside: add rows or {advice}')
+  if 'test' not in read.files and held_out:
+    kept = f'; those of one {shared} stay together' if shared else ''
+    read.remarks.append(
+      f'{read.names["train"]}: rows are held out by seed {config.seed}, {", ".join(held_out)}{kept}'
+    )
 
 
-def _together(rows: Sequence[Row], spec: Spec) -> dict[str, Any]:
-  """Returns row id -> what is held out together with it."""
+def _together(rows: Sequence[Row], spec: Spec) -> tuple[dict[str, Any], str]:
+  """Returns (row id -> what is held out together with it, that in words)."""
   if spec.group:
     # A row without a group is one by itself.
-    return {row.id: ('group', row.group) if row.group else row.id for row in rows}
-  texts = [None if row.text is None else same.text_key(row.text) for row in rows]
-  images = same.image_keys([row.image for row in rows]) if 'image' in spec.modalities else []
-  numbers = same.groups([texts, images] if images else [texts])
-  return {row.id: number for row, number in zip(rows, numbers, strict=True)}
+    groups = {row.id: ('group', row.group) if row.group else row.id for row in rows}
+    return groups, spec.group
+  keys = {'text': [None if row.text is None else same.text_key(row.text) for row in rows]}
+  if 'image' in spec.modalities:
+    keys['image'] = same.image_keys([row.image for row in rows])
+  numbers, kinds = same.groups(keys)
+  groups = {row.id: number for row, number in zip(rows, numbers, strict=True)}
+  return groups, ' or '.join(kinds)
 
 
 def split_off(

@@ -169,17 +169,36 @@ def parse(
     how = {'action': 'store_true'} if flag.switch else {}
     if flag.many:
       how = {'nargs': '+', 'action': 'extend'}
-    parser.add_argument(f'--{flag.name}', required=flag.required, **how)
+    required = flag.required and not flag.bare
+    parser.add_argument(f'--{flag.name}', required=required, **how)
   many = [flag.name for flag in flags if flag.many]
   words = []
   for word in argv:
     words += _apart(word, many)
   known, rest = parser.parse_known_args(words)
   for flag in flags:
+    if flag.bare:
+      rest = _take_bare(parser, flag, known, rest)
+  for flag in flags:
     if not flag.switch:
       setattr(known, flag.name, value_of(flag, getattr(known, flag.name)))
   names = [f'--{flag.name}' for flag in flags]
   return known, dict(_overrides(rest, names, schema is not None))
+
+
+def _take_bare(
+  parser: _Parser, flag: Flag, known: argparse.Namespace, rest: Sequence[str]
+) -> list[str]:
+  """Gives a flag the word that stands by itself; returns the others."""
+  words = list(rest)
+  for place, word in enumerate(rest):
+    # `--config.FIELD VALUE` is a flag that argparse does not know, and its value.
+    is_value = place and rest[place - 1].startswith('--') and '=' not in rest[place - 1]
+    if not word.startswith('-') and not is_value and getattr(known, flag.name) is None:
+      setattr(known, flag.name, words.pop(place))
+  if flag.required and getattr(known, flag.name) is None:
+    parser.error(f'the following arguments are required: {flag.name.upper()}')
+  return words
 
 
 # Flags that stand for a field of the config; without a value they set it.

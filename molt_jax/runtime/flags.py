@@ -23,6 +23,7 @@ class Flag(NamedTuple):
       given again.
     separator: between the words of a list.
     switch: the flag has no value; the result is whether it is given.
+    bare: the flag's name may be left out: a word that is no flag's is its value.
   """
 
   name: str
@@ -34,6 +35,7 @@ class Flag(NamedTuple):
   many: bool = False
   separator: str = ','
   switch: bool = False
+  bare: bool = False
 
   @property
   def legal(self) -> str:

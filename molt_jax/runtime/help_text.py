@@ -49,6 +49,8 @@ def _paragraph(text: str) -> list[str]:
 
 
 def _usage(flag: Flag) -> str:
+  if flag.bare:
+    return flag.name.upper()
   return _spelled(flag) if flag.required else f'[{_spelled(flag)}]'
 
 

@@ -30,6 +30,7 @@ class Trainer(abc.ABC):
     workdir: the run's folder.
     objective: what is minimised, see `losses`.
     frozen: modality -> parameters of its frozen tower, or None; there once features are open.
+    more_facts: what run.json shall say beside.
   """
 
   title: str
@@ -44,6 +45,7 @@ class Trainer(abc.ABC):
     resumed = resuming.resume(assembly, self.checkpoints, data_changed=data_changed)
     self.assembly, self.is_resumed = resumed
     self.frozen: Mapping[str, Any] = {}
+    self.more_facts: Mapping[str, Any] = {}
 
   # What is particular to a command.
 
@@ -141,6 +143,7 @@ class Trainer(abc.ABC):
     return {
       'examples': {split: len(source) for split, source in splits.items()},
       'parameters': train_state.count(state.params),
+      **self.more_facts,
     }
 
   def _new_state(self, tx) -> TrainState:

@@ -105,7 +105,7 @@ def open_arrow(file: pathlib.Path, name: str) -> Records:
   path = str(file.resolve())
   opened = open_file(path)
   names = opened.schema.names
-  named = _class_names(opened.schema)
+  named = class_names(opened.schema)
 
   def read(columns: Sequence[str]) -> Iterator[tuple[int, Cells | Malformed]]:
     wanted = [*columns, ODD] if ODD in names else list(columns)
@@ -197,7 +197,7 @@ def _flat_images(array: pa.Array) -> list[int | str | None]:
 # ---- Names of classes ----------------------------------------------------------------------------
 
 
-def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+def class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
   """Returns column -> names of its classes, where `datasets` wrote them beside numbers."""
   written = (schema.metadata or {}).get(b'huggingface')
   try:
@@ -217,11 +217,11 @@ def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
 
 def _plain(array: pa.Array, names: Sequence[str] | None) -> list[Any]:
   values = array.to_pylist()
-  return values if names is None else [_named(value, names) for value in values]
+  return values if names is None else [class_name(value, names) for value in values]
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
+def class_name(value: Any, names: Sequence[str]) -> Any:
   """Returns the name of a class, or names; a number that has none stands for no label."""
   if isinstance(value, list):
-    return [_named(x, names) for x in value]
+    return [class_name(x, names) for x in value]
   return names[value] if value is not None and 0 <= value < len(names) else None

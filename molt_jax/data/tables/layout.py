@@ -86,7 +86,7 @@ def find(path: str | os.PathLike, dialect: Dialect) -> dict[str, list[File]]:
       f'dataset.path {str(path)!r} is not a folder, and no file: give a table, or the folder that '
       'holds train.csv and test.csv'
     )
-  for look in (_saved_datasets, _split_files, _image_folders, _only_file):
+  for look in (_saved_datasets, _split_files, _only_file, _image_folders):
     if found := look(root, dialect):
       return found
   raise UserError(
@@ -190,8 +190,6 @@ def _saved(folder: pathlib.Path, root: pathlib.Path, dialect: Dialect) -> list[F
 
 
 def _image_folders(root: pathlib.Path, dialect: Dialect) -> dict[str, list[File]]:
-  if metadata := _metadata(root, root, dialect):
-    return {'train': metadata}
   inner = _folders(root)
   if inner and all(folder.name.lower() in SPLIT_WORDS for folder in inner):
     found = {}

@@ -147,9 +147,9 @@ def check_there(records: Records, column: str, flag: str) -> None:
     return
   near = difflib.get_close_matches(column, records.columns, n=1)
   near = [name for name in records.columns if likeness(name) == likeness(column)] or near
-  hint = f'did you mean {cells.shown(near[0])}? ' if near else ''
+  hint = f'did you mean {cells.shown(near[0])}? It has' if near else 'it has'
   raise UserError(
-    f'{flag}: {records.name} has no column {cells.shown(column)}; {hint}It has '
+    f'{flag}: {records.name} has no column {cells.shown(column)}; {hint} '
     f'{findings.some([cells.plain(name) for name in records.columns], most=20)}'
   )
 
@@ -198,7 +198,7 @@ def _looks_like_image(value: Any) -> bool:
 
 
 def _guess_image(sample: Mapping[str, Sequence[Any]], taken: set[str]) -> tuple[str, ...]:
-  free = [column for column in sample if column not in taken]
+  free = [column for column in sample if column not in taken and sample[column]]
   images = []
   for column in free:
     values = sample[column]
@@ -245,10 +245,13 @@ def _may_be_classes(values: Sequence[Any]) -> bool:
 def _guess_text(sample: Mapping[str, Sequence[Any]], taken: set[str]) -> tuple[str, ...]:
   found = []
   for column, values in sample.items():
-    if column in taken or not values or not all(isinstance(value, str) for value in values):
+    if column in taken or not values:
       continue
-    named = _key(column) in _TEXT_NAMES
-    words = np.mean([len(value.split()) for value in values])
-    if named or (words >= _TEXT_WORDS and not any(map(_looks_like_image, values))):
+    # Other cells than strings are refused with their rows, which says more than no text would.
+    if _key(column) in _TEXT_NAMES and not all(isinstance(x, int | float) for x in values):
       found.append(column)
+    elif all(isinstance(value, str) for value in values):
+      words = np.mean([len(value.split()) for value in values])
+      if words >= _TEXT_WORDS and not any(map(_looks_like_image, values)):
+        found.append(column)
   return tuple(found)

@@ -4,8 +4,10 @@ An odd row has a cell that is refused, nothing to classify, or no label where it
 the first kind of odd row is an error with its rows, or they are set aside, each with its reason.
 """
 
+import csv
 import dataclasses
 import functools
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,6 +50,15 @@ class Aside(NamedTuple):
   file: str
   row: Any
   reason: str
+
+
+def aside_as_csv(aside: Iterable[Aside]) -> str:
+  """Returns odd rows as a CSV file."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(Aside._fields)
+  writer.writerows(aside)
+  return text.getvalue()
 
 
 class Rows(NamedTuple):
@@ -165,6 +176,8 @@ class _Reader:
     """Reads a row."""
     self._numbers.append(number)
     if isinstance(cells_of_row, Malformed):
+      if not self._spec.lenient:
+        raise UserError(f'{self._records.name} row {number}: {cells_of_row}')
       self._odd[number] = str(cells_of_row)
       return
     spec, found = self._spec, self._found
@@ -189,9 +202,13 @@ class _Reader:
   def _read_image(self, number: Any, cells_of_row: Mapping[str, Any]) -> pictures.Image | None:
     found = []
     for name in self._image:
-      value = self._found.read('image', cells_of_row[name], name)
-      found += [] if value is None else [value]
+      for item in images_of(cells_of_row[name]):
+        value = self._found.read('image', item, name)
+        found += [] if value is None else [value]
     if not found:
+      return None
+    if len(found) > 1:
+      self._found.refuse('image', f'is {len(found)} images', 'give one a row')
       return None
     if isinstance(found[0], str):
       self._named[number] = found[0]
@@ -263,8 +280,8 @@ class _Reader:
       by_reason.setdefault(reason, []).append(number)
     reason, numbers = max(by_reason.items(), key=lambda item: len(item[1]))
     raise UserError(
-      f'{self._records.name}: {count:,} of {total:,} rows cannot be used, most of them '
-      f'({findings.rows_in_words(numbers)}) since {reason}'
+      f'{self._records.name}: {count:,} of {total:,} rows cannot be used; '
+      f'{findings.rows_in_words(numbers)}: {reason}'
     )
 
   # Images that are not there.
@@ -315,6 +332,13 @@ class _Reader:
     for number, _, _ in gone:
       self._rows[number] = dataclasses.replace(self._rows[number], image=None)
     return {self._rows[number].id: f'{image}: {why}' for number, image, why in gone}
+
+
+def images_of(value: Any) -> list[Any]:
+  """Returns the items of a cell of images: a list's, or those of 'a.jpg|b.jpg'."""
+  if isinstance(value, list | tuple):
+    return list(value)
+  return value.split('|') if isinstance(value, str) else [value]
 
 
 def joined(parts: Sequence[str]) -> str | None:

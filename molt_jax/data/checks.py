@@ -1,0 +1,305 @@
+"""What in a data set may not be what is meant: looked at before anything is trained.
+
+Nothing is changed: each finding has a count and the first rows. What two rows share is a text but
+for case, blanks and punctuation (`same.text_key`), or an image byte for byte; pictures that differ
+by their size or compression alone are found in a sample (`nearly_same_images`).
+"""
+
+import collections
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from molt_jax.data import findings, formats, missing, same, transforms
+from molt_jax.data.cell_values import shown
+from molt_jax.data.decode_report import DecodeReport
+from molt_jax.data.examples import read_example
+from molt_jax.data.sources import Dataset, Relabelled, Source, classes_of
+from molt_jax.data.summary import evenly, names_a_class
+from molt_jax.data.table import TableSource
+from molt_jax.runtime import console
+
+FEW_ROWS = 5  # A class of fewer rows in train can hardly be learned.
+PLACEHOLDER_ROWS = 5  # An image of so many rows, or of several classes, stands for none.
+# Side of the grid of differences of brightness; bits that two nearly equal pictures differ in at
+# most; bits of either value that a picture has at least: in a blank one there is nothing to tell.
+_SIDE, _MOST_BITS, _LEAST_BITS = 16, 10, 24
+
+
+class Finding(NamedTuple):
+  """One kind of thing that may not be what is meant.
+
+  Attributes:
+    check: its name in describe.json.
+    count: how many there are.
+    examples: the first of them: ids of examples, or names of classes.
+    message: a line for the user.
+  """
+
+  check: str
+  count: int
+  examples: tuple[str, ...]
+  message: str
+
+
+class _Split(NamedTuple):
+  """One split, as the checks read it: of each example its name, text, classes and keys."""
+
+  source: Source
+  ids: Sequence[str]
+  texts: Sequence[str | None]
+  classes: Sequence[tuple[int, ...]]
+  text_keys: Sequence[str | None]
+  image_keys: Sequence[Hashable]
+
+
+def look(dataset: Dataset, *, sample: int) -> list[Finding]:
+  """Looks at a data set.
+
+  Args:
+    dataset: all of its splits.
+    sample: images per split that are decoded, to find those that are nearly the same.
+  """
+  splits = {name: _read(source) for name, source in dataset.splits.items()}
+  found = []
+  for check in _CHECKS:
+    found += check(splits, dataset)
+  return found + nearly_same_images(dataset, sample)
+
+
+def _read(source: Source) -> _Split:
+  texts = [source.read(n, image=False)['text'] for n in range(len(source))]
+  return _Split(
+    source,
+    list(source.ids),
+    texts,
+    [classes_of(label) for label in source.labels],
+    [None if text is None else same.text_key(text) for text in texts],
+    _image_keys(source),
+  )
+
+
+def _image_keys(source: Source) -> list[Hashable]:
+  """Returns what is equal for equal images; None where there is none, or nothing is known of it."""
+  if isinstance(source, Relabelled):
+    return _image_keys(source.source)
+  if isinstance(source, missing.Part):
+    keys = _image_keys(source.source)
+    return [keys[row] if source.keep[0] else None for row in source.rows]
+  if isinstance(source, TableSource):
+    return same.image_keys([row.image for row in source.rows])
+  contents = getattr(source, 'contents', None)
+  if contents is None:
+    return [None] * len(source)
+  return [int(number) or None for number in contents[:, 0]]  # Of published sets, a hash.
+
+
+def _finding(check: str, examples: Sequence[str], message: str) -> Iterator[Finding]:
+  """Yields a finding unless there is nothing; `{}` in the message is its first examples."""
+  if examples:
+    first = tuple(examples[:5])
+    yield Finding(check, len(examples), first, message.format(findings.some(examples)))
+
+
+# ---- The same in two splits ----------------------------------------------------------------------
+
+
+def _across_splits(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
+  """Rows of validation or test that train has too."""
+  del dataset
+  kinds = (
+    ('same_example', 'are in train too, image and text', _both_keys),
+    ('same_text', 'have a text of train', lambda split: split.text_keys),
+    ('same_image', 'have an image of train', lambda split: split.image_keys),
+  )
+  named: set[str] = set()
+  for check, words, keys_of in kinds:
+    train = _things(keys_of(splits['train']))
+    for name in ('validation', 'test'):
+      split = splits[name]
+      twice = [
+        row
+        for row, key in zip(split.ids, keys_of(split), strict=True)
+        if key is not None and key in train and row not in named
+      ]
+      named |= set(twice)
+      count = f'{len(twice):,} of {len(split.ids):,} rows of {name}'
+      yield from _finding(f'{check}_in_{name}', twice, f'{count} {words}: {{}}')
+
+
+def _both_keys(split: _Split) -> list[Hashable]:
+  pairs = zip(split.text_keys, split.image_keys, strict=True)
+  return [None if text is None or image is None else (text, image) for text, image in pairs]
+
+
+def _things(keys: Sequence[Hashable]) -> set[Hashable]:
+  """Returns the keys that stand for one thing: no phrase, no placeholder (`same.MOST_SHARED`)."""
+  most = max(2, same.MOST_SHARED * len(keys))
+  counts = collections.Counter(keys)
+  return {key for key, count in counts.items() if count <= most}
+
+
+# ---- Labels --------------------------------------------------------------------------------------
+
+
+def _contradictions(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
+  """Rows of train that are the same in image and text, and not in their label."""
+  del dataset
+  train = splits['train']
+  keys = zip(train.text_keys, train.image_keys, strict=True)
+  rows = collections.defaultdict(list)
+  for row, key in enumerate(keys):
+    if key != (None, None) and train.classes[row]:
+      rows[key].append(row)
+  odd = []
+  for alike in rows.values():
+    if len({train.classes[row] for row in alike}) > 1:
+      odd += [train.ids[row] for row in alike]
+  message = (
+    f'{len(odd):,} rows of train have the image and text of another, and another label: {{}}'
+  )
+  yield from _finding('same_example_other_label', odd, message)
+
+
+def _small_classes(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
+  """Classes of which train has few rows, or the others none."""
+  counts = {
+    name: collections.Counter(k for row in split.classes for k in row)
+    for name, split in splits.items()
+  }
+  few = [
+    f'{shown(name)} ({counts["train"][k]})'
+    for k, name in enumerate(dataset.class_names)
+    if counts['train'][k] < FEW_ROWS
+  ]
+  message = f'{len(few)} classes have fewer than {FEW_ROWS} rows in train: {{}}'
+  yield from _finding('class_of_few_rows', few, message)
+  none = [
+    shown(name) for k, name in enumerate(dataset.class_names) if not counts.get('test', {0: 1})[k]
+  ]
+  yield from _finding('class_not_in_test', none, f'{len(none)} classes have no row in test: {{}}')
+
+
+def _named_in_text(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
+  """Rows of train whose text has the name of their class."""
+  train = splits['train']
+  named = []
+  for row, text in enumerate(train.texts):
+    names = [dataset.class_names[k] for k in train.classes[row]]
+    if text is not None and names_a_class(text, names):
+      named.append(train.ids[row])
+  with_text = sum(text is not None for text in train.texts)
+  share = 100 * len(named) / max(with_text, 1)
+  message = (
+    f'{len(named):,} texts of train ({share:.0f} %) have the name of their class in them: {{}}'
+  )
+  yield from _finding('label_in_text', named, message)
+
+
+def _placeholders(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
+  """Images of many rows of train, or of rows of several classes."""
+  del dataset
+  train = splits['train']
+  rows = collections.defaultdict(list)
+  for row, key in enumerate(train.image_keys):
+    if key is not None:
+      rows[key].append(row)
+  repeated = []
+  for alike in rows.values():
+    classes = {train.classes[row] for row in alike if train.classes[row]}
+    if len(alike) >= PLACEHOLDER_ROWS or len(classes) > 1:
+      repeated += [train.ids[row] for row in alike]
+  message = (
+    f'{len(repeated):,} rows of train share their image with {PLACEHOLDER_ROWS - 1} others or with '
+    'rows of another class (does it stand for "no picture"?): {}'
+  )
+  yield from _finding('repeated_image', repeated, message)
+
+
+_CHECKS: tuple[Callable[[Mapping[str, _Split], Dataset], Iterator[Finding]], ...] = (
+  _across_splits,
+  _contradictions,
+  _small_classes,
+  _named_in_text,
+  _placeholders,
+)
+
+
+# ---- Pictures that are nearly the same -----------------------------------------------------------
+
+
+def nearly_same_images(dataset: Dataset, sample: int) -> list[Finding]:
+  """Finds images of validation and test that are images of train, resized or compressed anew.
+
+  Two pictures are nearly the same where, of 256 comparisons of the brightness of neighbours on a
+  grid of 16 x 17 (a difference hash), at most 10 differ.
+
+  Args:
+    dataset: all of its splits.
+    sample: images per split that are looked at, evenly spaced.
+  """
+  total = sum(min(sample, len(source)) for source in dataset.splits.values())
+  with console.progress('comparing images', total, 'images') as bar:
+    hashes = {name: _hashes(source, sample, bar) for name, source in dataset.splits.items()}
+  found = []
+  train_ids, train_nb = hashes['train']
+  for name in ('validation', 'test'):
+    ids, bits_nb = hashes[name]
+    if not len(train_nb) or not len(bits_nb):
+      continue
+    near = [
+      f'{row} like {train_ids[place]}'
+      for row, place in zip(ids, _nearest(bits_nb, train_nb), strict=True)
+      if place >= 0
+    ]
+    message = (
+      f'{len(near):,} of {len(ids):,} images of {name} are nearly the same as one of train: '
+    )
+    found += _finding(f'nearly_same_image_in_{name}', near, message + '{}')
+  return found
+
+
+def _hashes(source: Source, sample: int, bar: console.Progress) -> tuple[list[str], np.ndarray]:
+  """Returns (ids, bool[N, 256]) of the images that are looked at and are not blank."""
+  ids, bits = [], []
+  for n in evenly(len(source), sample):
+    bar.advance()
+    if not source.present[n, 0]:
+      continue
+    example = read_example(source, n, image=True, report=DecodeReport())
+    found = None if example['image'] is None else difference_hash(example['image'])
+    if found is not None and _LEAST_BITS <= found.sum() <= found.size - _LEAST_BITS:
+      ids.append(example['id'])
+      bits.append(found)
+  return ids, np.array(bits, bool).reshape(len(bits), _SIDE**2)
+
+
+def difference_hash(data: bytes) -> np.ndarray | None:
+  """Returns bool[256], whether each cell of a grid is brighter than its left neighbour.
+
+  None: the image cannot be decoded.
+  """
+  try:
+    with formats.opened(data) as image:
+      image.draft('RGB', (8 * _SIDE, 8 * _SIDE))  # A JPEG is decoded at a fraction of its size.
+      rgb = transforms.as_rgb(image)
+  except transforms.DecodeError:
+    return None
+  grey = rgb.convert('L').resize((_SIDE + 1, _SIDE), Image.Resampling.BOX)
+  value_hw = np.asarray(grey, np.int16)
+  return (value_hw[:, 1:] > value_hw[:, :-1]).ravel()
+
+
+def _nearest(bits_nb: np.ndarray, of_mb: np.ndarray) -> list[int]:
+  """Returns the place of the nearest of `of_mb`, -1 where it is not near."""
+  signs_nb, signs_mb = (np.where(bits, 1, -1).astype(np.float32) for bits in (bits_nb, of_mb))
+  places: list[Any] = []
+  for start in range(0, len(signs_nb), 512):
+    # Of +1 and -1, a product is the bits that agree less those that differ.
+    differing_nm = (signs_mb.shape[1] - signs_nb[start : start + 512] @ signs_mb.T) / 2
+    place_n = differing_nm.argmin(axis=1)
+    near_n = differing_nm[np.arange(len(place_n)), place_n] <= _MOST_BITS
+    places += np.where(near_n, place_n, -1).tolist()
+  return places
