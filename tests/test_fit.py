@@ -1,6 +1,7 @@
 """`molt fit`: a table as people have it trains untouched, and its run is one as any other."""
 
 import csv
+import importlib
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from molt_jax.data import datasets
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 
+fit_lib = importlib.import_module('molt_jax.fit')  # `molt_jax.fit` may be the function.
 COLOURS = {'rot': (200, 30, 30), 'grün': (30, 180, 40), 'blau': (40, 60, 210)}
 HEADER = ['Nr', 'Titel', 'Beschreibung', 'Foto', 'Preis', 'Kategorie']
 
@@ -68,7 +70,7 @@ def run(shop, preset, tmp_path_factory):
     patch.setattr(console, 'log', lines.append)
     code = commands.main(
       ['fit', f'{shop}/artikel.csv', '--label=Kategorie', '--text=Titel,Beschreibung']
-      + ['--workdir=run', f'--config={preset}', f'--config.features.store={here}/store']
+      + ['--workdir=run', f'--config={preset}']
     )
   assert code == 0
   return here / 'run', lines
@@ -107,8 +109,8 @@ def test_scores_equal_those_of_the_data_rewritten_by_hand(run, shop, preset, tmp
         _, title, text, photo, _, label = given[int(row_id.split(':')[1]) - 1]
         both = f'{title}. {text}' if title and text else title or text
         writer.writerow([photo and shop / photo, both, label])
-  fields = {'dataset.path': str(tmp_path), 'features.store': config.features.store}
-  record = train.train(CLASSIFIER.load(str(preset), fields), tmp_path / 'run')
+  rewritten = CLASSIFIER.load(str(preset), {'dataset.path': str(tmp_path)})
+  record = train.train(rewritten, tmp_path / 'run')
   assert record['results'] == json.loads((run[0] / 'evaluation.json').read_text())['results']
 
 
@@ -130,8 +132,7 @@ def test_the_same_command_goes_on_and_other_data_are_refused(run, shop, preset, 
   changed = tmp_path / 'artikel.csv'
   changed.write_bytes((shop / 'artikel.csv').read_bytes().replace(b'Nr. 7', b'Nr. 77'))
   argv = ['--label=Kategorie', '--text=Titel,Beschreibung', f'--workdir={run[0]}']
-  argv += [f'--config={preset}', f'--config.features.store={run[0].parent}/store']
-  argv += [f'--image_folder={shop}']
+  argv += [f'--config={preset}', f'--image_folder={shop}']
   capsys.readouterr()
   assert commands.main(['fit', str(changed), *argv]) == 2
   assert 'the data have changed since step 6' in capsys.readouterr().err
@@ -140,31 +141,41 @@ def test_the_same_command_goes_on_and_other_data_are_refused(run, shop, preset, 
 # ---- In Python -----------------------------------------------------------------------------------
 
 
-def test_a_data_frame_trains_and_predicts(shop, preset, tmp_path):
-  frame = pd.read_csv(shop / 'artikel.csv', sep=';', encoding='cp1252')
-  photos = [None if pd.isna(path) else shop / path for path in frame['Foto']]
-  photos[1] = Image.open(photos[1])
-  photos[3] = photos[3].read_bytes()
-  frame['Foto'] = pd.Series(photos, dtype=object)
+def test_fit_in_python_goes_on_where_a_run_is_and_returns_a_predictor(run, shop, preset):
   model = molt_jax.fit(
-    frame,
+    shop / 'artikel.csv',
     label='Kategorie',
     text=['Titel', 'Beschreibung'],
-    workdir=tmp_path / 'run',
+    workdir=run[0],
     preset=str(preset),
-    config={'features.store': tmp_path / 'store', 'train.epochs': 0.25},
-    validation=0.2,
   )
   assert model.predict(text='Ein Würfel')['text'] and model.class_names == sorted(COLOURS)
-  splits = datasets.load_dataset(model.config).splits
-  assert {split: len(source) for split, source in splits.items()} == {
-    'train': 38,
-    'validation': 9,
-    'test': 12,
+
+
+def test_a_data_frame_is_the_file_that_it_was_read_from(run, shop, preset, tmp_path):
+  frame = pd.read_csv(shop / 'artikel.csv', sep=';', encoding='cp1252')
+  photos = [None if pd.isna(path) else shop / path for path in frame['Foto']]
+  photos[3] = photos[3].read_bytes()
+  frame['Foto'] = pd.Series(photos, dtype=object)
+  frame['Teil'] = 'train'
+  frame.loc[frame.index[-9:], 'Teil'] = ['test', 'Validation', 'dev'] * 3
+  options = fit_lib.Options(label='Kategorie', text=['Titel', 'Beschreibung'], split='Teil')
+  config, facts = fit_lib.configure(frame, options, CLASSIFIER.load(str(preset)), tmp_path)
+  assert config.dataset.path.startswith(str(tmp_path / 'data'))
+  assert facts['table']['image'] == ['Foto'] and facts['table']['unused'] == ['Nr', 'Preis']
+  data = datasets.load_dataset(config)
+  assert {split: len(source) for split, source in data.splits.items()} == {
+    'train': 50,
+    'validation': 6,
+    'test': 3,
   }
-  with open(tmp_path / 'run' / 'rows_set_aside.csv', newline='') as file:
-    (row,) = csv.DictReader(file)
-  assert (row['file'], row['row']) == ('data.arrow', '10')
+  assert [(x.file, x.row) for x in data.aside] == [('data.arrow', 10)]
+  examples = {}
+  for source in datasets.load_dataset(CLASSIFIER.read_run(run[0])).splits.values():
+    examples |= {int(x['id'].split(':')[1]) - 2: x for x in source}
+  for x in data.splits['train']:
+    as_file = examples[int(x['id'].split(':')[1])]
+    assert {**x, 'id': ''} == {**as_file, 'id': ''}
 
 
 @pytest.mark.parametrize(
