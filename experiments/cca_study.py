@@ -143,7 +143,7 @@ def tower_views(preset):
       row for row in range(len(source)) if all(stored[split][m].keys[row] for m in MODALITIES)
     ]
     views[split] = [
-      np.stack([np.asarray(kept.read(kept.keys[row])[-1], np.float32).mean(0) for row in complete])
+      np.stack([np.asarray(kept.mean(row)[-1], np.float32).mean(0) for row in complete])
       for kept in (stored[split][m] for m in MODALITIES)
     ]
   means, stds = (

@@ -157,6 +157,11 @@ class PairTrainer(Trainer):
 
 def _check_pairs(config: ml_collections.ConfigDict, data: Dataset) -> None:
   """Refuses splits without enough complete pairs."""
+  for split in SPLITS:
+    if getattr(data.splits[split], 'most_images', 1) > 1:
+      raise UserError(
+        f'config.dataset: the {split} split has examples of several images; give one a row'
+      )
   counts = {split: len(batches.complete_rows(data.splits[split])) for split in SPLITS}
   for split, count in counts.items():
     if count < 2:

@@ -15,18 +15,30 @@ class CachedStates:
   """Where the hidden states of one modality of a split are.
 
   Attributes:
-    keys: of each example; None where it is not wanted or cannot be used.
+    keys: of each example, of several images several; none where it is not wanted or cannot be
+      used.
     read: key -> [L, real tokens, D].
     tokens: key -> real tokens, without reading them.
     shape: (L, most tokens, D).
     dtype: of what `read` returns.
   """
 
-  keys: Sequence[str | None]
+  keys: Sequence[tuple[str, ...]]
   read: Callable[[str], np.ndarray]
   tokens: Callable[[str], int]
   shape: tuple[int, int, int]
   dtype: np.dtype
+
+  def mean(self, index: int) -> np.ndarray:
+    """Returns the hidden states of an example, [L, real tokens, D], the mean over its images."""
+    first, *others = self.keys[index]
+    x_lnd = self.read(first)
+    if not others:
+      return x_lnd
+    total_lnd = x_lnd.astype(np.float32)
+    for key in others:
+      total_lnd += self.read(key).astype(np.float32)
+    return (total_lnd / (1 + len(others))).astype(self.dtype)
 
 
 def take(
@@ -78,8 +90,8 @@ def _read_states(
   length_b = np.zeros(len(index_b), int)
   # Each is read into its place, so that a batch is in memory once.
   for row, index in enumerate(index_b):
-    if index >= 0 and present_n[index] and stored.keys[index] is not None:
-      x_lnd = stored.read(stored.keys[index])
+    if index >= 0 and present_n[index] and stored.keys[index]:
+      x_lnd = stored.mean(index)
       length_b[row] = x_lnd.shape[1]
       states_blnd[row, :, : length_b[row]] = x_lnd
   return states_blnd, length_b
@@ -89,5 +101,5 @@ def text_length(index: int, *, present_nm: np.ndarray, stored: Mapping[str, Cach
   """Returns the tokens of an example's text; 0 where it is absent."""
   if index < 0 or not present_nm[index, 1] or 'text' not in stored:
     return 0
-  key = stored['text'].keys[index]
-  return 0 if key is None else stored['text'].tokens(key)
+  keys = stored['text'].keys[index]
+  return stored['text'].tokens(keys[0]) if keys else 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from molt_jax.data import findings, formats, missing, same, transforms
+from molt_jax.data import findings, formats, missing, pictures, same, transforms
 from molt_jax.data.cell_values import shown
 from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import read_example
@@ -47,7 +47,6 @@ class Finding(NamedTuple):
 class _Split(NamedTuple):
   """One split, as the checks read it: of each example its name, text, classes and keys."""
 
-  source: Source
   ids: Sequence[str]
   texts: Sequence[str | None]
   classes: Sequence[tuple[int, ...]]
@@ -62,38 +61,51 @@ def look(dataset: Dataset, *, sample: int) -> list[Finding]:
     dataset: all of its splits.
     sample: images per split that are decoded, to find those that are nearly the same.
   """
-  splits = {name: _read(source) for name, source in dataset.splits.items()}
+  keys = _image_keys(dataset.splits)
+  splits = {name: _read(source, keys[name]) for name, source in dataset.splits.items()}
   found = []
   for check in _CHECKS:
     found += check(splits, dataset)
   return found + nearly_same_images(dataset, sample)
 
 
-def _read(source: Source) -> _Split:
+def _read(source: Source, image_keys: Sequence[Hashable]) -> _Split:
   texts = [source.read(n, image=False)['text'] for n in range(len(source))]
   return _Split(
-    source,
     list(source.ids),
     texts,
     [classes_of(label) for label in source.labels],
     [None if text is None else same.text_key(text) for text in texts],
-    _image_keys(source),
+    image_keys,
   )
 
 
-def _image_keys(source: Source) -> list[Hashable]:
+def _image_keys(splits: Mapping[str, Source]) -> dict[str, list[Hashable]]:
   """Returns what is equal for equal images; None where there is none, or nothing is known of it."""
+  images = {split: _images(source) for split, source in splits.items()}
+  known = [of_row for of_split in images.values() for of_row in of_split or ()]
+  keys = iter(same.image_keys(known))  # Of all splits at once: images of one size are compared.
+  found = {}
+  for split, source in splits.items():
+    if images[split] is not None:
+      found[split] = [next(keys) or None for _ in images[split]]
+      continue
+    contents = getattr(source, 'contents', None)  # Of published sets, with a hash of the image.
+    numbers = [0] * len(source) if contents is None else contents[:, 0].tolist()
+    found[split] = [number or None for number in numbers]
+  return found
+
+
+def _images(source: Source) -> list[pictures.Images] | None:
+  """Returns the images of each row of a table; None: it is none."""
   if isinstance(source, Relabelled):
-    return _image_keys(source.source)
+    return _images(source.source)
   if isinstance(source, missing.Part):
-    keys = _image_keys(source.source)
-    return [keys[row] if source.keep[0] else None for row in source.rows]
+    images = _images(source.source)
+    return images and [images[row] if source.keep[0] else None for row in source.rows]
   if isinstance(source, TableSource):
-    return same.image_keys([row.image for row in source.rows])
-  contents = getattr(source, 'contents', None)
-  if contents is None:
-    return [None] * len(source)
-  return [int(number) or None for number in contents[:, 0]]  # Of published sets, a hash.
+    return [row.image for row in source.rows]
+  return None
 
 
 def _finding(check: str, examples: Sequence[str], message: str) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from molt_jax.data import formats, transforms
 from molt_jax.data.decode_report import DecodeReport
-from molt_jax.data.sources import Source
+from molt_jax.data.sources import Source, images_of
 from molt_jax.errors import UserError
 
 
@@ -31,6 +31,7 @@ class Preprocess:
     multi_label: whether labels are vectors of K zeros and ones.
     resample: a `PIL.Image.Resampling` value (3 = bicubic).
     scaled, rounded: see `transforms.preprocess_image`.
+    images: most images of an example; where that is more than one, examples have an `image_mask`.
     report: where unusable images and texts are counted.
   """
 
@@ -46,6 +47,7 @@ class Preprocess:
   resample: int = 3
   scaled: int = 0
   rounded: bool = True
+  images: int = 1
   report: DecodeReport = dataclasses.field(default_factory=DecodeReport, compare=False, repr=False)
 
 
@@ -68,12 +70,14 @@ def read_example(
 ) -> dict[str, Any]:
   """Returns `source.read(index, image=image)`; the image is None, and reported, if it cannot be."""
   try:
-    return source.read(index, image=image)
+    example = source.read(index, image=image)
   # An image file that vanished, or may not be read, costs its example the image alone.
   except OSError as error:
     example = source.read(index, image=False)
     report.add(example['id'], 'image', error.strerror or str(error))
-    return example
+  for why in example.get('lost', ()):
+    report.add(example['id'], 'image', why)
+  return example
 
 
 def make_example(
@@ -89,9 +93,9 @@ def make_example(
     with_image, with_text = present_nm[index]
     example = read_example(source, index, image=with_image, report=preprocess.report)
     label = example['label']
-    if example['image'] is not None:
+    for image in images_of(example):
       try:
-        _put_image(content, preprocess, transforms.decode(example['image']))
+        _put_image(content, preprocess, transforms.decode(image))
       except transforms.DecodeError as error:
         preprocess.report.add(example['id'], 'image', str(error))
     if with_text:
@@ -152,18 +156,28 @@ def text_length(
 
 
 def _empty_content(preprocess: Preprocess) -> dict[str, np.ndarray]:
-  size, length = preprocess.image_size, preprocess.max_tokens
-  return {
+  size, length, count = preprocess.image_size, preprocess.max_tokens, preprocess.images
+  content = {
     'image': np.zeros((size, size, 3), np.float32),
     'tokens': np.full(length, preprocess.pad_id, np.int32),
     'token_mask': np.zeros(length, bool),
     'present': np.zeros(2, bool),
   }
+  if count > 1:
+    content['image'] = np.zeros((count, size, size, 3), np.float32)
+    content['image_mask'] = np.zeros(count, bool)
+  return content
 
 
 def _put_image(content: dict[str, np.ndarray], preprocess: Preprocess, image: Image.Image) -> None:
-  content['image'] = pixels(image, preprocess)
+  """Puts an image into its place, the next one where there may be several."""
   content['present'][0] = True
+  if 'image_mask' not in content:
+    content['image'] = pixels(image, preprocess)
+    return
+  place = int(content['image_mask'].sum())
+  content['image'][place] = pixels(image, preprocess)
+  content['image_mask'][place] = True
 
 
 def _put_text(content: dict[str, np.ndarray], preprocess: Preprocess, text: str) -> None:

@@ -87,10 +87,6 @@ class Findings:
     for (column, _), found in self._refused.items():
       raise UserError(f'{self._where(column, [row for row, _ in found])} {found[0][1].sentence()}')
 
-  def refuse(self, column: str, reason: str, remedy: str) -> None:
-    """Refuses what several cells are together; `column` is what they are."""
-    self._refuse(cells.CellError(column, reason, remedy))
-
   def refused(self) -> dict[Any, str]:
     """Returns why of each row that has a cell that was refused: the first such cell."""
     return self._reasons

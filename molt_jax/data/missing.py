@@ -120,6 +120,10 @@ class Part:
     contents = getattr(self.source, 'contents', None)
     return None if contents is None else contents[np.asarray(self.rows, int)] * np.array(self.keep)
 
+  @property
+  def most_images(self) -> int:
+    return getattr(self.source, 'most_images', 1) if self.keep[0] else 1
+
   def __len__(self) -> int:
     return len(self.rows)
 

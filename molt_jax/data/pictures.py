@@ -48,7 +48,23 @@ class Picture:
     raise NotImplementedError
 
 
-Image = str | Picture
+Image = str | Picture  # A string is the path of a file.
+# Of a row: none, one, or a tuple of two or more.
+Images = Image | tuple[Image, ...] | None
+
+
+def each(images: Images) -> tuple[Image, ...]:
+  """Returns the images of a row."""
+  if images is None:
+    return ()
+  return images if isinstance(images, tuple) else (images,)
+
+
+def one_or_several(images: Sequence[Image]) -> Images:
+  """Returns images as those of a row."""
+  if len(images) < 2:
+    return images[0] if images else None
+  return tuple(images)
 
 
 def read(image: Image) -> bytes:
@@ -60,10 +76,8 @@ def read(image: Image) -> bytes:
   return formats.read_file(image) if isinstance(image, str) else image.read()
 
 
-def number(image: Image | None) -> int:
-  """Returns a number that changes with the image, for `Source.contents`; 0 where it is absent."""
-  if image is None:
-    return 0
+def number(image: Image) -> int:
+  """Returns a number that changes with the image, for `Source.contents`."""
   if not isinstance(image, str):
     return 1 + image.number()
   try:

@@ -13,6 +13,8 @@ A batch is a dict of numpy arrays (B examples, K classes; T = max_tokens or, wit
                                               modality left, else 1
   index           int32[B]                    position in the source (`source.ids[index]`), -1 on
                                               padding
+  image_mask      bool[B, n]                  where an example may have several images, which are
+                                              there; image is then float32[B, n, size, size, 3]
   token_position  int32[G, N]                 packed texts alone: where the real tokens are in each
                                               group of examples (`packing`); not there if N is no
                                               less than all positions

@@ -19,12 +19,12 @@ def text_key(text: str) -> str:
   return ' '.join(words) or ' '.join(folded.split())
 
 
-def image_keys(images: Sequence[pictures.Image | None]) -> list[Hashable]:
-  """Returns what is equal for images of one content; None where there is no image.
+def image_keys(images: Sequence[pictures.Images]) -> list[tuple[Hashable, ...]]:
+  """Returns for the images of each row what is equal for images of one content.
 
   Only images whose sizes and beginnings are equal are read. An address is known by itself.
   """
-  distinct = dict.fromkeys(image for image in images if image is not None)
+  distinct = dict.fromkeys(image for of_row in images for image in pictures.each(of_row))
   sizes = {}
   for image in distinct:
     if not isinstance(image, pictures.Address):
@@ -34,7 +34,7 @@ def image_keys(images: Sequence[pictures.Image | None]) -> list[Hashable]:
   keys: dict[pictures.Image, Hashable] = {image: image for image in distinct}
   for image in _repeated(heads):
     keys[image] = _digest(image)
-  return [None if image is None else keys[image] for image in images]
+  return [tuple(keys[image] for image in pictures.each(of_row)) for of_row in images]
 
 
 def _repeated(values: Mapping[pictures.Image, Hashable]) -> list[pictures.Image]:
@@ -63,7 +63,9 @@ def _digest(image: pictures.Image) -> Hashable:
     return image
 
 
-def groups(keys: Mapping[str, Sequence[Hashable]]) -> tuple[list[int], list[str]]:
+def groups(
+  keys: Mapping[str, Sequence[tuple[Hashable, ...]]],
+) -> tuple[list[int], list[str]]:
   """Joins rows that share a key of some kind.
 
   Keys that more than MOST_SHARED of the rows share, and more than two, join nothing. A kind joins
@@ -71,7 +73,7 @@ def groups(keys: Mapping[str, Sequence[Hashable]]) -> tuple[list[int], list[str]
   questions that are asked of many images, say.
 
   Args:
-    keys: kind (text, image) -> the key of each row; None: it has none.
+    keys: kind (text, image) -> the keys of each row.
 
   Returns:
     (the number of each row's group, the kinds that joined rows).
@@ -88,7 +90,7 @@ def _choices(kinds: Sequence[str]) -> list[list[str]]:
   return [list(kinds), *([kind] for kind in reversed(kinds))]
 
 
-def _joined(keys: Sequence[Sequence[Hashable]]) -> list[int]:
+def _joined(keys: Sequence[Sequence[tuple[Hashable, ...]]]) -> list[int]:
   count = len(keys[0])
   parent = list(range(count))
 
@@ -106,9 +108,9 @@ def _joined(keys: Sequence[Sequence[Hashable]]) -> list[int]:
   return [root(row) for row in range(count)]
 
 
-def _shared(keys: Iterable[Hashable]) -> list[list[int]]:
+def _shared(keys: Iterable[tuple[Hashable, ...]]) -> list[list[int]]:
   rows = collections.defaultdict(list)
-  for row, key in enumerate(keys):
-    if key is not None:
+  for row, of_row in enumerate(keys):
+    for key in of_row:
       rows[key].append(row)
   return [found for found in rows.values() if len(found) > 1]

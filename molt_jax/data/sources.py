@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ class Source(Protocol):
       False in both.
     contents: optional; int64[N, 2], numbers that change with the image and with the text, as far as
       that is known without reading images (0 where absent). The fingerprint of the data reads them.
+    most_images: optional; images of the example that has most of them. Default: one.
   """
 
   ids: Sequence[str]
@@ -42,7 +43,8 @@ class Source(Protocol):
     """Returns the example of that index.
 
     {'id': str, 'image': bytes of the file or None, 'text': str or None, 'label': int or tuple of
-    ints}
+    ints}. Of several images 'image' is the first, 'images' has all that can be read, and 'lost'
+    says why the others cannot.
     """
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
@@ -54,6 +56,13 @@ def classes_of(label: int | tuple[int, ...]) -> tuple[int, ...]:
   if isinstance(label, tuple):
     return label
   return () if label == UNLABELLED else (label,)
+
+
+def images_of(example: Mapping[str, Any]) -> list[bytes]:
+  """Returns the images of an example that `Source.read` returned."""
+  if 'images' in example:
+    return example['images']
+  return [] if example['image'] is None else [example['image']]
 
 
 def text_number(text: str | None) -> int:
@@ -178,6 +187,10 @@ class Relabelled:
   @property
   def contents(self) -> np.ndarray | None:
     return getattr(self.source, 'contents', None)
+
+  @property
+  def most_images(self) -> int:
+    return getattr(self.source, 'most_images', 1)
 
   def __len__(self) -> int:
     return len(self.source)

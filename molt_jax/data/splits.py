@@ -47,7 +47,20 @@ def set_aside(
     if not kept_labels.issuperset(own):
       aside.difference_update(rows)
       kept_labels.update(own)
-  return aside
+  return aside or _smallest(lined_up, labels)
+
+
+def _smallest(lined_up: Sequence[Sequence[int]], labels: Sequence[tuple]) -> set[int]:
+  """Returns the smallest group that is not the last of a label; there may be none.
+
+  For data of which each group is larger than the share, or the last of its label.
+  """
+  count = collections.Counter(label for row in labels for label in row)
+  for rows in sorted(lined_up, key=len):
+    own = collections.Counter(label for row in rows for label in labels[row])
+    if all(count[label] > own[label] for label in own):
+      return set(rows)
+  return set()
 
 
 def _line_up(ids, labels, groups, *, seed: int, name: str) -> list[list[int]]:

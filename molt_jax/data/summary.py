@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from molt_jax.data import formats, transforms
 from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import read_example
-from molt_jax.data.sources import Dataset, Source, classes_of
+from molt_jax.data.sources import Dataset, Source, classes_of, images_of
 from molt_jax.runtime import console
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
@@ -96,8 +96,8 @@ def _sampled(
       tokens += [len(encode(example['text'], MANY))] if encode else []
       names = [class_names[k] for k in classes_of(example['label'])]
       named.append(names_a_class(example['text'], names))
-    if example['image'] is not None:
-      found_formats[_look(example, report, sizes)] += 1
+    for image in images_of(example):
+      found_formats[_look(example['id'], image, report, sizes)] += 1
   return {
     'sampled': min(sample, len(source)),
     'words': _percentiles(words),
@@ -111,15 +111,15 @@ def _sampled(
   }
 
 
-def _look(example: Mapping[str, Any], report: DecodeReport, sizes: list[tuple[int, int]]) -> str:
+def _look(example_id: str, data: bytes, report: DecodeReport, sizes: list[tuple[int, int]]) -> str:
   """Returns the format of an image and adds its size; 'unusable', and reported, if damaged."""
   try:
-    transforms.check(example['image'])
-    with formats.opened(example['image']) as image:
+    transforms.check(data)
+    with formats.opened(data) as image:
       sizes.append(image.size)
       return f'{image.format} {image.mode}'
   except transforms.DecodeError as error:
-    report.add(example['id'], 'image', str(error))
+    report.add(example_id, 'image', str(error))
     return 'unusable'
 
 

@@ -57,9 +57,20 @@ class TableSource:
   @functools.cached_property
   def contents(self) -> np.ndarray:
     """See `Source`; of an image file the size, which takes no reading."""
-    numbers = {image: pictures.number(image) for image in {row.image for row in self.rows}}
-    found = [(numbers[row.image], text_number(row.text)) for row in self.rows]
+    found = []
+    numbers: dict[Any, int] = {}
+    for row in self.rows:
+      for image in pictures.each(row.image):
+        if image not in numbers:
+          numbers[image] = pictures.number(image)
+      of_image = functools.reduce(_mixed, (numbers[image] for image in pictures.each(row.image)), 0)
+      found.append((of_image, text_number(row.text)))
     return np.array(found, np.int64).reshape(-1, 2)
+
+  @functools.cached_property
+  def most_images(self) -> int:
+    """See `Source`."""
+    return max((len(pictures.each(row.image)) for row in self.rows), default=1) or 1
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -68,9 +79,37 @@ class TableSource:
     return self.read(index, image=True)
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
+    """See `Source.read`."""
     row = self.rows[index]
-    data = pictures.read(row.image) if image and row.image is not None else None
-    return {'id': row.id, 'image': data, 'text': row.text, 'label': self.labels[index]}
+    example = {'id': row.id, 'image': None, 'text': row.text, 'label': self.labels[index]}
+    images = pictures.each(row.image) if image else ()
+    if len(images) == 1:
+      example['image'] = pictures.read(images[0])
+    elif images:
+      example |= _read_several(images)
+    return example
+
+
+def _mixed(number: int, other: int) -> int:
+  """Returns a number that changes with either, and with their order; the other one if one is 0."""
+  return (31 * number + other) % (1 << 62)
+
+
+def _read_several(images: Sequence[pictures.Image]) -> dict[str, Any]:
+  """Returns what `Source.read` has of several images; those that cannot be read are left out.
+
+  Raises:
+    OSError: none can be.
+  """
+  found, lost = [], []
+  for place, image in enumerate(images):
+    try:
+      found.append(pictures.read(image))
+    except OSError as error:
+      lost.append(f'image {place + 1}: {error.strerror or error}')
+      if len(lost) == len(images):
+        raise
+  return {'image': found[0], 'images': found, 'lost': lost}
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -251,7 +290,9 @@ def _dataset(read: _Read, class_names: Sequence[str], config: Any, spec: Spec) -
     count = len(read.aside)
     console.log(f'set aside: {count:,} odd row{"s" if count > 1 else ""}: {"; ".join(shown)}')
   if 'image' in spec.modalities:
-    images = [row.image for rows in read.splits.values() for row in rows]
+    images = [
+      image for rows in read.splits.values() for row in rows for image in pictures.each(row.image)
+    ]
     pictures.fetch([image for image in images if isinstance(image, pictures.Address)])
   path = pathlib.Path(os.path.expanduser(config.dataset.path)).resolve()
   splits = [split for split in layout.SPLITS if split in read.splits]
@@ -314,7 +355,7 @@ def _together(rows: Sequence[Row], spec: Spec) -> tuple[dict[str, Any], str]:
     # A row without a group is one by itself.
     groups = {row.id: ('group', row.group) if row.group else row.id for row in rows}
     return groups, spec.group
-  keys = {'text': [None if row.text is None else same.text_key(row.text) for row in rows]}
+  keys = {'text': [() if row.text is None else (same.text_key(row.text),) for row in rows]}
   if 'image' in spec.modalities:
     keys['image'] = same.image_keys([row.image for row in rows])
   numbers, kinds = same.groups(keys)

@@ -42,13 +42,35 @@ def text_mask(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 def clean_inputs(batch: Mapping[str, jax.Array], modality: str) -> tuple[jax.Array, ...]:
   """Returns what a tower's `embed` and `run` read, without the content of a missing modality,
-  whatever is in its place: (images,), or (tokens, mask).
+  whatever is in its place: (images,), or (tokens, mask). Several images of an example follow each
+  other: [B n, H, W, 3].
   """
+  if modality == 'image' and 'image_mask' in batch:
+    mask_bn = _image_mask(batch)
+    image_bnhwc = jnp.where(mask_bn[..., None, None, None], batch['image'], 0)
+    return (image_bnhwc.reshape(-1, *image_bnhwc.shape[2:]),)
   if modality == 'image':
     has_image_b = batch['present'][:, COLUMN['image']]
     return (jnp.where(has_image_b[:, None, None, None], batch['image'], 0),)
   mask_bt = text_mask(batch)
   return jnp.where(mask_bt, batch['tokens'], 0), mask_bt
+
+
+def _image_mask(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns bool[B, n], the images of the examples that have theirs."""
+  return batch['image_mask'] & batch['present'][:, COLUMN['image'], None]
+
+
+def _mean_over_images(states_lbid: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns [L, B, I, D], the mean over the images of each example, of [L, B n, I, D]."""
+  if 'image_mask' not in batch:
+    return states_lbid
+  mask_bn = _image_mask(batch)
+  layers, _, tokens, width = states_lbid.shape
+  states_lbnid = states_lbid.reshape(layers, *mask_bn.shape, tokens, width).astype(jnp.float32)
+  total_lbid = jnp.sum(jnp.where(mask_bn[..., None, None], states_lbnid, 0), axis=2)
+  count_b = jnp.maximum(jnp.sum(mask_bn, axis=1), 1).astype(jnp.float32)
+  return (total_lbid / count_b[:, None, None]).astype(states_lbid.dtype)
 
 
 def extract(
@@ -63,7 +85,9 @@ def extract(
     towers: modality -> module; a tower whose parameters are None may be None.
     frozen: modality -> parameters, or None: the tower is not run.
     batch: image float32[B, H, W, 3], tokens int32[B, T], token_mask bool[B, T], present bool[B, 2];
-      with token_position int32[G, N] the text tower computes real tokens alone.
+      with token_position int32[G, N] the text tower computes real tokens alone. With image_mask
+      bool[B, n], image is float32[B, n, H, W, 3], and the states are the mean over an example's
+      images.
     states: modality -> the hidden states that are read; none: the tower is not run.
 
   Returns:
@@ -79,6 +103,8 @@ def extract(
         inputs = (*inputs, batch.get('token_position'))
       params = {'params': frozen[modality]}
       found[modality] = towers[modality].apply(params, *inputs, states=states[modality])
+      if modality == 'image':
+        found[modality] = _mean_over_images(found[modality], batch)
   mask_bt = text_mask(batch)
   position_gn = batch.get('token_position')
   return jax.lax.stop_gradient(HiddenStates(found['image'], found['text'], mask_bt, position_gn))

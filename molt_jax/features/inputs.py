@@ -14,7 +14,7 @@ import numpy as np
 
 from molt_jax.data import packing, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.data.sources import Source
+from molt_jax.data.sources import Source, images_of
 from molt_jax.errors import UserError
 from molt_jax.features import store
 from molt_jax.runtime import console
@@ -68,7 +68,7 @@ def identify(
   modalities: Collection[str],
   *,
   num_threads: int,
-) -> dict[str, dict[str, list[Input | None]]]:
+) -> dict[str, dict[str, list[tuple[Input, ...]]]]:
   """Reads every example once, images undecoded.
 
   Args:
@@ -78,7 +78,7 @@ def identify(
     num_threads: that read.
 
   Returns:
-    split -> modality -> the input of each example, None where there is none.
+    split -> modality -> the inputs of each example; several images are several.
   """
   inputs = {}
   total = sum(len(source) for source, _ in wanted.values())
@@ -101,15 +101,16 @@ def _identify_some(positions: range, *, source, preprocess, used_nm):
 
 
 def _identify(n: int, source: Source, preprocess: pipeline.Preprocess, used_m: np.ndarray):
-  found = dict.fromkeys(MODALITIES)
+  found: dict[str, tuple[Input, ...]] = dict.fromkeys(MODALITIES, ())
   if not used_m.any():
     return found
   example = pipeline.read_example(source, n, image=bool(used_m[0]), report=preprocess.report)
-  if example['image'] is not None:
-    found['image'] = Input(store.key_of(example['image']), (source, n))
+  images = images_of(example)
+  found['image'] = tuple(Input(store.key_of(image), (source, n)) for image in images)
   if used_m[1]:
-    found['text'] = text_input(example['text'], preprocess)
-    if found['text'] is None:
+    text = text_input(example['text'], preprocess)
+    found['text'] = (text,) if text else ()
+    if not text:
       preprocess.report.add(example['id'], 'text', 'no tokens')
   return found
 
@@ -168,12 +169,13 @@ class InputBatches:
     keys, faults = [], {}
     for key, (source, n) in inputs:
       example = pipeline.read_example(source, n, image=True, report=p.report)
-      if example['image'] is None or store.key_of(example['image']) != key:
+      image = next((x for x in images_of(example) if store.key_of(x) == key), None)
+      if image is None:
         raise UserError(
           f'the image of example {example["id"]!r} was changed while it was read; start again'
         )
       try:
-        image_bhwc[len(keys)] = pipeline.pixels(transforms.decode(example['image']), p)
+        image_bhwc[len(keys)] = pipeline.pixels(transforms.decode(image), p)
         keys.append(key)
       except transforms.DecodeError as error:
         faults[key] = str(error)

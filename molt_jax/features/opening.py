@@ -52,6 +52,8 @@ def open_features(
   """
   config = how.config
   modalities = resolved.modalities(config) if modalities is None else modalities
+  if 'image' in modalities:
+    _check_images(how, wanted)
   if not config.features.store or not can_store(how.reads):
     if config.features.store:
       console.log('features.store is not used: this method runs the towers from their input on')
@@ -61,7 +63,7 @@ def open_features(
   stored = {split: {} for split in wanted}
   for modality in modalities:
     kept = store.FeatureStore(config.features.store, how.spec(modality), config.features.dtype)
-    unique = {x.key: x for split in wanted for x in found[split][modality] if x}
+    unique = {x.key: x for split in wanted for of_one in found[split][modality] for x in of_one}
     faults = extract.into_store(kept, list(unique.values()), modality, how)
     for split, (source, _) in wanted.items():
       keys = _usable(found[split][modality], faults, source, modality, how.preprocess)
@@ -74,14 +76,26 @@ def open_features(
   return frozen, stored
 
 
-def _usable(inputs, faults, source, modality, preprocess) -> list[str | None]:
-  """Returns the key of each example, None where it has none; reports those that cannot be used."""
-  keys = [x.key if x else None for x in inputs]
-  for n, key in enumerate(keys):
-    if key in faults:
-      preprocess.report.add(source.ids[n], modality, faults[key])
-      keys[n] = None
-  return keys
+def _check_images(how: Extraction, wanted: Mapping[str, tuple[Source, np.ndarray]]) -> None:
+  """Raises UserError where an example has several images and the method cannot average them."""
+  for split, (source, _) in wanted.items():
+    most = getattr(source, 'most_images', 1)
+    if most > 1 and how.reads['image'].run_from is not None:
+      raise UserError(
+        f'the {split} split has examples of {most} images, and config.method={how.config.method!r} '
+        'runs the image tower itself, on one image each: give one image per row, or the method molt'
+      )
+
+
+def _usable(inputs, faults, source, modality, preprocess) -> list[tuple[str, ...]]:
+  """Returns the keys of each example that can be used; reports the others."""
+  usable = []
+  for n, of_one in enumerate(inputs):
+    for x in of_one:
+      if x.key in faults:
+        preprocess.report.add(source.ids[n], modality, faults[x.key])
+    usable.append(tuple(x.key for x in of_one if x.key not in faults))
+  return usable
 
 
 def pooled_texts(how: Extraction, texts: Sequence[str], folder: str) -> np.ndarray:

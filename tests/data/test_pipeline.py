@@ -145,7 +145,7 @@ def test_packing_changes_the_padding_alone(make_source, make_preprocess, count):
 def test_stored_texts_are_padded_to_the_longest_too(make_source, make_preprocess):
   rng = np.random.default_rng(0)
   states = {f'k{n}': rng.normal(size=(2, 1 + 5 * n, 3)).astype(np.float32) for n in range(8)}
-  keys = [*states][:7] + [None]
+  keys = [(key,) for key in [*states][:7]] + [()]
   stored = {
     'text': cached.CachedStates(
       keys, states.__getitem__, lambda key: states[key].shape[1], (2, 40, 3), np.dtype(np.float32)
@@ -183,7 +183,7 @@ def test_stored_texts_say_where_their_tokens_are_in_places_of_nearly_always_one_
   make_source, make_preprocess
 ):
   states = {f'k{n}': np.ones((2, n, 3), np.float32) for n in (2, 3, 16)}
-  keys = ['k16', *['k2', 'k3'] * 31, None]
+  keys = [('k16',), *[('k2',), ('k3',)] * 31, ()]
   stored = {
     'text': cached.CachedStates(
       keys, states.__getitem__, lambda key: states[key].shape[1], (2, 16, 3), np.dtype(np.float32)

@@ -19,7 +19,7 @@ from molt_jax import errors
 from molt_jax.data import cells, findings, pictures
 from molt_jax.data.tables import arrow_files
 from molt_jax.data.tables.records import Cells, Malformed, Records
-from molt_jax.data.tables.rows import as_image, images_of
+from molt_jax.data.tables.rows import as_image, items_of
 from molt_jax.errors import UserError
 
 _BATCH = 256  # Rows that are written at a time.
@@ -198,7 +198,7 @@ def _snapshot_rows(records, image, words, several, found) -> Iterator[dict[str, 
     found.row = number
     kept: dict[str, Any] = {}
     for column in image:
-      kept[column] = [_kept(item, found, column, records.folder) for item in images_of(row[column])]
+      kept[column] = [_kept(item, found, column, records.folder) for item in items_of(row[column])]
     for column, role in words.items():
       if role == 'label':
         labels = list(found.read_labels(row[column], several=several, name=column))

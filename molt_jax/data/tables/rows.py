@@ -29,7 +29,7 @@ class Row:
 
   Attributes:
     id: FILE:ROW.
-    image: absolute path of its file, or a `pictures.Picture`; None: absent.
+    image: see `pictures.Images`; paths are absolute.
     text: None: absent.
     labels: names.
     split: what its column of splits says; '': nothing.
@@ -37,7 +37,7 @@ class Row:
   """
 
   id: str
-  image: pictures.Image | None
+  image: pictures.Images
   text: str | None
   labels: tuple[str, ...]
   split: str = ''
@@ -169,7 +169,7 @@ class _Reader:
     self._has_label = spec.label in columns
     self._numbers: list[Any] = []
     self._rows: dict[Any, Row] = {}
-    self._named: dict[Any, str] = {}  # Row -> its image as the file has it.
+    self._named: dict[Any, dict[str, str]] = {}  # Row -> path of an image -> as the file has it.
     self._odd: dict[Any, str] = {}
 
   def take(self, number: Any, cells_of_row: Mapping[str, Any] | Malformed) -> None:
@@ -199,20 +199,18 @@ class _Reader:
     parts = [self._found.read('text', cells_of_row[name], name) for name in self._text]
     return joined([part for part in parts if part is not None])
 
-  def _read_image(self, number: Any, cells_of_row: Mapping[str, Any]) -> pictures.Image | None:
+  def _read_image(self, number: Any, cells_of_row: Mapping[str, Any]) -> pictures.Images:
     found = []
     for name in self._image:
-      for item in images_of(cells_of_row[name]):
+      for item in items_of(cells_of_row[name]):
         value = self._found.read('image', item, name)
-        found += [] if value is None else [value]
-    if not found:
-      return None
-    if len(found) > 1:
-      self._found.refuse('image', f'is {len(found)} images', 'give one a row')
-      return None
-    if isinstance(found[0], str):
-      self._named[number] = found[0]
-    return as_image(found[0], self._folder, self._spec.cache)
+        if value is None:
+          continue
+        image = as_image(value, self._folder, self._spec.cache)
+        if isinstance(image, str):
+          self._named.setdefault(number, {})[image] = value
+        found.append(image)
+    return pictures.one_or_several(found)
 
   def finish(self, *, unlabelled: bool) -> Rows:
     """Returns what was read; see `read_rows`."""
@@ -287,23 +285,26 @@ class _Reader:
   # Images that are not there.
 
   def _gone(self) -> list[tuple[Any, str, str]]:
-    """Returns (row, image as the file has it, why) of images that are no files."""
+    """Returns (row, path of an image, why) of images that are no files."""
     if 'image' not in self._spec.modalities:
       return []
-    paths = {row.image for row in self._rows.values() if isinstance(row.image, str)}
-    why = {path: imagefiles.why_no_file(path) for path in paths}
+    why = {}
+    for path in {path for paths in self._named.values() for path in paths}:
+      why[path] = imagefiles.why_no_file(path)
     return [
-      (number, self._named[number], why[row.image])
-      for number, row in self._rows.items()
-      if isinstance(row.image, str) and why[row.image]
+      (number, path, why[path])
+      for number, paths in self._named.items()
+      for path in paths
+      if why[path]
     ]
 
   def _check_images(self) -> None:
     gone = self._gone()
     for missing in (True, False):
       named = [
-        f'row {number} {cells.plain(image)}' + ('' if missing else f' ({reason})')
-        for number, image, reason in gone
+        f'row {number} {cells.plain(self._named[number][path])}'
+        + ('' if missing else f' ({reason})')
+        for number, path, reason in gone
         if (reason == imagefiles.NO_FILE) is missing
       ]
       what = 'image files do not exist' if missing else 'images are not files'
@@ -313,7 +314,7 @@ class _Reader:
         )
 
   def _remedy(self) -> str:
-    if any(image.startswith('data:') for image in self._named.values()):
+    if any(name.startswith('data:') for paths in self._named.values() for name in paths.values()):
       return 'data: addresses are not read: save the images as files'
     return f'paths are relative to {self._folder}'
 
@@ -322,19 +323,26 @@ class _Reader:
     gone = self._gone()
     if not gone:
       return {}
-    named = [f'row {number} {cells.plain(image)} ({why})' for number, image, why in gone]
-    what = f'{self._records.name}: {len(gone):,} of {len(self._named):,} images are not there'
-    if 2 * len(gone) > len(self._named):
+    named = [
+      f'row {number} {cells.plain(self._named[number][path])} ({why})' for number, path, why in gone
+    ]
+    total = sum(map(len, self._named.values()))
+    what = f'{self._records.name}: {len(gone):,} of {total:,} images are not there'
+    if 2 * len(gone) > total:
       raise UserError(
         f'{what}: {findings.some(named)}; {self._remedy()}, or to what --image_folder says'
       )
     remarks.append(f'{what}, taken as absent: {findings.some(named)}')
-    for number, _, _ in gone:
-      self._rows[number] = dataclasses.replace(self._rows[number], image=None)
-    return {self._rows[number].id: f'{image}: {why}' for number, image, why in gone}
+    lost = {}
+    for number, path, why in gone:
+      row = self._rows[number]
+      left = [image for image in pictures.each(row.image) if image != path]
+      self._rows[number] = dataclasses.replace(row, image=pictures.one_or_several(left))
+      lost[row.id] = f'{self._named[number][path]}: {why}'
+    return lost
 
 
-def images_of(value: Any) -> list[Any]:
+def items_of(value: Any) -> list[Any]:
   """Returns the items of a cell of images: a list's, or those of 'a.jpg|b.jpg'."""
   if isinstance(value, list | tuple):
     return list(value)
