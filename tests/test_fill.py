@@ -186,7 +186,7 @@ def test_smaller_types_stay_near(six_steps, tmp_path, dtype, bound):
   small = _open(six_steps(tmp_path / 'store', dtype))[1]
   for modality in MODALITIES:
     one, two = exact['train'][modality], small['train'][modality]
-    for key in filter(None, one.keys):
+    for (key,) in filter(None, one.keys):
       x, y = one.read(key), np.asarray(two.read(key), np.float32)
       assert (np.abs(x - y) <= bound * np.abs(x).max(axis=-1, keepdims=True) * 1.001).all()
 
@@ -370,7 +370,7 @@ def _same_content(config_one, config_two):
   for split in one:
     for modality in MODALITIES:
       assert one[split][modality].keys == two[split][modality].keys
-      for key in filter(None, one[split][modality].keys):
+      for (key,) in filter(None, one[split][modality].keys):
         np.testing.assert_allclose(
           one[split][modality].read(key), two[split][modality].read(key), rtol=0, atol=2e-5
         )
@@ -396,8 +396,8 @@ def _keys(stored):
     (modality, key)
     for states in stored.values()
     for modality, x in states.items()
-    for key in x.keys
-    if key
+    for keys in x.keys
+    for key in keys
   }
 
 

@@ -107,6 +107,8 @@ class _BatchMaker:
   def __post_init__(self):
     if self.present is not None and self.present.shape != (len(self.source), 2):
       raise ValueError(f'present must be bool[{len(self.source)}, 2], not {self.present.shape}')
+    if (images := getattr(self.source, 'most_images', 1)) > 1:
+      self.preprocess = dataclasses.replace(self.preprocess, images=images)
     self._present_nm = self.source.present
     if self.present is not None:
       self._present_nm = self.source.present & self.present

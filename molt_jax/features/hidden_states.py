@@ -68,9 +68,9 @@ def _mean_over_images(states_lbid: jax.Array, batch: Mapping[str, jax.Array]) ->
   mask_bn = _image_mask(batch)
   layers, _, tokens, width = states_lbid.shape
   states_lbnid = states_lbid.reshape(layers, *mask_bn.shape, tokens, width).astype(jnp.float32)
-  total_lbid = jnp.sum(jnp.where(mask_bn[..., None, None], states_lbnid, 0), axis=2)
+  total_lbid = jnp.sum(jnp.where(mask_bn[None, :, :, None, None], states_lbnid, 0), axis=2)
   count_b = jnp.maximum(jnp.sum(mask_bn, axis=1), 1).astype(jnp.float32)
-  return (total_lbid / count_b[:, None, None]).astype(states_lbid.dtype)
+  return (total_lbid / count_b[None, :, None, None]).astype(states_lbid.dtype)
 
 
 def extract(
