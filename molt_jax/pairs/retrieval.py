@@ -54,8 +54,7 @@ def evaluate_pair(
     and alignment without a pair, uniformity of fewer than two rows, zero-shot classification
     without an image of a known class or with fewer than two classes.
   """
-  image_of_text = np.arange(len(text_mc)) if image_of_text is None else image_of_text
-  image_of_text = np.asarray(image_of_text, int)
+  image_of_text = np.arange(len(text_mc)) if image_of_text is None else np.array(image_of_text, int)
   results = {}
   if len(np.unique(image_of_text)) >= 2:
     how = {'image_of_text': image_of_text, 'texts': texts}

@@ -227,8 +227,9 @@ def test_attention_brackets_its_products_by_their_cost(queries, keys, num_heads,
   for form in attention.FORMS:
 
     def run(*arrays, form=form):
-      maps_of = (attention.Affine(*maps[role]) for role in ('query', 'key', 'value'))
-      return form(*map(Tokens, arrays), 3, *maps_of, num_heads, jax.nn.softmax).x_lbtd
+      affine = (attention.Affine(*maps[role]) for role in ('query', 'key', 'value'))
+      how = attention.Maps(*affine, num_heads)
+      return form(*map(Tokens, arrays), 3, how, jax.nn.softmax).x_lbtd
 
     cost[form.__name__] = jax.jit(run).lower(query_tokens, memory).cost_analysis()['flops']
   assert min(cost, key=cost.get) == cheapest

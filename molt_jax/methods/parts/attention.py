@@ -62,6 +62,15 @@ class LayerAffine(nn.Module):
     return Affine(kernel_ldc, bias_lc)
 
 
+class Maps(NamedTuple):
+  """What queries and context are multiplied by, and the heads that the results are cut into."""
+
+  query: Affine
+  key: Affine
+  value: Affine
+  num_heads: int
+
+
 def attend(
   queries: Tokens,
   context: Tokens,
@@ -99,17 +108,6 @@ def attend(
   )
   if not queries.packing:
     queries = queries.map(lambda x: jnp.broadcast_to(x, (len(x), rows, *x.shape[2:])))
-  places = [math.prod(tokens.x_lbtd.shape[1:3]) / rows for tokens in (queries, context)]
-  length = queries.packing.slot_gm.size // rows if queries.packing else queries.x_lbtd.shape[2]
-  sizes = (
-    *places,
-    length * mask_bs.shape[1],
-    queries.x_lbtd.shape[3],
-    context.x_lbtd.shape[3],
-    width,
-    num_heads,
-  )
-  form = min(FORMS, key=lambda form: FORMS[form](*sizes))
 
   def softmax(scores_lbnts):
     scores_lbnts = jnp.where(
@@ -119,51 +117,66 @@ def attend(
     )
     return jax.nn.softmax(scores_lbnts, axis=-1).astype(value.kernel_ldc.dtype)
 
-  return form(queries, context, rows, query, key, value, num_heads, softmax)
+  form = _cheapest(queries, context, mask_bs, width, num_heads)
+  return form(queries, context, rows, Maps(query, key, value, num_heads), softmax)
+
+
+def _cheapest(queries, context, mask_bs, width, num_heads) -> Callable[..., Tokens]:
+  """Returns the key of `FORMS` with the fewest multiplications."""
+  rows = len(mask_bs)
+  places = [math.prod(tokens.x_lbtd.shape[1:3]) / rows for tokens in (queries, context)]
+  length = queries.packing.slot_gm.size // rows if queries.packing else queries.x_lbtd.shape[2]
+  widths = queries.x_lbtd.shape[3], context.x_lbtd.shape[3], width
+  sizes = (*places, length * mask_bs.shape[1], *widths, num_heads)
+  return min(FORMS, key=lambda form: FORMS[form](*sizes))
 
 
 _scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _project_both(queries, context, rows, query, key, value, num_heads, softmax):
+def _project_both(queries, context, rows, maps, softmax):
   """The textbook order."""
   query_lbtnh, key_lbsnh, value_lbsnh = (
-    _split(x.padded(rows), num_heads)
-    for x in (queries.map(query), context.map(key), context.map(value))
+    _split(x.padded(rows), maps.num_heads)
+    for x in (queries.map(maps.query), context.map(maps.key), context.map(maps.value))
   )
   weights_lbnts = softmax(_scores('lbtnh,lbsnh->lbnts', query_lbtnh, key_lbsnh))
   return queries.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', weights_lbnts, value_lbsnh)))
 
 
-def _project_queries(queries, context, rows, query, key, value, num_heads, softmax):
+def _project_queries(queries, context, rows, maps, softmax):
   """W_k goes to the queries and W_v to the weighted mean of the context, whose tokens are never
   projected: for few queries.
   """
-  key_ldnh, value_ldnh = (_split(m.kernel_ldc, num_heads) for m in (key, value))
+  key_ldnh, value_ldnh = (_split(m.kernel_ldc, maps.num_heads) for m in (maps.key, maps.value))
   context_lbsd = context.padded(rows)
   query = queries.map(
-    lambda x_lbtc: jnp.einsum('lbtnh,ldnh->lbtnd', _split(query(x_lbtc), num_heads), key_ldnh)
+    lambda x_lbtc: jnp.einsum(
+      'lbtnh,ldnh->lbtnd', _split(maps.query(x_lbtc), maps.num_heads), key_ldnh
+    )
   )
   weights_lbnts = softmax(_scores('lbtnd,lbsd->lbnts', query.padded(rows), context_lbsd))
   mean = queries.like(jnp.einsum('lbnts,lbsd->lbtnd', weights_lbnts, context_lbsd))
   return mean.map(
     lambda mean_lbtnd: (
       _join(jnp.einsum('lbtnd,ldnh->lbtnh', mean_lbtnd, value_ldnh))
-      + value.bias_lc[:, None, None, :]
+      + maps.value.bias_lc[:, None, None, :]
     )
   )
 
 
-def _project_context(queries, context, rows, query, key, value, num_heads, softmax):
+def _project_context(queries, context, rows, maps, softmax):
   """W_q goes to the keys, and the queries are never projected: for a short context."""
-  keys = context.map(lambda x_lbsd: _split(key(x_lbsd), num_heads))
+  keys = context.map(lambda x_lbsd: _split(maps.key(x_lbsd), maps.num_heads))
   key_lbsnc = keys.map(
-    lambda x_lbsnh: jnp.einsum('lbsnh,lcnh->lbsnc', x_lbsnh, _split(query.kernel_ldc, num_heads))
+    lambda x_lbsnh: jnp.einsum(
+      'lbsnh,lcnh->lbsnc', x_lbsnh, _split(maps.query.kernel_ldc, maps.num_heads)
+    )
   ).padded(rows)
   bias_lbsn = keys.map(
-    lambda x_lbsnh: _scores('lbsnh,lnh->lbsn', x_lbsnh, _split(query.bias_lc, num_heads))
+    lambda x_lbsnh: _scores('lbsnh,lnh->lbsn', x_lbsnh, _split(maps.query.bias_lc, maps.num_heads))
   ).padded(rows)
-  value_lbsnh = _split(context.map(value).padded(rows), num_heads)
+  value_lbsnh = _split(context.map(maps.value).padded(rows), maps.num_heads)
   scores_lbnts = (
     _scores('lbtc,lbsnc->lbnts', queries.padded(rows), key_lbsnc)
     + jnp.moveaxis(bias_lbsn, 3, 2)[:, :, :, None, :]
