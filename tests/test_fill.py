@@ -30,6 +30,7 @@ from molt_jax.training.assembly import assemble
 def _six_steps(make_tiny_config, store='', dtype='float32'):
   config = make_tiny_config()
   config.train.epochs, config.train.eval_every, config.train.log_every = 0.5, 3, 1
+  config.missing.views, config.missing.distill_weight = False, 0.0  # A smaller program.
   config.features.store, config.features.dtype, config.text.padding = str(store), dtype, 'packed'
   return config
 

@@ -120,17 +120,26 @@ def _start_two(script, config, folder, *arguments):
   ]
 
 
-def _stop_after(monkeypatch, steps):
-  """Sends SIGTERM to this process when it takes training batch number `steps`."""
+def _note(monkeypatch, stop_at=0):
+  """Returns a list that gets the indices of each training batch that this process takes; batch
+  number `stop_at` sends it SIGTERM.
+  """
   put, seen = sharding.put_batch, []
 
   def noted(batch, mesh):
-    seen.append(1)
-    if len(seen) == steps:
-      signal.raise_signal(signal.SIGTERM)
+    if 'index' in batch and 'keep' not in batch:
+      seen.append(batch['index'].tolist())
+      if len(seen) == stop_at:
+        signal.raise_signal(signal.SIGTERM)
     return put(batch, mesh)
 
   monkeypatch.setattr(sharding, 'put_batch', noted)
+  return seen
+
+
+def _assert_epoch(batches):
+  """Every example of the training split once."""
+  assert sorted(row for rows in batches for row in rows) == list(range(48))
 
 
 def _assert_as(workdir: pathlib.Path, whole: pathlib.Path, final_state):
@@ -171,34 +180,39 @@ def whole(tmp_path_factory, make_tiny_config):
   return workdir
 
 
-def test_one_two_and_four_devices_and_two_processes_are_the_same_run(
+def test_two_processes_then_one_are_the_run_of_one_device(
   whole, make_tiny_config, tmp_path, monkeypatch, final_state
 ):
-  """Two processes of two devices until one of them gets a signal, then one process of two devices;
-  one process of four, then two processes.
-  """
+  """Two processes of two devices until one of them gets a signal, then one process of two."""
   four, two = _config(make_tiny_config, 2, 2), _config(make_tiny_config, 1, 2)
-  first, second = tmp_path / 'first', tmp_path / 'second'
-  stopped = _start_two(TRAIN, four, tmp_path / 'a', (first, first), (0, 2))
+  run = tmp_path / 'run'
+  stopped = _start_two(TRAIN, four, tmp_path / 'a', (run, run), (0, 2))
   assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
-  assert 'stopped at step 4 of 6, saved' in stopped[0][1] and 'stopped' not in stopped[1][1], (
-    'one speaks'
-  )
-  assert [line['step'] for line in logbook.read(first) if line['kind'] == 'train'] == [1, 2, 3, 4]
-  train.train(two, first)
-  _assert_as(first, whole, final_state)
+  (_, first_error, first), (_, second_error, second) = stopped
+  assert 'stopped at step 4 of 6, saved' in first_error, first_error
+  assert 'stopped' not in second_error, 'one speaks'
+  assert [line['step'] for line in logbook.read(run) if line['kind'] == 'train'] == [1, 2, 3, 4]
+  rest = _note(monkeypatch)
+  train.train(two, run)
+  _assert_as(run, whole, final_state)
+  _assert_epoch(first[:4] + second[:4] + rest)
 
+
+@pytest.mark.slow  # The other way round.
+def test_one_process_then_two_are_the_run_of_one_device(
+  whole, make_tiny_config, tmp_path, monkeypatch, final_state
+):
+  """One process of four devices until it gets a signal, then two processes of two."""
+  four = _config(make_tiny_config, 2, 2)
   with monkeypatch.context() as patch:
-    _stop_after(patch, 2)
+    first = _note(patch, stop_at=2)
     with pytest.raises(Interrupted):
-      train.train(four, second)
-  finished = _start_two(TRAIN, four, tmp_path / 'b', (second, second), (0, 0))
+      train.train(four, tmp_path / 'run')
+  run = tmp_path / 'run', tmp_path / 'run'
+  finished = _start_two(TRAIN, four, tmp_path / 'b', run, (0, 0))
   assert [code for code, _, _ in finished] == [0, 0], finished
-  _assert_as(second, whole, final_state)
-
-  # Steps 1 and 2 of the first and 3 to 6 of the second: an epoch, every row once.
-  consumed = [batches[:2] for _, _, batches in stopped] + [batches for _, _, batches in finished]
-  assert sorted(row for batches in consumed for rows in batches for row in rows) == list(range(48))
+  _assert_as(tmp_path / 'run', whole, final_state)
+  _assert_epoch([*first[:2], *finished[0][2], *finished[1][2]])
 
 
 def test_two_processes_fill_one_store_together(make_tiny_config, tmp_path):

@@ -61,13 +61,12 @@ class Home:
 
 @pytest.fixture(scope='module')
 def trained_home(tmp_path_factory, make_tiny_config, tiny_table):
-  """Six steps with validations, the first of which is the best; the steps of tests/test_train.py,
-  whose programs are at hand.
-  """
+  """Six steps with validations, the first of which is the best."""
   home = Home(tmp_path_factory.mktemp('home'))
   shutil.copytree(tiny_table, home.table)
   config = make_tiny_config()
   config.train.epochs, config.train.eval_every, config.train.log_every = 0.5, 3, 1
+  config.missing.views, config.missing.distill_weight = False, 0.0  # A smaller program.
   config.dataset.path = str(home.table)
   falling = itertools.count(1)
   with pytest.MonkeyPatch.context() as patch:

@@ -13,8 +13,9 @@ from flax import linen as nn
 
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features.hidden_states import HiddenStates
-from molt_jax.methods.parts.interface import Tokens, TokenSequence, in_range
+from molt_jax.methods.parts.interface import Tokens, TokenSequence
 from molt_jax.objectives import moments
+from molt_jax.objectives.pairwise import in_range
 from molt_jax.towers.packing import Packing
 
 # HiddenStates beyond, and normalised ones, count as this much: products of a few stay in float32.

@@ -5,7 +5,6 @@ are `HiddenStates`; a modality whose states are None was not run because it is a
 example. Column 0 of `present_bm` is the image, column 1 the text.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,19 +95,6 @@ class Output:
   losses_b: Mapping[str, jax.Array] = struct.field(default_factory=dict)
   embeddings: Any = None
   statistics: Any = None
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def in_range(x: jax.Array, largest: float) -> jax.Array:
-  """Numbers beyond `largest` as that; infinity stays, since it is the sign of something gone
-  wrong.
-  """
-  return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
-
-
-@in_range.defjvp
-def _(largest, values, slopes):  # What is beyond gets a gradient too, and no mask is kept for that.
-  return in_range(*values, largest), *slopes
 
 
 def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None) -> jax.Array:
