@@ -18,8 +18,8 @@ from flax import linen as nn
 from flax import struct
 
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.methods.parts.interface import in_range
 from molt_jax.objectives import moments
+from molt_jax.objectives.pairwise import in_range
 
 _EPS = float(np.finfo(np.float32).eps)
 _LARGEST = 1e12  # Of a view: so that sums of squares over any number of pairs stay in float32.
