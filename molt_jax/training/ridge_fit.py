@@ -19,8 +19,8 @@ from molt_jax.data.modalities import PATTERNS
 from molt_jax.data.sources import UNLABELLED, Source
 from molt_jax.methods.head import RIDGE, HeadMethod
 from molt_jax.methods.parts import ridge_solver
-from molt_jax.methods.parts.interface import in_range
 from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.objectives.pairwise import in_range
 from molt_jax.runtime import console, processes, sharding
 from molt_jax.training.assembly import Assembly
 
