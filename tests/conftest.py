@@ -1,5 +1,7 @@
 """Every test runs on four virtual CPU devices, offline, with rank promotion an error."""
 
+import ctypes
+import gc
 import importlib.metadata
 import logging
 import os
@@ -38,6 +40,9 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tracing makes and drops small objects by the million: by default a fifth of the time of these
+# tests goes into looking for cycles among them.
+gc.set_threshold(100_000, 50, 100)
 
 import json  # noqa: E402
 
@@ -55,6 +60,19 @@ def pytest_configure(config):
   logging.getLogger('absl').addFilter(deprecations.LogFilter())
 
 
+@pytest.fixture(scope='module', autouse=True)
+def bounded_memory():
+  """Frees compiled programs after a module that has left many of them; what is needed again comes
+  from the folder of compiled programs.
+  """
+  yield
+  statm = pathlib.Path('/proc/self/statm')
+  if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') > MEMORY:
+    jax.clear_caches()
+    gc.collect()
+    getattr(ctypes.CDLL(None), 'malloc_trim', int)(0)  # Of glibc alone.
+
+
 def pytest_terminal_summary(terminalreporter):
   """What a Python without a CPU build of PyTorch leaves untested is said, not only counted."""
   skipped = terminalreporter.stats.get('skipped', [])
@@ -63,6 +81,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f'PyTorch is not installed: {count} comparisons with it skipped')
 
 
+MEMORY = 2 * 2**30  # Bytes of a worker, beyond which it frees what it can.
 COLOURS = {'red': (200, 30, 30), 'green': (30, 180, 40), 'blue': (40, 60, 210)}
 
 
