@@ -10,6 +10,7 @@ if __name__ == '__main__':  # Arguments are read before JAX is imported, so that
   commands.end(commands.run('predict', sys.argv[1:]))
 
 import argparse
+import concurrent.futures
 import itertools
 import numbers
 import os
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 import PIL.Image
 
-from molt_jax.data import cells, findings, formats, imagefiles, pipeline, transforms
+from molt_jax.data import cells, findings, formats, imagefiles, packing, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import trained
@@ -54,8 +55,13 @@ class Predictor:
       f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._assembly.towers)}>'
     )
 
+  @property
+  def classes_(self) -> np.ndarray:
+    """The names of the K classes in the order of probabilities, as scikit-learn calls them."""
+    return np.array(self.class_names)
+
   def predict(
-    self, image: Any = None, text: Any = None, *, top_k: int = 5
+    self, image: Any = None, text: Any = None, *, top_k: int = 5, errors: str = 'raise'
   ) -> dict[str, Any] | list[dict[str, Any]]:
     """Classifies one example, or a list of them.
 
@@ -64,6 +70,8 @@ class Predictor:
         PIL image; or several of these.
       text: None or a string; or several, as many as images where both are several.
       top_k: labels to return.
+      errors: what is done with an example that has something that cannot be used, or nothing:
+        'raise' raises UserError; with 'row' that is absent, and the answer has its reason, 'error'.
 
     Several are a list, a tuple, an iterator or another sequence, a NumPy array of strings, or a
     column of a table; one of them may be absent, as a cell of a table may be
@@ -72,40 +80,81 @@ class Predictor:
     Returns:
       {'labels': [{'label', 'probability'}, ...] best first, 'image': bool, 'text': bool (what was
       there)}; for lists a list of these. Probabilities are softmax's, or each label's own sigmoid
-      for a multi-label model.
+      for a multi-label model. An example of which nothing is left has no labels.
 
     Raises:
-      UserError: an example with neither image nor text, a modality that this run does not know, an
-        unreadable image, lists of unequal length, a value of another kind, top_k below 1,
-        probabilities that are not finite.
+      UserError: an example with neither image nor text, an unreadable image or a value of another
+        kind, unless errors is 'row'; a modality that this run does not know, lists of unequal
+        length, top_k below 1, probabilities that are not finite.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
       raise UserError(f'top_k: {cells.plain(str(top_k))} is not legal; give a whole number >= 1')
-    pairs, many = read_inputs(image, text)
+    if errors not in ('raise', 'row'):
+      raise UserError(f"errors: {cells.plain(str(errors))} is not legal; give 'raise' or 'row'")
+    lost: dict[int, str] | None = {} if errors == 'row' else None
+    pairs, many = read_inputs(image, text, lost)
     self._check_used(pairs)
-    examples = [self._example(*pair, n if many else None) for n, pair in enumerate(pairs)]
-    probabilities_nk = self._probabilities(examples) if examples else []
-    broken = [n for n, p_k in enumerate(probabilities_nk) if not np.isfinite(p_k).all()]
-    if broken:
-      where = f' of example {broken[0]}' if many else ''
-      raise UserError(
-        f'predict: the probabilities{where} are not finite; check the towers (config.backbones)'
-      )
-    results = [
-      self._result(p, example['present'], top_k)
-      for p, example in zip(probabilities_nk, examples, strict=True)
-    ]
+    results = []
+    size = self.config.eval.batch_size
+    with concurrent.futures.ThreadPoolExecutor(self.config.input.num_threads) as pool:
+      for start in range(0, len(pairs), size):
+        numbers = [n if many else None for n in range(start, min(start + size, len(pairs)))]
+        given = pairs[start : start + size]
+        examples = list(pool.map(self._example, given, numbers, itertools.repeat(lost)))
+        results += self._answers(examples, numbers, top_k)
+    for number, why in (lost or {}).items():
+      results[number]['error'] = why
     return results if many else results[0]
 
-  def _example(self, image: Any, text: str | None, number: int | None) -> dict[str, np.ndarray]:
-    """Returns the arrays of one example; `number` is its place among several."""
-    if isinstance(image, str | bytes):
-      image = _decoded(image, _place('image', number))
+  def _answers(
+    self,
+    examples: Sequence[Mapping[str, np.ndarray] | None],
+    numbers: Sequence[int | None],
+    top_k: int,
+  ) -> list[dict[str, Any]]:
+    """Returns the answers to a batch, without labels where an example is None."""
+    there = [n for n, example in enumerate(examples) if example is not None]
+    results = [{'labels': [], 'image': False, 'text': False} for _ in examples]
+    if not there:
+      return results
+    probabilities_nk = self._probabilities([examples[n] for n in there])
+    for n, p_k in zip(there, probabilities_nk, strict=True):
+      if not np.isfinite(p_k).all():
+        where = '' if numbers[n] is None else f' of example {numbers[n]}'
+        raise UserError(
+          f'predict: the probabilities{where} are not finite; check the towers (config.backbones)'
+        )
+      results[n] = self._result(p_k, examples[n]['present'], top_k)
+    return results
+
+  def _example(
+    self, pair: tuple[Any, str | None], number: int | None, lost: dict[int, str] | None
+  ) -> dict[str, np.ndarray] | None:
+    """Returns the arrays of one example.
+
+    Args:
+      pair: image and text.
+      number: its place among several.
+      lost: where given, what cannot be used is absent, and why is put here; an example of which
+        nothing is left is None.
+    """
+    image, text = pair
+    try:
+      if isinstance(image, str | bytes):
+        image = _decoded(image, _place('image', number))
+    except UserError as error:
+      if lost is None:
+        raise
+      lost.setdefault(number or 0, str(error).removeprefix('predict: '))
+      image = None
     try:
       return pipeline.single_example(self._assembly.preprocess, image=image, text=text)
     except UserError as error:
-      where = '' if number is None else f'example {number}: '
-      raise UserError(f'predict: {where}{error}') from error
+      if lost is None:
+        where = '' if number is None else f'example {number}: '
+        raise UserError(f'predict: {where}{error}') from error
+      lost.setdefault(number or 0, str(error))
+      return None if image is None or text is None else self._example((None, text), number, lost)
 
   def _check_used(self, pairs: Sequence[tuple[Any, Any]]) -> None:
     for modality, given in zip(MODALITIES, zip(*pairs, strict=True), strict=False):
@@ -118,23 +167,18 @@ class Predictor:
         )
 
   def _probabilities(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    size = self.config.eval.batch_size
-    chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return np.concatenate([self._batch(chunk) for chunk in chunks])
-
-  def _batch(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    rows = self._assembly.mesh.shape['data']
+    """Returns float32[B, K] of a batch of examples."""
+    mesh = self._assembly.mesh
+    rows = mesh.shape['data']
     while rows < len(examples):  # Few batch sizes, so that few programs are compiled.
       rows *= 2
-    padded = list(examples) + [examples[0]] * (rows - len(examples))
-    batch = {
-      name: np.stack([example[name] for example in padded])
-      for name in ('image', 'tokens', 'token_mask', 'present')
-    }
+    names = ('image', 'tokens', 'token_mask', 'present')
+    empty = {name: np.zeros_like(examples[0][name]) for name in names}
+    filled = [*examples, *[empty] * (rows - len(examples))]
+    batch = {name: np.stack([example[name] for example in filled]) for name in names}
     frozen = self._towers_for(batch['present'].any(axis=0))
-    return np.asarray(
-      self._step(self._variables, frozen, sharding.put_batch(batch, self._assembly.mesh))
-    )[: len(examples)]
+    batch = sharding.put_batch(_packed(batch, sharding.packing(self.config, mesh)), mesh)
+    return np.asarray(self._step(self._variables, frozen, batch))[: len(examples)]
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
     modalities = [m for m, use in zip(MODALITIES, used, strict=True) if use]
@@ -162,17 +206,37 @@ class Predictor:
     return {'labels': labels, 'image': bool(present_m[0]), 'text': bool(present_m[1])}
 
 
+def _packed(batch: dict[str, np.ndarray], pack: tuple[int, int] | None) -> dict[str, np.ndarray]:
+  """Cuts padding off the texts of a batch, and says where real tokens are where that is less.
+
+  Numbers of tokens are powers of two, so that few programs are compiled.
+  """
+  if pack is None:
+    return batch
+  mask_bt = batch['token_mask']
+  groups_gr = packing.groups(len(mask_bt), pack)
+  length = packing.padded_length(mask_bt.sum(axis=1).max(), mask_bt.shape[1])
+  most = int(mask_bt[groups_gr].sum(axis=(1, 2)).max())
+  size = max(packing.SHORTEST, 1 << max(0, most - 1).bit_length())
+  mask_bt = mask_bt[:, :length]
+  cut = {'tokens': batch['tokens'][:, :length], 'token_mask': mask_bt}
+  return batch | cut | packing.token_positions(mask_bt, groups_gr, size)
+
+
 def load(workdir: str | pathlib.Path) -> Predictor:
   """Opens the trained classifier in `workdir`; see `Predictor`."""
   return Predictor(workdir)
 
 
-def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bool]:
+def read_inputs(
+  image: Any, text: Any, lost: dict[int, str] | None = None
+) -> tuple[list[tuple[Any, str | None]], bool]:
   """Reads what `predict` was given.
 
   Args:
     image: one image, or several.
     text: one text, or several.
+    lost: where given, what cannot be used is absent, and (place -> why) is put here.
 
   Returns:
     (image, text) of each example, as `cells.read` returns them, and whether there were several.
@@ -191,19 +255,35 @@ def read_inputs(image: Any, text: Any) -> tuple[list[tuple[Any, str | None]], bo
   texts = [text] * count if texts is None else texts
   found = findings.Findings(_where)
   pairs = []
+  if lost is not None:
+    images = _mended('image', images, lost)
+    texts = _mended('text', texts, lost)
   for number, (one_image, one_text) in enumerate(zip(images, texts, strict=True)):
     found.row = number if many else None
     pairs.append((found.read('image', one_image), found.read('text', one_text)))
   found.check()
   remarks = found.remarks()
   for number, (one_image, one_text) in enumerate(pairs):
-    if one_image is None and one_text is None:
+    if one_image is None and one_text is None and lost is None:
       where = f' (example {number})' if many else ''
       hint = ' (a word such as nan is absent too)' if remarks else ''
       raise UserError(f'predict: both image and text are absent{where}{hint}; give at least one')
   for line in remarks:
     console.log(line)
   return pairs, many
+
+
+def _mended(column: str, values: Sequence[Any], lost: dict[int, str]) -> list[Any]:
+  """Returns cells of a column, None where one is refused, with the reasons in `lost`."""
+  mended = []
+  for number, value in enumerate(values):
+    try:
+      cells.read(column, value)
+    except cells.CellError as error:
+      lost.setdefault(number, str(error))
+      value = None
+    mended.append(value)
+  return mended
 
 
 def _where(column: str, numbers: Sequence[int | None]) -> str:

@@ -8,9 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
-
 from molt_jax import errors
 from molt_jax.errors import UserError
 from molt_jax.runtime import atomic, console
@@ -34,6 +31,10 @@ class Logbook:
       self._file = self._path.open('a', encoding='utf-8')
     with self._explained(self._folder):
       self._folder.mkdir(exist_ok=True)
+      # Whoever reads a logbook alone need not wait for it (it imports PyTorch where that is there).
+      from tensorboardX import event_file_writer
+      from tensorboardX.proto import event_pb2
+
       # Calls within a second would otherwise share a file.
       suffix = f'.{os.getpid()}'
       self._events = event_file_writer.EventsWriter(str(self._folder / 'events'), suffix)
@@ -46,6 +47,8 @@ class Logbook:
     with self._explained(self._path):
       self._file.write(to_json({'kind': kind, 'step': step, **values}) + '\n')
       self._file.flush()
+    from tensorboardX import summary
+
     with self._explained(self._folder):
       for name, value in flatten(values, kind):
         self._add_event(step=step, summary=summary.scalar(name, value))
@@ -59,6 +62,8 @@ class Logbook:
       self._events.close()
 
   def _add_event(self, **what: Any) -> None:
+    from tensorboardX.proto import event_pb2
+
     self._events.write_event(event_pb2.Event(wall_time=time.time(), **what))
 
   def _explained(self, path: pathlib.Path):

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from molt_jax import predict
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 
 NAN = float('nan')
@@ -55,6 +56,7 @@ def predictor(make_preprocess, monkeypatch):
   towers = {'image': None, 'text': None}
   made._assembly = types.SimpleNamespace(towers=towers, preprocess=make_preprocess())
   made.class_names, made.examples = ['cat', 'dog'], []
+  made.config = CLASSIFIER.default()
 
   def probabilities(examples):
     made.examples += examples
@@ -196,6 +198,27 @@ def test_a_mistake_is_one_line(folder, predictor, name):
     predictor.predict(image, text)
   assert str(error.value).startswith('predict: ') and '\n' not in str(error.value)
   assert len(str(error.value)) < 600 and not predictor.examples
+
+
+def test_with_errors_by_row_an_example_loses_what_cannot_be_used(folder, predictor):
+  images = ['a.png', 'b.png', 'no_image.txt', 3, np.zeros((4, 4), np.uint16), None]
+  answers = predictor.predict(images, ['x', 'y', None, 'z', {}, 'w'], errors='row')
+  assert [(bool(x['labels']), x['image'], x['text']) for x in answers] == [
+    (True, True, True),
+    (True, False, True),
+    (False, False, False),
+    (True, False, True),
+    (False, False, False),
+    (True, False, True),
+  ]
+  assert ['error' in x for x in answers] == [False, True, True, True, True, False]
+  assert "image[1] 'b.png' cannot be opened (no such file)" in answers[1]['error']
+  assert 'cannot be decoded' in answers[2]['error'] and 'is a number' in answers[3]['error']
+  assert predictor.predict('b.png', errors='row')['labels'] == []
+  assert 'neither' in predictor.predict(errors='row')['error']
+  assert list(predictor.classes_) == ['cat', 'dog']
+  with pytest.raises(UserError, match="errors: ignore is not legal; give 'raise' or 'row'"):
+    predictor.predict('a.png', errors='ignore')
 
 
 @pytest.mark.parametrize('top_k', [0, -1, True, 2.0, '5', None, NAN])
