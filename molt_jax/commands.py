@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from molt_jax.config import preset_files
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.config.fields import at_least, between
+from molt_jax.config.fields import Rule, at_least, between
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.config.schema import Schema
 from molt_jax.errors import UserError
@@ -43,9 +43,17 @@ class Command(NamedTuple):
   check: Callable[[argparse.Namespace], None] = lambda flags: None
 
 
-def _image_or_text(flags: argparse.Namespace) -> None:
-  if flags.image is None and flags.text is None:
-    raise UserError('--image and --text are both absent; give at least one of them')
+def _what_to_predict(flags: argparse.Namespace) -> None:
+  if flags.table is None:
+    for name in ('out', 'image_folder'):
+      if getattr(flags, name) is not None:
+        raise UserError(f'--{name}: it goes with --table; leave it out')
+    if flags.image is None and flags.text is None:
+      raise UserError(
+        '--image and --text are both absent; give at least one of them, or --table=FILE'
+      )
+  elif flags.out is None:
+    raise UserError('--out: give the file of predictions, .csv or .parquet')
 
 
 def _table_of_pair(flags: argparse.Namespace) -> None:
@@ -110,6 +118,7 @@ COMMANDS = {
     (
       TRAINED,
       Flag('split', 'split to evaluate', 'test', rule=SPLITS),
+      Flag('table', "another table with labels and the run's columns, in the place of a split"),
       Flag(
         'absent',
         "what is taken away, for one column of scores each; default: all that the run's "
@@ -135,14 +144,25 @@ COMMANDS = {
     ),
   ),
   'predict': Command(
-    'Classify an image, a text, or both.',
+    'Classify an image, a text, or both; or every row of a table.',
     (
       TRAINED,
-      Flag('image', 'image file'),
-      Flag('text', 'text'),
-      Flag('top_k', 'labels to print', 5, type=int, rule=at_least(1)),
+      Flag('image', "image file; with --table its columns of images; default: the run's"),
+      Flag('text', "text; with --table its columns of text; default: the run's"),
+      Flag('top_k', 'labels to print, without --table', 5, type=int, rule=at_least(1)),
+      Flag('table', 'a table to predict: CSV, JSON lines, Parquet, Arrow, a folder of images'),
+      Flag(
+        'out',
+        'file of the predictions of --table, with the row, label, probabilities, what was there '
+        'and why something could not be used',
+        rule=Rule('a file .csv or .parquet', lambda v: v.lower().endswith(('.csv', '.parquet'))),
+      ),
+      Flag(
+        'image_folder',
+        'what paths of images in --table are relative to; default: the folder of the table',
+      ),
     ),
-    check=_image_or_text,
+    check=_what_to_predict,
   ),
   'pretrain': Command(
     'Train an image tower and a text tower on pairs.',

@@ -35,9 +35,10 @@ def run(
   absent: Collection[str] | None = None,
   missing_rates: Collection[float] = (),
   missing_types: Collection[str] = ('both',),
+  table: str | None = None,
 ) -> dict[str, Any]:
-  """Evaluates the run in `workdir` in one pass, prints the table, writes `evaluation.json` and
-  returns its content.
+  """Evaluates the run in `workdir` in one pass, prints the scores, writes `evaluation.json` (of
+  another table NAME.csv `evaluation_NAME.json`) and returns its content.
 
   Args:
     workdir: the run's folder.
@@ -46,6 +47,8 @@ def run(
     missing_rates: one more condition for each of these and of missing_types, 'missing_TYPE_RATE',
       see `missing.present_table`.
     missing_types: 'text', 'image' or 'both'.
+    table: another table with labels, in the place of a split; missing rates draw its examples as
+      those of `split`.
 
   Raises:
     UserError: no run there, an unknown split, a condition that is unknown or leaves the run with
@@ -61,22 +64,27 @@ def run(
   every = scoring.missing_names(run.config)
   names = every if absent is None else list(absent)
   _check_left(run.config, names, missing_rates)
-  source, data = trained.open_split(run, split)
+  source, data = trained.open_split(run, split) if table is None else trained.open_other(run, table)
   conditions = scoring.conditions_of(names, len(source))
   conditions |= _rates(run.config, source, split, missing_rates, missing_types)
   if not conditions:
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
-  recorder = None
-  if names == every:  # A part leaves an earlier record of all as it is.
-    recorder = PredictionRecorder(
-      source,
-      run.class_names,
-      list(scoring.conditions_of(names, 0)),
-      multi_label=run.config.dataset.multi_label,
-    )
+  # A part leaves an earlier record of all as it is, and so does another table.
+  recorder = _recorder(run, source, names) if names == every and table is None else None
   scores = _score(run, source, conditions, recorder, split)
-  return results.publish(
-    workdir, split=split, results=scores, meta=run.meta, recorder=recorder, data=data
+  how = {'results': scores, 'meta': run.meta, 'recorder': recorder, 'data': data}
+  if table is None:
+    return results.publish(workdir, split=split, **how)
+  path = pathlib.Path(table)
+  return results.publish(workdir, split=path.name, **how, name=f'evaluation_{path.stem}.json')
+
+
+def _recorder(run: trained.Trained, source: Source, names: Collection[str]) -> PredictionRecorder:
+  return PredictionRecorder(
+    source,
+    run.class_names,
+    list(scoring.conditions_of(names, 0)),
+    multi_label=run.config.dataset.multi_label,
   )
 
 
@@ -154,6 +162,7 @@ def command(flags: argparse.Namespace) -> int | None:
     absent=flags.absent,
     missing_rates=flags.missing_rate,
     missing_types=flags.missing_type,
+    table=flags.table,
   )
 
 

@@ -1,5 +1,5 @@
 """Predicts from an image, a text or both: `python -m molt_jax.predict --workdir=DIR [--image=FILE]
-[--text=STRING]`.
+[--text=STRING]`; or every row of a table: `--table=FILE --out=FILE`.
 """
 
 import sys
@@ -25,7 +25,7 @@ import PIL.Image
 from molt_jax.data import cells, findings, formats, imagefiles, packing, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
-from molt_jax.evaluation import trained
+from molt_jax.evaluation import table_predictions, trained
 from molt_jax.features.frozen import load_frozen
 from molt_jax.runtime import console, sharding, terminal
 
@@ -105,6 +105,95 @@ class Predictor:
     for number, why in (lost or {}).items():
       results[number]['error'] = why
     return results if many else results[0]
+
+  def predict_proba(
+    self,
+    table: Any,
+    *,
+    image: Sequence[str] | None = None,
+    text: Sequence[str] | None = None,
+    image_folder: str | os.PathLike = '',
+  ) -> Any:
+    """Returns the probabilities of every row of a table.
+
+    Args:
+      table: the path of a table (CSV, JSON lines, Parquet, Arrow, a folder of images), a DataFrame,
+        an Arrow table, a `datasets.Dataset`, a list of dicts or a dict of lists.
+      image: columns of images; None: those of the table that the run was trained on.
+      text: columns of text, likewise.
+      image_folder: what paths of images are relative to; '': the folder of the table.
+
+    Returns:
+      float32[N, K] in the order of rows and of `classes_`, of a pandas DataFrame a DataFrame. An
+      image that cannot be used is absent; a row of which nothing can be used is NaN.
+
+    Raises:
+      UserError: the table cannot be read, has no column that the run knows, or most of its rows or
+        images cannot be used; probabilities that are not finite.
+    """
+    opened = self._opened(table, image, text, image_folder)
+    parts = list(self._parts(opened))
+    empty = np.zeros((0, len(self.class_names)), np.float32)
+    p_nk = np.concatenate([empty, *(part.probability_nk for part in parts)])
+    problems = [part.ids[n] for part in parts for n, why in enumerate(part.problems) if why]
+    if problems:
+      console.log(f'predict: {len(problems):,} rows have a problem: {findings.some(problems)}')
+    if not hasattr(table, 'iloc'):
+      return p_nk
+    import pandas as pd  # The table is one of its own.
+
+    return pd.DataFrame(p_nk, index=table.index, columns=self.class_names)
+
+  def predict_table(
+    self,
+    table: Any,
+    out: str | os.PathLike,
+    *,
+    image: Sequence[str] | None = None,
+    text: Sequence[str] | None = None,
+    image_folder: str | os.PathLike = '',
+  ) -> dict[str, int]:
+    """Writes a file with a label, probabilities and what was there for every row of a table.
+
+    Its columns are those of `molt_jax/evaluation/table_predictions.py`. Memory does not grow with
+    images or probabilities: they are worked through a batch at a time.
+
+    Args:
+      table: as for `predict_proba`, and so are the columns and the folder.
+      out: the file, .csv or .parquet; it is there whole or not at all.
+      image: as above.
+      text: as above.
+      image_folder: as above.
+
+    Returns:
+      {'rows', 'unanswered': of which nothing can be used, 'problems': rows that have one}.
+
+    Raises:
+      UserError: as `predict_proba`; the file cannot be written.
+    """
+    path = pathlib.Path(out)
+    table_predictions.check_kind(path)
+    opened = self._opened(table, image, text, image_folder)
+    multi_label = self.config.dataset.multi_label
+    return table_predictions.write(
+      path, self._parts(opened), self.class_names, multi_label=multi_label
+    )
+
+  def _opened(
+    self, table: Any, image: Any, text: Any, image_folder: str | os.PathLike
+  ) -> table_predictions.Unlabelled:
+    columns = {'image': image, 'text': text}
+    columns = {role: [x] if isinstance(x, str) else x for role, x in columns.items()}
+    return table_predictions.open_table(
+      self._assembly.config, table, **columns, image_folder=os.fspath(image_folder)
+    )
+
+  def _parts(self, table: table_predictions.Unlabelled) -> Iterator[table_predictions.Part]:
+    def step(batch):
+      return self._step(self._variables, frozen, batch)
+
+    frozen = self._towers_for(table.used)
+    return table_predictions.answers(self._assembly, table, step)
 
   def _answers(
     self,
@@ -369,7 +458,18 @@ def _path_remedy(path: str) -> str:
 
 def command(flags: argparse.Namespace) -> None:
   """The work of the command: prints one JSON object."""
-  found = load(flags.workdir).predict(image=flags.image, text=flags.text, top_k=flags.top_k)
+  model = load(flags.workdir)
+  if flags.table is None:
+    found = model.predict(image=flags.image, text=flags.text, top_k=flags.top_k)
+  else:
+    columns = {
+      role: [name.strip() for name in getattr(flags, role).split(',')]
+      for role in MODALITIES
+      if getattr(flags, role)
+    }
+    folder = flags.image_folder or ''
+    found = model.predict_table(flags.table, flags.out, **columns, image_folder=folder)
+    found['out'] = flags.out
   print(terminal.json_line(found))
 
 

@@ -52,6 +52,11 @@ def load_split(config: Any, split: str, class_names: Sequence[str] | None = None
   return _used(load(config, split, class_names), config)
 
 
+def load_other(config: Any, path: str, class_names: Sequence[str]) -> Dataset:
+  """Opens another table as a test split, as `load_split` does; see `table.load_other`."""
+  return _used(table.load_other(config, path, class_names), config)
+
+
 def load_dataset(config: Any) -> Dataset:
   """Opens `config.dataset.name`, with what `config.dataset.modalities` leaves of it.
 

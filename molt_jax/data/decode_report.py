@@ -27,6 +27,12 @@ class DecodeReport:
     with self._lock:
       return {modality: len(reasons) for modality, reasons in self._reasons.items()}
 
+  def reason(self, example_id: str) -> str:
+    """Returns what of an example could not be used and why, empty when nothing was lost."""
+    with self._lock:
+      found = {modality: reasons.get(example_id) for modality, reasons in self._reasons.items()}
+      return '; '.join(f'{modality}: {why}' for modality, why in found.items() if why)
+
   def line(self) -> str:
     """Returns one line for the user, empty when nothing was lost."""
     with self._lock:

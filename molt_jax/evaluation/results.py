@@ -13,6 +13,7 @@ from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.evaluation.scoring import CONTENTS
 from molt_jax.runtime import atomic, logbook, processes, terminal
 
+RECORD = 'evaluation.json'
 COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'auroc', 'loss')
 REPEATED = ('f1_micro', 'f1_samples')  # The same as accuracy where an example has one label.
 LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -26,11 +27,12 @@ def publish(
   meta: Mapping[str, Any],
   recorder: PredictionRecorder | None,
   data: Mapping[str, Any],
+  name: str = RECORD,
 ) -> dict[str, Any]:
-  """Writes `evaluation.json` and what the recorder has, prints the new results as a table, returns
-  the content of the first.
+  """Writes `evaluation.json` (or a file of another name) and what the recorder has, prints the new
+  results as a table, returns the content of the first.
   """
-  record = write(workdir, split=split, results=results, meta=meta, data=data)
+  record = write(workdir, split=split, results=results, meta=meta, data=data, name=name)
   if processes.is_main():
     if recorder:
       recorder.write(
@@ -41,7 +43,8 @@ def publish(
         seed=meta['config']['seed'],
         data=data['digest'],
       )
-    title = f'{split} split, {data["examples"]} examples, checkpoint of step {meta["step"]}'
+    what = f'{split} split' if name == RECORD else split
+    title = f'{what}, {data["examples"]} examples, checkpoint of step {meta["step"]}'
     print_table(results, title)
   return record
 
@@ -53,12 +56,15 @@ def write(
   results: Mapping[str, Any],
   meta: Mapping[str, Any],
   data: Mapping[str, Any],
+  name: str = RECORD,
 ) -> dict[str, Any]:
-  """Writes `evaluation.json`; `data` is the split's fingerprint (`trained.open_split`).
+  """Writes `evaluation.json`, or a file of another name.
+
+  `data` is the split's fingerprint (`trained.open_split`).
 
   Results already there for the same checkpoint, split and data are kept beside the new ones.
   """
-  path = workdir / 'evaluation.json'
+  path = workdir / name
   config = CLASSIFIER.from_dict(meta['config'])
   record = {
     'split': split,

@@ -131,6 +131,14 @@ def open_split(run: Trained, split: str) -> tuple[Source, dict[str, Any]]:
   return source, compare(run, split, fingerprint.of(source, data.class_names))
 
 
+def open_other(run: Trained, path: str) -> tuple[Source, dict[str, Any]]:
+  """As `open_split`, of another table, whose columns are called as those of the run's data."""
+  data = datasets.load_other(run.config, path, run.class_names)
+  data = sources.relabel(data, run.class_names, where=path)
+  source = data.splits['test']
+  return source, {**fingerprint.of(source, data.class_names), 'as_in_training': None}
+
+
 def compare(run: Trained, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a fingerprint with 'as_in_training', as `open_split` does; logs where that is false."""
   known = run.meta.get('data', {}).get(split)
