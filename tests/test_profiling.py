@@ -63,7 +63,7 @@ def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
   image = jax.ShapeDtypeStruct((rows, 64, 64, 3), jnp.float32)
   assert flops.matmul_flops(
     lambda p, *x: llama.apply({'params': p}, *x, states=range(-4, 0)), frozen['text'], *text
-  ) == flops.llama_flops(llama.config, rows, tokens)
+  ) == flops.decoder_flops(llama.config, rows, tokens)
   assert flops.matmul_flops(
     lambda p, x: clip.apply({'params': p}, x, states=range(-4, 0)), frozen['image'], image
   ) == flops.vision_flops(clip.config, rows)
@@ -71,22 +71,22 @@ def test_towers_take_the_flops_of_their_closed_forms(workload, rows, tokens):
 
 def test_llama_7b_takes_two_flops_a_weight_and_token():
   from molt_jax.towers import architectures
-  from molt_jax.towers.llama import LlamaConfig
+  from molt_jax.towers.decoder import DecoderConfig
 
-  config = LlamaConfig.from_hf(architectures.LLAMA['llama-7b'])
+  config = DecoderConfig.from_hf(architectures.LLAMA['llama-7b'])
   matrices, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 128
   attention = 32 * 4 * tokens * tokens * 4096  # Q K' and A V, over all pairs.
-  assert flops.llama_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
+  assert flops.decoder_flops(config, 32, tokens) == 32 * (2 * matrices * tokens + attention)
 
 
 def test_xla_counts_the_same_where_no_loop_hides_it(workload):
   """One layer, so that counting a loop's body once is counting it right; XLA adds elementwise
   work.
   """
-  from molt_jax.towers.llama import Llama, LlamaConfig
+  from molt_jax.towers.decoder import Decoder, DecoderConfig
   from molt_jax.towers.loading import abstract_params, nn
 
-  config = LlamaConfig.from_hf(
+  config = DecoderConfig.from_hf(
     {
       'vocab_size': 64,
       'hidden_size': 128,
@@ -95,7 +95,7 @@ def test_xla_counts_the_same_where_no_loop_hides_it(workload):
       'num_attention_heads': 4,
     }
   )
-  module = Llama(config, jnp.dtype('float32'), 'xla')
+  module = Decoder(config, jnp.dtype('float32'), 'xla')
   shapes = (
     nn.unbox(abstract_params(module)),
     jax.ShapeDtypeStruct((4, 32), jnp.int32),
@@ -107,7 +107,7 @@ def test_xla_counts_the_same_where_no_loop_hides_it(workload):
     .compile()
     .cost_analysis()['flops']
   )
-  assert 1.0 < counted / flops.llama_flops(config, 4, 32) < 1.1
+  assert 1.0 < counted / flops.decoder_flops(config, 4, 32) < 1.1
 
 
 def test_random_towers_keep_states_near_one(workload):

@@ -92,7 +92,7 @@ def test_the_compiled_step_has_the_collectives_that_are_listed_and_no_others():
   )
   listed = collectives.collectives(work.assembly, state)
 
-  towers = [x for x in found if 'Llama' in x[2] or 'VisionTransformer' in x[2]]
+  towers = [x for x in found if 'Decoder' in x[2] or 'VisionTransformer' in x[2]]
   assert all(kind == 'all-reduce' for kind, _, _ in towers), 'a weight of a tower moved'
   in_loops = [(size, name) for _, size, name in towers if 'while' in name]
   model_axis = [x for x in listed if x.axis == 'model']

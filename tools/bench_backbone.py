@@ -38,8 +38,11 @@ def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
   SmolLM2).
   """
   c = tower.config
-  if c.rope_scaling is not None or c.attention_bias or c.mlp_bias:
-    raise SystemExit('only models without RoPE scaling and biases are compared')
+  frequency_h = np.array(c.ropes[0].frequencies)
+  theta = float(frequency_h[1] ** (-c.head_dim / 2))
+  plain = np.allclose(frequency_h, theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim))
+  if c.family != 'llama' or not plain or c.qkv_bias or c.mlp_bias:
+    raise SystemExit('only LLaMAs without RoPE scaling and biases are compared')
   model = transformers.LlamaModel(
     transformers.LlamaConfig(
       vocab_size=c.vocab_size,
@@ -50,8 +53,8 @@ def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
       num_key_value_heads=c.num_kv_heads,
       head_dim=c.head_dim,
       max_position_embeddings=c.max_positions,
-      rms_norm_eps=c.rms_norm_eps,
-      rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+      rms_norm_eps=c.norm_eps,
+      rope_parameters={'rope_type': 'default', 'rope_theta': theta},
     )
   )
   ours = traverse_util.flatten_dict(tower.params, sep='/')

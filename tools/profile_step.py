@@ -36,7 +36,7 @@ from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.profiling.flops import PEAK_FLOPS, llama_flops, matmul_flops, vision_flops
+from molt_jax.profiling.flops import PEAK_FLOPS, decoder_flops, matmul_flops, vision_flops
 from molt_jax.profiling.timing import Parts, seconds_in_turn, spread
 from molt_jax.profiling.trace import trace_parts
 from molt_jax.profiling.workload import Workload
@@ -147,7 +147,7 @@ def _closed_form(workload):
   rows, tokens = workload.config.train.batch_size, workload.config.text.max_tokens
   image, text = (workload.modules.get(modality) for modality in MODALITIES)
   return (vision_flops(image.config, rows) if image else 0) + (
-    llama_flops(text.config, rows, tokens) if text else 0
+    decoder_flops(text.config, rows, tokens) if text else 0
   )
 
 

@@ -88,7 +88,7 @@ def flops_of(flags) -> tuple[float, float, float]:
   """FLOPs of one device's rows: (both towers, head, L_CCA's in the head)."""
   whole, without = (open_work(flags, 1, 1, cca=cca) for cca in (True, False))
   rows, modules = flags.rows, whole.modules
-  towers = flops.llama_flops(modules['text'].config, rows, flags.tokens) + flops.vision_flops(
+  towers = flops.decoder_flops(modules['text'].config, rows, flags.tokens) + flops.vision_flops(
     modules['image'].config, rows
   )
   step, rest = (flops.matmul_flops(work.step(), *work.shapes()) for work in (whole, without))
@@ -112,7 +112,7 @@ def check(flags, devices: int, model: int) -> None:
   work = open_work(flags, devices, model, 'float32')
   found = collectives.compiled_collectives(work.step().lower(*work.shapes()).compile().as_text())
   depth = {
-    'Llama': work.modules['text'].config.num_layers,
+    'Decoder': work.modules['text'].config.num_layers,
     'VisionTransformer': work.modules['image'].config.num_layers,
   }
   total = {'model': 0, 'data': 0}

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from molt_jax.towers.llama import LlamaConfig
+from molt_jax.towers.decoder import DecoderConfig
 from molt_jax.towers.vision import VisionConfig
 
 # Dense bfloat16 (TPU v6e and GPUs: with float32 accumulation) FLOP/s of one device by
@@ -74,15 +74,15 @@ _COUNT = {
 }
 
 
-def llama_flops(config: LlamaConfig, rows: int, tokens: int) -> int:
-  """FLOPs of a forward pass without the language-model head, in closed form.
+def decoder_flops(config: DecoderConfig, rows: int, tokens: int) -> int:
+  """FLOPs of a forward pass of a text tower without the language-model head, in closed form.
 
   Attention is over all pairs of tokens, as `xla` computes it.
   """
   c = config
   projections = (
     c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    + 3 * c.hidden_size * c.intermediate_size
+    + (2 + c.gated) * c.hidden_size * c.intermediate_size
   )
   attention = 2 * c.num_heads * c.head_dim * tokens
   return 2 * c.num_layers * rows * tokens * (projections + attention)

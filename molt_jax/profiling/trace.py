@@ -9,7 +9,7 @@ import jax
 
 _SCOPES = {
   'image_tower': r'\bVisionTransformer\b',
-  'text_tower': r'\b(Llama|Bert|ClipText|SiglipText)\b',
+  'text_tower': r'\b(Decoder|Bert|ClipText|SiglipText)\b',
   'cca': r'\bcca\b',
   'optimizer': r'\boptimizer\b',
 }

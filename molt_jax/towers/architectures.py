@@ -128,6 +128,12 @@ def _siglip_text(hidden_size, num_hidden_layers, num_attention_heads, **override
   }
 
 
+def _tiny(model_type, **fields):
+  """A decoder of four narrow layers, for trying a family out."""
+  llama = _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048)
+  return {**llama, 'model_type': model_type, **fields}
+
+
 LLAMA = {
   'llama-7b': _llama(
     4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6
@@ -137,7 +143,30 @@ LLAMA = {
   'smollm2-135m': _llama(
     576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0
   ),
-  'llama-tiny': _llama(64, 192, 4, 4, 2, vocab_size=512, max_position_embeddings=2048),
+  'llama-tiny': _tiny('llama'),
+}
+_GEMMA_TINY = {'hidden_act': None, 'head_dim': 16, 'query_pre_attn_scalar': 16}
+_OPT_TINY = {
+  'model_type': 'opt',
+  'vocab_size': 512,
+  'hidden_size': 64,
+  'ffn_dim': 192,
+  'num_hidden_layers': 4,
+  'num_attention_heads': 4,
+  'max_position_embeddings': 2048,
+}
+DECODERS = {
+  'llama': LLAMA,
+  'mistral': {'mistral-tiny': _tiny('mistral', sliding_window=32)},
+  'qwen2': {'qwen2-tiny': _tiny('qwen2')},
+  'qwen3': {'qwen3-tiny': _tiny('qwen3', head_dim=16)},
+  'gemma2': {'gemma2-tiny': _tiny('gemma2', **_GEMMA_TINY, sliding_window=32)},
+  'gemma3_text': {
+    'gemma3-tiny': _tiny('gemma3_text', **_GEMMA_TINY, sliding_window=32, sliding_window_pattern=2)
+  },
+  'phi3': {'phi3-tiny': _tiny('phi3')},
+  'smollm3': {'smollm3-tiny': _tiny('smollm3')},
+  'opt': {'opt-tiny': _OPT_TINY},
 }
 BERT = {
   'bert-base': _bert(768, 12, 12),

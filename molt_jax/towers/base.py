@@ -3,9 +3,9 @@ from.
 
 A tower is a Linen module with the attributes config, dtype, attention, param_dtype and heads, and
 the methods `__call__(inputs, ..., states=)`, `embed`, `run`, `finish` and `pool`: see
-`llama.model.Llama`. A text tower has `is_causal` too: whether no token reads what stands behind it.
-To add a family, write a folder like llama/ (config, model, weights) and give it a row in
-`FAMILIES`.
+`decoder.model.Decoder`. A text tower has `is_causal` too: whether no token reads what stands behind
+it. To add a family, write a folder like clip/ (config, model, weights) and give it a row in
+`FAMILIES`; a further decoder needs a row in `decoder.config.FAMILIES` in the place of a folder.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from molt_jax.towers.bert.model import Bert
 from molt_jax.towers.clip import weights as clip
 from molt_jax.towers.clip.config import ClipTextConfig, ClipVisionConfig
 from molt_jax.towers.clip.text import ClipText
+from molt_jax.towers.decoder import weights as decoder
+from molt_jax.towers.decoder.config import DecoderConfig
+from molt_jax.towers.decoder.model import Decoder
 from molt_jax.towers.dinov2 import weights as dinov2
 from molt_jax.towers.dinov2.config import Dinov2Config, Dinov2WithRegistersConfig
 from molt_jax.towers.dinov3 import weights as dinov3
 from molt_jax.towers.dinov3.config import Dinov3Config
-from molt_jax.towers.llama import weights as llama
-from molt_jax.towers.llama.config import LlamaConfig
-from molt_jax.towers.llama.model import Llama
 from molt_jax.towers.siglip import text_weights as siglip_text
 from molt_jax.towers.siglip import weights as siglip
 from molt_jax.towers.siglip.config import SiglipVisionConfig
@@ -64,6 +64,8 @@ class Family:
     preprocessor: what preprocessor_config.json is taken to say where it is silent or not there.
     any_size: images need not have the size of the pretraining: theirs is what the preprocessing
       makes.
+    fused: architecture -> tensors that hold several of ours, blocks of rows whose number follows
+      from it: their name -> the names of the blocks and their rows.
   """
 
   name: str
@@ -84,6 +86,7 @@ class Family:
   )
   preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   any_size: bool = False
+  fused: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None
 
 
 def _bert(name: str, random: Mapping[str, Mapping[str, Any]]) -> Family:
@@ -129,17 +132,42 @@ _DINOV2: dict[str, Any] = {
   'any_size': True,
 }
 
+
+def _decoder(name: str, **fields: Any) -> Family:
+  """A family of decoders; `fields` are those that are not LLaMA's."""
+  usual = {
+    'tensors': decoder.TENSORS,
+    'ignored': decoder.IGNORED,
+    'prefix': decoder.PREFIX,
+    'architectures': architectures.DECODERS.get(name, {}),
+    'inputs': ('embedding',),
+  }
+  return Family(
+    name=name, modality='text', config=DecoderConfig, module=Decoder, **{**usual, **fields}
+  )
+
+
 FAMILIES = (
-  Family(
-    name='llama',
-    modality='text',
-    config=LlamaConfig,
-    module=Llama,
-    tensors=llama.TENSORS,
-    ignored=llama.IGNORED,
-    prefix=llama.PREFIX,
-    architectures=architectures.LLAMA,
-    inputs=('embedding',),
+  _decoder('llama'),
+  _decoder('mistral'),
+  _decoder('qwen2'),
+  _decoder('qwen3'),
+  _decoder('gemma2', tensors=decoder.GEMMA),
+  _decoder(
+    'gemma3_text',
+    tensors=decoder.GEMMA,
+    ignored=decoder.GEMMA3_IGNORED,
+    prefix=decoder.GEMMA3_PREFIX,
+    larger='gemma3',
+  ),
+  _decoder('phi3', fused=decoder.phi3_rows),
+  _decoder('smollm3'),
+  _decoder(
+    'opt',
+    tensors=decoder.OPT,
+    ignored=decoder.OPT_IGNORED,
+    prefix=decoder.OPT_PREFIX,
+    inputs=('embedding', 'position_embedding', 'project_in'),
   ),
   _bert('bert', architectures.BERT),
   _bert('roberta', architectures.ROBERTA),

@@ -8,17 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.towers.llama.model import rotate
-
-ACTIVATIONS = {
-  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
-  'gelu': lambda x: nn.gelu(x, approximate=False),
-  'gelu_new': lambda x: nn.gelu(x, approximate=True),
-  'gelu_pytorch_tanh': lambda x: nn.gelu(x, approximate=True),
-  'relu': nn.relu,
-  'silu': nn.silu,
-  'swish': nn.silu,
-}
+from molt_jax.towers.functions import ACTIVATIONS, rotate
 
 
 class EncoderLayer(nn.Module):

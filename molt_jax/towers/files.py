@@ -76,6 +76,31 @@ class TowerFiles(abc.ABC):
   def _pretrained(self) -> Any:
     return self.family.config.from_hf(self.config, self.where)
 
+  def unfused(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes tensors (with `part`) apart that hold several of ours in blocks of rows.
+
+    Raises:
+      UserError: one has another number of rows, or a part of it is there besides.
+    """
+    found = dict(tensors)
+    fused = self.family.fused(self._pretrained) if self.family.fused else {}
+    for template, parts in fused.items():
+      for layer in range(self._pretrained.num_layers):
+        name, first, rows = template.format(layer), 0, sum(parts.values())
+        if (whole := found.pop(name, None)) is None:
+          continue
+        if whole.shape[0] != rows:
+          raise UserError(
+            f'{self.where}: {name} has {whole.shape[0]} rows instead of {rows}: the tensors do not '
+            'fit the configuration'
+          )
+        for part, size in parts.items():
+          if part.format(layer) in found:
+            raise UserError(f'{self.where}: {part.format(layer)} is there, and in {name} too')
+          found[part.format(layer)] = whole.part(first, size)
+          first += size
+    return found
+
   @property
   def is_resized(self) -> bool:
     """Whether an image tower reads images of another side than its own."""
@@ -128,8 +153,9 @@ class RandomFiles(TowerFiles):
     # NumPy on the host: the same on every platform and with any sharding, and nothing to compile.
     if name.endswith('.bias'):
       return np.zeros(shape, np.float32)
-    norm = 'norm' in name.split('.')[-2].lower()
-    if norm or name.endswith('.lambda1'):  # The latter of LayerScale.
+    if 'norm' in name.split('.')[-2].lower():
+      return np.full(shape, 1 - getattr(self.architecture, 'norm_offset', 0.0), np.float32)
+    if name.endswith('.lambda1'):  # Of LayerScale.
       return np.ones(shape, np.float32)
     rng = np.random.default_rng([RANDOM_SEED, zlib.crc32(name.encode())])
     # Variance 1 / fan-in; shapes are [out, in...], of tokens and positions with ones in front.
@@ -155,12 +181,12 @@ def _filled(architecture: Any) -> int:
 
 
 class GgufFiles(TowerFiles):
-  """A LLaMA-family model in one GGUF file, or in several that llama.cpp has split."""
+  """A decoder in one GGUF file, or in several that llama.cpp has split."""
 
   def __init__(self, path: str, modality: str, file: pathlib.Path):
     if modality != 'text':
       raise UserError(
-        f'{path!r}: a GGUF file holds a LLaMA text tower; a CLIP tower is a Hugging Face '
+        f'{path!r}: a GGUF file holds a text tower; a CLIP tower is a Hugging Face '
         'directory or hub id'
       )
     # And with it the package of that name, which only these files need.
@@ -171,13 +197,15 @@ class GgufFiles(TowerFiles):
     config = gguf.hf_config(self._reader)
     family = family_of(config, modality, str(file))
     super().__init__(path, family, config, _sha256(self._reader.paths), str(file))
-    tensors = self._reader.tensors
-    self._names = {gguf.hf_name(name): name for name in tensors if name != 'rope_freqs.weight'}
-    self.shapes = {name: tensors[theirs].shape for name, theirs in self._names.items()}
+    self._kind = self._reader.metadata['general.architecture']
+    named = self._reader.tensors.items()
+    tensors = {gguf.hf_name(n, self._kind): t for n, t in named if n not in gguf.ROPE_TENSORS}
+    self._tensors = self.unfused(tensors)
+    self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
   def read(self, name, shape):
-    w = self._reader.read(self._names[name])
-    return self._gguf.unpermute(name, w, self.architecture).reshape(shape)
+    w = self._tensors[name].read()
+    return self._gguf.restore(name, w, self.architecture, self._kind).reshape(shape)
 
   def tokenizer(self):
     return tokenizer.from_gguf(
@@ -205,11 +233,12 @@ class HuggingFaceFiles(TowerFiles):
       )
     content = files.read_json(config)
     family = family_of(content, modality, str(config))
-    self._tensors = _named(shards.find(directory), family, directory)
-    read = sorted({t.file for t in self._tensors.values()})
+    tensors = _named(shards.find(directory), family, directory)
+    read = sorted({t.file for t in tensors.values()})
     self._pooling = sentence_files.read(directory) if hasattr(family.config, 'pooling') else None
     describing = [config, self._pooling.file] if self._pooling else [config]
     super().__init__(path, family, content, _sha256([*describing, *read]), str(config))
+    self._tensors = self.unfused(tensors)
     self.shapes = {name: t.shape for name, t in self._tensors.items()}
     self.types = {n: t.dtype for n, t in self._tensors.items() if t.dtype not in WEIGHT_TYPES}
 

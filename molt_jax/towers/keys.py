@@ -255,14 +255,6 @@ COMMON = {
   'tie_last_hidden_states': only(True, None),
   'transformers_weights': only(None),
 }
-LLAMA_MODELS = (
-  'LlamaForCausalLM',
-  'LLaMAForCausalLM',
-  'LlamaModel',
-  'LlamaForSequenceClassification',
-  'LlamaForTokenClassification',
-  'LlamaForQuestionAnswering',
-)
 BERT_TASKS = (
   'Model',
   'ForMaskedLM',
@@ -287,23 +279,58 @@ def _models(*names: str) -> Rule:
   return or_null(list_of(only(*names), f'a list of {", ".join(names)}'))
 
 
-LLAMA: Table = {
-  'model_type': only('llama'),
-  **COMMON,
-  'architectures': _models(*LLAMA_MODELS),
+def _decoder(model_type: str, models: str, **rules: Rule) -> Table:
+  """The closed list of a family of decoders, whose classes begin with `models`."""
+  ends = ('CausalLM', 'SequenceClassification', 'TokenClassification', 'QuestionAnswering')
+  named = (f'{models}Model', *(f'{models}For{end}' for end in ends))
+  return {'model_type': only(model_type), **COMMON, 'architectures': _models(*named), **rules}
+
+
+LAYER_TYPES = or_null(
+  list_of(
+    only('full_attention', 'sliding_attention'),
+    "a list of 'full_attention' and 'sliding_attention'",
+  )
+)
+WINDOW = {'sliding_window': or_null(POSITIONS)}
+WINDOWS = {
+  **WINDOW,
+  'use_sliding_window': FLAG,
+  'max_window_layers': whole(0, MOST_LAYERS),
+  'layer_types': LAYER_TYPES,
+}
+DECODER_SIZES: Table = {
   'vocab_size': WIDTH,
   'hidden_size': WIDTH,
-  'intermediate_size': WIDTH,
   'num_hidden_layers': LAYERS,
   'num_attention_heads': WIDTH,
+  'max_position_embeddings': POSITIONS,
+}
+# What LLaMA and its nearest relatives have in common.
+LLAMA_LIKE: Table = {
+  **DECODER_SIZES,
+  'intermediate_size': WIDTH,
   'num_key_value_heads': or_null(WIDTH),
   'head_dim': or_null(whole(2, MOST_HEAD_DIM)),
   'hidden_act': only('silu'),
-  'max_position_embeddings': POSITIONS,
   'rms_norm_eps': EPSILON,
   'rope_theta': POSITIVE,
   'rope_scaling': or_null(OBJECT),
   'rope_parameters': or_null(OBJECT),
+  'partial_rotary_factor': only(1.0, None),
+  'is_causal': only(True, None),
+  'use_bidirectional_attention': only(False, None),
+}
+LLAMA: Table = {
+  **_decoder('llama', 'Llama', **LLAMA_LIKE),
+  'architectures': _models(
+    'LlamaForCausalLM',
+    'LLaMAForCausalLM',
+    'LlamaModel',
+    'LlamaForSequenceClassification',
+    'LlamaForTokenClassification',
+    'LlamaForQuestionAnswering',
+  ),
   'attention_bias': FLAG,
   'mlp_bias': FLAG,
   **neutral(
@@ -317,13 +344,10 @@ LLAMA: Table = {
   ),
   # Of relatives of LLaMA that compute something else when they have another value.
   'rope_interleaved': only(False, None),
-  'partial_rotary_factor': only(1.0, None),
   'no_rope_layers': only([], None),
   'sliding_window': only(None),
   'use_sliding_window': only(False, None),
   'layer_types': or_null(list_of(only('full_attention'), "a list of 'full_attention'")),
-  'is_causal': only(True, None),
-  'use_bidirectional_attention': only(False, None),
   'activation': only('swiglu', 'silu', None),
   'use_qk_norm': only(False, None),
   'qk_layer_norms': only(False, None),
@@ -334,7 +358,93 @@ LLAMA: Table = {
   'residual_multiplier': only(1.0, None),
   'attention_multiplier': only(None),
 }
-# Keys of a RoPE description beside its type and base, and which of them each type has.
+MISTRAL: Table = _decoder('mistral', 'Mistral', **LLAMA_LIKE, **WINDOW, layer_types=only(None))
+QWEN2: Table = _decoder('qwen2', 'Qwen2', **LLAMA_LIKE, **WINDOWS, use_mrope=only(False, None))
+QWEN3: Table = _decoder('qwen3', 'Qwen3', **LLAMA_LIKE, **WINDOWS, attention_bias=FLAG)
+SMOLLM3: Table = {
+  **_decoder('smollm3', 'SmolLM3', **LLAMA_LIKE, **WINDOWS, attention_bias=FLAG, mlp_bias=FLAG),
+  'no_rope_layers': or_null(list_of(only(0, 1), 'a list of 0 and 1')),
+  'no_rope_layer_interval': whole(1, MOST_LAYERS),
+  **neutral('max_window_layers', 'pretraining_tp'),
+}
+PHI3: Table = {
+  **_decoder('phi3', 'Phi3', **LLAMA_LIKE, **WINDOW),
+  'original_max_position_embeddings': POSITIONS,
+  'partial_rotary_factor': or_null(number(0, 1)),
+  'attention_bias': only(False, None),
+  'mlp_bias': only(False, None),
+  'full_attn_mod': only(1, None),
+  'interpolate_factor': only(1, None),
+  **neutral('lm_head_bias', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop'),
+}
+GEMMA: Table = {
+  **LLAMA_LIKE,
+  **WINDOW,
+  'hidden_act': only('gelu_pytorch_tanh', None),
+  'hidden_activation': only('gelu_pytorch_tanh', 'gelu'),
+  'query_pre_attn_scalar': number(0, 1 << 30),
+  'attention_bias': FLAG,
+  'layer_types': LAYER_TYPES,
+  **neutral('final_logit_softcapping', 'sliding_window_size'),
+}
+GEMMA2: Table = {
+  **_decoder('gemma2', 'Gemma2', **GEMMA),
+  'attn_logit_softcapping': or_null(POSITIVE),
+}
+GEMMA3_TEXT: Table = {
+  **_decoder('gemma3_text', 'Gemma3', **GEMMA),
+  'architectures': _models(
+    'Gemma3ForCausalLM', 'Gemma3TextModel', 'Gemma3TextForSequenceClassification'
+  ),
+  'attn_logit_softcapping': only(None),
+  'rope_local_base_freq': POSITIVE,
+  'rope_parameters': or_null(
+    Rule(
+      'an object with "full_attention" and "sliding_attention"',
+      lambda v: (
+        isinstance(v, dict)
+        and set(v) <= {'full_attention', 'sliding_attention'}
+        and all(rope is None or isinstance(rope, dict) for rope in v.values())
+      ),
+    )
+  ),
+  'sliding_window_pattern': whole(1, MOST_LAYERS),
+  'use_bidirectional_attention': or_null(FLAG),
+  **neutral('_sliding_window_pattern'),
+}
+# Of images and texts; of it the text model is read, and checked by the list above.
+GEMMA3: Table = {
+  'model_type': only('gemma3'),
+  **COMMON,
+  'architectures': _models(
+    'Gemma3ForConditionalGeneration', 'Gemma3Model', 'Gemma3ForSequenceClassification'
+  ),
+  'text_config': or_null(OBJECT),
+  **neutral(
+    'vision_config',
+    'mm_tokens_per_image',
+    'boi_token_index',
+    'eoi_token_index',
+    'image_token_index',
+    'boi_token_id',
+    'eoi_token_id',
+    'image_token_id',
+  ),
+}
+OPT: Table = {
+  **_decoder('opt', 'OPT', **DECODER_SIZES),
+  'ffn_dim': WIDTH,
+  'activation_function': only('relu', 'gelu'),
+  'do_layer_norm_before': FLAG,
+  '_remove_final_layer_norm': FLAG,
+  'word_embed_proj_dim': or_null(WIDTH),
+  'enable_bias': FLAG,
+  'layer_norm_elementwise_affine': FLAG,
+  **neutral('layerdrop', 'activation_dropout', 'init_std', 'output_projection'),
+}
+# Keys of a RoPE description beside its type and base; which of them each type has, says
+# `decoder.rope`.
+FACTORS = or_null(list_of(POSITIVE, 'a list of positive numbers'))
 ROPE: Table = {
   'rope_type': TEXT,
   'type': TEXT,
@@ -344,7 +454,16 @@ ROPE: Table = {
   'high_freq_factor': or_null(POSITIVE),
   'original_max_position_embeddings': or_null(POSITIONS),
   'partial_rotary_factor': only(1.0, None),
+  'attention_factor': or_null(POSITIVE),
+  'beta_fast': or_null(POSITIVE),
+  'beta_slow': or_null(POSITIVE),
+  'mscale': or_null(POSITIVE),
+  'mscale_all_dim': or_null(POSITIVE),
+  'truncate': or_null(FLAG),
+  'short_factor': FACTORS,
+  'long_factor': FACTORS,
 }
+PARTIAL_ROPE: Table = {**ROPE, 'partial_rotary_factor': or_null(number(0, 1))}
 BERT: Table = {
   'model_type': only('bert'),
   **COMMON,
@@ -728,8 +847,11 @@ NAMED_TOKENS = (
   'mask_token',
 )
 
+# Of models of images and texts, whose text model is read.
+IMAGE_TOKENS = ('image_token', 'boi_token', 'eoi_token')
+
 SPECIAL_TOKENS: Table = {
-  **dict.fromkeys(NAMED_TOKENS, TOKEN),
+  **dict.fromkeys((*NAMED_TOKENS, *IMAGE_TOKENS), TOKEN),
   **dict.fromkeys(('extra_special_tokens', 'additional_special_tokens'), TOKENS),
   'model_specific_special_tokens': or_null(
     Rule('an object name -> token', lambda v: isinstance(v, dict) and TOKENS.holds(v))
@@ -756,6 +878,7 @@ TOKENIZER_CONFIG: Table = {
     'trim_offsets',
     'legacy',
     'use_fast',
+    'fast',
     'from_slow',
     'backend',
     'chat_template',
@@ -904,7 +1027,7 @@ MODELS = {
 
 ARRAY = Rule('an array', lambda v: not isinstance(v, str | bytes) and hasattr(v, '__len__'))
 GGUF: Table = {
-  'general.architecture': only('llama'),
+  'general.architecture': TEXT,
   'general.type': only('model'),
   'general.alignment': Rule(
     'a power of two from 8 to 65536',
@@ -912,34 +1035,6 @@ GGUF: Table = {
   ),
   'general.quantization_version': only(2),
   'general.*': ANYTHING,
-  'llama.embedding_length': WIDTH,
-  'llama.feed_forward_length': WIDTH,
-  'llama.block_count': LAYERS,
-  'llama.vocab_size': WIDTH,
-  'llama.context_length': POSITIONS,
-  'llama.attention.head_count': WIDTH,
-  'llama.attention.head_count_kv': WIDTH,
-  'llama.attention.key_length': whole(2, MOST_HEAD_DIM),
-  'llama.attention.value_length': whole(2, MOST_HEAD_DIM),
-  'llama.attention.layer_norm_rms_epsilon': EPSILON,
-  'llama.attention.causal': only(True),
-  'llama.attention.sliding_window': only(0),
-  'llama.rope.dimension_count': whole(2, MOST_HEAD_DIM),
-  'llama.rope.freq_base': POSITIVE,
-  'llama.rope.scaling.type': only('none', 'linear'),
-  'llama.rope.scaling.factor': number(-1e-30, 1e30),
-  'llama.rope.scale_linear': number(-1e-30, 1e30),
-  'llama.rope.scaling.attn_factor': only(0.0, 1.0),
-  'llama.expert_count': only(0),
-  'llama.expert_used_count': only(0),
-  'llama.use_parallel_residual': only(False),
-  'llama.tensor_data_layout': only('Meta AI original pth'),
-  **neutral(
-    'llama.rope.scaling.original_context_length',
-    'llama.rope.scaling.finetuned',
-    'llama.logit_scale',
-    'llama.pooling_type',
-  ),
   'split.no': whole(0, 1 << 16),
   'split.count': whole(0, 1 << 16),
   'split.tensors.count': whole(0, 1 << 24),
@@ -981,3 +1076,70 @@ GGUF: Table = {
     'mradermacher.*',
   ),
 }
+GGUF_MODEL: Table = {
+  'embedding_length': WIDTH,
+  'feed_forward_length': WIDTH,
+  'block_count': LAYERS,
+  'vocab_size': WIDTH,
+  'context_length': POSITIONS,
+  'attention.head_count': WIDTH,
+  'attention.head_count_kv': WIDTH,
+  'attention.key_length': whole(2, MOST_HEAD_DIM),
+  'attention.value_length': whole(2, MOST_HEAD_DIM),
+  'attention.layer_norm_rms_epsilon': EPSILON,
+  'attention.causal': only(True),
+  'attention.sliding_window': only(0),
+  'rope.dimension_count': whole(2, MOST_HEAD_DIM),
+  'rope.freq_base': POSITIVE,
+  'rope.scaling.type': only('none', 'linear'),
+  'rope.scaling.factor': number(-1e-30, 1e30),
+  'rope.scale_linear': number(-1e-30, 1e30),
+  'rope.scaling.attn_factor': only(0.0, 1.0),
+  'expert_count': only(0),
+  'expert_used_count': only(0),
+  'use_parallel_residual': only(False),
+  'tensor_data_layout': only('Meta AI original pth'),
+  **neutral(
+    'rope.scaling.original_context_length', 'rope.scaling.finetuned', 'logit_scale', 'pooling_type'
+  ),
+}
+_YARN: Table = {
+  'rope.scaling.type': only('none', 'linear', 'yarn'),
+  'rope.scaling.original_context_length': POSITIONS,
+}
+_CAPS = neutral('final_logit_softcapping')
+# Keys of the model, after the name of its architecture, by architecture.
+GGUF_MODELS: Mapping[str, Table] = {
+  'llama': GGUF_MODEL,
+  'qwen2': GGUF_MODEL | _YARN,
+  'qwen3': GGUF_MODEL | _YARN,
+  'smollm3': GGUF_MODEL | _YARN,
+  'gemma2': {
+    **GGUF_MODEL,
+    **_CAPS,
+    'attention.sliding_window': POSITIONS,
+    'attn_logit_softcapping': POSITIVE,
+  },
+  'gemma3': {
+    **GGUF_MODEL,
+    **_CAPS,
+    'attention.sliding_window': whole(0, MOST_POSITIONS),
+    'attention.sliding_window_pattern': whole(1, MOST_LAYERS),
+    'rope.freq_base_swa': POSITIVE,
+  },
+  'phi3': {
+    **GGUF_MODEL,
+    'attention.sliding_window': whole(0, MOST_POSITIONS),
+    'rope.scaling.type': only('none', 'longrope'),
+    'rope.scaling.attn_factor': POSITIVE,
+    'rope.scaling.original_context_length': POSITIONS,
+  },
+}
+
+
+def gguf(architecture: Any) -> Table:
+  """The closed list of the metadata of a GGUF file whose `general.architecture` this is."""
+  named = only(*GGUF_MODELS)
+  known = architecture if named.holds(architecture) else 'llama'
+  model = {f'{known}.{key}': rule for key, rule in GGUF_MODELS[known].items()}
+  return {**GGUF, 'general.architecture': named, **model}

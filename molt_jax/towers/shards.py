@@ -31,10 +31,14 @@ class Tensor(NamedTuple):
   shape: tuple[int, ...]
   first_row: int | None = None
 
+  def part(self, first_row: int, rows: int) -> 'Tensor':
+    """Some rows of it, as a tensor."""
+    return self._replace(shape=(rows, *self.shape[1:]), first_row=first_row)
+
   def block(self, index: int, count: int) -> 'Tensor':
     """Returns one of `count` equal blocks of its rows."""
     rows = self.shape[0] // count
-    return self._replace(shape=(rows, *self.shape[1:]), first_row=index * rows)
+    return self.part(index * rows, rows)
 
   def read(self) -> np.ndarray:
     """Reads it; its file is opened anew, so that pages already copied are given back."""

@@ -9,7 +9,7 @@ Hidden states are numbered as Hugging Face's `output_hidden_states` numbers them
 layer i, and state `num_layers` leaves the last layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,19 +84,22 @@ def run_layers(
   start: int,
   stop: int,
   states: Sequence[int] = (),
+  per_layer: Mapping[str, jax.Array] | None = None,
   before: Callable[[jax.Array, Any], jax.Array] | None = None,
   inserts: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs layers start..stop-1 of a stack on hidden states.
 
   Args:
-    layer: an unbound module of one layer, called as layer(h_btd, *args).
+    layer: an unbound module of one layer, called as layer(h_btd, *args, **own).
     params: stacked parameters, as `layer_params` returns them, or those of the last layers alone.
     h_btd: hidden states that enter layer `start`.
     *args: what every layer reads besides the hidden states.
     num_layers: depth of the whole stack.
     start, stop: range of layers; start == stop leaves h_btd as it is.
     states: which of the states start..stop to return as well, ascending.
+    per_layer: in what layers differ besides their parameters, arrays with a leading axis of
+      num_layers; `own` are a layer's slices of them.
     before: called before each layer as before(h_btd, insert), where `insert` is the layer's slice
       of `inserts`; returns what enters the layer, of the same shape. Methods put their tokens in
       the place of those of the layer below by it.
@@ -111,12 +114,9 @@ def run_layers(
   def body(carry, i):
     h_btd, states_sbtd = carry
     if before is not None:
-      insert = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), inserts)
-      h_btd = before(h_btd, insert)
-    one = jax.tree.map(
-      lambda p: jax.lax.dynamic_index_in_dim(p, i + (start - first), keepdims=False), params
-    )
-    h_btd = layer.apply({'params': quantize.dequantize(one)}, h_btd, *args)
+      h_btd = before(h_btd, _at(inserts, i))
+    one, own = _at(params, i + (start - first)), _at(per_layer or {}, i + start)
+    h_btd = layer.apply({'params': quantize.dequantize(one)}, h_btd, *args, **own)
     if states:
       states_sbtd = jax.lax.dynamic_update_index_in_dim(states_sbtd, h_btd, slots[i + 1], 0)
     return (h_btd, states_sbtd), None
@@ -124,6 +124,10 @@ def run_layers(
   body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT)
   states_sbtd = jnp.broadcast_to(h_btd, (len(states), *h_btd.shape))
   return jax.lax.scan(body, (h_btd, states_sbtd), jnp.arange(stop - start))[0]
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
 def _slots(states: Sequence[int], start: int, stop: int) -> jax.Array:

@@ -259,6 +259,14 @@ LLAMA3_WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+QWEN2_WORDS = LLAMA3_WORDS.replace(r'\p{N}{1,3}', r'\p{N}')
+# Words end where small letters are followed by capitals.
+_CAPITALS, _SMALL = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+_BEFORE, _ENDING = r'[^\r\n\p{L}\p{N}]?', r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_LETTERS = f'{_BEFORE}{_CAPITALS}*{_SMALL}+', f'{_BEFORE}{_CAPITALS}+{_SMALL}*'
+_REST = r' ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+TEKKEN_WORDS = '|'.join([*_LETTERS, r'\p{N}', _REST])
+GPT4O_WORDS = '|'.join([*(word + _ENDING for word in _LETTERS), r'\p{N}{1,3}', _REST])
 
 
 def _gpt2_words():
@@ -269,21 +277,30 @@ def _digits_and_gpt2_words():
   return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
 
 
-def _llama3_words():
-  return pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior='isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
+def _words(expression: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+  def make():
+    return pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(tokenizers.Regex(expression), behavior='isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+      ]
+    )
+
+  return make
 
 
 LLAMA3 = ('llama-bpe', 'llama3', 'llama-v3')
 PRE_TOKENIZERS = {
   'gpt-2': _gpt2_words,
   'smollm': _digits_and_gpt2_words,
-  **dict.fromkeys(LLAMA3, _llama3_words),
+  **dict.fromkeys((*LLAMA3, 'smaug-bpe', 'dbrx'), _words(LLAMA3_WORDS)),  # SmolLM3; Phi-4.
+  'qwen2': _words(QWEN2_WORDS),
+  'tekken': _words(TEKKEN_WORDS),  # Mistral NeMo.
+  'gpt-4o': _words(GPT4O_WORDS),  # Phi-4-mini.
 }
+# Of those: words that are tokens are not merged, and texts begin with BOS where the file is silent.
+WHOLE_WORDS = (*LLAMA3, 'tekken')
+COMPOSED = ('qwen2',)  # Texts are brought into Unicode's form NFC.
 LONGEST_PIECE = 1024  # Of SentencePiece; the models have up to 48 characters.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # Values of tokenizer.ggml.token_type that need care.
 
@@ -326,9 +343,9 @@ def from_gguf(
         f'{where} has tokenizer.ggml.{role}_token_id = {number}, but {len(tokens)} tokens'
       )
   bos, eos, pad = (None if i is None else tokens[i] for i in ids.values())
-  # llama.cpp adds BOS where the file does not say: to SentencePiece vocabularies, and to LLaMA 3's.
+  # As llama.cpp does.
   add = {
-    'bos': get('add_bos_token', kind == 'llama' or get('pre') in LLAMA3),
+    'bos': get('add_bos_token', kind == 'llama' or get('pre') in WHOLE_WORDS),
     'eos': get('add_eos_token', False),
   }
   before, after = ((ids[k],) if add[k] and ids[k] is not None else () for k in ('bos', 'eos'))
@@ -368,9 +385,11 @@ def _byte_level(tokens, types, get, where: str) -> tokenizers.Tokenizer:
     models.BPE(
       vocab={t: i for i, t in enumerate(tokens)},
       merges=[tuple(m.split(' ')) for m in merges],
-      ignore_merges=pre in LLAMA3,
+      ignore_merges=pre in WHOLE_WORDS,
     )
   )
+  if pre in COMPOSED:
+    backend.normalizer = normalizers.NFC()
   backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
   backend.decoder = decoders.ByteLevel()
   return backend

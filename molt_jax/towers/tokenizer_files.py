@@ -273,7 +273,8 @@ def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.Adde
 
 def _further(config: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]:
   """Special tokens without a role: those with names of their own first, then the lists."""
-  named, lists = [*(config.get('model_specific_special_tokens') or {}).values()], []
+  own = {key: config[key] for key in keys.IMAGE_TOKENS if config.get(key)}
+  named, lists = [*(own or config.get('model_specific_special_tokens') or {}).values()], []
   older = config.get('additional_special_tokens')
   for extra in (config.get('extra_special_tokens') or older, special.get('extra_special_tokens')):
     if isinstance(extra, dict):

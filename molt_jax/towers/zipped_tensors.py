@@ -49,11 +49,15 @@ class Tensor:
   start: int
   read_bytes: Callable[[int, int], bytes]
 
+  def part(self, first: int, rows: int) -> 'Tensor':
+    """Some rows of it, as a tensor."""
+    before = math.prod((first, *self.shape[1:])) * np.dtype(TYPES[self.dtype]).itemsize
+    return dataclasses.replace(self, shape=(rows, *self.shape[1:]), start=self.start + before)
+
   def block(self, index: int, count: int) -> 'Tensor':
     """Returns one of `count` equal blocks of its rows."""
-    shape = (self.shape[0] // count, *self.shape[1:])
-    size = math.prod(shape) * np.dtype(TYPES[self.dtype]).itemsize
-    return dataclasses.replace(self, shape=shape, start=self.start + index * size)
+    rows = self.shape[0] // count
+    return self.part(index * rows, rows)
 
   def read(self) -> np.ndarray:
     """Reads it."""

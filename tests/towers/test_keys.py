@@ -13,11 +13,11 @@ from molt_jax.errors import UserError
 from molt_jax.towers import keys
 from molt_jax.towers.bert import BertConfig
 from molt_jax.towers.clip import ClipTextConfig, ClipVisionConfig
-from molt_jax.towers.llama import LlamaConfig
+from molt_jax.towers.decoder import DecoderConfig
 from molt_jax.towers.siglip.text_config import SiglipTextConfig
 
 READERS = {
-  'text': LlamaConfig.from_hf,
+  'text': DecoderConfig.from_hf,
   'image': ClipVisionConfig.from_hf,
   'clip_text': ClipTextConfig.from_hf,
   'bert': BertConfig.from_hf,
@@ -419,7 +419,8 @@ def test_unknown_keys_are_refused_at_every_level(part):
     ({'rope_type': 'linear', 'factor': 0}, 'factor = 0,'),
     ({'rope_type': 'linear', 'factor': float('nan')}, 'factor = nan'),
     ({'rope_type': 'linear', 'factor': '8'}, "factor = '8'"),
-    ({'rope_type': 'linear', 'factor': 2.0, 'beta_fast': 1}, "'beta_fast', unknown here"),
+    ({'rope_type': 'linear', 'factor': 2.0, 'beta_fast': 1}, "'linear' by .'beta_fast', 'factor'"),
+    ({'rope_type': 'linear', 'factor': 2.0, 'beta': 1}, "'beta', unknown here"),
     ({'rope_type': 3}, 'rope_type = 3'),
     ({'rope_type': 'linear', 'type': 'default', 'factor': 2.0}, 'two types'),
     ({'factor': 2.0}, "'default' by .'factor'"),
@@ -429,15 +430,17 @@ def test_unknown_keys_are_refused_at_every_level(part):
 )
 def test_descriptions_of_rope_are_closed_too(rope, says):
   with pytest.raises(UserError, match=says):
-    LlamaConfig.from_hf({**SMALL['text'], 'rope_scaling': rope})
+    DecoderConfig.from_hf({**SMALL['text'], 'rope_scaling': rope})
 
 
 def test_two_descriptions_of_rope_that_differ_are_refused():
   linear = {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 10000.0}
   both = {**SMALL['text'], 'rope_scaling': linear, 'rope_parameters': linear}
-  assert LlamaConfig.from_hf(both).rope_scaling.factor == 2.0
+  plain = DecoderConfig.from_hf(SMALL['text'])
+  halves = [frequency / 2 for frequency in plain.ropes[0].frequencies]
+  assert list(DecoderConfig.from_hf(both).ropes[0].frequencies) == halves
   with pytest.raises(UserError, match='contradict each other'):
-    LlamaConfig.from_hf({**both, 'rope_parameters': {**linear, 'factor': 3.0}})
+    DecoderConfig.from_hf({**both, 'rope_parameters': {**linear, 'factor': 3.0}})
 
 
 SIZES = {

@@ -17,7 +17,7 @@ from molt_jax.config import default_config
 from molt_jax.errors import UserError
 from molt_jax.runtime import sharding
 from molt_jax.towers import files, loading, quantize
-from molt_jax.towers.llama import Llama, LlamaConfig
+from molt_jax.towers.decoder import Decoder, DecoderConfig
 
 GROUP = 32
 
@@ -225,7 +225,7 @@ def test_a_quantised_tower_is_another_tower(saved):
   'method, direction', [('int8', 'forward'), ('int8', 'backward'), ('int4', 'backward')]
 )
 def test_one_layer_at_a_time_is_scaled_back(method, direction):
-  config = LlamaConfig.from_hf(
+  config = DecoderConfig.from_hf(
     {
       'vocab_size': 97,
       'hidden_size': 128,
@@ -234,7 +234,7 @@ def test_one_layer_at_a_time_is_scaled_back(method, direction):
       'num_attention_heads': 4,
     }
   )
-  module = Llama(config, jnp.dtype('float32'), 'xla')
+  module = Decoder(config, jnp.dtype('float32'), 'xla')
   boxed = loading.abstract_params(module)
   params = nn.unbox(quantize.abstract_params(boxed, method))
 

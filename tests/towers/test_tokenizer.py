@@ -34,16 +34,17 @@ TEXTS = [
   "I'M HERE'S",
   '10000000',
   '\n\n\n x \r\n',
-  'ẞ ǅ',
+  'ẞ ǅ e\u0301',
   'x' * 50,
 ]
 
 
 def bpe(pre):
   """A byte-level BPE learned from the corpus."""
-  learned = tokenizers.Tokenizer(
-    models.BPE(ignore_merges=pre is tokenizer.PRE_TOKENIZERS['llama-bpe'])
-  )
+  whole = pre in [tokenizer.PRE_TOKENIZERS[name] for name in ('llama-bpe', 'tekken')]
+  learned = tokenizers.Tokenizer(models.BPE(ignore_merges=whole))
+  if pre is tokenizer.PRE_TOKENIZERS['qwen2']:
+    learned.normalizer = normalizers.NFC()
   learned.pre_tokenizer = pre()
   learned.train_from_iterator(
     CORPUS,
@@ -75,7 +76,7 @@ def as_metadata(learned, **more):
   }
 
 
-@pytest.mark.parametrize('pre', ['gpt-2', 'smollm', 'llama-bpe'])
+@pytest.mark.parametrize('pre', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2', 'tekken', 'gpt-4o'])
 @pytest.mark.parametrize('bos', [False, True])
 def test_byte_level_tokenizers_are_rebuilt(pre, bos):
   learned = bpe(tokenizer.PRE_TOKENIZERS[pre])
@@ -120,6 +121,9 @@ def test_words_are_cut_as_llama3_and_smollm_cut_them():
     'LL',
   ]
   assert cut('gpt-2', "It's 12345") == ['It', "'s", 'Ġ12345']
+  assert cut('qwen2', "It's 123") == ['It', "'s", 'Ġ', '1', '2', '3']
+  assert cut('tekken', "HelloWorld's 12") == ['Hello', 'World', "'s", 'Ġ', '1', '2']
+  assert cut('gpt-4o', "HelloWorld's 1234/x") == ['Hello', "World's", 'Ġ', '123', '4', '/x']
 
 
 @pytest.mark.parametrize('prefix', [True, False])
@@ -160,9 +164,9 @@ def test_sentencepiece_tokenizers_are_rebuilt_from_scores(prefix):
       {
         'tokenizer.ggml.model': 'gpt2',
         'tokenizer.ggml.tokens': ['a'],
-        'tokenizer.ggml.pre': 'qwen2',
+        'tokenizer.ggml.pre': 'bloom',
       },
-      "pre = 'qwen2'.*smollm, llama-bpe",
+      "pre = 'bloom'.*smollm, llama-bpe.*qwen2",
     ),
     ({}, 'model = None'),
   ],

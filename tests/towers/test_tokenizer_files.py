@@ -96,6 +96,7 @@ ADDED = {
   'by their older name': ({'additional_special_tokens': ['<extra>', '<q>']}, {}),
   'both names': ({'additional_special_tokens': ['<extra>'], 'extra_special_tokens': ['<q>']}, {}),
   'with names': ({'extra_special_tokens': {'x_token': '<extra>'}}, {}),
+  'of images': ({'image_token': '<q>', 'boi_token': '<new>', 'eoi_token': '<extra>'}, {}),
   'the older file': ({}, {'special_tokens_map': {'pad_token': token('<pad>', lstrip=True)}}),
   'which overrides': ({'pad_token': '<mask>'}, {'special_tokens_map': {'pad_token': '<pad>'}}),
   'and does not count': (

@@ -12,7 +12,8 @@ from flax import linen as nn
 from molt_jax.errors import UserError
 from molt_jax.towers import packing, stack
 from molt_jax.towers.bert.config import BertConfig
-from molt_jax.towers.encoder import ACTIVATIONS, dense, layer_norm
+from molt_jax.towers.encoder import dense, layer_norm
+from molt_jax.towers.functions import ACTIVATIONS
 
 
 class BertLayer(nn.Module):

@@ -9,7 +9,8 @@ from flax import linen as nn
 
 from molt_jax.errors import UserError
 from molt_jax.towers import stack
-from molt_jax.towers.encoder import ACTIVATIONS, EncoderLayer, dense, layer_norm
+from molt_jax.towers.encoder import EncoderLayer, dense, layer_norm
+from molt_jax.towers.functions import ACTIVATIONS
 from molt_jax.towers.vision import positions
 from molt_jax.towers.vision.config import VisionConfig
 

@@ -1,4 +1,4 @@
-"""The text tower against Hugging Face transformers, field by field."""
+"""LLaMA as a text tower against Hugging Face transformers, field by field."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from optional_torch import torch
 from molt_jax.data import packing
 from molt_jax.errors import UserError
 from molt_jax.towers import architectures, loading
-from molt_jax.towers.llama import Llama, LlamaConfig, RopeScaling
+from molt_jax.towers.decoder import Decoder, DecoderConfig, Rope
 
 LLAMA3 = {
   'rope_type': 'llama3',
@@ -33,25 +33,30 @@ WIDE = {
   'num_key_value_heads': 5,
 }
 
+
+def plain_rope(theta):
+  return Rope(tuple((theta ** (-np.arange(0, 8, 2) / 8)).tolist()))
+
+
 # Overrides of the Hugging Face config -> a wrong value of ours that must break parity (none: a
 # wrong value does not even load).
 CASES = {
   'plain': ({}, {}),
   'rope_theta': (
     {'rope_parameters': {'rope_type': 'default', 'rope_theta': 100.0}},
-    {'rope_theta': 10000.0},
+    {'ropes': (plain_rope(10000.0),)},
   ),
-  'linear_rope': ({'rope_parameters': LINEAR}, {'rope_scaling': None}),
+  'linear_rope': ({'rope_parameters': LINEAR}, {'ropes': (plain_rope(100.0),)}),
   'llama3_rope': (
     {'rope_parameters': LLAMA3},
-    {'rope_scaling': RopeScaling('llama3', 2.0, 1.0, 4.0, 32)},
+    {'ropes': (plain_rope(100.0),)},
   ),
   'multi_head': ({'num_key_value_heads': 4}, {}),
   'multi_query': ({'num_key_value_heads': 1}, {}),
   'head_dim': ({'head_dim': 6}, {}),
-  'attention_bias': ({'attention_bias': True}, {'attention_bias': False}),
+  'attention_bias': ({'attention_bias': True}, {'qkv_bias': False, 'out_bias': False}),
   'mlp_bias': ({'mlp_bias': True}, {'mlp_bias': False}),
-  'rms_norm_eps': ({'rms_norm_eps': 0.1}, {'rms_norm_eps': 1e-6}),
+  'rms_norm_eps': ({'rms_norm_eps': 0.1}, {'norm_eps': 1e-6}),
   'sizes': (WIDE, {}),
 }
 
@@ -206,7 +211,7 @@ def _deep(num_layers):
     'intermediate_size': 512,
     'num_hidden_layers': num_layers,
   }
-  module = Llama(LlamaConfig.from_hf(config), jnp.dtype('float32'), 'xla')
+  module = Decoder(DecoderConfig.from_hf(config), jnp.dtype('float32'), 'xla')
   return module, nn.unbox(loading.abstract_params(module))
 
 
@@ -239,7 +244,7 @@ def test_program_size_does_not_grow_with_depth(batch):
 @pytest.mark.parametrize('name', ['llama-7b', 'llama-13b', 'llama-70b', 'smollm2-135m'])
 def test_full_size_models_trace_without_weights(name):
   config = architectures.LLAMA[name]
-  module = Llama(LlamaConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
+  module = Decoder(DecoderConfig.from_hf(config), jnp.dtype('bfloat16'), 'xla')
   params = nn.unbox(loading.abstract_params(module))
   with torch.device('meta'):
     theirs = transformers.LlamaModel(
@@ -257,8 +262,8 @@ def test_full_size_models_trace_without_weights(name):
 
 
 def test_every_parameter_has_known_logical_axes(hf):
-  config = LlamaConfig.from_hf(hf.llama(attention_bias=True, mlp_bias=True).config.to_dict())
-  boxed = loading.abstract_params(Llama(config, jnp.dtype('float32'), 'xla'))
+  config = DecoderConfig.from_hf(hf.llama(attention_bias=True, mlp_bias=True).config.to_dict())
+  boxed = loading.abstract_params(Decoder(config, jnp.dtype('float32'), 'xla'))
   leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
   assert all(
     isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves
@@ -288,7 +293,7 @@ BASE = {
 @pytest.mark.parametrize(
   'changes, says',
   [
-    ({'model_type': 'mistral'}, "model_type = 'mistral'"),
+    ({'model_type': 'mixtral'}, "model_type = 'mixtral'.*mistral"),
     ({'hidden_act': 'gelu'}, "hidden_act = 'gelu'.*'silu'"),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'sliding_window': 16}, 'sliding_window = 16'),
@@ -298,7 +303,7 @@ BASE = {
       {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
       "rope_type = 'dynamic'.*'linear', 'llama3'",
     ),
-    ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}}, "'yarn'"),
+    ({'rope_parameters': {'rope_type': 'longrope', 'factor': 2.0}}, "'longrope'"),
     ({'rope_scaling': {'rope_type': 'linear'}}, "'linear'.*factor"),
     (
       {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0, 'attention_factor': 1.2}},
@@ -311,12 +316,12 @@ BASE = {
 )
 def test_unimplemented_values_are_refused_by_name(changes, says):
   with pytest.raises(UserError, match=says):
-    LlamaConfig.from_hf({**BASE, **changes})
+    DecoderConfig.from_hf({**BASE, **changes})
 
 
 def test_old_and_new_rope_descriptions_read_alike():
   def read(**changes):
-    return LlamaConfig.from_hf({**BASE, **changes})
+    return DecoderConfig.from_hf({**BASE, **changes})
 
   assert (
     read()
