@@ -26,3 +26,11 @@ def load(workdir):
   from molt_jax import predict  # Importing the package alone must stay quick: no JAX.
 
   return predict.load(workdir)
+
+
+def __getattr__(name):
+  if name == 'MoltClassifier':
+    from molt_jax import estimator  # It needs scikit-learn, which nothing else does.
+
+    return estimator.MoltClassifier
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

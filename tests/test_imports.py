@@ -20,6 +20,7 @@ LAYERS = (
   ('profiling', 'reporting'),
   (
     'commands',
+    'estimator',
     'fit',
     'train',
     'evaluate',
