@@ -126,14 +126,15 @@ def run(
   """
   _check(split, templates, probes)
   path = workdir / 'pair_evaluation.json'
+  if published_pair is not None:
+    _make_folder(workdir)
+  elif workdir.is_dir():
+    workdir_lib.try_out(workdir)
+  kept = _written(path)
   if published_pair is None:
-    if workdir.is_dir():
-      workdir_lib.try_out(workdir)
     opened = _open_run(workdir, split, table)
   else:
-    _make_folder(workdir)
     opened = _open_published(*published_pair, split, table)
-  kept = _written(path)
   results = _score(opened.pair, opened.dataset, split, templates, probes)
   kept[f'{opened.dataset.name}/{split}'] = {
     'dataset': opened.dataset.name,
