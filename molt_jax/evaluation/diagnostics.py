@@ -49,7 +49,7 @@ class PairDiagnostics:
 
   @property
   def pairs(self) -> tuple[np.ndarray, np.ndarray] | None:
-    """(h_i, h_t) of all rows seen, float32[L, n, C] each; None where there is none."""
+    """(h_i, h_t) of all examples seen, float32[L, n, C] each; None where there is none."""
     if not any(x_lnc.shape[1] for x_lnc, _ in self._pairs):
       return None
     return tuple(np.concatenate(views, axis=1) for views in zip(*self._pairs, strict=True))

@@ -61,7 +61,7 @@ class ClassificationMetrics:
       logits_bk: [B, K]. Prediction: the largest; multi-label: those above zero, that is of
         probability above 0.5.
       label: integers [B]; multi-label: [B, K] of zeros and ones.
-      weight_b: [B]; rows of weight zero do not count.
+      weight_b: [B]; examples of weight zero do not count.
     """
     live_b1 = weight_b[:, None] > 0
     loss = sigmoid_cross_entropy if self.multi_label else softmax_cross_entropy
@@ -156,7 +156,7 @@ class Ranking:
     self._batches: list[tuple[jax.Array, ...]] = []
 
   def observe(self, logits_cbk: jax.Array, label: jax.Array, weight_cb: jax.Array) -> None:
-    """Adds a batch; rows of weight zero do not count. Nothing is fetched from the device yet."""
+    """Adds a batch; examples of weight zero do not count. Nothing is fetched from devices."""
     self._batches.append((logits_cbk, label, weight_cb))
 
   def compute(self) -> list[float | None]:

@@ -114,6 +114,6 @@ def _cell(result, name) -> str:
 
 
 def _counted(result) -> list[str]:
-  """['4 image only', '5 text only'], the kinds of rows that there are."""
+  """['4 image only', '5 text only'], the kinds of examples that there are."""
   counts = {name.replace('_', ' '): result[name] for name in CONTENTS}
   return [f'{count} {name}' for name, count in counts.items() if count] or ['0']

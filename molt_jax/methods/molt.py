@@ -42,8 +42,8 @@ class Translation(nn.Module):
   def __call__(self, image: TokenSequence, text: TokenSequence) -> tuple[jax.Array, jax.Array]:
     """A modality with nothing to read gives zero, and adds nothing to the other.
 
-    Each row is encoded in every way that a view may ask for, whatever is present; the views differ
-    in which of the results they take.
+    Each example is encoded in every way that a pattern may ask for, whatever is present; patterns
+    differ in which of the results they take.
     """
     sequences = dict(zip(MODALITIES, (image, text), strict=True))
     maps = {m: self._maps(m, *s.tokens.x_lbtd.shape[::3]) for m, s in sequences.items()}
@@ -106,8 +106,8 @@ class MoLTHead(nn.Module):
   Attributes:
     inputs: hidden states -> (image, text) sequences, an `InputPair`.
     classifier: a module of `fusion.CLASSIFIERS`.
-    alone: {'image': .., 'text': ..}, classifiers of the rows that have that modality alone; None:
-      the same one reads all rows.
+    alone: {'image': .., 'text': ..}, classifiers of the examples that have that modality
+      alone; None: the same one reads all examples.
     translator: predicts the absent h_l in eq. 5, an `imputation.CrossModalImputation`; None: H_l is
       of the available ones.
     width: C (d_c).

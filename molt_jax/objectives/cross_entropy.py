@@ -1,8 +1,8 @@
-"""Cross-entropies as (sum, weight) pairs, so that shards, steps and padded rows add up to the exact
+"""Cross-entropies as (sum, weight) pairs, so that shards, steps and padding add up to the exact
 mean.
 
-A row of weight zero contributes nothing, to the gradient either, whatever its logits and labels
-hold (NaN included).
+An example of weight zero contributes nothing, to the gradient either, whatever its logits and
+labels hold (NaN included).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import optax
 
 from molt_jax.objectives.pairwise import in_range
 
-# Logits beyond count as this much, so that differences, and sums over rows, stay in float32.
+# Logits beyond count as this much, so that differences, and sums over examples, stay in float32.
 LARGEST_LOGIT = 1e30
 
 
@@ -31,8 +31,8 @@ def softmax_cross_entropy(
   Args:
     logits_bk: [B, K].
     label_b: integers [B] from 0 to K - 1.
-    weight_b: [B], zero for padding rows.
-    class_weight_k: [K]; multiplies the weight of each row by that of its class (so loss_sum /
+    weight_b: [B], zero for padding.
+    class_weight_k: [K]; multiplies the weight of each example by that of its class (so loss_sum /
       weight_sum is the weighted mean that PyTorch's `cross_entropy(weight=...)` returns).
 
   Returns:
@@ -62,7 +62,7 @@ def sigmoid_cross_entropy(
   Args:
     logits_bk: [B, K].
     label_bk: [B, K] of zeros and ones.
-    weight_b: [B], zero for padding rows.
+    weight_b: [B], zero for padding.
     positive_weight_k: [K], one if not given.
 
   Returns:
@@ -89,7 +89,7 @@ def softmax_distillation(
   Args:
     logits_bk: [B, K] of the student.
     teacher_bk: [B, K].
-    weight_b: [B], zero for rows that do not count.
+    weight_b: [B], zero for examples that do not count.
     temperature: T, from 0.01 to 100; far beyond, T^2 times rounding is no longer small.
 
   Returns:
@@ -123,14 +123,14 @@ def sigmoid_distillation(
 
 
 def _softened(logits_bk, teacher_bk, weight_b, temperature):
-  """(teacher / T, logits / T) in float32, rows of weight zero replaced by zeros."""
+  """(teacher / T, logits / T) in float32, examples of weight zero replaced by zeros."""
   live_b1 = weight_b[:, None] > 0
   teacher_bk = jax.lax.stop_gradient(teacher_bk)
   return tuple(_read(z_bk, live_b1) / temperature for z_bk in (teacher_bk, logits_bk))
 
 
 def _read(logits_bk, live_b1):
-  """Logits in float32 and in range; zeros in rows of weight zero."""
+  """Logits in float32 and in range; zeros for examples of weight zero."""
   logits_bk = jnp.where(live_b1, logits_bk, 0).astype(jnp.float32)
   return in_range(logits_bk, LARGEST_LOGIT)
 

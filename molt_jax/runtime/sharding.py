@@ -147,7 +147,7 @@ def data_shard(mesh: jax.sharding.Mesh) -> dict[str, int]:
   """Returns the part of each batch that this process reads, {'process_index', 'process_count'}, as
   the pipeline's functions take it.
 
-  Processes along `model` read the same rows.
+  Processes along `model` read the same examples.
 
   Raises:
     UserError: the process's devices are no equal, unbroken part of the data axis.
@@ -171,8 +171,8 @@ def data_shard(mesh: jax.sharding.Mesh) -> dict[str, int]:
 def packing(
   config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, *, parts: int = 1
 ) -> tuple[int, int] | None:
-  """Returns how the pipeline packs texts, (devices that rows are split over, parts that each works
-  its rows through in), or None: padded.
+  """Returns how the pipeline packs texts, (devices that examples are split over, microbatches
+  that each works its own through in), or None: padded.
   """
   return (
     (mesh.shape['data'], parts)
@@ -196,7 +196,7 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Returns the batch on the devices, rows split over `data`; each process gives its own rows."""
+  """Returns the batch on the devices, examples split over `data`; each process gives its own."""
   rows = jax.NamedSharding(mesh, jax.P('data'))
   return {
     name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()

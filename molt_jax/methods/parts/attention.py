@@ -90,7 +90,7 @@ def attend(
   alike, which the softmax does not see.
 
   Args:
-    queries: [L, B, T, C], or [L, 1, T, C] to ask for every row alike; padded or packed.
+    queries: [L, B, T, C], or [L, 1, T, C] to ask for every example alike; padded or packed.
     context: [L, B, S, D]; padded or packed.
     mask_bs: bool[B, S]. Where no key is valid the result is finite but means nothing.
     query: from C to the width.
@@ -184,8 +184,8 @@ def _project_context(queries, context, rows, maps, softmax):
   return queries.like(_join(jnp.einsum('lbnts,lbsnh->lbtnh', softmax(scores_lbnts), value_lbsnh)))
 
 
-# Multiplications per row for queries and context in T and S places, TS pairs of tokens, widths C
-# and D, heads side by side W wide, N heads.
+# Multiplications per example for queries and context in T and S places, TS pairs of tokens, widths
+# C and D, heads side by side W wide, N heads.
 FORMS: dict[Callable[..., Tokens], Callable[..., float]] = {
   _project_both: lambda t, s, ts, c, d, w, n: t * c * w + 2 * s * d * w + 2 * ts * w,
   _project_queries: lambda t, s, ts, c, d, w, n: t * c * w + 2 * t * d * w + 2 * ts * d * n,
@@ -202,12 +202,12 @@ def _join(x_lbtnh: jax.Array) -> jax.Array:
 
 
 class PooledLayerNorm(nn.Module):
-  """Mean over a row's valid tokens of a LayerNorm with its own scale and bias for each of L layers,
-  float32[L, B, C].
+  """Mean over an example's valid tokens of a LayerNorm with its own scale and bias for each of L
+  layers, float32[L, B, C].
 
-  The mean over tokens is taken before scale and bias, and with each token's inverse deviation as
-  its weight: the normalised tokens, T times larger than the result, are never written. Zero where
-  no token is valid; tokens that are not valid must be finite.
+  The mean over tokens is taken before scale and bias, and with each token's inverse standard
+  deviation as its weight: the normalised tokens, T times larger than the result, are never written.
+  Zero where no token is valid; tokens that are not valid must be finite.
   """
 
   epsilon: float = 1e-5

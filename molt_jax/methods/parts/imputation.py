@@ -59,7 +59,7 @@ class Moments:
     return cls(np.zeros((), np.float32), mean_lc, mean_lc, scatter_lcc, scatter_lcc)
 
   def update(self, x_lbc: jax.Array, y_lbc: jax.Array, weight_b: jax.Array) -> 'Moments':
-    """Adds a batch [L, B, C] (`objectives.moments`); rows of weight 0 are not read."""
+    """Adds a batch [L, B, C] (`objectives.moments`); examples of weight 0 are not read."""
     new = jnp.sum(weight_b)
     share_b = weight_b / jnp.maximum(new, 1e-6)
     live = (weight_b > 0)[None, :, None]
@@ -130,7 +130,7 @@ class CrossModalImputation(nn.Module):
     self, image_lbc: jax.Array, text_lbc: jax.Array, available_bm: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Float32[L, B, C] of each modality and bool[B, 2], where it is available -> the same with the
-    gaps of rows that have one of them filled.
+    gaps of examples that have one of them filled.
     """
     fitted = self.variable('statistics', 'pairs', jnp.zeros, (), jnp.float32).value > 0
     fill_b = fitted & (available_bm[:, 0] != available_bm[:, 1])

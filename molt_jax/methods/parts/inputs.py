@@ -1,7 +1,7 @@
 """From hidden states to token sequences: their normalisation, and what stands in for an absent
 modality.
 
-Whatever sits in the states of an absent row, or under text padding, is selected away before any
+Whatever sits in the states of an absent example, or under text padding, is selected away before any
 arithmetic: NaN there changes no bit.
 """
 
@@ -78,7 +78,7 @@ class Standardize(nn.Module):
   The collection `statistics` holds count [], mean [L, D] and m2 [L, D] (sum of squared distances
   from the mean), merged with those of each training batch (`objectives.moments`). Training and
   evaluation use the same statistics (in training those that include the batch). Everything is a
-  sum over rows, so sharding the batch changes nothing. Before the first update, and in constant
+  sum over examples, so sharding the batch changes nothing. Before the first update, and in constant
   channels, the standard deviation is taken as one.
   """
 
@@ -142,12 +142,18 @@ class Inputs(nn.Module):
     content_b: jax.Array | None = None,
     position_gn: jax.Array | None = None,
   ) -> TokenSequence:
-    """Returns the TokenSequence of states_lbtd [L, B, T, D] (None: absent in every row, and mask_bt
-    is bool[B, 1] of False).
+    """Returns the TokenSequence of states_lbtd [L, B, T, D] (None: absent in every example, and
+    mask_bt is bool[B, 1] of False).
 
-    present_b: bool[B]; content_b: bool[B], rows whose states may be read (default: present_b, which
-    must be among them); counted_b: bool[B], rows that enter the statistics if they may be read;
-    position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
+    Args:
+      states_lbtd: the modality's hidden states.
+      mask_bt: bool[B, T], its tokens.
+      present_b: bool[B].
+      counted_b: bool[B], examples that enter the statistics if they may be read.
+      train: whether the statistics are updated.
+      content_b: bool[B], examples whose states may be read, those of `present_b` among them;
+        default: these alone.
+      position_gn: where the valid tokens are (`packing.Packing`), to leave out the others.
     """
     content_b = present_b if content_b is None else content_b
     if states_lbtd is None:

@@ -17,8 +17,8 @@ from molt_jax.towers.packing import Packing
 
 @struct.dataclass
 class Tokens:
-  """Vectors of the tokens of B rows: padded, or packed, so that what is done token by token costs
-  nothing for padding.
+  """Vectors of the tokens of B examples: padded, or packed, so that what is done token by token
+  costs nothing for padding.
 
   Attributes:
     x_lbtd: [L, B, T, D], or with a packing [L, G, N, D].
@@ -50,13 +50,13 @@ class TokenSequence:
   """One modality as a head may see it: nothing of what may not be read, or of padding, is left in
   it.
 
-  Only `present_b` differs between the views of a batch, so that what is computed from the tokens
-  alone is computed once for all views.
+  Only `present_b` differs between the missing patterns of a batch, so that what is computed from
+  the tokens alone is computed once for all patterns.
 
   Attributes:
     tokens: in the compute dtype, finite everywhere.
     mask_bt: bool[B, T], which tokens are valid and may be read.
-    present_b: bool[B], whether the row has the modality.
+    present_b: bool[B], whether the example has it.
     placeholder_l11d: [L, 1, 1, D], the token that takes the place of an absent sequence; None: the
       other modality works alone.
   """
@@ -98,8 +98,8 @@ class Output:
 
 
 def pool(tokens: Tokens, mask_bt: jax.Array, weight_lbt: jax.Array | None = None) -> jax.Array:
-  """Mean of a row's valid tokens, each times its weight (placed as the tokens are), float32[L, B,
-  C]; zero where no token is valid.
+  """Mean of an example's valid tokens, each times its weight (placed as the tokens are),
+  float32[L, B, C]; zero where no token is valid.
   """
   share_bt = mask_bt / jnp.maximum(jnp.sum(mask_bt, axis=-1, keepdims=True), 1).astype(jnp.float32)
   x_lbtc, packing = tokens.x_lbtd.astype(jnp.float32), tokens.packing
