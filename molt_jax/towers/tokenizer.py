@@ -7,7 +7,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -153,12 +153,18 @@ def _muted() -> Iterator[None]:
       os.close(kept)
 
 
+class Special(NamedTuple):
+  """Names of a tokenizer's special tokens, where there are any."""
+
+  bos: str | None = None
+  eos: str | None = None
+  pad: str | None = None
+
+
 def wrap(
   backend: tokenizers.Tokenizer,
+  special: Special,
   *,
-  bos: str | None,
-  eos: str | None,
-  pad: str | None,
   vocab_size: int,
   source: str,
   sha256: str = '',
@@ -168,9 +174,7 @@ def wrap(
 
   Args:
     backend: vocabulary and rules.
-    bos: names of special tokens, where there are any.
-    eos: likewise.
-    pad: likewise.
+    special: names of special tokens.
     vocab_size: how many tokens the model embeds.
     source: where it is from, for errors.
     sha256: of the files that it is from.
@@ -179,18 +183,7 @@ def wrap(
   Raises:
     UserError: a token or what the post-processor adds has no embedding, or it fails on a text.
   """
-  vocab = backend.get_vocab(with_added_tokens=True)
-  if (size := backend.get_vocab_size(with_added_tokens=False)) > vocab_size:
-    raise UserError(
-      f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together'
-    )
-  beyond = sorted(((i, t) for t, i in vocab.items() if i >= vocab_size), reverse=True)
-  if beyond:
-    named = files.listed(f'{files.shown(t)} the id {i}' for i, t in beyond)
-    raise UserError(
-      f'{source} gives {named}, but the model embeds {vocab_size} tokens (ids 0 to '
-      f'{vocab_size - 1}): take the token out of the tokenizer, or give a model that embeds it'
-    )
+  _check_vocabulary(backend, vocab_size, source)
 
   def first(*tokens):
     ids = [backend.token_to_id(t) for t in tokens if t is not None]
@@ -208,13 +201,29 @@ def wrap(
     )
   return Tokenizer(
     backend=backend,
-    pad_id=first(pad, eos, bos),
-    empty_id=first(bos, eos, pad),
+    pad_id=first(special.pad, special.eos, special.bos),
+    empty_id=first(special.bos, special.eos, special.pad),
     before=before,
     after=after,
     source=source,
     sha256=sha256,
   )
+
+
+def _check_vocabulary(backend: tokenizers.Tokenizer, vocab_size: int, source: str) -> None:
+  """Raises UserError unless the model embeds every token."""
+  if (size := backend.get_vocab_size(with_added_tokens=False)) > vocab_size:
+    raise UserError(
+      f'{source} has {size} tokens, the model embeds {vocab_size}: they do not belong together'
+    )
+  vocab = backend.get_vocab(with_added_tokens=True)
+  beyond = sorted(((i, t) for t, i in vocab.items() if i >= vocab_size), reverse=True)
+  if beyond:
+    named = files.listed(f'{files.shown(t)} the id {i}' for i, t in beyond)
+    raise UserError(
+      f'{source} gives {named}, but the model embeds {vocab_size} tokens (ids 0 to '
+      f'{vocab_size - 1}): take the token out of the tokenizer, or give a model that embeds it'
+    )
 
 
 def _around(
@@ -245,9 +254,7 @@ def byte_tokenizer(*, vocab_size: int, with_end: bool = False) -> Tokenizer:
   begin, _, *end = map(backend.token_to_id, names)
   return wrap(
     backend,
-    bos='<s>',
-    eos=None,
-    pad='<pad>',
+    Special(bos='<s>', pad='<pad>'),
     vocab_size=vocab_size,
     source='the byte tokenizer',
     around=((begin,), tuple(end)),
@@ -350,7 +357,11 @@ def from_gguf(
   }
   before, after = ((ids[k],) if add[k] and ids[k] is not None else () for k in ('bos', 'eos'))
   return wrap(
-    backend, bos=bos, eos=eos, pad=pad, vocab_size=vocab_size, source=where, around=(before, after)
+    backend,
+    Special(bos, eos, pad),
+    vocab_size=vocab_size,
+    source=where,
+    around=(before, after),
   )
 
 

@@ -75,9 +75,7 @@ def read(directory: Place, *, vocab_size: int, filled: int = 0) -> tokenizer.Tok
   digest = hashlib.sha256(content + json.dumps(added).encode() + cleaning.encode()).hexdigest()
   made = tokenizer.wrap(
     backend,
-    bos=roles.get('bos_token'),
-    eos=roles.get('eos_token'),
-    pad=roles.get('pad_token'),
+    tokenizer.Special(*(roles.get(f'{name}_token') for name in ('bos', 'eos', 'pad'))),
     vocab_size=vocab_size,
     source=str(file),
     sha256=digest,
@@ -377,9 +375,7 @@ def _convert(directory: Place, config: Mapping[str, Any], vocab_size: int) -> to
   )
   return tokenizer.wrap(
     fast.backend_tokenizer,
-    bos=fast.bos_token,
-    eos=fast.eos_token,
-    pad=fast.pad_token,
+    tokenizer.Special(fast.bos_token, fast.eos_token, fast.pad_token),
     vocab_size=vocab_size,
     source=str(file),
     sha256=hashlib.sha256(

@@ -126,7 +126,7 @@ def backends():
 
 
 def wrapped(backend):
-  return tokenizer.wrap(backend, bos=None, eos=None, pad=None, vocab_size=10_000, source='x')
+  return tokenizer.wrap(backend, tokenizer.Special(), vocab_size=10_000, source='x')
 
 
 UNITS = st.sampled_from(
