@@ -147,7 +147,8 @@ def make_config(
       f'--data: {data!r} is neither openmoji nor NAME=FOLDER of a table (a folder that is there) '
       'nor NAME=PRESET.py'
     )
-  return runs.override(CLASSIFIER.load(preset, given), {**changes, 'seed': seed})
+  written = {field: str(value) for field, value in given.items()}
+  return runs.override(CLASSIFIER.load(preset, written), {**changes, 'seed': seed})
 
 
 def _assignment(item):

@@ -267,6 +267,37 @@ def plot(results, datasets, path):
   figure.savefig(path, dpi=130)
 
 
+def markdown(results, datasets, references, about):
+  """The lines of the page."""
+  lines = [
+    '# CLIP against latent-structure regularisers',
+    '',
+    f'Percent, mean ± sample standard deviation over seeds {", ".join(SEEDS.value)}.',
+  ]
+  for dataset in datasets:
+    for split in SPLITS:
+      heading = f'## {terminal.clean(dataset, 80)}, {split}'
+      lines += ['', heading, '', *table(results, dataset, split, references)]
+      for base in ('CLIP', 'Con'):
+        if base in results and len(results) > 1:
+          lines += [
+            '',
+            'Paired differences, points.',
+            '',
+            *differences(results, dataset, split, base),
+          ]
+      lines += ['', 'The common space.', '', *shape(results, dataset, split)]
+  lines += [
+    '',
+    f'`{about["command"]}`, {about["seconds"]:.0f} s of training and scoring, {about["versions"]}',
+    '',
+    'Weights:',
+    '',
+  ]
+  lines += [f'- {variant}: {OBJECTIVES[variant]}' for variant in results]
+  return lines
+
+
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
@@ -304,32 +335,7 @@ def main(argv):
   }
   text = logbook.to_json(about | {'scores': scores, 'without_tower': references}, indent=1)
   (out / 'latent_structure.json').write_text(text + '\n', encoding='utf-8')
-  lines = [
-    '# CLIP against latent-structure regularisers',
-    '',
-    f'Percent, mean ± sample standard deviation over seeds {", ".join(SEEDS.value)}.',
-  ]
-  for dataset in datasets:
-    for split in SPLITS:
-      heading = f'## {terminal.clean(dataset, 80)}, {split}'
-      lines += ['', heading, '', *table(results, dataset, split, references)]
-      for base in ('CLIP', 'Con'):
-        if base in results and len(results) > 1:
-          lines += [
-            '',
-            'Paired differences, points.',
-            '',
-            *differences(results, dataset, split, base),
-          ]
-      lines += ['', 'The common space.', '', *shape(results, dataset, split)]
-  lines += [
-    '',
-    f'`{about["command"]}`, {about["seconds"]:.0f} s of training and scoring, {about["versions"]}',
-    '',
-    'Weights:',
-    '',
-  ]
-  lines += [f'- {variant}: {OBJECTIVES[variant]}' for variant in results]
+  lines = markdown(results, datasets, references, about)
   (out / 'latent_structure.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
   plot(results, datasets, out / 'latent_structure.png')
   print('\n'.join(lines))

@@ -119,6 +119,33 @@ def _cell(table, recipe, name, condition):
   )
 
 
+def _draw(ax, table, recipe, names):
+  """The differences of one panel, a colour a condition."""
+  for i, (condition, label) in enumerate(LABELS.items()):
+    found = [
+      (
+        n,
+        100
+        * np.array(
+          grid.paired(
+            table, _key(recipe, name), _key(recipe, FULL), condition, grid.metric_of(table)
+          )
+        ),
+      )
+      for n, name in enumerate(names)
+      if _key(recipe, name) in table
+    ]
+    found = [(n, v) for n, v in found if len(v)]
+    ax.errorbar(
+      [v.mean() for _, v in found],
+      [n + 0.2 * (i - 1) for n, _ in found],
+      xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in found],
+      fmt='osD'[i],
+      color=('#0072b2', '#d55e00', '#009e73')[i],
+      label=label,
+    )
+
+
 def figure(made, path):
   """Differences from the full model: a panel a data set and recipe, a row a choice of parts."""
   panels = [
@@ -139,29 +166,7 @@ def figure(made, path):
   )
   names = [name for name in PARTS if name != FULL]
   for ax, (data, table, recipe) in zip(axes[0], panels, strict=True):
-    for i, (condition, label) in enumerate(LABELS.items()):
-      found = [
-        (
-          n,
-          100
-          * np.array(
-            grid.paired(
-              table, _key(recipe, name), _key(recipe, FULL), condition, grid.metric_of(table)
-            )
-          ),
-        )
-        for n, name in enumerate(names)
-        if _key(recipe, name) in table
-      ]
-      found = [(n, v) for n, v in found if len(v)]
-      ax.errorbar(
-        [v.mean() for _, v in found],
-        [n + 0.2 * (i - 1) for n, _ in found],
-        xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in found],
-        fmt='osD'[i],
-        color=('#0072b2', '#d55e00', '#009e73')[i],
-        label=label,
-      )
+    _draw(ax, table, recipe, names)
     ax.axvline(0, color='0.4', linewidth=1)
     ax.set(title=f'{data}, {recipe}', xlabel='points against all parts')
     ax.grid(axis='x', alpha=0.4)

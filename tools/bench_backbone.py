@@ -72,7 +72,7 @@ def torch_twin(tower: loading.Tower) -> transformers.LlamaModel:
   return model.eval()
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -81,8 +81,11 @@ def main() -> None:
   parser.add_argument('--tokens', type=int, default=14)
   parser.add_argument('--rounds', type=int, default=15)
   parser.add_argument('--json', action='store_true', help='print one JSON object')
-  args = parser.parse_args()
+  return parser.parse_args()
 
+
+def main() -> None:
+  args = _arguments()
   tower = loading.load_tower(args.path, modality='text', dtype='float32', attention='xla')
   tokens_bt = (
     np.random.default_rng(0)
@@ -112,25 +115,38 @@ def main() -> None:
         input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
       ).hidden_states[-NUM_STATES:]
 
+  report = _seconds(ours, theirs, args.rounds) | {
+    'max_abs_difference': float(np.abs(np.asarray(ours()[-1]) - theirs()[-1].numpy()).max()),
+    'compile_s': compile_s,
+    'temp_bytes': step.memory_analysis().temp_size_in_bytes,
+  }
+  _print(args, report)
+
+
+def _seconds(ours, theirs, rounds: int) -> dict:
+  """Times both in turn; the first round does not count."""
   seconds = {'molt_jax': [], 'pytorch': []}
-  for _ in range(args.rounds + 1):
+  for _ in range(rounds + 1):
     for name, run in (('molt_jax', ours), ('pytorch', theirs)):
       start = time.perf_counter()
       run()
       seconds[name].append(time.perf_counter() - start)
   median = {name: statistics.median(s[1:]) for name, s in seconds.items()}
+  return {
+    'median_s': median,
+    'min_s': {name: min(s[1:]) for name, s in seconds.items()},
+    'speedup': median['pytorch'] / median['molt_jax'],
+  }
+
+
+def _print(args: argparse.Namespace, measured: dict) -> None:
   report = {
     'model': args.path,
     'batch': args.batch,
     'tokens': args.tokens,
     'rounds': args.rounds,
     'dtype': 'float32',
-    'median_s': median,
-    'min_s': {name: min(s[1:]) for name, s in seconds.items()},
-    'speedup': median['pytorch'] / median['molt_jax'],
-    'max_abs_difference': float(np.abs(np.asarray(ours()[-1]) - theirs()[-1].numpy()).max()),
-    'compile_s': compile_s,
-    'temp_bytes': step.memory_analysis().temp_size_in_bytes,
+    **measured,
     'cpus': os.cpu_count(),
     'load_average': os.getloadavg()[0],
     'torch_threads': torch.get_num_threads(),
@@ -145,6 +161,7 @@ def main() -> None:
   if args.json:
     print(json.dumps(report))
   else:
+    median = report['median_s']
     print(
       f'molt_jax {median["molt_jax"]:.3f} s, PyTorch {median["pytorch"]:.3f} s (medians of '
       f'{args.rounds}): '

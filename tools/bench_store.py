@@ -140,6 +140,30 @@ def one_of_each_size(batches):
   return {str({name: x.shape for name, x in batch.items()}): batch for batch in batches}.values()
 
 
+def _lanes(bench: Bench, stored) -> dict[str, list]:
+  """name -> [state, frozen towers, batches, steps a turn, seconds a step so far]."""
+  nothing = dict.fromkeys(MODALITIES)
+  lanes = {
+    'live': [bench.frozen, bench.batches(None), 1],
+    'live_padded': [bench.frozen, bench.batches(None, padded=True), 1],
+    'store_padded': [nothing, bench.batches(stored, padded=True), STORED_PER_LIVE],
+    'store': [nothing, bench.batches(stored), STORED_PER_LIVE],
+  }
+  return {name: [bench.state(), *lane, []] for name, lane in lanes.items()}
+
+
+def _head_seconds(bench: Bench, state, stored, rounds: int) -> float:
+  """Median seconds of a step on one stored batch that is on the device already."""
+  nothing, taken = dict.fromkeys(MODALITIES), []
+  on_device = sharding.put_batch(next(iter(bench.batches(stored))), bench.mesh)
+  for _ in range(rounds * STORED_PER_LIVE):
+    start = time.perf_counter()
+    state, metrics = bench.step(state, nothing, on_device)
+    jax.block_until_ready(metrics)
+    taken.append(time.perf_counter() - start)
+  return statistics.median(taken)
+
+
 def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   """Returns the measurements; all times are medians over the rounds."""
   bench = Bench(config, rows)
@@ -149,33 +173,14 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
   stored, fill_seconds = bench.fill()
   forward.append(bench.forward())
   _, again = bench.fill()
-  nothing = dict.fromkeys(MODALITIES)
-  lanes = {
-    'live': [bench.state(), bench.frozen, bench.batches(None), 1, []],
-    'live_padded': [bench.state(), bench.frozen, bench.batches(None, padded=True), 1, []],
-    'store_padded': [
-      bench.state(),
-      nothing,
-      bench.batches(stored, padded=True),
-      STORED_PER_LIVE,
-      [],
-    ],
-    'store': [bench.state(), nothing, bench.batches(stored), STORED_PER_LIVE, []],
-  }
+  lanes = _lanes(bench, stored)
   for batch in one_of_each_size(itertools.islice(bench.batches(None), rounds + 1)):
     bench.step(bench.state(), bench.frozen, sharding.put_batch(batch, bench.mesh))
   for turn in range(rounds + 1):
     for lane in lanes.values():
       lane[0], seconds = bench.seconds(*lane[:4])
       lane[4] += [seconds] if turn else []  # The first turn compiles.
-  first = next(iter(bench.batches(stored)))
-  on_device = sharding.put_batch(first, bench.mesh)
-  state, head = lanes['store'][0], []
-  for _ in range(rounds * STORED_PER_LIVE):
-    start = time.perf_counter()
-    state, metrics = bench.step(state, nothing, on_device)
-    jax.block_until_ready(metrics)
-    head.append(time.perf_counter() - start)
+  head_seconds = _head_seconds(bench, lanes['store'][0], stored, rounds)
   taken = {name: lane[4] for name, lane in lanes.items()}
   step_seconds = {
     f'{name}_step_seconds': statistics.median(seconds) for name, seconds in taken.items()
@@ -190,7 +195,7 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
     'batch_size': config.train.batch_size,
     'dtype': config.features.dtype,
     **step_seconds,
-    'head_step_seconds': statistics.median(head),
+    'head_step_seconds': head_seconds,
     **{
       f'{name}_images_per_second': config.train.batch_size / step_seconds[f'{name}_step_seconds']
       for name in ('live', 'store')

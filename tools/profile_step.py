@@ -74,6 +74,21 @@ class Stepper:
     return metrics
 
 
+def _part(call, seconds: float, step: float) -> dict:
+  function, arguments = call
+  flops = matmul_flops(function, *arguments)
+  return {'seconds': seconds, 'share': seconds / step, 'flops': flops}
+
+
+def _device(device: jax.Device, mesh: jax.sharding.Mesh) -> dict:
+  return {
+    'kind': device.device_kind,
+    'platform': device.platform,
+    'used': mesh.size,
+    'load_average': os.getloadavg()[0],
+  }
+
+
 def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path) -> dict:
   """Returns what the tool prints, as a dict."""
   workload = Workload.open(config, num_classes=classes)
@@ -92,26 +107,13 @@ def measure(config, *, rounds: int, classes: int, data: str, trace: pathlib.Path
   )
   median = {name: statistics.median(values) for name, values in taken.items()}
   step = median['step']
-  split = {
-    name: {
-      'seconds': median[name],
-      'share': median[name] / step,
-      'flops': matmul_flops(call, *arguments),
-    }
-    for name, (call, arguments) in calls.items()
-  }
+  split = {name: _part(call, median[name], step) for name, call in calls.items()}
   rest = step - sum(part['seconds'] for part in split.values())
   device = jax.devices()[0]
   flops = matmul_flops(workload.step(), *workload.shapes())
-  peak = PEAK_FLOPS.get(device.device_kind)
-  peak = peak and peak * workload.mesh.size
+  peak = PEAK_FLOPS.get(device.device_kind, 0) * workload.mesh.size or None
   return {
-    'device': {
-      'kind': device.device_kind,
-      'platform': device.platform,
-      'used': workload.mesh.size,
-      'load_average': os.getloadavg()[0],
-    },
+    'device': _device(device, workload.mesh),
     'batch_size': config.train.batch_size,
     'max_tokens': config.text.max_tokens,
     'quantization': config.backbones.quantization,

@@ -356,13 +356,8 @@ def from_gguf(
     'eos': get('add_eos_token', False),
   }
   before, after = ((ids[k],) if add[k] and ids[k] is not None else () for k in ('bos', 'eos'))
-  return wrap(
-    backend,
-    Special(bos, eos, pad),
-    vocab_size=vocab_size,
-    source=where,
-    around=(before, after),
-  )
+  how = {'vocab_size': vocab_size, 'source': where, 'around': (before, after)}
+  return wrap(backend, Special(bos, eos, pad), **how)
 
 
 def _column(get, name: str, size: int, where: str) -> Sequence[Any]:

@@ -276,6 +276,17 @@ def check_line(output: str) -> None:
 # ---- A run folder --------------------------------------------------------------------------------
 
 
+def _log(conditions) -> list[dict]:
+  """What a run logs."""
+  step = {'step': 10, 'loss': 1.5, 'images_per_second': 9.5, 'cca_correlation': [0.1]}
+  scores = {name: {'accuracy': 0.5, 'f1_micro': 0.5} for name in conditions}
+  pairs = {'pairs': {'held_out_correlation': [0.5]}}
+  return [
+    {'kind': 'train', **step},
+    {'kind': 'validation', 'step': 20, 'score': 0.5, **scores, **pairs},
+  ]
+
+
 def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
   """Writes what a finished run leaves, small."""
   folder.mkdir(parents=True)
@@ -306,26 +317,7 @@ def write_run(folder, rng, *, classes: int = 3, rows: int = 12) -> None:
   records.write_mistakes(
     folder, {'split': 'test', 'step': 40, 'conditions': worst, 'examples': examples}
   )
-  scores = {name: {'accuracy': 0.5, 'f1_micro': 0.5} for name in p.conditions}
-  _dump_lines(
-    folder / 'metrics.jsonl',
-    [
-      {
-        'kind': 'train',
-        'step': 10,
-        'loss': 1.5,
-        'images_per_second': 9.5,
-        'cca_correlation': [0.1],
-      },
-      {
-        'kind': 'validation',
-        'step': 20,
-        'score': 0.5,
-        **scores,
-        'pairs': {'held_out_correlation': [0.5]},
-      },
-    ],
-  )
+  _dump_lines(folder / 'metrics.jsonl', _log(p.conditions))
   call = {'from_step': 0, 'seconds': 3.4, 'peak_device_bytes': None, 'peak_host_bytes': 25_000_000}
   _dump(
     folder / 'run.json',
