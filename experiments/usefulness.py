@@ -328,7 +328,7 @@ def best_of(rows: Mapping[str, Any], names: Any, condition: str) -> tuple[float,
   return max(((score, name) for score, name in found if score is not None), default=None)
 
 
-def rivals(rows: Mapping[str, Any], condition: str) -> dict[str, tuple[float, str] | None]:
+def strongest(rows: Mapping[str, Any], condition: str) -> dict[str, tuple[float, str] | None]:
   """Returns what the default must reach, each less MARGIN: kind -> (score, row)."""
   kinds = {'baseline or probe': BASELINES, 'late fusion': [LATE_FUSION]}
   found = {kind: best_of(rows, names, condition) for kind, names in kinds.items()}
@@ -367,10 +367,10 @@ def data_lines(data: str, rows: Mapping[str, Any]) -> list[str]:
   lines.append('')
   for condition, label in COLUMNS.items():
     own = mean(rows, DEFAULT, condition)
-    for kind, rival in rivals(rows, condition).items() if own is not None else ():
-      if rival:
-        said = f'{word(own - rival[0])} ({100 * own:.1f}, {100 * rival[0]:.1f})'
-        lines.append(f'- {label}, against the best {kind}, {rival[1]}: {said}.')
+    for kind, best in strongest(rows, condition).items() if own is not None else ():
+      if best:
+        against = f'{word(own - best[0])} ({100 * own:.1f}, {100 * best[0]:.1f})'
+        lines.append(f'- {label}, against the best {kind}, {best[1]}: {against}.')
   return [*lines, '']
 
 
@@ -386,11 +386,11 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     cells = []
     for condition in COLUMNS:
       own = mean(rows, DEFAULT, condition)
-      rival = max((x for x in rivals(rows, condition).values() if x), default=None)
-      if own is None or rival is None:
-        cells.append(f'{100 * rival[0]:.1f} ({rival[1]})' if rival else '-')
+      best = max((x for x in strongest(rows, condition).values() if x), default=None)
+      if own is None or best is None:
+        cells.append(f'{100 * best[0]:.1f} ({best[1]})' if best else '-')
       else:
-        cells.append(f'{100 * own:.1f}: {word(own - rival[0])} ({rival[1]})')
+        cells.append(f'{100 * own:.1f}: {word(own - best[0])} ({best[1]})')
     lines.append(f'| {data} | {" | ".join(cells)} |')
   return lines
 
