@@ -146,7 +146,8 @@ def load_split(config: Any, split: str, class_names: Sequence[str] | None = None
   """
   spec = spec_of(config)
   read = _read_splits(config, spec, (split,))
-  _hold_out(read, config, spec)
+  if 'train' in read.splits:
+    _hold_out(read, config, spec)
   read.splits = {split: read.splits[split]}
   return _for_model(read, class_names, config, spec)
 
