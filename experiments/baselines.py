@@ -16,6 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from molt_jax.data import formats
 from molt_jax.data.modalities import CONDITIONS, MODALITIES
 
 SPLITS = ('train', 'validation', 'test')
@@ -177,7 +178,7 @@ def pixels(inputs: Inputs) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=100_000)
 def _small(file):
-  image = Image.open(io.BytesIO(file)).convert('RGB')
+  image = Image.open(io.BytesIO(file), formats=formats.FORMATS).convert('RGB')
   return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255.0
 
 

@@ -684,10 +684,8 @@ def test_transformers_reads_the_shipped_tower():
     np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize('preset', ['quickstart', 'table'])
-def test_presets_use_the_shipped_tower(preset):
-  overrides = {'dataset.path': 'FOLDER'} if preset == 'table' else {}
-  config = CLASSIFIER.load(str(ROOT / 'configs' / f'{preset}.py'), overrides)
+def test_small_variants_of_presets_use_the_shipped_tower():
+  config = CLASSIFIER.load('mm_imdb:small')
   assert config.backbones.image.path == 'pkg://molt_jax/pretrained/openmoji'
 
 

@@ -225,7 +225,11 @@ def test_two_processes_fill_one_store_together(make_tiny_config, tmp_path):
   (added_0, found_0, report_0), (added_1, found_1, report_1) = (note for _, _, note in filled)
   assert added_0 and added_1 and not set(added_0) & set(added_1), 'nothing is computed twice'
   assert found_0 == found_1 and {
-    key for split in found_0.values() for keys in split.values() for key in keys if key
+    key
+    for split in found_0.values()
+    for keys in split.values()
+    for several in keys
+    for key in several
   } == {*added_0, *added_1}
   assert (
     report_0 == report_1

@@ -70,6 +70,7 @@ def test_a_run_that_failed_at_its_first_step_goes_on_as_if_it_had_not(
 
   def fail_at_six(self, state, monitor):
     if int(state.step) == 6:
+      self.checkpoints.close()  # That of step 3 is written.
       raise KeyboardInterrupt
     return validate(self, state, monitor)
 

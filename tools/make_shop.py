@@ -55,7 +55,7 @@ WEB_PAGE = b'<!DOCTYPE html><html><title>404 Not Found</title></html>'
 
 def _on_background(data: bytes, rng: np.random.Generator) -> Image.Image:
   """Returns a drawing on white as a photo: smaller, on a coloured background with noise."""
-  drawn = Image.open(io.BytesIO(data)).convert('RGB')
+  drawn = Image.open(io.BytesIO(data), formats=['PNG']).convert('RGB')
   colour_c = rng.integers(120, 250, 3)
   noisy = colour_c + rng.normal(0, 8, (SIDE, SIDE, 3))
   photo = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))

@@ -68,6 +68,6 @@ def _key(name):
 
 
 def _enlarged(path):
-  image = Image.open(path).convert('RGBA')
+  image = Image.open(path, formats=['PNG']).convert('RGBA')
   size = [ENLARGED * side for side in image.size]
   return image.resize(size, Image.Resampling.NEAREST)

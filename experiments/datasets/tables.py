@@ -80,7 +80,7 @@ def emoji(data_dir: str = '~/.cache/molt_jax/datasets') -> list[folders.Example]
   for split, source in data.splits.items():
     for n in range(len(source)):
       row = source[n]
-      image = Image.open(io.BytesIO(row['image']))
+      image = Image.open(io.BytesIO(row['image']), formats=['PNG', 'JPEG'])
       label = data.class_names[row['label']]
       examples.append(folders.Example(row['id'], image, row['text'], label, row['id'], split))
   return examples

@@ -45,7 +45,7 @@ def build(cache: pathlib.Path) -> tuple[list[folders.Example], str]:
 def _picture(path):
   raster, vector = path.with_suffix('.png'), path.with_suffix('.svg')
   if raster.exists():
-    return Image.open(raster)
+    return Image.open(raster, formats=['PNG', 'JPEG'])
   return drawings.render(vector) if vector.exists() else None
 
 

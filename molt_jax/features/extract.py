@@ -93,8 +93,9 @@ class Extraction:
   def _cells(self, modality: str) -> int:
     """Cells along a side that images are pooled to, 0 where every token is kept."""
     wanted = self.reads[modality].cells
-    pools = modality == 'image' and cells.pools(self.towers[modality].config, wanted)
-    return wanted if pools else 0
+    if modality != 'image' or not wanted:
+      return 0
+    return wanted if cells.pools(self.towers[modality].config, wanted) else 0
 
   def run(self, frozen: Mapping[str, Any], arrays: Mapping[str, jax.Array], modality: str):
     """Returns the features of a batch, [B, L, N, D]."""
