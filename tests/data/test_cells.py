@@ -115,7 +115,6 @@ CASES = [
       0,
       1.5,
       True,
-      ['a.png'],
       {'path': 'a.png'},
       'https://example.org/a.png',
       'data:image/png;base64,AAAA',
@@ -639,12 +638,21 @@ def test_any_json_in_any_cell_is_read_or_refused_in_one_line(folder, column, val
   got = {'image': row.image, 'text': row.text, 'label': row.labels}[column]
   if column == 'label' and isinstance(value, list):
     assert multi_label and all(not isinstance(part, list | dict) for part in value)
+  elif column == 'image' and isinstance(value, list):  # Several images of one row.
+    assert all(part is None or isinstance(part, str) for part in value)
   elif got and column != 'label':
     assert isinstance(value, str) and (column == 'image' or got == cells.clean(value))
   else:
     assert not isinstance(value, list | dict)
   for reader in (from_hateful_memes, from_mm_imdb, from_snli_ve):
     outcome(reader, folder, 'text', value)
+
+
+def test_a_list_of_images_is_several_images_of_a_row(folder):
+  assert from_table(folder, 'image', ['a.png'], 'jsonl') == 'a.png'
+  for value in ([['a.png']], [{'path': 'a.png'}], [3]):
+    with pytest.raises(UserError):
+      from_table(folder, 'image', value, 'jsonl')
 
 
 # ---- Files of published data sets ----------------------------------------------------------------
