@@ -234,7 +234,7 @@ def test_two_processes_fill_one_store_together(make_tiny_config, tmp_path):
   assert (
     report_0 == report_1
     and report_0.startswith('1 unusable image')
-    and found_0['train']['image'][0] is None
+    and not found_0['train']['image'][0]
   )
 
 
