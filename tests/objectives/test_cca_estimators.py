@@ -2,6 +2,8 @@
 that it learns planted correlations.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,6 +168,15 @@ def test_mistakes_are_named(arguments):
     make_estimator(arguments[0], **arguments[1])
   with pytest.raises(ValueError, match='at most the width 12'):
     make_estimator('moving_average').init(1, WIDTH)
+
+
+def test_every_product_is_at_the_highest_precision():
+  """Accelerators round the factors of others to half of float32's digits and fewer."""
+  arguments = ESTIMATOR.init(LAYERS, WIDTH), *batch(0)
+  for platform in ('tpu', 'cuda'):
+    lowered = STEP.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall('dot_general .*', lowered)
+    assert products and all('precision = [HIGHEST, HIGHEST]' in p for p in products)
 
 
 # Signal.

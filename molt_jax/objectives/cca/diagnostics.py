@@ -33,19 +33,22 @@ def fit_directions(x_nd, y_nd, *, weight_n=None, ridge=1e-3):
   Returns:
     `Directions` with k = min(n, d1, d2); zero where fewer exist.
   """
-  arguments = jnp.asarray(x_nd), jnp.asarray(y_nd), _weights(weight_n, x_nd), jnp.float32(ridge)
-  return _fit(*lax.stop_gradient(arguments))
+  x_nd, y_nd, weight_n, ridge = lax.stop_gradient(
+    (jnp.asarray(x_nd), jnp.asarray(y_nd), _weights(weight_n, x_nd), jnp.float32(ridge))
+  )
+  rows = weigh_rows(weight_n)
+  with jax.default_matmul_precision('highest'):
+    view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
+  return _fit(view_x, view_y, rows, ridge)
 
 
 @in_turn
-def _fit(x_nd, y_nd, weight_n, ridge):
-  with jax.default_matmul_precision('highest'):
-    rows = weigh_rows(weight_n)
-    view_x, view_y = centre(x_nd, rows), centre(y_nd, rows)
-    x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
-    p_ks, _, q_sj = svd(cross(x, y) * (x.scale * y.scale))
-    x_dk = _directions(view_x, x, p_ks.T)
-    y_dk = _directions(view_y, y, q_sj)
+@jax.default_matmul_precision('highest')
+def _fit(view_x, view_y, rows, ridge):
+  x, y = (whiten(view.x_nd, rows, ridge, 'eigh') for view in (view_x, view_y))
+  p_ks, _, q_sj = svd(cross(x, y) * (x.scale * y.scale))
+  x_dk = _directions(view_x, x, p_ks.T)
+  y_dk = _directions(view_y, y, q_sj)
   return Directions(view_x.mean_d, view_y.mean_d, x_dk, y_dk)
 
 
@@ -59,6 +62,7 @@ def _weights(weight_n, x_nd):
   return jnp.ones(x_nd.shape[0]) if weight_n is None else jnp.asarray(weight_n).astype(jnp.float32)
 
 
+@jax.default_matmul_precision('highest')
 def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
   """Pearson correlation of each pair of canonical variables, [k] float32 in [-1, 1].
 
@@ -77,7 +81,7 @@ def held_out_correlations(directions, x_nd, y_nd, *, weight_n=None):
   def variables(view_nd, direction_dk):
     """Centred, of length 1, times the roots of the weights; 0 where only rounding is left."""
     direction_dk = direction_dk / magnitude(direction_dk, axis=0)
-    v_nk = jnp.matmul(centre(view_nd, rows).x_nd, direction_dk, precision='highest')
+    v_nk = centre(view_nd, rows).x_nd @ direction_dk
     v_nk -= rows.unit_n[:, None] * (rows.unit_n @ v_nk)[None, :]
     norm_k = jnp.linalg.norm(v_nk, axis=0)
     is_nothing_k = norm_k <= 4 * EPS * jnp.linalg.norm(direction_dk, axis=0)

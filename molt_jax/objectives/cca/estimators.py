@@ -60,9 +60,9 @@ def make_estimator(
   rows, scaled by all weight over current weight, so that its size is that of the gradient through
   every row. aux: 'correlation', and 'held_out_correlation', the mean correlation of the current
   batch along directions fitted on the past alone, which is 0 on average for independent views, and
-  NaN before there is a past. Its sums of squares are float32: numbers in a view beyond 1e12 count
-  as 1e12, and weights beyond 1e6 as 1e6; what deviates by less than 1e-19 counts as constant once
-  it is past.
+  NaN before there is a past. Its sums of squares are float32: numbers beyond 1e12 along a direction
+  count as 1e12, and weights beyond 1e6 as 1e6; what deviates by less than 1e-19 counts as constant
+  once it is past.
 
   Args:
     name: 'batch' or 'moving_average'.
@@ -165,6 +165,7 @@ class _MovingAverage:
 ESTIMATORS = {'batch': _batch, 'moving_average': _moving_average}
 # So that squares, times weights, times d or a window, stay in float32.
 _LARGEST, _MOST_WEIGHT = 1e12, 1e6
+_MILLIONTH = 2.0**-20
 _LARGEST_GRADIENT = 1e30  # Its products with the projection do so as well.
 
 
@@ -229,10 +230,10 @@ def _updated(past, decay, z_lbj, weight_b):
 
 def _project(view_lbd, projection_ldk, weight_b):
   view_lbd = jnp.where(weight_b[None, :, None] > 0, view_lbd.astype(jnp.float32), 0.0)
-  view_lbd = in_range(view_lbd, _LARGEST)
-  return jnp.einsum(
-    'lbd,ldk->lbk', view_lbd, lax.stop_gradient(projection_ldk), precision='highest'
-  )
+  # By a millionth of the projection, no sum leaves float32, and k numbers are clipped, not d.
+  projection_ldk = lax.stop_gradient(projection_ldk) * _MILLIONTH
+  z_lbk = jnp.einsum('lbd,ldk->lbk', view_lbd, projection_ldk, precision='highest')
+  return in_range(z_lbk, _LARGEST * _MILLIONTH) / _MILLIONTH
 
 
 @jax.custom_vjp
@@ -257,10 +258,9 @@ def _held_out(past, batch, ridge):
   """
   (x_lpk, y_lpk, weight_p), (x_lbk, y_lbk, weight_b) = past, batch
 
-  def one_layer(layer):
-    x_pk, y_pk, x_bk, y_bk = layer
+  def one_layer(x_pk, y_pk, x_bk, y_bk):
     directions = fit_directions(x_pk, y_pk, weight_n=weight_p, ridge=ridge)
     return jnp.mean(held_out_correlations(directions, x_bk, y_bk, weight_n=weight_b))
 
-  held_out_l = lax.map(one_layer, lax.stop_gradient((x_lpk, y_lpk, x_lbk, y_lbk)))
+  held_out_l = jax.vmap(one_layer)(*lax.stop_gradient((x_lpk, y_lpk, x_lbk, y_lbk)))
   return jnp.where(jnp.sum(weight_p) > 0, held_out_l, jnp.nan)

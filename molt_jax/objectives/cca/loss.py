@@ -27,7 +27,7 @@ Cholesky (`solver='eigh'`), the polar factor of a [k, k] matrix by SVD. The Gram
 `cca.estimator=batch` alone, where the width exceeds the batch.
 
 The functions below come in the order of the calls: `cca_loss` -> `_loss` (the derivative rule) ->
-`_loss_and_gradients` -> `_attempt`, which calls `whitening` and `polar`.
+`_loss_and_gradients` -> `_solved` -> `_attempt`, which calls `whitening` and `polar`.
 """
 
 import functools
@@ -136,11 +136,13 @@ def _check(x_nd, y_nd, weight_n, ridge, solver):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(solver, x_nd, y_nd, weight_n, ridge):
-  return _computed(solver, with_gradients=False)(x_nd, y_nd, weight_n, ridge)
+  return _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver, with_gradients=False)
 
 
 def _loss_fwd(solver, x_nd, y_nd, weight_n, ridge):
-  loss, dx_nd, dy_nd = _computed(solver, with_gradients=True)(x_nd, y_nd, weight_n, ridge)
+  loss, dx_nd, dy_nd = _loss_and_gradients(
+    x_nd, y_nd, weight_n, ridge, solver, with_gradients=True
+  )
   return loss, (
     dx_nd,
     dy_nd,
@@ -165,25 +167,20 @@ def _as_like(gradient_nd, like):
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-@functools.cache
-def _computed(solver, *, with_gradients):
-  """`_loss_and_gradients` of one pair of views, to be mapped over others; or the value alone.
-
-  XLA drops what is not used.
-  """
-
-  def compute(*arguments):
-    result = _loss_and_gradients(*arguments, solver)
-    return result if with_gradients else result[0]
-
-  return in_turn(compute)
-
-
-def _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver):
-  """Loss and its float32 gradients."""
+def _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver, *, with_gradients):
+  """Loss and its float32 gradients, or the loss alone."""
   with jax.default_matmul_precision('highest'):
     rows = weigh_rows(weight_n)
     centred_x, centred_y = centre(x_nd, rows), centre(y_nd, rows)
+  return _solved(solver, with_gradients=with_gradients)(centred_x, centred_y, rows, ridge)
+
+
+@functools.cache
+def _solved(solver, *, with_gradients):
+  """From centred views on: what calls LAPACK, thus one pair of views after the other on a CPU."""
+
+  @jax.default_matmul_precision('highest')
+  def solve(centred_x, centred_y, rows, ridge):
     result, is_sound = _attempt(centred_x, centred_y, rows, ridge, solver)
     if is_sound is not None:
       result = either(
@@ -196,7 +193,10 @@ def _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver):
         rows,
         ridge,
       )
-  return result
+    # XLA drops what is not used.
+    return result if with_gradients else result[0]
+
+  return in_turn(solve)
 
 
 def _attempt(centred_x, centred_y, rows, ridge, solver):
