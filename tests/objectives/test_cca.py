@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from molt_jax.objectives.cca import linalg
 from molt_jax.objectives.cca.diagnostics import effective_rank, fit_directions
 from molt_jax.objectives.cca.loss import SOLVERS, canonical_correlations, cca_loss
 from molt_jax.runtime import sharding
@@ -118,7 +119,7 @@ def test_dominating_directions_match_float64(shape):
   assert_matches(loss_and_gradients(x_nd, y_nd), oracle(x_nd, y_nd, 1e-3))
 
 
-@pytest.mark.parametrize('shape', [(32, 256, 200), (200, 64, 48)], ids=str)
+@pytest.mark.parametrize('shape', [(32, 256, 200), (200, 64, 48), (400, 160, 140)], ids=str)
 def test_any_condition_number_matches_float64(shape):
   """Well-conditioned views go without eigenvectors; to either side of where that ends, and at it,
   the value is the same.
@@ -129,6 +130,17 @@ def test_any_condition_number_matches_float64(shape):
     spectrum_k = np.geomspace(1, condition**-0.5, len(right))
     graded_nd = (left * spectrum_k @ right).astype(np.float32)
     assert_matches(loss_and_gradients(graded_nd, y_nd, ridge=0.1), oracle(graded_nd, y_nd, 0.1))
+
+
+@pytest.mark.parametrize('scale', [1e-20, 1, 1e20])
+def test_bound_of_the_norm_of_a_wide_matrix(scale):
+  k, rng = 200, np.random.default_rng(0)
+  q_kk = np.linalg.qr(rng.normal(size=(k, k)))[0]
+  spectra = np.ones(k), np.eye(k)[0], np.arange(k) < 2, rng.random(k) ** 2, np.geomspace(1, 1e-6, k)
+  for e_k in spectra:
+    bound = linalg.norm_bound(jnp.asarray(scale * (q_kk * e_k) @ q_kk.T, jnp.float32))
+    assert 0.99 * max(e_k) < bound / scale < 1.7 * max(e_k)
+  assert not linalg.norm_bound(jnp.full((k, k), jnp.nan)) < np.inf
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from molt_jax.objectives.cca.linalg import LARGEST, either, in_turn, singular_values
+from molt_jax.objectives.cca.linalg import LARGEST, in_turn, or_else, singular_values
 from molt_jax.objectives.cca.polar import POLAR
 from molt_jax.objectives.cca.whitening import centre, cross, weigh_rows, whiten
 
@@ -140,9 +140,7 @@ def _loss(solver, x_nd, y_nd, weight_n, ridge):
 
 
 def _loss_fwd(solver, x_nd, y_nd, weight_n, ridge):
-  loss, dx_nd, dy_nd = _loss_and_gradients(
-    x_nd, y_nd, weight_n, ridge, solver, with_gradients=True
-  )
+  loss, dx_nd, dy_nd = _loss_and_gradients(x_nd, y_nd, weight_n, ridge, solver, with_gradients=True)
   return loss, (
     dx_nd,
     dy_nd,
@@ -183,16 +181,8 @@ def _solved(solver, *, with_gradients):
   def solve(centred_x, centred_y, rows, ridge):
     result, is_sound = _attempt(centred_x, centred_y, rows, ridge, solver)
     if is_sound is not None:
-      result = either(
-        is_sound,
-        lambda result, *_: result,
-        lambda _, *views: _attempt(*views, 'svd')[0],
-        result,
-        centred_x,
-        centred_y,
-        rows,
-        ridge,
-      )
+      views = centred_x, centred_y, rows, ridge
+      result = or_else(is_sound, result, lambda *views: _attempt(*views, 'svd')[0], *views)
     # XLA drops what is not used.
     return result if with_gradients else result[0]
 

@@ -21,10 +21,10 @@ from molt_jax.objectives.cca.linalg import (
   either,
   inverse_cholesky,
   is_well_conditioned,
-  largest_row_sum,
+  norm_bound,
+  or_else,
   products_suffice,
   svd,
-  transposed,
 )
 from molt_jax.objectives.cca.polar import newton_schulz_polar, newton_schulz_root
 
@@ -100,19 +100,17 @@ def centre(x_nd, rows):
   Rows of weight 0 are never read, so they may hold NaN.
   """
   valid_n1 = rows.root_weight_n[:, None] > 0
-  x_nd = jnp.where(valid_n1, x_nd.astype(jnp.float32), 0.0)
-  first_n1 = jnp.arange(x_nd.shape[0])[:, None] == jnp.argmax(valid_n1)
-  first_d = jnp.sum(jnp.where(first_n1, x_nd, 0.0), axis=0)
+  x_nd = x_nd.astype(jnp.float32)
+  first_d = jnp.where(jnp.any(valid_n1), x_nd[jnp.argmax(valid_n1)], 0.0)
+  x_nd = jnp.where(valid_n1, x_nd, first_d[None, :])
   # The size of what differs: beside a constant column, the others can be too small for float32.
   # Half of a difference is always in range.
-  size = magnitude(
-    2 * jnp.max(jnp.abs(0.5 * x_nd - 0.5 * first_d[None, :]), initial=0.0, where=valid_n1)
-  )
+  above_d, below_d = (0.5 * end(x_nd, axis=0) - 0.5 * first_d for end in (jnp.max, jnp.min))
+  size = magnitude(jnp.maximum(above_d, -below_d))
   start_d = first_d * (1 / size)
   # A constant column can leave float32 here; one that is not finite is to be NaN.
   same_d = jnp.where(jnp.isfinite(first_d), first_d, jnp.nan)
-  differs_nd = valid_n1 & (x_nd != same_d[None, :])
-  x_nd = jnp.where(differs_nd, x_nd * (1 / size) - start_d[None, :], 0.0)
+  x_nd = jnp.where(x_nd == same_d[None, :], 0.0, x_nd * (1 / size) - start_d[None, :])
   spread = magnitude(x_nd)
   x_nd = x_nd * (1 / spread)
   mean_d = jnp.zeros_like(first_d)
@@ -144,13 +142,13 @@ def whiten(x_nd, rows, ridge, solver):
   """`Factor` of a centred view, in Gram space when n <= d."""
   n, d = x_nd.shape
   in_gram_space = n <= d
-  s_kk = x_nd @ x_nd.T if in_gram_space else transposed(x_nd) @ x_nd
+  s_kk = x_nd @ x_nd.T if in_gram_space else x_nd.T @ x_nd
   return _WHITEN[solver][in_gram_space](x_nd, s_kk, ridge / d, rows)
 
 
 def cross(x, y):
   """A = T_x' T_y of two `Factor`s, [k, j]; its singular values are the canonical correlations."""
-  return jnp.linalg.multi_dot([*(transposed(m) for m in reversed(x.t)), *y.t])
+  return jnp.linalg.multi_dot([*(m.T for m in reversed(x.t)), *y.t])
 
 
 def _rounding(shape):
@@ -172,28 +170,30 @@ def _whiten_covariance_eigh(x_nd, s_dd, r, rows):
   whole_dd = s_dd + r * jnp.eye(s_dd.shape[0])
   inverse_l_dd = inverse_cholesky(whole_dd)
   inverse_dd = inverse_l_dd.T @ inverse_l_dd
-  square = largest_row_sum(inverse_dd)  # Of the norm of B.
+  square = norm_bound(inverse_dd)  # Of the norm of B.
   # What rounding has left in place of a singular value of 0, B enlarges. The view has norm 1: that
   # of S is at most its largest singular value, and mostly not far below.
   rounding = _rounding(x_nd.shape) * jnp.linalg.norm(s_dd) * jnp.sqrt(square) * _scale(r)
   rounding = jnp.where(r * square < _MOSTLY_RIDGE, 0.0, rounding)
-  factor = Factor((x_nd, inverse_l_dd.T), (inverse_l_dd,), None, _scale(r), rounding=rounding)
   is_accurate = is_well_conditioned(whole_dd, inverse_dd)
-  return either(
-    is_accurate,
-    lambda factor, *_: factor,
-    lambda _, x_nd, r: _whiten_covariance_svd(x_nd, None, r, None),
-    factor,
-    x_nd,
-    r,
-  )
+  by_cholesky = x_nd, inverse_l_dd, inverse_l_dd, rounding
+  found = or_else(is_accurate, by_cholesky, _covariance_by_svd, x_nd, r)
+  return _covariance_factor(*found, _scale(r))
 
 
 def _whiten_covariance_svd(x_nd, s_dd, r, rows):
   del s_dd, rows
+  return _covariance_factor(*_covariance_by_svd(x_nd, r), _scale(r))
+
+
+def _covariance_by_svd(x_nd, r):
   u_nd, t_d, back_d, _, v_dd = _whitened_svd(x_nd, r)
-  back_dd = back_d[:, None] * v_dd
-  return Factor((u_nd, jnp.diag(t_d)), (back_dd,), None, _scale(r), rounding=jnp.zeros(()))
+  return u_nd, jnp.diag(t_d), back_d[:, None] * v_dd, jnp.zeros(())
+
+
+def _covariance_factor(left_nd, right_dd, back_dd, rounding, scale):
+  """Of T = left right'."""
+  return Factor((left_nd, right_dd.T), (back_dd,), None, scale, rounding=rounding)
 
 
 def _whiten_covariance_newton_schulz(x_nd, s_dd, r, rows):
@@ -216,28 +216,41 @@ def _whiten_gram_eigh(x_nd, k_nn, r, rows):
   n = k_nn.shape[0]
   at = jnp.argmax(rows.unit_n)
   v_n = rows.unit_n + jax.nn.one_hot(at, n)
-  h_nn = jnp.eye(n) - (2 / (v_n @ v_n)) * v_n[:, None] * v_n[None, :]
+  v_n = v_n * lax.rsqrt(0.5 * (v_n @ v_n))  # H = I - v v'.
   is_left_n = (rows.root_weight_n > 0) & (jnp.arange(n) != at)
-  g_nd = x_nd - (2 / (v_n @ v_n)) * v_n[:, None] * (v_n @ x_nd)[None, :]
-  g_nd = jnp.where(is_left_n[:, None], g_nd, 0.0)
-  m_nn = jnp.where(is_left_n[:, None] & is_left_n[None, :], h_nn @ k_nn @ h_nn, 0.0)
+  m_nn = jnp.where(is_left_n[:, None] & is_left_n[None, :], _reflected(k_nn, v_n), 0.0)
   whole_nn = m_nn + jnp.diag(jnp.where(is_left_n, r, jnp.trace(m_nn) / n))
   inverse_l_nn = inverse_cholesky(whole_nn)
   j_nn = inverse_l_nn.T @ inverse_l_nn
-  r_nn = j_nn @ m_nn
-  l_nn = jnp.linalg.cholesky(r_nn + jnp.diag(jnp.where(is_left_n, 0.0, 1.0)))
-  back_nn = solve_triangular(l_nn, j_nn, lower=True)
-  t_nn = h_nn @ jnp.where(is_left_n[:, None], l_nn, 0.0)
-  factor = Factor((t_nn,), (back_nn, g_nd), r * (h_nn @ j_nn @ h_nn.T), _scale(r))
-  is_accurate = is_well_conditioned(whole_nn, j_nn) & (r * largest_row_sum(j_nn) < _MOSTLY_RIDGE)
+  is_accurate = is_well_conditioned(whole_nn, j_nn) & (r * norm_bound(j_nn) < _MOSTLY_RIDGE)
   return either(
     is_accurate,
-    lambda factor, *_: factor,
-    lambda _, x_nd, r: _whiten_gram_svd(x_nd, None, r, None),
-    factor,
+    _gram_by_cholesky,
+    lambda x_nd, r, *_: _whiten_gram_svd(x_nd, None, r, None),
     x_nd,
     r,
+    m_nn,
+    j_nn,
+    v_n,
+    is_left_n,
   )
+
+
+def _gram_by_cholesky(x_nd, r, m_nn, j_nn, v_n, is_left_n):
+  """From M = H K H of the rows that are left and J = (M + r)^(-1), where R = J M."""
+  l_nn = jnp.linalg.cholesky(j_nn @ m_nn + jnp.diag(jnp.where(is_left_n, 0.0, 1.0)))
+  back_nn = solve_triangular(l_nn, j_nn, lower=True)
+  g_nd = jnp.where(is_left_n[:, None], x_nd - v_n[:, None] * (v_n @ x_nd)[None, :], 0.0)
+  t_nn = jnp.where(is_left_n[:, None], l_nn, 0.0)
+  t_nn -= v_n[:, None] * (v_n @ t_nn)[None, :]
+  return Factor((t_nn,), (back_nn, g_nd), r * _reflected(j_nn, v_n), _scale(r))
+
+
+def _reflected(a_nn, v_n):
+  """H A H with H = I - v v', a reflection, of a symmetric A."""
+  u_n = a_nn @ v_n
+  u_n -= 0.5 * (v_n @ u_n) * v_n
+  return a_nn - v_n[:, None] * u_n[None, :] - u_n[:, None] * v_n[None, :]
 
 
 def _whiten_gram_svd(x_nd, k_nn, r, rows):
