@@ -83,6 +83,16 @@ OURS = {
   'MoLT, first release': FIRST_RELEASE,
   DEFAULT: {},
 }
+# Fields of the config that the hidden states of a data set depend on.
+READ_BY_PROBES = (
+  'backbones.dtype',
+  'backbones.quantization',
+  'backbones.text.path',
+  'backbones.image.path',
+  'backbones.image.resolution',
+  'image.resize',
+  'text.max_tokens',
+)
 BASELINES = {**baselines.PIXELS_AND_TFIDF, **baselines.PROBES}
 ROWS = (*BASELINES, *OURS)
 # A difference that counts, in accuracy.
@@ -128,9 +138,15 @@ def key_of(config: ml_collections.ConfigDict, row: str, prints: Mapping[str, Any
   if row in baselines.PIXELS_AND_TFIDF:
     fields = {}
   elif row in baselines.PROBES:
-    fields = {name: fields[name] for name in ('backbones', 'text', 'image')}
+    fields = {name: _field(fields, name) for name in READ_BY_PROBES}
   content = json.dumps([row, fields, prints], sort_keys=True)
   return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _field(fields, name):
+  for part in name.split('.'):
+    fields = fields[part]
+  return fields
 
 
 def path_of(data: str) -> pathlib.Path:
@@ -334,8 +350,9 @@ def strongest(rows: Mapping[str, Any], condition: str) -> dict[str, tuple[float,
   found = {kind: best_of(rows, names, condition) for kind, names in kinds.items()}
   if condition == 'none_absent':
     both = [best_of(rows, [*ALONE.values()], name) for name in CONDITIONS]
-    own = [best_of(rows, [DEFAULT], name) for name in CONDITIONS[1:]]
-    found['unimodal'] = max((x for x in [*both, *own] if x), default=None)
+    own = [(mean(rows, DEFAULT, name), f'{DEFAULT}, {COLUMNS[name]}') for name in CONDITIONS[1:]]
+    scored = [x for x in [*both, *own] if x and x[0] is not None]
+    found['unimodal'] = max(scored, default=None)
   elif condition in CONDITIONS:
     left = MODALITIES[1 - COLUMN[condition.removesuffix('_absent')]]
     found['unimodal'] = best_of(rows, [ALONE[left]], condition)
