@@ -179,7 +179,7 @@ def configure(
   )
   fields = _fields(options, found, config)
   _say(records, found)
-  snapshots = _Snapshots(workdir / 'data', found, options, fields['dataset.multi_label'])
+  snapshots = _Snapshots(workdir / memory.FOLDER, found, options, fields['dataset.multi_label'])
   fields['dataset.path'] = os.path.abspath(snapshots.write(records) if path is None else path)
   fields['dataset.table.test_fraction'] = TEST_SHARE
   for split in ('test', 'validation'):

@@ -14,6 +14,7 @@ from molt_jax import commands, train
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
+from molt_jax.data.tables import memory
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 
@@ -87,6 +88,7 @@ def test_a_shops_file_trains_untouched(run):
   said = '\n'.join(lines)
   assert 'image = Foto' in said and '(guessed: image' in said and 'not used: Nr, Preis' in said
   assert "read as Windows-1252, for example 'Würfel" in said or "'Würfel" in said
+  assert 'texts of train (100 %) have the name of their class in them: artikel.csv:' in said
   assert '12 for test' in said and 'set aside: 1 odd row: artikel.csv row 12: both image' in said
 
 
@@ -141,6 +143,22 @@ def test_the_same_command_goes_on_and_other_data_are_refused(run, shop, preset, 
   assert 'the data have changed since step 6' in capsys.readouterr().err
 
 
+def test_describe_takes_the_same_table_and_leaves_no_folder_of_refused_data(
+  shop, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  tower = '--config.backbones.text.path=random:llama-tiny'
+  assert commands.main(['describe', f'{shop}/artikel.csv', '--label=Kategorie', tower]) == 0
+  report = json.loads((tmp_path / 'describe' / 'artikel' / 'describe.json').read_text())
+  assert report['splits']['test']['examples'] == 12 and len(report['checks']) == 1
+  assert '2 unusable images' in capsys.readouterr().err
+  (tmp_path / 'bad').mkdir()
+  (tmp_path / 'bad' / 'bad.csv').write_text('text,label\nx,a\ny,a\n')
+  assert commands.main(['describe', 'bad/bad.csv', tower]) == 2
+  assert 'one class only' in capsys.readouterr().err
+  assert [path.name for path in (tmp_path / 'describe').iterdir()] == ['artikel']
+
+
 # ---- In Python -----------------------------------------------------------------------------------
 
 
@@ -179,6 +197,13 @@ def test_a_data_frame_is_the_file_that_it_was_read_from(run, shop, preset, tmp_p
   for x in data.splits['train']:
     as_file = examples[int(x['id'].split(':')[1])]
     assert {**x, 'id': ''} == {**as_file, 'id': ''}
+  # Where the folder of the run was moved, the table in it is found.
+  (tmp_path / 'data').rename(tmp_path / 'elsewhere')
+  assert memory.moved(config.dataset.path, tmp_path) == config.dataset.path
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'elsewhere').rename(tmp_path / 'run' / 'data')
+  found = memory.moved(config.dataset.path, tmp_path / 'run')
+  assert found.startswith(str(tmp_path / 'run')) and found.endswith('data.arrow')
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from molt_jax.data.tables.rows import Aside, Row, Spec, read_rows, spec_of
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 
+_MOST_CLASSES = 20  # That are not asked about however few rows there are.
 _SHOWN = 5  # Rows that are set aside, on screen.
 
 
@@ -125,6 +126,11 @@ def load(config: Any) -> Dataset:
   read = _read_splits(config, spec, layout.SPLITS)
   name, labelled = read.names['train'], [row for row in read.splits['train'] if row.labels]
   class_names = class_names_of(name, labelled)
+  if spec.lenient and len(class_names) > max(_MOST_CLASSES, len(labelled) / 2):
+    raise UserError(
+      f'{name}: {spec.label} has {len(class_names):,} different values in {len(labelled):,} rows: '
+      'is it the column of labels? Name another (molt fit: --label=COLUMN)'
+    )
   read.remarks += check_classes(name, labelled, spec.multi_label)
   _drop_unseen(read, class_names, spec)
   _hold_out(read, config, spec)

@@ -16,14 +16,19 @@ import jax
 import ml_collections
 
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.resolved import set_field
 from molt_jax.config.schema import Schema
 from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.data.sources import Source
+from molt_jax.data.tables import memory
 from molt_jax.errors import UserError
 from molt_jax.features import frozen
 from molt_jax.runtime import console, sharding
 from molt_jax.training import checkpoint, resuming
 from molt_jax.training.assembly import Assembly, assemble
+
+# Fields that may name a table which a fit wrote to the folder of its run.
+_SNAPSHOTS = ('dataset.path', 'dataset.table.test_file', 'dataset.table.validation_file')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,9 @@ def open(workdir: str | pathlib.Path, *, schema: Schema = CLASSIFIER) -> Trained
   """
   workdir = pathlib.Path(workdir)
   config = schema.read_run(workdir)
+  for name in _SNAPSHOTS:
+    if path := schema.get(config, name):
+      set_field(config, name, memory.moved(path, workdir))
   meta, restore = checkpoint.load_model(workdir, config.eval.select)
   changed = resuming.other_fields(meta, config, resuming.FREE_IN_USE, schema)
   if changed:

@@ -256,7 +256,7 @@ def zipped():
 
 
 def write(path, content):
-  path.write_bytes(content)
+  path.write_bytes(content.encode() if isinstance(content, str) else content)
   return path
 
 
@@ -342,6 +342,34 @@ def test_several_labels_and_none_of_them(folder):
   data = load(folder / 'a.jsonl', multi_label=True, modalities='text')
   assert data.class_names == ('x', 'y') and not data.aside
   assert set(data.splits['train'].labels) == {(0, 1), ()}
+
+
+def test_labels_that_are_no_classes_are_asked_about(folder):
+  text = ''.join(f',thing {n},{n}.5\n' for n in range(40))
+  write(folder / 'a.csv', b'image,text,label\n' + text.encode())
+  with pytest.raises(UserError, match='label has 40 different values in 40 rows'):
+    load(folder / 'a.csv')
+
+
+def test_paths_as_windows_writes_them(folder):
+  (folder / 'sub').mkdir()
+  (folder / '0.png').rename(folder / 'sub' / '0.png')
+  text = 'sub\\0.png,x,red\n1.png,y,blue\n' * 5
+  write(folder / 'a.csv', b'image,text,label\n' + text.encode())
+  assert {x[0] for x in examples(load(folder / 'a.csv')).values()} == {
+    png((n, 2 * n, 90)) for n in (0, 1)
+  }
+
+
+def test_a_modality_that_is_not_used_needs_no_column(folder):
+  write(folder / 'a.csv', 'text,label\n' + ''.join(f'thing {n},{"ab"[n % 2]}\n' for n in range(9)))
+  config = CLASSIFIER.default()
+  config.dataset.path, config.dataset.modalities = str(folder / 'a.csv'), 'text'
+  config.dataset.table.test_fraction = 0.3
+  assert len(datasets.load_dataset(config).splits['test']) == 3
+  config.dataset.modalities = 'image,text'
+  with pytest.raises(UserError, match='lacks the column image'):
+    datasets.load_dataset(config)
 
 
 # ---- Columns -------------------------------------------------------------------------------------

@@ -167,6 +167,15 @@ def write_snapshot(
   return path, found.remarks()
 
 
+FOLDER = 'data'  # Of a run, for its snapshots.
+
+
+def moved(path: str, workdir: pathlib.Path) -> str:
+  """Returns where a snapshot is whose run was moved to `workdir`; other paths as they are."""
+  here = workdir.joinpath(FOLDER, *pathlib.PurePath(path).parts[-2:])
+  return str(here) if not os.path.exists(path) and here.is_file() else path
+
+
 def _write(
   rows: Iterator[dict[str, Any]], schema: pa.Schema, folder: pathlib.Path, name: str
 ) -> pathlib.Path:

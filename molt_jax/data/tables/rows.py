@@ -371,10 +371,13 @@ def as_image(value: Any, folder: str, cache: str) -> pictures.Image:
     folder: what paths are relative to.
     cache: folder that keeps what is fetched.
   """
+  if isinstance(value, str) and pictures.is_address(value):
+    return pictures.Address(value, cache)
   if isinstance(value, str):
-    return (
-      pictures.Address(value, cache) if pictures.is_address(value) else os.path.join(folder, value)
-    )
+    path = os.path.join(folder, value)
+    if '\\' in value and not os.path.exists(path):  # Written on Windows.
+      path = os.path.join(folder, value.replace('\\', '/'))
+    return path
   if isinstance(value, pictures.Picture):
     return value
   return pictures.in_memory(value)
