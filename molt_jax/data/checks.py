@@ -6,7 +6,7 @@ by their size or compression alone are found in a sample (`nearly_same_images`).
 """
 
 import collections
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,14 @@ def look(dataset: Dataset, *, sample: int) -> list[Finding]:
   found = []
   for check in _CHECKS:
     found += check(splits, dataset)
-  return found + nearly_same_images(dataset, sample)
+  known = set(splits['train'].image_keys)
+  equal = {
+    row
+    for name in ('validation', 'test')
+    for row, key in zip(splits[name].ids, splits[name].image_keys, strict=True)
+    if key in known
+  }
+  return found + nearly_same_images(dataset, sample, leave_out=equal)
 
 
 def _read(source: Source, image_keys: Sequence[Hashable]) -> _Split:
@@ -119,26 +126,26 @@ def _finding(check: str, examples: Sequence[str], message: str) -> Iterator[Find
 
 
 def _across_splits(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
-  """Rows of validation or test that train has too."""
+  """Rows of validation or test that a split before it has too."""
   del dataset
   kinds = (
-    ('same_example', 'are in train too, image and text', _both_keys),
-    ('same_text', 'have a text of train', lambda split: split.text_keys),
-    ('same_image', 'have an image of train', lambda split: split.image_keys),
+    ('same_example', 'are in {} too, image and text', _both_keys),
+    ('same_text', 'have a text of {}', lambda split: split.text_keys),
+    ('same_image', 'have an image of {}', lambda split: split.image_keys),
   )
-  named: set[str] = set()
-  for check, words, keys_of in kinds:
-    train = _things(keys_of(splits['train']))
-    for name in ('validation', 'test'):
-      split = splits[name]
+  for name, others in (('validation', ['train']), ('test', ['train', 'validation'])):
+    split, named = splits[name], set()
+    for check, words, keys_of in kinds:
+      known = set().union(*(_things(keys_of(splits[other])) for other in others))
       twice = [
         row
         for row, key in zip(split.ids, keys_of(split), strict=True)
-        if key is not None and key in train and row not in named
+        if key is not None and key in known and row not in named
       ]
       named |= set(twice)
       count = f'{len(twice):,} of {len(split.ids):,} rows of {name}'
-      yield from _finding(f'{check}_in_{name}', twice, f'{count} {words}: {{}}')
+      message = f'{count} {words.format(" or ".join(others))}: {{}}'
+      yield from _finding(f'{check}_in_{name}', twice, message)
 
 
 def _both_keys(split: _Split) -> list[Hashable]:
@@ -186,12 +193,13 @@ def _small_classes(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[F
     for k, name in enumerate(dataset.class_names)
     if counts['train'][k] < FEW_ROWS
   ]
-  message = f'{len(few)} classes have fewer than {FEW_ROWS} rows in train: {{}}'
+  message = f'classes of fewer than {FEW_ROWS} rows in train ({len(few)}): {{}}'
   yield from _finding('class_of_few_rows', few, message)
   none = [
     shown(name) for k, name in enumerate(dataset.class_names) if not counts.get('test', {0: 1})[k]
   ]
-  yield from _finding('class_not_in_test', none, f'{len(none)} classes have no row in test: {{}}')
+  message = f'classes without a row in test ({len(none)}): {{}}'
+  yield from _finding('class_not_in_test', none, message)
 
 
 def _named_in_text(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Finding]:
@@ -204,9 +212,8 @@ def _named_in_text(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[F
       named.append(train.ids[row])
   with_text = sum(text is not None for text in train.texts)
   share = 100 * len(named) / max(with_text, 1)
-  message = (
-    f'{len(named):,} texts of train ({share:.0f} %) have the name of their class in them: {{}}'
-  )
+  count = f'{len(named):,} of {with_text:,} texts of train ({share:.0f} %)'
+  message = f'{count} have the name of their class in them: {{}}'
   yield from _finding('label_in_text', named, message)
 
 
@@ -242,7 +249,9 @@ _CHECKS: tuple[Callable[[Mapping[str, _Split], Dataset], Iterator[Finding]], ...
 # ---- Pictures that are nearly the same -----------------------------------------------------------
 
 
-def nearly_same_images(dataset: Dataset, sample: int) -> list[Finding]:
+def nearly_same_images(
+  dataset: Dataset, sample: int, leave_out: Collection[str] = ()
+) -> list[Finding]:
   """Finds images of validation and test that are images of train, resized or compressed anew.
 
   Two pictures are nearly the same where, of 256 comparisons of the brightness of neighbours on a
@@ -251,6 +260,7 @@ def nearly_same_images(dataset: Dataset, sample: int) -> list[Finding]:
   Args:
     dataset: all of its splits.
     sample: images per split that are looked at, evenly spaced.
+    leave_out: ids of examples that are named already.
   """
   total = sum(min(sample, len(source)) for source in dataset.splits.values())
   with console.progress('comparing images', total, 'images') as bar:
@@ -264,7 +274,7 @@ def nearly_same_images(dataset: Dataset, sample: int) -> list[Finding]:
     near = [
       f'{row} like {train_ids[place]}'
       for row, place in zip(ids, _nearest(bits_nb, train_nb), strict=True)
-      if place >= 0
+      if place >= 0 and row not in leave_out
     ]
     message = (
       f'{len(near):,} of {len(ids):,} images of {name} are nearly the same as one of train: '

@@ -170,7 +170,8 @@ def _why_not_utf8(file: pathlib.Path) -> str:
 def _check_is_text(name: str, first: str) -> None:
   if '\0' in first:
     raise UserError(
-      f'{name} has zero bytes in its first line: it is UTF-16, or no text at all; save it as UTF-8'
+      f'{name} has zero bytes in its first line: it is UTF-16, or no text at all; save it as '
+      'UTF-8, or give its encoding (utf-16-le, perhaps)'
     )
 
 

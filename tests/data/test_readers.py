@@ -336,12 +336,14 @@ def test_words_for_nothing_are_the_users_if_he_names_them(folder):
   assert data.class_names == ('None', 'dent', 'scratch') and len(data.aside) == 9
 
 
-def test_several_labels_and_none_of_them(folder):
+def test_several_labels_and_none_of_them(folder, capsys):
   lines = ['{"text": "a", "label": ["x", "y"]}', '{"text": "b", "label": []}'] * 6
   write(folder / 'a.jsonl', '\n'.join(lines).encode())
   data = load(folder / 'a.jsonl', multi_label=True, modalities='text')
   assert data.class_names == ('x', 'y') and not data.aside
   assert set(data.splits['train'].labels) == {(0, 1), ()}
+  found = capsys.readouterr().err
+  assert 'a.jsonl rows 2, 4, 6, 8, 10 and 1 more: label is empty: taken as none' in found
 
 
 def test_labels_that_are_no_classes_are_asked_about(folder):
@@ -412,6 +414,22 @@ def test_a_label_of_another_name_is_the_column_of_few_values():
   data['farbe'] = ['rot', 'blau'] * 15
   with pytest.raises(UserError, match="which column is the label.*'art' and 'farbe' may be it"):
     assigned(data)
+
+
+@pytest.mark.parametrize(
+  'columns',
+  [
+    {
+      'photos/1.jpg': ['photos/2.jpg'] * 20,
+      'a thing': ['b thing'] * 20,
+      'Toys': ['Food', 'Toys'] * 10,
+    },
+    {'a red thing': ['a blue thing'] * 20, 'Toys': ['Food', 'Toys'] * 10},
+  ],
+)
+def test_a_first_line_of_cells_is_no_header(columns):
+  with pytest.raises(UserError, match='which look like cells: put a line above it'):
+    assigned(columns)
 
 
 def test_empty_columns_are_nothing():

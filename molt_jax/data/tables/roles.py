@@ -113,6 +113,8 @@ def assign(
     UserError: a column that was given is not there, or the label cannot be guessed.
   """
   sample = _sample(records)
+  if not any(sample.values()):
+    raise UserError(f'{records.name} has no rows, or all of them are empty')
   given = {'image': image, 'text': text, 'label': label, 'split': split}
   for role, columns in given.items():
     for column in [columns] if isinstance(columns, str) else columns or ():
@@ -127,6 +129,12 @@ def assign(
   if label is None:
     label = _guess_label(records, sample, taken)
     taken.add(label)
+    if label in sample[label] or any(map(_looks_like_image, records.columns)):
+      first = findings.some([cells.shown(column) for column in records.columns])
+      raise UserError(
+        f'{records.name}: its first line has {first}, which look like cells: put a line above it '
+        'that names the columns'
+      )
   if text is None:
     text = _guess_text(sample, taken)
   used = {*image, *text, label, split, *others}

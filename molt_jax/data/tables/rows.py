@@ -228,6 +228,10 @@ class _Reader:
       return Rows(list(self._rows.values()), remarks, [], {})
     lost = self._lose_images(remarks)
     self._odd |= found.refused()
+    none = [n for n, row in self._rows.items() if not row.labels and n not in self._odd]
+    if spec.multi_label and self._has_label and none:
+      rows = findings.rows_in_words(none)
+      remarks.append(f'{records.name} {rows}: {spec.label} is empty: taken as none of the labels')
     for reason, numbers in self._incomplete(unlabelled).items():
       for number in numbers:
         gone = lost.get(self._rows[number].id)
