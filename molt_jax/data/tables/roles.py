@@ -113,8 +113,6 @@ def assign(
     UserError: a column that was given is not there, or the label cannot be guessed.
   """
   sample = _sample(records)
-  if not any(sample.values()):
-    raise UserError(f'{records.name} has no rows, or all of them are empty')
   given = {'image': image, 'text': text, 'label': label, 'split': split}
   for role, columns in given.items():
     for column in [columns] if isinstance(columns, str) else columns or ():
@@ -129,12 +127,7 @@ def assign(
   if label is None:
     label = _guess_label(records, sample, taken)
     taken.add(label)
-    if label in sample[label] or any(map(_looks_like_image, records.columns)):
-      first = findings.some([cells.shown(column) for column in records.columns])
-      raise UserError(
-        f'{records.name}: its first line has {first}, which look like cells: put a line above it '
-        'that names the columns'
-      )
+    _check_header(records, sample[label], label)
   if text is None:
     text = _guess_text(sample, taken)
   used = {*image, *text, label, split, *others}
@@ -147,6 +140,16 @@ def assign(
     guessed=tuple(role for role, columns in given.items() if columns is None),
     unused=tuple(column for column in records.columns if column not in used),
   )
+
+
+def _check_header(records: Records, values: Sequence[Any], label: str) -> None:
+  """Raises UserError where the first line may be a row, and no names."""
+  if label in values or any(map(_looks_like_image, records.columns)):
+    first = findings.some([cells.shown(column) for column in records.columns])
+    raise UserError(
+      f'{records.name}: its first line has {first}, which look like cells: put a line above it '
+      'that names the columns'
+    )
 
 
 def check_there(records: Records, column: str, flag: str) -> None:
@@ -174,6 +177,8 @@ def _sample(records: Records) -> dict[str, list[Any]]:
     for column, value in row.items():
       if not _is_empty(value):
         found[column].append(value)
+  if not any(found.values()):
+    raise UserError(f'{records.name} has no rows, or all of them are empty')
   return found
 
 
