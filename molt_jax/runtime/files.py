@@ -32,9 +32,11 @@ class Enclosed(abc.ABC):
 
   Attributes:
     size: its bytes.
+    archive: the file that it is in.
   """
 
   size: int
+  archive: pathlib.Path
 
   @abc.abstractmethod
   def open(self) -> AbstractContextManager[IO[bytes]]:
@@ -47,6 +49,12 @@ Path = str | os.PathLike | Enclosed
 def open_binary(path: Path) -> AbstractContextManager[IO[bytes]]:
   """Opens a file to be read, wherever it lies."""
   return path.open() if isinstance(path, Enclosed) else open(path, 'rb')
+
+
+def version(path: Path) -> tuple[int, ...]:
+  """Returns what changes when a file, or the one it is in, is written again."""
+  found = os.stat(path.archive if isinstance(path, Enclosed) else path)
+  return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_file(path: Path) -> int:

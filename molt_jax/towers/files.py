@@ -444,6 +444,13 @@ def _sha256(paths: Iterable[files.Path]) -> str:
   """Hash over the contents of files, in this order."""
   digest = hashlib.sha256()
   for path in paths:
-    with files.open_binary(path) as f:
-      digest.update(hashlib.file_digest(f, 'sha256').digest())
+    digest.update(_digest(path, files.version(path)))
   return digest.hexdigest()
+
+
+@functools.lru_cache
+def _digest(path: files.Path, version: tuple[int, ...]) -> bytes:
+  """Hash of a file, taken once: a tower is described before it is loaded."""
+  del version
+  with files.open_binary(path) as f:
+    return hashlib.file_digest(f, 'sha256').digest()
