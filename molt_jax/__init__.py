@@ -11,14 +11,6 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 __version__ = '0.1.0'
 
 
-def fit(data, image=None, text=None, label=None, *, workdir, **options):
-  """Trains on a table as it is and returns what `load` does; see `molt_jax.fit.fit`."""
-  import importlib  # Importing the package alone must stay quick: no JAX.
-
-  train_on = importlib.import_module('molt_jax.fit').fit
-  return train_on(data, image, text, label, workdir=workdir, **options)
-
-
 def load(workdir):
   """Opens a trained classifier: `molt_jax.load(DIR).predict(image=..., text=...)`; see
   `molt_jax.predict.Predictor`.
@@ -29,6 +21,10 @@ def load(workdir):
 
 
 def __getattr__(name):
+  if name == 'fit':  # The module of this name, which can be called as its function `fit`.
+    import importlib
+
+    return importlib.import_module('molt_jax.fit')
   if name == 'MoltClassifier':
     from molt_jax import estimator  # It needs scikit-learn, which nothing else does.
 

@@ -1,7 +1,6 @@
 """`molt fit`: a table as people have it trains untouched, and its run is one as any other."""
 
 import csv
-import importlib
 import json
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 import molt_jax
 from molt_jax import commands, train
+from molt_jax import fit as fit_lib
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
@@ -18,7 +18,6 @@ from molt_jax.data.tables import memory
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 
-fit_lib = importlib.import_module('molt_jax.fit')  # `molt_jax.fit` may be the function.
 COLOURS = {'rot': (200, 30, 30), 'grün': (30, 180, 40), 'blau': (40, 60, 210)}
 HEADER = ['Nr', 'Titel', 'Beschreibung', 'Foto', 'Preis', 'Kategorie']
 

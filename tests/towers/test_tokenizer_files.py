@@ -457,7 +457,7 @@ def test_any_change_of_tokenizer_json_gives_legal_ids_or_one_line(tmp_path_facto
     try:
       for key in path[:-1]:
         parent = parent[key]
-      parent[path[-1]] = value
+      parent[path[-1]] = copy.deepcopy(value)
     except (KeyError, IndexError, TypeError):
       continue
   folder = tmp_path_factory.mktemp('any')
