@@ -25,11 +25,12 @@ import ml_collections
 import rich.table
 import rich.text
 
-from molt_jax import errors, fit
+from molt_jax import errors
 from molt_jax.config import resolved
 from molt_jax.data import checks, datasets, text_length
 from molt_jax.data.summary import describe
 from molt_jax.errors import UserError
+from molt_jax.fit import configure, options_of
 from molt_jax.reporting.contact_sheet import contact_sheet
 from molt_jax.runtime import atomic, console, logbook, terminal
 from molt_jax.towers import files as files_lib
@@ -136,7 +137,7 @@ def command(flags: argparse.Namespace) -> None:
     name = pathlib.PurePath(flags.table).stem or name
   out = pathlib.Path(flags.out or f'describe/{name}')
   if flags.table is not None:
-    config, _ = fit.configure(flags.table, fit.options_of(flags), config, out)
+    config, _ = configure(flags.table, options_of(flags), config, out)
   run(config, out, sample=flags.sample, sheet=flags.sheet)
 
 
