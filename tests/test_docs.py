@@ -10,7 +10,7 @@ from molt_jax.config import PRETRAIN_SCHEMA, SCHEMA, default_config
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
   ROOT / 'README.md',
-  *sorted((ROOT / 'docs').glob('*.md')),
+  *sorted((ROOT / 'docs').rglob('*.md')),
   ROOT / 'experiments' / 'README.md',
   ROOT / 'molt_jax' / 'pretrained' / 'openmoji' / 'README.md',
 ]
@@ -127,3 +127,7 @@ def test_every_page_is_in_the_index_and_has_a_title():
     text = page.read_text()
     assert text.startswith('# '), page.name
     assert page.name == 'README.md' or f']({page.name})' in index, page.name
+  methods = ROOT / 'docs' / 'methods'
+  for page in methods.glob('*.md'):
+    assert page.read_text().startswith('# '), page.name
+    assert page.name == 'README.md' or f']({page.name})' in (methods / 'README.md').read_text()

@@ -256,7 +256,10 @@ FIELDS: dict[str, Any] = {
   },
   'classifier': {
     'kind': Field(
-      'mlp', one_of('linear', 'mlp'), 'mlp: LayerNorm, one hidden layer with GELU, dropout.'
+      'mlp',
+      one_of('linear', 'mlp', 'prototypes'),
+      'mlp: LayerNorm, one hidden layer with GELU, dropout; prototypes: cosines with a vector of '
+      'each class, with margins in training (molt, late_fusion).',
     ),
     'hidden': Field(512, at_least(1), 'Width of the hidden layer.'),
     'dropout': Field(0.3, below(0, 1), 'Dropout rate before the last layer.'),

@@ -5,7 +5,7 @@ To add a method, write its module (`molt_jax/methods/`) and give it a row here.
 
 from typing import Any, NamedTuple
 
-from molt_jax.config.fields import FLAG, Field, Rule, at_least, between, one_of
+from molt_jax.config.fields import FLAG, Field, Rule, at_least, between, more_than, one_of
 from molt_jax.config.layers import LAYERS
 
 
@@ -91,6 +91,26 @@ PMF = {
     0, at_least(0), 'Hidden width of the maps between towers; 0: half the width of the target.'
   ),
 }
+PROTOTYPES = {
+  'width': Field(
+    512, at_least(1), "Width that each modality's mean token is mapped to (method=prototypes)."
+  ),
+  'scale': Field(32.0, more_than(0), 'What cosines with prototypes are multiplied by.'),
+  'margin': Field(
+    0.1,
+    between(0, 1),
+    "Angle that training adds to a complete example's own classes, in radians.",
+  ),
+  'margin_missing': Field(
+    0.15, between(0, 1), 'The same for an example without one of its modalities.'
+  ),
+  'supcon': Field(
+    0.9,
+    at_least(0),
+    'Weight of the contrast that draws together the prototypes of a class (method=prototypes, and '
+    'molt with classifier.kind=prototypes).',
+  ),
+}
 METHODS = {
   'molt': Row('molt_jax.methods.molt', 'MoLT (Sun and Song 2024)', MOLT, trains_towers=True),
   'late_fusion': Row(
@@ -104,6 +124,14 @@ METHODS = {
   ),
   'pmf': Row(
     'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF
+  ),
+}
+METHODS |= {
+  'prototypes': Row(
+    'molt_jax.methods.prototypes',
+    'cosines with prototypes of each class, modality and missing pattern (DPL)',
+    PROTOTYPES,
+    trains_towers=True,
   ),
 }
 METHOD = Field(

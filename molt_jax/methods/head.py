@@ -24,9 +24,11 @@ from molt_jax.methods.parts import kernel_ridge
 from molt_jax.methods.parts.fusion import CLASSIFIERS
 from molt_jax.methods.parts.inputs import InputPair
 from molt_jax.methods.parts.interface import Output
+from molt_jax.methods.parts.prototypes import Margins
 from molt_jax.towers.loading import TowerSpec
 
 RIDGE = 'ridge'  # The regression's variables among the statistics.
+MARGIN = 'margin'  # The logits that prototypes are trained by, among the branches.
 TOWERS = 'towers'  # Parameters of towers among those that are trained.
 
 
@@ -35,7 +37,8 @@ class HeadMethod(base.Defaults):
   """A head over hidden states of both towers; see `base.Method`.
 
   Attributes:
-    head: Linen module, called as head(states, present_bm, train=, content_bm=, weight_b=).
+    head: Linen module, called as head(states, present_bm, train=, content_bm=, weight_b=), in
+      training also with label= where it has `margins`.
     states: modality -> hidden states that the head reads, numbered from 0.
     reads: modality -> what is read of the tower.
     modules: modality -> the tower's module, None for one that is not used.
@@ -44,6 +47,7 @@ class HeadMethod(base.Defaults):
     landmarks: of the kernel ridge regression beside the head (`parts.kernel_ridge`); 0: none.
     num_classes: K.
     multi_label: whether an example can have several labels.
+    contrast: weight of the contrast of prototypes (`parts.prototypes`), where the head has some.
     over_patterns: see `base.Method`.
   """
 
@@ -56,12 +60,28 @@ class HeadMethod(base.Defaults):
   landmarks: int = 0
   num_classes: int = 0
   multi_label: bool = False
+  contrast: float = 0.0
   over_patterns: Any = jax.vmap
 
   @property
   def num_layers(self) -> int:
     """L, the hidden states of each tower that the head reads."""
     return max(len(states) for states in self.states.values())
+
+  @property
+  def margins(self) -> Margins | None:
+    """What training does to the logits of prototypes; None for another classifier."""
+    return getattr(self.head, 'margins', None)
+
+  @property
+  def loss_weights(self) -> Mapping[str, float]:
+    """See `base.Method`."""
+    return {'supcon': self.contrast}
+
+  @property
+  def branch_weights(self) -> Mapping[str, float]:
+    """See `base.Method`."""
+    return {MARGIN: 1.0} if self.margins else {}
 
   @property
   def closed_form(self) -> tuple[str, ...]:
@@ -118,6 +138,7 @@ class HeadMethod(base.Defaults):
     if training:
       how = {'content_bm': batch['present'], 'weight_b': batch['weight']}
       how |= {'rngs': {'dropout': training.rngs['dropout']}}
+      how |= {'label': batch['label']} if self.margins else {}
     statistics = dict(variables.get('statistics', {}))
     ridge = statistics.pop(RIDGE, None)
     own = {'params': params, 'statistics': statistics}
@@ -220,6 +241,7 @@ def build(
     landmarks=config.ridge.landmarks,
     num_classes=num_classes,
     multi_label=config.dataset.multi_label,
+    contrast=config.prototypes.supcon,
   )
 
 
@@ -259,27 +281,39 @@ def make_head(config: ml_collections.ConfigDict, **sizes: int) -> nn.Module:
   return importlib.import_module(METHODS[config.method].module).make_head(config, **sizes)
 
 
-def inputs(config, num_layers: int, image_width: int, text_width: int) -> InputPair:
-  """Returns what turns hidden states into token sequences."""
+def inputs(
+  config, num_layers: int, image_width: int, text_width: int, strategy: str = ''
+) -> InputPair:
+  """Returns what turns hidden states into token sequences; `strategy` '': as the config says."""
   return InputPair(
     num_layers=num_layers,
     image_width=image_width,
     text_width=text_width,
     norm=config.molt.input_norm,
-    strategy=config.missing.strategy,
+    strategy=strategy or config.missing.strategy,
     dtype=jnp.dtype(config.compute_dtype),
   )
 
 
-def classifier(config, num_classes: int, axis: str) -> nn.Module:
-  """Returns the classifier that the config describes."""
-  return CLASSIFIERS[config.classifier.kind](
-    num_classes=num_classes,
-    hidden=config.classifier.hidden,
-    dropout=config.classifier.dropout,
-    axis=axis,
-    dtype=jnp.dtype(config.compute_dtype),
-  )
+def classifier(config, num_classes: int, axis: str, kind: str = '') -> nn.Module:
+  """Returns the classifier that the config describes, or one of another kind."""
+  kind = kind or config.classifier.kind
+  how = {'num_classes': num_classes, 'dropout': config.classifier.dropout, 'axis': axis}
+  if kind == 'prototypes':
+    return CLASSIFIERS[kind](scale=config.prototypes.scale, **how)
+  dtype = jnp.dtype(config.compute_dtype)
+  return CLASSIFIERS[kind](hidden=config.classifier.hidden, dtype=dtype, **how)
+
+
+def margins(config) -> Margins:
+  """Returns what training does to the logits of prototypes."""
+  c = config.prototypes
+  return Margins(c.scale, c.margin, c.margin_missing)
+
+
+def own_margins(config) -> Margins | None:
+  """The same, where prototypes are the classifier that the config describes."""
+  return margins(config) if config.classifier.kind == 'prototypes' else None
 
 
 def unimodal_classifiers(config, num_classes: int, axis: str) -> dict[str, nn.Module] | None:

@@ -8,6 +8,7 @@ from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base
 from molt_jax.methods import head as heads
 from molt_jax.methods.parts.interface import Output, pool
+from molt_jax.methods.parts.prototypes import Margins
 
 
 class LateFusionHead(nn.Module):
@@ -19,10 +20,12 @@ class LateFusionHead(nn.Module):
   Attributes:
     inputs: hidden states -> (image, text) sequences, an `InputPair` of one layer.
     classifier: a module of `fusion.CLASSIFIERS`.
+    margins: what training does to the logits of prototypes; None for another classifier.
   """
 
   inputs: nn.Module
   classifier: nn.Module
+  margins: Margins | None = None
 
   @nn.compact
   def __call__(
@@ -33,13 +36,18 @@ class LateFusionHead(nn.Module):
     train: bool,
     content_bm: jax.Array | None = None,
     weight_b: jax.Array | None = None,
+    label: jax.Array | None = None,
   ) -> Output:
     """See `head.make_head`."""
     sequences = self.inputs(
       states, present_bm, train=train, content_bm=content_bm, weight_b=weight_b
     )
     features_bd = jnp.concatenate([_pooled(sequence) for sequence in sequences], axis=-1)
-    return Output(self.classifier(features_bd, train=train))
+    logits_bk = self.classifier(features_bd, train=train)
+    if label is None:
+      return Output(logits_bk)
+    complete_b = sequences[0].present_b & sequences[1].present_b
+    return Output(logits_bk, branches_bk={heads.MARGIN: self.margins(logits_bk, label, complete_b)})
 
 
 def _pooled(sequence):
@@ -57,6 +65,7 @@ def make_head(config, *, num_layers, num_classes, image_width, text_width) -> La
   return LateFusionHead(
     inputs=heads.inputs(config, 1, image_width, text_width),
     classifier=heads.classifier(config, num_classes, 'embed'),
+    margins=heads.own_margins(config),
   )
 
 

@@ -20,6 +20,7 @@ from molt_jax.methods.parts.fusion import BilinearPooling, Fusion
 from molt_jax.methods.parts.imputation import CrossModalImputation
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.methods.parts.interface import Output, Tokens, TokenSequence, available_mean
+from molt_jax.methods.parts.prototypes import Margins, contrast_of
 
 
 class Translation(nn.Module):
@@ -116,6 +117,7 @@ class MoLTHead(nn.Module):
     cross_attention, layer_weights, fusion_attention: the switches of the paper's Table 2.
     fusion_residual: the classifier reads the fused vector + H_r.
     bilinear: factors of the bilinear pooling that is added to H_l; 0: the mean of eq. 5 alone.
+    margins: what training does to the logits of prototypes; None for another classifier.
     dtype: type of the matrix products; norms, softmax, means and logits are float32.
   """
 
@@ -131,6 +133,7 @@ class MoLTHead(nn.Module):
   fusion_attention: bool
   fusion_residual: bool
   bilinear: int
+  margins: Margins | None
   dtype: jnp.dtype
 
   @nn.compact
@@ -142,6 +145,7 @@ class MoLTHead(nn.Module):
     train: bool,
     content_bm: jax.Array | None = None,
     weight_b: jax.Array | None = None,
+    label: jax.Array | None = None,
   ) -> Output:
     """See `head.make_head`."""
     image, text = self.inputs(
@@ -170,7 +174,14 @@ class MoLTHead(nn.Module):
         joint_bc, image, text
       )
       features_bc += joint_bc if self.fusion_residual else 0.0
-    return Output(self._logits(features_bc, image.present_b, text.present_b, train=train), *pooled)
+    logits_bk = self._logits(features_bc, image.present_b, text.present_b, train=train)
+    out = Output(logits_bk, *pooled)
+    if label is None:
+      return out
+    harder_bk = self.margins(logits_bk, label, image.present_b & text.present_b)
+    modules = [self.classifier, *(self.alone or {}).values()]
+    supcon = contrast_of(modules, len(label))
+    return out.replace(branches_bk={heads.MARGIN: harder_bk}, losses_b=supcon)
 
   def _logits(self, features_bc, image_b, text_b, *, train):
     logits_bk = self.classifier(features_bc, train=train)
@@ -200,6 +211,7 @@ def make_head(config, *, num_layers, num_classes, image_width, text_width) -> Mo
     fusion_attention=config.fusion.attention,
     fusion_residual=config.fusion.residual,
     bilinear=config.molt.bilinear,
+    margins=heads.own_margins(config),
     dtype=jnp.dtype(config.compute_dtype),
   )
 

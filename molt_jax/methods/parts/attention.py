@@ -239,10 +239,13 @@ class PooledLayerNorm(nn.Module):
     )
 
 
-def dense(features: int, axes: tuple[str, str], dtype: jnp.dtype, *, name: str) -> nn.Dense:
+def dense(
+  features: int, axes: tuple[str, str], dtype: jnp.dtype, *, name: str, use_bias: bool = True
+) -> nn.Dense:
   """A `nn.Dense` with float32 parameters under logical names, axes = (input, output)."""
   return nn.Dense(
     features,
+    use_bias=use_bias,
     dtype=dtype,
     name=name,
     kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),

@@ -9,6 +9,7 @@ from flax import linen as nn
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.methods.parts.attention import LayerAffine, attend, dense
 from molt_jax.methods.parts.interface import Tokens, TokenSequence, available_mean
+from molt_jax.methods.parts.prototypes import Prototypes
 
 
 class Fusion(nn.Module):
@@ -137,4 +138,4 @@ class MLP(nn.Module):
     )
 
 
-CLASSIFIERS = {'linear': Linear, 'mlp': MLP}
+CLASSIFIERS = {'linear': Linear, 'mlp': MLP, 'prototypes': Prototypes}

@@ -120,3 +120,10 @@ def available_mean(parts: Sequence[jax.Array], available_bm: jax.Array) -> jax.A
   count_b1 = jnp.maximum(jnp.sum(available_bm, axis=-1, keepdims=True), 1).astype(jnp.float32)
   total = jnp.sum(both, axis=-2, where=jnp.broadcast_to(available_bm[:, :, None], both.shape))
   return total / jnp.broadcast_to(count_b1, total.shape)
+
+
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+  """Vectors along an axis at length one, float32; one of zeros stays zero."""
+  x = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+  return x * jnp.broadcast_to(jax.lax.rsqrt(jnp.maximum(square, 1e-12)), x.shape)
