@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from molt_jax.errors import UserError
-from molt_jax.training import checkpoint, train_state
+from molt_jax.training import checkpoint, checkpoint_files, checksums, train_state
 
 META = {
   'config': {'seed': 0},
@@ -55,7 +55,7 @@ def make_state(step=3, sharding=None, seed=0):
   return jax.device_put(jax.tree.map(jnp.asarray, state), sharding or jax.devices()[0])
 
 
-def save(workdir, *states, kinds=(checkpoint.LATEST,), position=5):
+def save(workdir, *states, kinds=(checkpoint_files.LATEST,), position=5):
   checkpoints = checkpoint.Checkpoints(workdir)
   checkpoints.prepare()
   for state in states:
@@ -68,7 +68,7 @@ def save(workdir, *states, kinds=(checkpoint.LATEST,), position=5):
 def saved(tmp_path_factory):
   """A folder with a latest checkpoint of step 3 and a best one of step 2."""
   workdir = tmp_path_factory.mktemp('saved')
-  save(workdir, make_state(2, seed=1), kinds=(checkpoint.BEST,))
+  save(workdir, make_state(2, seed=1), kinds=(checkpoint_files.BEST,))
   save(workdir, make_state(3))
   return workdir
 
@@ -93,10 +93,10 @@ def restore(workdir, state=None):
 
 
 def load(workdir):
-  meta, restore_model = checkpoint.load_model(workdir, 'latest')
+  meta, restore_model = checkpoint_files.load_model(workdir, 'latest')
   state = make_state()
   tree = {'params': state.params, 'statistics': state.statistics}
-  return meta, restore_model(checkpoint.abstract(tree))
+  return meta, restore_model(checkpoint_files.abstract(tree))
 
 
 def latest(workdir):
@@ -124,7 +124,7 @@ def test_a_state_comes_back_in_any_sharding_and_has_the_same_checksums(tmp_path,
     )
     for name, spec in SHARDINGS.items()
   }
-  assert checkpoint.checksums(placed[before]) == checkpoint.checksums(one)
+  assert checksums.of_arrays(placed[before]) == checksums.of_arrays(one)
   save(tmp_path, placed[before])
   restored, position = restore(tmp_path, placed[after])
   assert leaves(restored) == leaves(one) and position == {'next_index': 5}
@@ -136,9 +136,9 @@ def test_a_state_comes_back_in_any_sharding_and_has_the_same_checksums(tmp_path,
 def test_checksums_tell_values_types_and_shapes_apart():
   x = np.arange(6, dtype=np.float32)
   other = [x.reshape(2, 3), x.view(np.int32), np.nextafter(x, 9), x[::-1], x.astype(np.float16)]
-  sums = [checkpoint.checksums({'x': y})['x'] for y in (x, *other)]
+  sums = [checksums.of_arrays({'x': y})['x'] for y in (x, *other)]
   assert len(set(sums)) == len(sums)
-  assert checkpoint.checksums({'x': x.reshape(2, 3)}) == checkpoint.checksums(
+  assert checksums.of_arrays({'x': x.reshape(2, 3)}) == checksums.of_arrays(
     {'x': np.asfortranarray(x.reshape(2, 3))}
   )
 
@@ -249,7 +249,7 @@ def test_there_may_be_no_other(copy):
 
 
 def test_what_training_replaces_meanwhile_is_not_called_damaged(copy):
-  meta, restore_model = checkpoint.load_model(copy, 'latest')
+  meta, restore_model = checkpoint_files.load_model(copy, 'latest')
   shutil.rmtree(latest(copy))
   with pytest.raises(UserError, match='was replaced while it was read.*give the command again'):
     restore_model(None)
@@ -281,7 +281,7 @@ def old(tmp_path, monkeypatch):
   def make(state):
     with monkeypatch.context() as patch:
       patch.setattr(
-        checkpoint,
+        checksums,
         'seal',
         lambda meta: {
           key: value for key, value in meta.items() if key not in ('checksums', 'data')
@@ -309,17 +309,17 @@ def test_what_is_not_finite_is_not_loaded(old, place):
 
 
 def test_parameters_of_another_model_are_named(saved):
-  _, restore_model = checkpoint.load_model(saved, 'latest')
+  _, restore_model = checkpoint_files.load_model(saved, 'latest')
   tree = {'params': {'dense': {'kernel': jnp.zeros((8, 17))}}, 'statistics': {}}
   words = r'has float32\[16\] as params/dense/bias, and this version makes nothing'
   with pytest.raises(UserError, match=words) as error:
-    restore_model(checkpoint.abstract(tree))
+    restore_model(checkpoint_files.abstract(tree))
   assert '\n' not in str(error.value)
 
 
 def test_a_model_is_restored_without_knowing_it(saved):
   """As a report does, which only compares checksums."""
-  _, restore_model = checkpoint.load_model(saved, 'latest')
+  _, restore_model = checkpoint_files.load_model(saved, 'latest')
   state = make_state()
   assert leaves(restore_model(None)) == leaves(
     {'params': state.params, 'statistics': state.statistics}

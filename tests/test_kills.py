@@ -13,7 +13,7 @@ import pytest
 from molt_jax import train
 from molt_jax.config import resolved
 from molt_jax.runtime import logbook
-from molt_jax.training import checkpoint
+from molt_jax.training import checkpoint_files
 
 
 @pytest.fixture(scope='module')
@@ -59,7 +59,7 @@ def _wait(process, workdir, step, seconds, *, during_save):
 
 
 def _latest(workdir):
-  folder = workdir / 'checkpoints' / checkpoint.LATEST
+  folder = workdir / 'checkpoints' / checkpoint_files.LATEST
   return max((int(path.name) for path in folder.glob('*') if path.name.isdigit()), default=0)
 
 

@@ -19,7 +19,7 @@ from molt_jax.errors import UserError
 from molt_jax.features import frozen as frozen_towers
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.runtime import console, logbook, sharding, signals
-from molt_jax.training import checkpoint, losses, step, train_state
+from molt_jax.training import checkpoint_files, losses, step, train_state
 from molt_jax.training.assembly import assemble
 
 
@@ -93,7 +93,7 @@ def test_checkpoints_hold_nothing_of_the_towers(six_step_run, final_state):
   arrays, _ = final_state(six_step_run)
   trained = sum(len(raw) for raw in arrays.values())
   assert not any('tower' in name or 'frozen' in name for name in arrays)
-  meta = checkpoint.load_model(six_step_run, 'latest')[0]
+  meta = checkpoint_files.load_model(six_step_run, 'latest')[0]
   params = sum(len(raw) for name, raw in arrays.items() if name.startswith("[0]['params']"))
   memory = sum(len(raw) for name, raw in arrays.items() if "['cca']" in name)
   assert trained - memory < 3.2 * params + 4096, (

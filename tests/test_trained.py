@@ -21,7 +21,7 @@ from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records, scoring, trained
 from molt_jax.features import frozen as frozen_towers
-from molt_jax.training import checkpoint, resuming
+from molt_jax.training import checkpoint_files, checksums, resuming
 
 
 @dataclasses.dataclass
@@ -210,8 +210,8 @@ DAMAGES = {
 @pytest.mark.parametrize('entry', ENTRIES)
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_a_damaged_checkpoint_is_one_line(home, entry, damage):
-  kind = checkpoint.LATEST if entry == 'resume' else checkpoint.BEST
-  folder = checkpoint.find(home.run, (kind,))
+  kind = checkpoint_files.LATEST if entry == 'resume' else checkpoint_files.BEST
+  folder = checkpoint_files.find(home.run, (kind,))
   DAMAGES[damage](folder)
   line = refusal(home, entry)
   assert f'the checkpoint {folder} is damaged' in line and 'delete it: ' in line
@@ -476,8 +476,8 @@ def test_training_does_not_go_on_with_data_that_changed_unless_told_to(home, cha
 
 def test_going_on_with_other_data_is_training_on_them(home, make_tiny_config, capsys):
   """From step 3, more rows: more steps to go; the checkpoints are then of the new data."""
-  shutil.rmtree(checkpoint.find(home.run, (checkpoint.LATEST,)))
-  best = checkpoint.find(home.run, (checkpoint.BEST,))
+  shutil.rmtree(checkpoint_files.find(home.run, (checkpoint_files.LATEST,)))
+  best = checkpoint_files.find(home.run, (checkpoint_files.BEST,))
   assert best.name == '3', 'the test needs a best checkpoint before the end'
   home.edit_table(lambda rows: [*rows, *rows[:32]], ('train',))
   home.edit_table(lambda rows: rows[:9], ('validation',))
@@ -486,7 +486,7 @@ def test_going_on_with_other_data_is_training_on_them(home, make_tiny_config, ca
   record = train.train(home.config(), home.run, data_changed=True)
   said = capsys.readouterr().err
   assert 'going on from step 3 of 10' in said and 'going on with these' in said
-  meta, _ = checkpoint.load_model(home.run, 'latest')
+  meta, _ = checkpoint_files.load_model(home.run, 'latest')
   assert meta['step'] == 10 and meta['data']['train']['examples'] == 80
   assert record['data']['as_in_training'] is True
   train.train(home.config(), home.run)  # The new data are now those of the run.
@@ -532,7 +532,7 @@ def test_a_checkpoint_without_a_fingerprint_is_gone_on_from_with_a_word(
   config = trained_home.config(**{'dataset.path': str(home.table)})
   with monkeypatch.context() as patch:
     patch.setattr(
-      checkpoint,
+      checksums,
       'seal',
       lambda meta: {key: value for key, value in meta.items() if key not in ('data', 'checksums')},
     )
@@ -630,7 +630,7 @@ def test_a_pair_of_towers_is_opened_as_carefully(pair_home, tmp_path, entry, dam
     path.write_text(resolved.to_json(CLASSIFIER.default()))
     words = 'holds no run of python -m molt_jax.pretrain'
   else:
-    DAMAGES[damage](checkpoint.find(home.run, (checkpoint.LATEST,)))
+    DAMAGES[damage](checkpoint_files.find(home.run, (checkpoint_files.LATEST,)))
     words = 'is damaged'
   with pytest.raises(UserError, match=words) as error:
     if entry == 'resume' and damage == 'not its own command':

@@ -24,7 +24,7 @@ from molt_jax.data.tables import memory
 from molt_jax.errors import UserError
 from molt_jax.features import frozen
 from molt_jax.runtime import console, sharding
-from molt_jax.training import checkpoint, resuming
+from molt_jax.training import checkpoint_files, resuming
 from molt_jax.training.assembly import Assembly, assemble
 
 # Fields that may name a table which a fit wrote to the folder of its run.
@@ -82,7 +82,7 @@ def open(workdir: str | pathlib.Path, *, schema: Schema = CLASSIFIER) -> Trained
   for name in _SNAPSHOTS:
     if path := schema.get(config, name):
       set_field(config, name, memory.moved(path, workdir))
-  meta, restore = checkpoint.load_model(workdir, config.eval.select)
+  meta, restore = checkpoint_files.load_model(workdir, config.eval.select)
   changed = resuming.other_fields(meta, config, resuming.FREE_IN_USE, schema)
   if changed:
     raise UserError(

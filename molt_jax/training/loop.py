@@ -10,7 +10,7 @@ import optax
 
 from molt_jax.runtime import console, logbook, lost, processes, sharding
 from molt_jax.runtime.signals import Interrupted, stop_on_signals
-from molt_jax.training import checkpoint
+from molt_jax.training import checkpoint_files
 from molt_jax.training.assembly import Assembly
 from molt_jax.training.checkpoint import Checkpoints
 from molt_jax.training.monitor import IN_FLIGHT, StepMonitor
@@ -105,7 +105,7 @@ class Loop:
 
   def _saved_step(self) -> int | None:
     """Returns the step that the same command would go on from, None before the first save."""
-    saved = (self.workdir / 'checkpoints' / checkpoint.LATEST).glob('*')
+    saved = (self.workdir / 'checkpoints' / checkpoint_files.LATEST).glob('*')
     return max((int(path.name) for path in saved if path.name.isdecimal()), default=None)
 
   def _validate_and_save(self, state, iterator, log, monitor, step, stopping) -> TrainState:
@@ -123,7 +123,7 @@ class Loop:
       self.meta = {**self.meta, 'score': score}
     meta = {**self.meta, 'step': step}
     if best:
-      self.checkpoints.save(state, iterator, meta, kind=checkpoint.BEST)
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint_files.BEST)
     if best or stopping or self.schedule.save_at(step):
-      self.checkpoints.save(state, iterator, meta, kind=checkpoint.LATEST)
+      self.checkpoints.save(state, iterator, meta, kind=checkpoint_files.LATEST)
     return state

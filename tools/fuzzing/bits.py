@@ -9,15 +9,17 @@ import shutil
 import numpy as np
 
 from fuzzing import runs
-from molt_jax.training import checkpoint
+from molt_jax.training import checkpoint_files
 
 
 def trial(rng: np.random.Generator, folder: pathlib.Path) -> dict[str, int]:
   """Flips a bit of the checkpoint that an entry reads, and opens the run by it."""
   entry = ('use', 'resume', 'report')[rng.integers(3)]
-  kind = checkpoint.LATEST if entry == 'resume' else checkpoint.BEST
+  kind = checkpoint_files.LATEST if entry == 'resume' else checkpoint_files.BEST
   workdir = pathlib.Path(shutil.copytree(runs.made(), folder / 'run'))
-  files = [path for path in sorted(checkpoint.find(workdir, (kind,)).rglob('*')) if path.is_file()]
+  files = [
+    path for path in sorted(checkpoint_files.find(workdir, (kind,)).rglob('*')) if path.is_file()
+  ]
   sizes = np.array([path.stat().st_size for path in files])
   place = rng.integers(sizes.sum())
   number = int(np.searchsorted(np.cumsum(sizes), place, side='right'))

@@ -24,7 +24,7 @@ from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
 from molt_jax.reporting import runs as report_runs
 from molt_jax.runtime import logbook
-from molt_jax.training import checkpoint, losses, resuming, train_state
+from molt_jax.training import checkpoint, checkpoint_files, losses, resuming, train_state
 from molt_jax.training.assembly import assemble
 from molt_jax.training.workdir import check_config
 
@@ -281,7 +281,10 @@ def outcome(workdir: pathlib.Path, entry: str, damaged: pathlib.Path) -> str:
   other = [key for key in expected if _differ(found[key], expected[key])]
   if not other:
     return 'harmless'
-  left = [checkpoint.find(workdir, (kind,)) for kind in (checkpoint.LATEST, checkpoint.BEST)]
+  left = [
+    checkpoint_files.find(workdir, (kind,))
+    for kind in (checkpoint_files.LATEST, checkpoint_files.BEST)
+  ]
   if None in left:  # A whole step was deleted: the other one is read, which is said.
     return 'other checkpoint'
   # A file that is gone is not read; what is then not shown is not shown wrong.
