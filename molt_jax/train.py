@@ -28,7 +28,6 @@ from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening, store
-from molt_jax.methods.head import RIDGE
 from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.runtime import atomic, console, processes
 from molt_jax.runtime.signals import exit_code
@@ -119,7 +118,7 @@ class ClassifierTrainer(Trainer):
       )
 
     self._ridge = None
-    if RIDGE in self.assembly.method.closed_form:
+    if self.assembly.method.closed_form:
       self._ridge = ridge_fit.RidgeFit(self.assembly, self._left, self._stored)
 
   def iterator(self) -> Any:
@@ -144,7 +143,7 @@ class ClassifierTrainer(Trainer):
     """See `Trainer`."""
     if self._imputation:
       state = state.replace(statistics=self._imputation(_variables(state), self.frozen))
-    if self._ridge:
+    if self._ridge and self.assembly.method.weighs_head:
       state = state.replace(statistics=self._ridge.weigh(_variables(state), self.frozen))
     return state
 

@@ -126,6 +126,26 @@ METHODS = {
     'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF
   ),
 }
+KNN = {
+  'examples': Field(
+    4096,
+    between(1, 8192),
+    'Most training examples that are compared with, drawn at random where there are more.',
+  ),
+}
+PROBE = {
+  'kernel': Field(
+    'linear', one_of('linear', 'rbf'), 'Of the ridge regression; rbf: radial, on all of its inputs.'
+  ),
+  'layers': Field(
+    '-1:', LAYERS, 'Hidden states of each tower that are read, written as molt.layers is.'
+  ),
+  'landmarks': Field(
+    4096,
+    between(10, 8192),
+    'Most training examples that kernels compare with; all are fitted to, up to 8192.',
+  ),
+}
 METHODS |= {
   'prototypes': Row(
     'molt_jax.methods.prototypes',
@@ -133,6 +153,8 @@ METHODS |= {
     PROTOTYPES,
     trains_towers=True,
   ),
+  'knn': Row('molt_jax.methods.knn', 'nearest neighbours on pooled hidden states', KNN),
+  'probe': Row('molt_jax.methods.probe', 'ridge regression on pooled hidden states', PROBE),
 }
 METHOD = Field(
   'molt',

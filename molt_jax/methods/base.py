@@ -21,6 +21,7 @@ from molt_jax.features import cells, hidden_states
 from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.parts.interface import Output
+from molt_jax.methods.parts.ridge_solver import Examples
 from molt_jax.towers.loading import TowerSpec
 
 # Of a modality without a tower: a head's parameters for it are there, tiny, and meet nothing.
@@ -51,6 +52,9 @@ class Method(Protocol):
     loss_weights: weights of `Output.losses_b`.
     branch_weights: weights of the cross-entropies of `Output.branches_bk`; their sum is 1.
     closed_form: statistics that are fitted in closed form, by `training.ridge_fit`.
+    is_trained: whether anything is learned by gradient descent; a run without is one step, which
+      changes nothing.
+    weighs_head: whether what is in closed form is weighed against a head at each validation.
   """
 
   reads: Mapping[str, Reads]
@@ -59,6 +63,8 @@ class Method(Protocol):
   loss_weights: Mapping[str, float]
   branch_weights: Mapping[str, float]
   closed_form: tuple[str, ...]
+  is_trained: bool
+  weighs_head: bool
 
   def init(self, key: jax.Array) -> Any:
     """Returns what is trained, boxed with logical axes: {'params'} and perhaps {'statistics'}."""
@@ -68,6 +74,17 @@ class Method(Protocol):
 
   def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Any:
     """Returns what depends on frozen towers alone, from the batch where a store gave it."""
+
+  def fit_inputs(self, variables: Any, frozen: Any, features: Any, batch: Any) -> Any:
+    """Returns what `closed_form` is fitted to, of a batch: modality -> name -> float32[B, ...]."""
+
+  def fit(self, training: Examples, held: Examples) -> dict[str, Any]:
+    """Returns the statistics of `closed_form`, by name; {} of one: it stays as it is.
+
+    Args:
+      training: what `fit_inputs` returned for training examples.
+      held: the same of validation examples, to choose by.
+    """
 
   def __call__(
     self,
@@ -110,6 +127,16 @@ class Defaults:
   def closed_form(self) -> tuple[str, ...]:
     """See `Method`."""
     return ()
+
+  @property
+  def is_trained(self) -> bool:
+    """See `Method`."""
+    return True
+
+  @property
+  def weighs_head(self) -> bool:
+    """See `Method`."""
+    return False
 
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `Method`."""

@@ -20,11 +20,12 @@ from molt_jax.features import cells, hidden_states
 from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base, trainable
-from molt_jax.methods.parts import kernel_ridge
+from molt_jax.methods.parts import kernel_ridge, ridge_solver
 from molt_jax.methods.parts.fusion import CLASSIFIERS
 from molt_jax.methods.parts.inputs import InputPair
 from molt_jax.methods.parts.interface import Output
 from molt_jax.methods.parts.prototypes import Margins
+from molt_jax.methods.parts.ridge_solver import Examples
 from molt_jax.towers.loading import TowerSpec
 
 RIDGE = 'ridge'  # The regression's variables among the statistics.
@@ -45,6 +46,8 @@ class HeadMethod(base.Defaults):
     trained: modality -> path -> shape of the tower's parameters that are trained.
     cells: along a side, whose means the head reads in the place of patches; 0: every patch.
     landmarks: of the kernel ridge regression beside the head (`parts.kernel_ridge`); 0: none.
+    kernel: of the regression, a key of `kernel_ridge.KERNELS`.
+    is_trained: see `base.Method`; False: the regression is all there is.
     num_classes: K.
     multi_label: whether an example can have several labels.
     contrast: weight of the contrast of prototypes (`parts.prototypes`), where the head has some.
@@ -58,6 +61,8 @@ class HeadMethod(base.Defaults):
   trained: Mapping[str, Mapping[str, Any]]
   cells: int = 0
   landmarks: int = 0
+  kernel: str = 'rbf'
+  is_trained: bool = True
   num_classes: int = 0
   multi_label: bool = False
   contrast: float = 0.0
@@ -88,6 +93,11 @@ class HeadMethod(base.Defaults):
     """See `base.Method`."""
     return (RIDGE,) if self.landmarks else ()
 
+  @property
+  def weighs_head(self) -> bool:
+    """See `base.Method`."""
+    return self.landmarks > 0 and self.is_trained
+
   def init(self, key: jax.Array) -> Any:
     """See `base.Method`."""
     found = {}
@@ -96,6 +106,7 @@ class HeadMethod(base.Defaults):
       found[modality] = None if shape is None else jnp.zeros(shape)
     example = HiddenStates(found['image'], found['text'], jnp.ones((1, 1), bool))
     variables = self.head.init(key, example, jnp.ones((1, 2), bool), train=False)
+    variables = {'params': {}, **variables}
     if self.landmarks:
       statistics = {**variables.get('statistics', {}), RIDGE: self._empty_ridge()}
       variables = {**variables, 'statistics': statistics}
@@ -153,15 +164,20 @@ class HeadMethod(base.Defaults):
 
   def _with_ridge(self, out: Output, ridge, states, present_bm) -> Output:
     """The answer of head and regression together; each alone among the branches."""
-    answer_bvk, able_bv = kernel_ridge.answers(ridge, states, present_bm)
+    answer_bvk, able_bv = kernel_ridge.answers(ridge, states, present_bm, self.kernel)
     how = {'multi_label': self.multi_label}
     logits_bk = kernel_ridge.combine(ridge, out.logits_bk, answer_bvk, able_bv, **how)
     experts_bvk = kernel_ridge.experts(answer_bvk, ridge['temperature_v'], **how)
     branches_bk = {'head': out.logits_bk, RIDGE: experts_bvk}
     return out.replace(logits_bk=logits_bk, branches_bk=branches_bk)
 
-  def ridge_inputs(self, frozen, features, batch, variables) -> dict[str, dict[str, jax.Array]]:
-    """Returns what the regression compares of a batch, modality -> group -> float32[B, ...]."""
+  def fit(self, training: Examples, held: Examples) -> dict[str, Any]:
+    """See `base.Method`."""
+    how = {'landmarks': self.landmarks, 'multi_label': self.multi_label, 'kernel': self.kernel}
+    return {RIDGE: ridge_solver.fit(training, held, **how) or {}}
+
+  def fit_inputs(self, variables, frozen, features, batch) -> dict[str, dict[str, jax.Array]]:
+    """See `base.Method`."""
     towers = variables['params'].get(TOWERS, {})
     states = self._states(towers, frozen, features, batch)
     found = {}

@@ -49,6 +49,11 @@ class PairMethod:
   branch_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
+  def is_trained(self) -> bool:
+    """See `Method`."""
+    return True
+
+  @property
   def sigmoid(self) -> None:
     """It is trained to choose among the texts of a batch, and not to say what belongs together."""
     return None

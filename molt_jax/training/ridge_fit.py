@@ -1,8 +1,9 @@
-"""Fits the kernel ridge regression beside a head (`methods.parts.kernel_ridge`).
+"""Fits what a method has in closed form: the kernel ridge regression beside a head
+(`methods.parts.kernel_ridge`), a probe, nearest neighbours.
 
-It is solved once, before the first step, in one pass over the training examples. Before each
-validation its weight against the head is chosen by the log loss of validation examples, which costs
-one evaluation of the head on them.
+It is solved once, before the first step, in one pass over the training examples. Beside a head, its
+weight against it is chosen before each validation by the log loss of validation examples, which
+costs one evaluation of the head on them.
 """
 
 import functools
@@ -17,7 +18,8 @@ import numpy as np
 from molt_jax.data import missing, pipeline
 from molt_jax.data.modalities import PATTERNS
 from molt_jax.data.sources import UNLABELLED, Source
-from molt_jax.methods.head import RIDGE, HeadMethod
+from molt_jax.methods.base import Method
+from molt_jax.methods.head import RIDGE
 from molt_jax.methods.parts import ridge_solver
 from molt_jax.methods.parts.ridge_solver import Examples
 from molt_jax.objectives.pairwise import in_range
@@ -42,7 +44,7 @@ class RidgeFit:
     """Chooses the examples: all with a label, or `LIMITS` of them by a hash of their ids.
 
     Args:
-      assembly: its method has a regression.
+      assembly: its method has something in closed form.
       present: split -> bool[N, 2], what the protocol leaves to each example.
       stored: split -> its features by modality, or None.
     """
@@ -60,21 +62,20 @@ class RidgeFit:
     )
 
   def fit(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the collection `statistics` of `variables` with the regression fitted."""
-    config = self._assembly.config
+    """Returns the collection `statistics` of `variables` with what is in closed form fitted."""
     training = self._collect('train', self._inputs, variables, frozen)
     if training is None:
       return variables['statistics']
     held = self._collect('validation', self._inputs, variables, frozen)
     held = jax.tree.map(lambda x: x[:0], training) if held is None else held
-    console.log(f'fitting kernel ridge regression to {len(training["target"])} examples')
-    found = ridge_solver.fit(
+    method = self._assembly.method
+    names = ', '.join(method.closed_form)
+    console.log(f'fitting {names} to {len(training["target"])} examples')
+    found = method.fit(
       Examples(training['pooled'], training['present'], training['target']),
       Examples(held['pooled'], held['present'], held['target']),
-      landmarks=config.ridge.landmarks,
-      multi_label=config.dataset.multi_label,
     )
-    return self._placed(variables, found or {})
+    return self._placed(variables, found)
 
   def weigh(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the collection `statistics` of `variables` with the weights of head and regression
@@ -97,7 +98,8 @@ class RidgeFit:
           able_v,
           multi_label=self._assembly.config.dataset.multi_label,
         )
-    return self._placed(variables, {'head_weight_v': head_weight_v, 'weight_vv': weight_vv})
+    found = {'head_weight_v': head_weight_v, 'weight_vv': weight_vv}
+    return self._placed(variables, {RIDGE: found})
 
   def _collect(self, split: str, step: Callable, variables, frozen) -> dict[str, Any] | None:
     """Returns what `step` does of all examples of a split, None where there are none."""
@@ -113,15 +115,16 @@ class RidgeFit:
       return None
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
 
-  def _placed(self, variables, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The statistics with new values, the main process's in every process."""
-    old = variables['statistics'][RIDGE]
-    new = processes.of_main({**jax.device_get(old), **found})
+  def _placed(self, variables, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The statistics with new values by name, the main process's in every process."""
+    old = {name: variables['statistics'][name] for name in found}
+    new = {name: {**jax.device_get(old[name]), **own} for name, own in found.items()}
+    new = processes.of_main(new)
 
     def place(x, like):
       return jax.device_put(np.asarray(x, like.dtype), like.sharding)
 
-    return {**variables['statistics'], RIDGE: jax.tree.map(place, new, old)}
+    return {**variables['statistics'], **jax.tree.map(place, new, old)}
 
 
 def _labelled(source: Source, limit: int, config: ml_collections.ConfigDict) -> list[int]:
@@ -131,15 +134,15 @@ def _labelled(source: Source, limit: int, config: ml_collections.ConfigDict) -> 
   return [rows[n] for n in order[:limit]]
 
 
-def _inputs(variables, frozen, batch, *, method: HeadMethod) -> dict[str, Any]:
-  """What the regression is fitted to, of a batch: every leaf has a leading axis of examples."""
+def _inputs(variables, frozen, batch, *, method: Method) -> dict[str, Any]:
+  """What a method is fitted to, of a batch: every leaf has a leading axis of examples."""
   features = method.features(frozen, batch)
-  pooled = method.ridge_inputs(frozen, features, batch, variables)
+  pooled = method.fit_inputs(variables, frozen, features, batch)
   pooled = jax.tree.map(lambda x: in_range(x, _LARGEST).astype(jnp.float16), pooled)
   return {'pooled': pooled, 'present': batch['present'], 'target': _target(batch, method)}
 
 
-def _answers(variables, frozen, batch, *, method: HeadMethod) -> dict[str, Any]:
+def _answers(variables, frozen, batch, *, method: Method) -> dict[str, Any]:
   """The answers to each missing pattern, of the head float32[B, V, K], of the regressions
   float32[B, V, V, K].
   """
@@ -155,7 +158,7 @@ def _answers(variables, frozen, batch, *, method: HeadMethod) -> dict[str, Any]:
   return {**answers, 'present': batch['present'], 'target': _target(batch, method)}
 
 
-def _target(batch: Mapping[str, jax.Array], method: HeadMethod) -> jax.Array:
+def _target(batch: Mapping[str, jax.Array], method: Method) -> jax.Array:
   """float32[B, K] of zeros and ones."""
   if method.multi_label:
     return batch['label'].astype(jnp.float32)

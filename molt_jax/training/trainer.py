@@ -103,6 +103,8 @@ class Trainer(abc.ABC):
     """
     assembly, config = self.assembly, self.assembly.config
     schedule = StepSchedule(config, self.num_examples())
+    if not assembly.method.is_trained:
+      schedule.total = 1
     learning_rate = train_state.make_schedule(config, schedule.total)
     tx = train_state.make_optimizer(config, schedule.total)
     self.before_state()

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.features.hidden_states import HiddenStates
@@ -102,12 +103,15 @@ def pool(states_lbnd: jax.Array, mask_bn: jax.Array, *, has_cells: bool) -> dict
   return {'mean': jnp.concatenate([first_bl1d, mean_bl1d, last_bl1d], 2), 'cells': mean_bl1d}
 
 
-def kernel(variables: Mapping[str, Any], pooled: Mapping[str, jax.Array]) -> jax.Array:
+def kernel(
+  variables: Mapping[str, Any], pooled: Mapping[str, jax.Array], kind: str = 'rbf'
+) -> jax.Array:
   """Returns the kernel of a modality's examples with the landmarks, float32[B, M].
 
   Args:
     variables: of the modality, as in `empty`.
     pooled: as `pool` returned it.
+    kind: a key of KERNELS.
   """
   state = variables['state']
   chosen = {
@@ -121,16 +125,16 @@ def kernel(variables: Mapping[str, Any], pooled: Mapping[str, jax.Array]) -> jax
     own = {group: chosen[group]}
     total += weight * jax.lax.cond(
       weight > 0,
-      functools.partial(_group_kernel, variables, group),
+      functools.partial(_group_kernel, variables, group, kind),
       functools.partial(_zeros, variables),
       own,
     )
   return total
 
 
-def _group_kernel(variables, group, pooled) -> jax.Array:
+def _group_kernel(variables, group, kind, pooled) -> jax.Array:
   x_bc, z_mc = _standardised(variables, group, pooled[group])
-  return jnp.exp(-GAMMA * mean_squared_distance(x_bc, z_mc))
+  return KERNELS[kind](x_bc, z_mc)
 
 
 def _zeros(variables, pooled) -> jax.Array:
@@ -149,13 +153,31 @@ def _standardised(variables, group, x_blnd):
 
 def mean_squared_distance(x_bc: Any, z_mc: Any) -> Any:
   """Returns float32[B, M], the mean over channels of squared differences."""
-  products_bm = jnp.matmul(x_bc, z_mc.T, precision=_HIGHEST)
-  squares = (jnp.square(x_bc).sum(1)[:, None], jnp.square(z_mc).sum(1)[None])
-  return jnp.maximum(squares[0] + squares[1] - 2 * products_bm, 0) / x_bc.shape[1]
+  is_numpy = isinstance(x_bc, np.ndarray)
+  xp, how = (np, {}) if is_numpy else (jnp, {'precision': _HIGHEST})
+  products_bm = xp.matmul(x_bc, z_mc.T, **how)
+  squares_bm = xp.square(x_bc).sum(1)[:, None] + xp.square(z_mc).sum(1)[None]
+  return xp.maximum(squares_bm - 2 * products_bm, 0) / x_bc.shape[1]
+
+
+def rbf(x_bc: Any, z_mc: Any) -> Any:
+  """The radial kernel, float32[B, M]; of JAX's arrays or NumPy's."""
+  xp = np if isinstance(x_bc, np.ndarray) else jnp
+  return xp.exp(-GAMMA * mean_squared_distance(x_bc, z_mc))
+
+
+def linear(x_bc: Any, z_mc: Any) -> Any:
+  """Products per channel, and of a constant: 1 + x'z / C, float32[B, M]."""
+  how = {} if isinstance(x_bc, np.ndarray) else {'precision': _HIGHEST}
+  xp = np if isinstance(x_bc, np.ndarray) else jnp
+  return 1 + xp.matmul(x_bc, z_mc.T, **how) / x_bc.shape[1]
+
+
+KERNELS = {'rbf': rbf, 'linear': linear}
 
 
 def answers(
-  variables: Mapping[str, Any], states: HiddenStates, present_bm: jax.Array
+  variables: Mapping[str, Any], states: HiddenStates, present_bm: jax.Array, kind: str = 'rbf'
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the answers of the regressions to examples with some of their modalities.
 
@@ -163,6 +185,7 @@ def answers(
     variables: as in `empty`, fitted.
     states: hidden states that the head reads.
     present_bm: bool[B, 2], the modalities that may be read; no bit of another enters.
+    kind: of the kernels, a key of KERNELS.
 
   Returns:
     (float32[B, V, K], about 0 to 1: of the regressions of complete examples, of images and of
@@ -176,7 +199,7 @@ def answers(
       # Missing from every example, its kernel is not computed.
       kernel_bm = jax.lax.cond(
         own_b.any(),
-        functools.partial(kernel, variables[modality]),
+        functools.partial(kernel, variables[modality], kind=kind),
         functools.partial(_zeros, variables[modality]),
         pooled,
       )

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from molt_jax.data.modalities import MODALITIES, PATTERNS
-from molt_jax.methods.parts.kernel_ridge import GAMMA, MEAN
+from molt_jax.methods.parts.kernel_ridge import KERNELS, MEAN
 
 RIDGES = tuple(float(x) for x in 10.0 ** np.arange(-2.5, 0.6, 0.5))
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # Of the text in the kernel of complete examples.
@@ -67,7 +67,7 @@ def _best(found: Sequence[tuple[Any, Solution]]) -> tuple[Any, Solution]:
 
 
 def fit(
-  training: Examples, held: Examples, *, landmarks: int, multi_label: bool
+  training: Examples, held: Examples, *, landmarks: int, multi_label: bool, kernel: str = 'rbf'
 ) -> dict[str, Any] | None:
   """Fits a regression.
 
@@ -76,12 +76,13 @@ def fit(
     held: to choose by; where a pattern has too few of them, every fifth training example is.
     landmarks: M of the variables; unused ones weigh nothing.
     multi_label: whether an example can have several labels.
+    kernel: a key of `kernel_ridge.KERNELS`.
 
   Returns:
     Variables as `kernel_ridge.empty` makes them; None where no pattern has enough examples.
   """
   count = min(landmarks, len(training.target_bk))
-  kernels = {m: _ModalityKernels(m, training, held, count) for m in training.pooled}
+  kernels = {m: _ModalityKernels(m, training, held, count, kernel) for m in training.pooled}
   solver = _Solver(training, held, count, multi_label)
   chosen: dict[int, Solution] = {}
   for modality, own in kernels.items():
@@ -120,12 +121,13 @@ class Groups(NamedTuple):
 class _ModalityKernels:
   """Kernels of one modality's examples (training, then held) with the landmarks."""
 
-  def __init__(self, modality: str, training: Examples, held: Examples, count: int):
+  def __init__(self, modality: str, training: Examples, held: Examples, count: int, kernel: str):
+    self._kernel = KERNELS[kernel]
     own = training.having(np.array(MODALITIES) == modality)
     self.choice, self.chosen = Groups(1.0, 0.0), None
     self._spaces, self._inputs = {}, {}
     for group, x_blnd in training.pooled[modality].items():
-      self._spaces[group] = _space(x_blnd[own] if len(own) else x_blnd)
+      self._spaces[group] = space(x_blnd[own] if len(own) else x_blnd)
       self._inputs[group] = (x_blnd, held.pooled[modality][group])
     self._count = count
     self._num_states = training.pooled[modality]['cells'].shape[1]
@@ -160,7 +162,7 @@ class _ModalityKernels:
       z_blnd = self._standardised(group, choice, x_blnd)
       flat.append(z_blnd.reshape(len(z_blnd), -1))
     landmarks_mc = flat[0][:count]
-    return tuple(np.exp(-GAMMA * _mean_squared_distance(x_bc, landmarks_mc)) for x_bc in flat)
+    return tuple(self._kernel(x_bc, landmarks_mc) for x_bc in flat)
 
   def _standardised(self, group: str, choice: Groups, x_blnd: np.ndarray) -> np.ndarray:
     mean_lnd, scale_lnd, rows = self._space_of(group, choice)
@@ -196,8 +198,8 @@ class _ModalityKernels:
     return found
 
 
-def _space(x_blnd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and inverse standard deviation of training examples, float32[L, N, D] each."""
+def space(x_blnd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and inverse standard deviation over the first axis of training examples, float32."""
   mean_lnd = x_blnd.mean(axis=0, dtype=np.float64)
   square_lnd = np.zeros_like(mean_lnd)
   for rows in np.array_split(x_blnd, max(len(x_blnd) // 256, 1)):
@@ -205,12 +207,6 @@ def _space(x_blnd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   deviation_lnd = np.sqrt(square_lnd / max(len(x_blnd), 1))
   scale_lnd = 1 / (deviation_lnd + _LEAST_STD + 1e-3 * np.abs(mean_lnd))
   return mean_lnd.astype(np.float32), scale_lnd.astype(np.float32)
-
-
-def _mean_squared_distance(x_bc: np.ndarray, z_mc: np.ndarray) -> np.ndarray:
-  products_bm = x_bc @ z_mc.T
-  squares_bm = np.square(x_bc).sum(1)[:, None] + np.square(z_mc).sum(1)[None]
-  return np.maximum(squares_bm - 2 * products_bm, 0) / x_bc.shape[1]
 
 
 def _mixture(image, text, share: float, count: int) -> tuple[np.ndarray, np.ndarray]:
