@@ -381,8 +381,15 @@ FIELDS: dict[str, Any] = {
       ),
     ),
     'epochs': Field(10.0, more_than(0), 'Passes over the training split; fractions are allowed.'),
+    'least_steps': Field(
+      0,
+      at_least(0),
+      'Steps of a run at least: small data are gone through more often than epochs says.',
+    ),
     'log_every': Field(10, at_least(1), 'Steps between records in metrics.jsonl.'),
-    'eval_every': Field(0, at_least(0), 'Steps between validations; 0: once per epoch.'),
+    'eval_every': Field(
+      0, at_least(0), 'Steps between validations; 0: one for each of the epochs.'
+    ),
     'save_every': Field(0, at_least(0), 'Steps between checkpoints; 0: at each validation.'),
   },
   'eval': {

@@ -1,7 +1,9 @@
 """The loop of a run: restored state -> [validate -> save -> next batch -> step -> log]."""
 
 import dataclasses
+import math
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +18,8 @@ from molt_jax.training.checkpoint import Checkpoints
 from molt_jax.training.monitor import IN_FLIGHT, StepMonitor
 from molt_jax.training.schedule import StepSchedule
 from molt_jax.training.train_state import TrainState
+
+OUT_OF_TIME = 1  # Where a signal's number may be, and less than any that is listened to.
 
 
 @dataclasses.dataclass
@@ -34,6 +38,7 @@ class Loop:
       score has none, and is never the best.
     refresh: state -> state with what is fitted anew before each validation.
     title, unit: of the progress bar; images are counted by batches of them.
+    deadline: of `time.monotonic`, after which training ends, once it has gone through the data.
   """
 
   assembly: Assembly
@@ -47,6 +52,7 @@ class Loop:
   refresh: Callable[[TrainState], TrainState]
   title: str
   unit: str
+  deadline: float = math.inf
 
   def run(self, state: TrainState, iterator: Any) -> TrainState:
     """Trains to the end; the order of its parts makes resuming exact. Returns the last state.
@@ -66,14 +72,19 @@ class Loop:
     bar = console.progress(self.title, schedule.total * count, self.unit, done=start * count)
     with stop_on_signals() as stop, bar as shown:
       while True:
-        asked = agree(stop() or 0)
-        stopping = asked and step > start
-        due = schedule.validate_at(step) or schedule.save_at(step) or stopping
+        asked = agree(stop() or self._out_of_time(step))
+        due = schedule.validate_at(step) or schedule.save_at(step) or asked
         if step > start and due:
           monitor.drain()
-          state = self._validate_and_save(state, iterator, log, monitor, step, stopping)
+          state = self._validate_and_save(state, iterator, log, monitor, step, asked)
           monitor.restart_clock()
         if step >= schedule.total:  # More where the data became fewer.
+          break
+        if asked == OUT_OF_TIME:
+          console.log(
+            f'the time is up: training ends at step {step} of {schedule.total}; the same command '
+            'goes on from here'
+          )
           break
         if asked:
           self._stop(step, asked)
@@ -108,10 +119,14 @@ class Loop:
     saved = (self.workdir / 'checkpoints' / checkpoint_files.LATEST).glob('*')
     return max((int(path.name) for path in saved if path.name.isdecimal()), default=None)
 
-  def _validate_and_save(self, state, iterator, log, monitor, step, stopping) -> TrainState:
+  def _out_of_time(self, step: int) -> int:
+    late = time.monotonic() >= self.deadline and step >= self.schedule.per_epoch
+    return OUT_OF_TIME if late else 0
+
+  def _validate_and_save(self, state, iterator, log, monitor, step, asked) -> TrainState:
     best = False
     self.checkpoints.check_finite(state)
-    if self.schedule.validate_at(step):
+    if self.schedule.validate_at(step) or asked == OUT_OF_TIME:
       state = self.refresh(state)
       record, score_is = self.validate(state, monitor)
       score = record.get('score')
@@ -124,6 +139,6 @@ class Loop:
     meta = {**self.meta, 'step': step}
     if best:
       self.checkpoints.save(state, iterator, meta, kind=checkpoint_files.BEST)
-    if best or stopping or self.schedule.save_at(step):
+    if best or asked or self.schedule.save_at(step):
       self.checkpoints.save(state, iterator, meta, kind=checkpoint_files.LATEST)
     return state

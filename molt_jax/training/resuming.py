@@ -16,6 +16,7 @@ from molt_jax.features import frozen
 from molt_jax.runtime import console, logbook
 from molt_jax.training import checkpoint
 from molt_jax.training.assembly import Assembly
+from molt_jax.training.schedule import StepSchedule
 
 # Fields that say where things are, and where and how fast to compute, but not what. Data are known
 # by their fingerprint, towers by their identity.
@@ -35,9 +36,12 @@ FREE_ON_RESUME = (
   'eval.batch_size',
   'eval.select',
 )
+# A finished run may be given more of them.
+EPOCHS = 'train.epochs'
 # Of a finished run, whose scores need not be those of training to the last bit.
 FREE_IN_USE = (
   *FREE_ON_RESUME,
+  EPOCHS,  # Until a run that is given more has saved, its checkpoint says the old number.
   'backbones.image.path',
   'backbones.text.path',
   'backbones.attention',
@@ -70,6 +74,37 @@ def other_fields(meta, config, free, schema) -> list[str]:
     ) from error
   lines = resolved.differences(saved, config)
   return [line for line in lines if line.split(':')[0] not in free]
+
+
+def has_more_epochs(
+  saved: Mapping[str, Any] | ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> bool:
+  """Whether a config has more epochs than that of a run, given as a dict or as a config."""
+  return config.train.epochs > saved['train']['epochs']
+
+
+def check_finished(
+  saved: Mapping[str, Any], config: ml_collections.ConfigDict, num_examples: int
+) -> None:
+  """Raises UserError where a run is given more epochs before it has ended: its learning rate
+  follows from their number.
+
+  Args:
+    saved: meta of the checkpoint to go on from.
+    config: of the command.
+    num_examples: of an epoch.
+  """
+  if not saved or not has_more_epochs(saved['config'], config):
+    return
+  before = config.copy_and_resolve_references()
+  before.train.epochs = saved['config']['train']['epochs']
+  total = StepSchedule(before, num_examples).total
+  if saved['step'] < total:
+    raise UserError(
+      f'config.train.epochs: {config.train.epochs:g}, but the run has not ended yet (step '
+      f'{saved["step"]} of {total}); give {before.train.epochs:g}, and more when it has'
+    )
+  console.log(f'the run had ended after {before.train.epochs:g} epochs and is given more')
 
 
 def where(config: ml_collections.ConfigDict) -> str:
@@ -116,7 +151,10 @@ def resume(
     return assembly, False
   config, data = assembly.config, assembly.data
   logbook.read(checkpoints.workdir)  # It will be gone on with, too.
-  fields = other_fields(saved, config, FREE_ON_RESUME, schema_of(config))
+  free = FREE_ON_RESUME
+  if has_more_epochs(saved['config'], config):
+    free = (*FREE_ON_RESUME, EPOCHS)
+  fields = other_fields(saved, config, free, schema_of(config))
   if fields:
     raise UserError(
       f'--workdir: the checkpoint of step {saved["step"]} was trained with another config '

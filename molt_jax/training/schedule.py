@@ -15,8 +15,11 @@ class StepSchedule:
 
   def __init__(self, config: ml_collections.ConfigDict, num_examples: int):
     self.per_epoch = num_examples / config.train.batch_size
-    self.total = max(1, math.ceil(config.train.epochs * self.per_epoch))
-    self._eval_every = config.train.eval_every or max(1, round(self.per_epoch))
+    asked = max(1, math.ceil(config.train.epochs * self.per_epoch))
+    self.total = max(asked, config.train.get('least_steps', 0))
+    # Small data are gone through more often, and are not validated more often for it.
+    usual = round(self.per_epoch * self.total / asked)
+    self._eval_every = config.train.eval_every or max(1, usual)
     self._save_every = config.train.save_every or self._eval_every
 
   def validate_at(self, step: int) -> bool:

@@ -4,6 +4,7 @@ checkpoint holds, features, data, and the loop over them.
 
 import abc
 import functools
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,7 @@ class Trainer(abc.ABC):
     objective: what is minimised, see `losses`.
     frozen: modality -> parameters of its frozen tower, or None; there once features are open.
     more_facts: what run.json shall say beside.
+    deadline: see `Loop`.
   """
 
   title: str
@@ -46,6 +48,7 @@ class Trainer(abc.ABC):
     self.assembly, self.is_resumed = resumed
     self.frozen: Mapping[str, Any] = {}
     self.more_facts: Mapping[str, Any] = {}
+    self.deadline = math.inf
 
   # What is particular to a command.
 
@@ -102,6 +105,8 @@ class Trainer(abc.ABC):
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     assembly, config = self.assembly, self.assembly.config
+    if self.is_resumed:
+      resuming.check_finished(self.checkpoints.meta(), config, self.num_examples())
     schedule = StepSchedule(config, self.num_examples())
     if not assembly.method.is_trained:
       schedule.total = 1
@@ -133,6 +138,7 @@ class Trainer(abc.ABC):
       refresh=self.refresh,
       title=self.title,
       unit=self.unit,
+      deadline=self.deadline,
     )
     if processes.is_main():
       workdir.claim(config, self.workdir)

@@ -204,10 +204,11 @@ def check_config(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Non
   """Raises UserError if the folder holds a run with another config."""
   if not (folder / 'config.json').exists():
     return
-  changed = resolved.differences(
-    resuming.schema_of(config).read_run(folder), as_begun(config, folder)
-  )
+  begun = resuming.schema_of(config).read_run(folder)
+  changed = resolved.differences(begun, as_begun(config, folder))
   changed = [line for line in changed if line.split(':')[0] not in resuming.FREE_ON_RESUME]
+  if resuming.has_more_epochs(begun, config):
+    changed = [line for line in changed if line.split(':')[0] != resuming.EPOCHS]
   if changed:
     raise UserError(
       f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
