@@ -17,10 +17,11 @@ from molt_jax.config import preset_files
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import Rule, at_least, between
 from molt_jax.config.pretraining import PRETRAINING
+from molt_jax.config.qualities import QUALITIES
 from molt_jax.config.schema import Schema
 from molt_jax.errors import UserError
 from molt_jax.runtime import command_line, lost
-from molt_jax.runtime.flags import Flag, choice
+from molt_jax.runtime.flags import DURATION, Flag, choice, duration
 
 SPLITS = choice('train', 'validation', 'test')
 
@@ -65,6 +66,23 @@ WORKDIR = Flag('workdir', 'folder of the run', required=True)
 DATA_CHANGED = Flag(
   'data_changed', 'go on with data that have changed since the checkpoint', switch=True
 )
+# How much is spent on a run, and what it begins with.
+CHOICES = (
+  Flag(
+    'preset',
+    'how much is spent: good takes the config as it is; fast a tenth of the steps and quick '
+    'towers; best tries some changes, of which validation decides',
+    'good',
+    rule=choice(*QUALITIES),
+  ),
+  Flag(
+    'time_limit',
+    'when training ends, once it has gone through the data',
+    type=duration,
+    rule=DURATION,
+  ),
+  Flag('init_from', 'folder of a run to begin with what it has learned', ''),
+)
 # How a table is read; None: it is guessed, or found by looking.
 TABLE = (
   Flag(
@@ -104,13 +122,13 @@ TRAINED = Flag('workdir', 'folder of a run of molt train', required=True)
 COMMANDS = {
   'fit': Command(
     'Train a classifier on a table as it is.',
-    (*TABLE, WORKDIR, DATA_CHANGED),
+    (*TABLE, WORKDIR, *CHOICES, DATA_CHANGED),
     schema=CLASSIFIER,
     preset='table',
   ),
   'train': Command(
     'Train a robust image+text classifier on frozen towers.',
-    (WORKDIR, DATA_CHANGED),
+    (WORKDIR, *CHOICES, DATA_CHANGED),
     schema=CLASSIFIER,
   ),
   'evaluate': Command(
@@ -280,6 +298,7 @@ def run(name: str, argv: Sequence[str], prog: str = '') -> int:
     command.check(flags)
     if command.schema:
       flags.config = command.schema.load(flags.config, overrides)
+      flags.given = tuple(overrides)
     return importlib.import_module(f'molt_jax.{name}').command(flags)
 
   return work(argv)

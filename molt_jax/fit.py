@@ -19,12 +19,13 @@ import difflib
 import os
 import pathlib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from molt_jax import train
+from molt_jax.config import qualities
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.resolved import set_field
 from molt_jax.data.tables import layout, memory, roles
@@ -32,6 +33,7 @@ from molt_jax.data.tables.csv_files import Dialect
 from molt_jax.data.tables.records import Records
 from molt_jax.errors import UserError
 from molt_jax.runtime import console, processes
+from molt_jax.runtime.flags import DURATION, duration
 from molt_jax.runtime.signals import exit_code
 
 PRESET = 'table'
@@ -95,8 +97,9 @@ def fit(
     text: the column of texts, or several, which become one text; None: guessed; '': none.
     label: the column of labels; None: guessed.
     workdir: folder of the run; a run that stopped goes on there.
-    **options: those of `Options`; `preset`, the config it starts from; `config`, {field: value} of
-      fields that differ from it; `data_changed`, as of `molt train`.
+    **options: those of `Options`; `preset`, how much is spent (fast, good or best), or the config
+      it starts from; `config`, {field: value} of fields that differ from it; `time_limit`, seconds
+      or '10m'; `init_from` and `data_changed`, as of `molt train`.
 
   Returns:
     `molt_jax.predict.Predictor`.
@@ -107,19 +110,46 @@ def fit(
   """
   from molt_jax import predict
 
-  preset, fields = options.pop('preset', PRESET), options.pop('config', {})
-  data_changed = options.pop('data_changed', False)
+  others = {name: options.pop(name) for name in _OF_THE_RUN if name in options}
   known = [field.name for field in dataclasses.fields(Options)]
   for name in options:
     if name not in known:
-      near = difflib.get_close_matches(name, [*known, 'preset', 'config', 'data_changed'], n=1)
-      hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(known)}'
+      near = difflib.get_close_matches(name, [*known, *_OF_THE_RUN], n=1)
+      hint = f'did you mean {near[0]}?' if near else f'known: {", ".join([*known, *_OF_THE_RUN])}'
       raise UserError(f'fit: no argument {name!r}; {hint}')
   options['null_words'] = _listed(options.get('null_words'))
   chosen = Options(image=_listed(image), text=_listed(text), label=label, **options)
-  config = CLASSIFIER.load(preset, {name: str(value) for name, value in fields.items()})
-  run(data, chosen, config, pathlib.Path(workdir), data_changed=data_changed)
+  config, how = _how(others)
+  run(data, chosen, config, pathlib.Path(workdir), **how)
   return predict.load(workdir)
+
+
+# Arguments that are not of the table.
+_OF_THE_RUN = ('preset', 'config', 'data_changed', 'time_limit', 'init_from')
+
+
+def _how(given: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+  """Returns the config, and the other arguments of `run`, that arguments of `fit` say."""
+  preset, fields = given.get('preset', PRESET), given.get('config', {})
+  spent = preset in qualities.QUALITIES
+  config = CLASSIFIER.load(
+    PRESET if spent else preset, {name: str(value) for name, value in fields.items()}
+  )
+  limit = given.get('time_limit')
+  choices = train.Choices(
+    preset=preset if spent else 'good',
+    given=tuple(fields),
+    time_limit=None if limit is None else _seconds(limit),
+    init_from=os.fspath(given.get('init_from') or ''),
+  )
+  return config, {'data_changed': given.get('data_changed', False), 'choices': choices}
+
+
+def _seconds(limit: Any) -> float:
+  try:
+    return duration(str(limit))
+  except ValueError as error:
+    raise UserError(f'time_limit: {limit!r} is not legal; give {DURATION.text}') from error
 
 
 def _listed(names: str | Sequence[str] | None) -> Sequence[str] | None:
@@ -136,6 +166,7 @@ def run(
   workdir: pathlib.Path,
   *,
   data_changed: bool = False,
+  choices: train.Choices = train.AS_IT_IS,
 ) -> dict[str, Any]:
   """Trains on a table; see `fit`.
 
@@ -145,12 +176,13 @@ def run(
     config: of a preset.
     workdir: the run's folder.
     data_changed: go on with data that have changed since the checkpoint.
+    choices: how much is spent, and what the run begins with.
 
   Returns:
     The content of evaluation.json.
   """
   config, facts = configure(data, options, config, workdir)
-  return train.train(config, workdir, data_changed=data_changed, facts=facts)
+  return train.train(config, workdir, data_changed=data_changed, facts=facts, choices=choices)
 
 
 def configure(
@@ -318,10 +350,9 @@ def command(flags: argparse.Namespace) -> int | None:
   """The work of the command; exit code 130 or 143: stopped by a signal, saved."""
   processes.join()
   options = options_of(flags)
-  folder, data_changed = pathlib.Path(flags.workdir), flags.data_changed
-  return exit_code(
-    lambda: run(flags.table, options, flags.config, folder, data_changed=data_changed)
-  )
+  folder = pathlib.Path(flags.workdir)
+  how = {'data_changed': flags.data_changed, 'choices': train.choices_of(flags)}
+  return exit_code(lambda: run(flags.table, options, flags.config, folder, **how))
 
 
 def options_of(flags: argparse.Namespace) -> Options:

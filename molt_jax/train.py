@@ -14,24 +14,39 @@ if __name__ == '__main__':  # Arguments are read before JAX is imported, so that
   commands.end(commands.run('train', sys.argv[1:]))
 
 import argparse
+import dataclasses
+import functools
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
+from molt_jax.config import qualities
 from molt_jax.data import checks, missing, pipeline
-from molt_jax.data.sources import UNLABELLED, Source
+from molt_jax.data.sources import UNLABELLED, Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
+from molt_jax.errors import UserError
 from molt_jax.evaluation import records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening, store
 from molt_jax.methods.parts.inputs import STRATEGIES
-from molt_jax.runtime import atomic, console, processes
+from molt_jax.runtime import atomic, console, logbook, processes
 from molt_jax.runtime.signals import exit_code
-from molt_jax.training import imputation_fit, losses, ridge_fit, train_state, workdir
+from molt_jax.training import (
+  imputation_fit,
+  losses,
+  ridge_fit,
+  search,
+  train_state,
+  warm_start,
+  workdir,
+)
 from molt_jax.training.assembly import Assembly
 from molt_jax.training.monitor import StepMonitor
 from molt_jax.training.schedule import StepSchedule
@@ -42,12 +57,38 @@ ASIDE = 'rows_set_aside.csv'
 CHECKED_IMAGES = 500  # Of each split, decoded to find those that are nearly the same.
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+  """What is chosen for a run beside its config.
+
+  Attributes:
+    preset: how much is spent, one of `qualities.QUALITIES`.
+    given: fields of the config that the user has set, which `preset` leaves alone.
+    time_limit: seconds after which training ends, once it has gone through the data; None: none.
+    init_from: folder of a run to begin with what it has learned; '': none.
+  """
+
+  preset: str = 'good'
+  given: Collection[str] = ()
+  time_limit: float | None = None
+  init_from: str = ''
+
+
+AS_IT_IS = Choices()
+
+
+def choices_of(flags: argparse.Namespace) -> Choices:
+  """Returns the choices that the flags of a command say."""
+  return Choices(flags.preset, flags.given, flags.time_limit, flags.init_from)
+
+
 def train(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
   *,
   data_changed: bool = False,
   facts: Mapping[str, Any] | None = None,
+  choices: Choices = AS_IT_IS,
 ) -> dict[str, Any]:
   """Trains (or goes on training) in `folder`, then evaluates the test split with each modality
   absent.
@@ -57,6 +98,7 @@ def train(
     folder: the run's folder; made if need be.
     data_changed: go on with data that have changed since the checkpoint; refused otherwise.
     facts: what run.json shall say beside.
+    choices: how much is spent, and what the run begins with.
 
   Returns:
     The content of evaluation.json.
@@ -65,18 +107,48 @@ def train(
     UserError: a mistake of the user's, or a loss that is not finite.
     Interrupted: SIGTERM or SIGINT; the state is saved.
   """
-  with workdir.working_in(config, pathlib.Path(folder)) as folder:
-    if config.features.store:
-      store.make_root(config.features.store)
-    trainer = ClassifierTrainer(config, folder, data_changed=data_changed)
-    trainer.more_facts = facts or {}
-    return trainer.run()
+  folder, limit = pathlib.Path(folder), choices.time_limit
+  deadline = math.inf if limit is None else time.monotonic() + limit
+
+  def run(kind, config, folder, deadline):
+    with workdir.working_in(config, folder) as folder:
+      if config.features.store:
+        store.make_root(config.features.store)
+      trainer = kind(config, folder, data_changed=data_changed)
+      trainer.more_facts, trainer.deadline = facts or {}, deadline
+      trainer.init_from = choices.init_from
+      return trainer.run()
+
+  if choices.preset == 'fast':
+    config = qualities.apply(config, qualities.fast(config), choices.given)
+  if choices.preset == 'best':
+    _check_search(config)
+    trial = functools.partial(run, Trial)
+    how = {'given': choices.given, 'deadline': deadline}
+    config = search.Search(config, folder, trial, **how).choose()
+  return run(ClassifierTrainer, config, folder, deadline)
+
+
+def _check_search(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError where `--preset=best` would take too long, or is not for this."""
+  if not config.features.store:
+    raise UserError(
+      '--preset=best: config.features.store is empty, so that each trial would run the towers '
+      'anew; give --config.features.store=FOLDER'
+    )
+  if jax.process_count() > 1:
+    raise UserError('--preset=best: it searches in one process; start one')
 
 
 class ClassifierTrainer(Trainer):
-  """A run of a classifier."""
+  """A run of a classifier.
+
+  Attributes:
+    init_from: see `Choices`.
+  """
 
   title, unit = 'training', 'steps'
+  init_from = ''
 
   @property
   def config(self) -> ml_collections.ConfigDict:
@@ -89,6 +161,9 @@ class ClassifierTrainer(Trainer):
   def before_state(self) -> None:
     """See `Trainer`."""
     self.objective = losses.make_objective(self.assembly)
+    self._warm_start = None
+    if self.init_from and not self.is_resumed:
+      self._warm_start = warm_start.open(self.init_from, self.assembly)
 
   def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
     """See `Trainer`."""
@@ -135,6 +210,9 @@ class ClassifierTrainer(Trainer):
   def begin(self, state: TrainState) -> TrainState:
     """See `Trainer`."""
     state = super().begin(state)
+    if self._warm_start:
+      found = self._warm_start(self.assembly, _variables(state))
+      state = state.replace(params=found['params'], statistics=found['statistics'])
     if not self._ridge:
       return state
     return state.replace(statistics=self._ridge.fit(_variables(state), self.frozen))
@@ -240,6 +318,25 @@ class ClassifierTrainer(Trainer):
       shown.save(self.workdir / records.PAIRS)
 
 
+class Trial(ClassifierTrainer):
+  """A run of a search: the test split is not scored."""
+
+  def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
+    """See `Trainer`; what the first trial has told is told once."""
+    if self.workdir.name == '00':
+      super().introduce(state, schedule)
+
+  def finish(self) -> tuple[dict[str, Any], bool, list[int]]:
+    """Returns what `search.Run` does."""
+    validations = [x for x in logbook.read(self.workdir) if x['kind'] == 'validation']
+    total = StepSchedule(self.config, self.num_examples()).total
+    labels = self.assembly.data.splits['train'].labels
+    classes = [k for label in labels for k in classes_of(label)]
+    counts = np.bincount(classes, minlength=self.assembly.num_classes)
+    last = validations[-1]
+    return last, last['step'] >= total, counts.tolist()
+
+
 def _variables(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'statistics': state.statistics}
 
@@ -293,8 +390,8 @@ def _gaps(source: Source) -> str:
 def command(flags: argparse.Namespace) -> int | None:
   """The work of the command; exit code 130 or 143: stopped by a signal, saved."""
   processes.join()
-  folder, data_changed = pathlib.Path(flags.workdir), flags.data_changed
-  return exit_code(lambda: train(flags.config, folder, data_changed=data_changed))
+  how = {'data_changed': flags.data_changed, 'choices': choices_of(flags)}
+  return exit_code(lambda: train(flags.config, pathlib.Path(flags.workdir), **how))
 
 
 def main(argv: Sequence[str]) -> int:

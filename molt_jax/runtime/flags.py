@@ -50,6 +50,22 @@ def choice(*names: str) -> Rule:
   return Rule(f'one of {", ".join(names)}', lambda v: v in names)
 
 
+_UNITS = {'': 1.0, 's': 1.0, 'm': 60.0, 'h': 3600.0}
+DURATION = Rule('a time such as 90s, 10m or 2h', lambda v: v > 0)
+
+
+def duration(word: str) -> float:
+  """Returns the seconds of a time such as 90, 90s, 10m or 2h.
+
+  Raises:
+    ValueError: it is none.
+  """
+  found = re.fullmatch(r'(\d+(?:\.\d+)?)([smh]?)', word)
+  if not found:
+    raise ValueError(word)
+  return float(found[1]) * _UNITS[found[2]]
+
+
 def value_of(flag: Flag, words: str | Sequence[str] | None) -> Any:
   """Returns the value of a flag.
 

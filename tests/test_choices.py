@@ -1,0 +1,236 @@
+"""What is chosen for a run: its length, its time, what it begins with, how much is spent."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from molt_jax import train
+from molt_jax.config import qualities, resolved
+from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.errors import UserError
+from molt_jax.runtime import console
+from molt_jax.runtime.flags import duration
+from molt_jax.training import checkpoint, resuming, search, warm_start
+from molt_jax.training.assembly import assemble
+from molt_jax.training.schedule import StepSchedule
+
+
+@pytest.fixture(scope='module')
+def whole(make_tiny_config, tmp_path_factory):
+  """The folder of a run of 6 steps, validated every 3."""
+  config = make_tiny_config()
+  config.train.epochs, config.train.eval_every = 0.5, 3
+  config.train.log_every, config.optimizer.schedule = 3, 'constant'
+  workdir = tmp_path_factory.mktemp('choices') / 'whole'
+  train.train(config, workdir)
+  return workdir
+
+
+# ---- How long ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('examples', 'least', 'total', 'validations'),
+  [(216, 0, 34, 11), (216, 300, 300, 10), (2595, 300, 406, 10), (216, 34, 34, 11)],
+)
+def test_small_data_have_a_least_number_of_steps(examples, least, total, validations):
+  config = CLASSIFIER.load('table', {'train.least_steps': str(least), 'dataset.path': '.'})
+  schedule = StepSchedule(config, examples)
+  assert schedule.total == total
+  due = [step for step in range(1, total + 1) if schedule.validate_at(step)]
+  assert due[-1] == total and abs(len(due) - validations) <= 2
+
+
+def test_a_finished_run_is_given_more_epochs_and_is_as_if_it_had_had_them(
+  whole, tmp_path, same_run, capsys
+):
+  config = CLASSIFIER.read_run(whole)
+  config.train.epochs = 0.25
+  train.train(config, tmp_path / 'more')
+  config.train.epochs = 0.5
+  train.train(config, tmp_path / 'more')
+  same_run(whole, tmp_path / 'more')
+  assert 'had ended after 0.25 epochs and is given more' in capsys.readouterr().err
+  config.train.epochs = 0.25
+  with pytest.raises(UserError, match='another config .train.epochs: 0.5 -> 0.25'):
+    train.train(config, tmp_path / 'more')
+
+
+def test_a_run_that_has_not_ended_keeps_its_epochs(tiny_config):
+  config = tiny_config
+  saved = {'config': config.to_dict(), 'step': 5}
+  config.train.epochs = 2.0
+  with pytest.raises(UserError, match=r'not ended yet \(step 5 of 12\); give 1, and more when'):
+    resuming.check_finished(saved, config, 48)
+  resuming.check_finished(saved | {'step': 12}, config, 48)
+
+
+@pytest.mark.parametrize(
+  ('word', 'seconds'), [('90', 90), ('90s', 90), ('10m', 600), ('1.5h', 5400)]
+)
+def test_times_are_read(word, seconds):
+  assert duration(word) == seconds
+
+
+@pytest.mark.parametrize('word', ['', 'm', '-1', '10 m', '1d', '1e3'])
+def test_what_is_no_time_is_refused(word):
+  with pytest.raises(ValueError):
+    duration(word)
+
+
+# ---- What it begins with -------------------------------------------------------------------------
+
+
+def _leaves(tree):
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in found}
+
+
+def test_what_another_run_has_learned_is_taken_over_by_the_names_of_classes(whole, tiny_config):
+  names = ('violet', 'red', 'green')
+  assembly = assemble(tiny_config, class_names=names)
+  fresh = nn.unbox(assembly.method.init(jax.random.key(1)))
+  found = warm_start.open(whole, assembly)(assembly, fresh)
+  meta, restore = checkpoint.load_model(whole, 'best')
+  theirs, ours, begun = _leaves(restore(None)), _leaves(found), _leaves(fresh)
+  old = [meta['class_names'].index(name) for name in names[1:]]
+  assert ours.keys() == theirs.keys() == begun.keys()
+  of_classes = [name for name in ours if ours[name].shape[-1:] == (3,)]
+  assert of_classes
+  for name, x in ours.items():
+    if name in of_classes:
+      assert np.array_equal(x[..., 1:], theirs[name][..., old]), name
+      assert np.array_equal(x[..., :1], begun[name][..., :1]), name
+    else:
+      assert np.array_equal(x, theirs[name]), name
+
+
+def test_a_run_with_another_head_or_towers_is_refused_by_name(whole, tiny_config, tmp_path):
+  tiny_config.molt.width = 8
+  tiny_config.classifier.dropout = 0.5
+  assembly = assemble(tiny_config, class_names=('red', 'green'))
+  with pytest.raises(UserError, match=r'another head \(molt.width: 16 -> 8, that run -> this one'):
+    warm_start.open(whole, assembly)
+  with pytest.raises(UserError, match='--init_from: no run in'):
+    warm_start.open(tmp_path, assembly)
+  tiny_config.molt.width = 16
+  tiny_config.backbones.text.path = 'random:llama-tiny'
+  with pytest.raises(UserError, match="--init_from: .*'random:llama-tiny'.* is not the tower"):
+    warm_start.open(whole, assemble(tiny_config, class_names=('red', 'green')))
+
+
+def test_arrays_with_an_entry_a_class_are_found_by_one_more_class(tiny_config):
+  tiny_config.ridge.landmarks = 5
+  assembly = assemble(tiny_config, class_names=('a', 'b'))
+  axes = warm_start._class_axes(assembly)
+  assert axes and set(axes.values()) <= {0, 1}
+  assert not any('ridge' in name for name in axes)
+
+
+def test_a_run_begins_with_another_and_ends_when_the_time_is_up(
+  whole, tiny_config, tmp_path, capsys
+):
+  tiny_config.train.epochs = 3.0
+  choices = train.Choices(time_limit=0.0, init_from=str(whole))
+  train.train(tiny_config, tmp_path / 'run', choices=choices)
+  said = capsys.readouterr().err
+  assert 'begins with what' in said and 'it knows 3 of 3 classes' in said
+  assert 'the time is up: training ends at step 12 of 36; the same command goes on' in said
+  assert json.loads((tmp_path / 'run' / 'evaluation.json').read_text())['step'] == 12
+
+
+# ---- How much is spent ---------------------------------------------------------------------------
+
+
+def test_fast_leaves_alone_what_the_user_has_set():
+  config = CLASSIFIER.load('quickstart')
+  fields = qualities.fast(config)
+  found = qualities.apply(config, fields, given=('backbones.text.path', 'train.epochs'))
+  assert found.backbones.image.resolution == 56 and found.train.epochs == config.train.epochs
+  assert found.backbones.text.path == config.backbones.text.path
+  assert qualities.apply(config, fields).backbones.text.path == 'minilm'
+  paper = CLASSIFIER.load('mm_imdb')
+  assert qualities.fast(paper).keys() == {'train.epochs', 'train.least_steps'}
+
+
+@dataclasses.dataclass
+class Judge:
+  """Stands for training: a trial's validation follows from its fields."""
+
+  config: object
+  asked: list = dataclasses.field(default_factory=list)
+  stop_at: int = 99
+
+  def __call__(self, config, folder, deadline):
+    del deadline
+    if len(self.asked) == self.stop_at:
+      raise KeyboardInterrupt
+    self.asked.append(config)
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(resolved.to_json(config))
+    (folder / 'checkpoints').mkdir()
+    good = config.backbones.text.path == 'minilm'
+    decay = config.optimizer.weight_decay
+    wide = config.molt.width > self.config.molt.width
+    loss = 2.0 - 0.5 * good - 0.1 * (decay > 3) - 0.2 * wide
+    score = 0.5 + 0.1 * good + 0.01 * (decay > 3) - 0.02 * wide
+    return {'score': score, 'none_absent': {'loss': loss}}, True, [50, 3]
+
+
+def _search(tmp_path, judge, **how):
+  config = CLASSIFIER.load('quickstart')
+  return search.Search(config, tmp_path / 'run', judge, **how)
+
+
+def test_a_change_is_taken_where_both_loss_and_score_are_better(tmp_path):
+  config = CLASSIFIER.load('quickstart')
+  judge = Judge(config)
+  chosen = _search(tmp_path, judge).choose()
+  assert chosen.backbones.text.path == 'minilm' and chosen.train.epochs == config.train.epochs
+  assert chosen.backbones.image.resolution == config.backbones.image.resolution
+  assert chosen.optimizer.weight_decay == 9.0
+  assert chosen.molt.width == config.molt.width  # Less loss, but a lower score.
+  short = [x.train.epochs for x in judge.asked]
+  assert short[:3] == [1.0, 1.0, 1.0] and short[3] == config.train.epochs
+  run = tmp_path / 'run'
+  assert CLASSIFIER.read_run(run) == chosen
+  assert (run / 'checkpoints').is_dir() and not (run / 'search').exists()
+  assert _search(tmp_path, None).choose() == chosen  # It is done: nothing is tried again.
+
+
+def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path):
+  config = CLASSIFIER.load('quickstart')
+  whole = _search(tmp_path / 'whole', Judge(config))
+  expected = whole.choose()
+  judge = Judge(config, stop_at=4)
+  with pytest.raises(KeyboardInterrupt):
+    _search(tmp_path, judge).choose()
+  judge.stop_at = 99
+  assert _search(tmp_path, judge).choose() == expected
+  assert len(judge.asked) == len(whole._tried)
+
+
+def test_what_the_user_has_set_is_not_tried_and_time_is_heeded(tmp_path, monkeypatch):
+  config, judge = CLASSIFIER.load('quickstart'), Judge(CLASSIFIER.load('quickstart'))
+  given = ('backbones.text.path', 'optimizer.weight_decay', 'molt.width')
+  chosen = _search(tmp_path, judge, given=given).choose()
+  assert chosen == config and all(x.backbones.text.path != 'minilm' for x in judge.asked)
+  with pytest.raises(UserError, match='other fields were given'):
+    _search(tmp_path, judge)
+  said = []
+  monkeypatch.setattr(console, 'log', said.append)
+  judge.asked.clear()
+  late = _search(tmp_path / 'late', judge, deadline=-math.inf).choose()
+  assert late == config and len(judge.asked) == 2
+  assert any(line.startswith('not tried, for time: ') for line in said)
+
+
+def test_a_search_needs_stored_states(tiny_config, tmp_path: pathlib.Path):
+  with pytest.raises(UserError, match='--preset=best: config.features.store is empty'):
+    train.train(tiny_config, tmp_path / 'run', choices=train.Choices(preset='best'))
