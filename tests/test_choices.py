@@ -16,7 +16,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 from molt_jax.runtime.flags import duration
-from molt_jax.training import checkpoint, resuming, search, warm_start
+from molt_jax.training import checkpoint_files, resuming, search, warm_start
 from molt_jax.training.assembly import assemble
 from molt_jax.training.schedule import StepSchedule
 
@@ -97,7 +97,7 @@ def test_what_another_run_has_learned_is_taken_over_by_the_names_of_classes(whol
   assembly = assemble(tiny_config, class_names=names)
   fresh = nn.unbox(assembly.method.init(jax.random.key(1)))
   found = warm_start.open(whole, assembly)(assembly, fresh)
-  meta, restore = checkpoint.load_model(whole, 'best')
+  meta, restore = checkpoint_files.load_model(whole, 'best')
   theirs, ours, begun = _leaves(restore(None)), _leaves(found), _leaves(fresh)
   old = [meta['class_names'].index(name) for name in names[1:]]
   assert ours.keys() == theirs.keys() == begun.keys()

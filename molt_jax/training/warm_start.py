@@ -20,7 +20,7 @@ from molt_jax.features import frozen
 from molt_jax.methods.base import make_method
 from molt_jax.methods.head import RIDGE
 from molt_jax.runtime import console
-from molt_jax.training import checkpoint, resuming
+from molt_jax.training import checkpoint_files, resuming
 from molt_jax.training.assembly import Assembly
 
 # Fields that say what parameters mean, beside those of the method's own section.
@@ -113,7 +113,7 @@ def open(folder: str | pathlib.Path, assembly: Assembly) -> WarmStart:
   folder, config = pathlib.Path(folder).expanduser(), assembly.config
   try:
     theirs = resuming.schema_of(config).read_run(folder)
-    meta, restore = checkpoint.load_model(folder, theirs.eval.select)
+    meta, restore = checkpoint_files.load_model(folder, theirs.eval.select)
   except UserError as error:
     raise UserError(f'--init_from: {str(error).removeprefix("--workdir: ")}') from error
   sections = (f'{config.method}.', *_SECTIONS)
