@@ -190,22 +190,24 @@ class GgufFiles(TowerFiles):
         'directory or hub id'
       )
     # And with it the package of that name, which only these files need.
-    from molt_jax.towers import gguf
+    from molt_jax.towers import gguf, gguf_models
 
-    self._gguf = gguf
+    self._models = gguf_models
     self._reader = gguf.Reader(file)
-    config = gguf.hf_config(self._reader)
+    config = gguf_models.hf_config(self._reader)
     family = family_of(config, modality, str(file))
     super().__init__(path, family, config, _sha256(self._reader.paths), str(file))
     self._kind = self._reader.metadata['general.architecture']
     named = self._reader.tensors.items()
-    tensors = {gguf.hf_name(n, self._kind): t for n, t in named if n not in gguf.ROPE_TENSORS}
+    tensors = {
+      gguf_models.hf_name(n, self._kind): t for n, t in named if n not in gguf_models.ROPE_TENSORS
+    }
     self._tensors = self.unfused(tensors)
     self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
   def read(self, name, shape):
     w = self._tensors[name].read()
-    return self._gguf.restore(name, w, self.architecture, self._kind).reshape(shape)
+    return self._models.restore(name, w, self.architecture, self._kind).reshape(shape)
 
   def tokenizer(self):
     return tokenizer.from_gguf(

@@ -12,7 +12,7 @@ import numpy as np
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
 from molt_jax.runtime.zipped import Place
-from molt_jax.towers import keys, shards
+from molt_jax.towers import keys, open_clip_keys, shards
 from molt_jax.towers.clip.config import OLD_EOS_ID
 
 CONFIG = 'open_clip_config.json'
@@ -119,9 +119,9 @@ def read_config(directory: Place, modality: str) -> tuple[dict[str, Any], dict[s
   """
   where = str(directory / CONFIG)
   whole = files.read_json(directory / CONFIG)
-  keys.check(whole, keys.OPEN_CLIP, where)
+  keys.check(whole, open_clip_keys.OPEN_CLIP, where)
   model = whole['model_cfg'] if isinstance(whole.get('model_cfg'), Mapping) else {}
-  keys.check(model, keys.OPEN_CLIP_MODEL, f'{where}: model_cfg')
+  keys.check(model, open_clip_keys.OPEN_CLIP_MODEL, f'{where}: model_cfg')
   for name in ('embed_dim', 'vision_cfg', 'text_cfg'):
     if name not in model:
       raise UserError(f'{where} has no model_cfg.{name}: it is no configuration of OpenCLIP')
@@ -129,10 +129,10 @@ def read_config(directory: Place, modality: str) -> tuple[dict[str, Any], dict[s
   common['projection_dim'] = model['embed_dim']
   config: dict[str, Any] = {'model_type': 'clip', 'projection_dim': model['embed_dim']}
   if modality == 'image':
-    keys.check(model['vision_cfg'], keys.OPEN_CLIP_VISION, f'{where}: vision_cfg')
+    keys.check(model['vision_cfg'], open_clip_keys.OPEN_CLIP_VISION, f'{where}: vision_cfg')
     config['vision_config'] = common | _vision(model['vision_cfg'])
   else:
-    keys.check(model['text_cfg'], keys.OPEN_CLIP_TEXT, f'{where}: text_cfg')
+    keys.check(model['text_cfg'], open_clip_keys.OPEN_CLIP_TEXT, f'{where}: text_cfg')
     config['text_config'] = common | _text(model['text_cfg'])
   part = f'{where}: preprocess_cfg'
   size = model['vision_cfg'].get('image_size', _DEFAULTS['image_size'])
@@ -183,7 +183,7 @@ def _layers(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preprocessor(part: Mapping[str, Any], image_size: int, where: str) -> dict[str, Any]:
-  keys.check(part, keys.OPEN_CLIP_PREPROCESS, where)
+  keys.check(part, open_clip_keys.OPEN_CLIP_PREPROCESS, where)
   found: dict[str, Any] = {'image_processor_type': 'CLIPImageProcessor'}
   for ours, theirs in {'image_mean': 'mean', 'image_std': 'std'}.items():
     if part.get(theirs) is not None:

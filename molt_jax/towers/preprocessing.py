@@ -7,7 +7,7 @@ from typing import Any
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
 from molt_jax.runtime.zipped import Place
-from molt_jax.towers import keys
+from molt_jax.towers import keys, preprocessing_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +106,11 @@ def read(
     found = files.read_json(file)
   elif (file := directory / 'processor_config.json').exists():
     whole = files.read_json(file)
-    keys.check(whole, keys.PROCESSOR, str(file))
+    keys.check(whole, preprocessing_keys.PROCESSOR, str(file))
     found = whole.get('image_processor', {})
   else:
     return spec(usual, image_size, str(directory))
-  keys.check(found, keys.PREPROCESSOR, str(file))
+  keys.check(found, preprocessing_keys.PREPROCESSOR, str(file))
   if not (found.get('image_processor_type') or found.get('feature_extractor_type')):
     named = {'image_processor_type': usual.get('image_processor_type')}
     found = {**found, **named}

@@ -13,6 +13,9 @@ from molt_jax.errors import UserError
 from molt_jax.runtime import files
 from molt_jax.runtime.zipped import Place, ZipPath
 from molt_jax.towers import keys, zipped_tensors
+from molt_jax.towers.keys import OBJECT, Table, neutral
+
+INDEX_KEYS: Table = {'weight_map': OBJECT, **neutral('metadata')}
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt')
@@ -98,7 +101,7 @@ def _what_else(directory: Place) -> str:
 def _read_index(index: Place) -> dict[str, str]:
   """Returns tensor -> name of its file, a plain one."""
   found = files.read_json(index)
-  keys.check(found, keys.INDEX, str(index))
+  keys.check(found, INDEX_KEYS, str(index))
   weight_map = found.get('weight_map')
   if not weight_map:
     raise UserError(f'{index} lists no tensors (weight_map): download it again, or remove it')

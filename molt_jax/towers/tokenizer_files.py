@@ -20,12 +20,12 @@ from tokenizers import normalizers
 from molt_jax.errors import UserError
 from molt_jax.runtime import files
 from molt_jax.runtime.zipped import Place, ZipPath
-from molt_jax.towers import keys, regexes, tokenizer
+from molt_jax.towers import keys, regexes, tokenizer, tokenizer_keys
 
 _SECTIONS = {
-  'normalizer': keys.NORMALIZERS,
-  'pre_tokenizer': keys.PRE_TOKENIZERS,
-  'post_processor': keys.POST_PROCESSORS,
+  'normalizer': tokenizer_keys.NORMALIZERS,
+  'pre_tokenizer': tokenizer_keys.PRE_TOKENIZERS,
+  'post_processor': tokenizer_keys.POST_PROCESSORS,
 }
 _PARTS = {'normalizers', 'pretokenizers', 'processors'}
 # What SigLIP's own class does beside lower case: string.punctuation out, one space between words.
@@ -58,7 +58,7 @@ def read(directory: Place, *, vocab_size: int, filled: int = 0) -> tokenizer.Tok
       components that are not implemented, a token has no embedding, or texts that are filled up
       have no end.
   """
-  config = _read_beside(directory, 'tokenizer_config.json', keys.TOKENIZER_CONFIG)
+  config = _read_beside(directory, 'tokenizer_config.json', tokenizer_keys.TOKENIZER_CONFIG)
   file = directory / 'tokenizer.json'
   if not file.exists():
     return _convert(directory, config, vocab_size)
@@ -133,11 +133,11 @@ def _read_beside(directory: Place, name: str, table: keys.Table | None) -> dict[
 
 
 def _check(found: Mapping[str, Any], where: str) -> None:
-  keys.check(found, keys.TOKENIZER, where)
+  keys.check(found, tokenizer_keys.TOKENIZER, where)
   if 'model' not in found:
     raise UserError(f'{where} has no model: it is no tokenizer.json')
   for token in found.get('added_tokens', []):
-    keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens')
+    keys.check(token, tokenizer_keys.ADDED_TOKEN, f'{where}: added_tokens')
   for section, types in _SECTIONS.items():
     if found.get(section) is not None:
       for part in _components(found[section], types, f'{where}: {section}', depth=0):
@@ -145,7 +145,7 @@ def _check(found: Mapping[str, Any], where: str) -> None:
         _check_template(part, f'{where}: {section}')
   model = found['model']
   kind = model.get('type', _kind(model))
-  _check_component({**model, 'type': kind}, keys.MODELS, f'{where}: model')
+  _check_component({**model, 'type': kind}, tokenizer_keys.MODELS, f'{where}: model')
 
 
 def _kind(model: Mapping[str, Any]) -> str:
@@ -244,12 +244,12 @@ def _tokens(directory: Place, config: Mapping[str, Any], found: Mapping[str, Any
   if 'added_tokens_decoder' in config:
     special, by_id = {}, _decoder(config, str(directory / 'tokenizer_config.json'))
   else:
-    special = _read_beside(directory, 'special_tokens_map.json', keys.SPECIAL_TOKENS)
+    special = _read_beside(directory, 'special_tokens_map.json', tokenizer_keys.SPECIAL_TOKENS)
     by_id = _old_added_tokens(directory, {**config, **special})
     by_id |= {t['id']: _token(t) for t in found.get('added_tokens', [])}
   by_name = {token.content: token for token in by_id.values()}
   settings = {**config, **special}
-  named = {role: settings[role] for role in keys.NAMED_TOKENS if settings.get(role)}
+  named = {role: settings[role] for role in tokenizer_keys.NAMED_TOKENS if settings.get(role)}
   return _Tokens(
     by_id,
     {role: _known(token, by_name) for role, token in named.items()},
@@ -260,7 +260,7 @@ def _tokens(directory: Place, config: Mapping[str, Any], found: Mapping[str, Any
 def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.AddedToken]:
   tokens = {}
   for number, token in config['added_tokens_decoder'].items():
-    keys.check(token, keys.ADDED_TOKEN, f'{where}: added_tokens_decoder')
+    keys.check(token, tokenizer_keys.ADDED_TOKEN, f'{where}: added_tokens_decoder')
     if not number.isdecimal() or not keys.ID.holds(int(number)):
       raise UserError(
         f'{where}: added_tokens_decoder has the id {files.shown(number)}; legal: {keys.ID.text}'
@@ -271,7 +271,7 @@ def _decoder(config: Mapping[str, Any], where: str) -> dict[int, tokenizers.Adde
 
 def _further(config: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]:
   """Special tokens without a role: those with names of their own first, then the lists."""
-  own = {key: config[key] for key in keys.IMAGE_TOKENS if config.get(key)}
+  own = {key: config[key] for key in tokenizer_keys.IMAGE_TOKENS if config.get(key)}
   named, lists = [*(own or config.get('model_specific_special_tokens') or {}).values()], []
   older = config.get('additional_special_tokens')
   for extra in (config.get('extra_special_tokens') or older, special.get('extra_special_tokens')):
@@ -287,7 +287,7 @@ def _old_added_tokens(
 ) -> dict[int, tokenizers.AddedToken]:
   """Reads added_tokens.json: name -> id."""
   found = _read_beside(directory, 'added_tokens.json', None)
-  special = {_content(settings[role]) for role in keys.NAMED_TOKENS if settings.get(role)}
+  special = {_content(settings[role]) for role in tokenizer_keys.NAMED_TOKENS if settings.get(role)}
   tokens = {}
   for name, number in found.items():
     if not keys.NAME.holds(name) or not keys.ID.holds(number):

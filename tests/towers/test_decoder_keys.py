@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from molt_jax.errors import UserError
 from molt_jax.towers import architectures, base, keys
-from molt_jax.towers.decoder import DecoderConfig
+from molt_jax.towers.decoder import DecoderConfig, config_keys
 from molt_jax.towers.decoder.config import FAMILIES
 
 # Facts about files that are on the hub; what all of them have is added.
@@ -307,7 +307,7 @@ VALUES = (
 )
 ROPES = st.fixed_dictionaries(
   {'rope_type': st.sampled_from(['default', 'linear', 'llama3', 'yarn', 'longrope'])},
-  optional=dict.fromkeys([k for k in keys.ROPE if k not in ('type', 'rope_type')], VALUES),
+  optional=dict.fromkeys([k for k in config_keys.ROPE if k not in ('type', 'rope_type')], VALUES),
 )
 
 

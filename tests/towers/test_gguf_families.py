@@ -13,8 +13,7 @@ from decoders import hidden_states, make
 from optional_torch import needs_torch, torch
 
 from molt_jax.errors import UserError
-from molt_jax.towers import gguf as reader
-from molt_jax.towers import loading
+from molt_jax.towers import gguf_keys, gguf_models, keys, loading
 
 pytestmark = needs_torch
 
@@ -160,7 +159,7 @@ def config_of(architecture, **metadata):
     metadata={'general.architecture': architecture, **rows},
     tensors={'token_embd.weight': types.SimpleNamespace(shape=(97, 96))},
   )
-  return reader.hf_config(file)
+  return gguf_models.hf_config(file)
 
 
 def test_what_gemma_files_leave_out_is_as_llama_cpp_has_it():
@@ -177,7 +176,7 @@ def test_what_gemma_files_leave_out_is_as_llama_cpp_has_it():
 
 def test_what_files_do_not_say_is_not_the_default_of_another_model():
   """Hugging Face's defaults are those of one model each; llama.cpp's are plain."""
-  for architecture in reader.ARCHITECTURES:
+  for architecture in gguf_models.ARCHITECTURES:
     found = config_of(architecture)
     assert found['rope_theta'] == 10000.0 and found['num_key_value_heads'] == 4
 
@@ -194,11 +193,9 @@ def test_what_files_do_not_say_is_not_the_default_of_another_model():
   ],
 )
 def test_keys_are_those_of_the_architecture(architecture, metadata, says):
-  from molt_jax.towers import keys
-
   rows = {f'{architecture}.{key}': value for key, value in metadata.items()}
   with pytest.raises(UserError, match=says):
-    keys.check({'general.architecture': architecture, **rows}, keys.gguf(architecture), 'x')
+    keys.check({'general.architecture': architecture, **rows}, gguf_keys.gguf(architecture), 'x')
 
 
 def test_a_file_of_another_family_is_read_by_its_own_names(tmp_path):

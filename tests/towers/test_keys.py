@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from molt_jax.errors import UserError
-from molt_jax.towers import keys
+from molt_jax.towers import keys, preprocessing_keys
 from molt_jax.towers.bert import BertConfig
+from molt_jax.towers.bert.config import BERT
 from molt_jax.towers.clip import ClipTextConfig, ClipVisionConfig
-from molt_jax.towers.decoder import DecoderConfig
-from molt_jax.towers.siglip.text_config import SiglipTextConfig
+from molt_jax.towers.clip.config import CLIP_TEXT, CLIP_VISION
+from molt_jax.towers.decoder import DecoderConfig, config_keys
+from molt_jax.towers.siglip.text_config import SIGLIP_TEXT, SiglipTextConfig
 
 READERS = {
   'text': DecoderConfig.from_hf,
@@ -382,9 +384,11 @@ def test_all_that_transformers_writes_is_known():
   }.items():
     READERS[kind](config)
     READERS[kind](json.loads(json.dumps({**config, **generation})))
-  for table, written in ((keys.LLAMA, generation), (keys.CLIP_VISION, generation)):
+  for table, written in ((config_keys.LLAMA, generation), (CLIP_VISION, generation)):
     assert set(written) <= set(table)
-  keys.check(json.loads(CLIPImageProcessorPil().to_json_string()), keys.PREPROCESSOR, 'x')
+  keys.check(
+    json.loads(CLIPImageProcessorPil().to_json_string()), preprocessing_keys.PREPROCESSOR, 'x'
+  )
 
 
 UNKNOWN = ('attn_softcap', 'qk_norm', 'zzz', '', 'Hidden_size', 'rope')
@@ -537,8 +541,8 @@ VALUES = (
 @settings(max_examples=300)
 def test_any_values_give_a_configuration_or_one_line(data):
   kind = data.draw(st.sampled_from(sorted(READERS)))
-  tables = {'text': keys.LLAMA, 'image': keys.CLIP_VISION, 'clip_text': keys.CLIP_TEXT}
-  table = {**tables, 'bert': keys.BERT, 'siglip_text': keys.SIGLIP_TEXT}[kind]
+  tables = {'text': config_keys.LLAMA, 'image': CLIP_VISION, 'clip_text': CLIP_TEXT}
+  table = {**tables, 'bert': BERT, 'siglip_text': SIGLIP_TEXT}[kind]
   config = dict(SMALL[kind])
   for key in data.draw(st.lists(st.sampled_from(sorted(table)), min_size=1, max_size=3)):
     config[key] = data.draw(VALUES)

@@ -6,6 +6,72 @@ from typing import Any, ClassVar
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
+from molt_jax.towers.keys import (
+  COMMON,
+  EPSILON,
+  ID,
+  LAYERS,
+  MOST_WIDTH,
+  WIDTH,
+  Table,
+  models,
+  neutral,
+  only,
+  whole,
+)
+
+BERT_TASKS = (
+  'Model',
+  'ForMaskedLM',
+  'ForPreTraining',
+  'ForNextSentencePrediction',
+  'ForSequenceClassification',
+  'ForTokenClassification',
+  'ForQuestionAnswering',
+  'ForMultipleChoice',
+)
+BERT: Table = {
+  'model_type': only('bert'),
+  **COMMON,
+  'architectures': models(*(f'Bert{task}' for task in BERT_TASKS)),
+  'vocab_size': WIDTH,
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'max_position_embeddings': whole(1, MOST_WIDTH),
+  'type_vocab_size': whole(1, MOST_WIDTH),
+  'hidden_act': only('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu', 'swish'),
+  'layer_norm_eps': EPSILON,
+  # A decoder's tokens read what is before them alone.
+  'is_decoder': only(False, None),
+  'position_embedding_type': only('absolute', None),
+  'embedding_size': only(None),
+  **neutral(
+    'attention_probs_dropout_prob',
+    'hidden_dropout_prob',
+    'classifier_dropout',
+    'output_past',
+    # Of BERT's multilingual files: a pooler that is not in them.
+    'directionality',
+    'pooler_fc_size',
+    'pooler_num_attention_heads',
+    'pooler_num_fc_layers',
+    'pooler_size_per_head',
+    'pooler_type',
+  ),
+}
+ROBERTA: Table = {
+  **BERT,
+  'model_type': only('roberta'),
+  'architectures': models(*(f'Roberta{task}' for task in BERT_TASKS)),
+  'pad_token_id': ID,  # Positions are counted from it on.
+}
+XLM_ROBERTA: Table = {
+  **ROBERTA,
+  'model_type': only('xlm-roberta'),
+  'architectures': models(*(f'XLMRoberta{task}' for task in BERT_TASKS)),
+}
 
 # What transformers reads where a file is silent.
 DEFAULTS = {
@@ -21,7 +87,7 @@ DEFAULTS = {
 }
 # Of those whose positions depend on the padding token.
 ROBERTA_DEFAULTS = {**DEFAULTS, 'vocab_size': 50265, 'pad_token_id': 1}
-TABLES = {'bert': keys.BERT, 'roberta': keys.ROBERTA, 'xlm-roberta': keys.XLM_ROBERTA}
+TABLES = {'bert': BERT, 'roberta': ROBERTA, 'xlm-roberta': XLM_ROBERTA}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +131,7 @@ class BertConfig:
       UserError: a key is unknown, or a value is not implemented.
     """
     kind = config.get('model_type', 'bert')
-    keys.check(config, TABLES.get(kind, keys.BERT), where)
+    keys.check(config, TABLES.get(kind, BERT), where)
     defaults = DEFAULTS if kind == 'bert' else ROBERTA_DEFAULTS
     c = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if c['hidden_size'] % c['num_attention_heads']:

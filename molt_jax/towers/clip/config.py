@@ -6,7 +6,72 @@ from typing import Any, ClassVar
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
+from molt_jax.towers.keys import (
+  ANYTHING,
+  COMMON,
+  EPSILON,
+  ID,
+  LAYERS,
+  MOST_WIDTH,
+  OBJECT,
+  PIXELS,
+  WIDTH,
+  Table,
+  models,
+  neutral,
+  only,
+  or_null,
+  whole,
+)
 from molt_jax.towers.vision.config import VisionConfig, check_heads, check_patches
+
+CLIP_MODELS = (
+  'CLIPModel',
+  'CLIPVisionModel',
+  'CLIPVisionModelWithProjection',
+  'CLIPTextModel',
+  'CLIPTextModelWithProjection',
+  'CLIPForImageClassification',
+)
+CLIP_COMMON: Table = {
+  'model_type': ANYTHING,
+  **COMMON,
+  'architectures': models(*CLIP_MODELS),
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'hidden_act': only('quick_gelu', 'gelu'),
+  'layer_norm_eps': EPSILON,
+}
+CLIP_VISION: Table = {
+  **CLIP_COMMON,
+  'model_type': only('clip_vision_model'),
+  'projection_dim': or_null(WIDTH),
+  'num_channels': only(3),
+  'image_size': PIXELS,
+  'patch_size': PIXELS,
+}
+CLIP_TEXT: Table = {
+  **CLIP_COMMON,
+  'model_type': only('clip_text_model'),
+  'vocab_size': WIDTH,
+  'max_position_embeddings': whole(1, MOST_WIDTH),
+  'eos_token_id': ID,
+  'projection_dim': or_null(WIDTH),
+}
+# The whole pair; of the two parts, the one that is read is checked by the list above.
+CLIP: Table = {
+  'model_type': only('clip'),
+  **COMMON,
+  **neutral('logit_scale_init_value'),
+  'architectures': models(*CLIP_MODELS),
+  'projection_dim': or_null(WIDTH),
+  'vision_config': or_null(OBJECT),
+  'text_config': or_null(OBJECT),
+  'vision_config_dict': or_null(OBJECT),
+  'text_config_dict': or_null(OBJECT),
+}
 
 # What Hugging Face reads where a vision config is silent: values equal to these are left out when a
 # CLIPConfig is saved.
@@ -44,7 +109,7 @@ class ClipVisionConfig(VisionConfig):
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    tables = keys.CLIP, keys.CLIP_VISION
+    tables = CLIP, CLIP_VISION
     c = part_of_pair(config, 'clip', 'vision', tables, DEFAULTS, where)
     c['projection_dim'] = config.get('projection_dim') or c.get('projection_dim') or 512
     check_patches(c, where)
@@ -148,7 +213,7 @@ class ClipTextConfig:
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    tables = keys.CLIP, keys.CLIP_TEXT
+    tables = CLIP, CLIP_TEXT
     c = part_of_pair(config, 'clip', 'text', tables, TEXT_DEFAULTS, where)
     if config.get('model_type', 'clip') == 'clip':  # A CLIPModel's own is what its projection has.
       c['projection_dim'] = config.get('projection_dim') or TEXT_DEFAULTS['projection_dim']

@@ -10,6 +10,7 @@ import numpy as np
 from molt_jax.errors import UserError
 from molt_jax.runtime.files import shown
 from molt_jax.towers import keys
+from molt_jax.towers.decoder import config_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def read(
   Raises:
     UserError: two descriptions that differ, another type, or not the keys of its type.
   """
-  rope = _description(c, keys.PARTIAL_ROPE if partial else keys.ROPE, kinds, where)
+  rope = _description(c, config_keys.PARTIAL_ROPE if partial else config_keys.ROPE, kinds, where)
   kind = rope.pop('rope_type')
   theta = rope['rope_theta'] = float(rope['rope_theta'])
   rotated = int(width * rope.pop('partial_rotary_factor', c.get('partial_rotary_factor', 1.0)))

@@ -6,7 +6,31 @@ from typing import Any, Self
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
-from molt_jax.towers.vision.config import VisionConfig, check_heads, check_patches
+from molt_jax.towers.keys import FLAG, Table, models, neutral, number, only, whole
+from molt_jax.towers.vision.config import VISION_COMMON, VisionConfig, check_heads, check_patches
+
+DINOV2_COMMON: Table = {
+  **VISION_COMMON,
+  'mlp_ratio': number(0, 1 << 10),
+  'qkv_bias': FLAG,
+  'use_swiglu_ffn': FLAG,
+  **neutral('use_mask_token'),
+}
+DINOV2: Table = {
+  **DINOV2_COMMON,
+  'model_type': only('dinov2'),
+  'architectures': models('Dinov2Model', 'Dinov2ForImageClassification', 'Dinov2Backbone'),
+}
+DINOV2_WITH_REGISTERS: Table = {
+  **DINOV2_COMMON,
+  'model_type': only('dinov2_with_registers'),
+  'architectures': models(
+    'Dinov2WithRegistersModel',
+    'Dinov2WithRegistersForImageClassification',
+    'Dinov2WithRegistersBackbone',
+  ),
+  'num_register_tokens': whole(0, 1 << 10),
+}
 
 # What Hugging Face reads where a config is silent.
 DEFAULTS = {
@@ -42,7 +66,7 @@ class Dinov2Config(VisionConfig):
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    return cls._read(config, keys.DINOV2, DEFAULTS, where)
+    return cls._read(config, DINOV2, DEFAULTS, where)
 
   @classmethod
   def _read(cls, config, table, defaults, where) -> Self:
@@ -84,4 +108,4 @@ class Dinov2WithRegistersConfig(Dinov2Config):
   @classmethod
   def from_hf(cls, config: Mapping[str, Any], where: str = 'the DINOv2 config') -> Self:
     """As `Dinov2Config.from_hf`."""
-    return cls._read(config, keys.DINOV2_WITH_REGISTERS, REGISTERS_DEFAULTS, where)
+    return cls._read(config, DINOV2_WITH_REGISTERS, REGISTERS_DEFAULTS, where)

@@ -6,7 +6,21 @@ from typing import Any, Self
 
 from molt_jax.errors import UserError
 from molt_jax.towers import keys
-from molt_jax.towers.vision.config import VisionConfig, check_heads, check_patches
+from molt_jax.towers.keys import FLAG, POSITIVE, WIDTH, Table, models, neutral, only, whole
+from molt_jax.towers.vision.config import VISION_COMMON, VisionConfig, check_heads, check_patches
+
+DINOV3: Table = {
+  **VISION_COMMON,
+  'model_type': only('dinov3_vit'),
+  'architectures': models('DINOv3ViTModel', 'DINOv3ViTBackbone', 'DINOv3ViTForImageClassification'),
+  'intermediate_size': WIDTH,
+  'rope_theta': POSITIVE,
+  **dict.fromkeys(('query_bias', 'key_bias', 'value_bias', 'proj_bias', 'mlp_bias'), FLAG),
+  'use_gated_mlp': FLAG,
+  'num_register_tokens': whole(0, 1 << 10),
+  # Of how positions are varied in training.
+  **neutral('pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale', 'return_class_token'),
+}
 
 # What Hugging Face reads where a config is silent.
 DEFAULTS = {
@@ -54,7 +68,7 @@ class Dinov3Config(VisionConfig):
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    keys.check({'model_type': None, **config}, keys.DINOV3, where)
+    keys.check({'model_type': None, **config}, DINOV3, where)
     c = {**DEFAULTS, **config}
     check_heads(c, where)
     check_patches(c, where)

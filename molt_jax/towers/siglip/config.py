@@ -4,9 +4,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from molt_jax.towers import keys
 from molt_jax.towers.clip.config import part_of_pair
-from molt_jax.towers.vision.config import VisionConfig, check_patches
+from molt_jax.towers.keys import COMMON, FLAG, OBJECT, WIDTH, Table, models, only, or_null
+from molt_jax.towers.vision.config import VISION_COMMON, VisionConfig, check_patches
+
+SIGLIP_VISION: Table = {
+  **VISION_COMMON,
+  'model_type': only('siglip_vision_model'),
+  'architectures': models('SiglipVisionModel', 'SiglipModel', 'SiglipForImageClassification'),
+  'intermediate_size': WIDTH,
+  'vision_use_head': FLAG,
+}
+# The whole pair; of the two parts, the one that is read is checked by a list of its own.
+SIGLIP: Table = {
+  'model_type': only('siglip'),
+  **COMMON,
+  'architectures': models('SiglipModel', 'SiglipForImageClassification'),
+  'vision_config': or_null(OBJECT),
+  'text_config': or_null(OBJECT),
+}
 
 # What Hugging Face reads where a vision config is silent.
 DEFAULTS = {
@@ -41,7 +57,7 @@ class SiglipVisionConfig(VisionConfig):
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    tables = keys.SIGLIP, keys.SIGLIP_VISION
+    tables = SIGLIP, SIGLIP_VISION
     c = part_of_pair(config, 'siglip', 'vision', tables, DEFAULTS, where)
     check_patches(c, where)
     return cls(

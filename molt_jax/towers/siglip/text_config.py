@@ -4,8 +4,35 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from molt_jax.towers import keys
 from molt_jax.towers.clip.config import part_of_pair
+from molt_jax.towers.keys import (
+  COMMON,
+  EPSILON,
+  LAYERS,
+  MOST_WIDTH,
+  WIDTH,
+  Table,
+  models,
+  only,
+  or_null,
+  whole,
+)
+from molt_jax.towers.siglip.config import SIGLIP
+
+SIGLIP_TEXT: Table = {
+  'model_type': only('siglip_text_model'),
+  **COMMON,
+  'architectures': models('SiglipTextModel', 'SiglipModel'),
+  'vocab_size': WIDTH,
+  'hidden_size': WIDTH,
+  'intermediate_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'max_position_embeddings': whole(1, MOST_WIDTH),
+  'hidden_act': only('gelu_pytorch_tanh', 'gelu', 'quick_gelu'),
+  'layer_norm_eps': EPSILON,
+  'projection_size': or_null(WIDTH),
+}
 
 # What Hugging Face reads where a text config is silent.
 DEFAULTS = {
@@ -54,7 +81,7 @@ class SiglipTextConfig:
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    tables = keys.SIGLIP, keys.SIGLIP_TEXT
+    tables = SIGLIP, SIGLIP_TEXT
     c = part_of_pair(config, 'siglip', 'text', tables, DEFAULTS, where)
     return cls(
       vocab_size=c['vocab_size'],

@@ -5,6 +5,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from molt_jax.errors import UserError
+from molt_jax.towers.keys import (
+  ANYTHING,
+  COMMON,
+  EPSILON,
+  LAYERS,
+  PIXELS,
+  WIDTH,
+  Table,
+  neutral,
+  only,
+)
+
+VISION_COMMON: Table = {
+  'model_type': ANYTHING,
+  **COMMON,
+  'hidden_size': WIDTH,
+  'num_hidden_layers': LAYERS,
+  'num_attention_heads': WIDTH,
+  'hidden_act': only('gelu', 'quick_gelu', 'gelu_pytorch_tanh', 'silu'),
+  'layer_norm_eps': EPSILON,
+  'num_channels': only(3),
+  'image_size': PIXELS,
+  'patch_size': PIXELS,
+  **neutral(
+    'hidden_dropout_prob',
+    'attention_probs_dropout_prob',
+    'drop_path_rate',
+    'layerscale_value',  # What LayerScale is initialised to.
+    # Of feature maps for other models.
+    'out_features',
+    'out_indices',
+    'stage_names',
+    'apply_layernorm',
+    'reshape_hidden_states',
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from molt_jax.towers import keys
-from molt_jax.towers.vision.config import VisionConfig, check_heads, check_patches
+from molt_jax.towers.keys import FLAG, WIDTH, Table, models, neutral, only
+from molt_jax.towers.vision.config import VISION_COMMON, VisionConfig, check_heads, check_patches
+
+VIT: Table = {
+  **VISION_COMMON,
+  'model_type': only('vit'),
+  'architectures': models('ViTModel', 'ViTForImageClassification', 'ViTForMaskedImageModeling'),
+  'intermediate_size': WIDTH,
+  'qkv_bias': FLAG,
+  **neutral('encoder_stride', 'pooler_output_size', 'pooler_act'),
+}
 
 # What Hugging Face reads where a config is silent.
 DEFAULTS = {
@@ -36,7 +46,7 @@ class VitConfig(VisionConfig):
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    keys.check({'model_type': None, **config}, keys.VIT, where)
+    keys.check({'model_type': None, **config}, VIT, where)
     c = {**DEFAULTS, **config}
     check_heads(c, where)
     check_patches(c, where)
