@@ -21,7 +21,7 @@ from molt_jax.features import cells, hidden_states
 from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.parts.interface import Output
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts.ridge_kernels import Examples
 from molt_jax.towers.loading import TowerSpec
 
 # Of a modality without a tower: a head's parameters for it are there, tiny, and meet nothing.

@@ -25,7 +25,7 @@ from molt_jax.methods.parts.fusion import CLASSIFIERS
 from molt_jax.methods.parts.inputs import InputPair
 from molt_jax.methods.parts.interface import Output
 from molt_jax.methods.parts.prototypes import Margins
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts.ridge_kernels import Examples
 from molt_jax.towers.loading import TowerSpec
 
 RIDGE = 'ridge'  # The regression's variables among the statistics.

@@ -15,7 +15,7 @@ from molt_jax.features.frozen import Reads
 from molt_jax.methods import base
 from molt_jax.methods.parts import kernel_ridge, neighbours
 from molt_jax.methods.parts.interface import Output
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts.ridge_kernels import Examples
 
 NEIGHBOURS = 'neighbours'  # Among the statistics.
 

@@ -20,8 +20,8 @@ from molt_jax.data.modalities import PATTERNS
 from molt_jax.data.sources import UNLABELLED, Source
 from molt_jax.methods.base import Method
 from molt_jax.methods.head import RIDGE
-from molt_jax.methods.parts import ridge_solver
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts import ridge_calibration, ridge_solver
+from molt_jax.methods.parts.ridge_kernels import Examples
 from molt_jax.objectives.pairwise import in_range
 from molt_jax.runtime import console, processes, sharding
 from molt_jax.training.assembly import Assembly
@@ -91,7 +91,7 @@ class RidgeFit:
       rows = found['present'][:, pattern_m].all(axis=1)
       able_v = fitted_v & ~(PATTERNS & ~pattern_m).any(axis=1)
       if able_v.any() and rows.sum() >= ridge_solver.LEAST:
-        head_weight_v[v], weight_vv[v] = ridge_solver.calibrate(
+        head_weight_v[v], weight_vv[v] = ridge_calibration.calibrate(
           found['head'][rows, v],
           found[RIDGE][rows, v],
           found['target'][rows],

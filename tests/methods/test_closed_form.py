@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 from molt_jax import evaluate, train
 from molt_jax.evaluation import trained
 from molt_jax.methods.parts import kernel_ridge, neighbours, ridge_solver
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts.ridge_kernels import Examples
 
 TRAINING, HELD, CLASSES = 40, 25, 3
 WIDTHS = {'image': 6, 'text': 4}

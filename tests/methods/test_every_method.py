@@ -14,7 +14,7 @@ from setups import Setup
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import PATTERNS
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts.ridge_kernels import Examples
 
 ROWS, TOKENS = 6, 5
 CASES = {name: {'method': name} for name in METHODS} | {

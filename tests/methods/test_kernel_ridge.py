@@ -6,8 +6,8 @@ import pytest
 from sklearn.kernel_ridge import KernelRidge
 
 from molt_jax.features.hidden_states import HiddenStates
-from molt_jax.methods.parts import kernel_ridge, ridge_solver
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts import kernel_ridge, ridge_calibration, ridge_solver
+from molt_jax.methods.parts.ridge_kernels import Examples
 
 LAYERS, CELLS, IMAGE_WIDTH, TEXT_WIDTH, TOKENS, CLASSES = 2, 5, 6, 4, 3, 3
 TRAINING, HELD = 60, 30
@@ -84,7 +84,10 @@ def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
     model.fit(gram[np.ix_(rows, rows)], target_nk - mean_k)
     answers.append(model.predict(test[:, rows]) + mean_k)
   losses = [
-    min(ridge_solver.log_loss(t * answer, held.target_bk, False) for t in ridge_solver.TEMPERATURES)
+    min(
+      ridge_calibration.log_loss(t * answer, held.target_bk, False)
+      for t in ridge_solver.TEMPERATURES
+    )
     for answer in answers
   ]
   states, _ = make_states(HELD, 1)
@@ -154,11 +157,11 @@ def test_weights_are_those_of_the_least_log_loss(multi_label):
   noise_bk = rng.normal(size=target_bk.shape).astype(np.float32)
   experts_bvk = np.stack([right_bk, noise_bk, right_bk], axis=1)
   how = {'multi_label': multi_label}
-  weight, weight_v = ridge_solver.calibrate(
+  weight, weight_v = ridge_calibration.calibrate(
     noise_bk, experts_bvk, target_bk, [True, True, False], **how
   )
   assert weight == 0 and weight_v[0] > 0.5 and not weight_v[1:].any()
-  weight, weight_v = ridge_solver.calibrate(
+  weight, weight_v = ridge_calibration.calibrate(
     right_bk, experts_bvk, target_bk, [False, True, False], **how
   )
   assert weight == 1 and weight_v[1] == 0.25 and not weight_v[[0, 2]].any()

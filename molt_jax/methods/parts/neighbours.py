@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from molt_jax.data.modalities import MODALITIES, PATTERNS
-from molt_jax.methods.parts import ridge_solver
+from molt_jax.methods.parts import ridge_kernels, ridge_solver
 from molt_jax.methods.parts.interface import unit
-from molt_jax.methods.parts.ridge_solver import Examples
+from molt_jax.methods.parts.ridge_kernels import Examples
 
 TEMPERATURE = 0.07
 COUNTS = (1, 2, 3, 5, 10, 20, 50)  # What k is chosen from.
@@ -125,7 +125,7 @@ def fit(training: Examples, held: Examples, *, examples: int, multi_label: bool)
     x_nc = pooled['mean'].astype(np.float32)
     # A text without a token is none.
     has_n = training.present_bm[:, MODALITIES.index(modality)] & np.any(x_nc, axis=1)
-    mean_c, scale_c = ridge_solver.space(x_nc[has_n] if has_n.any() else x_nc)
+    mean_c, scale_c = ridge_kernels.space(x_nc[has_n] if has_n.any() else x_nc)
     units_mc = np.asarray(unit((x_nc[:examples] - mean_c) * scale_c), np.float16)
     found[modality] = {
       'mean_c': mean_c,
