@@ -18,7 +18,7 @@ Tables (.csv, .jsonl), the files of published data sets and the arguments of `pr
   `pictures.Picture` (9)          value                refused          refused          refused
   uint8 array [H, W(, 3 or 4)]    value                refused          refused          refused
   other arrays                    refused              refused          refused          refused
-  list                            refused              refused          several (8)      refused
+  list                            several (10)         refused          several (8)      refused
   dict, tuple, set, anything else refused              refused          refused          refused
 
 (1) Nothing in it can be seen: blanks of any script, control, zero-width and filler characters.
@@ -37,6 +37,8 @@ Tables (.csv, .jsonl), the files of published data sets and the arguments of `pr
 (8) Where there may be several; each by the rules of a label, absent ones left out. 'a|b' is a list
     too.
 (9) What stands for the bytes of an image in a Parquet or Arrow file until they are read.
+(10) In a table alone; each by the rules of an image, absent ones left out. 'a.jpg|b.jpg' is a list
+    too.
 
 Where the user says which words stand for nothing, NULL_WORDS are strings as others.
 

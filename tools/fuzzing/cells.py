@@ -46,9 +46,13 @@ MODES = ('csv', 'jsonl', 'predict', 'published', 'damaged')
 class Cells:
   """Makes cells: (what is written, what it means), None for absent and REFUSED."""
 
-  def __init__(self, rng: np.random.Generator, *, typed: bool, escapes: bool):
-    """`typed`: cells may be other than strings; `escapes`: strings may have what UTF-8 cannot."""
-    self._rng, self._typed, self._escapes = rng, typed, escapes
+  def __init__(
+    self, rng: np.random.Generator, *, typed: bool, escapes: bool, several: bool = False
+  ):
+    """`typed`: cells may be other than strings; `escapes`: strings may have what UTF-8 cannot;
+    `several`: a row may have several images, in a list.
+    """
+    self._rng, self._typed, self._escapes, self._several = rng, typed, escapes, several
 
   def one_of(self, choices):
     return choices[int(self._rng.integers(len(choices)))]
@@ -95,7 +99,8 @@ class Cells:
     if kind < 0.5:
       return self.one_of(WORDS), None
     if kind < 0.55 and self._typed:
-      return self.one_of((0, 1.5, True, *CONTAINERS)), REFUSED
+      value = self.one_of((0, 1.5, True, *CONTAINERS))
+      return value, None if self._several and value in ([], [None]) else REFUSED
     if kind < 0.65:
       return self.one_of(BAD_PATHS), REFUSED
     if kind < 0.68:
@@ -198,7 +203,8 @@ def _one_line(error: UserError) -> None:
 
 
 def _table(rng, folder, kind: str) -> str:
-  cells = Cells(rng, typed=kind == 'jsonl', escapes=kind == 'jsonl')
+  is_json = kind == 'jsonl'
+  cells = Cells(rng, typed=is_json, escapes=is_json, several=is_json)
   label = ('label', 'labels')[int(rng.integers(2))]
   rows = cells.rows(('image', 'text', label))
   rows += [
