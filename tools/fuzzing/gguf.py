@@ -6,6 +6,7 @@ damages those. What came out is 'refused' in one line, 'identical' to the undama
 'changed', which only values that are used may bring about.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -140,7 +141,8 @@ def open_tower(path: pathlib.Path) -> tuple[str, ...]:
   ids = [described.tokenizer.encode(text, 12) for text in TEXTS]
   if max(map(max, ids)) >= described.config.vocab_size:
     raise AssertionError('an id without an embedding came out')
-  return repr(described.config), digest.hexdigest(), repr((ids, described.tokenizer.pad_id))
+  architecture = repr(dataclasses.asdict(described.config))  # Its own repr leaves out tables.
+  return architecture, digest.hexdigest(), repr((ids, described.tokenizer.pad_id))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ gives: 'refused' in one line, 'identical', or 'changed', which only values that 
 the bytes of weights may bring about.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -299,7 +300,8 @@ def open_tower(folder: pathlib.Path, kind: str) -> tuple[str, ...]:
     if max(map(max, ids)) >= described.config.vocab_size:
       raise AssertionError(f'an id without an embedding came out: {max(map(max, ids))}')
     inputs = repr((ids, described.tokenizer.pad_id)).encode()
-  return repr(described.config), digest.hexdigest(), hashlib.sha256(inputs).hexdigest()
+  architecture = repr(dataclasses.asdict(described.config))  # Its own repr leaves out tables.
+  return architecture, digest.hexdigest(), hashlib.sha256(inputs).hexdigest()
 
 
 @functools.cache
