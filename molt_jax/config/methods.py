@@ -5,7 +5,7 @@ To add a method, write its module (`molt_jax/methods/`) and give it a row here.
 
 from typing import Any, NamedTuple
 
-from molt_jax.config.fields import FLAG, Field, Rule, at_least, between, more_than, one_of
+from molt_jax.config.fields import FLAG, Field, Rule, at_least, below, between, more_than, one_of
 from molt_jax.config.layers import LAYERS
 
 
@@ -146,6 +146,19 @@ PROBE = {
     'Most training examples that kernels compare with; all are fitted to, up to 8192.',
   ),
 }
+HUSE = {
+  'width': Field(512, at_least(1), 'Width of the hidden layers and of the common space.'),
+  'image_layers': Field(5, at_least(1), 'Hidden layers over images.'),
+  'text_layers': Field(2, at_least(1), 'Hidden layers over texts.'),
+  'dropout': Field(0.15, below(0, 1), 'Dropout rate behind each of them.'),
+  'gap': Field(1.0, at_least(0), "Weight of the cosine distance of an example's two embeddings."),
+  'semantic': Field(
+    1.0,
+    at_least(0),
+    "Weight of the loss that puts examples as far apart as their classes' names are.",
+  ),
+  'margin': Field(0.5, between(0, 2), 'Distance beyond which that loss leaves pairs alone.'),
+}
 METHODS |= {
   'prototypes': Row(
     'molt_jax.methods.prototypes',
@@ -154,6 +167,12 @@ METHODS |= {
     trains_towers=True,
   ),
   'knn': Row('molt_jax.methods.knn', 'nearest neighbours on pooled hidden states', KNN),
+  'huse': Row(
+    'molt_jax.methods.huse',
+    'one space and one classifier for both modalities (Narayana et al. 2019)',
+    HUSE,
+    trains_towers=True,
+  ),
   'probe': Row('molt_jax.methods.probe', 'ridge regression on pooled hidden states', PROBE),
 }
 METHOD = Field(

@@ -5,7 +5,7 @@ With `backbones.MODALITY.trainable`, a tower runs from its lowest trained layer 
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -229,6 +229,7 @@ def build(
   head: nn.Module,
   num_classes: int,
   num_cells: int = 0,
+  kind: Callable[..., HeadMethod] = HeadMethod,
 ) -> HeadMethod:
   """Returns the method of a head.
 
@@ -238,6 +239,7 @@ def build(
     states: modality -> hidden states that the head reads.
     head: it.
     num_cells: see `HeadMethod.cells`.
+    kind: makes the method, where it has a class of its own.
   """
   whole = {modality: Reads(wanted) for modality, wanted in states.items()}
   modules = base.tower_modules(config, towers, whole)
@@ -247,7 +249,7 @@ def build(
     reads[modality] = _reads(states[modality], trained[modality], tower)
     if modality == 'image' and not trained[modality]:
       reads[modality] = dataclasses.replace(reads[modality], cells=num_cells)
-  return HeadMethod(
+  return kind(
     head,
     states,
     reads,

@@ -18,7 +18,6 @@ from molt_jax.methods.parts.ridge_kernels import Examples
 
 ROWS, TOKENS = 6, 5
 CASES = {name: {'method': name} for name in METHODS} | {
-  'probe, radial': {'method': 'probe', 'probe.kernel': 'rbf'},
   'molt, prototypes': {'method': 'molt', 'classifier.kind': 'prototypes'},
   'molt, layers of its own': {'method': 'molt', 'molt.layers': 'image=0,3,-1;text=1:4'},
   'molt, trained upper layers': {
@@ -42,7 +41,7 @@ def make_config(overrides):
   config.mesh.data, config.text.max_tokens, config.train.batch_size = 1, TOKENS, ROWS
   config.molt.width, config.classifier.hidden, config.classifier.dropout = 8, 8, 0.0
   config.cca.num_directions = 4
-  config.prototypes.width = 8
+  config.prototypes.width = config.huse.width = 8
   config.knn.examples = config.probe.landmarks = 48
   config.mmrl.width, config.mmrl.num_tokens, config.pmf.hidden = 8, 2, 8
   config.update_from_flattened_dict(overrides)
@@ -84,7 +83,7 @@ class Case:
     if self.setup.method.closed_form:
       self.state = self.state.replace(statistics=self._fitted())
     self.step = self.setup.step()
-    self.predict = jax.jit(self.setup.logits)
+    self.answer = jax.jit(self._answer)
 
   def _fitted(self):
     """What is in closed form, fitted to a few batches."""
@@ -103,6 +102,15 @@ class Case:
 
   def _read(self, batch):
     return self.variables, self.frozen, self.setup.method.features(self.frozen, batch), batch
+
+  def _answer(self, variables, frozen, batch, present_bm):
+    method = self.setup.method
+    features = method.features(frozen, batch)
+    return method(variables, frozen, features, batch, present_bm).logits_bk
+
+  def predict(self, variables, frozen, batch):
+    """Logits in evaluation, for what is present."""
+    return self.answer(variables, frozen, batch, batch['present'])
 
   @property
   def variables(self):
@@ -163,11 +171,10 @@ def test_a_pattern_is_what_an_example_without_the_modality_gets(name):
   batch['present'][:], batch['token_mask'][:] = True, True
   for keep in PATTERNS:
     masked = batch | {'present': batch['present'] & keep}
-    features = c.setup.method.features(c.frozen, batch)
-    kept = c.setup.method(c.variables, c.frozen, features, batch, masked['present'])
+    kept = c.answer(c.variables, c.frozen, batch, masked['present'])
     alone = c.predict(c.variables, c.frozen, masked)
     rounding = 1e-5 * max(1, np.abs(alone).max())
-    np.testing.assert_allclose(kept.logits_bk, alone, rtol=0, atol=rounding)
+    np.testing.assert_allclose(kept, alone, rtol=0, atol=rounding)
 
 
 def test_trained_towers_begin_as_they_were_loaded():
