@@ -2,6 +2,7 @@
 hold them, their headers.
 """
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ INDEX_KEYS: Table = {'weight_map': OBJECT, **neutral('metadata')}
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 MAX_HEADER_BYTES = 1 << 25
+MAX_SIZE = 1 << 59  # Of an array: NumPy counts its bytes in 63 bits.
 FORMATS = (None, 'pt', 'np', 'mlx')  # Of TensorFlow and Flax, matrices are transposed.
 
 
@@ -168,6 +170,14 @@ def _header(path: Place) -> list[AnyTensor]:
       f'{path} says that it was made with {files.shown(made_with)}, whose tensors lie in another '
       'way; implemented: pt (save_pretrained of a PyTorch model)'
     )
+  for tensor in tensors:
+    # An array has strides even where one of its sizes is 0.
+    if math.prod(max(size, 1) for size in tensor.shape) > MAX_SIZE:
+      shape = files.shown(list(tensor.shape))
+      raise UserError(
+        f'{files.printable(path)} is damaged: {files.shown(tensor.name)} is said to have the '
+        f'shape {shape}; download it again'
+      )
   return tensors
 
 
