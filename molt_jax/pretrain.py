@@ -69,6 +69,11 @@ class PairTrainer(Trainer):
 
   title, unit = 'pretraining', 'images'
 
+  @property
+  def units_per_step(self) -> int:
+    """See `Trainer`."""
+    return self.assembly.config.train.batch_size
+
   def check(self, assembly: Assembly) -> None:
     """See `Trainer`."""
     _check_pairs(assembly.config, assembly.data)

@@ -37,7 +37,8 @@ class Loop:
     validate: (state, monitor) -> (record to log, what its 'score' is); a split that determines no
       score has none, and is never the best.
     refresh: state -> state with what is fitted anew before each validation.
-    title, unit: of the progress bar; images are counted by batches of them.
+    title, unit: of the progress bar.
+    units_per_step: of the progress bar.
     deadline: of `time.monotonic`, after which training ends, once it has gone through the data.
   """
 
@@ -52,6 +53,7 @@ class Loop:
   refresh: Callable[[TrainState], TrainState]
   title: str
   unit: str
+  units_per_step: int = 1
   deadline: float = math.inf
 
   def run(self, state: TrainState, iterator: Any) -> TrainState:
@@ -68,7 +70,7 @@ class Loop:
     lost.tell_step(self._saved_step)
     log, monitor = self._open_log(start)
     agree = processes.Agreement(self.assembly.mesh, delay=IN_FLIGHT)
-    count = self.assembly.config.train.batch_size if self.unit == 'images' else 1
+    count = self.units_per_step
     bar = console.progress(self.title, schedule.total * count, self.unit, done=start * count)
     with stop_on_signals() as stop, bar as shown:
       while True:

@@ -59,6 +59,11 @@ class Trainer(abc.ABC):
   def num_examples(self) -> int:
     """Returns the examples of an epoch."""
 
+  @property
+  def units_per_step(self) -> int:
+    """Of the progress bar."""
+    return 1
+
   @abc.abstractmethod
   def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
     """Tells the user in a few lines what is about to be trained."""
@@ -104,47 +109,54 @@ class Trainer(abc.ABC):
       UserError: a mistake of the user's, or a loss that is not finite.
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
-    assembly, config = self.assembly, self.assembly.config
+    config = self.assembly.config
     if self.is_resumed:
       resuming.check_finished(self.checkpoints.meta(), config, self.num_examples())
     schedule = StepSchedule(config, self.num_examples())
-    if not assembly.method.is_trained:
+    if not self.assembly.method.is_trained:
       schedule.total = 1
-    learning_rate = train_state.make_schedule(config, schedule.total)
     tx = train_state.make_optimizer(config, schedule.total)
     self.before_state()
-    state = self._new_state(tx)
-    self.introduce(state, schedule)
-    position = None
-    if self.is_resumed:
-      state, position = self.checkpoints.restore(state)
-    self.open_features()
-    if not self.is_resumed:
-      state = self.begin(state)
-    iterator = self.iterator()
-    if self.is_resumed:
-      self.checkpoints.move(iterator, position)
-      step, total = int(state.step), schedule.total
-      console.log(f'going on from step {step} of {total} in {self.workdir}')
-    loop = Loop(
-      assembly=assembly,
-      workdir=self.workdir,
-      checkpoints=self.checkpoints,
-      meta=resuming.new_meta(assembly),
-      schedule=schedule,
-      learning_rate=learning_rate,
-      step=self._step(tx),
-      validate=self.validate,
-      refresh=self.refresh,
-      title=self.title,
-      unit=self.unit,
-      deadline=self.deadline,
-    )
+    state, iterator = self._start(tx, schedule)
+    loop = self._loop(tx, schedule)
     if processes.is_main():
       workdir.claim(config, self.workdir)
     with run_record.recorded(self.workdir, self._facts(state), step=int(state.step)):
       loop.run(state, iterator)
       return self.finish()
+
+  def _start(self, tx, schedule: StepSchedule) -> tuple[TrainState, Any]:
+    """Returns the state and the batches that a new run begins with, or that one goes on with."""
+    state = self._new_state(tx)
+    self.introduce(state, schedule)
+    if not self.is_resumed:
+      self.open_features()
+      return self.begin(state), self.iterator()
+    state, position = self.checkpoints.restore(state)
+    self.open_features()
+    iterator = self.iterator()
+    self.checkpoints.move(iterator, position)
+    step, total = int(state.step), schedule.total
+    console.log(f'going on from step {step} of {total} in {self.workdir}')
+    return state, iterator
+
+  def _loop(self, tx, schedule: StepSchedule) -> Loop:
+    assembly = self.assembly
+    return Loop(
+      assembly=assembly,
+      workdir=self.workdir,
+      checkpoints=self.checkpoints,
+      meta=resuming.new_meta(assembly),
+      schedule=schedule,
+      learning_rate=train_state.make_schedule(assembly.config, schedule.total),
+      step=self._step(tx),
+      validate=self.validate,
+      refresh=self.refresh,
+      title=self.title,
+      unit=self.unit,
+      units_per_step=self.units_per_step,
+      deadline=self.deadline,
+    )
 
   def _facts(self, state: TrainState) -> dict[str, Any]:
     splits = self.assembly.data.splits
