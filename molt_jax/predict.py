@@ -26,7 +26,7 @@ from molt_jax.data import cells, findings, formats, imagefiles, packing, pipelin
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import table_predictions, trained
-from molt_jax.features.frozen import load_frozen
+from molt_jax.features.frozen import load_frozen, needed
 from molt_jax.runtime import console, sharding, terminal
 
 
@@ -270,11 +270,12 @@ class Predictor:
     return np.asarray(self._step(self._variables, frozen, batch))[: len(examples)]
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
-    modalities = [m for m, use in zip(MODALITIES, used, strict=True) if use]
+    assembly = self._assembly
+    there = [m for m, use in zip(MODALITIES, used, strict=True) if use]
+    modalities = needed(assembly.method.reads, there)
     new = [m for m in modalities if self._frozen[m] is None]
     if new:
       self._run.check_towers(new)
-      assembly = self._assembly
       loaded = load_frozen(self.config, assembly.mesh, assembly.method.reads, new)
       self._frozen |= {m: loaded[m] for m in new}
     return {m: self._frozen[m] if m in modalities else None for m in MODALITIES}

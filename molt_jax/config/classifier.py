@@ -24,6 +24,11 @@ from molt_jax.config.methods import METHOD, METHODS, SECTIONS
 from molt_jax.config.resolved import modalities
 from molt_jax.config.schema import Schema
 
+TRAIN_FROM = Field(
+  0.0,
+  at_least(0),
+  'Epochs for which what is trained of this tower stays as it is, while the rest is trained.',
+)
 FIELDS: dict[str, Any] = {
   'seed': Field(
     0,
@@ -204,6 +209,7 @@ FIELDS: dict[str, Any] = {
         'Regex of parameters of this tower that are trained too, e.g. layers/2[0-3]/.*; empty: '
         'none. One that matches nothing is an error.',
       ),
+      'train_from': TRAIN_FROM,
     },
     'image': {
       'path': Field(
@@ -226,6 +232,7 @@ FIELDS: dict[str, Any] = {
         'Regex of parameters of this tower that are trained too, e.g. layers/2[0-3]/.*; empty: '
         'none. One that matches nothing is an error.',
       ),
+      'train_from': TRAIN_FROM,
     },
   },
   'features': {
@@ -440,6 +447,13 @@ def _trainable(c: ml_collections.ConfigDict) -> Iterator[str]:
         f'config.backbones.{modality}.trainable: {c.backbones[modality].trainable!r} beside '
         f'config.method={c.method!r}, which leaves the towers as they are; leave it empty, or give '
         f'method={" or ".join(able)}'
+      )
+  for modality in modalities(c):
+    if c.backbones[modality].train_from and not c.backbones[modality].trainable:
+      yield (
+        f'config.backbones.{modality}.train_from: {c.backbones[modality].train_from} beside an '
+        f'empty config.backbones.{modality}.trainable: nothing of the tower is trained; give '
+        'trainable, or 0'
       )
 
 

@@ -111,6 +111,35 @@ PROTOTYPES = {
     'molt with classifier.kind=prototypes).',
   ),
 }
+# What is read of a text tower that pictures run through as words.
+READOUT = 'mean: of the tokens of image and text; token: the one that reads all of them'
+PROMPT_FUSE = {
+  'placement': Field(
+    'behind',
+    one_of('behind', 'front'),
+    'behind: prompts read image and text, and are read (PromptFuse); front: they read neither, and '
+    'both read them (BlindPrompt).',
+  ),
+  'num_tokens': Field(20, at_least(1), 'Prompts.'),
+  'cells': Field(
+    0,
+    between(0, 64),
+    'Cells along a side of a picture whose means are words beside its first token; 0: that alone.',
+  ),
+  'readout': Field(
+    'auto',
+    one_of('auto', 'mean', 'token', 'prompt'),
+    f'{READOUT}; prompt: the last prompt; auto: prompt where they stand behind, else mean.',
+  ),
+}
+MMBT = {
+  'cells': Field(
+    3,
+    between(1, 64),
+    'Cells along a side of a picture whose means are words beside its first token.',
+  ),
+  'readout': Field('mean', one_of('mean', 'token'), f'{READOUT}.'),
+}
 METHODS = {
   'molt': Row('molt_jax.methods.molt', 'MoLT (Sun and Song 2024)', MOLT, trains_towers=True),
   'late_fusion': Row(
@@ -124,6 +153,17 @@ METHODS = {
   ),
   'pmf': Row(
     'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF
+  ),
+  'prompt_fuse': Row(
+    'molt_jax.methods.prompt_fuse',
+    'the image and prompts as words of the text tower: PromptFuse, BlindPrompt (Liang et al. 2022)',
+    PROMPT_FUSE,
+  ),
+  'mmbt': Row(
+    'molt_jax.methods.mmbt',
+    "a picture's cells as words of the text tower (Kiela et al. 2019)",
+    MMBT,
+    trains_towers=True,
   ),
 }
 KNN = {

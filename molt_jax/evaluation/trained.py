@@ -57,9 +57,11 @@ class Trained:
     return assemble(self.config, class_names=tuple(self.class_names))
 
   def check_towers(self, modalities: Collection[str] | None = None) -> None:
-    """Raises UserError unless the towers (of these modalities; default: all that are used) are
-    those that the run was trained on.
+    """Raises UserError unless the towers (that examples of these modalities need; default: all that
+    are used) are those that the run was trained on.
     """
+    if modalities is not None:
+      modalities = frozen.needed(self.assembly.method.reads, modalities)
     frozen.check_same_towers(self.meta['backbones'], self.assembly.towers, modalities)
 
   def variables(self) -> dict[str, Any]:

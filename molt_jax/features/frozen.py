@@ -30,6 +30,7 @@ class Reads:
     pooled: the feature is what the tower's `pool` makes of the last of `states`, not its tokens.
     cells: of an image: cells along a side whose means are read in the place of all patches
       (`features.cells`); 0: every token is read.
+    always: its tower is run for examples without this modality too.
   """
 
   states: tuple[int, ...] = ()
@@ -37,6 +38,7 @@ class Reads:
   heads: tuple[str, ...] = ()
   pooled: bool = False
   cells: int = 0
+  always: bool = False
 
 
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.TowerSpec]:
@@ -55,6 +57,14 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
       resolution=c[modality].get('resolution', 0),
     )
   return towers
+
+
+def needed(reads: Mapping[str, Reads], modalities: Collection[str]) -> list[str]:
+  """Returns the modalities whose towers a method needs to answer examples with these modalities:
+  them, and those whose tower is always run.
+  """
+  always = [m for m, wanted in reads.items() if wanted.always]
+  return [m for m in MODALITIES if m in modalities or m in always]
 
 
 def dtype(config: ml_collections.ConfigDict) -> str:

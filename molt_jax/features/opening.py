@@ -57,7 +57,8 @@ def open_features(
   if not config.features.store or not can_store(how.reads):
     if config.features.store:
       console.log('features.store is not used: this method runs the towers from their input on')
-    frozen = frozen_towers.load_frozen(config, how.mesh, how.reads, modalities)
+    needed = frozen_towers.needed(how.reads, modalities)
+    frozen = frozen_towers.load_frozen(config, how.mesh, how.reads, needed)
     return frozen, dict.fromkeys(wanted)
   found = identify(wanted, how.preprocess, modalities, num_threads=config.input.num_threads)
   stored = {split: {} for split in wanted}
@@ -71,7 +72,8 @@ def open_features(
       stored[split][modality] = pipeline.CachedStates(
         keys, kept.read, kept.num_tokens, shape, kept.codec.read
       )
-  live = [m for m in modalities if how.reads[m].run_from is not None]
+  needed = frozen_towers.needed(how.reads, modalities)
+  live = [m for m in needed if how.reads[m].run_from is not None]
   frozen = frozen_towers.load_frozen(config, how.mesh, how.reads, live, stored=True)
   return frozen, stored
 

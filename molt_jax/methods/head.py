@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
-from flax import traverse_util
 
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.features import cells, hidden_states
+from molt_jax.features import cells
 from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base, trainable
@@ -30,7 +29,6 @@ from molt_jax.towers.loading import TowerSpec
 
 RIDGE = 'ridge'  # The regression's variables among the statistics.
 MARGIN = 'margin'  # The logits that prototypes are trained by, among the branches.
-TOWERS = 'towers'  # Parameters of towers among those that are trained.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +108,7 @@ class HeadMethod(base.Defaults):
     if self.landmarks:
       statistics = {**variables.get('statistics', {}), RIDGE: self._empty_ridge()}
       variables = {**variables, 'statistics': statistics}
-    towers = {m: trainable.zeros(paths) for m, paths in self.trained.items() if paths}
-    if not towers:
-      return variables
-    nested = {m: traverse_util.unflatten_dict(flat, sep='/') for m, flat in towers.items()}
-    return {**variables, 'params': {**variables['params'], TOWERS: nested}}
+    return {**variables, 'params': {**variables['params'], **trainable.new(self.trained)}}
 
   def _empty_ridge(self) -> dict[str, Any]:
     shapes = {}
@@ -129,21 +123,12 @@ class HeadMethod(base.Defaults):
 
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `base.Method`."""
-    params = variables['params']
-    if TOWERS not in params:
-      return dict(variables)
-    taken = {}
-    for modality, nested in params[TOWERS].items():
-      flat = traverse_util.flatten_dict(nested, sep='/')
-      depth = self.modules[modality].config.num_layers
-      flat = trainable.take(flat, frozen[modality], depth)
-      taken[modality] = traverse_util.unflatten_dict(flat, sep='/')
-    return {**variables, 'params': {**params, TOWERS: taken}}
+    return {**variables, 'params': trainable.started(variables['params'], frozen, self.modules)}
 
   def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
     """See `base.Method`."""
     params = dict(variables['params'])
-    towers = params.pop(TOWERS, {})
+    towers = params.pop(trainable.TOWERS, {})
     states = self._states(towers, frozen, features, batch)
     how = {}
     if training:
@@ -178,7 +163,7 @@ class HeadMethod(base.Defaults):
 
   def fit_inputs(self, variables, frozen, features, batch) -> dict[str, dict[str, jax.Array]]:
     """See `base.Method`."""
-    towers = variables['params'].get(TOWERS, {})
+    towers = variables['params'].get(trainable.TOWERS, {})
     states = self._states(towers, frozen, features, batch)
     found = {}
     for modality in MODALITIES:
@@ -192,34 +177,13 @@ class HeadMethod(base.Defaults):
     for modality in MODALITIES:
       found[modality] = features.of(modality)
       if modality in towers and frozen.get(modality) is not None:
-        flat = traverse_util.flatten_dict(towers[modality], sep='/')
-        depth = self.modules[modality].config.num_layers
-        params = trainable.merge(frozen[modality], flat, depth)
-        found[modality] = self._run(modality, params, found[modality], batch)
+        tower = trainable.Live(modality, self.modules[modality], self.reads[modality])
+        params = trainable.merged(tower.module, frozen[modality], towers[modality])
+        found[modality] = tower.run(params, self.states[modality], found[modality], batch)
         if modality == 'image':
           config = self.modules[modality].config
           found[modality] = cells.pool(found[modality], config, self.cells)
     return features.replace(image_lbid=found['image'], text_lbtd=found['text'])
-
-  def _run(self, modality, params, stored_lbtd, batch):
-    """Runs a tower from `run_from` on and returns the states that the head reads."""
-    module, reads, wanted = self.modules[modality], self.reads[modality], self.states[modality]
-    tower = module.bind({'params': params})
-    mask_bt = hidden_states.text_mask(batch) if modality == 'text' else None
-    if stored_lbtd is None:
-      inputs = hidden_states.clean_inputs(batch, modality)
-      entering_btd = tower.embed(inputs[0])
-    else:
-      entering_btd = stored_lbtd[reads.states.index(reads.run_from)].astype(module.dtype)
-    above = tuple(state for state in wanted if state > reads.run_from)
-    run = {'start': reads.run_from, 'stop': wanted[-1], 'states': above}
-    found_lbtd = tower.run(entering_btd, mask_bt, **run)[1]
-    if above and above[-1] == module.config.num_layers:
-      found_lbtd = found_lbtd.at[-1].set(tower.finish(found_lbtd[-1]))
-    below = [state for state in wanted if state <= reads.run_from]
-    parts = [stored_lbtd[reads.states.index(state)][None] for state in below if reads.states]
-    parts += [entering_btd[None]] if below and not reads.states else []
-    return jnp.concatenate([*(part.astype(module.dtype) for part in parts), found_lbtd])
 
 
 def build(
@@ -246,7 +210,7 @@ def build(
   reads, trained = {}, {}
   for modality, tower in towers.items():
     trained[modality] = trainable.leaves(config, modality, modules[modality])
-    reads[modality] = _reads(states[modality], trained[modality], tower)
+    reads[modality] = trainable.reads(states[modality], trained[modality], tower)
     if modality == 'image' and not trained[modality]:
       reads[modality] = dataclasses.replace(reads[modality], cells=num_cells)
   return kind(
@@ -261,16 +225,6 @@ def build(
     multi_label=config.dataset.multi_label,
     contrast=config.prototypes.supcon,
   )
-
-
-def _reads(states, trained, tower: TowerSpec) -> Reads:
-  if not trained:
-    return Reads(states)
-  lowest = min(trainable.lowest_layer(trained, tower), tower.config.num_layers - 1)
-  if lowest == 0:
-    return Reads((), run_from=0)
-  below = {state for state in states if state < lowest}
-  return Reads(tuple(sorted(below | {lowest})), run_from=lowest)
 
 
 # ---- What heads are made of ----------------------------------------------------------------------

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.towers.functions import ACTIVATIONS, rotate
+from molt_jax.towers.functions import ACTIVATIONS, key_mask, rotate, with_prefix
 
 
 class EncoderLayer(nn.Module):
   """One encoder layer: x + attention(norm(x)), then x + MLP(norm(x)).
 
-  With lengths, attention is causal and masks padding; with `keys_bt`, bool[B, T], only those tokens
-  are read; with `rope`, (cos, sin) float32[P, H / 2] each, queries and keys of the last P tokens
-  are rotated; with a packing, which needs lengths, it takes packed tokens [G, N, D] in the place of
-  [B, T, D].
+  With lengths, attention is causal and masks padding; with `keys`, bool[B, T] or, for each token,
+  bool[B, T, T], only those tokens are read; with `rope`, (cos, sin) float32[P, H / 2] each, queries
+  and keys of the last P tokens are rotated; with a packing, which needs lengths, it takes packed
+  tokens [G, N, D] in the place of [B, T, D]; with a prefix, (keys, values) [B, P, N, H], every
+  token reads it too.
 
   Attributes:
     config: has hidden_size, intermediate_size, num_heads, hidden_act and layer_norm_eps.
@@ -37,7 +38,7 @@ class EncoderLayer(nn.Module):
   layer_scale: bool = False
 
   @nn.compact
-  def __call__(self, h_bid, lengths_b=None, keys_bt=None, rope=None, packing=None):
+  def __call__(self, h_bid, lengths_b=None, keys=None, rope=None, packing=None, *, prefix=None):
     c = self.config
     x_bid = layer_norm(c, self.dtype, self.param_dtype, 'attention_norm')(h_bid)
     q_binh, k_binh, v_binh = (self._heads(name)(x_bid) for name in ('q_proj', 'k_proj', 'v_proj'))
@@ -46,12 +47,13 @@ class EncoderLayer(nn.Module):
     qkv = q_binh, k_binh, v_binh
     if packing:
       qkv = [packing.unpack(x, len(lengths_b)) for x in qkv]
+    how = {'is_causal': lengths_b is not None, 'mask': key_mask(keys)}
+    if prefix is not None:
+      rules = {'is_causal': how['is_causal'], 'mask_b1ts': how['mask']}
+      qkv, mask = with_prefix(qkv, prefix, lengths_b=lengths_b, **rules)
+      how, lengths_b = {'mask': mask}, None
     a_binh = jax.nn.dot_product_attention(
-      *qkv,
-      is_causal=lengths_b is not None,
-      key_value_seq_lengths=lengths_b,
-      mask=None if keys_bt is None else keys_bt[:, None, None, :],
-      implementation=self.attention,
+      *qkv, key_value_seq_lengths=lengths_b, implementation=self.attention, **how
     )
     a_binh = packing.pack(a_binh) if packing else a_binh
     out_axes = ('heads', 'head_dim', 'embed')

@@ -87,6 +87,7 @@ def run_layers(
   per_layer: Mapping[str, jax.Array] | None = None,
   before: Callable[[jax.Array, Any], jax.Array] | None = None,
   inserts: Any = None,
+  additions: Mapping[str, Any] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs layers start..stop-1 of a stack on hidden states.
 
@@ -104,6 +105,9 @@ def run_layers(
       of `inserts`; returns what enters the layer, of the same shape. Methods put their tokens in
       the place of those of the layer below by it.
     inserts: arrays with a leading axis of stop - start layers.
+    additions: what layers read of a method, arrays with a leading axis of stop - start layers;
+      `own` are a layer's slices of them too. 'prefix': keys and values [layers, B, P, K, H] in
+      front of the layer's own, which every token reads.
 
   Returns:
     (hidden states that leave layer stop - 1, states_sbtd: the states that were asked for).
@@ -116,6 +120,7 @@ def run_layers(
     if before is not None:
       h_btd = before(h_btd, _at(inserts, i))
     one, own = _at(params, i + (start - first)), _at(per_layer or {}, i + start)
+    own |= _at(additions or {}, i)
     h_btd = layer.apply({'params': quantize.dequantize(one)}, h_btd, *args, **own)
     if states:
       states_sbtd = jax.lax.dynamic_update_index_in_dim(states_sbtd, h_btd, slots[i + 1], 0)

@@ -3,7 +3,7 @@ never in it.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,8 @@ import ml_collections
 import numpy as np
 import optax
 
+from molt_jax.data.modalities import MODALITIES
+from molt_jax.methods import trainable
 from molt_jax.runtime import sharding
 
 
@@ -60,9 +62,11 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
 def make_optimizer(
   config: ml_collections.ConfigDict, total_steps: int
 ) -> optax.GradientTransformation:
-  """Returns Adam with the configured clipping, decoupled weight decay and schedule."""
+  """Returns Adam with the configured clipping, decoupled weight decay and schedule, and towers that
+  are trained from a later epoch on.
+  """
   c = config.optimizer
-  return optax.chain(
+  adam = optax.chain(
     optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
     optax.scale_by_adam(),
     optax.add_decayed_weights(c.weight_decay, mask=_is_kernel)
@@ -70,6 +74,38 @@ def make_optimizer(
     else optax.identity(),
     optax.scale_by_learning_rate(make_schedule(config, total_steps)),
   )
+  first = _first_steps(config, total_steps)
+  return optax.chain(adam, _held(first)) if any(first.values()) else adam
+
+
+def _first_steps(config: ml_collections.ConfigDict, total_steps: int) -> dict[str, int]:
+  """Returns modality -> the first step that moves what is trained of its tower."""
+  found = {}
+  for modality in MODALITIES:
+    epochs = config.backbones[modality].get('train_from', 0.0)
+    found[modality] = round(epochs * total_steps / config.train.epochs)
+  return found
+
+
+def _held(first: Mapping[str, int]) -> optax.GradientTransformation:
+  """Keeps what is trained of each tower as it is before its first step. Moments are kept from the
+  beginning, so that the first update has the size of any other.
+  """
+
+  def update(updates, state, params=None):
+    del params
+
+    def scale(path, x):
+      names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
+      if len(names) < 2 or names[0] != trainable.TOWERS:
+        return x
+      return jnp.where(state.count < first[names[1]], 0.0, x)
+
+    held = jax.tree_util.tree_map_with_path(scale, updates)
+    return held, optax.ScaleByScheduleState(count=state.count + 1)
+
+  start = optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+  return optax.GradientTransformation(lambda params: start, update)
 
 
 def _is_kernel(params: Any) -> Any:

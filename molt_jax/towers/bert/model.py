@@ -13,14 +13,15 @@ from molt_jax.errors import UserError
 from molt_jax.towers import packing, stack
 from molt_jax.towers.bert.config import BertConfig
 from molt_jax.towers.encoder import dense, layer_norm
-from molt_jax.towers.functions import ACTIVATIONS
+from molt_jax.towers.functions import ACTIVATIONS, key_mask, with_prefix
 
 
 class BertLayer(nn.Module):
   """One encoder layer: norm(x + attention(x)), then norm(x + MLP(x)); biases everywhere.
 
-  With a packing it takes packed tokens [G, N, D] in the place of [B, T, D]; with `keys_bt`,
-  bool[B, T], only those tokens are read.
+  With a packing it takes packed tokens [G, N, D] in the place of [B, T, D]; with `keys`,
+  bool[B, T] or, for each token, bool[B, T, T], only those tokens are read; with a prefix,
+  (keys, values) [B, P, N, H], every token reads it too.
   """
 
   config: BertConfig
@@ -29,16 +30,18 @@ class BertLayer(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, h_btd, lengths_b, packing=None, keys_bt=None):
+  def __call__(self, h_btd, lengths_b, packing=None, keys=None, *, prefix=None):
     c = self.config
     qkv = [self._heads(name)(h_btd) for name in ('q_proj', 'k_proj', 'v_proj')]
     if packing:
       qkv = [packing.unpack(x, len(lengths_b)) for x in qkv]
+    mask, seen_b = key_mask(keys), lengths_b
+    if prefix is not None:
+      rules = {'is_causal': False, 'mask_b1ts': mask}
+      qkv, mask = with_prefix(qkv, prefix, lengths_b=lengths_b, **rules)
+      seen_b = None
     a_btnh = jax.nn.dot_product_attention(
-      *qkv,
-      key_value_seq_lengths=lengths_b,
-      mask=None if keys_bt is None else keys_bt[:, None, None, :],
-      implementation=self.attention,
+      *qkv, key_value_seq_lengths=seen_b, mask=mask, implementation=self.attention
     )
     a_btnh = packing.pack(a_btnh) if packing else a_btnh
     out_axes = ('heads', 'head_dim', 'embed')
@@ -168,8 +171,9 @@ class Bert(nn.Module):
       mask_bt: bool[B, T], right-padded.
       start, stop, states: see `stack.run_layers`.
       positions_bt: not read: positions are in the first hidden state.
-      keys_bt: bool[B, T], the tokens that may be read; None: all valid ones.
-      **hook: its `before` and `inserts`.
+      keys_bt: bool[B, T], the tokens that may be read, or bool[B, T, T], by each of them;
+        None: all valid ones.
+      **hook: its `before`, `inserts` and `additions`.
 
     Returns:
       (hidden states dtype[B, T, D], states dtype[len(states), B, T, D]).

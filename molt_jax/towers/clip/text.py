@@ -111,8 +111,9 @@ class ClipText(nn.Module):
       mask_bt: bool[B, T], right-padded.
       start, stop, states: see `stack.run_layers`.
       positions_bt: not read: positions are in the first hidden state.
-      keys_bt: bool[B, T], the tokens that may be read; None: all valid ones.
-      **hook: its `before` and `inserts`.
+      keys_bt: bool[B, T], the tokens that may be read, or bool[B, T, T], by each of them;
+        None: all valid ones.
+      **hook: its `before`, `inserts` and `additions`.
 
     Returns:
       (hidden states dtype[B, T, D], states dtype[len(states), B, T, D]).

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from molt_jax.towers.decoder.config import DecoderConfig
+from molt_jax.towers.functions import with_prefix
 
 
 def attend(
@@ -12,6 +13,7 @@ def attend(
   lengths_b: jax.Array,
   mask_b1ts: jax.Array | None,
   implementation: str,
+  prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
   """Returns what each token reads, [B, T, N, H].
 
@@ -21,12 +23,18 @@ def attend(
     lengths_b: int32[B], the first so many tokens are read.
     mask_b1ts: bool, broadcast to [B, 1, T, S]: which tokens may be read besides.
     implementation: 'xla' or 'cudnn'; a cap is computed by XLA.
+    prefix: keys and values [B, P, K, H] in front, which every token reads.
   """
+  is_causal = config.causal
+  if prefix is not None:
+    rules = {'is_causal': is_causal, 'mask_b1ts': mask_b1ts}
+    qkv, mask_b1ts = with_prefix(qkv, prefix, lengths_b=lengths_b, **rules)
+    lengths_b, is_causal = None, False
   if config.logit_cap is not None:
-    return _capped(config, qkv, lengths_b, mask_b1ts)
+    return _capped(config, qkv, lengths_b, mask_b1ts, is_causal)
   return jax.nn.dot_product_attention(
     *qkv,
-    is_causal=config.causal,
+    is_causal=is_causal,
     scale=config.attention_scale,
     key_value_seq_lengths=lengths_b,
     mask=mask_b1ts,
@@ -34,7 +42,7 @@ def attend(
   )
 
 
-def _capped(config, qkv, lengths_b, mask_b1ts):
+def _capped(config, qkv, lengths_b, mask_b1ts, is_causal):
   """Attention whose logits are kept within `logit_cap` before the mask (Gemma 2)."""
   q_btnh, k_bskh, v_bskh = qkv
   b, t, n, h = q_btnh.shape
@@ -43,9 +51,12 @@ def _capped(config, qkv, lengths_b, mask_b1ts):
   scale = h**-0.5 if config.attention_scale is None else config.attention_scale
   logits = jnp.einsum('btkgh,bskh->bkgts', q_btkgh, k_bskh, preferred_element_type=jnp.float32)
   logits = config.logit_cap * jnp.tanh(logits * (scale / config.logit_cap))
-  query_t1, key_1s = jnp.arange(t)[:, None], jnp.arange(t)[None]
-  seen_b1ts = (key_1s < lengths_b[:, None])[:, None, None, :]
-  if config.causal:
+  s = k_bskh.shape[1]
+  query_t1, key_1s = jnp.arange(t)[:, None], jnp.arange(s)[None]
+  seen_b1ts = jnp.ones((1, 1, 1, s), bool)
+  if lengths_b is not None:
+    seen_b1ts = (key_1s < lengths_b[:, None])[:, None, None, :]
+  if is_causal:
     seen_b1ts &= (key_1s <= query_t1)[None, None]
   if mask_b1ts is not None:
     seen_b1ts &= mask_b1ts

@@ -13,16 +13,17 @@ from molt_jax.towers import packing, stack
 from molt_jax.towers.decoder.attention import attend, window_mask
 from molt_jax.towers.decoder.config import DecoderConfig
 from molt_jax.towers.decoder.rope import Rope
-from molt_jax.towers.functions import ACTIVATIONS, rotate
+from molt_jax.towers.functions import ACTIVATIONS, key_mask, rotate
 
 
 class DecoderLayer(nn.Module):
   """One layer: x + attention(norm(x)), then x + MLP(norm(x)), with the norms of its config.
 
-  With a packing it takes packed tokens [G, N, D] in the place of [B, T, D]; with `keys_bt`,
-  bool[B, T], only those tokens are read. `rope` and `window` are what the layer has of its own
-  where layers differ: which of several rotations [R, B or 1, T, H / 2], and how many tokens a token
-  reads.
+  With a packing it takes packed tokens [G, N, D] in the place of [B, T, D]; with `keys`,
+  bool[B, T] or, for each token, bool[B, T, T], only those tokens are read; with a prefix,
+  (keys, values) [B, P, K, H], every token reads it too. `rope` and `window` are what the layer has
+  of its own where layers differ: which of several rotations [R, B or 1, T, H / 2], and how many
+  tokens a token reads.
   """
 
   config: DecoderConfig
@@ -32,13 +33,22 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, h_btd, angles, lengths_b, packing=None, keys_bt=None, *, rope=None, window=None
+    self,
+    h_btd,
+    angles,
+    lengths_b,
+    packing=None,
+    keys=None,
+    *,
+    rope=None,
+    window=None,
+    prefix=None,
   ):
     c = self.config
     if rope is not None:
       angles = tuple(jax.lax.dynamic_index_in_dim(x, rope, keepdims=False) for x in angles)
     x_btd = self._norm('input_norm')(h_btd) if c.norm_first else h_btd
-    a_btd = self._attention(x_btd, angles, lengths_b, packing, keys_bt, window)
+    a_btd = self._attention(x_btd, angles, lengths_b, packing, (keys, window, prefix))
     h_btd += self._norm('attention_post_norm')(a_btd) if c.post_norms else a_btd
     h_btd = h_btd if c.norm_first else self._norm('input_norm')(h_btd)
 
@@ -47,8 +57,9 @@ class DecoderLayer(nn.Module):
     h_btd = h_btd + (self._norm('mlp_post_norm')(x_btd) if c.post_norms else x_btd)
     return h_btd if c.norm_first else self._norm('mlp_norm')(h_btd)
 
-  def _attention(self, x_btd, angles, lengths_b, packing, keys_bt, window):
+  def _attention(self, x_btd, angles, lengths_b, packing, read):
     c = self.config
+    keys, window, prefix = read
     q_btnh = self._heads('q_proj', c.num_heads, 'heads')(x_btd)
     k_btkh = self._heads('k_proj', c.num_kv_heads, 'kv_heads')(x_btd)
     v_btkh = self._heads('v_proj', c.num_kv_heads, 'kv_heads')(x_btd)
@@ -60,11 +71,11 @@ class DecoderLayer(nn.Module):
     qkv = q_btnh, k_btkh, v_btkh
     if packing:
       qkv = [packing.unpack(x, len(lengths_b)) for x in qkv]
-    mask_b1ts = None if keys_bt is None else keys_bt[:, None, None, :]
+    mask_b1ts = key_mask(keys)
     if window is not None:
       near_11ts = window_mask(qkv[0].shape[1], window)
       mask_b1ts = near_11ts if mask_b1ts is None else near_11ts & mask_b1ts
-    a_btnh = attend(c, qkv, lengths_b, mask_b1ts, self.attention)
+    a_btnh = attend(c, qkv, lengths_b, mask_b1ts, self.attention, prefix)
     a_btnh = packing.pack(a_btnh) if packing else a_btnh
     out_axes = ('heads', 'head_dim', 'embed')
     return self._dense('o_proj', c.hidden_size, out_axes, c.out_bias, axis=(-2, -1))(a_btnh)
@@ -266,8 +277,9 @@ class Decoder(nn.Module):
       states: which of the states start..stop to return as well, ascending; see `finish`.
       positions_bt: int[B or 1, T], rotary positions; 0..T-1 if None. Attention is causal, and
         windows count, in the order of T, whatever the positions.
-      keys_bt: bool[B, T], the tokens that may be read; None: all valid ones.
-      **hook: `before` and `inserts` of `stack.run_layers`.
+      keys_bt: bool[B, T], the tokens that may be read, or bool[B, T, T], by each of them;
+        None: all valid ones.
+      **hook: `before`, `inserts` and `additions` of `stack.run_layers`.
 
     Returns:
       (hidden states dtype[B, T, D], states dtype[len(states), B, T, D]), before the final norm.

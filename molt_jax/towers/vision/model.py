@@ -132,8 +132,9 @@ class VisionTransformer(nn.Module):
         the last tokens are the patches, all of them.
       mask_bi: not read: every token of an image is valid.
       start, stop, states: see `stack.run_layers`.
-      keys_bt: bool[B, I], the tokens that may be read; None: all.
-      **hook: its `before` and `inserts`.
+      keys_bt: bool[B, I], the tokens that may be read, or bool[B, I, I], by each of them;
+        None: all.
+      **hook: its `before`, `inserts` and `additions`.
 
     Returns:
       (hidden states dtype[B, I, D], states dtype[len(states), B, I, D]).
