@@ -199,6 +199,29 @@ HUSE = {
   ),
   'margin': Field(0.5, between(0, 2), 'Distance beyond which that loss leaves pairs alone.'),
 }
+ALBEF = {
+  'num_layers': Field(2, at_least(1), 'Fusion blocks.'),
+  'width': Field(256, at_least(1), 'Width of the fusion blocks.'),
+  'num_heads': Field(4, at_least(1), 'Their attention heads; must divide albef.width.'),
+  'dropout': Field(0.1, below(0, 1), 'Dropout rate in the fusion blocks.'),
+  'space': Field(128, at_least(1), 'Width of the embeddings that are contrasted.'),
+  'queue': Field(
+    4096, at_least(0), "Pairs that images and texts are contrasted with; 0: the batch's alone."
+  ),
+  'momentum': Field(
+    0.995, between(0, 1), 'What the moving average of the parameters keeps in a step.'
+  ),
+  'alpha': Field(
+    0.4,
+    between(0, 1),
+    'Weight of soft targets by the moving average: of the classifier, and of contrast.',
+  ),
+  'itc': Field(1.0, at_least(0), 'Weight of image-text contrast.'),
+  'itm': Field(1.0, at_least(0), 'Weight of image-text matching against hard negatives.'),
+  'separation': Field(0.0, at_least(0), 'Weight of deep feature separation (Jiang et al. 2023).'),
+  'bridge': Field(0.0, at_least(0), 'Weight of the Brownian bridge (the same).'),
+  'geometry': Field(0.0, at_least(0), 'Weight of geometric consistency (the same).'),
+}
 METHODS |= {
   'prototypes': Row(
     'molt_jax.methods.prototypes',
@@ -212,6 +235,11 @@ METHODS |= {
     'one space and one classifier for both modalities (Narayana et al. 2019)',
     HUSE,
     trains_towers=True,
+  ),
+  'albef': Row(
+    'molt_jax.methods.albef',
+    'align, then fuse by cross-attention (Li et al. 2021), with latent structures',
+    ALBEF,
   ),
   'probe': Row('molt_jax.methods.probe', 'ridge regression on pooled hidden states', PROBE),
 }

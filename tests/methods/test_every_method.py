@@ -46,7 +46,8 @@ def make_config(overrides):
   config.mesh.data, config.text.max_tokens, config.train.batch_size = 1, TOKENS, ROWS
   config.molt.width, config.classifier.hidden, config.classifier.dropout = 8, 8, 0.0
   config.cca.num_directions = 4
-  config.prototypes.width = config.huse.width = 8
+  config.prototypes.width = config.huse.width = config.albef.width = config.albef.space = 8
+  config.albef.num_layers, config.albef.queue, config.albef.dropout = 1, 12, 0.0
   config.knn.examples = config.probe.landmarks = 48
   config.mmrl.width, config.mmrl.num_tokens, config.pmf.hidden = 8, 2, 8
   config.prompt_fuse.num_tokens, config.mmbt.cells = 2, 2
