@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from molt_jax.config import preset_files
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.config.fields import Rule, at_least, between
+from molt_jax.config.fields import Rule, at_least, between, inside
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.config.qualities import QUALITIES
 from molt_jax.config.schema import Schema
@@ -44,7 +44,13 @@ class Command(NamedTuple):
   check: Callable[[argparse.Namespace], None] = lambda flags: None
 
 
+def _what_of_sets(flags: argparse.Namespace) -> None:
+  if flags.adaptive and flags.coverage is None:
+    raise UserError('--adaptive: it goes with --coverage; give --coverage=0.9, or leave it out')
+
+
 def _what_to_predict(flags: argparse.Namespace) -> None:
+  _what_of_sets(flags)
   if flags.table is None:
     for name in ('out', 'image_folder'):
       if getattr(flags, name) is not None:
@@ -118,6 +124,19 @@ TABLE = (
   Flag('strict', 'refuse odd rows and encodings, and set none aside', switch=True),
 )
 TRAINED = Flag('workdir', 'folder of a run of molt train', required=True)
+SETS = (
+  Flag(
+    'coverage',
+    'also give each example a set of labels that holds the true one with this probability',
+    type=float,
+    rule=inside(0, 1),
+  ),
+  Flag(
+    'adaptive',
+    'of --coverage: sets that are larger for hard examples and smaller for easy ones',
+    switch=True,
+  ),
+)
 
 COMMANDS = {
   'fit': Command(
@@ -159,7 +178,9 @@ COMMANDS = {
         rule=choice('text', 'image', 'both'),
         many=True,
       ),
+      *SETS,
     ),
+    check=_what_of_sets,
   ),
   'predict': Command(
     'Classify an image, a text, or both; or every row of a table.',
@@ -179,6 +200,7 @@ COMMANDS = {
         'image_folder',
         'what paths of images in --table are relative to; default: the folder of the table',
       ),
+      *SETS,
     ),
     check=_what_to_predict,
   ),

@@ -20,7 +20,8 @@ from molt_jax.data import missing
 from molt_jax.data.modalities import KEPT
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
-from molt_jax.evaluation import results, scoring, trained
+from molt_jax.evaluation import calibration, prediction_sets, results, scoring, trained
+from molt_jax.evaluation.diagnostics import Observer
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening
 from molt_jax.runtime import console, processes
@@ -36,6 +37,7 @@ def run(
   missing_rates: Collection[float] = (),
   missing_types: Collection[str] = ('both',),
   table: str | None = None,
+  sets: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Evaluates the run in `workdir` in one pass, prints the scores, writes `evaluation.json` (of
   another table NAME.csv `evaluation_NAME.json`) and returns its content.
@@ -49,6 +51,8 @@ def run(
     missing_types: 'text', 'image' or 'both'.
     table: another table with labels, in the place of a split; missing rates draw its examples as
       those of `split`.
+    sets: 'coverage' and 'kind' of prediction sets (`prediction_sets.Calibration.rule`), which are
+      scored too; None: none are.
 
   Raises:
     UserError: no run there, an unknown split, a condition that is unknown or leaves the run with
@@ -71,7 +75,15 @@ def run(
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
   # A part leaves an earlier record of all as it is, and so does another table.
   recorder = _recorder(run, source, names) if names == every and table is None else None
-  scores = _score(run, source, conditions, recorder, split)
+  rule = calibration.of_run(run).rule(**sets) if sets else None
+  counts = calibration.SetScores(rule, list(conditions), run.class_names) if sets else None
+  scores = _score(run, source, conditions, [x for x in (recorder, counts) if x], split)
+  if counts:
+    for name, of_sets in counts.results().items():
+      scores[name]['prediction_sets'] = of_sets
+    results.print_sets(counts.results(), f'{split} split' if table is None else table)
+    if split == 'validation' and table is None:
+      console.log('thresholds come from the validation split: there, sets keep any promise')
   how = {'results': scores, 'meta': run.meta, 'recorder': recorder, 'data': data}
   if table is None:
     return results.publish(workdir, split=split, **how)
@@ -92,7 +104,7 @@ def _score(
   run: trained.Trained,
   source: Source,
   conditions: Mapping[str, np.ndarray],
-  recorder: PredictionRecorder | None,
+  observers: Sequence[Observer],
   split: str,
 ) -> dict[str, dict[str, float]]:
   """Scores a split under its conditions; logs what could not be read."""
@@ -108,7 +120,7 @@ def _score(
     conditions,
     stored=stored[split],
     title=f'evaluating {split}',
-    observers=[recorder] if recorder else [],
+    observers=observers,
   )
   for line in processes.lines_of_all(run.assembly.preprocess.report.line()):
     console.log(line)
@@ -163,6 +175,7 @@ def command(flags: argparse.Namespace) -> int | None:
     missing_rates=flags.missing_rate,
     missing_types=flags.missing_type,
     table=flags.table,
+    sets=prediction_sets.options(flags),
   )
 
 

@@ -11,6 +11,7 @@ if __name__ == '__main__':  # Arguments are read before JAX is imported, so that
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import numbers
 import os
@@ -25,7 +26,8 @@ import PIL.Image
 from molt_jax.data import cells, findings, formats, imagefiles, packing, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
-from molt_jax.evaluation import table_predictions, trained
+from molt_jax.evaluation import calibration, prediction_sets, table_predictions, trained
+from molt_jax.evaluation.prediction_sets import Calibration, SetRule
 from molt_jax.features.frozen import load_frozen, needed
 from molt_jax.runtime import console, sharding, terminal
 
@@ -60,8 +62,24 @@ class Predictor:
     """The names of the K classes in the order of probabilities, as scikit-learn calls them."""
     return np.array(self.class_names)
 
+  @functools.cached_property
+  def calibration(self) -> Calibration:
+    """What prediction sets are made by; computed where the run has none.
+
+    Raises:
+      UserError: the run's validation examples cannot be read.
+    """
+    return calibration.of_run(self._run)
+
   def predict(
-    self, image: Any = None, text: Any = None, *, top_k: int = 5, errors: str = 'raise'
+    self,
+    image: Any = None,
+    text: Any = None,
+    *,
+    top_k: int = 5,
+    errors: str = 'raise',
+    coverage: float | None = None,
+    adaptive: bool = False,
   ) -> dict[str, Any] | list[dict[str, Any]]:
     """Classifies one example, or a list of them.
 
@@ -72,6 +90,9 @@ class Predictor:
       top_k: labels to return.
       errors: what is done with an example that has something that cannot be used, or nothing:
         'raise' raises UserError; with 'row' that is absent, and the answer has its reason, 'error'.
+      coverage: above 0 and below 1: each answer has a 'set' too, of labels that hold the true one
+        with this probability (`molt_jax/evaluation/prediction_sets.py`).
+      adaptive: sets are larger for hard examples and smaller for easy ones.
 
     Several are a list, a tuple, an iterator or another sequence, a NumPy array of strings, or a
     column of a table; one of them may be absent, as a cell of a table may be
@@ -91,6 +112,7 @@ class Predictor:
       raise UserError(f'top_k: {cells.plain(str(top_k))} is not legal; give a whole number >= 1')
     if errors not in ('raise', 'row'):
       raise UserError(f"errors: {cells.plain(str(errors))} is not legal; give 'raise' or 'row'")
+    rule = self._rule(coverage, adaptive)
     lost: dict[int, str] | None = {} if errors == 'row' else None
     pairs, many = read_inputs(image, text, lost)
     self._check_used(pairs)
@@ -101,7 +123,7 @@ class Predictor:
         numbers = [n if many else None for n in range(start, min(start + size, len(pairs)))]
         given = pairs[start : start + size]
         examples = list(pool.map(self._example, given, numbers, itertools.repeat(lost)))
-        results += self._answers(examples, numbers, top_k)
+        results += self._answers(examples, numbers, top_k, rule)
     for number, why in (lost or {}).items():
       results[number]['error'] = why
     return results if many else results[0]
@@ -152,6 +174,8 @@ class Predictor:
     image: Sequence[str] | None = None,
     text: Sequence[str] | None = None,
     image_folder: str | os.PathLike = '',
+    coverage: float | None = None,
+    adaptive: bool = False,
   ) -> dict[str, int]:
     """Writes a file with a label, probabilities and what was there for every row of a table.
 
@@ -164,6 +188,8 @@ class Predictor:
       image: as above.
       text: as above.
       image_folder: as above.
+      coverage: as for `predict`; the file then has the set of each row.
+      adaptive: as for `predict`.
 
     Returns:
       {'rows', 'unanswered': of which nothing can be used, 'problems': rows that have one}.
@@ -173,11 +199,10 @@ class Predictor:
     """
     path = pathlib.Path(out)
     table_predictions.check_kind(path)
+    rule = self._rule(coverage, adaptive)
     opened = self._opened(table, image, text, image_folder)
-    multi_label = self.config.dataset.multi_label
-    return table_predictions.write(
-      path, self._parts(opened), self.class_names, multi_label=multi_label
-    )
+    how = {'multi_label': self.config.dataset.multi_label, 'rule': rule}
+    return table_predictions.write(path, self._parts(opened), self.class_names, **how)
 
   def _opened(
     self, table: Any, image: Any, text: Any, image_folder: str | os.PathLike
@@ -200,10 +225,13 @@ class Predictor:
     examples: Sequence[Mapping[str, np.ndarray] | None],
     numbers: Sequence[int | None],
     top_k: int,
+    rule: SetRule | None,
   ) -> list[dict[str, Any]]:
     """Returns the answers to a batch, without labels where an example is None."""
     there = [n for n, example in enumerate(examples) if example is not None]
     results = [{'labels': [], 'image': False, 'text': False} for _ in examples]
+    if rule:
+      results = [{**result, 'set': [], 'coverage': rule.coverage} for result in results]
     if not there:
       return results
     probabilities_nk = self._probabilities([examples[n] for n in there])
@@ -213,8 +241,21 @@ class Predictor:
         raise UserError(
           f'predict: the probabilities{where} are not finite; check the towers (config.backbones)'
         )
-      results[n] = self._result(p_k, examples[n]['present'], top_k)
+      results[n] |= self._result(p_k, examples[n]['present'], top_k)
+      if rule:
+        (in_k,) = rule.members(p_k[None], examples[n]['present'][None])
+        results[n]['set'] = prediction_sets.names_in(p_k, in_k, self.class_names)
     return results
+
+  def _rule(self, coverage: float | None, adaptive: bool) -> SetRule | None:
+    """Returns what makes prediction sets; None: none are asked for."""
+    if coverage is None:
+      if adaptive:
+        raise UserError('adaptive: it goes with coverage; give coverage=0.9, or leave it out')
+      return None
+    kind = 'adaptive' if adaptive else 'threshold'
+    prediction_sets.check(coverage, kind)
+    return self.calibration.rule(float(coverage), kind)
 
   def _example(
     self, pair: tuple[Any, str | None], number: int | None, lost: dict[int, str] | None
@@ -460,8 +501,9 @@ def _path_remedy(path: str) -> str:
 def command(flags: argparse.Namespace) -> None:
   """The work of the command: prints one JSON object."""
   model = load(flags.workdir)
+  sets = {'coverage': flags.coverage, 'adaptive': flags.adaptive}
   if flags.table is None:
-    found = model.predict(image=flags.image, text=flags.text, top_k=flags.top_k)
+    found = model.predict(image=flags.image, text=flags.text, top_k=flags.top_k, **sets)
   else:
     columns = {
       role: [name.strip() for name in getattr(flags, role).split(',')]
@@ -469,7 +511,8 @@ def command(flags: argparse.Namespace) -> None:
       if getattr(flags, role)
     }
     folder = flags.image_folder or ''
-    found = model.predict_table(flags.table, flags.out, **columns, image_folder=folder)
+    how = {**columns, **sets, 'image_folder': folder}
+    found = model.predict_table(flags.table, flags.out, **how)
     found['out'] = flags.out
   print(terminal.json_line(found))
 

@@ -31,7 +31,7 @@ from molt_jax.data import checks, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
 from molt_jax.errors import UserError
-from molt_jax.evaluation import records, results, scoring, trained
+from molt_jax.evaluation import calibration, records, results, scoring, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening, store
@@ -272,6 +272,7 @@ class ClassifierTrainer(Trainer):
       observers=[pairs, recorder],
     )
     self._record_pairs(variables, pairs, run.meta['step'])
+    self._calibrate(run, variables)
     data = trained.compare_split(run, 'test', source)
     record = results.publish(
       self.workdir, split='test', results=scores, meta=run.meta, recorder=recorder, data=data
@@ -279,6 +280,15 @@ class ClassifierTrainer(Trainer):
     for line in processes.lines_of_all(self.assembly.preprocess.report.line()):
       console.log(line)
     return record
+
+  def _calibrate(self, run: trained.Trained, variables: Mapping[str, Any]) -> None:
+    """Writes calibration.npz, which prediction sets are made by."""
+    splits, left_nm = self.assembly.data.splits, self._left['validation']
+    answering = variables, self.frozen, self._stored['validation']
+    validation = calibration.Validation(splits['validation'], left_nm, *answering)
+    found = calibration.compute(run, self._score, validation, splits['train'].labels)
+    if processes.is_main():
+      found.save(self.workdir / calibration.CALIBRATION)
 
   def _record_pairs(self, variables: Mapping[str, Any], pairs: PairDiagnostics, step: int) -> None:
     """Writes pairs.npz: the pairs of the test split beside up to MAX_PAIRS of the training

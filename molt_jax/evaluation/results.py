@@ -107,6 +107,23 @@ def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
   terminal.print_columns(shown, title)
 
 
+def print_sets(sets: Mapping[str, Mapping[str, Any]], title: str) -> None:
+  """Prints one row a condition: how often prediction sets held the truth, and how large they were;
+  then the classes whose sets held it least often.
+  """
+  rows = {'coverage': [], 'labels a set': [], 'lowest classes': []}
+  for found in sets.values():
+    rows['coverage'].append(f'{100 * found["coverage"]:.1f}' if 'coverage' in found else '-')
+    rows['labels a set'].append(f'{found["mean_size"]:.2f}' if 'mean_size' in found else '-')
+    known = [(x['coverage'], name) for name, x in found['by_class'].items() if x['examples'] >= 10]
+    lowest = [f'{terminal.clean(name, 20)} {100 * share:.0f}' for share, name in sorted(known)[:2]]
+    rows['lowest classes'].append(', '.join(lowest) or '-')
+  names = [name.replace('_', ' ') for name in sets]
+  promised = next(iter(sets.values()))
+  title = f'{promised["kind"]} sets that promise {100 * promised["promised"]:g} %, {title}'
+  terminal.print_columns({'condition': names} | rows, title)
+
+
 def _cell(result, name) -> str:
   if name not in result:
     return '-'

@@ -7,6 +7,7 @@ A file of predictions has the rows of the table in their order, each with these 
   probability          of that class; not there where a row can have several labels
   image, text          what was there
   problem              why something could not be used; empty: nothing was wrong
+  set, set_size        where sets are asked for: its labels, the likeliest first, joined by |
   probability of NAME  of each class
 
 A row of which nothing can be used has neither label nor probabilities.
@@ -32,6 +33,7 @@ from molt_jax.data.tables import layout, memory
 from molt_jax.data.tables.records import Records
 from molt_jax.data.tables.rows import Row, Spec, read_rows, spec_of
 from molt_jax.errors import UserError
+from molt_jax.evaluation.prediction_sets import SetRule, names_in
 from molt_jax.runtime import atomic, console, sharding
 from molt_jax.training.assembly import Assembly
 
@@ -276,7 +278,12 @@ def check_kind(path: pathlib.Path) -> None:
 
 
 def write(
-  path: pathlib.Path, parts: Iterable[Part], class_names: Sequence[str], *, multi_label: bool
+  path: pathlib.Path,
+  parts: Iterable[Part],
+  class_names: Sequence[str],
+  *,
+  multi_label: bool,
+  rule: SetRule | None = None,
 ) -> dict[str, int]:
   """Writes a file of predictions, part by part; it is there whole or not at all.
 
@@ -285,6 +292,7 @@ def write(
     parts: the answers.
     class_names: K names.
     multi_label: whether a row can have several labels.
+    rule: what makes a prediction set of each row; None: none is made.
 
   Returns:
     How many rows there are, how many of them have no answer, and how many a problem.
@@ -297,14 +305,16 @@ def write(
   writing = _writing_csv if path.suffix.lower() == '.csv' else _writing_parquet
   with atomic.writing(path) as file, writing(file) as add:
     for part in parts:
-      add(_columns(part, class_names, multi_label))
+      add(_columns(part, class_names, multi_label, rule))
       counts['rows'] += len(part.ids)
       counts['unanswered'] += int(np.isnan(part.probability_nk).all(axis=1).sum())
       counts['problems'] += sum(map(bool, part.problems))
   return counts
 
 
-def _columns(part: Part, class_names: Sequence[str], multi_label: bool) -> dict[str, Any]:
+def _columns(
+  part: Part, class_names: Sequence[str], multi_label: bool, rule: SetRule | None
+) -> dict[str, Any]:
   """Returns the columns of a file of predictions; None where there is no value."""
   p_nk = part.probability_nk
   answered_n = ~np.isnan(p_nk).all(axis=1)
@@ -320,6 +330,11 @@ def _columns(part: Part, class_names: Sequence[str], multi_label: bool) -> dict[
   for modality, present_n in zip(MODALITIES, part.present_nm.T, strict=True):
     columns[modality] = present_n.tolist()
   columns['problem'] = list(part.problems)
+  if rule:
+    members_nk = rule.members(p_nk, part.present_nm)
+    found = [names_in(p_k, in_k, class_names) for p_k, in_k in zip(p_nk, members_nk, strict=True)]
+    columns['set'] = _where(answered_n, ['|'.join(names) for names in found])
+    columns['set_size'] = _where(answered_n, [len(names) for names in found])
   for name, p_n in zip(class_names, p_nk.T, strict=True):
     columns[f'probability of {name}'] = _where(answered_n, p_n.tolist())
   return columns
@@ -373,4 +388,6 @@ def _writing_parquet(file: BinaryIO) -> Iterator[Callable[[Mapping[str, Any]], N
 def _type_of(column: str, pa: Any) -> Any:
   if column in MODALITIES:
     return pa.bool_()
+  if column == 'set_size':
+    return pa.int32()
   return pa.float32() if column.startswith('probability') else pa.string()

@@ -11,7 +11,7 @@ from molt_jax.reporting.document import Page, percent, safe
 from molt_jax.reporting.runs import Run
 from molt_jax.reporting.sections.curves import training
 from molt_jax.reporting.sections.pooled import gap, layer_weights, spectrum
-from molt_jax.reporting.sections.predictions import calibration, classes, mistakes
+from molt_jax.reporting.sections.predictions import calibration, classes, mistakes, sets
 from molt_jax.reporting.sections.results import headline, robustness
 from molt_jax.reporting.sections.setup import setup
 
@@ -87,6 +87,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Page], str]]] = {
   'gap': ('Modality gap', gap),
   'classes': ('Classes', classes),
   'calibration': ('Calibration', calibration),
+  'sets': ('Prediction sets', sets),
   'mistakes': ('Worst mistakes', mistakes),
   'setup': ('Set-up', setup),
 }

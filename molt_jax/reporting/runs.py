@@ -14,6 +14,7 @@ from molt_jax.config.json_files import read_json
 from molt_jax.data.modalities import LABELS
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
+from molt_jax.evaluation.prediction_sets import Calibration
 from molt_jax.reporting import checked
 from molt_jax.runtime import logbook
 
@@ -31,6 +32,8 @@ class Run:
     about: run.json; {} where it is not there.
     predictions, mistakes, pairs: see `molt_jax.evaluation.records`; None where they are not there
       or belong to another evaluation.
+    calibration: what prediction sets are made by; None where it is not there or is of another
+      checkpoint.
   """
 
   name: str
@@ -42,6 +45,7 @@ class Run:
   predictions: records.Predictions | None
   mistakes: dict[str, Any] | None
   pairs: records.Pairs | None
+  calibration: Calibration | None = None
 
   @property
   def metric(self) -> str:
@@ -155,13 +159,26 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
   return names
 
 
-def _verify(folder: pathlib.Path) -> None:
-  """Compares config.json and the arrays of the run's checkpoint with what was saved."""
+def _verify(folder: pathlib.Path) -> str | None:
+  """Compares config.json and the arrays of the run's checkpoint with what was saved.
+
+  Returns:
+    What stands for the checkpoint; None where there is none.
+  """
   if any((folder / 'checkpoints').glob('*/[0-9]*')):
     # Imports JAX, which a page without checkpoints does without.
-    from molt_jax.evaluation import trained
+    from molt_jax.evaluation import calibration, trained
 
-    trained.verify(trained.open(folder))
+    run = trained.open(folder)
+    trained.verify(run)
+    return calibration.checkpoint_digest(run.meta)
+  return None
+
+
+def _calibration(folder: pathlib.Path, checkpoint: str | None) -> Calibration | None:
+  """Reads calibration.npz, unless it is of another checkpoint."""
+  found = Calibration.load(folder / 'calibration.npz')
+  return None if found and found.checkpoint != checkpoint else found
 
 
 def _read(folder: pathlib.Path, name: str) -> Run:
@@ -195,8 +212,9 @@ def _read(folder: pathlib.Path, name: str) -> Run:
     pairs = None
   about = _json(folder / 'run.json')
   about = {} if about is None else checked.about(folder / 'run.json', about)
-  _verify(folder)
-  return Run(name, folder, config, evaluation, log, about, predictions, mistakes, pairs)
+  calibration = _calibration(folder, _verify(folder))
+  read = predictions, mistakes, pairs, calibration
+  return Run(name, folder, config, evaluation, log, about, *read)
 
 
 def _json(path: pathlib.Path) -> Any:

@@ -32,6 +32,7 @@ WRITTEN = (
   'predictions.npz',
   'mistakes.json',
   'pairs.npz',
+  'calibration.npz',
   'pair_evaluation.json',
   'tower',
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from molt_jax.data.modalities import LABELS
+from molt_jax.data.modalities import LABELS, PATTERNS
 from molt_jax.evaluation.records import Predictions
 from molt_jax.reporting import checked, figures
 from molt_jax.reporting.document import (
@@ -25,6 +25,16 @@ from molt_jax.reporting.svg import WIDTH, name_of
 # frequent confusions.
 MAX_MATRIX = 20
 MAX_CLASSES, MAX_CONFUSIONS = 30, 12
+PROMISES = (
+  0.5,
+  0.6,
+  0.7,
+  0.8,
+  0.85,
+  0.9,
+  0.95,
+  0.98,
+)  # Coverages of prediction sets that are drawn.
 
 
 def classes(page: Page) -> str:
@@ -99,6 +109,70 @@ def calibration(page: Page) -> str:
     'Reliability: examples are sorted into ten equal bins of confidence. On the diagonal a '
     'prediction of 70 % is right in 70 % of the cases; below it the classifier is too sure of '
     'itself. ECE: mean distance from the diagonal over examples.',
+  )
+
+
+def sets(page: Page) -> str:
+  """Whether prediction sets hold the truth as often as they promise, and how large they are."""
+  parts = []
+  for run in page.runs:
+    if run.predictions and run.calibration and run.predictions.counted_cn.any():
+      parts.append(page.for_run(run, _sets(page, run)))
+  return ''.join(parts)
+
+
+def _sets(page: Page, run: Run) -> str:
+  p = run.predictions
+  if list(p.class_names) != list(run.calibration.class_names):
+    return ''
+  curves = {'coverage': {}, 'size': {}}
+  rules = [run.calibration.rule(level) for level in PROMISES]
+  for c, name in enumerate(p.conditions):
+    rows = np.flatnonzero(p.counted_cn[c])
+    if not len(rows):
+      continue
+    true_nk = (
+      p.label[rows] if p.multi_label else p.label[rows, None] == np.arange(len(p.class_names))
+    )
+    left_nm = p.present_nm[rows] & np.array(PATTERNS[tuple(LABELS).index(name)])
+    members_lnk = [rule.members(p.probability_cnk[c, rows], left_nm) for rule in rules]
+    shares = [100 * _held(members_nk, true_nk) for members_nk in members_lnk]
+    sizes = [members_nk.sum(axis=1).mean() for members_nk in members_lnk]
+    promised = [100 * level for level in PROMISES]
+    curves['coverage'][LABELS[name]] = promised, shares
+    curves['size'][LABELS[name]] = promised, sizes
+  ideal = {'as promised': ([100 * PROMISES[0], 100 * PROMISES[-1]],) * 2}
+  title = name_where_several(page, run)
+  drawn = [
+    page.draw(
+      figures.curves(curves['coverage'] | ideal, title=title, x='promised, %', y='held, %'),
+      f'{run.name}: how often sets hold the truth, by what they promise',
+    ),
+    page.draw(
+      figures.curves(curves['size'], title=title, x='promised, %', y='labels a set', marker=True),
+      f'{run.name}: labels in a set, by what it promises',
+    ),
+  ]
+  return page.figure(drawn, _about_sets(run))
+
+
+def _held(members_nk: np.ndarray, true_nk: np.ndarray) -> float:
+  """Mean share of an example's labels that its set has; NaN where no example has one."""
+  truths_n = true_nk.sum(axis=1)
+  held_n = (members_nk & true_nk).sum(axis=1)[truths_n > 0] / truths_n[truths_n > 0]
+  return float(held_n.mean()) if len(held_n) else np.nan
+
+
+def _about_sets(run: Run) -> str:
+  counts = run.calibration.counts()
+  found = zip(('complete', 'image only', 'text only'), counts, strict=True)
+  known = ', '.join(f'{count:,} {name}' for name, count in found if count)
+  chosen = ' and '.join(run.calibration.chosen)
+  note = f' The same examples chose {safe(chosen)}, which favours them a little.' if chosen else ''
+  return (
+    'Prediction sets, conformal: labels that hold the true one as often as promised, with a '
+    f'threshold for each missing pattern from validation examples ({known}).{note} No set is '
+    'empty, so a model that is right more often than is promised is above the line.'
   )
 
 
