@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import PIL.Image
 
+from molt_jax.config import resolved
 from molt_jax.data import cells, findings, formats, imagefiles, packing, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
@@ -53,9 +54,8 @@ class Predictor:
     self._step = jax.jit(self._forward)
 
   def __repr__(self) -> str:
-    return (
-      f'<Predictor: {len(self.class_names)} classes, from {" and ".join(self._assembly.towers)}>'
-    )
+    used = ' and '.join(resolved.modalities(self.config))
+    return f'<Predictor: {len(self.class_names)} classes, from {used}>'
 
   @property
   def classes_(self) -> np.ndarray:
@@ -288,8 +288,9 @@ class Predictor:
 
   def _check_used(self, pairs: Sequence[tuple[Any, Any]]) -> None:
     for modality, given in zip(MODALITIES, zip(*pairs, strict=True), strict=False):
-      if modality not in self._assembly.towers and any(content is not None for content in given):
-        (other,) = self._assembly.towers
+      used = resolved.modalities(self.config)
+      if modality not in used and any(content is not None for content in given):
+        (other,) = used
         raise UserError(
           f'predict: {article(modality)} was given, but this run knows {other}s alone '
           f'(config.dataset.modalities={other!r}); give {article(other)} and nothing '

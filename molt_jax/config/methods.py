@@ -17,12 +17,15 @@ class Row(NamedTuple):
     meaning: for `--help`.
     fields: of its own section of the config; {}: none.
     trains_towers: whether it heeds `backbones.MODALITY.trainable`.
+    names: whether it 'can' or 'must' read the classes' names through the text tower of a pair that
+      shares a space; '': it never does.
   """
 
   module: str
   meaning: str
   fields: dict[str, Any]
   trains_towers: bool = False
+  names: str = ''
 
 
 MOLT = {
@@ -57,6 +60,11 @@ MOLT = {
   ),
   'layer_weights': Field(True, FLAG, 'Learn M of eq. 5; off: the plain mean over layers.'),
 }
+TEMPLATE = Field(
+  'a photo of a {}.',
+  Rule('a sentence with one {}', lambda text: text.count('{}') == 1),
+  'Sentence that a class name is put into.',
+)
 MMRL = {
   'first_layer': Field(
     0.42,
@@ -78,10 +86,26 @@ MMRL = {
     'names: class names through the text tower (a CLIP pair); head: learned class vectors; auto: '
     'names where both towers have a projection.',
   ),
-  'template': Field(
-    'a photo of a {}.',
-    Rule('a sentence with one {}', lambda text: text.count('{}') == 1),
-    'Sentence that a class name is put into.',
+  'template': TEMPLATE,
+  'answer': Field(
+    'both',
+    one_of('both', 'class'),
+    "Features that answer: both, weighed by alpha; class: the class token's alone, as for classes "
+    'that were not trained on.',
+  ),
+}
+MMRLPP = MMRL | {
+  'aligner_rank': Field(
+    4, at_least(1), "Rank of what a layer's map of tokens adds to the one that all layers share."
+  ),
+  'projection_rank': Field(
+    64, at_least(1), "Rank of what the map of features adds to the tower's own projection."
+  ),
+  'share': Field(
+    0.9,
+    between(0, 1),
+    'beta: share of the learned tokens in what enters a layer; the rest is what the layer below '
+    'made of them.',
   ),
 }
 PMF = {
@@ -149,7 +173,13 @@ METHODS = {
     trains_towers=True,
   ),
   'mmrl': Row(
-    'molt_jax.methods.mmrl', 'representation tokens in the upper layers (Guo and Gu 2025)', MMRL
+    'molt_jax.methods.mmrl',
+    'representation tokens in the upper layers (Guo and Gu 2025)',
+    MMRL,
+    names='can',
+  ),
+  'mmrlpp': Row(
+    'molt_jax.methods.mmrl', 'MMRL++: shared maps, progressive tokens', MMRLPP, names='can'
   ),
   'pmf': Row(
     'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF

@@ -201,7 +201,7 @@ class _Compute:
     how, modality = self._how, self._modality
     if self._frozen is None:
       _announce(self._kept, self._missing, modality, how.largest(modality))
-      reads = {modality: dataclasses.replace(how.reads[modality], run_from=None)}
+      reads = {modality: dataclasses.replace(how.reads[modality], run_from=None, names_from=None)}
       self._frozen = frozen_towers.load_frozen(how.config, how.mesh, reads, [modality])
     states_blnd = jax.device_get(
       self._run(self._frozen, sharding.put_batch(batch.arrays, how.mesh))

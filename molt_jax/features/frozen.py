@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from molt_jax.config.methods import METHODS
 from molt_jax.config.resolved import modalities as used_modalities
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError
@@ -31,6 +32,8 @@ class Reads:
     cells: of an image: cells along a side whose means are read in the place of all patches
       (`features.cells`); 0: every token is read.
     always: its tower is run for examples without this modality too.
+    names_from: the hidden state from which on it runs the names of the classes, whatever the
+      examples have; None: it reads no names.
   """
 
   states: tuple[int, ...] = ()
@@ -39,31 +42,46 @@ class Reads:
   pooled: bool = False
   cells: int = 0
   always: bool = False
+  names_from: int | None = None
+
+  @property
+  def lowest(self) -> int | None:
+    """The hidden state from which on the tower is run in each step; None: it is not."""
+    found = [state for state in (self.run_from, self.names_from) if state is not None]
+    return min(found) if found else None
 
 
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.TowerSpec]:
-  """Opens the towers that `dataset.modalities` needs, without their weights.
+  """Opens the towers that `dataset.modalities` needs without their weights, and the text tower that
+  belongs to the image tower where the method may read the classes' names.
 
   Returns:
     modality -> architecture, identity, tokenizer or image preprocessing.
   """
-  c = config.backbones
-  towers = {}
-  for modality in used_modalities(config):
-    towers[modality] = loading.describe_tower(
-      c[modality].path,
-      modality=modality,
-      quantization=c.quantization,
-      resolution=c[modality].get('resolution', 0),
-    )
+  towers = {modality: _describe(config, modality) for modality in used_modalities(config)}
+  image = towers.get('image')
+  of_pair = image is not None and 'projection' in image.heads
+  for_names = METHODS[config.method].names and of_pair and config.backbones.text.path
+  if for_names and 'text' not in towers:
+    towers['text'] = _describe(config, 'text')
   return towers
+
+
+def _describe(config: ml_collections.ConfigDict, modality: str) -> loading.TowerSpec:
+  c = config.backbones
+  return loading.describe_tower(
+    c[modality].path,
+    modality=modality,
+    quantization=c.quantization,
+    resolution=c[modality].get('resolution', 0),
+  )
 
 
 def needed(reads: Mapping[str, Reads], modalities: Collection[str]) -> list[str]:
   """Returns the modalities whose towers a method needs to answer examples with these modalities:
-  them, and those whose tower is always run.
+  them, those whose tower is always run, and those that it reads the classes' names with.
   """
-  always = [m for m, wanted in reads.items() if wanted.always]
+  always = [m for m, x in reads.items() if x.always or x.names_from is not None]
   return [m for m in MODALITIES if m in modalities or m in always]
 
 
@@ -92,14 +110,15 @@ def load_frozen(
     config: reads `backbones`.
     mesh: where to.
     reads: what is read of each tower.
-    modalities: those to load; default: all that are used.
+    modalities: those to load; default: all that are `needed`.
     stored: features come from a store, so layers below `run_from` are not loaded.
 
   Returns:
     modality -> parameters; None for one that is not named.
   """
   c = config.backbones
-  modalities = used_modalities(config) if modalities is None else modalities
+  if modalities is None:
+    modalities = needed(reads, used_modalities(config))
   frozen = dict.fromkeys(MODALITIES)
   for modality in modalities:
     wanted = reads[modality]
@@ -112,7 +131,7 @@ def load_frozen(
       quantization=c.get('quantization', 'none'),
       shardings=sharding.param_shardings(mesh),
       heads=wanted.heads,
-      first_layer=wanted.run_from if stored else 0,
+      first_layer=wanted.lowest if stored else 0,
       resolution=c[modality].get('resolution', 0),
     ).params
   return frozen

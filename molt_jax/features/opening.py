@@ -73,7 +73,7 @@ def open_features(
         keys, kept.read, kept.num_tokens, shape, kept.codec.read
       )
   needed = frozen_towers.needed(how.reads, modalities)
-  live = [m for m in needed if how.reads[m].run_from is not None]
+  live = [m for m in needed if how.reads[m].lowest is not None]
   frozen = frozen_towers.load_frozen(config, how.mesh, how.reads, live, stored=True)
   return frozen, stored
 

@@ -134,18 +134,8 @@ def load(
     )
   encoder = PublishedEncoder(loaded['image'].module, loaded['text'].module)
   files = open_files(path, modality='text')
-  scale, bias = (_number(files, name) for name in ('logit_scale', 'logit_bias'))
+  scale, bias = files.number('logit_scale'), files.number('logit_bias')
   if scale is None:
     raise UserError(f'{path!r} has no tensor logit_scale, which a pair of towers has')
   pair = PublishedPair(encoder, float(np.exp(scale)), bias)
   return pair, {'params': {f'{m}_tower': loaded[m].params for m in loaded}}
-
-
-def _number(files: Any, name: str) -> float | None:
-  """Reads a tensor of one number; None where there is none."""
-  if name not in files.shapes:
-    return None
-  value = np.asarray(files.read(name, files.shapes[name]), np.float32)
-  if value.size != 1 or not np.isfinite(value).all():
-    raise UserError(f'{files.identity["path"]}: {name} is no finite number; download it again')
-  return float(value.reshape(()))

@@ -74,7 +74,7 @@ class Parts:
 
   def _live(self):
     """The towers that the method runs itself."""
-    live = {m: reads.run_from is not None for m, reads in self._w.method.reads.items()}
+    live = {m: reads.lowest is not None for m, reads in self._w.method.reads.items()}
     return {m: params if live.get(m) else None for m, params in self._frozen.items()}
 
   def _without_cca(self):

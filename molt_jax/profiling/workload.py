@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from molt_jax.config import resolved
 from molt_jax.data import packing
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features.frozen import load_frozen
@@ -88,9 +87,8 @@ class Workload:
 
   def frozen(self) -> dict[str, Any]:
     """Parameters of the towers: read from where they are, or drawn on the devices (`random:`)."""
-    used = resolved.modalities(self.config)
-    random = [m for m in used if self.config.backbones[m].path.startswith('random:')]
-    rest = [m for m in used if m not in random]
+    random = [m for m in self.modules if self.config.backbones[m].path.startswith('random:')]
+    rest = [m for m in self.modules if m not in random]
     frozen = load_frozen(self.config, self.mesh, self.method.reads, rest)
     for modality, boxed in self._boxed().items():
       if modality in random:

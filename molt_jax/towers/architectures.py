@@ -27,7 +27,9 @@ def _llama(
   }
 
 
-def _clip(hidden_size, num_hidden_layers, num_attention_heads, image_size, patch_size):
+def _clip(
+  hidden_size, num_hidden_layers, num_attention_heads, image_size, patch_size, projection_dim=512
+):
   return {
     'model_type': 'clip_vision_model',
     'hidden_size': hidden_size,
@@ -39,6 +41,7 @@ def _clip(hidden_size, num_hidden_layers, num_attention_heads, image_size, patch
     'patch_size': patch_size,
     'hidden_act': 'quick_gelu',
     'layer_norm_eps': 1e-5,
+    'projection_dim': projection_dim,
   }
 
 
@@ -193,9 +196,9 @@ CLIP_TEXT = {
 CLIP_VISION = {
   'clip-vit-b-32': _clip(768, 12, 12, 224, 32),
   'clip-vit-b-16': _clip(768, 12, 12, 224, 16),
-  'clip-vit-l-14': _clip(1024, 24, 16, 224, 14),
-  'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14),
-  'clip-vit-tiny': _clip(192, 6, 3, 64, 8),
+  'clip-vit-l-14': _clip(1024, 24, 16, 224, 14, 768),
+  'clip-vit-l-14-336': _clip(1024, 24, 16, 336, 14, 768),
+  'clip-vit-tiny': _clip(192, 6, 3, 64, 8, 128),
 }
 # Published DINOv2 have positions for 518 pixels, and are given 224.
 DINOV2 = {

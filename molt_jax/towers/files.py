@@ -112,6 +112,19 @@ class TowerFiles(abc.ABC):
     it is known to have.
     """
 
+  def number(self, name: str) -> float | None:
+    """Reads a tensor of one number; None where there is none.
+
+    Raises:
+      UserError: it is no finite number.
+    """
+    if name not in (self.shapes or {}):
+      return None
+    value = np.asarray(self.read(name, self.shapes[name]), np.float32)
+    if value.size != 1 or not np.isfinite(value).all():
+      raise UserError(f'{self.identity["path"]}: {name} is no finite number; download it again')
+    return float(value.reshape(()))
+
   @abc.abstractmethod
   def tokenizer(self) -> tokenizer.Tokenizer:
     """The text tower's tokenizer."""

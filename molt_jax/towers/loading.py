@@ -42,6 +42,8 @@ class TowerSpec:
     tokenizer: of a text tower, else None.
     preprocess: of an image tower, else None.
     heads: what its files have above the last hidden state.
+    logit_scale: what the cosines of a pair that it belongs to are multiplied by; None: its files do
+      not say so.
   """
 
   family: Family
@@ -50,6 +52,7 @@ class TowerSpec:
   tokenizer: Tokenizer | None
   preprocess: ImageSpec | None
   heads: tuple[str, ...] = ()
+  logit_scale: float | None = None
 
   def make_module(self, dtype: Any, attention: str, **how: Any) -> nn.Module:
     """Returns the Linen module; `how` may have param_dtype and heads."""
@@ -247,7 +250,9 @@ def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
   inputs = text.sha256 if text else _sha256_of(image.content())
   if inputs:
     identity = {**identity, 'input_sha256': inputs}
-  return TowerSpec(files.family, files.architecture, identity, text, image, files.heads)
+  described = (files.family, files.architecture, identity, text, image, files.heads)
+  scale = files.number('logit_scale')
+  return TowerSpec(*described, None if scale is None else math.exp(scale))
 
 
 def _sha256_of(content: Any) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import ml_collections
 
+from molt_jax.config.resolved import modalities as used_modalities
 from molt_jax.data.sources import Dataset
 from molt_jax.features import frozen
 from molt_jax.methods.base import Method, make_method
@@ -167,14 +168,15 @@ def _with_text_length(
   Raises:
     UserError: it is too low for the text tower.
   """
-  if 'text' in towers and config.text.max_tokens:
+  reads_texts = 'text' in used_modalities(config)
+  if reads_texts and config.text.max_tokens:
     towers['text'].tokenizer.check_length(config.text.max_tokens)
   if config.text.max_tokens:
     return config
   from molt_jax.data import text_length
 
   tokens = text_length.LEAST
-  if 'text' in towers:
+  if reads_texts:
     most = min(text_length.MOST, towers['text'].config.max_positions)
     tokens = most
     if data is not None:

@@ -49,7 +49,9 @@ def make_config(overrides):
   config.prototypes.width = config.huse.width = config.albef.width = config.albef.space = 8
   config.albef.num_layers, config.albef.queue, config.albef.dropout = 1, 12, 0.0
   config.knn.examples = config.probe.landmarks = 48
-  config.mmrl.width, config.mmrl.num_tokens, config.pmf.hidden = 8, 2, 8
+  for section in (config.mmrl, config.mmrlpp):
+    section.width, section.num_tokens = 8, 2
+  config.pmf.hidden = 8
   config.prompt_fuse.num_tokens, config.mmbt.cells = 2, 2
   config.update_from_flattened_dict(overrides)
   return CLASSIFIER.validate(config)

@@ -10,26 +10,16 @@ from setups import Setup
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.methods import base, mmrl
-from molt_jax.towers import architectures
+from molt_jax.methods.parts import prompts
 
 ROWS, TOKENS = 4, 16
 NAMES = ('red_square', 'blue circle', 'green line')
 
 
-@pytest.fixture(scope='module')
-def pair():
-  """Makes random towers that share a space of 128, as a CLIPModel's do."""
-  tiny = architectures.CLIP_VISION['clip-vit-tiny']
-  patch = pytest.MonkeyPatch()
-  patch.setitem(architectures.CLIP_VISION, 'pair', {**tiny, 'projection_dim': 128})
-  yield
-  patch.undo()
-
-
 def make_setup(text='random:clip-text-tiny', **fields):
   config = CLASSIFIER.default()
   config.dataset.path, config.method = 'unread', 'mmrl'
-  config.backbones.text.path, config.backbones.image.path = text, 'random:pair'
+  config.backbones.text.path, config.backbones.image.path = text, 'random:clip-vit-tiny'
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.mesh.data, config.text.max_tokens, config.train.batch_size = 1, TOKENS, ROWS
   config.mmrl.width = 8
@@ -63,14 +53,14 @@ def named(setup, frozen):
   encode = setup.assembly.towers['text'].tokenizer.encode
   rows = []
   for name in NAMES:
-    ids = jnp.asarray([encode(f'a photo of a {name.replace("_", " ")}.', TOKENS)])
+    ids = jnp.asarray([encode(f'a photo of a {name.replace("_", " ")}.', 77)])
     mask = jnp.ones_like(ids, bool)
     rows.append(tower.project(tower.pool(tower(ids, mask, states=(-1,))[0], ids))[0])
   return np.stack(rows), tower
 
 
 @pytest.mark.parametrize('modality', ['image', 'text'])
-def test_without_tokens_it_is_zero_shot_classification(pair, modality):
+def test_without_tokens_it_is_zero_shot_classification(modality):
   setup, frozen, variables = make_setup(num_tokens=0, alpha=1.0)
   batch = make_batch(present=(modality == 'image', modality == 'text'))
   names_kc, text = named(setup, frozen)
@@ -85,7 +75,7 @@ def test_without_tokens_it_is_zero_shot_classification(pair, modality):
   np.testing.assert_allclose(found_bk, expected_bk, atol=2e-3)
 
 
-def test_logits_of_both_are_the_mean_of_those_of_each(pair):
+def test_logits_of_both_are_the_mean_of_those_of_each():
   setup, frozen, variables = make_setup(num_tokens=3)
   logits = jax.jit(setup.logits)
   both, image, text = (
@@ -95,7 +85,7 @@ def test_logits_of_both_are_the_mean_of_those_of_each(pair):
   np.testing.assert_allclose(both, (np.asarray(image) + np.asarray(text)) / 2, atol=2e-3)
 
 
-def test_the_regularizer_is_nothing_where_nothing_is_inserted(pair):
+def test_the_regularizer_is_nothing_where_nothing_is_inserted():
   for num_tokens, is_zero in ((0, True), (2, False)):
     setup, frozen, variables = make_setup(num_tokens=num_tokens)
     batch = make_batch()
@@ -105,24 +95,19 @@ def test_the_regularizer_is_nothing_where_nothing_is_inserted(pair):
     assert (np.abs(out.losses_b['regularizer']).max() < 1e-5) == is_zero
 
 
-def test_tokens_behind_the_first_one_see_no_class_name(pair):
+def test_tokens_behind_the_first_one_see_no_class_name():
   """The text tower is causal: their states are the same for every class."""
   setup, frozen, variables = make_setup(num_tokens=3)
   method = setup.method
   trained = method.representation.apply({'params': variables['params']})
   tower = method.modules['text'].bind({'params': frozen['text']})
-  inserts = trained['text']['inserts_lkd']
-  how = {
-    'start': method.reads['text'].run_from,
-    'stop': tower.config.num_layers,
-    'inserts': inserts,
-  }
-  states = variables['statistics']['class_states']
-  _, found_ckd = method._run_behind_first(tower, states, method.class_tokens[1], how)
+  states, mask = variables['statistics']['class_states'], method.sentences.mask_kt
+  place = prompts.Front(3)
+  found_ckd = place.read(method._run(tower, place, states, mask, trained['text']['inserts_lkd']))
   np.testing.assert_allclose(found_ckd, np.broadcast_to(found_ckd[:1], found_ckd.shape), atol=1e-5)
 
 
-def test_tokens_behind_a_text_read_all_of_it_and_padding_changes_nothing(pair):
+def test_tokens_behind_a_text_read_all_of_it_and_padding_changes_nothing():
   setup, frozen, variables = make_setup(num_tokens=2, alpha=0.0)
   batch = make_batch(present=(False, True))
   logits = jax.jit(setup.logits)
@@ -134,7 +119,7 @@ def test_tokens_behind_a_text_read_all_of_it_and_padding_changes_nothing(pair):
   assert np.abs(logits(variables, frozen, first) - found).min(axis=0).max() > 1e-3
 
 
-def test_in_an_encoder_tokens_stand_behind_the_first_and_are_read(pair):
+def test_in_an_encoder_tokens_stand_behind_the_first_and_are_read():
   """Against the same layers run one by one on each text without padding."""
   setup, frozen, variables = make_setup('random:bert-tiny', num_tokens=2)
   batch = make_batch(present=(False, True))
@@ -158,21 +143,25 @@ def test_in_an_encoder_tokens_stand_behind_the_first_and_are_read(pair):
   np.testing.assert_allclose(found_bk[:2], expected_bk, atol=2e-3)
 
 
-def test_parameters_of_the_published_size():
-  """ViT-B/16, tokens before layers 6 to 12; beside the paper's, the map of a text's own tokens."""
+@pytest.mark.parametrize(('method', 'expected'), [('mmrl', 4_992_256), ('mmrlpp', 813_312)])
+def test_parameters_of_the_published_size(method, expected):
+  """ViT-B/16 on images alone, tokens before layers 6 to 12."""
+  how = {'mmrlpp': {'aligner_rank': 4, 'projection_rank': 64}}.get(method, {})
   representation = mmrl.Representation(
     num_tokens=5,
     width=512,
     num_layers={'image': 7, 'text': 7},
     widths={'image': 768, 'text': 512},
     spaces={'image': 512, 'text': 512},
+    inputs=('image',),
     num_classes=0,
+    **how,
   )
   params = jax.eval_shape(representation.init, jax.random.key(0))['params']
-  assert sum(x.size for x in jax.tree.leaves(params)) - 512 * 512 == 4_992_256
+  assert sum(x.size for x in jax.tree.leaves(params)) == expected
 
 
-def test_names_need_towers_that_share_a_space(pair):
+def test_names_need_towers_that_share_a_space():
   config = CLASSIFIER.default()
   config.dataset.path, config.method, config.mmrl.classes = 'unread', 'mmrl', 'names'
   config.backbones.text.path = 'random:llama-tiny'
