@@ -5,7 +5,17 @@ To add a method, write its module (`molt_jax/methods/`) and give it a row here.
 
 from typing import Any, NamedTuple
 
-from molt_jax.config.fields import FLAG, Field, Rule, at_least, below, between, more_than, one_of
+from molt_jax.config.fields import (
+  ANY_STRING,
+  FLAG,
+  Field,
+  Rule,
+  at_least,
+  below,
+  between,
+  more_than,
+  one_of,
+)
 from molt_jax.config.layers import LAYERS
 
 
@@ -108,6 +118,39 @@ MMRLPP = MMRL | {
     'made of them.',
   ),
 }
+MAPLE = {
+  'num_layers': Field(9, at_least(1), 'J: lower layers of each tower that have prompts.'),
+  'num_tokens': Field(2, at_least(0), 'Prompts of each of these layers.'),
+  'rank': Field(
+    0,
+    at_least(0),
+    'Rank of the maps of text prompts into the image tower, where towers are wide; 0: full.',
+  ),
+  'classes': Field(
+    'auto',
+    one_of('auto', 'names', 'head'),
+    'names: class names through the text tower (a CLIP pair); head: a linear map of both features; '
+    'auto: names where both towers have a projection and an example has one label.',
+  ),
+  'template': TEMPLATE,
+}
+COOP = {
+  'num_tokens': Field(16, at_least(0), 'M: learned vectors beside a class name.'),
+  'words': Field(
+    '', ANY_STRING, "Words that the vectors begin as, e.g. 'a photo of a'; empty: small noise."
+  ),
+  'name_position': Field(
+    'end',
+    one_of('end', 'middle', 'front'),
+    'Where the class name stands, seen from the vectors.',
+  ),
+  'per_class': Field(False, FLAG, 'Vectors of its own for each class.'),
+}
+COCOOP = {
+  'num_tokens': Field(4, at_least(0), COOP['num_tokens'].meaning),
+  'words': Field('a photo of a', ANY_STRING, COOP['words'].meaning),
+  'name_position': COOP['name_position'],
+}
 PMF = {
   'num_layers': Field(2, at_least(1), 'M: last layers of each tower that fuse.'),
   'num_tokens': Field(4, at_least(1), 'Prompts of each kind, layer and modality.'),
@@ -180,6 +223,24 @@ METHODS = {
   ),
   'mmrlpp': Row(
     'molt_jax.methods.mmrl', 'MMRL++: shared maps, progressive tokens', MMRLPP, names='can'
+  ),
+  'maple': Row(
+    'molt_jax.methods.maple',
+    'coupled prompts in the lower layers of both towers (Khattak et al. 2023)',
+    MAPLE,
+    names='can',
+  ),
+  'coop': Row(
+    'molt_jax.methods.coop',
+    'learned context beside the class names of a CLIP pair (Zhou et al. 2022)',
+    COOP,
+    names='must',
+  ),
+  'cocoop': Row(
+    'molt_jax.methods.coop',
+    'the same with a context for each example, few classes (Zhou et al. 2022)',
+    COCOOP,
+    names='must',
   ),
   'pmf': Row(
     'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF

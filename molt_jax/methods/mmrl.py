@@ -235,7 +235,7 @@ class MMRL(base.Defaults):
     else:
       place = prompts.Front(count)
       h_bpd = self._run(tower, place, entering_btd, mask_bt, inserts_lkd)
-      class_bc = readout.projected(tower, place.without(h_bpd), mask_bt)
+      class_bc = readout.projected(tower, tower.finish(place.without(h_bpd)), mask_bt)
     tokens_bkd = tower.norm_tokens(place.read(h_bpd)).astype(jnp.float32)
     mean_bd = jnp.sum(tokens_bkd, axis=1) / max(count, 1)
     rep_bc = jnp.einsum('bd,dc->bc', mean_bd, trained['projection_dc'], precision='highest')

@@ -17,7 +17,10 @@ from molt_jax.data.modalities import PATTERNS
 from molt_jax.methods.parts.ridge_kernels import Examples
 
 ROWS, TOKENS = 6, 5
-CASES = {name: {'method': name} for name in METHODS} | {
+PAIR = {'backbones.text.path': 'random:clip-text-tiny'}  # It shares a space with the image tower.
+NAMED = ('mmrlpp', 'coop', 'cocoop')  # With class names, which need such a pair.
+CASES = {name: {'method': name, **(PAIR if name in NAMED else {})} for name in METHODS} | {
+  'maple, class names': {'method': 'maple', **PAIR},
   'mmbt': {
     'method': 'mmbt',
     'backbones.text.trainable': r'layers/3/(q|v)_proj/.*',
@@ -51,7 +54,8 @@ def make_config(overrides):
   config.knn.examples = config.probe.landmarks = 48
   for section in (config.mmrl, config.mmrlpp):
     section.width, section.num_tokens = 8, 2
-  config.pmf.hidden = 8
+  config.pmf.hidden, config.maple.num_layers = 8, 2
+  config.coop.num_tokens = config.cocoop.num_tokens = 2
   config.prompt_fuse.num_tokens, config.mmbt.cells = 2, 2
   config.update_from_flattened_dict(overrides)
   return CLASSIFIER.validate(config)

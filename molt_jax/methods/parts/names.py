@@ -150,6 +150,11 @@ def word_vectors(tower: TowerSpec, table_vd: jax.Array, words: str, count: int) 
   return jnp.take(table_vd, np.array(ids[:count], np.int32), axis=0).astype(jnp.float32)
 
 
+def count_tokens(tower: TowerSpec, text: str) -> int:
+  """Returns the tokens of a text, without those that every text has."""
+  return len(_pieces(tower, text))
+
+
 def _pieces(tower: TowerSpec, text: str) -> list[int]:
   """Tokens of a text without those that every text has."""
   tokenizer = tower.tokenizer

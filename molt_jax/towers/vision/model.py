@@ -122,7 +122,11 @@ class VisionTransformer(nn.Module):
     if c.num_registers:
       registers_bkd = self._spread(self.registers, x_bid)
       x_bid = jnp.concatenate([x_bid[:, :1], registers_bkd, x_bid[:, 1:]], axis=1)
-    return self.pre_norm(x_bid) if c.pre_norm else x_bid
+    return self.norm_inputs(x_bid)
+
+  def norm_inputs(self, hidden_bkd):
+    """Any tokens as `embed` returns them: after the first norm, where there is one."""
+    return self.pre_norm(hidden_bkd) if self.config.pre_norm else hidden_bkd
 
   def run(self, hidden_bid, mask_bi=None, *, start, stop, states=(), keys_bt=None, **hook):
     """Runs layers start..stop-1 on hidden states dtype[B, I, D]; weights are read in place.
