@@ -73,7 +73,9 @@ def _compute(how, modality, data) -> Mapping[str, np.ndarray]:
   config = how.config
   wanted = {s: (source, np.ones((len(source), 2), bool)) for s, source in data.splits.items()}
   found = identify(wanted, how.preprocess, [modality], num_threads=config.input.num_threads)
-  unique = {x.key: x for split in wanted for x in found[split][modality] if x}
+  # A row may have several images: their mean.
+  inputs = [x for split in wanted for of_one in found[split][modality] for x in of_one]
+  unique = {x.key: x for x in inputs}
   params = frozen.load_frozen(config, how.mesh, how.reads, [modality])
   tower = how.towers[modality].config
 
@@ -100,6 +102,9 @@ def _compute(how, modality, data) -> Mapping[str, np.ndarray]:
   blank = np.zeros_like(next(iter(pooled.values())))
   arrays = {}
   for split in wanted:
-    rows = [pooled.get(x.key, blank) if x else blank for x in found[split][modality]]
+    rows = []
+    for of_one in found[split][modality]:
+      states = [pooled[x.key] for x in of_one if x.key in pooled]
+      rows.append(np.mean(states, axis=0) if states else blank)
     arrays[split] = np.stack(rows, axis=1)
   return arrays
