@@ -267,7 +267,7 @@ def test_the_baseline_computes_what_our_paper_preset_does(tools):
   import torch
 
   from molt_jax.towers import architectures
-  from molt_jax.towers.loading import hugging_face_tensors
+  from molt_jax.towers.tensor_plan import hugging_face_tensors
 
   bench_train, baseline_torch = tools
   sizes = [

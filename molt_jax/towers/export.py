@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from molt_jax.runtime import atomic
-from molt_jax.towers import base, loading
+from molt_jax.towers import base, tensor_plan
 from molt_jax.towers.clip.config import ClipVisionConfig
 from molt_jax.towers.preprocessing import ImageSpec
 
@@ -37,7 +37,7 @@ def save_image_tower(
   Returns:
     `directory`.
   """
-  named = loading.hugging_face_tensors(params, base.family_of({}, 'image', ''))
+  named = tensor_plan.hugging_face_tensors(params, base.family_of({}, 'image', ''))
   tensors = {f'vision_model.{name}': w.astype(np.dtype(dtype)) for name, w in named.items()}
   contents = {'config.json': _config(config), 'preprocessor_config.json': _preprocessor(preprocess)}
   with atomic.folder(directory) as folder:

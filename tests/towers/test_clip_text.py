@@ -13,7 +13,7 @@ from optional_torch import torch
 
 from molt_jax.data import packing
 from molt_jax.errors import UserError
-from molt_jax.towers import architectures, loading, tokenizer
+from molt_jax.towers import architectures, loading, tensor_plan, tokenizer
 from molt_jax.towers.clip import ClipText, ClipTextConfig
 
 TINY = {
@@ -262,7 +262,7 @@ def test_every_kind_of_tower_finds_the_way_back(hf, make, tmp_path):
     files = loading.open_files(path, modality=modality)
     how = {'dtype': 'float32', 'attention': 'xla', 'heads': files.heads}
     tower = loading.load_tower(path, modality=modality, **how)
-    back = loading.hugging_face_tensors(tower.params, tower.family)
+    back = tensor_plan.hugging_face_tensors(tower.params, tower.family)
     assert set(back) == set(files.shapes) - {'embeddings.position_ids'}
     for name, w in back.items():
       np.testing.assert_array_equal(w, files.read(name, files.shapes[name]), err_msg=name)

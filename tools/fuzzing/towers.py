@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from molt_jax.data import transforms
 from molt_jax.errors import UserError
-from molt_jax.towers import base, loading
+from molt_jax.towers import base, loading, tensor_plan
 
 CONFIGS = {
   'text': {
@@ -213,7 +213,7 @@ def wholes() -> dict[str, pathlib.Path]:
     abstract = nn.unbox(loading.abstract_params(module))
     params = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(np.float32), abstract)
     prefix = {'text': 'model.', 'clip_text': 'text_model.', 'image': 'vision_model.'}[kind]
-    tensors = loading.hugging_face_tensors(params, family)
+    tensors = tensor_plan.hugging_face_tensors(params, family)
     tensors = {prefix + name: w for name, w in tensors.items()}
     if kind == 'clip_text':
       names = sorted(tensors)
