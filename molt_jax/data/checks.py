@@ -18,7 +18,7 @@ from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import read_example
 from molt_jax.data.sources import Dataset, Relabelled, Source, classes_of
 from molt_jax.data.summary import evenly, names_a_class
-from molt_jax.data.table import TableSource
+from molt_jax.data.table_source import TableSource
 from molt_jax.runtime import console
 
 FEW_ROWS = 5  # A class of fewer rows in train can hardly be learned.

@@ -28,10 +28,11 @@ from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.likeness import likeness
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.data.sources import UNLABELLED
-from molt_jax.data.table import TableSource
+from molt_jax.data.table_source import TableSource
 from molt_jax.data.tables import layout, memory
 from molt_jax.data.tables.records import Records
-from molt_jax.data.tables.rows import Row, Spec, read_rows, spec_of
+from molt_jax.data.tables.rows import Row, read_rows
+from molt_jax.data.tables.spec import Spec, spec_of
 from molt_jax.errors import UserError
 from molt_jax.evaluation.prediction_sets import SetRule, names_in
 from molt_jax.runtime import atomic, console, sharding

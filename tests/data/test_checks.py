@@ -8,7 +8,7 @@ from PIL import Image
 
 from molt_jax.data import checks, same
 from molt_jax.data.sources import Dataset
-from molt_jax.data.table import TableSource
+from molt_jax.data.table_source import TableSource
 from molt_jax.data.tables.rows import Row
 
 

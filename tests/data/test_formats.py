@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from molt_jax.data import bounds, decode_report, examples, formats, pipeline, table, transforms
+from molt_jax.data import (
+  bounds,
+  decode_report,
+  examples,
+  formats,
+  pipeline,
+  table,
+  table_source,
+  transforms,
+)
 from molt_jax.data.decode_error import one_line
 from molt_jax.data.sources import Dataset
 from molt_jax.data.summary import describe
@@ -89,7 +98,7 @@ def test_what_is_no_image_file_is_neither_waited_for_nor_read(
     examples.single_example(preprocess, image=path)
   rows = (table.Row('test.csv:2', str(path), 'a text', ('x',)),)
   (batch,) = pipeline.eval_batches(
-    table.TableSource(rows, (0,)), preprocess, pipeline.Batching(batch_size=1)
+    table_source.TableSource(rows, (0,)), preprocess, pipeline.Batching(batch_size=1)
   )
   assert batch['present'].tolist() == [[False, True]]
   assert preprocess.report.counts() == {'image': 1} and 'test.csv:2 (' in preprocess.report.line()

@@ -10,7 +10,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from molt_jax.data import examples, modes, pipeline, table, transforms
+from molt_jax.data import examples, modes, pipeline, table_source, transforms
+from molt_jax.data.tables.rows import Row
 from molt_jax.errors import UserError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'tools'))
@@ -69,8 +70,8 @@ def assert_means(image_hwc, meant, preprocess):
 def test_a_table_row_of_each_kind(folder, make_preprocess, resize):
   root, meant, unusable = folder
   names = [*meant, *unusable]
-  rows = [table.Row(name, str(root / name), 'a text', ('x',)) for name in names]
-  source = table.TableSource(tuple(rows), (0,) * len(rows))
+  rows = [Row(name, str(root / name), 'a text', ('x',)) for name in names]
+  source = table_source.TableSource(tuple(rows), (0,) * len(rows))
   preprocess = make_preprocess(resize=resize)
   (batch,) = pipeline.eval_batches(source, preprocess, pipeline.Batching(batch_size=len(rows)))
   assert batch['present'][:, 0].tolist() == [True] * len(meant) + [False] * len(unusable)

@@ -21,7 +21,7 @@ from PIL import Image
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, pictures
 from molt_jax.data.sources import images_of
-from molt_jax.data.tables import layout, memory, roles, rows
+from molt_jax.data.tables import layout, memory, roles, row_values, rows
 from molt_jax.data.tables.csv_files import Dialect
 from molt_jax.errors import UserError
 
@@ -463,7 +463,7 @@ def test_a_column_that_is_not_there_is_named(given, message):
   ],
 )
 def test_texts_of_several_columns_become_one(parts, text):
-  assert rows.joined(parts) == text
+  assert row_values.joined(parts) == text
 
 
 # ---- Splits --------------------------------------------------------------------------------------

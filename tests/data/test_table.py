@@ -13,6 +13,7 @@ from PIL import Image
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, table
 from molt_jax.data.sources import UNLABELLED
+from molt_jax.data.tables import holding_out
 from molt_jax.errors import UserError
 
 HEADER = 'image,text,label\n'
@@ -407,12 +408,12 @@ LABELS = st.lists(st.frozensets(st.sampled_from('abcd'), min_size=1), min_size=2
 )
 def test_setting_aside_is_stratified_and_does_not_depend_on_order(labels, fraction, seed, random):
   rows = [table.Row(str(n), None, 'x', tuple(sorted(names))) for n, names in enumerate(labels)]
-  rest, aside = table.split_off(rows, fraction=fraction, seed=seed)
+  rest, aside = holding_out.split_off(rows, fraction=fraction, seed=seed)
   assert {row.id for row in rest} | {row.id for row in aside} == {row.id for row in rows} and len(
     rest
   ) + len(aside) == len(rows)
   assert {x for row in rest for x in row.labels} == {x for row in rows for x in row.labels}
-  _, again = table.split_off(random.sample(rows, len(rows)), fraction=fraction, seed=seed)
+  _, again = holding_out.split_off(random.sample(rows, len(rows)), fraction=fraction, seed=seed)
   assert {row.id for row in again} == {row.id for row in aside}
   share = max(1, round(fraction * len(rows))) / len(rows)
   taken, total = (collections.Counter(row.labels for row in part) for part in (aside, rows))

@@ -19,7 +19,7 @@ from molt_jax import errors
 from molt_jax.data import cells, findings, pictures
 from molt_jax.data.tables import arrow_files
 from molt_jax.data.tables.records import Cells, Malformed, Records
-from molt_jax.data.tables.rows import as_image, items_of
+from molt_jax.data.tables.row_values import as_image, items_of
 from molt_jax.errors import UserError
 
 _BATCH = 256  # Rows that are written at a time.
@@ -145,7 +145,7 @@ def write_snapshot(
     folder: where to; the file lies in a folder in it that is named by its content.
     image: columns of images.
     words: the other columns -> what they are: 'text', 'label', or '' for what is kept as a string.
-    null_words: as `rows.Spec` has them.
+    null_words: as `spec.Spec` has them.
     several: whether a row can have several labels.
 
   Returns:

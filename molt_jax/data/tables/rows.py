@@ -8,19 +8,15 @@ import csv
 import dataclasses
 import functools
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from molt_jax.config.resolved import modalities
 from molt_jax.data import cells, findings, imagefiles, pictures
-from molt_jax.data.likeness import likeness
-from molt_jax.data.tables.csv_files import Dialect
+from molt_jax.data.tables import row_values
+from molt_jax.data.tables.columns import chosen_columns
 from molt_jax.data.tables.records import Malformed, Records
+from molt_jax.data.tables.spec import Spec
 from molt_jax.errors import UserError
-
-_MOST_COLUMNS = 12  # That a message lists.
-_END = '.!?…:;,'  # A text that ends so is followed by a blank alone.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,65 +73,6 @@ class Rows(NamedTuple):
   lost: dict[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """How the rows of a table are read: the fields `dataset.table` of a config, and what goes with
-  them.
-
-  Attributes:
-    image: columns of images.
-    text: columns of text.
-    label: the column of labels.
-    split: the column that says which split a row is in; '': none does.
-    group: the column whose equal values stay in one split; '': none.
-    modalities: those that are used; columns of others need not be there.
-    multi_label: whether a row can have several labels.
-    lenient: whether odd rows are set aside.
-    null_words: what stands for nothing; empty: `cells.NULL_WORDS`.
-    image_folder: what paths of images are relative to; '': the folder of the file.
-    cache: folder for images that are fetched.
-    dialect: how text files are written.
-  """
-
-  image: tuple[str, ...]
-  text: tuple[str, ...]
-  label: str
-  split: str
-  group: str
-  modalities: tuple[str, ...]
-  multi_label: bool
-  lenient: bool
-  null_words: frozenset[str]
-  image_folder: str
-  cache: str
-  dialect: Dialect
-
-
-def spec_of(config: Any) -> Spec:
-  """Returns how a config says that a table is read."""
-  c = config.dataset.table
-  lenient = c.odd_rows == 'set_aside'
-  return Spec(
-    image=listed(c.image),
-    text=listed(c.text),
-    label=c.label,
-    split=c.split,
-    group=c.group,
-    modalities=modalities(config),
-    multi_label=config.dataset.multi_label,
-    lenient=lenient,
-    null_words=frozenset(listed(c.null_words)),
-    image_folder=c.image_folder,
-    cache=os.path.join(os.path.expanduser(config.dataset.data_dir), 'images'),
-    dialect=Dialect(c.separator, c.encoding, lenient),
-  )
-
-
-def listed(words: str) -> tuple[str, ...]:
-  """Returns the parts of what is joined by commas."""
-  return tuple(word.strip() for word in words.split(',') if word.strip())
-
-
 def read_rows(records: Records, spec: Spec, *, unlabelled: bool, needs_label: bool = True) -> Rows:
   """Reads and checks one file.
 
@@ -150,7 +87,7 @@ def read_rows(records: Records, spec: Spec, *, unlabelled: bool, needs_label: bo
       is odd; a kind of mistake is reported with the first rows that have it. If most rows are odd
       or most images are not there, they are not set aside.
   """
-  columns = _columns(records, spec, needs_label)
+  columns = chosen_columns(records, spec, needs_label)
   reader = _Reader(records, spec, columns)
   for number, cells_of_row in records.read(columns):
     reader.take(number, cells_of_row)
@@ -197,16 +134,16 @@ class _Reader:
 
   def _read_text(self, cells_of_row: Mapping[str, Any]) -> str | None:
     parts = [self._found.read('text', cells_of_row[name], name) for name in self._text]
-    return joined([part for part in parts if part is not None])
+    return row_values.joined([part for part in parts if part is not None])
 
   def _read_image(self, number: Any, cells_of_row: Mapping[str, Any]) -> pictures.Images:
     found = []
     for name in self._image:
-      for item in items_of(cells_of_row[name]):
+      for item in row_values.items_of(cells_of_row[name]):
         value = self._found.read('image', item, name)
         if value is None:
           continue
-        image = as_image(value, self._folder, self._spec.cache)
+        image = row_values.as_image(value, self._folder, self._spec.cache)
         if isinstance(image, str):
           self._named.setdefault(number, {})[image] = value
         found.append(image)
@@ -346,47 +283,6 @@ class _Reader:
     return lost
 
 
-def items_of(value: Any) -> list[Any]:
-  """Returns the items of a cell of images: a list's, or those of 'a.jpg|b.jpg'."""
-  if isinstance(value, list | tuple):
-    return list(value)
-  return value.split('|') if isinstance(value, str) else [value]
-
-
-def joined(parts: Sequence[str]) -> str | None:
-  """Returns texts of several columns as one: 'a title. a description'; None: there is none.
-
-  One text alone stays as it is. Others are trimmed, and joined by a full stop unless the one
-  before ends in punctuation.
-  """
-  if len(parts) < 2:
-    return parts[0] if parts else None
-  text = ''
-  for part in map(str.strip, parts):
-    text += part if not text else f' {part}' if text[-1] in _END else f'. {part}'
-  return text
-
-
-def as_image(value: Any, folder: str, cache: str) -> pictures.Image:
-  """Returns what a cell of images holds as an image of a row.
-
-  Args:
-    value: as `cells.read` returns it, not None.
-    folder: what paths are relative to.
-    cache: folder that keeps what is fetched.
-  """
-  if isinstance(value, str) and pictures.is_address(value):
-    return pictures.Address(value, cache)
-  if isinstance(value, str):
-    path = os.path.join(folder, value)
-    if '\\' in value and not os.path.exists(path):  # Written on Windows.
-      path = os.path.join(folder, value.replace('\\', '/'))
-    return path
-  if isinstance(value, pictures.Picture):
-    return value
-  return pictures.in_memory(value)
-
-
 def _word(cells_of_row: Mapping[str, Any], column: str) -> str:
   """Returns what a cell of splits or groups says; '' where it is empty."""
   value = cells_of_row.get(column) if column else None
@@ -399,54 +295,3 @@ def _where(name: str, column: str, numbers: Sequence[Any]) -> str:
 
 def _any_word(remarks: Iterable[str]) -> bool:
   return any('nothing' in line for line in remarks)
-
-
-# ---- Columns -------------------------------------------------------------------------------------
-
-
-def _columns(records: Records, spec: Spec, needs_label: bool) -> list[str]:
-  """Returns the columns to read.
-
-  Raises:
-    UserError: one is not there, or might be one of several.
-  """
-  needed = []
-  optional = []
-  for modality, names in (('image', spec.image), ('text', spec.text)):
-    (needed if modality in spec.modalities else optional).extend(names)
-  (needed if needs_label else optional).append(spec.label)
-  needed += [name for name in (spec.split, spec.group) if name and needs_label]
-  alike = [(likeness(name.strip()), name) for name in records.columns]
-  _check_once(records, [*needed, *optional], alike)
-  missing = [name for name in needed if name not in records.columns]
-  if missing and records.columns:
-    raise _lacks(records, missing, needed, alike)
-  return [name for name in (*needed, *optional) if name in records.columns]
-
-
-def _check_once(records: Records, columns: Sequence[str], alike: Sequence[tuple[Any, str]]) -> None:
-  for column in columns:
-    same = [name for key, name in alike if key == likeness(column)]
-    if len(same) > 1:
-      names = ', '.join(map(cells.shown, same))
-      raise UserError(
-        f'{records.name} has the column {column} {len(same)} times ({names}): '
-        'which one counts? Rename or remove the others'
-      )
-
-
-def _lacks(
-  records: Records,
-  missing: Sequence[str],
-  needed: Sequence[str],
-  alike: Sequence[tuple[Any, str]],
-) -> UserError:
-  names = records.columns
-  more = f' and {len(names) - _MOST_COLUMNS} more' if len(names) > _MOST_COLUMNS else ''
-  has = ', '.join(map(cells.plain, names[:_MOST_COLUMNS])) + more
-  wanted = [likeness(name) for name in missing]
-  near = [cells.shown(name) for key, name in alike if key in wanted]
-  remedy = f'its columns must be {", ".join(needed)}, or name them by dataset.table, or molt fit'
-  if near:
-    remedy = f'is it {", ".join(near)}? Name it {", ".join(missing)}'
-  return UserError(f'{records.name} lacks the column {", ".join(missing)} (it has {has}): {remedy}')
