@@ -14,6 +14,8 @@ LONGER = {
   'experiments/table2.py: figure',
   'molt_jax/evaluate.py: run',
   'molt_jax/methods/parts/attention.py: attend',
+  'molt_jax/predict.py: predict',
+  'molt_jax/towers/stack.py: run_layers',
   'molt_jax/towers/tokenizer.py: wrap',
   'tools/bench_backbone.py: main',
   'tools/bench_store.py: measure',
