@@ -33,7 +33,8 @@ from molt_jax.errors import UserError
 from molt_jax.fit import configure, options_of
 from molt_jax.reporting.contact_sheet import contact_sheet
 from molt_jax.runtime import atomic, console, logbook, terminal
-from molt_jax.towers import files as files_lib
+from molt_jax.towers.files import open_files
+from molt_jax.towers.tower_files import TowerFiles
 
 
 def print_tables(report: dict[str, Any]) -> None:
@@ -117,12 +118,12 @@ def run(
   return report
 
 
-def _text_tower(config: ml_collections.ConfigDict) -> files_lib.TowerFiles | None:
+def _text_tower(config: ml_collections.ConfigDict) -> TowerFiles | None:
   """Returns the text tower's files; None, with a message, where they are not here."""
   if 'text' not in resolved.modalities(config):
     return None
   try:
-    tower = files_lib.open_files(config.backbones.text.path, modality='text')
+    tower = open_files(config.backbones.text.path, modality='text')
     tower.tokenizer()
     return tower
   except UserError as error:

@@ -10,8 +10,8 @@ from flax import traverse_util
 
 from molt_jax.errors import UserError
 from molt_jax.towers import quantize
-from molt_jax.towers.files import TowerFiles
 from molt_jax.towers.tensor_plan import Plan, flat
+from molt_jax.towers.tower_files import TowerFiles
 
 
 def fill(

@@ -17,11 +17,12 @@ from flax import linen as nn
 from molt_jax.errors import UserError
 from molt_jax.towers import quantize, tensor_plan
 from molt_jax.towers.base import Family
-from molt_jax.towers.files import TowerFiles, open_files
+from molt_jax.towers.files import open_files
 from molt_jax.towers.filling import fill
 from molt_jax.towers.preprocessing import ImageSpec
 from molt_jax.towers.tensor_plan import flat
 from molt_jax.towers.tokenizer import Tokenizer
+from molt_jax.towers.tower_files import TowerFiles
 
 
 @dataclasses.dataclass(frozen=True)

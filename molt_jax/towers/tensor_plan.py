@@ -12,8 +12,8 @@ from flax import traverse_util
 
 from molt_jax.errors import UserError
 from molt_jax.towers.base import Family
-from molt_jax.towers.files import WEIGHT_TYPES, TowerFiles
 from molt_jax.towers.tensors import Transform
+from molt_jax.towers.tower_files import WEIGHT_TYPES, TowerFiles
 
 MOST_NAMED = 40  # Unfit tensors in one error.
 

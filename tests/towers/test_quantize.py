@@ -16,8 +16,9 @@ from optional_torch import torch
 from molt_jax.config import default_config
 from molt_jax.errors import UserError
 from molt_jax.runtime import sharding
-from molt_jax.towers import files, loading, quantize
+from molt_jax.towers import loading, quantize
 from molt_jax.towers.decoder import Decoder, DecoderConfig
+from molt_jax.towers.hugging_face_files import HuggingFaceFiles
 
 GROUP = 32
 
@@ -169,13 +170,13 @@ def test_codes_take_the_bits_they_say(method, bits):
 
 
 def test_loading_never_holds_the_tower_in_full_precision(saved, monkeypatch):
-  held, read = [], files.HuggingFaceFiles.read
+  held, read = [], HuggingFaceFiles.read
 
   def watch(self, name, shape):
     held.append(sum(x.nbytes for x in jax.live_arrays()))
     return read(self, name, shape)
 
-  monkeypatch.setattr(files.HuggingFaceFiles, 'read', watch)
+  monkeypatch.setattr(HuggingFaceFiles, 'read', watch)
   before = sum(x.nbytes for x in jax.live_arrays())
   tower = load(saved['text'][1], 'text', quantization='int8')
   final = sum(x.nbytes for x in jax.tree.leaves(tower.params))

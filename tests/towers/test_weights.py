@@ -14,7 +14,9 @@ from flax import linen as nn
 from optional_torch import needs_torch
 
 from molt_jax.errors import UserError
-from molt_jax.towers import files, loading
+from molt_jax.towers import loading
+from molt_jax.towers.hugging_face_files import HuggingFaceFiles
+from molt_jax.towers.preprocessing import ImageSpec
 
 
 @pytest.fixture(scope='module')
@@ -117,7 +119,7 @@ def test_identity_follows_content_not_place(text_dir, tmp_path):
 
 
 def test_description_reads_no_weights(text_dir, image_dir, monkeypatch):
-  monkeypatch.setattr(files.HuggingFaceFiles, 'read', None)
+  monkeypatch.setattr(HuggingFaceFiles, 'read', None)
   text, image = (
     loading.describe_tower(str(text_dir), modality='text'),
     loading.describe_tower(str(image_dir), modality='image'),
@@ -127,7 +129,7 @@ def test_description_reads_no_weights(text_dir, image_dir, monkeypatch):
     and text.tokenizer.encode('red apple', 9) == [1, 2]
     and text.preprocess is None
   )
-  assert image.preprocess == files.ImageSpec(20) and image.tokenizer is None
+  assert image.preprocess == ImageSpec(20) and image.tokenizer is None
 
 
 def test_parameters_are_born_in_their_sharding(text_dir, tmp_path):
@@ -270,7 +272,7 @@ SPEC = {
 def test_preprocessing_is_read(image_dir, tmp_path):
   path = copy(image_dir, tmp_path / 'a')
   (path / 'processor_config.json').write_text(json.dumps({'image_processor': SPEC}))
-  expected = files.ImageSpec(20, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 2)
+  expected = ImageSpec(20, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 2)
   assert loading.describe_tower(str(path), modality='image').preprocess == expected
   (path / 'preprocessor_config.json').write_text(
     json.dumps({**SPEC, 'size': 20, 'crop_size': 20, 'resample': 3})
