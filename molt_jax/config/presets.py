@@ -67,17 +67,24 @@ PRETRAINED_IMAGES = {
   'molt.bilinear': 1,
   'ridge.landmarks': -1,
 }
+# The towers see each picture and text once, for all runs; '' runs them in each step.
+STORE = '~/.cache/molt_jax/features'
 # What quickstart and table share: a laptop's towers and the best settings.
 LAPTOP = {
   **SMALL_TOWERS,
   **PRETRAINED_IMAGES,
-  # The towers see each picture and text once, for all runs; '' runs them in each step.
-  'features.store': '~/.cache/molt_jax/features',
+  'features.store': STORE,
   **BEST,
   'train.epochs': 10.0,
 }
 # A trial of a paper's experiment on a laptop: one epoch.
-SMALL = {**SMALL_TOWERS, 'text.max_tokens': 64, 'molt.width': 128, 'train.epochs': 1.0}
+SMALL = {
+  **SMALL_TOWERS,
+  'features.store': STORE,
+  'text.max_tokens': 64,
+  'molt.width': 128,
+  'train.epochs': 1.0,
+}
 VARIANTS = {'small': SMALL, 'robust': ROBUST}
 
 

@@ -541,3 +541,34 @@ def test_contents_change_with_images_and_texts_and_are_unknown_where_they_were_n
     older = {name: table[name] for name in table.files if '_numbers' not in name}
   np.savez(path, **older)
   assert load('mm_imdb', miniature('mm_imdb'), tmp_path).splits['train'].contents is None
+
+
+# ---- Texts alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['mm_imdb', 'upmc_food101', 'snli_ve', 'hateful_memes'])
+def test_images_are_not_asked_for_where_texts_alone_are_used(miniature, tmp_path, name):
+  source = tmp_path / 'source'
+  shutil.copytree(miniature(name), source)
+  texts = {'dataset.modalities': 'text'}
+  expected = load(name, source, tmp_path / 'whole')
+  assert load(name, source, tmp_path / 'whole', **texts).splits.keys() == expected.splits.keys()
+  assert len(list((tmp_path / 'whole').rglob('metadata.json'))) == 1  # It is there already.
+  for path in source.rglob('*'):
+    if path.suffix in ('.jpg', '.jpeg', '.png'):
+      path.unlink()
+  for path in sorted(source.rglob('*'), reverse=True):
+    if path.is_dir() and not any(path.iterdir()):
+      path.rmdir()
+  with pytest.raises(UserError, match='expected'):
+    load(name, source, tmp_path / 'alone')
+  found = load(name, source, tmp_path / 'alone', **texts)
+  again = load(name, source, tmp_path / 'alone', **texts)
+  for split in ('train', 'test'):
+    whole = {i: x for i, x in examples(expected, split).items() if x['text']}
+    alone = examples(found, split)
+    if name == 'upmc_food101' and split == 'train':  # Another validation split is held out of it.
+      whole |= {i: x for i, x in examples(expected, 'validation').items() if x['text']}
+      alone |= examples(found, 'validation')
+    assert {i: {**x, 'image': None} for i, x in whole.items()} == alone
+    assert examples(again, split).keys() == examples(found, split).keys()

@@ -32,6 +32,7 @@ class BuilderOptions(tfds.core.BuilderConfig):
 
   values: dict[str, str] = dataclasses.field(default_factory=dict)
   allow_count_mismatch: bool = False
+  images: bool = True  # Whether images are looked for at all.
 
 
 class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -51,8 +52,12 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   @classmethod
   @abc.abstractmethod
-  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Folder | None:
-    """Returns the data set in `folder`; None where no layout fits."""
+  def open(
+    cls, folder: pathlib.Path, choices: Mapping[str, str], *, images: bool = True
+  ) -> Folder | None:
+    """Returns the data set in `folder`; None where no layout fits. Without `images`, none need be
+    there.
+    """
 
   @classmethod
   @abc.abstractmethod
@@ -77,12 +82,13 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    options = self.builder_config
     folder = open_folder(
-      type(self), pathlib.Path(dl_manager.manual_dir), self.builder_config.values
+      type(self), pathlib.Path(dl_manager.manual_dir), options.values, images=options.images
     )
     report, sizes, files = self._scan(folder)
-    report.check_counts(allowed=self.builder_config.allow_count_mismatch)
-    if not files or not all(sizes.values()):
+    report.check_counts(allowed=options.allow_count_mismatch)
+    if (options.images and not files) or not all(sizes.values()):
       found = ', '.join(f'{size:,} {split} examples' for split, size in sizes.items())
       raise UserError(
         f'config.dataset.path: {found} and {len(files):,} images of {self.name} are there; '
@@ -120,13 +126,15 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     report, exists, seen = self._empty_report(folder), {}, {}
 
     def is_there(image):
+      if not self.builder_config.images:
+        return False
       if image not in exists and not exists.setdefault(image, os.path.isfile(image)):
         report.lost_images[os.path.basename(image)] = 'no such file'
       return exists[image]
 
     sizes = dict.fromkeys(folder.splits, 0)
     for split in sizes:
-      for row in _walk(folder, split, report, seen, is_there):
+      for row in self._walk(folder, split, report, seen, is_there):
         sizes[split] += 1
         if row.image:
           is_there(row.image)
@@ -155,7 +163,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         numbers[file] = len(numbers)
         self._image_numbers[file] = 1 + zlib.crc32(data)
         writer.write(data)
-    if not numbers:
+    if files and not numbers:
       raise UserError(
         f'config.dataset.path: none of the {len(files):,} images of {self.name} can be decoded, '
         f'e.g. {file}; unpack them again'
@@ -168,7 +176,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     types = COLUMNS | CONTENTS
     columns = {name: [] for name in types}
     with console.progress(f'preparing {self.name} {split}', size, 'examples') as bar:
-      rows = _walk(folder, split, self._report, seen, self._numbers.__contains__)
+      rows = self._walk(folder, split, self._report, seen, self._numbers.__contains__)
       for position, row in enumerate(rows):
         bar.advance()
         number = self._numbers.get(row.image, -1)
@@ -200,6 +208,9 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for name, value in dataclasses.asdict(self._report).items():
       self.info.metadata[name] = value
 
+  def _walk(self, *of_split: Any) -> Iterator[Row]:
+    return _walk(*of_split, images=self.builder_config.images)
+
 
 def _walk(
   folder: Folder,
@@ -207,6 +218,8 @@ def _walk(
   report: DatasetReport,
   seen: dict[str, str],
   has_image: Callable[[str], bool],
+  *,
+  images: bool,
 ) -> Iterator[Row]:
   """Yields the rows of a split that are used, with unique ids, and completes `report`.
 
@@ -214,6 +227,9 @@ def _walk(
   """
   for row in folder.rows(split):
     row = dataclasses.replace(row, id=cells.clean(row.id))
+    if isinstance(row, Row) and not row.text and not images:
+      report.counts[split] += not row.extra  # It is there as published, and has no use.
+      row = LeftOut(row.id, 'no text', by_rule=True)
     if isinstance(row, Row) and not row.text and not (row.image and has_image(row.image)):
       row = LeftOut(row.id, 'neither an image nor a text')
     if isinstance(row, LeftOut):
@@ -231,7 +247,11 @@ def _walk(
 
 
 def open_folder(
-  builder: type[FolderBuilder], folder: pathlib.Path, choices: Mapping[str, str]
+  builder: type[FolderBuilder],
+  folder: pathlib.Path,
+  choices: Mapping[str, str],
+  *,
+  images: bool = True,
 ) -> Folder:
   """Finds the data set in `folder` or in one of its subfolders.
 
@@ -245,7 +265,7 @@ def open_folder(
     )
   try:
     for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-      if (found := builder.open(root, choices)) is not None:
+      if (found := builder.open(root, choices, images=images)) is not None:
         return found
   except OSError as error:
     raise UserError(f'config.dataset.path: {str(folder)!r} cannot be read: {error}') from error

@@ -28,9 +28,9 @@ _FILES = {
 
 @dataclasses.dataclass
 class Memes(layout.Folder):
-  """`root` holds img/ and the .jsonl `files` of the splits."""
+  """The .jsonl `files` of the splits; `root` holds img/, or is not read."""
 
-  root: pathlib.Path
+  root: pathlib.Path | None
   files: Mapping[str, pathlib.Path]
 
   class_names = CLASSES
@@ -56,7 +56,9 @@ class Memes(layout.Folder):
     if label not in ('0', '1'):
       return LeftOut(name, 'no label' if label is None else f'label {cells.shown(label)}')
     image = found.require('image', record.get('img')) or f'img/{name}.png'
-    path = os.path.join(self.root, *pathlib.PurePosixPath(image).parts)
+    path = None
+    if self.root is not None:
+      path = os.path.join(self.root, *pathlib.PurePosixPath(image).parts)
     return Row(name, path, found.require('text', record.get('text')), (int(label),))
 
 
@@ -75,7 +77,9 @@ class HatefulMemes(FolderBuilder):
   HOMEPAGE = 'https://hatefulmemeschallenge.com'
 
   @classmethod
-  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Memes | None:
+  def open(
+    cls, folder: pathlib.Path, choices: Mapping[str, str], *, images: bool = True
+  ) -> Memes | None:
     files = {
       split: next((folder / name for name in names if (folder / name).is_file()), None)
       for split, names in _FILES.items()
@@ -85,7 +89,9 @@ class HatefulMemes(FolderBuilder):
         f'config.dataset.path: {folder} has test.jsonl, which has no labels; add '
         'test_seen.jsonl, which has them'
       )
-    return Memes(folder, files) if all(files.values()) and (folder / 'img').is_dir() else None
+    if not all(files.values()) or (images and not (folder / 'img').is_dir()):
+      return None
+    return Memes(folder if images else None, files)
 
   @classmethod
   def published(cls, choices: Mapping[str, str]) -> dict[str, int]:

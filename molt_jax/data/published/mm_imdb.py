@@ -72,11 +72,11 @@ _SPLIT_KEYS = {'train': ('train',), 'validation': ('dev', 'val', 'validation'), 
 
 @dataclasses.dataclass
 class Movies(layout.Folder):
-  """A folder of movies: `split` names ids, `records` has ID.json, `posters` ID.jpeg."""
+  """A folder of movies: `split` names ids, `records` has ID.json, `posters` ID.jpeg or None."""
 
   split: pathlib.Path
   records: pathlib.Path
-  posters: pathlib.Path
+  posters: pathlib.Path | None
   choices: Mapping[str, str]
 
   class_names = GENRES
@@ -130,7 +130,9 @@ class Movies(layout.Folder):
         f'{name}/{number}' if number else name, self._poster(name), text, labels, extra=number > 0
       )
 
-  def _poster(self, name: str) -> str:
+  def _poster(self, name: str) -> str | None:
+    if self.posters is None:
+      return None
     paths = [os.path.join(self.posters, name + suffix) for suffix in ('.jpeg', '.jpg')]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
@@ -161,10 +163,14 @@ class MMImdb(FolderBuilder):
   HOMEPAGE = 'https://archive.org/details/mmimdb'
 
   @classmethod
-  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Movies | None:
+  def open(
+    cls, folder: pathlib.Path, choices: Mapping[str, str], *, images: bool = True
+  ) -> Movies | None:
     for split, records, posters in _LAYOUTS:
-      if (folder / split).is_file() and (folder / records).is_dir() and (folder / posters).is_dir():
-        return Movies(folder / split, folder / records, folder / posters, choices)
+      there = (folder / split).is_file() and (folder / records).is_dir()
+      if there and (not images or (folder / posters).is_dir()):
+        shown = folder / posters if images else None
+        return Movies(folder / split, folder / records, shown, choices)
     return None
 
   @classmethod

@@ -35,6 +35,7 @@ from molt_jax.errors import UserError
 from molt_jax.runtime import atomic, console
 
 METADATA = 'metadata.json'
+TEXTS = 'texts-'  # Begins the name of what is prepared without images.
 
 
 def load(builder: type[FolderBuilder], config: Any) -> Dataset:
@@ -84,19 +85,26 @@ def prepare(builder: type[FolderBuilder], config: Any) -> pathlib.Path:
   """
   source = _source(config)
   choices = resolved.data_choices(config)
+  texts_alone = resolved.modalities(config) == ('text',)
   of_source = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
   key = '-'.join([*(f'{name}_{value}' for name, value in choices.items()), of_source])
   data_dir = pathlib.Path(os.path.expanduser(config.dataset.data_dir))
-  folder = data_dir / builder.name / key / str(builder.VERSION)
-  if (folder / METADATA).is_file():
-    return folder
-  open_folder(builder, source, choices)
+  folders = [data_dir / builder.name / key / str(builder.VERSION)]
+  if texts_alone:  # Images are not asked for; where they were, texts are there too.
+    key = f'{TEXTS}{key}'
+    folders.insert(0, data_dir / builder.name / key / str(builder.VERSION))
+  for folder in folders:
+    if (folder / METADATA).is_file():
+      return folder
+  folder = folders[0]
+  open_folder(builder, source, choices, images=not texts_alone)
   what = ', '.join(f'{name}={value}' for name, value in choices.items())
   builder_config = BuilderOptions(
     name=key,
     description=what,
     values=choices,
     allow_count_mismatch=config.dataset.allow_count_mismatch,
+    images=not texts_alone,
   )
   failed = f'config.dataset.data_dir: {builder.name} cannot be prepared in {folder.parent}'
   with errors.explained(failed), alone(folder.parent):
@@ -155,7 +163,8 @@ def _read_report(folder: pathlib.Path) -> DatasetReport:
 def _check_unchanged(builder, config, folder, report) -> None:
   source = _source(config)
   try:
-    files = open_folder(builder, source, report.choices).index_files
+    images = not folder.parent.name.startswith(TEXTS)
+    files = open_folder(builder, source, report.choices, images=images).index_files
     now = {file.name: file.stat().st_size for file in files}
   except UserError:  # It is gone; what is prepared is all that is needed.
     return

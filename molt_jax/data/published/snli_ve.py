@@ -46,10 +46,10 @@ _IMAGES = (
 
 @dataclasses.dataclass
 class Pairs(layout.Folder):
-  """`texts` holds snli_ve_*.jsonl (and esnlive_*.csv if relabelled), `images` ID.jpg."""
+  """`texts` holds snli_ve_*.jsonl (and esnlive_*.csv if relabelled), `images` ID.jpg or None."""
 
   texts: pathlib.Path
-  images: pathlib.Path
+  images: pathlib.Path | None
   relabelled: bool
 
   class_names = CLASSES
@@ -102,7 +102,7 @@ class Pairs(layout.Folder):
       return LeftOut(name, f'gold label {cells.shown(label)}'), False
     image = record.get('Flickr30K_ID')
     stem = None if cells.is_null(image) else found.require('id', image).removesuffix('.jpg')
-    path = os.path.join(self.images, f'{stem}.jpg') if stem else None
+    path = os.path.join(self.images, f'{stem}.jpg') if stem and self.images else None
     return Row(name, path, text, (CLASSES.index(label),)), label != old
 
   def _new_labels(self, split: str, found: findings.Findings) -> dict[str, str]:
@@ -154,7 +154,9 @@ class SnliVe(FolderBuilder):
   HOMEPAGE = 'https://github.com/necla-ml/SNLI-VE'
 
   @classmethod
-  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Pairs | None:
+  def open(
+    cls, folder: pathlib.Path, choices: Mapping[str, str], *, images: bool = True
+  ) -> Pairs | None:
     texts = next(
       (
         folder / name
@@ -163,8 +165,12 @@ class SnliVe(FolderBuilder):
       ),
       None,
     )
-    images = next((folder / name for name in _IMAGES if _holds_images(folder / name)), None)
-    return Pairs(texts, images, choices['neutral'] == 'relabelled') if texts and images else None
+    shown = None
+    if images:
+      shown = next((folder / name for name in _IMAGES if _holds_images(folder / name)), None)
+    if texts is None or (images and shown is None):
+      return None
+    return Pairs(texts, shown, choices['neutral'] == 'relabelled')
 
   @classmethod
   def published(cls, choices: Mapping[str, str]) -> dict[str, int]:

@@ -34,12 +34,13 @@ _FLAT = ('image', 'images')
 class Titles(layout.Folder):
   """`texts` holds the two CSV files, `flat` all images.
 
-  None: they are in root/images/SPLIT/CLASS.
+  None: they are in root/images/SPLIT/CLASS. Without `images`, none are.
   """
 
   root: pathlib.Path
   texts: pathlib.Path
   flat: pathlib.Path | None
+  images: bool = True
 
   splits = SPLITS
 
@@ -55,7 +56,8 @@ class Titles(layout.Folder):
         yield row
       else:
         folder = self.flat or self.root / 'images' / split / row.folder
-        yield Row(row.name, os.path.join(folder, row.name), row.text, (index[row.label],))
+        image = os.path.join(folder, row.name) if self.images else None
+        yield Row(row.name, image, row.text, (index[row.label],))
 
   def _rows(self, split: str) -> Iterator['_Title | LeftOut']:
     found, file = self.begin(split), self.texts / f'{split}_titles.csv'
@@ -139,7 +141,9 @@ class UpmcFood101(FolderBuilder):
   HOMEPAGE = 'https://www.kaggle.com/datasets/gianmarco96/upmcfood101'
 
   @classmethod
-  def open(cls, folder: pathlib.Path, choices: Mapping[str, str]) -> Titles | Pages | None:
+  def open(
+    cls, folder: pathlib.Path, choices: Mapping[str, str], *, images: bool = True
+  ) -> Titles | Pages | None:
     nested = all((folder / 'images' / split).is_dir() for split in SPLITS)
     if choices['text'] == 'page':
       return Pages(folder) if nested and (folder / 'texts_txt').is_dir() else None
@@ -147,8 +151,9 @@ class UpmcFood101(FolderBuilder):
     if not nested:
       flat = next((folder / name for name in _FLAT if (folder / name).is_dir()), None)
     for texts in (folder / 'texts', folder / 'text', folder):
-      if (nested or flat) and all((texts / f'{split}_titles.csv').is_file() for split in SPLITS):
-        return Titles(folder, texts, flat)
+      here = nested or flat or not images
+      if here and all((texts / f'{split}_titles.csv').is_file() for split in SPLITS):
+        return Titles(folder, texts, flat, images)
     return None
 
   @classmethod
