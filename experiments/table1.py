@@ -42,8 +42,8 @@ PAPER = {
   ('complete', 'VisualBERT'): ('-', '92.30', '75.06'),
   ('complete', 'MoLT'): ('64.9 / 59.0', '92.12', '75.10'),
   ('absent, not said which', 'baseline without MoLT'): ('59.0 / 51.2', '85.2', '69.3'),
-  ('text absent', 'MoLT'): ('62.4 / 56.7', '88.9', '73.2'),
-  ('image absent', 'MoLT'): ('63.1 / 57.0', '89.2', '71.0'),
+  ('without text', 'MoLT'): ('62.4 / 56.7', '88.9', '73.2'),
+  ('without image', 'MoLT'): ('63.1 / 57.0', '89.2', '71.0'),
 }
 CAVEATS = (
   (

@@ -358,7 +358,15 @@ def _without_a_command(argv):
     hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(COMMANDS)}'
     raise UserError(f'molt: no command {argv[0]!r}; {hint}')
   width = max(map(len, COMMANDS))
-  print('usage: molt COMMAND [--help] [--FLAG=VALUE ...]\n\nCommands:')
+  print('usage: molt COMMAND [--help] [--FLAG=VALUE ...]\n')
+  print('One classifier on images and texts that still answers when one of them is missing.\n')
+  print('Commands:')
   for name, command in COMMANDS.items():
     print(f'  {name:{width}}  {command.purpose}')
-  print('\nmolt COMMAND --help lists the flags of a command and the fields of its config.')
+  print(
+    '\nTo begin, with a table of your own:\n'
+    '  molt describe products.csv\n'
+    '  molt fit products.csv --workdir=runs/products\n'
+    "  molt predict --workdir=runs/products --text='some words'\n"
+    '\nmolt COMMAND --help lists the flags of a command and the fields of its config.'
+  )

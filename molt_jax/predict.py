@@ -27,10 +27,17 @@ from molt_jax.config import resolved
 from molt_jax.data import cells, findings, formats, imagefiles, packing, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
-from molt_jax.evaluation import calibration, prediction_sets, table_predictions, trained
+from molt_jax.evaluation import (
+  calibration,
+  notebook,
+  prediction_sets,
+  table_predictions,
+  trained,
+)
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
+from molt_jax.evaluation.results import RECORD
 from molt_jax.features.frozen import load_frozen, needed
-from molt_jax.runtime import console, sharding, terminal
+from molt_jax.runtime import console, logbook, sharding, terminal
 
 
 class Predictor:
@@ -56,6 +63,17 @@ class Predictor:
   def __repr__(self) -> str:
     used = ' and '.join(resolved.modalities(self.config))
     return f'<Predictor: {len(self.class_names)} classes, from {used}>'
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows: what the run is, and its scores where there are some."""
+    towers = {name: tower.identity['path'] for name, tower in self._assembly.towers.items()}
+    facts = {'folder': self._run.workdir, 'method': self.config.method, **towers}
+    facts |= {'classes': findings.some(self.class_names), 'steps': self._run.meta['step']}
+    shown = notebook.table(('', f'{len(self.class_names)} classes'), list(facts.items()))
+    evaluation = logbook.kept(self._run.workdir / RECORD)
+    if isinstance(evaluation.get('results'), dict):
+      shown += notebook.scores_table(evaluation)
+    return shown
 
   @property
   def classes_(self) -> np.ndarray:
@@ -126,7 +144,7 @@ class Predictor:
         results += self._answers(examples, numbers, top_k, rule)
     for number, why in (lost or {}).items():
       results[number]['error'] = why
-    return results if many else results[0]
+    return notebook.Answers(results) if many else results[0]
 
   def predict_proba(
     self,
@@ -229,9 +247,9 @@ class Predictor:
   ) -> list[dict[str, Any]]:
     """Returns the answers to a batch, without labels where an example is None."""
     there = [n for n, example in enumerate(examples) if example is not None]
-    results = [{'labels': [], 'image': False, 'text': False} for _ in examples]
-    if rule:
-      results = [{**result, 'set': [], 'coverage': rule.coverage} for result in results]
+    results = [notebook.Answer(labels=[], image=False, text=False) for _ in examples]
+    for result in results if rule else ():
+      result.update(set=[], coverage=rule.coverage)
     if not there:
       return results
     probabilities_nk = self._probabilities([examples[n] for n in there])
@@ -335,7 +353,8 @@ class Predictor:
     labels = [
       {'label': self.class_names[k], 'probability': round(float(probability_k[k]), 6)} for k in best
     ]
-    return {'labels': labels, 'image': bool(present_m[0]), 'text': bool(present_m[1])}
+    had = {'image': bool(present_m[0]), 'text': bool(present_m[1])}
+    return notebook.Answer(labels=labels, **had)
 
 
 def _packed(batch: dict[str, np.ndarray], pack: tuple[int, int] | None) -> dict[str, np.ndarray]:

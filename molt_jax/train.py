@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax.config import qualities
+from molt_jax.config import qualities, resolved
 from molt_jax.data import checks, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
@@ -279,6 +280,8 @@ class ClassifierTrainer(Trainer):
     )
     for line in processes.lines_of_all(self.assembly.preprocess.report.line()):
       console.log(line)
+    for line in what_next(self.config, self.workdir):
+      console.log(line)
     return record
 
   def _calibrate(self, run: trained.Trained, variables: Mapping[str, Any]) -> None:
@@ -349,6 +352,21 @@ class Trial(ClassifierTrainer):
 
 def _variables(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'statistics': state.statistics}
+
+
+def what_next(config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[str]:
+  """Returns the commands that a user may give on a run that has ended."""
+  where = f'--workdir={shlex.quote(str(folder))}'
+  used = resolved.modalities(config)
+  rates = ' --missing_rate=0.3,0.7 --missing_type=text,image' if len(used) > 1 else ''
+  example = {'image': '--image=photo.jpg', 'text': "--text='some words'"}
+  one = ' '.join(example[modality] for modality in used)
+  return [
+    'next, for example:',
+    f'  molt evaluate {where}{rates}',
+    f'  molt predict {where} {one}',
+    f'  molt report {where}',
+  ]
 
 
 def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> np.ndarray:

@@ -141,7 +141,7 @@ def test_a_run_begins_with_another_and_ends_when_the_time_is_up(
   train.train(tiny_config, tmp_path / 'run', choices=choices)
   said = capsys.readouterr().err
   assert 'begins with what' in said and 'it knows 3 of 3 classes' in said
-  assert 'the time is up: training ends at step 12 of 36; the same command goes on' in said
+  assert 'the time is up: training ends at step 12 of 36' in said
   assert json.loads((tmp_path / 'run' / 'evaluation.json').read_text())['step'] == 12
 
 

@@ -255,14 +255,14 @@ def test_a_condition_without_examples_has_no_score_anywhere(textless, capsys):
   lines = [line for line in said if 'validation score' in line]
   assert len(lines) == 2 and all(
     line.endswith(
-      '(accuracy, mean over none absent, text absent; no example to score with image absent)'
+      '(accuracy, mean over complete, without text; no example to score: without image)'
     )
     for line in lines
   )
   page = report.write([folder]).read_text()
   assert page.count('no example') >= 3 and not re.search(r'>[^<]*\b(nan|None)\b', page)
   assert evaluate.main([f'--workdir={folder}', '--absent=image']) == 0
-  (row,) = [line for line in capsys.readouterr().out.splitlines() if 'image absent' in line]
+  (row,) = [line for line in capsys.readouterr().out.splitlines() if 'without image' in line]
   assert re.sub(r'[^\w.-]+', ' ', row).split() == ['image', 'absent', '0']
   assert results(folder) == scored
   p = records.Predictions.load(folder / records.PREDICTIONS)
@@ -290,15 +290,15 @@ def test_rows_without_a_label_are_neither_right_nor_wrong(textless, tmp_path):
       {'a': {'accuracy': 0.5}, 'c': NO_EXAMPLE},
       False,
       0.5,
-      'accuracy, mean over a; no example to score with c',
+      'accuracy, mean over a; no example to score: c',
     ),
     (
       {'a': {'accuracy': 0.1, 'f1_micro': 0.5}, 'c': {'accuracy': 1.0}},
       True,
       0.5,
-      'f1 micro, mean over a; no example to score with c',
+      'f1 micro, mean over a; no example to score: c',
     ),
-    ({'a': NO_EXAMPLE, 'c': NO_EXAMPLE}, False, None, 'no example to score with a, c'),
+    ({'a': NO_EXAMPLE, 'c': NO_EXAMPLE}, False, None, 'no example to score: a, c'),
   ],
 )
 def test_the_validation_score_is_the_mean_of_what_has_one(found, multi_label, mean, said):
@@ -341,7 +341,7 @@ def test_answers_that_are_no_numbers_are_refused_and_leave_the_scores(run, monke
   )
   assert evaluate.main([f'--workdir={run}']) == 2
   error = capsys.readouterr().err.splitlines()[-1]
-  assert error.startswith('error: none absent: ') and 'not finite' in error and 'damaged' in error
+  assert error.startswith('error: complete: ') and 'not finite' in error and 'damaged' in error
   assert (run / 'evaluation.json').read_text() == before
 
 

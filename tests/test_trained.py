@@ -505,7 +505,7 @@ def test_the_command_takes_the_flag(home, tmp_path, capsys):
   assert 'train: 48 -> 40 examples' in error
   assert train.main([*argv, '--data_changed']) == 0
   # Five steps are all that these data give, and six are done.
-  assert 'going on from step 6 of 5' in capsys.readouterr().err
+  assert 'training has ended, at step 6' in capsys.readouterr().err
 
 
 def test_evaluation_says_that_data_changed_and_does_not_mix_results(home, capsys):

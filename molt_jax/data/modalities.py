@@ -24,5 +24,16 @@ def condition(missing: str) -> str:
 CONDITIONS = tuple(condition(missing) for missing in KEPT)
 # As tables and figures name them.
 LABELS = {
-  condition(missing): 'complete' if missing == 'none' else f'{missing} absent' for missing in KEPT
+  condition(missing): 'complete' if missing == 'none' else f'without {missing}' for missing in KEPT
 }
+
+
+def in_words(name: str) -> str:
+  """Returns a condition as people read it: 'without text' for 'text_absent', and '70 % without
+  text or image' for 'missing_both_0.7', where each lacks one of them.
+  """
+  kind, _, rate = name.removeprefix('missing_').partition('_')
+  if name in LABELS or not name.startswith('missing_'):
+    return LABELS.get(name, name.replace('_', ' '))
+  lost = {'both': 'text or image'}.get(kind, kind)
+  return f'{100 * float(rate):g} % without {lost}'

@@ -65,8 +65,12 @@ class PredictionRecorder:
 
   def write(
     self, workdir: pathlib.Path, *, split: str, step: int, config_hash: str, seed: int, data: str
-  ) -> None:
-    """Writes predictions.npz and mistakes.json; `data` is the digest of the data's fingerprint."""
+  ) -> records.Predictions:
+    """Writes predictions.npz and mistakes.json; `data` is the digest of the data's fingerprint.
+
+    Returns:
+      What is in the first.
+    """
     rows = self._rows.tolist()
     log = _log_probabilities(self._logits_cnk.astype(np.float64), self._multi_label)
     if self._multi_label:
@@ -97,6 +101,7 @@ class PredictionRecorder:
       workdir,
       {'split': split, 'step': step, 'data': data, 'conditions': worst, 'examples': examples},
     )
+    return predictions
 
   def _read(self, row: int) -> dict[str, Any]:
     """An example; what cannot be read is left out, and was counted when it was scored."""

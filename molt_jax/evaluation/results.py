@@ -9,9 +9,11 @@ import ml_collections
 
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.data import modalities
+from molt_jax.evaluation import harm, notebook
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.evaluation.scoring import CONTENTS
-from molt_jax.runtime import atomic, logbook, processes, terminal
+from molt_jax.runtime import atomic, console, logbook, processes, terminal
 
 RECORD = 'evaluation.json'
 COLUMNS = ('accuracy', 'f1_micro', 'f1_macro', 'f1_samples', 'f1_weighted', 'auroc', 'loss')
@@ -34,8 +36,9 @@ def publish(
   """
   record = write(workdir, split=split, results=results, meta=meta, data=data, name=name)
   if processes.is_main():
+    harms = []
     if recorder:
-      recorder.write(
+      predictions = recorder.write(
         workdir,
         split=split,
         step=meta['step'],
@@ -43,10 +46,13 @@ def publish(
         seed=meta['config']['seed'],
         data=data['digest'],
       )
+      harms = harm.found(predictions)
     what = f'{split} split' if name == RECORD else split
     title = f'{what}, {data["examples"]} examples, checkpoint of step {meta["step"]}'
     print_table(results, title)
-  return record
+    for one in harms:
+      console.log(one.line())
+  return notebook.Scores(record)
 
 
 def write(
@@ -100,7 +106,7 @@ def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
   cells = {name: [_cell(result, name) for result in results.values()] for name in scores}
   if all(cells.get(name) == cells.get('accuracy') for name in REPEATED):
     cells = {name: column for name, column in cells.items() if name not in REPEATED}
-  names = [name.replace('_', ' ') for name in results]
+  names = [modalities.in_words(name) for name in results]
   counts = [', '.join(_counted(result)) for result in results.values()]
   columns = {'condition': names, 'examples': counts} | cells
   shown = {name.replace('_', ' '): column for name, column in columns.items()}

@@ -12,7 +12,7 @@ import numpy as np
 
 from molt_jax.config import resolved
 from molt_jax.data import pipeline
-from molt_jax.data.modalities import KEPT, MODALITIES, condition
+from molt_jax.data.modalities import KEPT, MODALITIES, condition, in_words
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation.diagnostics import Observer
@@ -122,7 +122,7 @@ class Scorer:
     totals = self._empty(len(conditions))
     ranking = self._ranking()
     batches = self._assembly.eval_batches(source, stored, keep_ncm.any(axis=1))
-    with console.progress(title, len(source), 'examples') as bar:
+    with console.progress(title, len(source), 'examples', compiles=True) as bar:
       for batch in batches:
         batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
         batch = sharding.put_batch(batch, mesh)
@@ -169,7 +169,7 @@ def _check_finite(scores: Mapping[str, Mapping[str, float]]) -> None:
   for name, result in scores.items():
     if not math.isfinite(result.get('loss', 0.0)):
       raise UserError(
-        f'{name.replace("_", " ")}: outputs of the model are not finite, and no score is made of '
+        f'{in_words(name)}: outputs of the model are not finite, and no score is made of '
         'them; the weights of the head or of a tower (config.backbones) are damaged, or a lower '
         'optimizer.learning_rate is needed'
       )
@@ -194,9 +194,9 @@ def describe_score(results: Mapping[str, Mapping[str, float]], *, multi_label: b
   key = headline(multi_label)
   names = {True: [], False: []}
   for name, result in results.items():
-    names[key in result].append(name.replace('_', ' '))
+    names[key in result].append(in_words(name))
   parts = [f'{key.replace("_", " ")}, mean over {", ".join(names[True])}'] if names[True] else []
-  without = f'no example to score with {", ".join(names[False])}' if names[False] else ''
+  without = f'no example to score: {", ".join(names[False])}' if names[False] else ''
   return '; '.join([*parts, *([without] if without else [])])
 
 

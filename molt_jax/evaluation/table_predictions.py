@@ -210,7 +210,7 @@ def answers(
   place = {row_id: n for n, row_id in enumerate(table.ids)}
   place_n = np.array([place[row_id] for row_id in source.ids], int)
   done = 0
-  with console.progress(title, len(table.ids), 'rows') as bar:
+  with console.progress(title, len(table.ids), 'rows', compiles=True) as bar:
     for batch in _batches(assembly, source, preprocess):
       index_b, present_bm = batch['index'], batch['present']
       p_bk = np.asarray(step(sharding.put_batch(batch, assembly.mesh)))

@@ -165,7 +165,7 @@ def _extract(
   compute = _Compute(kept, modality, how, missing)
   prepare = functools.partial(batches.prepare, modality=modality)
   faults, unit = {}, UNITS[modality]
-  with console.progress(f'extracting features, {unit}', len(missing), unit) as bar:
+  with console.progress(f'extracting features, {unit}', len(missing), unit, compiles=True) as bar:
     try:
       lacking = _lacking(kept, batches.cut(missing, modality), bar)
       for batch in ahead(prepare, lacking, how.config.input.num_threads):

@@ -37,7 +37,7 @@ def read_examples(
 ) -> Examples:
   """Reads and decodes a split; what cannot be decoded is reported and left out."""
   found = []
-  with console.progress(title, len(source), 'examples') as bar:
+  with console.progress(title, len(source), 'examples', compiles=True) as bar:
     for index in np.arange(len(source)):
       if source.present[index, 0]:
         example = read_example(source, int(index), image=True, report=report)

@@ -1,6 +1,7 @@
 """Messages and progress for the person at the terminal: on stderr, so that stdout holds results."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,7 +12,9 @@ import rich.text
 from molt_jax.runtime import terminal
 
 PLAIN_SECONDS = 15.0  # Between two messages of progress where there is no terminal.
-_CONSOLE = rich.console.Console(stderr=True, emoji=False)  # :cat: in a name is no emoji.
+COMPILE_SECONDS = 5.0  # After which it is said there that the first step compiles.
+# :cat: in a name is no emoji. A notebook gets lines, as any other place that is no terminal.
+_CONSOLE = rich.console.Console(stderr=True, emoji=False, force_jupyter=False)
 
 
 def log(message: str) -> None:
@@ -25,37 +28,55 @@ def be_silent() -> None:
 
 
 class Progress:
-  """Counts work: a bar with rate and time left on a terminal, otherwise a message now and then."""
+  """Counts work: a bar with rate and time left on a terminal, otherwise a message now and then.
 
-  def __init__(self, title: str, total: int, unit: str, *, done: int = 0):
+  What is done first does not count for the rate: it may have been compiled.
+  """
+
+  def __init__(self, title: str, total: int, unit: str, *, done: int = 0, compiles: bool = False):
     self.title, self.total, self.unit, self.done = title, total, unit, done
-    self._start, self._first, self._last = time.monotonic(), done, time.monotonic()
+    self._start, self._first, self._last = 0.0, -1, time.monotonic()
     self._bar = _bar(unit) if _CONSOLE.is_terminal else None
+    self._announcement = None
     if self._bar:
       self._bar.start()
-      self._task = self._bar.add_task(title, total=total, completed=done, note='')
+      note = 'compiling' if compiles else ''
+      self._task = self._bar.add_task(title, total=total, completed=done, note=note)
+    elif compiles:
+      self._announcement = threading.Timer(COMPILE_SECONDS, log, [f'{title}: compiling, once'])
+      self._announcement.daemon = True
+      self._announcement.start()
 
   def advance(self, amount: int = 1, note: str = '') -> None:
     """Adds finished work; `note` is shown beside it."""
     self.done += amount
+    if self._first < 0:
+      self._start, self._first = time.monotonic(), self.done
+      self._hush()
     if self._bar:
       self._bar.update(self._task, completed=self.done, note=note)
     elif time.monotonic() - self._last >= PLAIN_SECONDS:
       self._last = time.monotonic()
       log(self._message(note))
 
+  def exclude(self, seconds: float) -> None:
+    """Takes time out of the rate: something else was done, or compiled."""
+    self._start += seconds
+
   def _message(self, note: str) -> str:
+    parts = [f'{self.title}: {self.done}/{self.total} {self.unit}']
     rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
-    left = (self.total - self.done) / rate if rate else 0
-    parts = [
-      f'{self.title}: {self.done}/{self.total} {self.unit}',
-      f'{rate:.3g} {self.unit}/s',
-      f'{int(left) // 60}:{int(left) % 60:02d} left',
-      note,
-    ]
-    return ', '.join(part for part in parts if part)
+    if rate > 0:
+      left = int((self.total - self.done) / rate)
+      parts += [f'{rate:.3g} {self.unit}/s', f'{left // 60}:{left % 60:02d} left']
+    return ', '.join(part for part in [*parts, note] if part)
+
+  def _hush(self) -> None:
+    if self._announcement:
+      self._announcement.cancel()
 
   def close(self) -> None:
+    self._hush()
     if self._bar:
       self._bar.stop()
 
@@ -85,9 +106,13 @@ class _Rate(rich.progress.ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
-  """Shows progress over a block."""
-  bar = Progress(title, total, unit, done=done)
+def progress(
+  title: str, total: int, unit: str, *, done: int = 0, compiles: bool = False
+) -> Iterator[Progress]:
+  """Shows progress over a block; `compiles`: its first step may, which is said where it takes
+  long.
+  """
+  bar = Progress(title, total, unit, done=done, compiles=compiles)
   try:
     yield bar
   finally:

@@ -56,7 +56,8 @@ def _spelled(character: str) -> str:
 
 def console() -> rich.console.Console:
   """Returns the console of stdout, as wide as the terminal is."""
-  return rich.console.Console(width=None if sys.stdout.isatty() else FULL_WIDTH)
+  width = None if sys.stdout.isatty() else FULL_WIDTH
+  return rich.console.Console(width=width, force_jupyter=False)
 
 
 def print_columns(columns: Mapping[str, Sequence[str]], title: str) -> None:
@@ -79,7 +80,8 @@ def print_columns(columns: Mapping[str, Sequence[str]], title: str) -> None:
 def print_table(table: rich.table.Table) -> None:
   """Prints a table as wide as it is: a terminal that is narrower wraps its lines."""
   screen = console()
-  rich.console.Console(width=max(screen.width, _width(screen, table))).print(table)
+  wide = max(screen.width, _width(screen, table))
+  rich.console.Console(width=wide, force_jupyter=False).print(table)
 
 
 def _parts(screen, columns) -> Iterator[dict[str, Sequence[str]]]:

@@ -69,24 +69,25 @@ class Loop:
     step = start
     lost.tell_step(self._saved_step)
     log, monitor = self._open_log(start)
+    validations = 0
     agree = processes.Agreement(self.assembly.mesh, delay=IN_FLIGHT)
     count = self.units_per_step
-    bar = console.progress(self.title, schedule.total * count, self.unit, done=start * count)
-    with stop_on_signals() as stop, bar as shown:
+    with stop_on_signals() as stop, self._progress(start, count) as shown:
       while True:
         asked = agree(stop() or self._out_of_time(step))
         due = schedule.validate_at(step) or schedule.save_at(step) or asked
         if step > start and due:
           monitor.drain()
+          began = time.monotonic()
           state = self._validate_and_save(state, iterator, log, monitor, step, asked)
           monitor.restart_clock()
+          if validations == 0:  # It compiles, and later ones do not.
+            shown.exclude(time.monotonic() - began)
+          validations += 1
         if step >= schedule.total:  # More where the data became fewer.
           break
         if asked == OUT_OF_TIME:
-          console.log(
-            f'the time is up: training ends at step {step} of {schedule.total}; the same command '
-            'goes on from here'
-          )
+          console.log(f'the time is up: training ends at step {step} of {schedule.total}')
           break
         if asked:
           self._stop(step, asked)
@@ -95,11 +96,17 @@ class Loop:
         state, metrics = self.step(state, batch)
         step += 1
         monitor.dispatched(step, metrics, batch['index'])
-        shown.advance(count, f'epoch {step / schedule.per_epoch:.1f}, {monitor.note}')
+        epoch = f'epoch {step / schedule.per_epoch:.1f}'
+        shown.advance(count, f'{epoch}, {monitor.note}' if monitor.note else epoch)
     log.close()
     self.checkpoints.close()
     processes.wait('checkpoints written')
     return state
+
+  def _progress(self, start: int, count: int) -> Any:
+    """Returns the context of a progress bar that counts `count` a step."""
+    total, done = self.schedule.total * count, start * count
+    return console.progress(self.title, total, self.unit, done=done, compiles=True)
 
   def _open_log(self, start: int) -> tuple[logbook.Logbook, StepMonitor]:
     is_main = processes.is_main()

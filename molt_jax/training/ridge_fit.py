@@ -106,7 +106,7 @@ class RidgeFit:
     assembly = self._assembly
     source, stored, present = self._parts[split]
     found, count, size = [], len(source), assembly.config.eval.batch_size
-    with console.progress(f'reading {split} examples', count, 'examples') as bar:
+    with console.progress(f'reading {split} examples', count, 'examples', compiles=True) as bar:
       for batch in assembly.eval_batches(source, stored, present) if count else ():
         batch = sharding.put_batch(batch, assembly.mesh)
         found.append(jax.device_get(step(variables, frozen, batch)))

@@ -136,8 +136,7 @@ class Trainer(abc.ABC):
     self.open_features()
     iterator = self.iterator()
     self.checkpoints.move(iterator, position)
-    step, total = int(state.step), schedule.total
-    console.log(f'going on from step {step} of {total} in {self.workdir}')
+    self._say_where(int(state.step), schedule.total)
     return state, iterator
 
   def _loop(self, tx, schedule: StepSchedule) -> Loop:
@@ -157,6 +156,12 @@ class Trainer(abc.ABC):
       units_per_step=self.units_per_step,
       deadline=self.deadline,
     )
+
+  def _say_where(self, step: int, total: int) -> None:
+    if step < total:
+      console.log(f'going on from step {step} of {total} in {self.workdir}')
+    else:
+      console.log(f'{self.workdir}: training has ended, at step {step}; it is scored')
 
   def _facts(self, state: TrainState) -> dict[str, Any]:
     splits = self.assembly.data.splits

@@ -130,7 +130,7 @@ def test_table1_has_every_method_and_reads_what_is_finished(study):
     for method, by_seed in content['data'][data].items():
       accuracies = [100 * by_seed[seed]['test']['text_absent']['accuracy'] for seed in ('0', '1')]
       line = next(
-        line for line in text.splitlines() if line.startswith(f'| text absent | {method} |')
+        line for line in text.splitlines() if line.startswith(f'| without text | {method} |')
       )
       assert f'{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}' in line
   for printed in ('64.9 / 59.0', '92.12', '75.10', '59.0 / 51.2', '88.9', '71.0', '73.45'):
@@ -151,8 +151,8 @@ def test_absence_compares_one_model_with_unimodal_models_and_says_what_is_missed
     for method in ('MoLT, default', 'unimodal image model', 'unimodal text model')
   )
   for label, condition, baseline in (
-    ('text absent', 'text_absent', image),
-    ('image absent', 'image_absent', text_alone),
+    ('without text', 'text_absent', image),
+    ('without image', 'image_absent', text_alone),
   ):
     difference = np.mean(
       [

@@ -1,0 +1,59 @@
+"""Whether a modality does harm: where one alone is right, and both together are not."""
+
+import math
+from typing import NamedTuple
+
+from molt_jax.data.modalities import COLUMN, CONDITIONS, KEPT, condition
+from molt_jax.evaluation.records import Predictions
+
+
+class Harm(NamedTuple):
+  """What a modality does to complete examples.
+
+  Attributes:
+    modality: that may do harm.
+    count: complete examples.
+    lost: of these, right by the other one alone, and wrong by both.
+    won: wrong by the other one alone, and right by both.
+    p: of as uneven a split or more, were each as likely (McNemar 1947, exact and two-sided).
+  """
+
+  modality: str
+  count: int
+  lost: int
+  won: int
+  p: float
+
+  def line(self) -> str:
+    """Returns a sentence for the user."""
+    (other,) = [modality for modality in COLUMN if modality != self.modality]
+    chance = ', which chance may explain' if self.p >= 0.05 else ''
+    return (
+      f'the {self.modality} may do harm: of {self.count:,} complete examples, {self.lost:,} are '
+      f'right by the {other} alone and wrong by both, {self.won:,} the other way round '
+      f'(McNemar p = {self.p:.2g}{chance})'
+    )
+
+
+def found(predictions: Predictions) -> list[Harm]:
+  """Returns the modalities that lose more complete examples than they win."""
+  if not set(CONDITIONS) <= set(predictions.conditions):
+    return []
+  complete_n = predictions.present_nm.all(axis=1)
+  right = dict(zip(predictions.conditions, predictions.right_cn, strict=True))
+  counted = dict(zip(predictions.conditions, predictions.counted_cn, strict=True))
+  both, harms = condition('none'), []
+  for modality in KEPT.keys() - {'none'}:
+    alone = condition(modality)
+    rows_n = complete_n & counted[both] & counted[alone]
+    lost = int((rows_n & right[alone] & ~right[both]).sum())
+    won = int((rows_n & ~right[alone] & right[both]).sum())
+    if lost > won:
+      harms.append(Harm(modality, int(rows_n.sum()), lost, won, mcnemar(lost, won)))
+  return sorted(harms, key=lambda harm: harm.p)
+
+
+def mcnemar(lost: int, won: int) -> float:
+  """Returns the exact two-sided p-value of McNemar's test: that of a fair coin's."""
+  tail = sum(math.comb(lost + won, n) for n in range(min(lost, won) + 1))
+  return min(1.0, 2 * tail / 2 ** (lost + won))
