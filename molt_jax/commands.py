@@ -179,6 +179,12 @@ COMMANDS = {
         many=True,
       ),
       *SETS,
+      Flag(
+        'metrics',
+        "further scores, by scikit-learn's names, such as balanced_accuracy,roc_auc_ovr",
+        (),
+        many=True,
+      ),
     ),
     check=_what_of_sets,
   ),

@@ -20,7 +20,14 @@ from molt_jax.data import missing
 from molt_jax.data.modalities import KEPT
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
-from molt_jax.evaluation import calibration, prediction_sets, results, scoring, trained
+from molt_jax.evaluation import (
+  calibration,
+  prediction_sets,
+  results,
+  scoring,
+  trained,
+  user_metrics,
+)
 from molt_jax.evaluation.diagnostics import Observer
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening
@@ -37,7 +44,7 @@ def run(
   missing_rates: Collection[float] = (),
   missing_types: Collection[str] = ('both',),
   table: str | None = None,
-  sets: Mapping[str, Any] | None = None,
+  also: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Evaluates the run in `workdir` in one pass, prints the scores, writes `evaluation.json` (of
   another table NAME.csv `evaluation_NAME.json`) and returns its content.
@@ -51,8 +58,8 @@ def run(
     missing_types: 'text', 'image' or 'both'.
     table: another table with labels, in the place of a split; missing rates draw its examples as
       those of `split`.
-    sets: 'coverage' and 'kind' of prediction sets (`prediction_sets.Calibration.rule`), which are
-      scored too; None: none are.
+    also: what is scored beside: 'metrics', scikit-learn's names, and 'sets', the 'coverage' and
+      'kind' of prediction sets (`prediction_sets.Calibration.rule`).
 
   Raises:
     UserError: no run there, an unknown split, a condition that is unknown or leaves the run with
@@ -61,6 +68,7 @@ def run(
   _check_choices('--split', [split], ('train', 'validation', 'test'))
   _check_choices('--missing_type', missing_types, ('text', 'image', 'both'))
   _check_choices('--absent', absent or (), KEPT)
+  user_metrics.check((also or {}).get('metrics', ()))
   if processes.is_main() and workdir.is_dir():
     workdirs.try_out(workdir)
   run = trained.open(workdir)
@@ -75,20 +83,56 @@ def run(
     raise UserError('--absent: empty; give none, text, image or a --missing_rate')
   # A part leaves an earlier record of all as it is, and so does another table.
   recorder = _recorder(run, source, names) if names == every and table is None else None
-  rule = calibration.of_run(run).rule(**sets) if sets else None
-  counts = calibration.SetScores(rule, list(conditions), run.class_names) if sets else None
-  scores = _score(run, source, conditions, [x for x in (recorder, counts) if x], split)
-  if counts:
-    for name, of_sets in counts.results().items():
-      scores[name]['prediction_sets'] = of_sets
-    results.print_sets(counts.results(), f'{split} split' if table is None else table)
-    if split == 'validation' and table is None:
-      console.log('thresholds come from the validation split: there, sets keep any promise')
-  how = {'results': scores, 'meta': run.meta, 'recorder': recorder, 'data': data}
+  extra = _Extra(run, list(conditions), **(also or {}))
+  observers = [recorder] if recorder else []
+  scores = _score(run, source, conditions, [*observers, *extra.observers], split)
+  found = {'results': scores, 'metrics': extra.metrics()}
+  extra.add_sets(scores, split if table is None else table)
+  how = {'found': found, 'meta': run.meta, 'recorder': recorder, 'data': data}
   if table is None:
     return results.publish(workdir, split=split, **how)
   path = pathlib.Path(table)
   return results.publish(workdir, split=path.name, **how, name=f'evaluation_{path.stem}.json')
+
+
+class _Extra:
+  """What is scored beside: metrics by scikit-learn's names, prediction sets."""
+
+  def __init__(
+    self,
+    run: trained.Trained,
+    conditions: Sequence[str],
+    *,
+    metrics: Collection[str] = (),
+    sets: Mapping[str, Any] | None = None,
+  ):
+    multi_label = run.config.dataset.multi_label
+    self._names, self._collector, self._sets = metrics, None, None
+    if metrics:
+      self._collector = user_metrics.Collector(conditions, multi_label=multi_label)
+    if sets:
+      rule = calibration.of_run(run).rule(**sets)
+      self._sets = calibration.SetScores(rule, conditions, run.class_names)
+
+  @property
+  def observers(self) -> list[Observer]:
+    return [observer for observer in (self._collector, self._sets) if observer]
+
+  def metrics(self) -> dict[str, dict[str, float]]:
+    """Returns condition -> metric -> value."""
+    return self._collector.compute(self._names) if self._collector else {}
+
+  def add_sets(self, scores: dict[str, Any], where: str) -> None:
+    """Adds what came of prediction sets to the scores of each condition, and prints it."""
+    if not self._sets:
+      return
+    found = self._sets.results()
+    for name, of_sets in found.items():
+      scores[name]['prediction_sets'] = of_sets
+    is_split = where in ('train', 'validation', 'test')
+    results.print_sets(found, f'{where} split' if is_split else where)
+    if where == 'validation':
+      console.log('thresholds come from the validation split: there, sets keep any promise')
 
 
 def _recorder(run: trained.Trained, source: Source, names: Collection[str]) -> PredictionRecorder:
@@ -175,7 +219,7 @@ def command(flags: argparse.Namespace) -> int | None:
     missing_rates=flags.missing_rate,
     missing_types=flags.missing_type,
     table=flags.table,
-    sets=prediction_sets.options(flags),
+    also={'metrics': flags.metrics, 'sets': prediction_sets.options(flags)},
   )
 
 

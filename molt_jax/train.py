@@ -276,7 +276,12 @@ class ClassifierTrainer(Trainer):
     self._calibrate(run, variables)
     data = trained.compare_split(run, 'test', source)
     record = results.publish(
-      self.workdir, split='test', results=scores, meta=run.meta, recorder=recorder, data=data
+      self.workdir,
+      split='test',
+      found={'results': scores},
+      meta=run.meta,
+      recorder=recorder,
+      data=data,
     )
     for line in processes.lines_of_all(self.assembly.preprocess.report.line()):
       console.log(line)
@@ -347,7 +352,8 @@ class Trial(ClassifierTrainer):
     classes = [k for label in labels for k in classes_of(label)]
     counts = np.bincount(classes, minlength=self.assembly.num_classes)
     last = validations[-1]
-    return last, last['step'] >= total, counts.tolist()
+    ended = last['step'] >= total or not self.assembly.method.is_trained
+    return last, ended, counts.tolist()
 
 
 def _variables(state: TrainState) -> dict[str, Any]:

@@ -25,16 +25,16 @@ def publish(
   workdir: pathlib.Path,
   *,
   split: str,
-  results: Mapping[str, Any],
+  found: Mapping[str, Mapping[str, Any]],
   meta: Mapping[str, Any],
   recorder: PredictionRecorder | None,
   data: Mapping[str, Any],
   name: str = RECORD,
 ) -> dict[str, Any]:
   """Writes `evaluation.json` (or a file of another name) and what the recorder has, prints the new
-  results as a table, returns the content of the first.
+  results as a table, returns the content of the first; `found` as in `write`.
   """
-  record = write(workdir, split=split, results=results, meta=meta, data=data, name=name)
+  record = write(workdir, split=split, found=found, meta=meta, data=data, name=name)
   if processes.is_main():
     harms = []
     if recorder:
@@ -49,7 +49,9 @@ def publish(
       harms = harm.found(predictions)
     what = f'{split} split' if name == RECORD else split
     title = f'{what}, {data["examples"]} examples, checkpoint of step {meta["step"]}'
-    print_table(results, title)
+    print_table(found['results'], title)
+    if any(found.get('metrics', {}).values()):
+      print_chosen(found['metrics'])
     for one in harms:
       console.log(one.line())
   return notebook.Scores(record)
@@ -59,16 +61,16 @@ def write(
   workdir: pathlib.Path,
   *,
   split: str,
-  results: Mapping[str, Any],
+  found: Mapping[str, Mapping[str, Any]],
   meta: Mapping[str, Any],
   data: Mapping[str, Any],
   name: str = RECORD,
 ) -> dict[str, Any]:
   """Writes `evaluation.json`, or a file of another name.
 
-  `data` is the split's fingerprint (`trained.open_split`).
-
-  Results already there for the same checkpoint, split and data are kept beside the new ones.
+  `found` has results, and metrics of the user's choice; `data` is the split's fingerprint
+  (`trained.open_split`). What is already there for the same checkpoint, split and data is kept
+  beside the new.
   """
   path = workdir / name
   config = CLASSIFIER.from_dict(meta['config'])
@@ -76,7 +78,7 @@ def write(
     'split': split,
     'num_examples': data['examples'],
     'step': meta['step'],
-    'results': dict(results),
+    'results': dict(found['results']),
     'config_hash': resolved.config_hash(config),
     'dataset': _data(config),
     'data': dict(data),
@@ -85,8 +87,12 @@ def write(
   }
   old = logbook.kept(path)
   same = ('split', 'step', 'config_hash', 'backbones', 'data')
-  if all(old.get(key) == record[key] for key in same) and isinstance(old.get('results'), dict):
-    record['results'] = old['results'] | record['results']
+  is_same = all(old.get(key) == record[key] for key in same)
+  for key in ('results', 'metrics'):
+    before = old.get(key)
+    merged = (before if is_same and isinstance(before, dict) else {}) | dict(found.get(key, {}))
+    if merged or key == 'results':
+      record[key] = merged
   if processes.is_main():
     atomic.write(path, logbook.to_json(record, indent=2) + '\n')
   return record
@@ -124,10 +130,20 @@ def print_sets(sets: Mapping[str, Mapping[str, Any]], title: str) -> None:
     known = [(x['coverage'], name) for name, x in found['by_class'].items() if x['examples'] >= 10]
     lowest = [f'{terminal.clean(name, 20)} {100 * share:.0f}' for share, name in sorted(known)[:2]]
     rows['lowest classes'].append(', '.join(lowest) or '-')
-  names = [name.replace('_', ' ') for name in sets]
+  names = [modalities.in_words(name) for name in sets]
   promised = next(iter(sets.values()))
   title = f'{promised["kind"]} sets that promise {100 * promised["promised"]:g} %, {title}'
   terminal.print_columns({'condition': names} | rows, title)
+
+
+def print_chosen(chosen: Mapping[str, Mapping[str, float]]) -> None:
+  """Prints metrics of the user's choice, one row a condition, as scikit-learn has them."""
+  names = dict.fromkeys(name for scores in chosen.values() for name in scores)
+  columns = {'condition': [modalities.in_words(condition) for condition in chosen]}
+  for name in names:
+    cells = [f'{scores[name]:.4f}' if name in scores else '-' for scores in chosen.values()]
+    columns[name.replace('_', ' ')] = cells
+  terminal.print_columns(columns, "scores by scikit-learn's names")
 
 
 def _cell(result, name) -> str:

@@ -37,6 +37,8 @@ _OF_CLASSIFIERS = (
 
 def check(names: Collection[str]) -> None:
   """Raises UserError unless scikit-learn is there and has scores of classifiers by these names."""
+  if not names:
+    return
   try:
     from sklearn.metrics import get_scorer_names
   except ImportError as error:
@@ -48,7 +50,7 @@ def check(names: Collection[str]) -> None:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=3)
       hint = f'did you mean {" or ".join(near)}?' if near else f'give some of {", ".join(known)}'
-      raise UserError(f"--metrics: {name!r} is no score of classifiers in scikit-learn; {hint}")
+      raise UserError(f'--metrics: {name!r} is no score of classifiers in scikit-learn; {hint}')
 
 
 class Collector:
