@@ -263,7 +263,7 @@ def test_a_condition_without_examples_has_no_score_anywhere(textless, capsys):
   assert page.count('no example') >= 3 and not re.search(r'>[^<]*\b(nan|None)\b', page)
   assert evaluate.main([f'--workdir={folder}', '--absent=image']) == 0
   (row,) = [line for line in capsys.readouterr().out.splitlines() if 'without image' in line]
-  assert re.sub(r'[^\w.-]+', ' ', row).split() == ['image', 'absent', '0']
+  assert re.sub(r'[^\w.-]+', ' ', row).split() == ['without', 'image', '0']
   assert results(folder) == scored
   p = records.Predictions.load(folder / records.PREDICTIONS)
   assert p.scores('image_absent') == {'num_examples': 0}
