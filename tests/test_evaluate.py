@@ -354,7 +354,7 @@ def test_a_damaged_record_of_before_is_written_anew(run, tmp_path, content):
   record = results_files.write(
     tmp_path,
     split='test',
-    results=found,
+    found={'results': found},
     meta=trained.open(run).meta,
     data={'digest': 'x', 'examples': 1},
   )
