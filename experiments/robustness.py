@@ -1,23 +1,36 @@
 """Score against missing rate, 0 to 100 %, for text, image and both, of models trained at 0 % and at
-70 %.
+70 %; with --noise also the score under noise in images and texts.
 
   python experiments/robustness.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2]
-  [--methods=REGEX] [--set=FIELD=VALUE] [...]
+  [--methods=REGEX] [--set=FIELD=VALUE] [--noise] [...]
 
 The field's protocol: that share of the complete rows lacks a modality for good, drawn by a hash of
 (seed, split, id); `both`: half of them text, half image. Trained at 70 %: 70 % of the rows of train
 and of validation, type `both`. Test rows do not influence each other, so every rate is put together
 from the predictions under the three absences; the towers run once and the head three times.
+
+Noise is added to the test split before the towers (`noise.py`), which read it once for all runs
+with these towers: what the store keeps goes by its content.
 """
 
 import time
 
 import grid
 import matplotlib
+import noise
 import numpy as np
+from absl import flags
+
+from molt_jax.config import resolved
+from molt_jax.config.json_files import read_json
+from molt_jax.evaluation import scoring, trained
+from molt_jax.features import opening
+from molt_jax.runtime import atomic, logbook
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+
+NOISE = flags.DEFINE_bool('noise', False, 'Also scores the runs under noise.')
 
 GAPS = {
   'missing.train_rate': 0.7,
@@ -55,6 +68,71 @@ def curves(table):
     }
     for method, by_seed in table.items()
   }
+
+
+# ---- Noise ---------------------------------------------------------------------------------------
+
+
+def under_noise(table):
+  """method -> 'kind, level' -> seed -> scores on the complete test split."""
+  found = {}
+  for method, by_seed in table.items():
+    found[method] = {}
+    for seed, made in by_seed.items():
+      for name, scores in _noisy_scores(made).items():
+        found[method].setdefault(name, {})[seed] = scores
+  return found
+
+
+def _noisy_scores(made):
+  """'kind, level' -> scores of one run; made once, and kept in its folder."""
+  path = made.folder / 'noise.json'
+  key = resolved.config_hash(trained.open(made.folder).config)
+  if path.exists():
+    kept = read_json(path, 'delete it, and noise is scored anew')
+    if kept['key'] == key:
+      return kept['scores']
+  run = trained.open(made.folder)
+  source, _ = trained.open_split(run, 'test')
+  variables, score = run.variables(), scoring.Scorer(run.assembly)
+  conditions = scoring.conditions_of(('none',), len(source))
+  scores = {}
+  for kind, how in noise.KINDS.items():
+    for level in noise.LEVELS:
+      split = noise.Noisy(source, noise.Noise(level, **how))
+      frozen, stored = opening.open_features(
+        run.assembly.extraction, {'test': (split, np.asarray(source.present))}
+      )
+      how_read = {'stored': stored['test'], 'title': f'{kind}, level {level}'}
+      found = score(variables, frozen, split, conditions, **how_read)
+      scores[f'{kind}, {level}'] = next(iter(found.values()))
+  atomic.write(path, logbook.to_json({'key': key, 'scores': scores}) + '\n')
+  return scores
+
+
+def noise_lines(found, made):
+  """Markdown: a table a data set; a column a kind and level."""
+  yield '# Score under noise\n'
+  yield (
+    'Test score in percent with noise in half of the images and texts, mean ± standard deviation '
+    'over seeds; `experiments/noise.py` says what the levels are.\n'
+  )
+  for data, by_method in found.items():
+    key = grid.metric_of(made[data])
+    columns = list(next(iter(by_method.values())))
+    yield f'## {data}, noise\n'
+    yield '| method | none | ' + ' | '.join(columns) + ' |'
+    yield '|---|' + '--:|' * (len(columns) + 1)
+    for method, by_noise in by_method.items():
+      clean = grid.runs.spread(grid.values(made[data], method, 'none_absent', key))
+      cells = []
+      for column in columns:
+        cells.append(grid.runs.spread([s.get(key) for s in by_noise[column].values()]))
+      yield f'| {method} | {clean} | ' + ' | '.join(cells) + ' |'
+    yield ''
+
+
+# ---- The page ------------------------------------------------------------------------------------
 
 
 def lines(found):
@@ -133,7 +211,12 @@ def main():
     'data': {name: grid.numbers(table) for name, table in made.items()},
     'curves': found,
   }
-  grid.publish('robustness', list(lines(found)), content, start)
+  page = list(lines(found))
+  if NOISE.value:
+    noisy = {data: under_noise(table) for data, table in made.items()}
+    content['noise'] = noisy
+    page += noise_lines(noisy, made)
+  grid.publish('robustness', page, content, start)
 
 
 if __name__ == '__main__':
