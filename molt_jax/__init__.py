@@ -11,13 +11,13 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 __version__ = '0.1.0'
 
 
-def load(workdir):
+def load(workdir, class_names=None):
   """Opens a trained classifier: `molt_jax.load(DIR).predict(image=..., text=...)`; see
   `molt_jax.predict.Predictor`.
   """
   from molt_jax import predict  # Importing the package alone must stay quick: no JAX.
 
-  return predict.load(workdir)
+  return predict.load(workdir, class_names)
 
 
 def __getattr__(name):

@@ -30,6 +30,7 @@ from molt_jax.errors import UserError, article
 from molt_jax.evaluation import (
   calibration,
   notebook,
+  other_classes,
   prediction_sets,
   table_predictions,
   trained,
@@ -45,13 +46,21 @@ class Predictor:
   input first needs it.
   """
 
-  def __init__(self, workdir: str | pathlib.Path):
+  def __init__(self, workdir: str | pathlib.Path, class_names: Sequence[str] | None = None):
     """Opens the run in `workdir`.
 
+    Args:
+      workdir: its folder.
+      class_names: other classes than it was trained on, where its method reads their names.
+
     Raises:
-      UserError: no run there or a damaged one, or a tower that is gone or has changed.
+      UserError: no run there or a damaged one, a tower that is gone or has changed, or a method
+        that has learned its classes.
     """
-    run = trained.open(workdir)
+    if class_names is None:
+      run = trained.open(workdir)
+    else:
+      run = other_classes.open(workdir, class_names)
     self._run = run
     self._assembly = run.assembly
     self.config = run.config
@@ -85,8 +94,13 @@ class Predictor:
     """What prediction sets are made by; computed where the run has none.
 
     Raises:
-      UserError: the run's validation examples cannot be read.
+      UserError: the run's validation examples cannot be read, or are of other classes.
     """
+    if isinstance(self._run, other_classes.OtherClasses):
+      raise UserError(
+        'coverage: what prediction sets promise was measured on the classes of the training, not '
+        'on class_names; leave it out'
+      )
     return calibration.of_run(self._run)
 
   def predict(
@@ -374,9 +388,9 @@ def _packed(batch: dict[str, np.ndarray], pack: tuple[int, int] | None) -> dict[
   return batch | cut | packing.token_positions(mask_bt, groups_gr, size)
 
 
-def load(workdir: str | pathlib.Path) -> Predictor:
+def load(workdir: str | pathlib.Path, class_names: Sequence[str] | None = None) -> Predictor:
   """Opens the trained classifier in `workdir`; see `Predictor`."""
-  return Predictor(workdir)
+  return Predictor(workdir, class_names)
 
 
 def read_inputs(

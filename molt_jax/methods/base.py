@@ -113,6 +113,11 @@ class Method(Protocol):
 class Defaults:
   """What most methods share of `Method`."""
 
+  def read_names(self, params: Any) -> dict[str, Any]:
+    """Returns the statistics that follow from the names of the classes, placed as `params` are."""
+    del params
+    return {}
+
   @property
   def loss_weights(self) -> Mapping[str, float]:
     """See `Method`."""

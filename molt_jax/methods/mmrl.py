@@ -173,11 +173,15 @@ class MMRL(base.Defaults):
     return {'params': params, 'statistics': statistics}
 
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """See `base.Method`: runs the classes' names through the untouched text tower."""
+    """See `base.Method`."""
     del frozen
+    return {**variables, 'statistics': self.read_names(variables['params'])}
+
+  def read_names(self, params: Any) -> dict[str, Any]:
+    """See `base.Defaults`: runs the classes' names through the untouched text tower."""
     if self.sentences is None:
-      return dict(variables)
-    place = jax.tree.leaves(variables['params'])[0].sharding
+      return {}
+    place = jax.tree.leaves(params)[0].sharding
     whole = frozen_towers.load_frozen(self.config, place.mesh, self.reads, ['text'])['text']
     tower, found = self.modules['text'], self.sentences
     states = (self.reads['text'].names_from, tower.config.num_layers)
@@ -189,7 +193,7 @@ class MMRL(base.Defaults):
 
     entering, untouched = jax.jit(run)(whole)
     made = {'class_states': entering, 'class_untouched': untouched.astype(jnp.float32)}
-    return {**variables, 'statistics': jax.device_put(made, place)}
+    return jax.device_put(made, place)
 
   def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
     """See `base.Method`."""
