@@ -15,6 +15,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import PATTERNS
 from molt_jax.methods.parts.ridge_kernels import Examples
+from molt_jax.runtime import sharding
 
 ROWS, TOKENS = 6, 5
 PAIR = {'backbones.text.path': 'random:clip-text-tiny'}  # It shares a space with the image tower.
@@ -189,6 +190,23 @@ def test_a_pattern_is_what_an_example_without_the_modality_gets(name):
     alone = c.predict(c.variables, c.frozen, masked)
     rounding = 1e-5 * max(1, np.abs(alone).max())
     np.testing.assert_allclose(kept, alone, rtol=0, atol=rounding)
+
+
+@pytest.mark.slow  # Compiles every method once more.
+@pytest.mark.parametrize('name', CASES)
+def test_two_devices_compute_what_one_does(name):
+  c, batch = case(name), make_batch()
+  if c.setup.method.closed_form or not c.setup.method.is_trained:
+    pytest.skip('it begins with statistics that are fitted')
+  other = Setup(make_config(CASES[name] | {'mesh.data': 2}), c.setup.tx)
+  frozen = other.frozen()
+  state, expected = c.step(c.state, c.frozen, batch)
+  put = sharding.put_batch(batch, other.mesh)
+  found_state, found = other.step()(other.begin(frozen), frozen, put)
+  assert float(found['loss']) == pytest.approx(float(expected['loss']), rel=1e-5)
+  pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(found_state.params), strict=True)
+  for one, two in pairs:
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
 
 
 def test_trained_towers_begin_as_they_were_loaded():
