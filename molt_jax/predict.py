@@ -80,7 +80,8 @@ class Predictor:
     facts |= {'classes': findings.some(self.class_names), 'steps': self._run.meta['step']}
     shown = notebook.table(('', f'{len(self.class_names)} classes'), list(facts.items()))
     evaluation = logbook.kept(self._run.workdir / RECORD)
-    if isinstance(evaluation.get('results'), dict):
+    of_these = not isinstance(self._run, other_classes.OtherClasses)
+    if of_these and isinstance(evaluation.get('results'), dict):
       shown += notebook.scores_table(evaluation)
     return shown
 
