@@ -23,7 +23,7 @@ from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base
 from molt_jax.methods import head as heads
-from molt_jax.methods.parts import readout
+from molt_jax.methods.parts import names
 from molt_jax.methods.parts.attention import dense
 from molt_jax.methods.parts.interface import Output, available_mean, pool, unit
 from molt_jax.towers.loading import TowerSpec
@@ -164,12 +164,12 @@ class Huse(heads.HeadMethod):
 
   def _embed_names(self, params) -> np.ndarray:
     """The mean of each name's tokens less that of all names, of length one."""
-    config, tower = self.config, self.towers['text']
-    tokens_kt, mask_kt = readout.class_tokens(tower, self.class_names, '{}', config.text.max_tokens)
+    found = names.sentences(self.towers['text'], self.class_names, '{}')
     run = jax.jit(lambda p, *x: self.modules['text'].apply(p, *x, states=self.states['text']))
-    last_ktd = jax.device_get(run({'params': params}, tokens_kt, mask_kt))[-1].astype(np.float32)
-    count_k1 = np.maximum(mask_kt.sum(axis=1, keepdims=True), 1)
-    mean_kd = np.where(mask_kt[..., None], last_ktd, 0).sum(axis=1) / count_k1
+    last_lktd = run({'params': params}, found.tokens_kt, found.mask_kt)
+    last_ktd = np.asarray(last_lktd[-1], np.float32)
+    count_k1 = np.maximum(found.mask_kt.sum(axis=1, keepdims=True), 1)
+    mean_kd = np.where(found.mask_kt[..., None], last_ktd, 0).sum(axis=1) / count_k1
     return np.asarray(unit(mean_kd - mean_kd.mean(axis=0)))
 
   def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:

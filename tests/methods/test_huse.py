@@ -107,9 +107,9 @@ def test_class_names_are_compared_with_the_text_towers_mean_states(made):
   setup, frozen, state = made
   names = np.asarray(state.statistics[huse.NAMES], np.float64)
   np.testing.assert_allclose(np.linalg.norm(names, axis=1), 1, atol=1e-5)
-  tokens_kt, mask_kt = huse.readout.class_tokens(
-    setup.assembly.towers['text'], setup.assembly.class_names, '{}', setup.config.text.max_tokens
-  )
+  tower = setup.assembly.towers['text']
+  found = huse.names.sentences(tower, setup.assembly.class_names, '{}')
+  tokens_kt, mask_kt = found.tokens_kt, found.mask_kt
   tower, last = setup.method.modules['text'], setup.method.states['text']
   states = tower.apply({'params': frozen['text']}, tokens_kt, mask_kt, states=last)[-1]
   mean = np.stack([np.asarray(x)[m].mean(axis=0) for x, m in zip(states, mask_kt, strict=True)])
