@@ -2,13 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
+import optax
 import pytest
 import tokenizers
 import transformers
 from optional_torch import torch
+from setups import Setup
 
 from molt_jax import evaluate_pair
+from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.errors import UserError
 from molt_jax.pairs import in_use, published, retrieval
@@ -113,6 +117,31 @@ def test_logits_are_those_of_transformers(kind, request):
   np.testing.assert_allclose(
     [np.log(scale), bias], [model.logit_scale[0].item(), model.logit_bias[0].item()], rtol=1e-5
   )
+
+
+def test_class_names_without_prompts_are_its_zero_shot_classification(clip):
+  """With the scale that the pair was trained with."""
+  model, folder = clip
+  config = CLASSIFIER.default()
+  config.dataset.path, config.dataset.modalities, config.method = 'unread', 'image', 'maple'
+  config.backbones.text.path = config.backbones.image.path = str(folder)
+  config.backbones.dtype, config.mesh.data, config.maple.template = 'float32', 1, 'a {}'
+  config.maple.num_tokens = 0
+  setup = Setup(CLASSIFIER.validate(config), optax.sgd(1e-2), class_names=WORDS[3:6])
+  frozen, image = setup.frozen(), np.random.default_rng(0).normal(size=(3, 16, 16, 3))
+  state = setup.begin(frozen)
+  batch = {
+    'image': image.astype(np.float32),
+    'tokens': np.zeros((3, 1), np.int32),
+    'token_mask': np.zeros((3, 1), bool),
+    'present': np.array([[True, False]] * 3),
+  }
+  variables = {'params': state.params, 'statistics': {}}
+  found = jax.jit(setup.logits)(variables, frozen, batch)
+  pixels = torch.tensor(batch['image'].transpose(0, 3, 1, 2))
+  with torch.inference_mode():
+    out = model(input_ids=torch.tensor([[0, 2, k, 1] for k in (3, 4, 5)]), pixel_values=pixels)
+  np.testing.assert_allclose(found, out.logits_per_image.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_scores_a_published_pair(siglip, tiny_table, tmp_path, capsys):

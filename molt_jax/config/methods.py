@@ -94,7 +94,7 @@ MMRL = {
     'auto',
     one_of('auto', 'names', 'head'),
     'names: class names through the text tower (a CLIP pair); head: learned class vectors; auto: '
-    'names where both towers have a projection.',
+    'names where both towers have a projection and an example has one label.',
   ),
   'template': TEMPLATE,
   'answer': Field(
@@ -119,7 +119,11 @@ MMRLPP = MMRL | {
   ),
 }
 MAPLE = {
-  'num_layers': Field(9, at_least(1), 'J: lower layers of each tower that have prompts.'),
+  'num_layers': Field(
+    9,
+    at_least(1),
+    'J: lower layers of each tower that have prompts; all of the shallower one where it has fewer.',
+  ),
   'num_tokens': Field(2, at_least(0), 'Prompts of each of these layers.'),
   'rank': Field(
     0,

@@ -173,11 +173,16 @@ def build(config, towers, *, num_classes, class_names=()) -> CoOp:
   """See `base.make_method`.
 
   Raises:
-    UserError: the towers are no pair that shares a space, there are too many classes for a net, a
-      name is too long, or the words that vectors begin as are too few.
+    UserError: the towers are no pair that shares a space, an example can have several labels, there
+      are too many classes for a net, or a name is too long.
   """
   method, c, used = config.method, config[config.method], resolved.modalities(config)
   names.check_pair(towers, f'config.method: {method!r}', 'another method, or such towers')
+  if config.dataset.multi_label:
+    raise UserError(
+      f'config.method: {method!r} chooses one of the class names, and examples can have several '
+      "labels (config.dataset.multi_label); give another method, e.g. method='maple'"
+    )
   has_net = method == CONDITIONAL
   if has_net and num_classes > MOST_CLASSES:
     raise UserError(

@@ -221,17 +221,12 @@ def build(config, towers, *, num_classes, class_names=()) -> MaPLe:
   """See `base.make_method`.
 
   Raises:
-    UserError: class names are asked for without a pair of towers that share a space, a tower has
-      fewer layers than are prompted, or the template has too few words before the name.
+    UserError: class names are asked for without a pair of towers that share a space, one is longer
+      than the text tower reads, or the template has too few words before it.
   """
   c, used = config.maple, resolved.modalities(config)
-  if c.classes == 'names':
-    names.check_pair(towers, "config.maple.classes: 'names'", 'head, or such towers')
-  wanted = c.classes == 'names' or (c.classes == 'auto' and not config.dataset.multi_label)
-  by_name = names.share_a_space(towers) and wanted
+  by_name = names.are_read(config, towers)
   towers = {m: tower for m, tower in towers.items() if m in used or by_name}
-  for modality, tower in towers.items():
-    _check_depth(c.num_layers, modality, tower)
   reads = {}
   for modality, tower in towers.items():
     reads[modality] = Reads(
@@ -241,7 +236,7 @@ def build(config, towers, *, num_classes, class_names=()) -> MaPLe:
     )
   widths = {modality: tower.config.hidden_size for modality, tower in towers.items()}
   coupled = Coupled(
-    num_layers=c.num_layers,
+    num_layers=min(c.num_layers, *(tower.config.num_layers for tower in towers.values())),
     num_tokens=c.num_tokens,
     widths=widths,
     rank=c.rank,
@@ -252,15 +247,6 @@ def build(config, towers, *, num_classes, class_names=()) -> MaPLe:
   modules = base.tower_modules(config, towers, reads)
   frozen_config = ml_collections.FrozenConfigDict(config)
   return MaPLe(frozen_config, towers, modules, reads, coupled, used, found)
-
-
-def _check_depth(num_layers: int, modality: str, tower: TowerSpec) -> None:
-  depth = tower.config.num_layers
-  if num_layers > depth:
-    raise UserError(
-      f'config.maple.num_layers: {num_layers}, but the {modality} tower has {depth} layers; give '
-      f'at most {depth}'
-    )
 
 
 def _sentences(tower: TowerSpec, class_names, c) -> names.Sentences:

@@ -292,9 +292,7 @@ def build(config, towers, *, num_classes, class_names=()) -> MMRL:
       longer than the text tower reads.
   """
   c, used = config[config.method], resolved.modalities(config)
-  if c.classes == 'names':
-    names.check_pair(towers, f"config.{config.method}.classes: 'names'", 'head, or such towers')
-  by_name = names.share_a_space(towers) and c.classes != 'head'
+  by_name = names.are_read(config, towers)
   towers = {m: tower for m, tower in towers.items() if m in used or by_name}
   reads, num_layers, spaces = {}, {}, {}
   for modality, tower in towers.items():

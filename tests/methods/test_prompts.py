@@ -304,7 +304,7 @@ def test_parameters_of_the_published_sizes():
     ('cocoop', {'class_names': tuple(map(str, range(33)))}, 'there are 33 classes; give at most'),
     ('coop', {'class_names': ('word ' * 20, 'b', 'c')}, 'the text tower reads 77: shorten'),
     ('maple', {'text': LLAMA, 'maple__classes': 'names'}, 'config.maple.classes'),
-    ('maple', {'maple__num_layers': 5}, 'the text tower has 4 layers'),
+    ('coop', {'dataset__multi_label': True}, 'examples can have several labels'),
     ('maple', {'maple__template': 'a{}.'}, "'a{}.' has 1 tokens before the name"),
   ],
 )

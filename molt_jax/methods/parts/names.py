@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import linen as nn
 
@@ -53,6 +54,20 @@ def check_pair(towers: Mapping[str, TowerSpec], what: str, remedy: str) -> None:
       f'{what} needs an image and a text tower with projections into one space, as a CLIPModel has '
       f'them; give {remedy}'
     )
+
+
+def are_read(config: ml_collections.ConfigDict, towers: Mapping[str, TowerSpec]) -> bool:
+  """Returns whether a method reads the classes' names: where its field `classes` is 'names', or is
+  'auto' on a pair of towers and an example has one label, as cosines with names choose one.
+
+  Raises:
+    UserError: it is 'names', and the towers share no space.
+  """
+  how = config[config.method].classes
+  if how == 'names':
+    check_pair(towers, f"config.{config.method}.classes: 'names'", 'head, or such towers')
+  wanted = how == 'names' or (how == 'auto' and not config.dataset.multi_label)
+  return wanted and share_a_space(towers)
 
 
 def scale_of(towers: Mapping[str, TowerSpec]) -> float:
