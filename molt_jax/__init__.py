@@ -12,8 +12,8 @@ __version__ = '0.1.0'
 
 
 def load(workdir, class_names=None):
-  """Opens a trained classifier: `molt_jax.load(DIR).predict(image=..., text=...)`; see
-  `molt_jax.predict.Predictor`.
+  """Opens a trained classifier, the folder of a run or a file of `molt export`:
+  `molt_jax.load(DIR).predict(image=..., text=...)`; see `molt_jax.predict.Predictor`.
   """
   from molt_jax import predict  # Importing the package alone must stay quick: no JAX.
 

@@ -8,6 +8,7 @@ before JAX is imported. A new command is an entry here and a module.
 import argparse
 import difflib
 import importlib
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -61,6 +62,17 @@ def _what_to_predict(flags: argparse.Namespace) -> None:
       )
   elif flags.out is None:
     raise UserError('--out: give the file of predictions, .csv or .parquet')
+
+
+def _what_to_export(flags: argparse.Namespace) -> None:
+  if flags.format == 'stablehlo':
+    for name in ('quantize', 'examples', 'push_to_hub'):
+      if getattr(flags, name) not in (None, 'none'):
+        raise UserError(f'--{name}: it goes with --format=molt; leave it out')
+  elif not flags.out.endswith('.molt'):
+    raise UserError(f'--out: {flags.out!r} is not legal; give a file NAME.molt')
+  if flags.push_to_hub and not re.fullmatch(r'[\w.-]+/[\w.-]+', flags.push_to_hub):
+    raise UserError(f'--push_to_hub: {flags.push_to_hub!r} is not legal; give USER/NAME')
 
 
 def _table_of_pair(flags: argparse.Namespace) -> None:
@@ -275,6 +287,29 @@ COMMANDS = {
     ),
     schema=CLASSIFIER,
     preset='table',
+  ),
+  'export': Command(
+    'Write a run as one file that works anywhere.',
+    (
+      Flag('workdir', 'folder of a run of molt train, or such a file', required=True),
+      Flag('out', 'the file, NAME.molt; of programs, a folder', required=True),
+      Flag(
+        'format',
+        'molt: one file with towers; stablehlo: a folder of programs, one a missing pattern, that '
+        'JAX runs without this package',
+        'molt',
+        rule=choice('molt', 'stablehlo'),
+      ),
+      Flag('quantize', "type of the towers' matrices", 'none', rule=choice('none', 'int8')),
+      Flag(
+        'examples',
+        'split that the five examples in the file are of, which then leave the machine with it; '
+        'default: they are made up',
+        rule=SPLITS,
+      ),
+      Flag('push_to_hub', 'repository of the Hugging Face hub, USER/NAME, that gets the file too'),
+    ),
+    check=_what_to_export,
   ),
   'report': Command(
     'Write one HTML page about one run, or several side by side.',

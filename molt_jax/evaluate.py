@@ -50,7 +50,8 @@ def run(
   another table NAME.csv `evaluation_NAME.json`) and returns its content.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder, or a file of molt export, which needs a table: scores are then
+      written beside it.
     split: train, validation or test.
     absent: names in KEPT; default: all that leave something to the run.
     missing_rates: one more condition for each of these and of missing_types, 'missing_TYPE_RATE',
@@ -72,6 +73,8 @@ def run(
   if processes.is_main() and workdir.is_dir():
     workdirs.try_out(workdir)
   run = trained.open(workdir)
+  if workdir.is_file() and table is None:
+    raise UserError('--table: a model in one file has no data beside it; give a table with labels')
   check_batch_sizes(run.config, run.assembly.mesh, ('eval',))
   every = scoring.missing_names(run.config)
   names = every if absent is None else list(absent)
@@ -92,7 +95,10 @@ def run(
   if table is None:
     return results.publish(workdir, split=split, **how)
   path = pathlib.Path(table)
-  return results.publish(workdir, split=path.name, **how, name=f'evaluation_{path.stem}.json')
+  folder, name = workdir, f'evaluation_{path.stem}.json'
+  if workdir.is_file():
+    folder, name = workdir.parent, f'{workdir.stem}_{name}'
+  return results.publish(folder, split=path.name, **how, name=name)
 
 
 class _Extra:

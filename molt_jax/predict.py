@@ -29,6 +29,7 @@ from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import (
   calibration,
+  model_file,
   notebook,
   other_classes,
   prediction_sets,
@@ -42,22 +43,28 @@ from molt_jax.runtime import console, logbook, sharding, terminal
 
 
 class Predictor:
-  """A trained classifier, ready to use; made by `molt_jax.load(DIR)`. A tower is loaded when an
+  """A trained classifier, ready to use; made by `molt_jax.load(WORKDIR)`. A tower is loaded when an
   input first needs it.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, class_names: Sequence[str] | None = None):
-    """Opens the run in `workdir`.
+  def __init__(
+    self,
+    workdir: str | pathlib.Path | trained.Trained,
+    class_names: Sequence[str] | None = None,
+  ):
+    """Opens the run in a folder, or in a file of `molt export`, which answers its examples first.
 
     Args:
-      workdir: its folder.
+      workdir: the folder or the file, or the run itself, opened.
       class_names: other classes than it was trained on, where its method reads their names.
 
     Raises:
       UserError: no run there or a damaged one, a tower that is gone or has changed, or a method
         that has learned its classes.
     """
-    if class_names is None:
+    if isinstance(workdir, trained.Trained):
+      run = workdir
+    elif class_names is None:
       run = trained.open(workdir)
     else:
       run = other_classes.open(workdir, class_names)
@@ -68,6 +75,45 @@ class Predictor:
     self._variables = run.variables()
     self._frozen: dict[str, Any] = dict.fromkeys(MODALITIES)
     self._step = jax.jit(self._forward)
+    if run.examples:
+      self._try_examples()
+
+  def _try_examples(self) -> None:
+    """Raises UserError unless the examples of a file are answered as when it was written."""
+    examples, step = self._run.examples, self._step
+    # Run once: on a CPU, code that is not optimised is ready in half the time.
+    quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+    if jax.default_backend() == 'cpu':
+      self._step = jax.jit(self._forward, compiler_options=quick)
+    found_nk = self.probabilities([(x.image, x.text) for x in examples])
+    self._step = step
+    model_file.check(str(self._run.workdir), examples, found_nk, self.config.backbones.dtype)
+
+  @property
+  def run(self) -> trained.Trained:
+    """The run that it is of."""
+    return self._run
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What was trained, {'params', 'statistics'}."""
+    return self._variables
+
+  def towers(self, modalities: Sequence[str]) -> dict[str, Any]:
+    """Returns the parameters of towers, loaded where they are not yet; None for the others."""
+    return self._towers_for([m in modalities for m in MODALITIES])
+
+  def probabilities(self, pairs: Sequence[tuple[Any, str | None]]) -> np.ndarray:
+    """Returns float32[N, K] of N pairs of an image and a text, computed as one batch.
+
+    Args:
+      pairs: as `predict` takes one of each; None is absent.
+
+    Raises:
+      UserError: one cannot be used.
+    """
+    examples = [self._example(pair, number, None) for number, pair in enumerate(pairs)]
+    return self._probabilities(examples)
 
   def __repr__(self) -> str:
     used = ' and '.join(resolved.modalities(self.config))
@@ -390,7 +436,7 @@ def _packed(batch: dict[str, np.ndarray], pack: tuple[int, int] | None) -> dict[
 
 
 def load(workdir: str | pathlib.Path, class_names: Sequence[str] | None = None) -> Predictor:
-  """Opens the trained classifier in `workdir`; see `Predictor`."""
+  """Opens the trained classifier in a folder or a file; see `Predictor`."""
   return Predictor(workdir, class_names)
 
 

@@ -77,6 +77,7 @@ ANSWERS = {
   'pretrain': ['--config=pretrain_openmoji', '--workdir=x', '--config.train.batch_size=0'],
   'evaluate_pair': ['--workdir=x', '--probes=knn'],
   'describe': ['--config=openmoji'],
+  'export': ['--workdir=x', '--out=x.zip'],
   'report': ['--wrokdir=x'],
 }
 QUICK = """

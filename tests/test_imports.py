@@ -17,7 +17,7 @@ LAYERS = (
   ('methods', 'pairs'),
   ('training',),
   ('evaluation',),
-  ('profiling', 'reporting'),
+  ('profiling', 'reporting', 'exporting', 'serving'),
   (
     'commands',
     'estimator',
@@ -28,6 +28,8 @@ LAYERS = (
     'pretrain',
     'evaluate_pair',
     'describe',
+    'export',
+    'serve',
     'report',
   ),
   ('__init__', '__main__'),

@@ -38,13 +38,18 @@ def of_run(run: trained.Trained) -> Calibration:
   Raises:
     UserError: it is damaged, or the run's validation examples cannot be read.
   """
-  path = run.workdir / CALIBRATION
+  path = run.folder / CALIBRATION
   found = Calibration.load(path)
   if found is not None and found.checkpoint == checkpoint_digest(run.meta):
     return found
+  if run.workdir.is_file():
+    raise UserError(
+      f'{run.workdir}: it was written without the calibration that prediction sets need; '
+      "export it again where the run's validation examples can be read"
+    )
   why = 'is not there' if found is None else 'is of another checkpoint'
   console.log(f'{path} {why}: validation examples are answered anew')
-  found = _computed(run)
+  found = computed(run)
   if processes.is_main():
     try:
       found.save(path)
@@ -59,7 +64,8 @@ def checkpoint_digest(meta: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def _computed(run: trained.Trained) -> Calibration:
+def computed(run: trained.Trained) -> Calibration:
+  """As `of_run`, whatever is there already; nothing is written."""
   try:
     source, _ = trained.open_split(run, 'validation')
     training, _ = trained.open_split(run, 'train')

@@ -22,11 +22,15 @@ from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.data.sources import Source
 from molt_jax.data.tables import memory
 from molt_jax.errors import UserError
+from molt_jax.evaluation import model_file
 from molt_jax.features import frozen
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import console, sealed, sharding, zipped
 from molt_jax.training import checkpoint_files, resuming
 from molt_jax.training.assembly import Assembly, assemble
 
+# Fields that say where things were, or what a machine has, and what they are in a file.
+_ELSEWHERE = ('platform', 'dataset.data_dir', 'dataset.table.image_folder', 'features.store')
+_ONE_DEVICE = {'mesh.data': 1, 'mesh.model': 1, 'backbones.attention': 'xla'}
 # Fields that may name a table which a fit wrote to the folder of its run.
 _SNAPSHOTS = ('dataset.path', 'dataset.table.test_file', 'dataset.table.validation_file')
 
@@ -36,20 +40,27 @@ class Trained:
   """A run that has a checkpoint.
 
   Attributes:
-    workdir: its folder.
+    workdir: its folder, or the file that it is in.
     config: of config.json, which may say otherwise than the checkpoint where things are.
     meta: what the checkpoint belongs to, see `checkpoint.Checkpoints`.
     restore: abstract tree -> {'params', 'statistics'}, checked.
+    examples: with the answers that they had, of a model in one file.
   """
 
   workdir: pathlib.Path
   config: ml_collections.ConfigDict
   meta: Mapping[str, Any]
   restore: Callable[[Any], Any]
+  examples: tuple[model_file.Example, ...] = ()
 
   @property
   def class_names(self) -> list[str]:
     return self.meta['class_names']
+
+  @property
+  def folder(self) -> zipped.Place:
+    """Where its files are: a folder of the disk, or of the file that it is in."""
+    return sealed.open(self.workdir).top if self.workdir.is_file() else self.workdir
 
   @functools.cached_property
   def assembly(self) -> Assembly:
@@ -74,12 +85,17 @@ class Trained:
 
 
 def open(workdir: str | pathlib.Path, *, schema: Schema = CLASSIFIER) -> Trained:
-  """Opens the run in a folder; `schema` is that of the command that trained it.
+  """Opens the run in a folder, or in a file that `molt export` wrote; `schema` is that of the
+  command that trained it.
 
   Raises:
     UserError: no run there, a damaged one, or a config.json that is not the checkpoint's.
   """
   workdir = pathlib.Path(workdir)
+  if sealed.is_one(workdir):
+    found = model_file.read(workdir)
+    config = portable(schema.from_dict(found.config))
+    return Trained(workdir, config, found.meta, found.restore, found.examples)
   config = schema.read_run(workdir)
   for name in _SNAPSHOTS:
     if path := schema.get(config, name):
@@ -93,6 +109,21 @@ def open(workdir: str | pathlib.Path, *, schema: Schema = CLASSIFIER) -> Trained
       'values, or train a run with the others'
     )
   return Trained(workdir, config, meta, restore)
+
+
+def portable(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns a classifier's config that says nothing of where things are beside the towers, and asks
+  for one device of any kind.
+  """
+  config = config.copy_and_resolve_references()
+  usual = CLASSIFIER.default()
+  for name in _ELSEWHERE:
+    set_field(config, name, CLASSIFIER.get(usual, name))
+  for name, value in _ONE_DEVICE.items():
+    set_field(config, name, value)
+  for name in _SNAPSHOTS:
+    set_field(config, name, pathlib.PurePath(CLASSIFIER.get(config, name)).name)
+  return config
 
 
 def restore_variables(

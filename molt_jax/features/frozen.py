@@ -12,7 +12,7 @@ from molt_jax.config.resolved import modalities as used_modalities
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError
 from molt_jax.runtime import sharding
-from molt_jax.towers import loading
+from molt_jax.towers import kept, loading
 
 NO_TOWER = {'path': 'none', 'sha256': ''}
 
@@ -69,7 +69,7 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
 
 def _describe(config: ml_collections.ConfigDict, modality: str) -> loading.TowerSpec:
   c = config.backbones
-  return loading.describe_tower(
+  return _opener(c[modality].path).describe_tower(
     c[modality].path,
     modality=modality,
     quantization=c.quantization,
@@ -83,6 +83,11 @@ def needed(reads: Mapping[str, Reads], modalities: Collection[str]) -> list[str]
   """
   always = [m for m, x in reads.items() if x.always or x.names_from is not None]
   return [m for m in MODALITIES if m in modalities or m in always]
+
+
+def _opener(path: str) -> Any:
+  """The module that opens a tower: within the file of a whole model, or by itself."""
+  return kept if kept.is_one(path) else loading
 
 
 def dtype(config: ml_collections.ConfigDict) -> str:
@@ -122,18 +127,22 @@ def load_frozen(
   frozen = dict.fromkeys(MODALITIES)
   for modality in modalities:
     wanted = reads[modality]
-    frozen[modality] = loading.load_tower(
-      c[modality].path,
-      modality=modality,
-      dtype=dtype(config),
-      param_dtype=param_dtype(config),
-      attention=c.attention,
-      quantization=c.get('quantization', 'none'),
-      shardings=sharding.param_shardings(mesh),
-      heads=wanted.heads,
-      first_layer=wanted.lowest if stored else 0,
-      resolution=c[modality].get('resolution', 0),
-    ).params
+    frozen[modality] = (
+      _opener(c[modality].path)
+      .load_tower(
+        c[modality].path,
+        modality=modality,
+        dtype=dtype(config),
+        param_dtype=param_dtype(config),
+        attention=c.attention,
+        quantization=c.get('quantization', 'none'),
+        shardings=sharding.param_shardings(mesh),
+        heads=wanted.heads,
+        first_layer=wanted.lowest if stored else 0,
+        resolution=c[modality].get('resolution', 0),
+      )
+      .params
+    )
   return frozen
 
 

@@ -6,12 +6,12 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
 from molt_jax.errors import UserError
-from molt_jax.runtime import atomic, logbook, terminal
+from molt_jax.runtime import atomic, files, logbook, terminal, zipped
 
 MAX_BYTES = 1 << 30  # Of such a file unpacked; the recorder writes at most a tenth.
 
@@ -25,16 +25,20 @@ class Saved:
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the file, whole or not at all."""
+    with atomic.writing(path) as file:
+      self.dump(file)
+
+  def dump(self, file: BinaryIO) -> None:
+    """Writes the content of the file."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
     coded = np.frombuffer(logbook.to_json(rest).encode(), np.uint8)
-    with atomic.writing(path) as file:
-      np.savez_compressed(file, json=coded, **arrays)
+    np.savez_compressed(file, json=coded, **arrays)
 
   @classmethod
-  def load(cls, path: pathlib.Path) -> Self | None:
-    """Reads the file; None where there is none.
+  def load(cls, path: zipped.Place) -> Self | None:
+    """Reads the file, on the disk or in a zip; None where there is none.
 
     Raises:
       UserError: the file is damaged, or of something else.
@@ -54,9 +58,9 @@ class Saved:
     return found
 
 
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_arrays(path: zipped.Place) -> dict[str, np.ndarray]:
   """Reads an npz file; raises exceptions of many types where it is cut or damaged."""
-  with zipfile.ZipFile(path) as archive:
+  with files.open_binary(path) as file, zipfile.ZipFile(file) as archive:
     size = sum(member.file_size for member in archive.infolist())
     if size > MAX_BYTES:
       raise ValueError(f'it holds {size:,} bytes, more than {MAX_BYTES:,}')
@@ -65,7 +69,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   return {name: np.load(io.BytesIO(content)) for name, content in raw.items()}
 
 
-def _unpacked(path: pathlib.Path) -> dict[str, Any]:
+def _unpacked(path: zipped.Place) -> dict[str, Any]:
   arrays = read_arrays(path)
   return json.loads(arrays.pop('json').tobytes()) | arrays
 

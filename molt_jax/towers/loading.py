@@ -40,6 +40,7 @@ class TowerSpec:
     heads: what its files have above the last hidden state.
     logit_scale: what the cosines of a pair that it belongs to are multiplied by; None: its files do
       not say so.
+    hf_config: config.json of its files, or the equivalent, that `config` was made of.
   """
 
   family: Family
@@ -49,6 +50,7 @@ class TowerSpec:
   preprocess: ImageSpec | None
   heads: tuple[str, ...] = ()
   logit_scale: float | None = None
+  hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   def make_module(self, dtype: Any, attention: str, **how: Any) -> nn.Module:
     """Returns the Linen module; `how` may have param_dtype and heads."""
@@ -226,7 +228,7 @@ def _describe(files: TowerFiles, quantization: str) -> TowerSpec:
     identity = {**identity, 'input_sha256': inputs}
   described = (files.family, files.architecture, identity, text, image, files.heads)
   scale = files.number('logit_scale')
-  return TowerSpec(*described, None if scale is None else math.exp(scale))
+  return TowerSpec(*described, None if scale is None else math.exp(scale), files.config)
 
 
 def _sha256_of(content: Any) -> str:
