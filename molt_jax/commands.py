@@ -311,6 +311,29 @@ COMMANDS = {
     ),
     check=_what_to_export,
   ),
+  'serve': Command(
+    'Serve a run over HTTP, with a page to try it.',
+    (
+      Flag('workdir', 'folder of a run of molt train, or a file of molt export', required=True),
+      Flag('host', 'address to serve at; 0.0.0.0: every one of the machine', '127.0.0.1'),
+      Flag('port', 'port to serve at', 8000, type=int, rule=between(0, 65535)),
+      Flag(
+        'max_batch',
+        'most examples that are answered together',
+        16,
+        type=int,
+        rule=between(1, 1024),
+      ),
+      Flag('max_mb', 'megabytes of the largest request', 16, type=int, rule=between(1, 1024)),
+      Flag(
+        'timeout',
+        'seconds in which a request must have come, and in which it is answered',
+        30.0,
+        type=float,
+        rule=between(0.1, 3600),
+      ),
+    ),
+  ),
   'report': Command(
     'Write one HTML page about one run, or several side by side.',
     (

@@ -78,6 +78,7 @@ ANSWERS = {
   'evaluate_pair': ['--workdir=x', '--probes=knn'],
   'describe': ['--config=openmoji'],
   'export': ['--workdir=x', '--out=x.zip'],
+  'serve': ['--workdir=x', '--port=http'],
   'report': ['--wrokdir=x'],
 }
 QUICK = """

@@ -29,9 +29,9 @@ model = molt_jax.load('{name}.molt')
 model.predict({example})
 ```
 
-`molt predict` and `molt evaluate --table=FILE` take `--workdir={name}.molt` too. The file is a
-zip whose bytes are all compared with SHA-256 checksums when it is opened; nothing in it is
-executed, and nothing beside it is needed: no network, no other weights.
+`molt predict`, `molt evaluate --table=FILE` and `molt serve` take `--workdir={name}.molt` too. The
+file is a zip whose bytes are all compared with SHA-256 checksums when it is opened; nothing in it
+is executed, and nothing beside it is needed: no network, no other weights.
 """
 _READS = {
   ('image', 'text'): (

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from molt_jax.errors import UserError
 from molt_jax.runtime import files, sealed
-from molt_jax.towers import base, loading, quantize, tokenizer, zipped_tensors
+from molt_jax.towers import base, loading, quantize, tensor_plan, tokenizer, zipped_tensors
 from molt_jax.towers.loading import Loading, Tower, TowerSpec
 from molt_jax.towers.preprocessing import ImageSpec
 
@@ -209,7 +209,7 @@ def load_tower(
   param_dtype = None if how.param_dtype is None else np.dtype(how.param_dtype)
   module = spec.make_module(how.dtype, how.attention, param_dtype=param_dtype, heads=how.heads)
   whole = loading.abstract_params(module)
-  boxed = loading.upper_layers(whole, spec.family, how.first_layer)
+  boxed = tensor_plan.upper_layers(whole, spec.family, how.first_layer)
   final = quantize.abstract_params(boxed, how.quantization)
   places = jax.tree.leaves(shardings(final)) if shardings else itertools.repeat(None)
   final = nn.unbox(final)

@@ -1,0 +1,218 @@
+"""Answers of a trained classifier under each missing pattern, with every program compiled before
+the first request.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molt_jax.data import pipeline, transforms
+from molt_jax.data.modalities import MODALITIES, PATTERNS
+from molt_jax.errors import UserError, article
+from molt_jax.evaluation import prediction_sets
+from molt_jax.evaluation.prediction_sets import Calibration
+from molt_jax.runtime import console, sharding
+
+VIEWS = ('complete', 'image', 'text')  # As PATTERNS has them: all that is there, or one alone.
+SHORT = 32  # Tokens; longer texts are padded to the most there are.
+_NAMES = ('image', 'tokens', 'token_mask', 'present')
+
+
+class Kind(NamedTuple):
+  """What the examples of a batch have in common: whether there is an image, and how long texts are
+  padded; 0: there is none.
+  """
+
+  image: bool
+  length: int
+
+
+class Service:
+  """A model, ready to answer.
+
+  Attributes:
+    sizes: of batches, ascending.
+    calibration: what prediction sets are made by; None: the run has none.
+  """
+
+  def __init__(self, model: Any, max_batch: int = 16):
+    """
+    Args:
+      model: a `molt_jax.predict.Predictor`.
+      max_batch: most examples that are answered together.
+
+    Raises:
+      UserError: a tower cannot be loaded.
+    """
+    self._assembly = model.run.assembly
+    self.class_names: list[str] = list(model.class_names)
+    self.modalities = tuple(self._assembly.towers)
+    self.multi_label = bool(model.config.dataset.multi_label)
+    self._variables = model.variables
+    self._towers = model.towers(self.modalities)
+    rows = self._assembly.mesh.shape['data']
+    self._rows = rows
+    self.sizes = sorted({min(max_batch, 4**power) for power in range(6)})
+    self.calibration = _calibration(model)
+    self._step = jax.jit(self._views)
+    self._empty = self._nothing()
+
+  # ---- Examples ----------------------------------------------------------------------------------
+
+  def example(self, image: bytes | None, text: str | None) -> tuple[Kind, dict[str, np.ndarray]]:
+    """Returns the kind and the arrays of an example; threads may call it at once.
+
+    Args:
+      image: the bytes of an image file; None or empty: absent.
+      text: None or blank: absent.
+
+    Raises:
+      UserError: nothing is there, the model does not read it, or the image cannot be decoded.
+    """
+    given = {'image': image or None, 'text': text if text and text.strip() else None}
+    for modality, content in given.items():
+      if content is not None and modality not in self.modalities:
+        raise UserError(f'{article(modality)} was given, which this model does not read')
+    if given['image'] is not None:
+      try:
+        given['image'] = transforms.decode(given['image'])
+      except transforms.DecodeError as error:
+        raise UserError(f'the image cannot be decoded ({error}): give PNG or JPEG') from error
+    example = pipeline.single_example(self._assembly.preprocess, **given)
+    return self._kind(example), example
+
+  def _kind(self, example: Mapping[str, np.ndarray]) -> Kind:
+    has_image, has_text = example['present']
+    if not has_text:
+      return Kind(bool(has_image), 0)
+    most = len(example['token_mask'])
+    short = min(SHORT, most)
+    return Kind(bool(has_image), short if example['token_mask'].sum() <= short else most)
+
+  def _nothing(self) -> dict[str, np.ndarray]:
+    preprocess = self._assembly.preprocess
+    size, length = preprocess.image_size, preprocess.max_tokens
+    return {
+      'image': np.zeros((size, size, 3), np.float32),
+      'tokens': np.full(length, preprocess.pad_id, np.int32),
+      'token_mask': np.zeros(length, bool),
+      'present': np.zeros(2, bool),
+    }
+
+  # ---- Batches -----------------------------------------------------------------------------------
+
+  def compute(self, kind: Kind, examples: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+    """Returns the probabilities float32[3, K] of each example: with all that is there, with its
+    image alone, with its text alone; a pattern of which it has nothing means nothing.
+    """
+    rows = -(-len(examples) // self._rows) * self._rows
+    filled = [*examples, *[self._empty] * (rows - len(examples))]
+    batch = {name: np.stack([example[name] for example in filled]) for name in _NAMES}
+    length = max(kind.length, 1)
+    batch['tokens'] = np.ascontiguousarray(batch['tokens'][:, :length])
+    batch['token_mask'] = np.ascontiguousarray(batch['token_mask'][:, :length])
+    batch = sharding.put_batch(batch, self._assembly.mesh)
+    p_vbk = np.asarray(self._step(self._variables, self._frozen(kind), batch))
+    return list(np.moveaxis(p_vbk, 0, 1)[: len(examples)])
+
+  def _frozen(self, kind: Kind) -> dict[str, Any]:
+    """The towers that a batch needs; one that the method always runs is there too."""
+    used = {'image': kind.image, 'text': kind.length > 0}
+    reads = self._assembly.method.reads
+    always = [m for m in self.modalities if reads[m].always or reads[m].names_from is not None]
+    return {m: self._towers.get(m) if used[m] or m in always else None for m in MODALITIES}
+
+  def _views(self, variables, frozen, batch):
+    method = self._assembly.method
+    features = method.features(frozen, batch)
+
+    def one(pattern_m):
+      present_bm = batch['present'] & pattern_m[None]
+      logits_bk = method(variables, frozen, features, batch, present_bm).logits_bk
+      return jax.nn.sigmoid(logits_bk) if self.multi_label else jax.nn.softmax(logits_bk)
+
+    return jax.lax.map(one, jnp.asarray(PATTERNS))
+
+  def kinds(self) -> Iterator[Kind]:
+    """Yields every kind of batch that can come."""
+    most = self._assembly.preprocess.max_tokens
+    lengths = sorted({min(SHORT, most), most}) if 'text' in self.modalities else []
+    images = [True, False] if 'image' in self.modalities else [False]
+    for image, length in itertools.product(images, [0, *lengths]):
+      if image or length:
+        yield Kind(image, length)
+
+  def warm_up(self) -> int:
+    """Compiles and runs every program; returns their number."""
+    wanted = list(itertools.product(self.kinds(), self.sizes))
+    with console.progress('compiling', len(wanted), 'programs') as bar:
+      for kind, size in wanted:
+        present = np.array([kind.image, kind.length > 0])
+        mask = np.arange(len(self._empty['token_mask'])) < kind.length
+        example = {**self._empty, 'present': present, 'token_mask': mask}
+        self.compute(kind, [example] * size)
+        bar.advance(1)
+    return len(wanted)
+
+  # ---- Answers -----------------------------------------------------------------------------------
+
+  def answer(
+    self,
+    present_m: np.ndarray,
+    p_vk: np.ndarray,
+    *,
+    top_k: int = 5,
+    views: bool = False,
+    coverage: float | None = None,
+  ) -> dict[str, Any]:
+    """Returns what a request is answered.
+
+    Args:
+      present_m: bool[2], what the example has.
+      p_vk: as `compute` returned it.
+      top_k: labels.
+      views: whether to tell what image and text alone would be answered.
+      coverage: see `Predictor.predict`.
+
+    Returns:
+      As `Predictor.predict`, with 'views': {'complete': labels, 'image': labels, 'text': labels},
+      None for what is not there.
+
+    Raises:
+      UserError: the probabilities are not finite, or sets cannot be made.
+    """
+    present_m = np.asarray(present_m, bool)
+    if not np.isfinite(p_vk[0]).all():
+      raise UserError('the probabilities are not finite; check the towers')
+    found: dict[str, Any] = {'labels': self._labels(p_vk[0], top_k)}
+    found |= {'image': bool(present_m[0]), 'text': bool(present_m[1])}
+    if views:
+      there = [present_m.any(), *present_m]
+      found['views'] = {
+        name: self._labels(p_k, top_k) if is_there else None
+        for name, p_k, is_there in zip(VIEWS, p_vk, there, strict=True)
+      }
+    if coverage is not None:
+      if self.calibration is None:
+        raise UserError('coverage: this model was written without a calibration; leave it out')
+      rule = self.calibration.rule(coverage)
+      (in_k,) = rule.members(p_vk[:1], present_m[None])
+      found['set'] = prediction_sets.names_in(p_vk[0], in_k, self.class_names)
+      found['coverage'] = coverage
+    return found
+
+  def _labels(self, p_k: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+    best = np.argsort(-p_k, kind='stable')[:top_k]
+    return [{'label': self.class_names[k], 'probability': round(float(p_k[k]), 6)} for k in best]
+
+
+def _calibration(model: Any) -> Calibration | None:
+  try:
+    return model.calibration
+  except UserError as error:
+    console.log(f'served without prediction sets: {error}')
+    return None

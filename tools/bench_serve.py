@@ -1,0 +1,166 @@
+"""Measures `molt serve` on this machine: python tools/bench_serve.py --workdir=DIR|FILE.molt.
+
+  latency      seconds of one pair by `Predictor` and by POST /predict on loopback, in turns, so
+               that what else the machine does meets both alike
+  throughput   requests a second of one client that waits for each answer, then of many at once
+  errors       answers that were none, of all of these
+  ready        seconds until every program is compiled
+
+Writes JSON, to --out if it is given.
+"""
+
+import argparse
+import http.client
+import io
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+
+BOUNDARY = 'a-boundary-of-the-benchmark'
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--workdir', required=True)
+  parser.add_argument('--clients', type=int, default=50)
+  parser.add_argument('--seconds', type=float, default=60.0)
+  parser.add_argument('--pairs', type=int, default=40)
+  parser.add_argument('--max_batch', type=int, default=16)
+  parser.add_argument('--out', type=pathlib.Path)
+  flags = parser.parse_args()
+  photo, text = _photo(), 'a smiling cat'
+  begun = time.monotonic()
+  server = subprocess.Popen(
+    [
+      *(sys.executable, '-m', 'molt_jax.serve'),
+      f'--workdir={flags.workdir}',
+      '--port=0',
+      f'--max_batch={flags.max_batch}',
+    ],
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    port = _port(server)
+    ready = time.monotonic() - begun
+    body = _body(photo, text)
+    found = {'ready_seconds': round(ready, 1), 'latency': _latency(flags, port, photo, text, body)}
+    found['throughput'] = _throughput(flags, port, body)
+  finally:
+    server.terminate()
+    server.wait()
+  found |= {'clients': flags.clients, 'seconds': flags.seconds, 'max_batch': flags.max_batch}
+  found |= {'cores': os.cpu_count(), 'processor': platform.processor() or platform.machine()}
+  found['load_average'] = [round(x, 1) for x in os.getloadavg()]
+  content = json.dumps(found, indent=1) + '\n'
+  print(content, end='')
+  if flags.out:
+    flags.out.write_text(content)
+
+
+def _photo() -> bytes:
+  noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(noise).resize((640, 480)).save(file, 'JPEG', quality=80)
+  return file.getvalue()
+
+
+def _body(photo: bytes, text: str) -> bytes:
+  head = f'--{BOUNDARY}\r\ncontent-disposition: form-data; name='
+  parts = [
+    f'{head}"text"\r\n\r\n{text}\r\n'.encode(),
+    f'{head}"image"; filename="a.jpg"\r\ncontent-type: image/jpeg\r\n\r\n'.encode(),
+    photo,
+    f'\r\n--{BOUNDARY}--\r\n'.encode(),
+  ]
+  return b''.join(parts)
+
+
+def _port(server: subprocess.Popen) -> int:
+  """Waits until the server is ready; what it logs is passed on."""
+  for line in server.stderr:
+    print(line, end='', file=sys.stderr)
+    if line.startswith('ready: '):
+      threading.Thread(target=server.stderr.read, daemon=True).start()
+      return int(line.rsplit(':', 1)[1])
+  raise SystemExit('the server ended before it was ready')
+
+
+def _ask(connection: http.client.HTTPConnection, body: bytes) -> bool:
+  headers = {'content-type': f'multipart/form-data; boundary={BOUNDARY}'}
+  connection.request('POST', '/predict', body, headers)
+  response = connection.getresponse()
+  answer = json.loads(response.read())
+  return response.status == 200 and len(answer['labels']) > 0
+
+
+def _latency(flags, port: int, photo: bytes, text: str, body: bytes) -> dict:
+  import molt_jax
+
+  model = molt_jax.load(flags.workdir)
+  connection = http.client.HTTPConnection('127.0.0.1', port)
+  seconds = {'predictor': [], 'served': []}
+  for _ in range(flags.pairs + 3):
+    begun = time.perf_counter()
+    model.predict(image=photo, text=text)
+    between = time.perf_counter()
+    _ask(connection, body)
+    seconds['predictor'].append(between - begun)
+    seconds['served'].append(time.perf_counter() - between)
+  found = {}
+  for name, values in seconds.items():
+    values = sorted(values[3:])  # The first ones compile.
+    p90 = values[int(0.9 * len(values))]
+    found[name] = {'p50': round(statistics.median(values), 4), 'p90': round(p90, 4)}
+  found['ratio_of_p50'] = round(found['served']['p50'] / found['predictor']['p50'], 3)
+  return found
+
+
+def _throughput(flags, port: int, body: bytes) -> dict:
+  found = {}
+  for name, clients, seconds in (
+    ('one_at_a_time', 1, min(flags.seconds, 20.0)),
+    ('many_at_once', flags.clients, flags.seconds),
+  ):
+    counts, errors = [0] * clients, [0] * clients
+    end = time.monotonic() + seconds
+    how = (port, body, end, counts, errors)
+    threads = [threading.Thread(target=_client, args=(n, *how)) for n in range(clients)]
+    begun = time.monotonic()
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    took = time.monotonic() - begun
+    found[name] = {
+      'per_second': round(sum(counts) / took, 2),
+      'answered': sum(counts),
+      'errors': sum(errors),
+    }
+  ratio = found['many_at_once']['per_second'] / found['one_at_a_time']['per_second']
+  return {**found, 'ratio': round(ratio, 2)}
+
+
+def _client(number: int, port: int, body: bytes, end: float, counts: list, errors: list) -> None:
+  connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+  while time.monotonic() < end:
+    try:
+      answered = _ask(connection, body)
+    except (OSError, http.client.HTTPException, ValueError):
+      answered = False
+      connection.close()
+    counts[number] += answered
+    errors[number] += not answered
+
+
+if __name__ == '__main__':
+  main()
