@@ -23,12 +23,12 @@ import numpy as np
 from molt_jax.config import resolved
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError
-from molt_jax.evaluation import calibration, model_file, results, trained
+from molt_jax.evaluation import calibration, model_file, trained
 from molt_jax.evaluation.prediction_sets import Calibration
 from molt_jax.exporting import card, examples, hub, programs
 from molt_jax.features import frozen
 from molt_jax.predict import Predictor
-from molt_jax.runtime import console, logbook, sealed, terminal
+from molt_jax.runtime import console, sealed, terminal
 from molt_jax.towers import kept
 
 LIBRARIES = ('molt_jax', 'jax', 'flax', 'numpy')
@@ -99,10 +99,7 @@ def _portable(run: trained.Trained, quantize: str) -> trained.Trained:
 
 def _scores(run: trained.Trained) -> dict[str, Any] | None:
   """Returns evaluation.json of the run where it is of its checkpoint."""
-  if run.workdir.is_file():
-    file = sealed.open(run.workdir)
-    return file.json(model_file.SCORES) if model_file.SCORES in file else None
-  found = logbook.kept(run.workdir / results.RECORD)
+  found = run.evaluation
   if found.get('step') != run.meta['step'] or not found.get('results'):
     return None
   return {key: found[key] for key in ('split', 'num_examples', 'step', 'results')}

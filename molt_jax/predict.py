@@ -37,9 +37,8 @@ from molt_jax.evaluation import (
   trained,
 )
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
-from molt_jax.evaluation.results import RECORD
 from molt_jax.features.frozen import load_frozen, needed
-from molt_jax.runtime import console, logbook, sharding, terminal
+from molt_jax.runtime import console, sharding, terminal
 
 
 class Predictor:
@@ -125,7 +124,7 @@ class Predictor:
     facts = {'folder': self._run.workdir, 'method': self.config.method, **towers}
     facts |= {'classes': findings.some(self.class_names), 'steps': self._run.meta['step']}
     shown = notebook.table(('', f'{len(self.class_names)} classes'), list(facts.items()))
-    evaluation = logbook.kept(self._run.workdir / RECORD)
+    evaluation = self._run.evaluation
     of_these = not isinstance(self._run, other_classes.OtherClasses)
     if of_these and isinstance(evaluation.get('results'), dict):
       shown += notebook.scores_table(evaluation)

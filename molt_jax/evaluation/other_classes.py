@@ -59,7 +59,8 @@ def open(workdir: str | pathlib.Path, names: Sequence[str]) -> OtherClasses:
   names = tuple(names)
   if len(set(names)) < max(2, len(names)) or not all(isinstance(n, str) and n for n in names):
     raise UserError(f'class_names: {list(names)!r}: give two names or more, each once')
-  found = OtherClasses(**vars(run), names=names)
+  # Examples of a file have answers about its own classes.
+  found = OtherClasses(**{**vars(run), 'examples': ()}, names=names)
   method = found.config.method
   reads_names = any(x.names_from is not None for x in found.assembly.method.reads.values())
   if not reads_names or found.config.get(method, {}).get('per_class', False):

@@ -24,7 +24,7 @@ from molt_jax.data.tables import memory
 from molt_jax.errors import UserError
 from molt_jax.evaluation import model_file
 from molt_jax.features import frozen
-from molt_jax.runtime import console, sealed, sharding, zipped
+from molt_jax.runtime import console, logbook, sealed, sharding, zipped
 from molt_jax.training import checkpoint_files, resuming
 from molt_jax.training.assembly import Assembly, assemble
 
@@ -61,6 +61,14 @@ class Trained:
   def folder(self) -> zipped.Place:
     """Where its files are: a folder of the disk, or of the file that it is in."""
     return sealed.open(self.workdir).top if self.workdir.is_file() else self.workdir
+
+  @property
+  def evaluation(self) -> dict[str, Any]:
+    """Content of its evaluation.json; {} where there is none."""
+    if not self.workdir.is_file():
+      return logbook.kept(self.workdir / model_file.SCORES)
+    file = sealed.open(self.workdir)
+    return file.json(model_file.SCORES) if model_file.SCORES in file else {}
 
   @functools.cached_property
   def assembly(self) -> Assembly:

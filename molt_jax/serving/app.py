@@ -13,7 +13,7 @@ import time
 from typing import Annotated, Any
 
 import prometheus_client
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import FastAPI, File, Form, UploadFile
 from fastapi.exceptions import HTTPException
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -98,6 +98,28 @@ class Answering:
     self._threads.shutdown(wait=False)
 
 
+class Counted:
+  """Counts requests and their seconds; an ASGI middleware."""
+
+  def __init__(self, app: Any, *, answering: Answering):
+    self._app, self._answering = app, answering
+
+  async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    start = time.perf_counter()
+
+    async def sending(message):
+      if message['type'] == 'http.response.start':
+        path = getattr(scope.get('route'), 'path', 'other')
+        self._answering.requests.labels(path, message['status']).inc()
+        self._answering.seconds.labels(path).observe(time.perf_counter() - start)
+      await send(message)
+
+    await self._app(scope, receive, sending)
+
+
 def create(service: Service, *, max_bytes: int = 1 << 24, seconds: float = 30.0) -> Any:
   """Returns the application, with every program compiled.
 
@@ -126,16 +148,7 @@ def create(service: Service, *, max_bytes: int = 1 << 24, seconds: float = 30.0)
   _add_predictions(app, answering)
   _add_pages(app, answering)
 
-  @app.middleware('http')
-  async def counted(request: Request, call_next):
-    start = time.perf_counter()
-    response = await call_next(request)
-    route = request.scope.get('route')
-    path = getattr(route, 'path', 'other')
-    answering.requests.labels(path, response.status_code).inc()
-    answering.seconds.labels(path).observe(time.perf_counter() - start)
-    return response
-
+  app.add_middleware(Counted, answering=answering)
   app.add_middleware(Limits, max_bytes=max_bytes, seconds=seconds)
   return app
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Any
 
-from starlette.exceptions import HTTPException
+from fastapi.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
