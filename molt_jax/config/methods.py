@@ -159,7 +159,7 @@ PMF = {
   'num_layers': Field(2, at_least(1), 'M: last layers of each tower that fuse.'),
   'num_tokens': Field(4, at_least(1), 'Prompts of each kind, layer and modality.'),
   'hidden': Field(
-    0, at_least(0), 'Hidden width of the maps between towers; 0: half the width of the target.'
+    0, at_least(0), 'Hidden width of the maps between towers; 0: half the width of the wider one.'
   ),
 }
 PROTOTYPES = {
@@ -211,6 +211,46 @@ MMBT = {
   ),
   'readout': Field('mean', one_of('mean', 'token'), f'{READOUT}.'),
 }
+FIRST_LAYERS = Field(6, at_least(1), 'First layers of each tower that have prompts.')
+MAP = {
+  'placement': Field(
+    'input',
+    one_of('input', 'attention'),
+    'input: prompts in front of the sequence, new ones before each layer; attention: keys and '
+    'values that every token reads beside its own.',
+  ),
+  'num_layers': FIRST_LAYERS,
+  'num_tokens': Field(
+    16, at_least(1), 'Prompts of each layer and case; attention: half are keys, half are values.'
+  ),
+}
+DCP = {
+  'num_layers': FIRST_LAYERS,
+  'num_tokens': Field(12, at_least(1), 'Prompts of each kind: correlated, common, dynamic.'),
+  'train_dynamic': Field(
+    True,
+    FLAG,
+    'Train the queries of dynamic prompts; off: they stay as they were drawn, as in the published '
+    'code.',
+  ),
+}
+MORA = {
+  'kind': Field(
+    'mora', one_of('mora', 'lora'), 'mora: with factors that the towers share; lora: without.'
+  ),
+  'num_layers': Field(2, at_least(1), 'Last layers of each tower that get new weights.'),
+  'rank': Field(4, at_least(1), 'r: rank of the updates.'),
+  'targets': Field(
+    'qv', one_of('q', 'k', 'v', 'qk', 'qv', 'kv', 'qkv'), 'Projections that get new weights.'
+  ),
+  'scale': Field(0.1, more_than(0), 's: what updates are multiplied by.'),
+  'start': Field(
+    'pretrained',
+    one_of('pretrained', 'published'),
+    'What training begins with (mora): the pretrained towers, or, as in the published code, what '
+    'the formula makes of random factors.',
+  ),
+}
 METHODS = {
   'molt': Row('molt_jax.methods.molt', 'MoLT (Sun and Song 2024)', MOLT, trains_towers=True),
   'late_fusion': Row(
@@ -259,6 +299,17 @@ METHODS = {
     "a picture's cells as words of the text tower (Kiela et al. 2019)",
     MMBT,
     trains_towers=True,
+  ),
+  'map': Row(
+    'molt_jax.methods.map', 'prompts that say what is missing (MAP, Lee et al. 2023)', MAP
+  ),
+  'dcp': Row(
+    'molt_jax.methods.dcp', 'correlated, common and dynamic prompts (Hu et al. 2024)', DCP
+  ),
+  'mora': Row(
+    'molt_jax.methods.mora',
+    'low-rank updates of the last layers: LoRA, MoRA (Zhao et al. 2025)',
+    MORA,
   ),
 }
 KNN = {

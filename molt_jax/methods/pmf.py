@@ -8,8 +8,8 @@ enters it. Logits are the mean of a linear head on each tower's readout.
 
 Where the paper is silent: a missing modality is not queried, the prompts that would come from it
 are masked out of attention, and its head is left out. In a causal tower the query prompts stand
-behind the text, where they read all of it, and the fusion prompts behind its first token, where all
-of it reads them; rotary positions of the text stay as they are.
+behind the text, where they read all of it, and the fusion prompts in front of it, where all of it
+reads them; rotary positions of the text stay as they are.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ from molt_jax.data.modalities import COLUMN, MODALITIES
 from molt_jax.errors import UserError
 from molt_jax.features.frozen import Reads
 from molt_jax.methods import base
+from molt_jax.methods.parts import entering
+from molt_jax.methods.parts.cases import OTHER, check_depth
 from molt_jax.methods.parts.interface import Output, available_mean
+from molt_jax.methods.parts.prompts import SMALL, Front, spread
 from molt_jax.towers import stack
-
-OTHER = {'image': 'text', 'text': 'image'}
 
 
 class Prompts(nn.Module):
@@ -49,12 +50,11 @@ class Prompts(nn.Module):
   num_classes: int
 
   def setup(self):
-    small = nn.initializers.normal(0.02)
     prompts = {}
     for m, width in self.widths.items():
       shape = (self.num_layers, self.num_tokens, width)
       for kind in ('query', 'query_context', 'fusion_context'):
-        prompts[f'{m}_{kind}'] = self.param(f'{m}_{kind}', small, shape, jnp.float32)
+        prompts[f'{m}_{kind}'] = self.param(f'{m}_{kind}', SMALL, shape, jnp.float32)
     self.prompts = prompts
     hidden = self.hidden or max(self.widths.values()) // 2
     # Maps into a tower, from the other one.
@@ -95,6 +95,7 @@ class PMF(base.Defaults):
     modules: modality -> the tower's module.
     reads: modality -> what is read of it: the state that enters the first fusion layer.
     prompts: what is trained.
+    begin: modality -> tokens that stay in front of fusion prompts.
     over_patterns: see `base.Method`; what a tower computes depends on the other one.
   """
 
@@ -102,6 +103,7 @@ class PMF(base.Defaults):
   modules: Mapping[str, nn.Module]
   reads: Mapping[str, Reads]
   prompts: Prompts
+  begin: Mapping[str, int]
   over_patterns: Any = jax.lax.map
 
   def init(self, key: jax.Array) -> Any:
@@ -117,7 +119,8 @@ class PMF(base.Defaults):
       if features.of(modality) is not None and frozen.get(modality) is not None:
         there[modality] = present_bm[:, COLUMN[modality]] & batch['present'][:, COLUMN[modality]]
         module = self.modules[modality].bind({'params': frozen[modality]})
-        towers[modality] = _Tower(modality, module, features, there[modality])
+        begin = self.begin[modality]
+        towers[modality] = _Tower(modality, module, features, there[modality], begin)
     for layer in range(self.prompts.num_layers):
       read = {m: tower.query(trained, layer) for m, tower in towers.items()}
       for m, tower in towers.items():
@@ -130,8 +133,8 @@ class PMF(base.Defaults):
 class _Tower:
   """One tower on its way through the fusion layers."""
 
-  def __init__(self, modality, module, features, there_b):
-    self.modality, self.module = modality, module
+  def __init__(self, modality, module, features, there_b, begin):
+    self.modality, self.module, self.begin = modality, module, begin
     self.start = module.config.num_layers
     states_sbtd = features.of(modality)
     content = there_b[:, None, None]
@@ -146,7 +149,7 @@ class _Tower:
 
   def _prompts(self, trained, kind, layer):
     x_kd = trained.of(self.modality, kind, layer).astype(self.h_btd.dtype)
-    return jnp.broadcast_to(x_kd[None], (len(self.h_btd), *x_kd.shape))
+    return spread(x_kd, len(self.h_btd))
 
   def query(self, trained, layer: int) -> jax.Array:
     """What the query prompts read of the layer's input, [B, K, D]."""
@@ -174,21 +177,13 @@ class _Tower:
       parts.append(y_bkd)
       seen.append(jnp.broadcast_to(other_b[:, None], y_bkd.shape[:2]))
     prompts, seen = jnp.concatenate(parts, axis=1), jnp.concatenate(seen, axis=1)
-    how, count = self._layer(trained, layer), prompts.shape[1]
-    b, t = self.h_btd.shape[:2]
-    if self.mask_bt is None:
-      h = jnp.concatenate([prompts, self.h_btd], axis=1)
-      keys = jnp.concatenate([seen, jnp.ones((b, t), bool)], axis=1)
-      self.h_btd = self.module.run(h, keys_bt=keys, **how)[0][:, count:]
-      return
-    h = jnp.concatenate([self.h_btd[:, :1], prompts, self.h_btd[:, 1:]], axis=1)
-    mask = jnp.concatenate([self.mask_bt[:, :1], seen | True, self.mask_bt[:, 1:]], axis=1)
-    keys = jnp.concatenate([jnp.ones((b, 1), bool), seen, jnp.ones((b, t - 1), bool)], axis=1)
-    positions = jnp.concatenate(
-      [jnp.zeros(1 + count, jnp.int32), jnp.arange(1, t, dtype=jnp.int32)]
-    )[None]
-    h, _ = self.module.run(h, mask, positions_bt=positions, keys_bt=keys, **how)
-    self.h_btd = jnp.concatenate([h[:, :1], h[:, 1 + count :]], axis=1)
+    how, place = self._layer(trained, layer), Front(prompts.shape[1], self.begin)
+    h = place.insert(self.h_btd, prompts)
+    how['keys_bt'] = place.mask(jnp.ones(self.h_btd.shape[:2], bool), seen)
+    if self.mask_bt is not None:
+      how['positions_bt'] = place.positions(self.h_btd.shape[1])
+    h, _ = self.module.run(h, place.mask(self.mask_bt), **how)
+    self.h_btd = place.without(h)
 
   def readout(self) -> jax.Array:
     """The vector that the head reads, [B, D]."""
@@ -207,14 +202,10 @@ def build(config, towers, *, num_classes, class_names=()) -> PMF:
       f"config.dataset.modalities: {config.dataset.modalities!r}, but config.method='pmf' fuses "
       'two; give image,text, or another method'
     )
+  check_depth('pmf.num_layers', config.pmf.num_layers, towers)
   reads = {}
   for modality, tower in towers.items():
     depth = tower.config.num_layers
-    if config.pmf.num_layers > depth:
-      raise UserError(
-        f'config.pmf.num_layers: {config.pmf.num_layers}, but the {modality} tower has {depth} '
-        f'layers; give at most {depth}'
-      )
     first = depth - config.pmf.num_layers
     heads = tuple(head for head in tower.heads if head == 'pool')
     reads[modality] = Reads((first,), run_from=first, heads=heads)
@@ -226,4 +217,5 @@ def build(config, towers, *, num_classes, class_names=()) -> PMF:
     num_classes=num_classes,
   )
   modules = base.tower_modules(config, towers, reads)
-  return PMF(ml_collections.FrozenConfigDict(config), modules, reads, prompts)
+  begin = entering.beginnings(towers)
+  return PMF(ml_collections.FrozenConfigDict(config), modules, reads, prompts, begin)

@@ -26,9 +26,9 @@ from molt_jax.errors import UserError
 from molt_jax.features import cells
 from molt_jax.features.frozen import Reads
 from molt_jax.methods import base, trainable
-from molt_jax.methods.parts import front
-from molt_jax.methods.parts.front import Front
+from molt_jax.methods.parts import entering
 from molt_jax.methods.parts.interface import Output
+from molt_jax.methods.parts.prompts import SMALL, Front, spread
 from molt_jax.towers import stack
 
 SAMPLED = 256  # Words whose embeddings say how large they are.
@@ -52,8 +52,7 @@ class Words(nn.Module):
 
   def setup(self):
     if self.num_prompts:
-      small = nn.initializers.normal(0.02)
-      self.prompts = self.param('prompts', small, (self.num_prompts, self.width), jnp.float32)
+      self.prompts = self.param('prompts', SMALL, (self.num_prompts, self.width), jnp.float32)
     self.image_map = nn.Dense(self.width)
     self.image_scale = self.param('image_scale', nn.initializers.ones, (self.width,), jnp.float32)
     self.head = nn.Dense(self.num_classes)
@@ -149,11 +148,11 @@ class PromptFuse(base.Defaults):
     params = trainable.merged(self.modules['text'], frozen['text'], towers.get('text'))
     tower = self.modules['text'].bind({'params': params})
     text_b, image_b = there_bm[:, COLUMN['text']], there_bm[:, COLUMN['image']]
-    h_btd, mask_bt = front.embed_text(tower, batch, text_b, self.empty)
+    h_btd, mask_bt = entering.embed_text(tower, batch, text_b, self.empty)
 
     parts, seen = [], []
     if self.words.num_prompts and not self.behind:
-      prompts_bkd = front.spread(words.prompts, len(h_btd))
+      prompts_bkd = spread(words.prompts, len(h_btd))
       parts, seen = [prompts_bkd], [jnp.ones(prompts_bkd.shape[:2], bool)]
     blind = sum(part.shape[1] for part in parts)
     if image_bnd is not None:
@@ -192,14 +191,14 @@ class PromptFuse(base.Defaults):
       blind: the first of them, which read each other alone.
     """
     (h_btd, mask_bt), (inserted_bkd, seen_bk) = text, inserted
-    place = Front(self.begin, inserted_bkd.shape[1])
-    h_bpd, valid_bp = place.insert(h_btd, inserted_bkd), place.valid(mask_bt)
-    content_bp = place.valid(mask_bt, seen_bk.at[:, :blind].set(False))
-    keys = place.valid(jnp.ones_like(mask_bt), seen_bk)
+    place = Front(inserted_bkd.shape[1], self.begin)
+    h_bpd, valid_bp = place.insert(h_btd, inserted_bkd), place.mask(mask_bt)
+    content_bp = place.mask(mask_bt, seen_bk.at[:, :blind].set(False))
+    keys = place.mask(jnp.ones_like(mask_bt), seen_bk)
     lengths_b = stack.lengths(valid_bp)
     count = self.words.num_prompts if self.behind else 0
     if count:
-      prompts_bkd = front.spread(words.prompts, len(h_bpd))
+      prompts_bkd = spread(words.prompts, len(h_bpd))
       h_bpd, new_lengths_b = stack.insert_behind(h_bpd, lengths_b, prompts_bkd)
       valid_bp = jnp.arange(h_bpd.shape[1])[None] < new_lengths_b[:, None]
       keys = jnp.pad(keys, ((0, 0), (0, count)), constant_values=True)
@@ -207,7 +206,7 @@ class PromptFuse(base.Defaults):
       position_p = jnp.arange(h_bpd.shape[1])
       own_p = (position_p >= self.begin) & (position_p < self.begin + blind)
       keys = keys[:, None, :] & (own_p[None, None, :] | ~own_p[None, :, None])
-    how = {'positions_bt': place.positions(h_bpd.shape[1]), 'keys_bt': keys}
+    how = {'positions_bt': place.positions(h_bpd.shape[1] - place.count), 'keys_bt': keys}
     h_bpd, _ = tower.run(h_bpd, valid_bp, start=0, stop=tower.config.num_layers, **how)
     if self.readout == 'prompt':
       last_bkd = stack.read_behind(h_bpd, lengths_b, count)[:, -1:]
@@ -290,7 +289,7 @@ def make(config, towers, num_classes: int, *, num_prompts: int, num_cells: int) 
     behind=False,
     readout='mean',
     num_cells=num_cells,
-    begin=front.beginning(towers['text']),
-    empty=front.empty_text(towers['text']),
+    begin=entering.beginning(towers['text']),
+    empty=entering.empty_text(towers['text']),
     seed=config.seed,
   )

@@ -58,6 +58,7 @@ def make_config(overrides):
   config.pmf.hidden, config.maple.num_layers = 8, 2
   config.coop.num_tokens = config.cocoop.num_tokens = 2
   config.prompt_fuse.num_tokens, config.mmbt.cells = 2, 2
+  config.map.num_layers, config.dcp.num_layers, config.dcp.num_tokens = 1, 2, 2
   config.update_from_flattened_dict(overrides)
   return CLASSIFIER.validate(config)
 

@@ -29,7 +29,7 @@ def make_setup(text=TEXT_TOWERS[0]):
 
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
-  lengths = np.array([6, 2, 4, 3])  # One token alone stands before the prompts, and reads none.
+  lengths = np.array([6, 2, 4, 3])  # The first token stands before the prompts, and reads none.
   return {
     'image': rng.normal(size=(ROWS, 64, 64, 3)).astype(np.float32),
     'tokens': rng.integers(2, 200, (ROWS, TOKENS)).astype(np.int32),
@@ -58,7 +58,8 @@ def test_masked_prompts_leave_the_tower_as_it_is(modality, monkeypatch):
   own = 'image' if modality == 'image' else 'text'
   features = setup.method.features(frozen, batch)
   module = setup.method.modules[own].bind({'params': frozen[own]})
-  tower = pmf._Tower(own, module, features, jnp.ones(ROWS, bool))
+  begin = setup.method.begin[own]
+  tower = pmf._Tower(own, module, features, jnp.ones(ROWS, bool), begin)
   nothing = _Nothing()
   nothing.width = modality
   run = type(module).run
@@ -67,9 +68,7 @@ def test_masked_prompts_leave_the_tower_as_it_is(modality, monkeypatch):
   def masked(self, h, *args, keys_bt, **how):
     t = keys_bt.shape[1]
     count = nothing.num_tokens
-    places = np.arange(t) < count
-    if own == 'text':
-      places = (np.arange(t) >= 1) & (np.arange(t) < 1 + count)
+    places = (np.arange(t) >= begin) & (np.arange(t) < begin + count)
     inserted.append(int(places.sum()))
     return run(self, h, *args, keys_bt=keys_bt & ~places[None], **how)
 

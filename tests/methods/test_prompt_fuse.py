@@ -12,6 +12,7 @@ from setups import Setup
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.features import cells
+from molt_jax.features import frozen as frozen_towers
 from molt_jax.methods import prompt_fuse
 from molt_jax.training import train_state
 
@@ -214,3 +215,9 @@ def test_a_schedule_of_a_tower_that_is_not_trained_is_refused():
   config.backbones.text.path, config.backbones.image.path = LLAMA, 'random:clip-vit-tiny'
   with pytest.raises(UserError, match=r'config\.backbones\.text\.train_from'):
     CLASSIFIER.validate(config)
+
+
+def test_the_text_tower_is_needed_where_every_text_is_missing():
+  reads = make_setup()[0].method.reads
+  assert frozen_towers.needed(reads, ['image']) == ['image', 'text']
+  assert frozen_towers.needed(reads, ['text']) == ['text']

@@ -1,10 +1,11 @@
 """Tokens of a method among those of a tower: how they begin, where they stand, and what takes the
 place of what a layer made of them.
 
-Two places are known, with the same functions. `Front`: behind the first token, so that in a causal
-tower what follows reads them, and they read none of it. `Behind`: behind the last valid token of
-each example, where in a causal tower they read all of it, and it reads none of them. Where every
-token reads all others (images, encoders) `Front` serves for both, as attention knows no order.
+Two places are known, with the same functions. `Front`: in front, mostly behind the first token, so
+that in a causal tower what follows reads them, and they read none of it. `Behind`: behind the last
+valid token of each example, where in a causal tower they read all of it, and it reads none of them.
+Where every token reads all others (images, encoders) `Front` serves for both, as attention knows no
+order.
 """
 
 import dataclasses
@@ -38,45 +39,56 @@ def spread(new_kd: jax.Array, count: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Front:
-  """K tokens behind the first one of each example (class token, or begin of text).
+  """K tokens in front of a sequence of T, behind its first ones.
 
   Attributes:
     count: K.
+    at: tokens that stay first: 1, a class token or begin of text, which decoders use as a place to
+      look at when there is nothing to look for; 0 in a sequence that begins with none.
   """
 
   count: int
+  at: int = 1
 
   def insert(self, h_btd: jax.Array, new_kd: jax.Array) -> jax.Array:
     """Puts tokens [K, D] or [B, K, D] in their place: [B, T + K, D]."""
     new_bkd = spread(new_kd.astype(h_btd.dtype), len(h_btd))
-    return jnp.concatenate([h_btd[:, :1], new_bkd, h_btd[:, 1:]], axis=1)
+    return jnp.concatenate([h_btd[:, : self.at], new_bkd, h_btd[:, self.at :]], axis=1)
 
   def replace(self, h_bpd: jax.Array, new_kd: jax.Array) -> jax.Array:
-    """Puts others in the place of those that `insert` put there."""
+    """Puts others in the place of those that `insert` put there, or of the first of them."""
     new_bkd = spread(new_kd.astype(h_bpd.dtype), len(h_bpd))
-    return h_bpd.at[:, 1 : 1 + self.count].set(new_bkd)
+    return h_bpd.at[:, self.at : self.at + new_bkd.shape[1]].set(new_bkd)
 
   def read(self, h_bpd: jax.Array) -> jax.Array:
     """Returns the inserted tokens, [B, K, D]."""
-    return h_bpd[:, 1 : 1 + self.count]
+    return h_bpd[:, self.at : self.at + self.count]
 
   def without(self, h_bpd: jax.Array) -> jax.Array:
     """Returns the others, [B, T, D]."""
-    return jnp.concatenate([h_bpd[:, :1], h_bpd[:, 1 + self.count :]], axis=1)
+    behind = h_bpd[:, self.at + self.count :]
+    return jnp.concatenate([h_bpd[:, : self.at], behind], axis=1)
 
-  def mask(self, mask_bt: jax.Array | None) -> jax.Array | None:
-    """Returns which of all tokens are valid, bool[B, T + K]; None, of an image, stays None."""
+  def mask(self, mask_bt: jax.Array | None, own_bk: jax.Array | None = None) -> jax.Array | None:
+    """Returns which of all tokens are valid, bool[B, T + K]; None, of an image, stays None.
+
+    Args:
+      mask_bt: which of the T are.
+      own_bk: which of the inserted ones are; None: all.
+    """
     if mask_bt is None:
       return None
-    own = jnp.ones((len(mask_bt), self.count), bool)
-    return jnp.concatenate([mask_bt[:, :1], own, mask_bt[:, 1:]], axis=1)
+    if own_bk is None:
+      own_bk = jnp.ones((len(mask_bt), self.count), bool)
+    return jnp.concatenate([mask_bt[:, : self.at], own_bk, mask_bt[:, self.at :]], axis=1)
 
   def positions(self, num_tokens: int) -> jax.Array:
     """Returns rotary positions int32[1, T + K] by which the T tokens keep theirs; the inserted ones
     share that of the first.
     """
-    rest = jnp.arange(1, num_tokens, dtype=jnp.int32)
-    return jnp.concatenate([jnp.zeros(1 + self.count, jnp.int32), rest])[None]
+    own = jnp.arange(num_tokens, dtype=jnp.int32)
+    inserted = jnp.full(self.count, max(self.at - 1, 0), jnp.int32)
+    return jnp.concatenate([own[: self.at], inserted, own[self.at :]])[None]
 
 
 @dataclasses.dataclass(frozen=True)
