@@ -25,6 +25,7 @@ from molt_jax.evaluation import (
   prediction_sets,
   results,
   scoring,
+  thresholds,
   trained,
   user_metrics,
 )
@@ -115,7 +116,8 @@ class _Extra:
     multi_label = run.config.dataset.multi_label
     self._names, self._collector, self._sets = metrics, None, None
     if metrics:
-      self._collector = user_metrics.Collector(conditions, multi_label=multi_label)
+      how = {'multi_label': multi_label, 'thresholds': thresholds.of_run(run.meta)}
+      self._collector = user_metrics.Collector(conditions, **how)
     if sets:
       rule = calibration.of_run(run).rule(**sets)
       self._sets = calibration.SetScores(rule, conditions, run.class_names)
@@ -147,6 +149,7 @@ def _recorder(run: trained.Trained, source: Source, names: Collection[str]) -> P
     run.class_names,
     list(scoring.conditions_of(names, 0)),
     multi_label=run.config.dataset.multi_label,
+    thresholds=thresholds.of_run(run.meta),
   )
 
 
@@ -163,7 +166,7 @@ def _score(
   variables = run.variables()
   wanted = {split: (source, np.any(list(conditions.values()), axis=0))}
   frozen, stored = opening.open_features(run.assembly.extraction, wanted, modalities)
-  scores = scoring.Scorer(run.assembly)(
+  scores = scoring.Scorer(run.assembly, thresholds.of_run(run.meta))(
     variables,
     frozen,
     source,

@@ -34,6 +34,7 @@ from molt_jax.evaluation import (
   other_classes,
   prediction_sets,
   table_predictions,
+  thresholds,
   trained,
 )
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
@@ -279,7 +280,8 @@ class Predictor:
     table_predictions.check_kind(path)
     rule = self._rule(coverage, adaptive)
     opened = self._opened(table, image, text, image_folder)
-    how = {'multi_label': self.config.dataset.multi_label, 'rule': rule}
+    several = self.config.dataset.multi_label
+    how = {'thresholds': thresholds.of_run(self._run.meta) if several else None, 'rule': rule}
     return table_predictions.write(path, self._parts(opened), self.class_names, **how)
 
   def _opened(

@@ -32,7 +32,7 @@ from molt_jax.data import checks, missing, pipeline
 from molt_jax.data.sources import UNLABELLED, Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
 from molt_jax.errors import UserError
-from molt_jax.evaluation import calibration, records, results, scoring, trained
+from molt_jax.evaluation import calibration, records, results, scoring, thresholds, trained
 from molt_jax.evaluation.diagnostics import MAX_PAIRS, PairDiagnostics
 from molt_jax.evaluation.recorder import PredictionRecorder
 from molt_jax.features import opening, store
@@ -232,7 +232,9 @@ class ClassifierTrainer(Trainer):
     source = self.assembly.data.splits['validation']
     conditions = scoring.conditions_of(scoring.missing_names(self.config), len(source))
     conditions = {name: keep & self._left['validation'] for name, keep in conditions.items()}
-    pairs = PairDiagnostics()
+    pairs, multi_label = PairDiagnostics(), self.config.dataset.multi_label
+    tuned = multi_label and self.config.eval.threshold == 'validation'
+    observers = [pairs, *([thresholds.Fit()] if tuned else [])]
     scores = self._score(
       _variables(state),
       self.frozen,
@@ -240,12 +242,13 @@ class ClassifierTrainer(Trainer):
       conditions,
       stored=self._stored['validation'],
       title='validating',
-      observers=[pairs],
+      observers=observers,
     )
-    multi_label = self.config.dataset.multi_label
     score = scoring.score(scores, multi_label=multi_label)
     diagnostics = pairs.compute(self.objective.estimator, state.cca, ridge=self.config.cca.ridge)
     record = scores | ({} if score is None else {'score': score}) | {'pairs': diagnostics}
+    if tuned:
+      record['thresholds'] = observers[1].compute()
     return record, scoring.describe_score(scores, multi_label=multi_label)
 
   def finish(self) -> dict[str, Any]:
@@ -262,7 +265,9 @@ class ClassifierTrainer(Trainer):
       self.assembly.class_names,
       list(conditions),
       multi_label=self.config.dataset.multi_label,
+      thresholds=thresholds.of_run(run.meta),
     )
+    self._score.thresholds = thresholds.of_run(run.meta)
     scores = self._score(
       variables,
       self.frozen,

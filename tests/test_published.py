@@ -9,9 +9,10 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from molt_jax import train
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import datasets
+from molt_jax.data import datasets, modalities
 from molt_jax.errors import UserError
-from molt_jax.evaluation import metrics
+from molt_jax.evaluation import metrics, thresholds
+from molt_jax.training import checkpoint_files
 
 CHOICES = {
   'mm_imdb': {'text': 'longest', 'genres': 'all'},
@@ -92,7 +93,7 @@ def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_score
     str(tmp_path / 'data'),
   )
   config.dataset.allow_count_mismatch, config.dataset.multi_label = True, name == 'mm_imdb'
-  config.loss.class_weights = 'balanced'
+  config.loss.class_weights, config.eval.threshold = 'balanced', 'validation'
   config.method, config.missing.views, config.classifier.kind = (
     'late_fusion',
     False,
@@ -110,6 +111,8 @@ def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_score
   assert record == json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
   assert record['dataset'] == {'name': name, **CHOICES[name], 'allow_count_mismatch': True}
   assert bool(seen) == (name in ('mm_imdb', 'hateful_memes'))
+  meta = checkpoint_files.load_model(tmp_path / 'run', 'best')[0]
+  present_nm = datasets.load_dataset(config).splits['test'].present
   for c, result in enumerate(record['results'].values() if seen else ()):
     live = seen['weight'][c] > 0
     logits_nk, label = seen['logits'][c][live], seen['label'][live]
@@ -119,9 +122,12 @@ def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_score
         roc_auc_score(label, logits_nk[:, 1] - logits_nk[:, 0]), rel=1e-6
       )
       continue
+    left_nm = present_nm & np.array(list(modalities.KEPT.values())[c])
+    found_n = thresholds.of_examples(meta['thresholds'], left_nm[left_nm.any(axis=1)])
+    given_nk = 1 / (1 + np.exp(-logits_nk)) > found_n[:, None]
     for average in ('micro', 'macro', 'samples', 'weighted'):
       assert result[f'f1_{average}'] == pytest.approx(
-        f1_score(label, logits_nk > 0, average=average, zero_division=0), rel=1e-6
+        f1_score(label, given_nk, average=average, zero_division=0), rel=1e-6
       )
     there_k = label.any(axis=0)  # Most of the 23 genres are not in the miniature.
     assert result['auroc'] == pytest.approx(

@@ -406,6 +406,12 @@ FIELDS: dict[str, Any] = {
       one_of('best', 'latest'),
       'Which checkpoint evaluation and prediction read: best on validation, or the latest.',
     ),
+    'threshold': Field(
+      'half',
+      one_of('half', 'validation'),
+      'From which probability on a label is given, with several labels an example; validation: '
+      'where micro F1 is greatest there, for each missing pattern.',
+    ),
   },
 }
 

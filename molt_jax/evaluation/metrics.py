@@ -53,21 +53,25 @@ class ClassificationMetrics:
     return cls(**per_class, **counts, **sums, multi_label=multi_label)
 
   def update(
-    self, logits_bk: jax.Array, label: jax.Array, weight_b: jax.Array
+    self,
+    logits_bk: jax.Array,
+    label: jax.Array,
+    weight_b: jax.Array,
+    least_b: jax.Array | float = 0.0,
   ) -> 'ClassificationMetrics':
     """Adds a batch.
 
     Args:
-      logits_bk: [B, K]. Prediction: the largest; multi-label: those above zero, that is of
-        probability above 0.5.
+      logits_bk: [B, K]. Prediction: the largest; multi-label: those above `least_b`.
       label: integers [B]; multi-label: [B, K] of zeros and ones.
       weight_b: [B]; examples of weight zero do not count.
+      least_b: [B] or a number, logits of thresholds; 0 is a probability of one half.
     """
     live_b1 = weight_b[:, None] > 0
     loss = sigmoid_cross_entropy if self.multi_label else softmax_cross_entropy
     loss_sum, weight_sum = loss(logits_bk, label, weight_b=weight_b)
     if self.multi_label:
-      true_bk, predicted_bk = label == 1, logits_bk > 0
+      true_bk, predicted_bk = label == 1, logits_bk > jnp.reshape(least_b, (-1, 1))
     else:
       class_1k = jnp.arange(logits_bk.shape[-1])[None, :]
       true_bk = label[:, None] == class_1k

@@ -31,6 +31,7 @@ class PredictionRecorder:
     conditions: Sequence[str],
     *,
     multi_label: bool,
+    thresholds: Sequence[float] = (),
   ):
     """Gets ready for the N examples of a split; those beyond MAX_PROBABILITIES are thinned out.
 
@@ -39,7 +40,9 @@ class PredictionRecorder:
       class_names: K names.
       conditions: names in `modalities.CONDITIONS`; the first that the evaluation goes through.
       multi_label: how to read logits.
+      thresholds: see `records.Predictions`.
     """
+    self._thresholds = list(thresholds) if multi_label else []
     num_rows = max(1, min(len(source), MAX_PROBABILITIES // (len(conditions) * len(class_names))))
     self._rows = np.unique(np.linspace(0, len(source) - 1, num_rows).astype(int))
     self._slot = np.full(len(source), -1)
@@ -92,6 +95,7 @@ class PredictionRecorder:
       counted_cn=self._counted_cn,
       probability_cnk=np.exp(log).astype(np.float32),
       loss_cn=self._loss(log, label).astype(np.float32),
+      thresholds=self._thresholds,
     )
     predictions.save(workdir / records.PREDICTIONS)
     worst = {name: predictions.worst(name, NUM_MISTAKES) for name in self._conditions}

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from molt_jax.data import missing
-from molt_jax.data.modalities import CONDITIONS
-from molt_jax.evaluation import f1
+from molt_jax.data.modalities import CONDITIONS, KEPT
+from molt_jax.evaluation import f1, thresholds
+from molt_jax.evaluation.thresholds import HALF
 from molt_jax.runtime import atomic, logbook
 from molt_jax.runtime.npz import Saved, are_strings, is_array, wrong_values
 
@@ -44,6 +45,7 @@ class Predictions(Saved):
     probability_cnk: float32[C, N, K], softmax; multi-label: sigmoid.
     loss_cn: float32[C, N], cross-entropy; multi-label: mean over classes.
     data: digest of the fingerprint of the split's data; '' in files of older versions.
+    thresholds: above which probability labels are given, for each row of PATTERNS; empty: one half.
   """
 
   split: str
@@ -60,6 +62,7 @@ class Predictions(Saved):
   probability_cnk: np.ndarray
   loss_cn: np.ndarray
   data: str = ''
+  thresholds: Sequence[float] = ()
 
   def _faults(self) -> Iterator[str]:
     facts = {'split': str, 'config_hash': str, 'step': int, 'seed': int, 'of': int, 'data': str}
@@ -67,6 +70,10 @@ class Predictions(Saved):
     for name in ('conditions', 'class_names', 'ids'):
       if not are_strings(getattr(self, name)):
         yield f'{name}: not a list of strings'
+    if len(self.thresholds) not in (0, len(HALF)) or not all(
+      isinstance(t, float) and 0 < t < 1 for t in self.thresholds
+    ):
+      yield f'thresholds: not {len(HALF)} numbers between 0 and 1'
     sizes = len(self.conditions), len(self.ids), len(self.class_names)
     if not all(sizes) or not set(self.conditions) <= set(CONDITIONS):
       yield f'{sizes} conditions, ids and classes'
@@ -108,8 +115,13 @@ class Predictions(Saved):
 
   @property
   def predicted(self) -> np.ndarray:
-    """int[C, N], the likeliest class; multi-label: bool[C, N, K], those above one half."""
-    return self.probability_cnk > 0.5 if self.multi_label else self.probability_cnk.argmax(axis=-1)
+    """int[C, N], the likeliest class; multi-label: bool[C, N, K], those above the threshold."""
+    if not self.multi_label:
+      return self.probability_cnk.argmax(axis=-1)
+    kept_cm = np.array([KEPT[name.removesuffix('_absent')] for name in self.conditions], bool)
+    left_cnm = self.present_nm[None] & kept_cm[:, None]
+    threshold_cn = thresholds.of_examples(self.thresholds or HALF, left_cnm)
+    return self.probability_cnk > threshold_cn[:, :, None]
 
   def scores(self, condition: str) -> dict[str, float]:
     """Returns num_examples, accuracy, f1_micro and f1_macro of one condition.

@@ -17,6 +17,7 @@ from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.evaluation.diagnostics import Observer
 from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
+from molt_jax.evaluation.thresholds import HALF
 from molt_jax.methods.base import Method
 from molt_jax.methods.parts.interface import Output
 from molt_jax.runtime import console, sharding
@@ -41,6 +42,7 @@ def eval_step(
   frozen: Mapping[str, Any],
   batch: Mapping[str, jax.Array],
   totals: tuple[ClassificationMetrics, jax.Array],
+  least_v: jax.Array | None = None,
   *,
   method: Method,
 ) -> tuple[tuple[ClassificationMetrics, jax.Array], Output, jax.Array]:
@@ -48,7 +50,8 @@ def eval_step(
   CONTENTS), one for each condition of batch['keep'] bool[B, conditions, 2].
 
   Features are computed once, the method runs once per condition. An example that a condition leaves
-  with nothing has weight 0 there, and one without a label everywhere.
+  with nothing has weight 0 there, and one without a label everywhere. `least_v` float32[V]: above
+  which logits labels are given, for each row of PATTERNS; None: above zero.
 
   Returns:
     The new totals, the method's output with a leading axis of conditions, and the weights
@@ -70,9 +73,11 @@ def eval_step(
   # go unnoticed (minus infinity for a class that is not the true one changes no loss).
   finite_cb1 = jnp.all(jnp.isfinite(out_c.logits_bk), axis=-1, keepdims=True)
   logits_cbk = jnp.where(finite_cb1, out_c.logits_bk, jnp.nan)
-  metrics_c = jax.vmap(lambda total, logits_bk, weight_b: total.update(logits_bk, label, weight_b))(
-    metrics_c, logits_cbk, weight_cb
-  )
+  pattern_cb = jnp.where(present_cbm.all(axis=-1), 0, jnp.where(present_cbm[..., 0], 1, 2))
+  least_cb = (jnp.zeros(3) if least_v is None else least_v)[pattern_cb]
+  metrics_c = jax.vmap(
+    lambda total, logits_bk, weight_b, least_b: total.update(logits_bk, label, weight_b, least_b)
+  )(metrics_c, logits_cbk, weight_cb, least_cb)
   image_cb, text_cb = jnp.moveaxis(present_cbm & (weight_cb > 0)[:, :, None], -1, 0)
   kinds_rcb = jnp.stack([image_cb & text_cb, image_cb & ~text_cb, text_cb & ~image_cb])
   counts_cr += jnp.sum(kinds_rcb, axis=-1, dtype=jnp.int32).T
@@ -80,10 +85,15 @@ def eval_step(
 
 
 class Scorer:
-  """Scores splits with one compiled step."""
+  """Scores splits with one compiled step.
 
-  def __init__(self, assembly: Assembly):
-    self._assembly = assembly
+  Attributes:
+    thresholds: of multi-label data, above which probability labels are given, for each row of
+      PATTERNS.
+  """
+
+  def __init__(self, assembly: Assembly, thresholds: Sequence[float] = HALF):
+    self._assembly, self.thresholds = assembly, thresholds
     self._step = jax.jit(functools.partial(eval_step, method=assembly.method))
 
   def __call__(
@@ -121,12 +131,14 @@ class Scorer:
     keep_ncm = np.stack(list(conditions.values()), axis=1)
     totals = self._empty(len(conditions))
     ranking = self._ranking()
+    p_v = np.array(self.thresholds, np.float64)
+    least_v = np.log(p_v / (1 - p_v)).astype(np.float32)
     batches = self._assembly.eval_batches(source, stored, keep_ncm.any(axis=1))
     with console.progress(title, len(source), 'examples', compiles=True) as bar:
       for batch in batches:
         batch['keep'] = keep_ncm[batch['index']]  # Padding has index -1 and weight 0.
         batch = sharding.put_batch(batch, mesh)
-        totals, out_c, weight_cb = self._step(variables, frozen, batch, totals)
+        totals, out_c, weight_cb = self._step(variables, frozen, batch, totals, least_v)
         if ranking:
           ranking.observe(out_c.logits_bk, batch['label'], weight_cb)
         for observer in observers:

@@ -35,6 +35,7 @@ from molt_jax.data.tables.rows import Row, read_rows
 from molt_jax.data.tables.spec import Spec, spec_of
 from molt_jax.errors import UserError
 from molt_jax.evaluation.prediction_sets import SetRule, names_in
+from molt_jax.evaluation.thresholds import of_examples
 from molt_jax.runtime import atomic, console, sharding
 from molt_jax.training.assembly import Assembly
 
@@ -283,7 +284,7 @@ def write(
   parts: Iterable[Part],
   class_names: Sequence[str],
   *,
-  multi_label: bool,
+  thresholds: Sequence[float] | None = None,
   rule: SetRule | None = None,
 ) -> dict[str, int]:
   """Writes a file of predictions, part by part; it is there whole or not at all.
@@ -292,7 +293,8 @@ def write(
     path: .csv or .parquet.
     parts: the answers.
     class_names: K names.
-    multi_label: whether a row can have several labels.
+    thresholds: above which probability labels are given, for each row of PATTERNS, where a row can
+      have several; None: it has one.
     rule: what makes a prediction set of each row; None: none is made.
 
   Returns:
@@ -306,7 +308,7 @@ def write(
   writing = _writing_csv if path.suffix.lower() == '.csv' else _writing_parquet
   with atomic.writing(path) as file, writing(file) as add:
     for part in parts:
-      add(_columns(part, class_names, multi_label, rule))
+      add(_columns(part, class_names, thresholds, rule))
       counts['rows'] += len(part.ids)
       counts['unanswered'] += int(np.isnan(part.probability_nk).all(axis=1).sum())
       counts['problems'] += sum(map(bool, part.problems))
@@ -314,19 +316,23 @@ def write(
 
 
 def _columns(
-  part: Part, class_names: Sequence[str], multi_label: bool, rule: SetRule | None
+  part: Part,
+  class_names: Sequence[str],
+  thresholds: Sequence[float] | None,
+  rule: SetRule | None,
 ) -> dict[str, Any]:
   """Returns the columns of a file of predictions; None where there is no value."""
   p_nk = part.probability_nk
   answered_n = ~np.isnan(p_nk).all(axis=1)
   columns: dict[str, Any] = {'row': list(part.ids)}
-  if multi_label:
-    names = ['|'.join(class_names[k] for k in np.flatnonzero(p_k > 0.5)) for p_k in p_nk]
+  if thresholds:
+    given_nk = p_nk > of_examples(thresholds, part.present_nm)[:, None]
+    names = ['|'.join(class_names[k] for k in np.flatnonzero(given_k)) for given_k in given_nk]
   else:
     best_n = np.nan_to_num(p_nk, nan=-1.0).argmax(axis=1)
     names = [class_names[k] for k in best_n]
   columns['label'] = _where(answered_n, names)
-  if not multi_label:
+  if not thresholds:
     columns['probability'] = _where(answered_n, np.nan_to_num(p_nk).max(axis=1).tolist())
   for modality, present_n in zip(MODALITIES, part.present_nm.T, strict=True):
     columns[modality] = present_n.tolist()

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from molt_jax.errors import UserError
+from molt_jax.evaluation.thresholds import HALF, of_examples
 from molt_jax.methods.parts.interface import Output
 from molt_jax.runtime import console, processes
 
@@ -56,8 +57,11 @@ def check(names: Collection[str]) -> None:
 class Collector:
   """Collects the answers of an evaluation; an `Observer`."""
 
-  def __init__(self, conditions: Sequence[str], *, multi_label: bool):
+  def __init__(
+    self, conditions: Sequence[str], *, multi_label: bool, thresholds: Sequence[float] = HALF
+  ):
     self._conditions, self._multi_label = list(conditions), multi_label
+    self._thresholds = thresholds
     self._batches: list[tuple[np.ndarray, ...]] = []
 
   def observe(self, batch: Mapping[str, jax.Array], out_c: Output) -> None:
@@ -68,7 +72,9 @@ class Collector:
     labelled_b1 = np.all(label.reshape(len(label), -1) >= 0, axis=1, keepdims=True)
     counted_bc = (present_bm[:, None] & keep_bcm).any(axis=-1) & labelled_b1
     counted_bc &= weight_b[:, None] > 0
-    self._batches.append((processes.fetch(out_c.logits_bk), label, counted_bc))
+    p_bc = of_examples(self._thresholds, present_bm[:, None] & keep_bcm)
+    logits_cbk = processes.fetch(out_c.logits_bk)
+    self._batches.append((logits_cbk, label, counted_bc, np.log(p_bc / (1 - p_bc))))
 
   def compute(self, names: Collection[str]) -> dict[str, dict[str, float]]:
     """Returns condition -> score -> value; one that the examples do not determine is left out, and
@@ -76,7 +82,8 @@ class Collector:
     """
     if not self._batches:
       return {}
-    logits, labels, counted = zip(*self._batches, strict=True)
+    logits, labels, counted, least = zip(*self._batches, strict=True)
+    least_nc = np.concatenate(least)
     logits_cnk = np.concatenate(logits, axis=1)
     label, counted_nc = np.concatenate(labels), np.concatenate(counted)
     found: dict[str, dict[str, float]] = {}
@@ -85,7 +92,8 @@ class Collector:
       rows = counted_nc[:, c]
       found[condition] = {}
       for name in names if rows.any() else ():
-        value, why = _score(name, logits_cnk[c][rows], label[rows], self._multi_label)
+        least_n = least_nc[rows, c] if self._multi_label else None
+        value, why = _score(name, logits_cnk[c][rows], label[rows], least_n)
         if value is None:
           undetermined.setdefault((name, why), []).append(condition)
         else:
@@ -96,12 +104,15 @@ class Collector:
 
 
 def _score(
-  name: str, logits_nk: np.ndarray, label: np.ndarray, multi_label: bool
+  name: str, logits_nk: np.ndarray, label: np.ndarray, least_n: np.ndarray | None
 ) -> tuple[float | None, str]:
-  """Returns (the score, '') or (None, why there is none)."""
+  """Returns (the score, '') or (None, why there is none).
+
+  `least_n`: above which logits labels are given, where an example can have several.
+  """
   from sklearn.metrics import get_scorer
 
-  model = _known_by_heart(logits_nk.astype(np.float64), multi_label)
+  model = _known_by_heart(logits_nk.astype(np.float64), least_n)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # Of classes that are never predicted, for instance.
     try:
@@ -111,7 +122,7 @@ def _score(
   return (value, '') if np.isfinite(value) else (None, 'it is not finite')
 
 
-def _known_by_heart(logits_nk: np.ndarray, multi_label: bool) -> Any:
+def _known_by_heart(logits_nk: np.ndarray, least_n: np.ndarray | None) -> Any:
   """Returns a fitted classifier in scikit-learn's sense; its examples are rows of the logits."""
   from sklearn.base import BaseEstimator, ClassifierMixin
 
@@ -123,11 +134,13 @@ def _known_by_heart(logits_nk: np.ndarray, multi_label: bool) -> Any:
 
     def predict(self, rows: np.ndarray) -> np.ndarray:
       found_nk = logits_nk[rows[:, 0]]
-      return (found_nk > 0).astype(int) if multi_label else found_nk.argmax(axis=1)
+      if least_n is None:
+        return found_nk.argmax(axis=1)
+      return (found_nk > least_n[rows[:, 0], None]).astype(int)
 
     def predict_proba(self, rows: np.ndarray) -> np.ndarray:
       found_nk = logits_nk[rows[:, 0]]
-      if multi_label:
+      if least_n is not None:
         return 1 / (1 + np.exp(-found_nk))
       shifted_nk = np.exp(found_nk - found_nk.max(axis=1, keepdims=True))
       return shifted_nk / shifted_nk.sum(axis=1, keepdims=True)

@@ -145,6 +145,8 @@ class Loop:
       best = score is not None and score > self._best
       self._best = score if best else self._best
       self.meta = {**self.meta, 'score': score}
+      if 'thresholds' in record:
+        self.meta = {**self.meta, 'thresholds': record['thresholds']}
     meta = {**self.meta, 'step': step}
     if best:
       self.checkpoints.save(state, iterator, meta, kind=checkpoint_files.BEST)
