@@ -61,19 +61,20 @@ def test_presets_are_the_papers_setting_and_have_variants(name):
 
 @pytest.fixture
 def seen(monkeypatch):
-  """The last evaluation's (logits [C, N, K], labels [N, ...], weights [C, N]), if it was ranked."""
-  batches, computed, observe, compute = [], {}, metrics.Ranking.observe, metrics.Ranking.compute
+  """The logits [C, N, K], labels [N, ...] and weights [C, N] of each evaluation that was ranked."""
+  batches, computed, observe, compute = [], [], metrics.Ranking.observe, metrics.Ranking.compute
 
   def observed(self, *batch):
     batches.append([np.asarray(x) for x in batch])
     observe(self, *batch)
 
   def done(self):
-    computed.update(
-      logits=np.concatenate([b[0] for b in batches], 1),
-      label=np.concatenate([b[1] for b in batches]),
-      weight=np.concatenate([b[2] for b in batches], 1),
-    )
+    found = {
+      'logits': np.concatenate([b[0] for b in batches], 1),
+      'label': np.concatenate([b[1] for b in batches]),
+      'weight': np.concatenate([b[2] for b in batches], 1),
+    }
+    computed.append(found)
     batches.clear()
     return compute(self)
 
@@ -112,17 +113,19 @@ def test_it_trains_and_its_results_are_scikit_learns_and_name_what_changes_score
   assert record['dataset'] == {'name': name, **CHOICES[name], 'allow_count_mismatch': True}
   assert bool(seen) == (name in ('mm_imdb', 'hateful_memes'))
   meta = checkpoint_files.load_model(tmp_path / 'run', 'best')[0]
-  present_nm = datasets.load_dataset(config).splits['test'].present
+  source = datasets.load_dataset(config).splits['test']
+  validations = [line for line in lines if line['kind'] == 'validation']
+  of_test = seen[len(validations)] if seen else None
   for c, result in enumerate(record['results'].values() if seen else ()):
-    live = seen['weight'][c] > 0
-    logits_nk, label = seen['logits'][c][live], seen['label'][live]
+    live = of_test['weight'][c] > 0
+    logits_nk, label = of_test['logits'][c][live], of_test['label'][live]
     assert result['num_examples'] == len(label)
     if name == 'hateful_memes':
       assert result['auroc'] == pytest.approx(
         roc_auc_score(label, logits_nk[:, 1] - logits_nk[:, 0]), rel=1e-6
       )
       continue
-    left_nm = present_nm & np.array(list(modalities.KEPT.values())[c])
+    left_nm = source.present & np.array(list(modalities.KEPT.values())[c])
     found_n = thresholds.of_examples(meta['thresholds'], left_nm[left_nm.any(axis=1)])
     given_nk = 1 / (1 + np.exp(-logits_nk)) > found_n[:, None]
     for average in ('micro', 'macro', 'samples', 'weighted'):
