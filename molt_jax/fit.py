@@ -98,8 +98,8 @@ def fit(
     label: the column of labels; None: guessed.
     workdir: folder of the run; a run that stopped goes on there.
     **options: those of `Options`; `preset`, how much is spent (fast, good or best), or the config
-      it starts from; `config`, {field: value} of fields that differ from it; `time_limit`, seconds
-      or '10m'; `init_from` and `data_changed`, as of `molt train`.
+      it starts from; `method`, e.g. 'maple', and `config`, {field: value} of fields that differ
+      from it; `time_limit`, seconds or '10m'; `init_from` and `data_changed`, as of `molt train`.
 
   Returns:
     `molt_jax.predict.Predictor`.
@@ -125,12 +125,16 @@ def fit(
 
 
 # Arguments that are not of the table.
-_OF_THE_RUN = ('preset', 'config', 'data_changed', 'time_limit', 'init_from')
+_OF_THE_RUN = ('preset', 'method', 'config', 'data_changed', 'time_limit', 'init_from')
 
 
 def _how(given: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
   """Returns the config, and the other arguments of `run`, that arguments of `fit` say."""
-  preset, fields = given.get('preset', PRESET), given.get('config', {})
+  preset, fields = given.get('preset', PRESET), dict(given.get('config', {}))
+  method = given.get('method')
+  if method is not None and fields.setdefault('method', method) != method:
+    other = fields['method']
+    raise UserError(f"fit: method={method!r} beside config={{'method': {other!r}}}; give one")
   spent = preset in qualities.QUALITIES
   config = CLASSIFIER.load(
     PRESET if spent else preset, {name: str(value) for name, value in fields.items()}

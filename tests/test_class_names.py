@@ -27,17 +27,26 @@ def make_config(config, method, steps):
   for modality, path in PAIR.items():
     config.backbones[modality].path = path
   config.method, config.train.epochs = method, steps / 12
-  config.coop.num_tokens, config.mmrlpp.width, config.mmrlpp.num_tokens = 2, 8, 2
+  config.mmrlpp.width, config.mmrlpp.num_tokens = 8, 2
   return config
 
 
 @pytest.fixture(scope='module')
-def run(make_tiny_config, tmp_path_factory):
+def run(tiny_table, tmp_path_factory):
   """Two steps of CoOp, from a feature store."""
-  config = make_config(make_tiny_config(), 'coop', 2)
   root = tmp_path_factory.mktemp('named')
-  config.features.store = str(root / 'store')
-  train.train(config, root / 'run')
+  config = {
+    **{f'backbones.{modality}.path': path for modality, path in PAIR.items()},
+    'backbones.dtype': 'float32',
+    'coop.num_tokens': 2,
+    'features.store': root / 'store',
+    'mesh.data': 1,
+    'text.max_tokens': 12,
+    'train.epochs': 2 / 12,
+    'train.batch_size': 4,
+    'eval.batch_size': 8,
+  }
+  molt_jax.fit(str(tiny_table), workdir=root / 'run', method='coop', config=config)
   return root / 'run'
 
 
@@ -67,6 +76,8 @@ def test_other_classes_are_told_apart_by_their_names(run):
     molt_jax.load(run, class_names=['red', 'red'])
   with pytest.raises(UserError, match='not on class_names'):
     other.predict(image=IMAGE, coverage=0.9)
+  with pytest.raises(UserError, match='give one'):
+    molt_jax.fit([], workdir='unused', method='coop', config={'method': 'molt'})
 
 
 # ---- Protocols -----------------------------------------------------------------------------------
@@ -117,10 +128,10 @@ def test_the_protocols_run_from_end_to_end(tmp_path):
     'train.epochs': 1,
     'train.batch_size': 4,
     'eval.batch_size': 4,
-    'maple.num_layers': 2,
-    'cocoop.num_tokens': 2,
+    'mmrlpp.num_tokens': 2,
   }
   command = [sys.executable, 'experiments/few_shot.py', f'--data=grey={data}', '--shots=1,2']
+  command += ['--methods=zero-shot|^coop|mmrlpp']
   command += [f'--set={name}={value}' for name, value in fields.items()]
   command += ['--seeds=1', f'--runs={tmp_path / "runs"}', f'--out={tmp_path / "out"}']
   flags = {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
@@ -129,7 +140,7 @@ def test_the_protocols_run_from_end_to_end(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'out' / 'few_shot.json').read_text())
-  methods = {'zero-shot', 'coop', 'cocoop', 'maple', 'mmrl', 'mmrlpp'}
+  methods = {'zero-shot', 'coop', 'mmrlpp'}
   for count in ('1', '2'):
     assert set(found['few_shot'][count]['grey']) == methods
   for by_seed in found['base_to_novel']['grey'].values():

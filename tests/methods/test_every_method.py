@@ -21,7 +21,6 @@ ROWS, TOKENS = 6, 5
 PAIR = {'backbones.text.path': 'random:clip-text-tiny'}  # It shares a space with the image tower.
 NAMED = ('mmrlpp', 'coop', 'cocoop')  # With class names, which need such a pair.
 CASES = {name: {'method': name, **(PAIR if name in NAMED else {})} for name in METHODS} | {
-  'maple, class names': {'method': 'maple', **PAIR},
   'mmbt': {
     'method': 'mmbt',
     'backbones.text.trainable': r'layers/3/(q|v)_proj/.*',
