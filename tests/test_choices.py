@@ -27,6 +27,7 @@ def whole(make_tiny_config, tmp_path_factory):
   config = make_tiny_config()
   config.train.epochs, config.train.eval_every = 0.5, 3
   config.train.log_every, config.optimizer.schedule = 3, 'constant'
+  config.missing.views, config.missing.distill_weight = False, 0.0  # A smaller program.
   workdir = tmp_path_factory.mktemp('choices') / 'whole'
   train.train(config, workdir)
   return workdir

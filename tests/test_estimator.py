@@ -30,6 +30,7 @@ def estimator(make_tiny_config, tmp_path_factory):
   """One of tiny towers that trains for some steps."""
   config = make_tiny_config()
   config.train.epochs, config.dataset.modalities = 0.5, 'text'
+  config.missing.views, config.missing.distill_weight = False, 0.0  # A smaller program.
   root = tmp_path_factory.mktemp('estimator')
   (root / 'tiny.py').write_text(
     'import json\nfrom molt_jax.config.classifier import CLASSIFIER\n\n'

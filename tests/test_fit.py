@@ -53,6 +53,7 @@ def preset(make_tiny_config, tmp_path_factory):
   """A preset file with tiny towers; 6 steps."""
   config = make_tiny_config()
   config.train.epochs, config.train.eval_every = 0.5, 3
+  config.missing.views, config.missing.distill_weight = False, 0.0  # A smaller program.
   path = tmp_path_factory.mktemp('preset') / 'tiny.py'
   path.write_text(
     'import json\nfrom molt_jax.config.classifier import CLASSIFIER\n\n'

@@ -23,7 +23,7 @@ def start(tmp_path_factory, make_tiny_config):
   """
   config = make_tiny_config()
   config.method, config.missing.views, config.missing.distill_weight = 'late_fusion', False, 0.0
-  config.train.epochs, config.train.eval_every = 3.0, 6
+  config.train.epochs, config.train.eval_every = 2.0, 6
   config.train.save_every, config.train.log_every = 2, 1
   preset = tmp_path_factory.mktemp('preset') / 'preset.py'
   preset.with_name('config.json').write_text(resolved.to_json(config))

@@ -20,9 +20,10 @@ RED = (200, 30, 30)
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory, make_tiny_config) -> pathlib.Path:
-  """A run of a few steps, whose programs other tests share."""
+  """A run of a few steps."""
   config = make_tiny_config()
   config.train.epochs = 0.5
+  config.missing.views, config.missing.distill_weight = False, 0.0  # A smaller program.
   workdir = tmp_path_factory.mktemp('predicted') / 'run'
   train.train(config, workdir)
   return workdir
