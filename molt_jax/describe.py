@@ -29,8 +29,8 @@ from molt_jax import errors
 from molt_jax.config import resolved
 from molt_jax.data import checks, datasets, text_length
 from molt_jax.data.summary import describe
+from molt_jax.data.tables.as_config import configure, options_of
 from molt_jax.errors import UserError
-from molt_jax.fit import configure, options_of
 from molt_jax.reporting.contact_sheet import contact_sheet
 from molt_jax.runtime import atomic, console, logbook, terminal
 from molt_jax.towers.files import open_files

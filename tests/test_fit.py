@@ -10,11 +10,10 @@ from PIL import Image
 
 import molt_jax
 from molt_jax import commands, train
-from molt_jax import fit as fit_lib
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets
-from molt_jax.data.tables import memory
+from molt_jax.data.tables import as_config, memory
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 
@@ -181,8 +180,8 @@ def test_a_data_frame_is_the_file_that_it_was_read_from(run, shop, preset, tmp_p
   frame['Foto'] = pd.Series(photos, dtype=object)
   frame['Teil'] = 'train'
   frame.loc[frame.index[-9:], 'Teil'] = ['test', 'Validation', 'dev'] * 3
-  options = fit_lib.Options(label='Kategorie', text=['Titel', 'Beschreibung'], split='Teil')
-  config, facts = fit_lib.configure(frame, options, CLASSIFIER.load(str(preset)), tmp_path)
+  options = as_config.Options(label='Kategorie', text=['Titel', 'Beschreibung'], split='Teil')
+  config, facts = as_config.configure(frame, options, CLASSIFIER.load(str(preset)), tmp_path)
   assert config.dataset.path.startswith(str(tmp_path / 'data'))
   assert facts['table']['image'] == ['Foto'] and facts['table']['unused'] == ['Nr', 'Preis']
   data = datasets.load_dataset(config)

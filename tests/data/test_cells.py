@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax import predict
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import cells, datasets, formats
+from molt_jax.data import cells, datasets, formats, given
 from molt_jax.data.likeness import lookalikes
 from molt_jax.data.published import hateful_memes, mm_imdb, snli_ve, upmc_food101
 from molt_jax.data.published.layout import LeftOut
@@ -232,10 +231,10 @@ def from_table(folder, column, value, kind):
 def from_predict(folder, column, value):
   """In a list, so that a list in it is not the batch."""
   record = record_with(column, value)
-  ((image, text),), many = predict.read_inputs([record['image']], [record['text']])
+  ((image, text),), many = given.read_inputs([record['image']], [record['text']])
   assert many
   if column == 'image' and image is not None:
-    assert predict._decoded(image, 'image').size == (4, 4)
+    assert given.decoded(image, 'image').size == (4, 4)
   return text if column == 'text' else image and os.path.normpath(image)
 
 
@@ -404,7 +403,7 @@ def test_no_object_becomes_a_text(value):
     cells.read('text', value)
   assert error.value.column == 'text' and '\n' not in str(error.value)
   with pytest.raises(UserError, match=r'predict: text\[1\] '):
-    predict.read_inputs(None, ['a text', value])
+    given.read_inputs(None, ['a text', value])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from PIL import Image
 
 from molt_jax import predict
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.data import given
 from molt_jax.errors import UserError
 
 NAN = float('nan')
@@ -99,7 +100,7 @@ BATCHES = {
 
 @pytest.mark.parametrize('name', BATCHES)
 def test_every_kind_of_batch_is_a_list(name):
-  pairs, many = predict.read_inputs(['a.png'] * 3, BATCHES[name]())
+  pairs, many = given.read_inputs(['a.png'] * 3, BATCHES[name]())
   assert many and pairs == [('a.png', text) for text in TEXTS]
   assert all(type(text) is str for _, text in pairs if text is not None)
 
@@ -107,11 +108,11 @@ def test_every_kind_of_batch_is_a_list(name):
 def test_batches_of_images(folder):
   paths = [pathlib.Path('a.png'), 'a.png', (folder / 'a.png').read_bytes(), None]
   for batch in (paths, tuple(paths), iter(paths), Column(*paths)):
-    (first, second, third, fourth), many = predict.read_inputs(batch, ['x'] * 4)
+    (first, second, third, fourth), many = given.read_inputs(batch, ['x'] * 4)
     assert (
       many and first[0] == second[0] == 'a.png' and third[0][:4] == b'\x89PNG' and fourth[0] is None
     )
-  pairs, _ = predict.read_inputs(Column(NAN, NAN, dtype=float), 'both')
+  pairs, _ = given.read_inputs(Column(NAN, NAN, dtype=float), 'both')
   assert pairs == [(None, 'both')] * 2
 
 

@@ -13,9 +13,8 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from molt_jax import predict
 from molt_jax.config.classifier import CLASSIFIER
-from molt_jax.data import table
+from molt_jax.data import given, table
 from molt_jax.data.published import hateful_memes
 from molt_jax.data.published.layout import LeftOut
 from molt_jax.data.sources import classes_of
@@ -292,9 +291,9 @@ def _predict(rng, folder) -> str:
   batch = (list, tuple, iter)[int(rng.integers(3))]
   bad = any(map(_is_bad, rows))
   try:
-    pairs, _ = predict.read_inputs(batch(images), batch(texts))
+    pairs, _ = given.read_inputs(batch(images), batch(texts))
     opened = [
-      predict._decoded(image, 'image') if isinstance(image, str | bytes) else image
+      given.decoded(image, 'image') if isinstance(image, str | bytes) else image
       for image, _ in pairs
     ]
   except UserError as error:
