@@ -30,10 +30,12 @@ from molt_jax.evaluation import (
   model_file,
   notebook,
   other_classes,
+  prediction_files,
   prediction_sets,
   table_predictions,
   thresholds,
   trained,
+  unlabelled,
 )
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
 from molt_jax.features.frozen import load_frozen, needed
@@ -256,7 +258,7 @@ class Predictor:
   ) -> dict[str, int]:
     """Writes a file with a label, probabilities and what was there for every row of a table.
 
-    Its columns are those of `molt_jax/evaluation/table_predictions.py`. Memory does not grow with
+    Its columns are those of `molt_jax/evaluation/prediction_files.py`. Memory does not grow with
     images or probabilities: they are worked through a batch at a time.
 
     Args:
@@ -275,23 +277,23 @@ class Predictor:
       UserError: as `predict_proba`; the file cannot be written.
     """
     path = pathlib.Path(out)
-    table_predictions.check_kind(path)
+    prediction_files.check_kind(path)
     rule = self._rule(coverage, adaptive)
     opened = self._opened(table, image, text, image_folder)
     several = self.config.dataset.multi_label
     how = {'thresholds': thresholds.of_run(self._run.meta) if several else None, 'rule': rule}
-    return table_predictions.write(path, self._parts(opened), self.class_names, **how)
+    return prediction_files.write(path, self._parts(opened), self.class_names, **how)
 
   def _opened(
     self, table: Any, image: Any, text: Any, image_folder: str | os.PathLike
-  ) -> table_predictions.Unlabelled:
+  ) -> unlabelled.Unlabelled:
     columns = {'image': image, 'text': text}
     columns = {role: [x] if isinstance(x, str) else x for role, x in columns.items()}
-    return table_predictions.open_table(
+    return unlabelled.open_table(
       self._assembly.config, table, **columns, image_folder=os.fspath(image_folder)
     )
 
-  def _parts(self, table: table_predictions.Unlabelled) -> Iterator[table_predictions.Part]:
+  def _parts(self, table: unlabelled.Unlabelled) -> Iterator[table_predictions.Part]:
     def step(batch):
       return self._step(self._variables, frozen, batch)
 

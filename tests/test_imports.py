@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from molt_jax.commands import COMMANDS
+
 ROOT = pathlib.Path(__file__).parents[1] / 'molt_jax'
 
 # From what stands on nothing to what a user types; those of one line may import each other.
@@ -18,20 +20,7 @@ LAYERS = (
   ('training',),
   ('evaluation',),
   ('profiling', 'reporting', 'exporting', 'serving'),
-  (
-    'commands',
-    'estimator',
-    'fit',
-    'train',
-    'evaluate',
-    'predict',
-    'pretrain',
-    'evaluate_pair',
-    'describe',
-    'export',
-    'serve',
-    'report',
-  ),
+  ('commands', 'estimator', *COMMANDS),
   ('__init__', '__main__'),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

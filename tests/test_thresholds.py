@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from molt_jax.data.modalities import PATTERNS
-from molt_jax.evaluation import records, table_predictions, thresholds
+from molt_jax.evaluation import prediction_files, records, table_predictions, thresholds
 from molt_jax.evaluation.metrics import ClassificationMetrics
 
 
@@ -87,5 +87,5 @@ def test_scores_records_and_files_heed_them():
     assert total.compute()['f1_micro'] == pytest.approx(expected)
   p_nk = np.array([[0.2, 0.4, 0.7], [0.2, 0.4, 0.7], [0.2, 0.05, 0.7]], np.float32)
   part = table_predictions.Part(['1', '2', '3'], p_nk, PATTERNS, ['', '', ''])
-  columns = table_predictions._columns(part, ['a', 'b', 'c'], chosen, None)
+  columns = prediction_files._columns(part, ['a', 'b', 'c'], chosen, None)
   assert columns['label'] == ['b|c', 'c', 'a|c']
