@@ -119,7 +119,9 @@ def test_table1_has_every_method_and_reads_what_is_finished(study):
 
   content, text, out, count = study('table1')
   assert count == 2 * 2 * len(content['methods'])
-  assert all(method in content['methods'] for method in methods.METHODS if method != 'molt')
+  # Those that need a pair with class names are compared by few_shot.py.
+  anywhere = [name for name, row in methods.METHODS.items() if row.names != 'must']
+  assert all(method in content['methods'] for method in anywhere if method != 'molt')
   again, same, _, still = study('table1')
   assert (
     still == count
