@@ -52,6 +52,10 @@ def _what_of_sets(flags: argparse.Namespace) -> None:
 
 def _what_to_predict(flags: argparse.Namespace) -> None:
   _what_of_sets(flags)
+  if flags.occlude and not flags.explain:
+    raise UserError('--occlude: it goes with --explain; give both, or leave it out')
+  if flags.table is not None and flags.explain:
+    raise UserError('--explain: it goes with --image and --text; see molt explain for tables')
   if flags.table is None:
     for name in ('out', 'image_folder'):
       if getattr(flags, name) is not None:
@@ -219,6 +223,16 @@ COMMANDS = {
         'what paths of images in --table are relative to; default: the folder of the table',
       ),
       *SETS,
+      Flag(
+        'explain',
+        'also say what image and text each brought to the first label; not with --table',
+        switch=True,
+      ),
+      Flag(
+        'occlude',
+        'of --explain: what each word and region of the image weighs, at a prediction each',
+        switch=True,
+      ),
     ),
     check=_what_to_predict,
   ),
@@ -332,6 +346,23 @@ COMMANDS = {
         type=float,
         rule=between(0.1, 3600),
       ),
+    ),
+  ),
+  'explain': Command(
+    'Write one HTML page about what image and text brought to the answers to a split.',
+    (
+      TRAINED,
+      Flag('split', 'split to explain', 'test', rule=SPLITS),
+      Flag('table', "another table with labels and the run's columns, in the place of a split"),
+      Flag(
+        'occlude',
+        'examples of the page whose words and image regions are taken away one by one, each at '
+        'some 20 to 60 predictions; 0: none',
+        6,
+        type=int,
+        rule=at_least(0),
+      ),
+      Flag('out', 'the page; default: explain.html in the folder of the run'),
     ),
   ),
   'report': Command(

@@ -15,20 +15,22 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from molt_jax.config import resolved
 from molt_jax.data import cells, findings, given, packing, pipeline
-from molt_jax.data.modalities import MODALITIES
+from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import (
   calibration,
+  contributions,
   model_file,
   notebook,
+  occlusion,
   other_classes,
   prediction_files,
   prediction_sets,
@@ -40,6 +42,14 @@ from molt_jax.evaluation import (
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
 from molt_jax.features.frozen import load_frozen, needed
 from molt_jax.runtime import console, sharding, terminal
+
+
+class _Wanted(NamedTuple):
+  """What an answer shall have: labels, a prediction set, what each modality brought."""
+
+  top_k: int
+  rule: SetRule | None
+  explain: bool
 
 
 class Predictor:
@@ -75,6 +85,7 @@ class Predictor:
     self._variables = run.variables()
     self._frozen: dict[str, Any] = dict.fromkeys(MODALITIES)
     self._step = jax.jit(self._forward)
+    self._step_of_patterns = jax.jit(self._forward_patterns)
     if run.examples:
       self._try_examples()
 
@@ -113,7 +124,7 @@ class Predictor:
       UserError: one cannot be used.
     """
     examples = [self._example(pair, number, None) for number, pair in enumerate(pairs)]
-    return self._probabilities(examples)
+    return self._computed(examples, self._step)
 
   def __repr__(self) -> str:
     used = ' and '.join(resolved.modalities(self.config))
@@ -159,6 +170,7 @@ class Predictor:
     errors: str = 'raise',
     coverage: float | None = None,
     adaptive: bool = False,
+    explain: bool | str = False,
   ) -> dict[str, Any] | list[dict[str, Any]]:
     """Classifies one example, or a list of them.
 
@@ -172,6 +184,9 @@ class Predictor:
       coverage: above 0 and below 1: each answer has a 'set' too, of labels that hold the true one
         with this probability (`molt_jax/evaluation/prediction_sets.py`).
       adaptive: sets are larger for hard examples and smaller for easy ones.
+      explain: each answer has an 'explanation' too: what each modality brought to its first label.
+        With 'parts' that has the weight of each word and region of the image, which costs as many
+        predictions.
 
     Several are a list, a tuple, an iterator or another sequence, a NumPy array of strings, or a
     column of a table; one of them may be absent, as a cell of a table may be
@@ -182,6 +197,12 @@ class Predictor:
       there)}; for lists a list of these. Probabilities are softmax's, or each label's own sigmoid
       for a multi-label model. An example of which nothing is left has no labels.
 
+      An explanation is {'label', 'prior', 'both', 'image', 'text': probability of the label by its
+      share in training, with everything, of each modality alone (None: not there); 'shares':
+      {'image', 'text'}, in nats, which sum to log both - log prior
+      (`molt_jax/evaluation/contributions.py`)}; with parts {'words': [{'word', 'weight'}],
+      'regions': weights [4, 4]}, what log both loses without them.
+
     Raises:
       UserError: an example with neither image nor text, an unreadable image or a value of another
         kind, unless errors is 'row'; a modality that this run does not know, lists of unequal
@@ -191,7 +212,9 @@ class Predictor:
       raise UserError(f'top_k: {cells.plain(str(top_k))} is not legal; give a whole number >= 1')
     if errors not in ('raise', 'row'):
       raise UserError(f"errors: {cells.plain(str(errors))} is not legal; give 'raise' or 'row'")
-    rule = self._rule(coverage, adaptive)
+    if not isinstance(explain, bool) and explain != 'parts':
+      raise UserError(f"explain: {cells.plain(str(explain))} is not legal; give True or 'parts'")
+    wanted = _Wanted(top_k, self._rule(coverage, adaptive), bool(explain))
     lost: dict[int, str] | None = {} if errors == 'row' else None
     pairs, many = given.read_inputs(image, text, lost)
     self._check_used(pairs)
@@ -202,9 +225,12 @@ class Predictor:
         numbers = [n if many else None for n in range(start, min(start + size, len(pairs)))]
         some = pairs[start : start + size]
         examples = list(pool.map(self._example, some, numbers, itertools.repeat(lost)))
-        results += self._answers(examples, numbers, top_k, rule)
+        results += self._answers(examples, numbers, wanted)
     for number, why in (lost or {}).items():
       results[number]['error'] = why
+    for pair, result in zip(pairs, results, strict=True) if explain == 'parts' else ():
+      if result['labels']:
+        result['explanation'] |= self._parts_of(pair, result)
     return notebook.Answers(results) if many else results[0]
 
   def predict_proba(
@@ -304,28 +330,66 @@ class Predictor:
     self,
     examples: Sequence[Mapping[str, np.ndarray] | None],
     numbers: Sequence[int | None],
-    top_k: int,
-    rule: SetRule | None,
+    wanted: _Wanted,
   ) -> list[dict[str, Any]]:
     """Returns the answers to a batch, without labels where an example is None."""
     there = [n for n, example in enumerate(examples) if example is not None]
     results = [notebook.Answer(labels=[], image=False, text=False) for _ in examples]
-    for result in results if rule else ():
-      result.update(set=[], coverage=rule.coverage)
+    for result in results if wanted.rule else ():
+      result.update(set=[], coverage=wanted.rule.coverage)
     if not there:
       return results
-    probabilities_nk = self._probabilities([examples[n] for n in there])
-    for n, p_k in zip(there, probabilities_nk, strict=True):
+    some = [examples[n] for n in there]
+    log_nvk = None
+    if wanted.explain:
+      log_nvk = np.moveaxis(self._computed(some, self._step_of_patterns), 0, 1).astype(np.float64)
+      probabilities_nk = np.exp(log_nvk[:, 0]).astype(np.float32)
+    else:
+      probabilities_nk = self._computed(some, self._step)
+    for row, (n, p_k) in enumerate(zip(there, probabilities_nk, strict=True)):
       if not np.isfinite(p_k).all():
         where = '' if numbers[n] is None else f' of example {numbers[n]}'
         raise UserError(
           f'predict: the probabilities{where} are not finite; check the towers (config.backbones)'
         )
-      results[n] |= self._result(p_k, examples[n]['present'], top_k)
-      if rule:
-        (in_k,) = rule.members(p_k[None], examples[n]['present'][None])
+      present_m = examples[n]['present']
+      results[n] |= self._result(p_k, present_m, wanted.top_k)
+      if wanted.rule:
+        (in_k,) = wanted.rule.members(p_k[None], present_m[None])
         results[n]['set'] = prediction_sets.names_in(p_k, in_k, self.class_names)
+      if wanted.explain:
+        results[n]['explanation'] = self._explanation(log_nvk[row], present_m)
     return results
+
+  def _explanation(self, log_vk: np.ndarray, present_m: np.ndarray) -> dict[str, Any]:
+    """Returns what each modality brought to the likeliest label; see `predict`."""
+    label = int(log_vk[0].argmax())
+    prior = float(self.calibration.prior_k[label])
+    value_v1 = log_vk[:, label, None]
+    (share_m,) = contributions.shares(value_v1, np.log([prior]), present_m[None])
+    found = {'label': self.class_names[label], 'prior': prior}
+    there = {'both': True} | dict(zip(MODALITIES, present_m, strict=True))
+    for name, value in zip(there, value_v1[:, 0], strict=True):
+      found[name] = float(np.exp(value)) if there[name] else None
+    return found | {'shares': dict(zip(MODALITIES, share_m.tolist(), strict=True))}
+
+  def _parts_of(self, pair: tuple[Any, str | None], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the weights of the words and regions of an example; see `predict`."""
+    image, text = pair
+    if not result['image']:
+      image = None
+    elif isinstance(image, str | bytes):
+      image = given.decoded(image, 'image')
+    label = self.class_names.index(result['explanation']['label'])
+    variants = occlusion.variants(image, text if result['text'] else None)
+    every = [(variant.image, variant.text) for variant in variants]
+    p_n, size = [], self.config.eval.batch_size
+    for start in range(0, len(every), size):
+      batch = [self._example(x, None, None) for x in every[start : start + size]]
+      p_n += self._computed(batch, self._step)[:, label].tolist()
+    whole = np.log(result['explanation']['both'])
+    weight_n = (whole - np.log(np.maximum(p_n, contributions.LEAST))).tolist()
+    return occlusion.weights(variants, weight_n, text if result['text'] else None)
 
   def _rule(self, coverage: float | None, adaptive: bool) -> SetRule | None:
     """Returns what makes prediction sets; None: none are asked for."""
@@ -377,8 +441,10 @@ class Predictor:
           'else'
         )
 
-  def _probabilities(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Returns float32[B, K] of a batch of examples."""
+  def _computed(
+    self, examples: Sequence[Mapping[str, np.ndarray]], step: Callable[..., Any]
+  ) -> np.ndarray:
+    """Returns what a step makes of a batch of examples, float32[..., B, K]."""
     mesh = self._assembly.mesh
     rows = mesh.shape['data']
     while rows < len(examples):  # Few batch sizes, so that few programs are compiled.
@@ -389,7 +455,7 @@ class Predictor:
     batch = {name: np.stack([example[name] for example in filled]) for name in names}
     frozen = self._towers_for(batch['present'].any(axis=0))
     batch = sharding.put_batch(_packed(batch, sharding.packing(self.config, mesh)), mesh)
-    return np.asarray(self._step(self._variables, frozen, batch))[: len(examples)]
+    return np.asarray(step(self._variables, frozen, batch))[..., : len(examples), :]
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
     assembly = self._assembly
@@ -409,6 +475,21 @@ class Predictor:
     return (
       jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
     )
+
+  def _forward_patterns(self, variables, frozen, batch):
+    """Log-probabilities under each missing pattern, float32[V, B, K]; towers run once where the
+    method does not say otherwise.
+    """
+    method = self._assembly.method
+    features = method.features(frozen, batch)
+    multi_label = self.config.dataset.multi_label
+
+    def one(keep_m):
+      present_bm = batch['present'] & keep_m[None]
+      logits_bk = method(variables, frozen, features, batch, present_bm).logits_bk
+      return jax.nn.log_sigmoid(logits_bk) if multi_label else jax.nn.log_softmax(logits_bk)
+
+    return jax.lax.map(one, jax.numpy.asarray(PATTERNS))
 
   def _result(self, probability_k: np.ndarray, present_m: np.ndarray, top_k: int) -> dict[str, Any]:
     best = np.argsort(-probability_k, kind='stable')[:top_k]
@@ -446,7 +527,9 @@ def command(flags: argparse.Namespace) -> None:
   model = load(flags.workdir)
   sets = {'coverage': flags.coverage, 'adaptive': flags.adaptive}
   if flags.table is None:
-    found = model.predict(image=flags.image, text=flags.text, top_k=flags.top_k, **sets)
+    explain = 'parts' if flags.occlude else flags.explain
+    how = {'top_k': flags.top_k, 'explain': explain, **sets}
+    found = model.predict(image=flags.image, text=flags.text, **how)
   else:
     columns = {
       role: [name.strip() for name in getattr(flags, role).split(',')]

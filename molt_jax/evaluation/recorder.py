@@ -4,7 +4,6 @@ import base64
 import io
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -52,6 +51,11 @@ class PredictionRecorder:
     self._logits_cnk = np.zeros((len(conditions), len(self._rows), len(class_names)), np.float32)
     self._counted_cn = np.zeros((len(conditions), len(self._rows)), bool)
 
+  @property
+  def rows(self) -> np.ndarray:
+    """int[n], the examples of the split that are collected."""
+    return self._rows
+
   def observe(self, batch: Mapping[str, jax.Array], out_c: Output) -> None:
     """See `Observer`."""
     count = len(self._conditions)
@@ -66,21 +70,17 @@ class PredictionRecorder:
     counted_bc = (present_bm[:, None] & keep_bcm[:, :count]).any(axis=-1) & labelled_b1
     self._counted_cn[:, slot_b] = counted_bc[kept_b].T
 
-  def write(
-    self, workdir: pathlib.Path, *, split: str, step: int, config_hash: str, seed: int, data: str
+  def predictions(
+    self, *, split: str, step: int, config_hash: str, seed: int, data: str
   ) -> records.Predictions:
-    """Writes predictions.npz and mistakes.json; `data` is the digest of the data's fingerprint.
-
-    Returns:
-      What is in the first.
-    """
+    """Returns what was collected; `data` is the digest of the data's fingerprint."""
     rows = self._rows.tolist()
     log = _log_probabilities(self._logits_cnk.astype(np.float64), self._multi_label)
     if self._multi_label:
       label = self._label_sets(rows)
     else:
       label = np.array([self._source.labels[row] for row in rows])
-    predictions = records.Predictions(
+    return records.Predictions(
       split=split,
       step=step,
       config_hash=config_hash,
@@ -97,19 +97,27 @@ class PredictionRecorder:
       loss_cn=self._loss(log, label).astype(np.float32),
       thresholds=self._thresholds,
     )
+
+  def write(
+    self, workdir: pathlib.Path, *, split: str, step: int, config_hash: str, seed: int, data: str
+  ) -> records.Predictions:
+    """Writes predictions.npz and mistakes.json; arguments are those of `predictions`.
+
+    Returns:
+      What is in the first.
+    """
+    rows = self._rows.tolist()
+    facts = {'split': split, 'step': step, 'config_hash': config_hash, 'seed': seed, 'data': data}
+    predictions = self.predictions(**facts)
     predictions.save(workdir / records.PREDICTIONS)
     worst = {name: predictions.worst(name, NUM_MISTAKES) for name in self._conditions}
     shown = sorted({n for of_condition in worst.values() for n in of_condition})
-    examples = {str(n): _exhibit(self._read(rows[n])) for n in shown}
+    shown_as = {str(n): exhibit(self._source, rows[n]) for n in shown}
     records.write_mistakes(
       workdir,
-      {'split': split, 'step': step, 'data': data, 'conditions': worst, 'examples': examples},
+      {'split': split, 'step': step, 'data': data, 'conditions': worst, 'examples': shown_as},
     )
     return predictions
-
-  def _read(self, row: int) -> dict[str, Any]:
-    """An example; what cannot be read is left out, and was counted when it was scored."""
-    return examples.read_example(self._source, row, image=True, report=decode_report.DecodeReport())
 
   def _label_sets(self, rows: Sequence[int]) -> np.ndarray:
     true_nk = np.zeros((len(rows), len(self._class_names)), bool)
@@ -131,8 +139,12 @@ def _log_probabilities(logits_cnk: np.ndarray, multi_label: bool) -> np.ndarray:
   return logits_cnk - np.logaddexp.reduce(logits_cnk, axis=-1, keepdims=True)
 
 
-def _exhibit(example: Mapping[str, Any]) -> dict[str, str | None]:
-  """{'id', 'text', 'image'}: a shortened text, a thumbnail as a data URL; None where absent."""
+def exhibit(source: Source, row: int) -> dict[str, str | None]:
+  """Returns {'id', 'text', 'image'} of an example: a shortened text, a thumbnail as a data URL;
+  None where absent. What cannot be read is left out, and was counted when it was scored.
+  """
+  report = decode_report.DecodeReport()
+  example = examples.read_example(source, row, image=True, report=report)
   text = example['text']
   if text and len(text) > MAX_TEXT:
     text = text[:MAX_TEXT].rstrip() + ' ...'

@@ -4,6 +4,7 @@ Every string of a run's files goes through `safe`.
 """
 
 import html
+import importlib.resources
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,11 @@ from molt_jax.reporting.svg import name_of, svg
 from molt_jax.runtime import terminal
 
 MOST_SHOWN = 300  # Characters of a name.
+# Nothing is fetched and nothing is run, whatever a file of a run says.
+POLICY = (
+  "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+  "form-action 'none'"
+)
 NO_EXAMPLE = '<span class="none">no example</span>'
 
 
@@ -25,6 +31,41 @@ Series = tuple[list[int], list[float]]  # Steps and a number at each.
 def safe(text: Any, most: int = MOST_SHOWN) -> str:
   """Returns any text as HTML, for an element or a quoted attribute: one line, and not too long."""
   return html.escape(terminal.clean(text, most))
+
+
+def whole(
+  title: str, kicker: str, abstract: str, sections: Mapping[str, tuple[str, str]], command='report'
+) -> str:
+  """Returns a page: one file that needs nothing else.
+
+  Args:
+    title: as text.
+    kicker: what kind of page it is.
+    abstract: HTML at the beginning.
+    sections: id -> (title, HTML).
+    command: that writes it.
+  """
+  title = safe(title, 2_000)
+  links = [f'<a href="#{name}">{head}</a>' for name, (head, _) in sections.items()]
+  bodies = [
+    f'<section id="{name}"><h2>{head}</h2>{body}</section>'
+    for name, (head, body) in sections.items()
+  ]
+  style = importlib.resources.files(__package__).joinpath('style.css').read_text(encoding='utf-8')
+  return ''.join(
+    [
+      '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      '<meta name="color-scheme" content="light dark">',
+      f'<title>{title} - molt_jax</title><style>{style}</style></head>\n',
+      f'<body><header><p class="kicker">{kicker}</p><h1>{title}</h1>{abstract}',
+      f'</header><nav aria-label="sections">{"".join(links)}</nav><main>{"".join(bodies)}</main>',
+      f'<footer>Written by <code>python -m molt_jax.{command}</code>. The method: Sun and Song, ',
+      'Robust Latent Representation Tuning for Image-text Classification (2024).',
+      '</footer></body></html>\n',
+    ]
+  )
 
 
 class Page:

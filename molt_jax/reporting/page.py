@@ -3,11 +3,10 @@
 Every string of a run's files goes through `safe`; pictures are those that `checked.picture` knows.
 """
 
-import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
 
 from molt_jax.data.modalities import LABELS
-from molt_jax.reporting.document import Page, percent, safe
+from molt_jax.reporting.document import Page, percent, safe, whole
 from molt_jax.reporting.runs import Run
 from molt_jax.reporting.sections.curves import training
 from molt_jax.reporting.sections.pooled import gap, layer_weights, spectrum
@@ -15,37 +14,16 @@ from molt_jax.reporting.sections.predictions import calibration, classes, mistak
 from molt_jax.reporting.sections.results import headline, robustness
 from molt_jax.reporting.sections.setup import setup
 
-# Nothing is fetched and nothing is run, whatever a file of a run says.
-POLICY = (
-  "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-  "form-action 'none'"
-)
-
 
 def render(runs: Sequence[Run]) -> str:
   """Returns the whole page."""
   page = Page(runs)
-  links, bodies = [], []
+  sections = {}
   for name, (title, make) in SECTIONS.items():
     if body := make(page):
-      links.append(f'<a href="#{name}">{title}</a>')
-      bodies.append(f'<section id="{name}"><h2>{title}</h2>{body}</section>')
-  title = safe(', '.join(run.name for run in runs), 2_000)
-  style = importlib.resources.files(__package__).joinpath('style.css').read_text(encoding='utf-8')
-  return ''.join(
-    [
-      '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
-      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      '<meta name="color-scheme" content="light dark">',
-      f'<title>{title} - molt_jax</title><style>{style}</style></head>\n',
-      f'<body><header><p class="kicker">molt_jax run report</p><h1>{title}</h1>{_abstract(page)}',
-      f'</header><nav aria-label="sections">{"".join(links)}</nav><main>{"".join(bodies)}</main>',
-      '<footer>Written by <code>python -m molt_jax.report</code>. The method: Sun and Song, ',
-      'Robust Latent Representation Tuning for Image-text Classification (2024).',
-      '</footer></body></html>\n',
-    ]
-  )
+      sections[name] = title, body
+  title = ', '.join(run.name for run in runs)
+  return whole(title, 'molt_jax run report', _abstract(page), sections)
 
 
 def _abstract(page: Page) -> str:

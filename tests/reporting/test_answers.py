@@ -1,6 +1,7 @@
 """Prediction sets, what each modality brought, and audits, of a run."""
 
 import csv
+import itertools
 import json
 import math
 import pathlib
@@ -8,12 +9,14 @@ import shutil
 
 import numpy as np
 import pytest
+import scipy.stats
+from PIL import Image
 
 import molt_jax
-from molt_jax import commands, evaluate, report, train
+from molt_jax import commands, evaluate, predict, report, train
 from molt_jax.data.modalities import PATTERNS
 from molt_jax.errors import UserError
-from molt_jax.evaluation import calibration, prediction_sets, records, trained
+from molt_jax.evaluation import calibration, contributions, prediction_sets, records, trained
 from molt_jax.evaluation.prediction_sets import Calibration
 
 EVERY = np.ones(2, bool)
@@ -227,3 +230,124 @@ def test_an_evaluation_counts_sets_as_the_recorded_predictions_do(run, capsys):
   page = report.write([run]).read_text()
   assert '<h2>Prediction sets</h2>' in page
   assert 'from validation examples (10 complete, 11 image only, 11 text only)' in page
+
+
+# ---- What each modality brought -----------------------------------------------------------------
+
+
+def test_shares_are_the_mean_over_both_orders_and_sum_to_the_whole():
+  rng = np.random.default_rng(4)
+  value_vn, nothing_n = np.log(rng.random((3, 40))), np.log(rng.random(40))
+  present_nm = PATTERNS[rng.integers(0, 3, 40)]
+  found_nm = contributions.shares(value_vn, nothing_n, present_nm)
+  for n, there in enumerate(present_nm):
+    game = {(): nothing_n[n], (0,): value_vn[1, n], (1,): value_vn[2, n], (0, 1): value_vn[0, n]}
+    players = [m for m in range(2) if there[m]]
+    wanted = np.zeros(2)
+    orders = list(itertools.permutations(players))
+    for order in orders:
+      for place, m in enumerate(order):
+        before = tuple(sorted(order[:place]))
+        wanted[m] += (game[tuple(sorted((*before, m)))] - game[before]) / len(orders)
+    assert found_nm[n] == pytest.approx(wanted, abs=1e-12)
+    assert found_nm[n].sum() == pytest.approx(game[tuple(players)] - nothing_n[n], abs=1e-12)
+
+
+def test_a_label_that_hangs_on_the_text_is_the_text_s(make_predictions):
+  """An exact posterior: the image says nothing, so that its answer is the prior."""
+  rng, k = np.random.default_rng(5), 5
+  p = make_predictions(classes=k, rows=90)
+  prior_k = np.arange(1, k + 1) / 15
+  text_nk = rng.dirichlet(np.full(k, 0.3), 90).astype(np.float32) * 0.98 + 0.004
+  p.probability_cnk[:] = np.stack([text_nk, np.broadcast_to(prior_k, (90, k)), text_nk])
+  found = contributions.explain(p, prior_k)
+  share_nm = found.share_nm[found.complete_n]
+  assert np.abs(share_nm[:, 1]).sum() > 0.95 * np.abs(share_nm).sum()
+  result = contributions.summary(found)
+  assert result['image']['helps'] == result['image']['hurts'] == 0
+  assert sum(x['complete'] for x in contributions.by_class(found, p).values()) == result['complete']
+  assert contributions.better_alone(result) == []
+
+
+def test_a_modality_that_hurts_is_named_with_its_rows(make_predictions):
+  p = make_predictions(classes=2, rows=60)
+  right_n, k = p.label[:, None] == np.arange(2), np.arange(60)
+  both_n, text_n = k % 4 > 0, k % 12 != 8  # Text alone is right more often.
+  for c, is_right_n in enumerate((both_n, both_n, text_n)):
+    p.probability_cnk[c] = np.where(right_n == is_right_n[:, None], 0.8, 0.2)
+  found = contributions.explain(p, np.array([0.5, 0.5]))
+  result = contributions.summary(found)
+  of = found.complete_n
+  helps, hurts = (both_n & ~text_n)[of].sum(), (text_n & ~both_n)[of].sum()
+  assert result['image'] == {
+    'helps': helps,
+    'hurts': hurts,
+    'p': pytest.approx(result['image']['p']),
+  }
+  test = scipy.stats.binomtest(int(min(helps, hurts)), int(helps + hurts))
+  assert result['image']['p'] == pytest.approx(test.pvalue)
+  assert contributions.mcnemar(0, 0) == 1.0
+  (line,) = contributions.better_alone(result)
+  assert (
+    line.startswith('the text alone is right more often than both') and f'hurts {hurts}' in line
+  )
+
+
+def test_an_answer_is_explained_in_the_same_pass(run, model, tmp_path, monkeypatch, capsys):
+  picture = tmp_path / 'red.png'
+  Image.new('RGB', (20, 20), (200, 30, 30)).save(picture)
+  given = {'image': [picture, None, picture], 'text': ['a red square', 'a red square', None]}
+  plain, passes = model.predict(**given, top_k=3), []
+  forward = model._step_of_patterns
+  monkeypatch.setattr(model, '_step_of_patterns', lambda *x: (passes.append(1), forward(*x))[1])
+  monkeypatch.setattr(model, '_step', None)
+  answers = model.predict(**given, top_k=3, explain=True)
+  assert passes == [1]
+  monkeypatch.undo()
+  for answer, same, modality in zip(answers, plain, ('both', 'text', 'image'), strict=True):
+    found = answer.pop('explanation')
+    for one, other in zip(answer['labels'], same['labels'], strict=True):
+      assert one['label'] == other['label']
+      assert one['probability'] == pytest.approx(other['probability'], abs=2e-6)
+    assert found['label'] == answer['labels'][0]['label']
+    whole = np.log(found['both']) - np.log(found['prior'])
+    assert sum(found['shares'].values()) == pytest.approx(whole, abs=1e-5)
+    if modality != 'both':
+      missing = {'text': 'image', 'image': 'text'}[modality]
+      assert found[missing] is None and found['shares'][missing] == 0
+      assert found[modality] == pytest.approx(found['both'], abs=1e-6)
+  argv = [f'--workdir={run}', f'--image={picture}', '--text=a red square', '--explain', '--occlude']
+  assert commands.main(['predict', *argv]) == 0
+  found = json.loads(capsys.readouterr().out)['explanation']
+  assert [x['word'] for x in found['words']] == ['a', 'red', 'square']
+  assert np.shape(found['regions']) == (4, 4)
+  without = model.predict(image=picture, text='a square', top_k=3)['labels']
+  p = next(x['probability'] for x in without if x['label'] == found['label'])
+  assert found['words'][1]['weight'] == pytest.approx(np.log(found['both'] / p), abs=1e-4)
+  assert predict.main([f'--workdir={run}', '--text=x', '--occlude']) == 2
+  assert 'error: --occlude: it goes with --explain' in capsys.readouterr().err
+
+
+def test_a_split_is_explained_on_one_page(run, tiny_table, tmp_path):
+  text = (
+    (tiny_table / 'test.csv').read_text().replace('a red square', '<script>red</script> one', 1)
+  )
+  table = tiny_table / 'hostile.csv'
+  table.write_text(text)
+  page = tmp_path / 'why.html'
+  argv = [f'--workdir={run}', f'--table={table}', '--occlude=2', f'--out={page}']
+  assert commands.main(['explain', *argv]) == 0
+  shown = page.read_text()
+  assert '<script' not in shown and '&lt;script&gt;' in shown and 'class="regions"' in shown
+  found = json.loads((tmp_path / 'why.json').read_text())
+  assert found['complete'] == 11
+  with open(tmp_path / 'why.csv', newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 14
+  complete = [row for row in rows if row['log_p_image'] and row['log_p_text']]
+  for row in complete:
+    whole = float(row['log_p_both']) - float(row['log_prior'])
+    assert float(row['image_share']) + float(row['text_share']) == pytest.approx(whole, abs=1e-4)
+  for name in ('both', 'image', 'text'):
+    right = sum(int(row[f'right_{name}']) for row in complete)
+    assert found['accuracy'][name] == pytest.approx(right / 11)
