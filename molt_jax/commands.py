@@ -365,6 +365,23 @@ COMMANDS = {
       Flag('out', 'the page; default: explain.html in the folder of the run'),
     ),
   ),
+  'audit': Command(
+    "Look for rows of a run's data that may not be what is meant.",
+    (
+      TRAINED,
+      Flag('split', 'split whose pairs and labels are judged', 'train', rule=SPLITS),
+      Flag(
+        'folds',
+        'parts of the split, each of which is judged by a model that has not seen it',
+        5,
+        type=int,
+        rule=between(2, 20),
+      ),
+      Flag(
+        'out', 'the page, with a CSV file beside it; default: audit.html in the folder of the run'
+      ),
+    ),
+  ),
   'report': Command(
     'Write one HTML page about one run, or several side by side.',
     (

@@ -80,6 +80,7 @@ ANSWERS = {
   'export': ['--workdir=x', '--out=x.zip'],
   'serve': ['--workdir=x', '--port=http'],
   'report': ['--wrokdir=x'],
+  'audit': ['--workdir=x', '--folds=1'],
   'explain': ['--workdir=x', '--split=all'],
 }
 QUICK = """

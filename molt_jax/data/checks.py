@@ -61,7 +61,7 @@ def look(dataset: Dataset, *, sample: int) -> list[Finding]:
     dataset: all of its splits.
     sample: images per split that are decoded, to find those that are nearly the same.
   """
-  keys = _image_keys(dataset.splits)
+  keys = image_keys(dataset.splits)
   splits = {name: _read(source, keys[name]) for name, source in dataset.splits.items()}
   found = []
   for check in _CHECKS:
@@ -87,7 +87,7 @@ def _read(source: Source, image_keys: Sequence[Hashable]) -> _Split:
   )
 
 
-def _image_keys(splits: Mapping[str, Source]) -> dict[str, list[Hashable]]:
+def image_keys(splits: Mapping[str, Source]) -> dict[str, list[Hashable]]:
   """Returns what is equal for equal images; None where there is none, or nothing is known of it."""
   images = {split: _images(source) for split, source in splits.items()}
   known = [of_row for of_split in images.values() for of_row in of_split or ()]
@@ -264,16 +264,16 @@ def nearly_same_images(
   """
   total = sum(min(sample, len(source)) for source in dataset.splits.values())
   with console.progress('comparing images', total, 'images') as bar:
-    hashes = {name: _hashes(source, sample, bar) for name, source in dataset.splits.items()}
+    found_in = {name: hashes(source, sample, bar) for name, source in dataset.splits.items()}
   found = []
-  train_ids, train_nb = hashes['train']
+  train_ids, train_nb = found_in['train']
   for name in ('validation', 'test'):
-    ids, bits_nb = hashes[name]
+    ids, bits_nb = found_in[name]
     if not len(train_nb) or not len(bits_nb):
       continue
     near = [
       f'{row} like {train_ids[place]}'
-      for row, place in zip(ids, _nearest(bits_nb, train_nb), strict=True)
+      for row, place in zip(ids, nearest(bits_nb, train_nb), strict=True)
       if place >= 0 and row not in leave_out
     ]
     message = (
@@ -283,7 +283,7 @@ def nearly_same_images(
   return found
 
 
-def _hashes(source: Source, sample: int, bar: console.Progress) -> tuple[list[str], np.ndarray]:
+def hashes(source: Source, sample: int, bar: console.Progress) -> tuple[list[str], np.ndarray]:
   """Returns (ids, bool[N, 256]) of the images that are looked at and are not blank."""
   ids, bits = [], []
   for n in evenly(len(source), sample):
@@ -314,7 +314,7 @@ def difference_hash(data: bytes) -> np.ndarray | None:
   return (value_hw[:, 1:] > value_hw[:, :-1]).ravel()
 
 
-def _nearest(bits_nb: np.ndarray, of_mb: np.ndarray) -> list[int]:
+def nearest(bits_nb: np.ndarray, of_mb: np.ndarray) -> list[int]:
   """Returns the place of the nearest of `of_mb`, -1 where it is not near."""
   signs_nb, signs_mb = (np.where(bits, 1, -1).astype(np.float32) for bits in (bits_nb, of_mb))
   places: list[Any] = []
