@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import scipy.stats
-from molt_jax.evaluation.out_of_fold import Examples, OutOfFold
 
 from molt_jax import commands, train
 from molt_jax.data import duplicates
 from molt_jax.evaluation import data_faults, out_of_fold
+from molt_jax.evaluation.out_of_fold import Examples, OutOfFold
 from molt_jax.methods.parts.kernel_ridge import GAMMA
 
 
