@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -27,9 +26,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax.config import qualities, resolved
+from molt_jax.config import qualities
 from molt_jax.data import checks, missing, pipeline
-from molt_jax.data.sources import UNLABELLED, Source, classes_of
+from molt_jax.data.sources import Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
 from molt_jax.errors import UserError
 from molt_jax.evaluation import calibration, records, results, scoring, thresholds, trained
@@ -40,15 +39,14 @@ from molt_jax.methods.parts.inputs import STRATEGIES
 from molt_jax.runtime import atomic, console, logbook, processes
 from molt_jax.runtime.signals import exit_code
 from molt_jax.training import (
+  announcing,
   imputation_fit,
   losses,
   ridge_fit,
   search,
-  train_state,
   warm_start,
   workdir,
 )
-from molt_jax.training.assembly import Assembly
 from molt_jax.training.monitor import StepMonitor
 from molt_jax.training.schedule import StepSchedule
 from molt_jax.training.train_state import TrainState
@@ -168,7 +166,7 @@ class ClassifierTrainer(Trainer):
 
   def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
     """See `Trainer`."""
-    introduce(self.assembly, state, schedule)
+    announcing.introduce(self.assembly, state, schedule)
     if self.config.dataset.name == 'table' and not self.is_resumed:
       for finding in checks.look(self.assembly.data, sample=CHECKED_IMAGES):
         console.log(f'check: {finding.message}')
@@ -290,7 +288,7 @@ class ClassifierTrainer(Trainer):
     )
     for line in processes.lines_of_all(self.assembly.preprocess.report.line()):
       console.log(line)
-    for line in what_next(self.config, self.workdir):
+    for line in announcing.what_next(self.config, self.workdir):
       console.log(line)
     return record
 
@@ -365,21 +363,6 @@ def _variables(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'statistics': state.statistics}
 
 
-def what_next(config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[str]:
-  """Returns the commands that a user may give on a run that has ended."""
-  where = f'--workdir={shlex.quote(str(folder))}'
-  used = resolved.modalities(config)
-  rates = ' --missing_rate=0.3,0.7 --missing_type=text,image' if len(used) > 1 else ''
-  example = {'image': '--image=photo.jpg', 'text': "--text='some words'"}
-  one = ' '.join(example[modality] for modality in used)
-  return [
-    'next, for example:',
-    f'  molt evaluate {where}{rates}',
-    f'  molt predict {where} {one}',
-    f'  molt report {where}',
-  ]
-
-
 def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> np.ndarray:
   """Returns bool[N, 2], the modalities that the missing-rate protocol leaves to each row."""
   c = config.missing
@@ -387,43 +370,6 @@ def protocol(config: ml_collections.ConfigDict, source: Source, split: str) -> n
   return missing.present_table(
     source.ids, rate=rate, kind=kind, seed=config.seed, split=split, present=source.present
   )
-
-
-def introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> None:
-  """Tells the user in a few lines what is about to be trained."""
-  data, config = assembly.data, assembly.config
-  sizes = [f'{len(source)} {name}{_gaps(source)}' for name, source in data.splits.items()]
-  console.log(f'data: {data.name}, {", ".join(sizes)}, {assembly.num_classes} classes')
-  for modality, tower in assembly.towers.items():
-    path, shape = tower.identity['path'], tower.config
-    note = ', frozen'
-    if config.backbones[modality].trainable:
-      note = f', trained where {config.backbones[modality].trainable!r} matches'
-    if path.startswith('random:'):
-      note += ' (RANDOM weights: nothing was learned before)'
-    layers = f'{shape.num_layers} layers, width {shape.hidden_size}'
-    console.log(f'{modality} tower: {path}, {layers}{note}')
-  count = train_state.count(state.params)
-  console.log(
-    f'head: {config.method}, {count:,} parameters; {schedule.total} steps of '
-    f'{config.train.batch_size}'
-  )
-
-
-def _gaps(source: Source) -> str:
-  """Says how many rows lack a modality or their label by nature; nothing where none does."""
-  image_n, text_n = source.present.T
-  counts = {
-    'both': image_n & text_n,
-    'image only': image_n & ~text_n,
-    'text only': text_n & ~image_n,
-  }
-  parts = (
-    [] if counts['both'].all() else [f'{np.sum(has_n)} {name}' for name, has_n in counts.items()]
-  )
-  unlabelled = sum(label == UNLABELLED for label in source.labels)
-  parts += [f'{unlabelled} without a label'] if unlabelled else []
-  return f' ({", ".join(parts)})' if parts else ''
 
 
 def command(flags: argparse.Namespace) -> int | None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from molt_jax import commands, train
+from molt_jax import commands
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import modalities
 from molt_jax.evaluation import harm, notebook, records
 from molt_jax.runtime import console
+from molt_jax.training import announcing
 
 
 def test_molt_alone_says_what_there_is_and_how_to_begin(capsys):
@@ -30,7 +31,7 @@ def test_molt_alone_says_what_there_is_and_how_to_begin(capsys):
 )
 def test_a_run_ends_with_commands_that_can_be_pasted(used, flags, tmp_path):
   config = CLASSIFIER.load('quickstart', {'dataset.modalities': used})
-  _, evaluate, predict, report = train.what_next(config, tmp_path / 'a run')
+  _, evaluate, predict, report = announcing.what_next(config, tmp_path / 'a run')
   folder = f"--workdir='{tmp_path / 'a run'}'"
   assert predict.strip() == f'molt predict {folder} {flags}'
   assert report.strip() == f'molt report {folder}'

@@ -5,7 +5,7 @@ import hashlib
 import unicodedata
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from molt_jax.data import pictures
+from molt_jax.data import addresses, pictures
 
 # A text or image of more rows than this share of them is a phrase or a placeholder, and no thing.
 MOST_SHARED = 0.05
@@ -27,7 +27,7 @@ def image_keys(images: Sequence[pictures.Images]) -> list[tuple[Hashable, ...]]:
   distinct = dict.fromkeys(image for of_row in images for image in pictures.each(of_row))
   sizes = {}
   for image in distinct:
-    if not isinstance(image, pictures.Address):
+    if not isinstance(image, addresses.Address):
       sizes[image] = pictures.number(image)
   alike = _repeated(sizes)
   heads = {image: (sizes[image], _head(image)) for image in alike}

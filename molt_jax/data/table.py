@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from molt_jax.data import pictures
+from molt_jax.data import addresses, pictures
 from molt_jax.data.sources import UNLABELLED, Dataset
 from molt_jax.data.table_source import TableSource
 from molt_jax.data.tables import holding_out, layout
@@ -130,7 +130,7 @@ def _dataset(read: Read, class_names: Sequence[str], config: Any, spec: Spec) ->
     images = [
       image for rows in read.splits.values() for row in rows for image in pictures.each(row.image)
     ]
-    pictures.fetch([image for image in images if isinstance(image, pictures.Address)])
+    addresses.fetch([image for image in images if isinstance(image, addresses.Address)])
   path = pathlib.Path(os.path.expanduser(config.dataset.path)).resolve()
   splits = [split for split in layout.SPLITS if split in read.splits]
   return Dataset(

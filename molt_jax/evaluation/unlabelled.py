@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from molt_jax.data import pictures
+from molt_jax.data import addresses, pictures
 from molt_jax.data.likeness import likeness
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.data.sources import UNLABELLED
@@ -77,8 +77,8 @@ def open_table(
     rows += found.rows
     problems |= {f'{odd.file}:{odd.row}': odd.reason for odd in found.aside}
     problems |= {name: why for name, why in found.lost.items() if name not in problems}
-  addresses = [x for row in rows for x in pictures.each(row.image) if not isinstance(x, str)]
-  pictures.fetch([x for x in addresses if isinstance(x, pictures.Address)])
+  images = [x for row in rows for x in pictures.each(row.image)]
+  addresses.fetch([x for x in images if isinstance(x, addresses.Address)])
   labels = ((),) if spec.multi_label else (UNLABELLED,)
   return Unlabelled(ids, TableSource(tuple(rows), labels * len(rows)), problems)
 

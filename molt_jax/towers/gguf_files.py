@@ -3,7 +3,7 @@
 import pathlib
 
 from molt_jax.errors import UserError
-from molt_jax.towers import tokenizer
+from molt_jax.towers import gguf_tokenizer
 from molt_jax.towers.base import family_of
 from molt_jax.towers.tower_files import TowerFiles, sha256_of
 
@@ -38,6 +38,6 @@ class GgufFiles(TowerFiles):
     return self._models.restore(name, w, self.architecture, self._kind).reshape(shape)
 
   def tokenizer(self):
-    return tokenizer.from_gguf(
+    return gguf_tokenizer.from_gguf(
       self._reader.metadata, vocab_size=self.architecture.vocab_size, where=self.where
     )

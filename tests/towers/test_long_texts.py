@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from molt_jax.errors import UserError
-from molt_jax.towers import tokenizer
+from molt_jax.towers import gguf_tokenizer, tokenizer
 
 CORPUS = [
   'the red apple and the green pear',
@@ -109,9 +109,9 @@ def word_piece():
 
 
 MADE = {
-  'GPT-2': lambda: byte_level(tokenizer.PRE_TOKENIZERS['gpt-2']),
-  'LLaMA 3': lambda: byte_level(tokenizer.PRE_TOKENIZERS['llama3']),
-  'SmolLM': lambda: byte_level(tokenizer.PRE_TOKENIZERS['smollm']),
+  'GPT-2': lambda: byte_level(gguf_tokenizer.PRE_TOKENIZERS['gpt-2']),
+  'LLaMA 3': lambda: byte_level(gguf_tokenizer.PRE_TOKENIZERS['llama3']),
+  'SmolLM': lambda: byte_level(gguf_tokenizer.PRE_TOKENIZERS['smollm']),
   'SentencePiece': sentence_piece,
   'CLIP': clip,
   'Unigram': lambda: unigram(True),
@@ -264,5 +264,7 @@ def test_a_token_that_looks_like_a_template_is_a_token():
     'add_eos_token': True,
     'add_space_prefix': False,
   }
-  made = tokenizer.from_gguf({f'tokenizer.ggml.{k}': v for k, v in metadata.items()}, vocab_size=4)
+  made = gguf_tokenizer.from_gguf(
+    {f'tokenizer.ggml.{k}': v for k, v in metadata.items()}, vocab_size=4
+  )
   assert made.encode('aa', 9) == [1, 3, 3, 2]

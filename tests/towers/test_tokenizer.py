@@ -12,7 +12,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from molt_jax.errors import UserError
-from molt_jax.towers import tokenizer, tokenizer_files
+from molt_jax.towers import gguf_tokenizer, tokenizer, tokenizer_files
 
 CORPUS = [
   "It's a red apple; they'll eat 12 green pears in 2024.",
@@ -41,9 +41,9 @@ TEXTS = [
 
 def bpe(pre):
   """A byte-level BPE learned from the corpus."""
-  whole = pre in [tokenizer.PRE_TOKENIZERS[name] for name in ('llama-bpe', 'tekken')]
+  whole = pre in [gguf_tokenizer.PRE_TOKENIZERS[name] for name in ('llama-bpe', 'tekken')]
   learned = tokenizers.Tokenizer(models.BPE(ignore_merges=whole))
-  if pre is tokenizer.PRE_TOKENIZERS['qwen2']:
+  if pre is gguf_tokenizer.PRE_TOKENIZERS['qwen2']:
     learned.normalizer = normalizers.NFC()
   learned.pre_tokenizer = pre()
   learned.train_from_iterator(
@@ -79,11 +79,11 @@ def as_metadata(learned, **more):
 @pytest.mark.parametrize('pre', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2', 'tekken', 'gpt-4o'])
 @pytest.mark.parametrize('bos', [False, True])
 def test_byte_level_tokenizers_are_rebuilt(pre, bos):
-  learned = bpe(tokenizer.PRE_TOKENIZERS[pre])
+  learned = bpe(gguf_tokenizer.PRE_TOKENIZERS[pre])
   metadata = as_metadata(
     learned, model='gpt2', pre=pre, bos_token_id=0, eos_token_id=1, add_bos_token=bos
   )
-  ours = tokenizer.from_gguf(metadata, vocab_size=500)
+  ours = gguf_tokenizer.from_gguf(metadata, vocab_size=500)
   for text in TEXTS:
     assert ours.encode(text, 999) == [0] * bos + learned.encode(text).ids, text
   assert ours.encode('', 9) == [0]
@@ -94,7 +94,7 @@ def test_words_are_cut_as_llama3_and_smollm_cut_them():
   """By hand, after the published expressions: digits in threes and one by one."""
 
   def cut(pre, text):
-    return [w for w, _ in tokenizer.PRE_TOKENIZERS[pre]().pre_tokenize_str(text)]
+    return [w for w, _ in gguf_tokenizer.PRE_TOKENIZERS[pre]().pre_tokenize_str(text)]
 
   assert cut('llama-bpe', "It's 12345 WE'LL\n\n x") == [
     'It',
@@ -148,7 +148,7 @@ def test_sentencepiece_tokenizers_are_rebuilt_from_scores(prefix):
   metadata['tokenizer.ggml.scores'] = [
     -float(merged.get(t, 10_000)) for t in metadata['tokenizer.ggml.tokens']
   ]
-  ours = tokenizer.from_gguf(metadata, vocab_size=700)
+  ours = gguf_tokenizer.from_gguf(metadata, vocab_size=700)
   texts = [t for t in TEXTS if '<' not in t]
   for text in texts:
     assert ours.encode(text, 999) == [1, *learned.encode(text).ids], text
@@ -173,11 +173,11 @@ def test_sentencepiece_tokenizers_are_rebuilt_from_scores(prefix):
 )
 def test_other_tokenizers_are_refused_by_name(metadata, says):
   with pytest.raises(UserError, match=says):
-    tokenizer.from_gguf(metadata, vocab_size=8)
+    gguf_tokenizer.from_gguf(metadata, vocab_size=8)
 
 
 def save(path, *, template, **config):
-  learned = bpe(tokenizer.PRE_TOKENIZERS['gpt-2'])
+  learned = bpe(gguf_tokenizer.PRE_TOKENIZERS['gpt-2'])
   if template:
     learned.post_processor = processors.TemplateProcessing(
       single=template, special_tokens=[('<|begin|>', 0), ('<|end|>', 1)]

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from molt_jax import errors
-from molt_jax.data import cells, findings, pictures
+from molt_jax.data import addresses, cells, findings
 from molt_jax.data.tables import arrow_files
 from molt_jax.data.tables.records import Cells, Malformed, Records
 from molt_jax.data.tables.row_values import as_image, items_of
@@ -227,7 +227,7 @@ def _kept(value: Any, found: findings.Findings, column: str, folder: str) -> dic
   image = as_image(image, folder, '')
   if isinstance(image, str):
     return {'bytes': None, 'path': image}
-  if isinstance(image, pictures.Address):
+  if isinstance(image, addresses.Address):
     return {'bytes': None, 'path': image.url}
   try:
     return {'bytes': image.read(), 'path': None}

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from molt_jax.data import pictures
+from molt_jax.data import addresses, pictures
 
 _END = '.!?…:;,'  # A text that ends so is followed by a blank alone.
 
@@ -38,8 +38,8 @@ def as_image(value: Any, folder: str, cache: str) -> pictures.Image:
     folder: what paths are relative to.
     cache: folder that keeps what is fetched.
   """
-  if isinstance(value, str) and pictures.is_address(value):
-    return pictures.Address(value, cache)
+  if isinstance(value, str) and addresses.is_address(value):
+    return addresses.Address(value, cache)
   if isinstance(value, str):
     path = os.path.join(folder, value)
     if '\\' in value and not os.path.exists(path):  # Written on Windows.
