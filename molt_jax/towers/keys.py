@@ -10,6 +10,7 @@ The lists hold what transformers 4 and 5 write, what the published LLaMA and CLI
 that, and what llama.cpp's converters write.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +56,28 @@ def check(content: Any, table: Table, where: str) -> None:
       f'{where} has {listed(map(shown, unknown))}, unknown here: it may change what the model '
       f'computes; where you know that it does not, take it out of the file'
     )
+
+
+# Hugging Face's names of what most architectures have -> ours.
+_OURS = {
+  'num_hidden_layers': 'num_layers',
+  'num_attention_heads': 'num_heads',
+  'max_position_embeddings': 'max_positions',
+}
+
+
+def architecture(kind: Any, content: Mapping[str, Any], **more: Any) -> Any:
+  """Returns a dataclass of an architecture, whose fields are the keys of a configuration, under our
+  names, and others.
+
+  Args:
+    kind: the dataclass.
+    content: the configuration, checked, with its defaults.
+    more: fields that are not keys, or have another value.
+  """
+  fields = {_OURS.get(key, key): value for key, value in content.items()}
+  known = [field.name for field in dataclasses.fields(kind)]
+  return kind(**{name: fields[name] for name in known if name in fields} | more)
 
 
 # ---- Rules ---------------------------------------------------------------------------------------

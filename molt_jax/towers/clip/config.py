@@ -113,17 +113,7 @@ class ClipVisionConfig(VisionConfig):
     c = part_of_pair(config, 'clip', 'vision', tables, DEFAULTS, where)
     c['projection_dim'] = config.get('projection_dim') or c.get('projection_dim') or 512
     check_patches(c, where)
-    return cls(
-      hidden_size=c['hidden_size'],
-      intermediate_size=c['intermediate_size'],
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      image_size=c['image_size'],
-      patch_size=c['patch_size'],
-      hidden_act=c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
-      projection_size=c['projection_dim'],
-    )
+    return keys.architecture(cls, c, projection_size=c['projection_dim'])
 
 
 def part_of_pair(
@@ -222,15 +212,6 @@ class ClipTextConfig:
       raise UserError(
         f'{where} has eos_token_id = {eos}, but vocab_size = {c["vocab_size"]}: no text would end'
       )
-    return cls(
-      vocab_size=c['vocab_size'],
-      hidden_size=c['hidden_size'],
-      intermediate_size=c['intermediate_size'],
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      max_positions=c['max_position_embeddings'],
-      hidden_act=c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
-      eos_token_id=None if eos == OLD_EOS_ID else eos,
-      projection_size=c['projection_dim'],
+    return keys.architecture(
+      cls, c, eos_token_id=None if eos == OLD_EOS_ID else eos, projection_size=c['projection_dim']
     )

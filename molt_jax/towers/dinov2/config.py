@@ -82,15 +82,11 @@ class Dinov2Config(VisionConfig):
         f'{where} has mlp_ratio = {c["mlp_ratio"]}, which makes {hidden} of hidden_size = '
         f'{c["hidden_size"]}; implemented: {keys.WIDTH.text}'
       )
-    return cls(
-      hidden_size=c['hidden_size'],
+    return keys.architecture(
+      cls,
+      c,
       intermediate_size=hidden,
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      image_size=c['image_size'],
-      patch_size=c['patch_size'],
       hidden_act='silu' if c['use_swiglu_ffn'] else c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
       no_bias=() if c['qkv_bias'] else _QKV,
       gated=c['use_swiglu_ffn'],
       num_registers=c.get('num_register_tokens', 0),

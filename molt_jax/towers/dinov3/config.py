@@ -80,15 +80,9 @@ class Dinov3Config(VisionConfig):
     no_bias = []
     for key, layers in BIASES.items():
       no_bias += [] if c[key] else layers
-    return cls(
-      hidden_size=c['hidden_size'],
-      intermediate_size=c['intermediate_size'],
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      image_size=c['image_size'],
-      patch_size=c['patch_size'],
-      hidden_act=c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
+    return keys.architecture(
+      cls,
+      c,
       rope_theta=float(c['rope_theta']),
       num_registers=c['num_register_tokens'],
       no_bias=tuple(no_bias),

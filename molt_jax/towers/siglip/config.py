@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
+from molt_jax.towers import keys
 from molt_jax.towers.clip.config import part_of_pair
 from molt_jax.towers.keys import COMMON, FLAG, OBJECT, WIDTH, Table, models, only, or_null
 from molt_jax.towers.vision.config import VISION_COMMON, VisionConfig, check_patches
@@ -60,13 +61,4 @@ class SiglipVisionConfig(VisionConfig):
     tables = SIGLIP, SIGLIP_VISION
     c = part_of_pair(config, 'siglip', 'vision', tables, DEFAULTS, where)
     check_patches(c, where)
-    return cls(
-      hidden_size=c['hidden_size'],
-      intermediate_size=c['intermediate_size'],
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      image_size=c['image_size'],
-      patch_size=c['patch_size'],
-      hidden_act=c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
-    )
+    return keys.architecture(cls, c)

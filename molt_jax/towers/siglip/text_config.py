@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from molt_jax.towers import keys
 from molt_jax.towers.clip.config import part_of_pair
 from molt_jax.towers.keys import (
   COMMON,
@@ -83,14 +84,4 @@ class SiglipTextConfig:
     """
     tables = SIGLIP, SIGLIP_TEXT
     c = part_of_pair(config, 'siglip', 'text', tables, DEFAULTS, where)
-    return cls(
-      vocab_size=c['vocab_size'],
-      hidden_size=c['hidden_size'],
-      intermediate_size=c['intermediate_size'],
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      max_positions=c['max_position_embeddings'],
-      hidden_act=c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
-      projection_size=c.get('projection_size') or c['hidden_size'],
-    )
+    return keys.architecture(cls, c, projection_size=c.get('projection_size') or c['hidden_size'])

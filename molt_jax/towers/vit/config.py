@@ -50,14 +50,6 @@ class VitConfig(VisionConfig):
     c = {**DEFAULTS, **config}
     check_heads(c, where)
     check_patches(c, where)
-    return cls(
-      hidden_size=c['hidden_size'],
-      intermediate_size=c['intermediate_size'],
-      num_layers=c['num_hidden_layers'],
-      num_heads=c['num_attention_heads'],
-      image_size=c['image_size'],
-      patch_size=c['patch_size'],
-      hidden_act=c['hidden_act'],
-      layer_norm_eps=c['layer_norm_eps'],
-      no_bias=() if c['qkv_bias'] else ('q_proj', 'k_proj', 'v_proj'),
+    return keys.architecture(
+      cls, c, no_bias=() if c['qkv_bias'] else ('q_proj', 'k_proj', 'v_proj')
     )
