@@ -9,7 +9,6 @@
 Writes JSON, to --out if it is given.
 """
 
-import argparse
 import http.client
 import io
 import json
@@ -21,22 +20,32 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from molt_jax.config.fields import at_least, more_than
+from molt_jax.runtime.command_line import command, parse
+from molt_jax.runtime.flags import Flag
+
 BOUNDARY = 'a-boundary-of-the-benchmark'
 
 
-def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--workdir', required=True)
-  parser.add_argument('--clients', type=int, default=50)
-  parser.add_argument('--seconds', type=float, default=60.0)
-  parser.add_argument('--pairs', type=int, default=40)
-  parser.add_argument('--max_batch', type=int, default=16)
-  parser.add_argument('--out', type=pathlib.Path)
-  flags = parser.parse_args()
+FLAGS = (
+  Flag('workdir', 'folder of a run of molt train, or a file of molt export', required=True),
+  Flag('clients', 'clients at once', 50, type=int, rule=at_least(1)),
+  Flag('seconds', 'for which they ask', 60.0, type=float, rule=more_than(0)),
+  Flag('pairs', 'pairs whose seconds are measured', 40, type=int, rule=at_least(10)),
+  Flag('max_batch', 'of the server', 16, type=int, rule=at_least(1)),
+  Flag('out', 'file of the measures', ''),
+)
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+  """The command line."""
+  flags, _ = parse('python tools/bench_serve.py', 'Measure molt serve.', FLAGS, argv)
   photo, text = _photo(), 'a smiling cat'
   begun = time.monotonic()
   server = subprocess.Popen(
@@ -64,13 +73,13 @@ def main():
   content = json.dumps(found, indent=1) + '\n'
   print(content, end='')
   if flags.out:
-    flags.out.write_text(content)
+    pathlib.Path(flags.out).write_text(content)
 
 
 def _photo() -> bytes:
   noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
   file = io.BytesIO()
-  Image.fromarray(noise).resize((640, 480)).save(file, 'JPEG', quality=80)
+  Image.fromarray(noise).save(file, 'JPEG', quality=80)
   return file.getvalue()
 
 
@@ -163,4 +172,4 @@ def _client(number: int, port: int, body: bytes, end: float, counts: list, error
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main(sys.argv[1:]))

@@ -206,7 +206,7 @@ def load_tower(
   spec = describe_tower(
     path, modality=modality, quantization=how.quantization, resolution=how.resolution
   )
-  param_dtype = None if how.param_dtype is None else np.dtype(how.param_dtype)
+  param_dtype = None if how.param_dtype is None else jax.numpy.dtype(how.param_dtype)
   module = spec.make_module(how.dtype, how.attention, param_dtype=param_dtype, heads=how.heads)
   whole = loading.abstract_params(module)
   boxed = tensor_plan.upper_layers(whole, spec.family, how.first_layer)
