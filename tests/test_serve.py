@@ -91,7 +91,8 @@ def test_answers_are_those_of_the_model(served, model, photo, with_image, with_t
   given = {'image': photo if with_image else None, 'text': 'a red square' if with_text else None}
   response = post(served, **given, views='true', coverage='0.8')
   assert response.status_code == 200
-  found, wanted = response.json(), model.predict(**given, coverage=0.8)
+  found, wanted = response.json(), model.predict(**given, coverage=0.8, explain=True)
+  assert found['shares'] == pytest.approx(wanted['explanation']['shares'], abs=2e-4)
   same(found['labels'], wanted['labels'])
   assert (found['image'], found['text'], found['set']) == (with_image, with_text, wanted['set'])
   for name, there in (('image', with_image), ('text', with_text)):
@@ -369,6 +370,7 @@ def test_the_page_is_used_by_keyboard(browser, address, photo, width, scheme):
   for view in ('complete', 'image', 'text'):
     assert page.locator(f'[data-view={view}] li').count() == 3
   assert page.locator('#set span').count() >= 1
+  assert page.locator('#shares').text_content().startswith('picture ')
   assert page.evaluate('document.documentElement.scrollWidth') <= width
   page.focus('#use-image')
   page.keyboard.press('Space')

@@ -13,7 +13,7 @@ import numpy as np
 from molt_jax.data import pipeline, transforms
 from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.errors import UserError, article
-from molt_jax.evaluation import prediction_sets
+from molt_jax.evaluation import contributions, prediction_sets
 from molt_jax.evaluation.prediction_sets import Calibration
 from molt_jax.runtime import console, sharding
 
@@ -180,7 +180,8 @@ class Service:
 
     Returns:
       As `Predictor.predict`, with 'views': {'complete': labels, 'image': labels, 'text': labels},
-      None for what is not there.
+      None for what is not there, and 'shares': {'image', 'text'}, what each brought to the
+      likeliest label, in nats (`evaluation.contributions`).
 
     Raises:
       UserError: the probabilities are not finite, or sets cannot be made.
@@ -196,6 +197,8 @@ class Service:
         name: self._labels(p_k, top_k) if is_there else None
         for name, p_k, is_there in zip(VIEWS, p_vk, there, strict=True)
       }
+    if views and self.calibration is not None:
+      found['shares'] = self._shares(present_m, p_vk)
     if coverage is not None:
       if self.calibration is None:
         raise UserError('coverage: this model was written without a calibration; leave it out')
@@ -204,6 +207,13 @@ class Service:
       found['set'] = prediction_sets.names_in(p_vk[0], in_k, self.class_names)
       found['coverage'] = coverage
     return found
+
+  def _shares(self, present_m: np.ndarray, p_vk: np.ndarray) -> dict[str, float]:
+    label = int(p_vk[0].argmax())
+    value_v1 = np.log(np.maximum(p_vk[:, label, None].astype(np.float64), contributions.LEAST))
+    nothing_1 = np.log(self.calibration.prior_k[[label]])
+    (share_m,) = contributions.shares(value_v1, nothing_1, present_m[None])
+    return {name: round(float(x), 4) for name, x in zip(MODALITIES, share_m, strict=True)}
 
   def _labels(self, p_k: np.ndarray, top_k: int) -> list[dict[str, Any]]:
     best = np.argsort(-p_k, kind='stable')[:top_k]
