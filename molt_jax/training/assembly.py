@@ -135,17 +135,19 @@ def assemble(
     UserError: devices, batch sizes, towers or data are not as they must be.
   """
   mesh = sharding.make_mesh(config)
-  if class_names is not None:
-    towers = describe_towers(config)
-    return Assembly(_with_text_length(config, towers), mesh, towers, tuple(class_names))
-  from molt_jax.data import datasets
+  reads_data = class_names is None
+  if reads_data:
+    check_batch_sizes(config, mesh, ('train', 'eval'))
+  towers, data = describe_towers(config), None
+  if reads_data:
+    from molt_jax.data import datasets
 
-  check_batch_sizes(config, mesh, ('train', 'eval'))
-  towers = describe_towers(config)
-  with processes.main_first('data set'):
-    data = datasets.load_dataset(config)
-  config = _with_landmarks(_with_text_length(config, towers, data), data)
-  return Assembly(config, mesh, towers, tuple(data.class_names), data)
+    with processes.main_first('data set'):
+      data = datasets.load_dataset(config)
+    class_names = data.class_names
+    config = _with_landmarks(config, data)
+  config = _with_text_length(config, towers, data)
+  return Assembly(config, mesh, towers, tuple(class_names), data)
 
 
 def _with_landmarks(config: ml_collections.ConfigDict, data: Dataset) -> ml_collections.ConfigDict:
