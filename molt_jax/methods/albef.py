@@ -9,7 +9,7 @@ the latent structures on the contrasted embeddings. See `docs/methods/albef.md`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -116,6 +116,32 @@ class AlbefHead(nn.Module):
     logits_nk = self.match(self.stack(*joined, train=False))
     return jnp.split(logits_nk.astype(jnp.float32), 3)
 
+  def encode(self, states, present_bm) -> 'Encoded':
+    """Returns what `judge` and a comparison of embeddings read."""
+    image, text = self.sequences(states, present_bm, None, None, train=False)
+    embeddings = self.embeddings(self.pooled((image, text)))
+    return Encoded(embeddings, _last(image), image.mask_bt, _last(text), text.mask_bt)
+
+  def judge(self, image_bid, image_mask_bi, text_btd, text_mask_bt) -> jax.Array:
+    """Returns the probability that image and text belong together, float32[B]."""
+    fused_bc = self.stack(text_btd, text_mask_bt, image_bid, image_mask_bi, train=False)
+    return jax.nn.softmax(self.match(fused_bc).astype(jnp.float32))[:, 1]
+
+
+class Encoded(NamedTuple):
+  """Examples as retrieval reads them: embeddings to choose by, tokens to rank the best again.
+
+  Attributes:
+    embeddings: float32[B, C] of each modality, of length one.
+    image_bid, image_mask_bi, text_btd, text_mask_bt: tokens, and which of them are there.
+  """
+
+  embeddings: Pair
+  image_bid: jax.Array
+  image_mask_bi: jax.Array
+  text_btd: jax.Array
+  text_mask_bt: jax.Array
+
 
 def _last(sequence) -> jax.Array:
   """The tokens of the last hidden state, [B, T, D]."""
@@ -175,7 +201,7 @@ class Albef(base.Defaults):
     """See `base.Method`."""
     del frozen
     statistics = variables['statistics']
-    own = {'params': variables['params'], 'statistics': statistics['inputs']}
+    own = self._own(variables)
     if not training:
       how = {'train': False, 'update': False, 'method': 'logits'}
       return Output(self.head.apply(own, features, present_bm, None, None, **how))
@@ -195,6 +221,26 @@ class Albef(base.Defaults):
       losses_b |= found
       statistics = {**statistics, 'queue': queue}
     return Output(logits_bk, losses_b=losses_b, statistics=statistics if training.update else None)
+
+  def encode(self, variables, features, present_bm) -> Encoded:
+    """Returns a batch as retrieval reads it.
+
+    Args:
+      variables: as in `__call__`.
+      features: hidden states.
+      present_bm: bool[B, 2].
+    """
+    return self.head.apply(self._own(variables), features, present_bm, method='encode')
+
+  def judge(self, variables, image_bid, image_mask_bi, text_btd, text_mask_bt) -> jax.Array:
+    """Returns the probability that images and texts belong together, float32[B]; both as `encode`
+    returned them.
+    """
+    tokens = image_bid, image_mask_bi, text_btd, text_mask_bt
+    return self.head.apply(self._own(variables), *tokens, method='judge')
+
+  def _own(self, variables):
+    return {'params': variables['params'], 'statistics': variables['statistics']['inputs']}
 
   def _moved(self, params, statistics, inputs):
     """Statistics with those of the inputs and the moving average after this step."""

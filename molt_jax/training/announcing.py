@@ -47,10 +47,10 @@ def introduce(assembly: Assembly, state: TrainState, schedule: StepSchedule) -> 
     layers = f'{shape.num_layers} layers, width {shape.hidden_size}'
     console.log(f'{modality} tower: {path}, {layers}{note}')
   count = train_state.count(state.params)
-  console.log(
-    f'head: {config.method}, {count:,} parameters; {schedule.total} steps of '
-    f'{config.train.batch_size}'
-  )
+  how = f'{count:,} parameters; {schedule.total} steps of {config.train.batch_size}'
+  if not assembly.method.is_trained:
+    how = 'solved in one pass; nothing is trained'
+  console.log(f'head: {config.method}, {how}')
 
 
 def _gaps(source: Source) -> str:

@@ -223,6 +223,26 @@ def test_latent_structures_are_losses_of_a_step():
   assert method.loss_weights['contrastive_separation'] == 1.0
 
 
+def test_retrieval_judges_pairs_as_training_matches_them():
+  method, state = make_setup().method, make_setup().state()
+  variables, batch = {'params': state.params, 'statistics': state.statistics}, make_batch()
+  chosen = Pair(jnp.array([1, 2, 3, 0]), jnp.array([3, 0, 1, 2]))
+
+  @jax.jit
+  def run(variables):
+    states = method.features({}, batch)
+    bound = method.head.bind(method._own(variables))
+    sequences = bound.sequences(states, batch['present'], None, None, train=False)
+    logits = bound.matching(sequences, chosen)
+    tokens = method.encode(variables, states, batch['present'])[1:]
+    others = [x[chosen.image] for x in tokens[:2]]
+    return logits, [method.judge(variables, *x, *tokens[2:]) for x in (tokens[:2], others)]
+
+  logits, judged = run(variables)
+  expected = [softmax(np.asarray(x))[:, 1] for x in logits[:2]]
+  np.testing.assert_allclose(judged, expected, atol=1e-6)
+
+
 def test_the_temperature_stays_within_its_range():
   method = make_setup().method
   params = {'temperature': jnp.float32(0.7), 'match': {'kernel': jnp.ones(2)}}
