@@ -232,6 +232,13 @@ def test_what_the_user_has_set_is_not_tried_and_time_is_heeded(tmp_path, monkeyp
   assert any(line.startswith('not tried, for time: ') for line in said)
 
 
+def test_a_run_that_no_search_has_made_is_left_alone(tmp_path):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text('{}')
+  with pytest.raises(UserError, match='--preset=best: .* holds a run that no search has made'):
+    _search(tmp_path, None)
+
+
 def test_a_search_needs_stored_states(tiny_config, tmp_path: pathlib.Path):
   with pytest.raises(UserError, match='--preset=best: config.features.store is empty'):
     train.train(tiny_config, tmp_path / 'run', choices=train.Choices(preset='best'))

@@ -71,8 +71,9 @@ def heads(config: ml_collections.ConfigDict, count_k: Collection[int]) -> list[A
     Alternative('a third of the epochs', {'train.epochs': config.train.epochs / 3}),
     Alternative('more weight decay', {'optimizer.weight_decay': 3 * decay if decay else 1.0}),
     Alternative('less weight decay', {'optimizer.weight_decay': decay / 3}),
-    Alternative('twice the width', {'molt.width': 2 * config.molt.width}),
   ]
+  if config.method == 'molt':
+    found.append(Alternative('twice the width', {'molt.width': 2 * config.molt.width}))
   if config.loss.class_weights == 'none' and max(count_k) >= _SKEWED * max(1, min(count_k)):
     found.append(Alternative('balanced classes', {'loss.class_weights': 'balanced'}))
   return [

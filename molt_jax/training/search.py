@@ -87,7 +87,7 @@ class Search:
       deadline: of `time.monotonic`; what would not be done by then is not begun.
 
     Raises:
-      UserError: the folder holds a search from another config.
+      UserError: the folder holds a search from another config, or a run without one.
     """
     self._config, self._folder, self._run = config, folder, run
     self._given, self._deadline = frozenset(given), deadline
@@ -95,6 +95,10 @@ class Search:
     self._chosen: dict[str, Any] | None = None
     if (folder / RECORD).exists():
       self._read()
+    elif (folder / 'config.json').exists():
+      raise UserError(
+        f'--preset=best: {str(folder)!r} holds a run that no search has made; give another folder'
+      )
 
   def choose(self) -> ml_collections.ConfigDict:
     """Returns the config of the run in the folder, which may have come out of the search already.
