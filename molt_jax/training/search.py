@@ -121,36 +121,38 @@ class Search:
     states = [one for one in qualities.inputs(config) if self._is_free(one)]
     fields: dict[str, Any] = {}
     if states:
-      incumbent = self._try(Alternative('as it is, a tenth of the steps', tenth), {})
+      first = self._try(Alternative('as it is, a tenth of the steps', tenth), {})
+      incumbent = first
       for one in states:
-        found = self._try(one, incumbent.fields, cost=2.0)
+        # Its hidden states may take longer, and the whole training comes after it.
+        found = self._try(one, incumbent.fields, needs=2.5 * first.seconds)
         incumbent = found if found and found.is_better_than(incumbent) else incumbent
       fields = {n: v for n, v in incumbent.fields.items() if n not in tenth}
-    best = self._try(Alternative('all of the steps', {}), fields)
+    whole = best = self._try(Alternative('all of the steps', {}), fields)
     chosen = qualities.apply(config, fields)
     for one in qualities.heads(chosen, best.class_counts):
-      found = self._try(one, best.fields, cost=1.0) if self._is_free(one) else None
+      needs = 1.3 * whole.seconds
+      found = self._try(one, best.fields, needs=needs) if self._is_free(one) else None
       best = found if found and found.is_better_than(best) else best
     console.log(f'chosen: {best.name} (validation score {best.score:.4f}, loss {best.loss:.4f})')
     return best
 
   def _try(
-    self, one: Alternative, fields: Mapping[str, Any], *, cost: float = 0.0
+    self, one: Alternative, fields: Mapping[str, Any], *, needs: float | None = None
   ) -> Outcome | None:
     """Returns the outcome of a change to fields that are changed already; None where time is short.
 
     Args:
       one: the change.
       fields: what is changed already.
-      cost: times what the longest trial took that must be left; 0: it has to be done.
+      needs: seconds that must be left; None: it has to be done.
     """
     fields = {**fields, **one.fields}
     for old in self._tried:
       if old.name == one.name and old.fields == fields:
         return old
-    longest = max((old.seconds for old in self._tried), default=0.0)
     start = time.monotonic()
-    if cost and start + (cost + 1) * longest > self._deadline:
+    if needs is not None and start + needs > self._deadline:
       console.log(f'not tried, for time: {one.name}')
       return None
     console.log(f'trial {len(self._tried) + 1}: {one.name}')
@@ -159,7 +161,7 @@ class Search:
     try:
       record, ended, counts = self._run(config, folder, self._deadline)
     except UserError as error:
-      if not cost:
+      if needs is None:
         raise
       console.log(f'not tried: {error}')  # A tower that is not installed.
       return None
