@@ -344,7 +344,7 @@ class Trial(ClassifierTrainer):
 
   def introduce(self, state: TrainState, schedule: StepSchedule) -> None:
     """See `Trainer`; what the first trial has told is told once."""
-    if self.workdir.name == '00':
+    if self.workdir.name.startswith('00'):
       super().introduce(state, schedule)
 
   def finish(self) -> tuple[dict[str, Any], bool, list[int]]:

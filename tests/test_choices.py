@@ -232,6 +232,23 @@ def test_what_the_user_has_set_is_not_tried_and_time_is_heeded(tmp_path, monkeyp
   assert any(line.startswith('not tried, for time: ') for line in said)
 
 
+def test_a_trial_that_cannot_be_made_is_left_out(tmp_path, monkeypatch):
+  config = CLASSIFIER.load('quickstart')
+  said, judge = [], Judge(config)
+  monkeypatch.setattr(console, 'log', said.append)
+
+  def run(config, folder, deadline):
+    if config.backbones.text.path == 'minilm':
+      folder.mkdir(parents=True)
+      (folder / 'config.json').write_text('{}')
+      raise UserError('minilm is not installed')
+    return judge(config, folder, deadline)
+
+  chosen = _search(tmp_path, run).choose()
+  assert chosen.backbones.text.path == config.backbones.text.path
+  assert 'not tried: minilm is not installed' in said
+
+
 def test_a_run_that_no_search_has_made_is_left_alone(tmp_path):
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{}')

@@ -8,6 +8,7 @@ the folder. A search that is stopped goes on where it was, from DIR/search.json.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -156,14 +157,15 @@ class Search:
       console.log(f'not tried, for time: {one.name}')
       return None
     console.log(f'trial {len(self._tried) + 1}: {one.name}')
-    folder = self._trial(len(self._tried))
+    folder = self._trial(len(self._tried), fields)
     config = qualities.apply(self._config, fields)
     try:
       record, ended, counts = self._run(config, folder, self._deadline)
     except UserError as error:
       if needs is None:
         raise
-      console.log(f'not tried: {error}')  # A tower that is not installed.
+      console.log(f'not tried: {error}')  # A tower that is not installed, for instance.
+      shutil.rmtree(folder, ignore_errors=True)
       return None
     score, loss = _mean(record, 'score'), _mean(record, 'loss')
     seconds = time.monotonic() - start
@@ -174,13 +176,15 @@ class Search:
 
   def _adopt(self, best: Outcome) -> None:
     """Makes a trial's run that of the folder."""
-    trial = self._trial(self._tried.index(best))
+    trial = self._trial(self._tried.index(best), best.fields)
     for name in _ADOPTED:
       if (trial / name).exists():
         (trial / name).rename(self._folder / name)
 
-  def _trial(self, number: int) -> pathlib.Path:
-    return self._folder / TRIALS / f'{number:02d}'
+  def _trial(self, number: int, fields: Mapping[str, Any]) -> pathlib.Path:
+    """Returns the folder of a trial: another one than that of a trial that was given up."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return self._folder / TRIALS / f'{number:02d}-{digest[:8]}'
 
   def _allowed(self, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in self._given}
