@@ -41,6 +41,7 @@ from molt_jax.evaluation import (
 )
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
 from molt_jax.features.frozen import load_frozen, needed
+from molt_jax.methods.base import ClassVectors
 from molt_jax.runtime import console, sharding, terminal
 
 
@@ -84,6 +85,8 @@ class Predictor:
     self.class_names: list[str] = run.class_names
     self._variables = run.variables()
     self._frozen: dict[str, Any] = dict.fromkeys(MODALITIES)
+    self._class_vectors = ClassVectors(run.assembly.method)
+    self._with_names: Mapping[str, Any] | None = None
     self._step = jax.jit(self._forward)
     self._step_of_patterns = jax.jit(self._forward_patterns)
     if run.examples:
@@ -321,7 +324,7 @@ class Predictor:
 
   def _parts(self, table: unlabelled.Unlabelled) -> Iterator[table_predictions.Part]:
     def step(batch):
-      return self._step(self._variables, frozen, batch)
+      return self._step(self._ready(frozen), frozen, batch)
 
     frozen = self._towers_for(table.used)
     return table_predictions.answers(self._assembly, table, step)
@@ -455,7 +458,13 @@ class Predictor:
     batch = {name: np.stack([example[name] for example in filled]) for name in names}
     frozen = self._towers_for(batch['present'].any(axis=0))
     batch = sharding.put_batch(_packed(batch, sharding.packing(self.config, mesh)), mesh)
-    return np.asarray(step(self._variables, frozen, batch))[..., : len(examples), :]
+    return np.asarray(step(self._ready(frozen), frozen, batch))[..., : len(examples), :]
+
+  def _ready(self, frozen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the variables with what the classes' names become, computed once."""
+    if self._with_names is None:
+      self._with_names = self._class_vectors(self._variables, frozen)
+    return self._with_names
 
   def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
     assembly = self._assembly

@@ -18,7 +18,7 @@ from molt_jax.errors import UserError
 from molt_jax.evaluation.diagnostics import Observer
 from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
 from molt_jax.evaluation.thresholds import HALF
-from molt_jax.methods.base import Method
+from molt_jax.methods.base import ClassVectors, Method
 from molt_jax.methods.parts.interface import Output
 from molt_jax.runtime import console, sharding
 from molt_jax.training.assembly import Assembly
@@ -95,6 +95,7 @@ class Scorer:
   def __init__(self, assembly: Assembly, thresholds: Sequence[float] = HALF):
     self._assembly, self.thresholds = assembly, thresholds
     self._step = jax.jit(functools.partial(eval_step, method=assembly.method))
+    self._class_vectors = ClassVectors(assembly.method)
 
   def __call__(
     self,
@@ -129,6 +130,7 @@ class Scorer:
     """
     config, mesh = self._assembly.config, self._assembly.mesh
     keep_ncm = np.stack(list(conditions.values()), axis=1)
+    variables = self._class_vectors(variables, frozen)
     totals = self._empty(len(conditions))
     ranking = self._ranking()
     p_v = np.array(self.thresholds, np.float64)

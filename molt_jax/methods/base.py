@@ -118,6 +118,13 @@ class Defaults:
     del params
     return {}
 
+  def class_vectors(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
+    """Returns what the classes' names become in the text tower, which a call takes from
+    variables['class_vectors'] where it is there; None: it is another for each example.
+    """
+    del variables, frozen
+    return None
+
   @property
   def loss_weights(self) -> Mapping[str, float]:
     """See `Method`."""
@@ -163,6 +170,19 @@ class Defaults:
   def constrain(self, params: Any) -> Any:
     """See `Method`."""
     return params
+
+
+class ClassVectors:
+  """Computes once, for all batches of an evaluation, the vectors of classes by their names."""
+
+  def __init__(self, method: Method):
+    self._reads_names = any(x.names_from is not None for x in method.reads.values())
+    self._compute = jax.jit(lambda variables, frozen: method.class_vectors(variables, frozen))
+
+  def __call__(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the variables with 'class_vectors' where the method has such."""
+    found = self._compute(variables, frozen) if self._reads_names else None
+    return variables if found is None else {**variables, 'class_vectors': found}
 
 
 def run_patterns(

@@ -138,20 +138,31 @@ class CoOp(base.Defaults):
       found.append(unit(tower.project(pooled_bd.astype(tower.dtype)).astype(jnp.float32)))
       there.append(present_bm[:, COLUMN[modality]] & content_b)
     there_bm = jnp.stack(there, axis=-1)
-    params, scale = {'params': variables['params']}, names.scale_of(self.towers)
-    tower = self.modules['text'].bind({'params': frozen['text']})
+    scale = names.scale_of(self.towers)
     if self.context.space:
+      params = {'params': variables['params']}
       vectors_bmd = self.context.apply(params, available_mean(found, there_bm))
-      names_bkc = self._run_for_each(tower, vectors_bmd)
+      names_bkc = self._run_for_each(frozen, vectors_bmd)
       logits = [scale * jnp.einsum('bc,bkc->bk', x_bc, names_bkc) for x_bc in found]
-    else:
-      entering_ktd = names.embed(tower, self.sentences, self.context.apply(params))
-      names_kc = self._run(tower, entering_ktd, self.sentences.mask_kt)
-      logits = [scale * x_bc @ names_kc.T for x_bc in found]
+      return Output(logits_bk=available_mean(logits, there_bm))
+    names_kc = variables.get('class_vectors')
+    if names_kc is None:
+      names_kc = self.class_vectors(variables, frozen)
+    logits = [scale * x_bc @ names_kc.T for x_bc in found]
     return Output(logits_bk=available_mean(logits, there_bm))
 
-  def _run_for_each(self, tower, vectors_bmd):
+  def class_vectors(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
+    """See `base.Defaults`: of length one, float32[K, C]."""
+    if self.context.space:
+      return None
+    tower = self.modules['text'].bind({'params': frozen['text']})
+    vectors = self.context.apply({'params': variables['params']})
+    entering_ktd = names.embed(tower, self.sentences, vectors)
+    return self._run(tower, entering_ktd, self.sentences.mask_kt)
+
+  def _run_for_each(self, frozen, vectors_bmd):
     """Vectors of the classes for each example, of length one, [B, K, C]."""
+    tower = self.modules['text'].bind({'params': frozen['text']})
 
     def embed(vectors_md):
       return names.embed(tower, self.sentences, vectors_md)

@@ -167,8 +167,9 @@ class MaPLe(base.Defaults):
       # Of one scale, whatever the towers have.
       scaled = {m: unit(x_bd) * x_bd.shape[-1] ** 0.5 for m, x_bd in found.items()}
       return Output(logits_bk=trained.classify(scaled, there))
-    tower = self.modules['text'].bind({'params': frozen['text']})
-    names_kc = self._run_sentences(tower, inserts['text']).astype(jnp.float32)
+    names_kc = variables.get('class_vectors')
+    if names_kc is None:
+      names_kc = self._run_sentences(frozen, inserts['text'])
     scale = names.scale_of(self.towers)
     logits = [scale * unit(x_bc) @ unit(names_kc).T for x_bc in found.values()]
     return Output(logits_bk=available_mean(logits, jnp.stack(list(there.values()), axis=-1)))
@@ -192,12 +193,20 @@ class MaPLe(base.Defaults):
     h_bpd = self._run(tower, place, h_bpd, place.mask(mask_bt), inserts_lnd, positions_bt)
     return readout.projected(tower, tower.finish(place.without(h_bpd)), mask_bt)
 
-  def _run_sentences(self, tower, inserts_lnd):
-    """Vectors of the classes, [K, C]; prompts take the place of words there."""
+  def class_vectors(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
+    """See `base.Defaults`: float32[K, C]."""
+    if self.sentences is None:
+      return None
+    trained = self.coupled.bind({'params': variables['params']})
+    return self._run_sentences(frozen, trained.inserts()['text'])
+
+  def _run_sentences(self, frozen, inserts_lnd):
+    """Vectors of the classes, float32[K, C]; prompts take the place of words there."""
+    tower = self.modules['text'].bind({'params': frozen['text']})
     h_ktd = names.embed(tower, self.sentences, inserts_lnd[0])
     place, mask_kt = prompts.Front(self.coupled.num_tokens), self.sentences.mask_kt
     h_ktd = self._run(tower, place, h_ktd, mask_kt, self._at_words(tower, inserts_lnd))
-    return readout.projected(tower, h_ktd, mask_kt)
+    return readout.projected(tower, h_ktd, mask_kt).astype(jnp.float32)
 
   def _at_words(self, tower, inserts_lnd):
     """Prompts as the text tower takes them: in a pair the first layer's have places of words."""

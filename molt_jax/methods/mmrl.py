@@ -273,15 +273,27 @@ class MMRL(base.Defaults):
     """
     if self.sentences is None:
       return {m: part['classes_kc'] for m, part in trained.items()}, 0.0
-    tower = self.modules['text'].bind({'params': frozen['text']})
-    statistics = jax.lax.stop_gradient(variables['statistics'])
-    place, mask_kt = prompts.Front(self.fields.num_tokens), self.sentences.mask_kt
-    inserts_lkd = trained['text']['inserts_lkd']
-    h_kpd = self._run(tower, place, statistics['class_states'], mask_kt, inserts_lkd)
-    names_kc = readout.projected(tower, place.without(h_kpd), mask_kt).astype(jnp.float32)
-    untouched_kc = statistics['class_untouched']
+    if 'class_vectors' in variables:  # Of an evaluation, where nobody asks how far they are.
+      return dict.fromkeys(self.reads, variables['class_vectors']), 0.0
+    names_kc = self._run_sentences(trained, variables, frozen)
+    untouched_kc = jax.lax.stop_gradient(variables['statistics']['class_untouched'])
     apart = 1 - jnp.mean(jnp.sum(unit(names_kc) * unit(untouched_kc), axis=-1))
     return dict.fromkeys(self.reads, names_kc), apart
+
+  def class_vectors(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
+    """See `base.Defaults`: float32[K, C]."""
+    if self.sentences is None:
+      return None
+    trained = self.representation.apply({'params': variables['params']})
+    return self._run_sentences(trained, variables, frozen)
+
+  def _run_sentences(self, trained, variables, frozen):
+    """Vectors of the classes, float32[K, C]."""
+    tower = self.modules['text'].bind({'params': frozen['text']})
+    states_ktd = jax.lax.stop_gradient(variables['statistics']['class_states'])
+    place, mask_kt = prompts.Front(self.fields.num_tokens), self.sentences.mask_kt
+    h_kpd = self._run(tower, place, states_ktd, mask_kt, trained['text']['inserts_lkd'])
+    return readout.projected(tower, place.without(h_kpd), mask_kt).astype(jnp.float32)
 
 
 def build(config, towers, *, num_classes, class_names=()) -> MMRL:

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molt_jax.config import resolved
 from molt_jax.data import pipeline, transforms
 from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import contributions, prediction_sets
 from molt_jax.evaluation.prediction_sets import Calibration
+from molt_jax.features.frozen import needed
+from molt_jax.methods.base import ClassVectors
 from molt_jax.runtime import console, sharding
 
 VIEWS = ('complete', 'image', 'text')  # As PATTERNS has them: all that is there, or one alone.
@@ -50,10 +53,10 @@ class Service:
     """
     self._assembly = model.run.assembly
     self.class_names: list[str] = list(model.class_names)
-    self.modalities = tuple(self._assembly.towers)
+    self.modalities = resolved.modalities(model.config)
     self.multi_label = bool(model.config.dataset.multi_label)
-    self._variables = model.variables
     self._towers = model.towers(self.modalities)
+    self._variables = ClassVectors(self._assembly.method)(model.variables, self._towers)
     rows = self._assembly.mesh.shape['data']
     self._rows = rows
     self.sizes = sorted({min(max_batch, 4**power) for power in range(6)})
@@ -122,9 +125,8 @@ class Service:
   def _frozen(self, kind: Kind) -> dict[str, Any]:
     """The towers that a batch needs; one that the method always runs is there too."""
     used = {'image': kind.image, 'text': kind.length > 0}
-    reads = self._assembly.method.reads
-    always = [m for m in self.modalities if reads[m].always or reads[m].names_from is not None]
-    return {m: self._towers.get(m) if used[m] or m in always else None for m in MODALITIES}
+    wanted = needed(self._assembly.method.reads, [m for m in MODALITIES if used[m]])
+    return {m: self._towers[m] if m in wanted else None for m in MODALITIES}
 
   def _views(self, variables, frozen, batch):
     method = self._assembly.method

@@ -11,7 +11,7 @@ from setups import Setup
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
-from molt_jax.methods import coop, maple
+from molt_jax.methods import base, coop, maple
 from molt_jax.methods.parts import names, prompts
 
 ROWS, TOKENS = 3, 8
@@ -316,6 +316,15 @@ def test_what_cannot_be_is_said_in_one_line(method, how, match):
   with pytest.raises(UserError, match=match) as error:
     _ = make_setup(method, **how).method
   assert '\n' not in str(error.value)
+
+
+def test_class_vectors_that_are_computed_once_are_those_of_each_batch():
+  setup, frozen, batch = make_setup('mmrlpp'), pair()[1], make_batch((True, True))
+  variables = begin(setup)
+  ready = base.ClassVectors(setup.method)(variables, frozen)
+  expected = logits(setup, variables, frozen, batch)
+  np.testing.assert_allclose(logits(setup, ready, frozen, batch), expected, atol=1e-3)
+  assert ready['class_vectors'].shape == (len(NAMES), 128)
 
 
 def test_images_alone_are_compared_with_names_by_the_text_tower():
