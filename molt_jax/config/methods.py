@@ -211,7 +211,11 @@ MMBT = {
   ),
   'readout': Field('mean', one_of('mean', 'token'), f'{READOUT}.'),
 }
-FIRST_LAYERS = Field(6, at_least(1), 'First layers of each tower that have prompts.')
+FIRST_LAYERS = Field(
+  0,
+  at_least(0),
+  'First layers of each tower that have prompts; 0: six, or as many as the shallower one has.',
+)
 MAP = {
   'placement': Field(
     'input',

@@ -183,10 +183,9 @@ def build(config, towers, *, num_classes, class_names=()) -> DCP:
   """
   del class_names
   c = config.dcp
-  cases.check_depth('dcp.num_layers', c.num_layers, towers)
   reads = cases.reads_of(towers)
   prompts = Prompts(
-    num_layers=c.num_layers,
+    num_layers=cases.layers_with_prompts('dcp.num_layers', c.num_layers, towers),
     num_tokens=c.num_tokens,
     widths={modality: tower.config.hidden_size for modality, tower in towers.items()},
     train_dynamic=c.train_dynamic,

@@ -149,7 +149,7 @@ def build(config, towers, *, num_classes, class_names=()) -> MAP:
   """
   del class_names
   c = config.map
-  cases.check_depth('map.num_layers', c.num_layers, towers)
+  num_layers = cases.layers_with_prompts('map.num_layers', c.num_layers, towers)
   in_attention = c.placement == 'attention'
   if in_attention and c.num_tokens % 2:
     raise UserError(
@@ -160,7 +160,7 @@ def build(config, towers, *, num_classes, class_names=()) -> MAP:
   widths = {modality: tower.config.hidden_size for modality, tower in towers.items()}
   of_keys = {modality: _product(key_heads(tower.config)) for modality, tower in towers.items()}
   prompts = Prompts(
-    num_layers=c.num_layers,
+    num_layers=num_layers,
     num_tokens=c.num_tokens,
     widths=of_keys if in_attention else widths,
     towers=widths,

@@ -2,6 +2,8 @@
 without padding; keys and values in front against tokens in front.
 """
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.methods import dcp
 from molt_jax.methods import map as missing_aware
+from molt_jax.methods.parts import cases
 from molt_jax.towers import loading, stack
 
 ROWS, TOKENS = 3, 6
@@ -247,6 +250,17 @@ def test_parameters_of_a_clip_pair():
   assert sum(x.size for x in jax.tree.leaves(params)) == total
   # Published beside it: two norms and the projection of the image; without queries and head.
   assert round((total - queries - head + 2 * (768 + 512) + 768 * 512) / 1e6, 1) == 5.8
+
+
+def test_prompts_are_in_six_layers_or_in_all_of_the_shallower_tower():
+  towers = {}
+  for name, depth in (('image', 12), ('text', 30)):
+    architecture = types.SimpleNamespace(num_layers=depth)
+    towers[name] = types.SimpleNamespace(config=architecture)
+  assert cases.layers_with_prompts('map.num_layers', 0, towers) == 6
+  assert cases.layers_with_prompts('map.num_layers', 12, towers) == 12
+  towers['image'].config.num_layers = 4
+  assert cases.layers_with_prompts('map.num_layers', 0, towers) == 4
 
 
 @pytest.mark.parametrize(

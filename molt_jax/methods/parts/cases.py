@@ -20,6 +20,7 @@ from molt_jax.towers.loading import TowerSpec
 OTHER = {'image': 'text', 'text': 'image'}
 NUM_CASES = 3
 NUM_OF_TOWER = 2
+USUAL_LAYERS = 6
 
 
 def of_examples(there_bm: jax.Array) -> jax.Array:
@@ -85,8 +86,19 @@ def reads_of(towers: Mapping[str, TowerSpec]) -> dict[str, Reads]:
   return found
 
 
+def layers_with_prompts(field: str, num_layers: int, towers: Mapping[str, TowerSpec]) -> int:
+  """Returns how many first layers of each tower have prompts; of 0, six or what there are.
+
+  Raises:
+    UserError: more than a tower has.
+  """
+  check_depth(field, num_layers, towers)
+  depths = [tower.config.num_layers for tower in towers.values()]
+  return num_layers or min(USUAL_LAYERS, *depths)
+
+
 def check_depth(field: str, num_layers: int, towers: Mapping[str, TowerSpec]) -> None:
-  """Raises UserError for more layers with prompts than a tower has."""
+  """Raises UserError for more layers than a tower has."""
   for modality, tower in towers.items():
     depth = tower.config.num_layers
     if num_layers > depth:
