@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import scipy.special
 
 from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.methods.parts.kernel_ridge import GAMMA, MEAN, rbf
-from molt_jax.methods.parts.ridge_calibration import log_loss, log_softmax
+from molt_jax.methods.parts.ridge_calibration import log_loss
 
 LANDMARKS = 1024
 RIDGES = (0.03, 0.1, 0.3, 1.0)
@@ -234,4 +235,4 @@ def _best(answer_rnk, target_nk, labelled_n, *, multi_label: bool) -> tuple[floa
   answer_nk = answer_rnk[r].astype(np.float64)
   if multi_label:
     return loss, (1 / (1 + np.exp(-t * (answer_nk - 0.5)))).astype(np.float32)
-  return loss, np.exp(log_softmax(t * answer_nk)).astype(np.float32)
+  return loss, scipy.special.softmax(t * answer_nk, axis=1).astype(np.float32)

@@ -79,7 +79,8 @@ def test_planted_faults_are_found():
   given_n[wrong] = (given_n[wrong] + rng.integers(1, 4, len(wrong))) % 4
   labelled_n = ~np.isin(np.arange(300), unknown)
   examples = examples_of({'image': (image,), 'text': (text,)}, given_n, labelled_n=labelled_n)
-  suspects, _ = data_faults.find(examples)
+  suspects, p_vnk = data_faults.find(examples)
+  assert p_vnk.sum(axis=2) == pytest.approx(1, abs=1e-5)
   is_wrong_n, is_torn_n = (np.isin(np.arange(300), rows) for rows in (wrong, torn))
   assert auroc(suspects, 'label', is_wrong_n) > 0.97
   assert auroc(suspects, 'pair', is_torn_n) > 0.9
