@@ -115,11 +115,15 @@ def test_several_examples_are_answered_in_their_order(served, model, photo):
 
 
 def test_nothing_is_compiled_for_a_request(served, service, photo):
-  before = service._step._cache_size()
-  assert before == 2 * 3  # Two sizes, three kinds.
+  def compiled():
+    return service._plain._cache_size(), service._views._cache_size()
+
+  before = compiled()
+  assert before == (2 * 3, 1)  # Two sizes, three kinds; one pair with views.
   for text in ('a', 'a much longer text than any other ' * 20):
-    assert post(served, photo, text).status_code == 200
-  assert service._step._cache_size() == before
+    for views in ('true', 'false'):
+      assert post(served, photo, text, views=views).status_code == 200
+  assert compiled() == before
 
 
 def test_one_file_is_served_too(run, tmp_path):
@@ -214,7 +218,7 @@ def test_what_waits_is_answered_together():
     return [2 * item for item in items]
 
   async def ask():
-    batcher = Batcher(compute, (1, 4), most_waiting=8)
+    batcher = Batcher(compute, lambda kind: (1, 4), most_waiting=8)
     batcher.start()
     first = asyncio.create_task(batcher.answer('a', 0))
     await asyncio.to_thread(begun.wait, 20)

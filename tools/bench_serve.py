@@ -3,6 +3,7 @@
   latency      seconds of one pair by `Predictor` and by POST /predict on loopback, in turns, so
                that what else the machine does meets both alike
   throughput   requests a second of one client that waits for each answer, then of many at once
+  cpu_seconds  of the processor for each of these, which what else the machine does hardly changes
   errors       answers that were none, of all of these
   ready        seconds until every program is compiled
 
@@ -62,8 +63,9 @@ def main(argv: Sequence[str]) -> None:
     port = _port(server)
     ready = time.monotonic() - begun
     body = _body(photo, text)
-    found = {'ready_seconds': round(ready, 1), 'latency': _latency(flags, port, photo, text, body)}
-    found['throughput'] = _throughput(flags, port, body)
+    found = {'ready_seconds': round(ready, 1)}
+    found['latency'] = _latency(flags, (server.pid, port), photo, text, body)
+    found['throughput'] = _throughput(flags, (server.pid, port), body)
   finally:
     server.terminate()
     server.wait()
@@ -112,29 +114,47 @@ def _ask(connection: http.client.HTTPConnection, body: bytes) -> bool:
   return response.status == 200 and len(answer['labels']) > 0
 
 
-def _latency(flags, port: int, photo: bytes, text: str, body: bytes) -> dict:
+def _cpu_seconds(process: int) -> float:
+  """Returns the processor time that a process has taken; 0 where Linux does not tell."""
+  stat = pathlib.Path(f'/proc/{process}/stat')
+  if not stat.exists():
+    return 0.0
+  fields = stat.read_text().rpartition(')')[2].split()
+  return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+def _latency(flags, server: tuple[int, int], photo: bytes, text: str, body: bytes) -> dict:
   import molt_jax
+
+  process, port = server
 
   model = molt_jax.load(flags.workdir)
   connection = http.client.HTTPConnection('127.0.0.1', port)
   seconds = {'predictor': [], 'served': []}
-  for _ in range(flags.pairs + 3):
+  cpu = {'predictor': 0.0, 'served': 0.0}
+  for number in range(flags.pairs + 3):
+    if number == 3:  # The first ones compile.
+      cpu = {'predictor': -time.process_time(), 'served': -_cpu_seconds(process)}
     begun = time.perf_counter()
     model.predict(image=photo, text=text)
     between = time.perf_counter()
     _ask(connection, body)
     seconds['predictor'].append(between - begun)
     seconds['served'].append(time.perf_counter() - between)
+  cpu['predictor'] += time.process_time()
+  cpu['served'] += _cpu_seconds(process)
   found = {}
   for name, values in seconds.items():
-    values = sorted(values[3:])  # The first ones compile.
+    values = sorted(values[3:])
     p90 = values[int(0.9 * len(values))]
     found[name] = {'p50': round(statistics.median(values), 4), 'p90': round(p90, 4)}
+    found[name]['cpu_seconds'] = round(cpu[name] / flags.pairs, 4)
   found['ratio_of_p50'] = round(found['served']['p50'] / found['predictor']['p50'], 3)
   return found
 
 
-def _throughput(flags, port: int, body: bytes) -> dict:
+def _throughput(flags, server: tuple[int, int], body: bytes) -> dict:
+  process, port = server
   found = {}
   for name, clients, seconds in (
     ('one_at_a_time', 1, min(flags.seconds, 20.0)),
@@ -144,7 +164,7 @@ def _throughput(flags, port: int, body: bytes) -> dict:
     end = time.monotonic() + seconds
     how = (port, body, end, counts, errors)
     threads = [threading.Thread(target=_client, args=(n, *how)) for n in range(clients)]
-    begun = time.monotonic()
+    begun, cpu = time.monotonic(), _cpu_seconds(process)
     for thread in threads:
       thread.start()
     for thread in threads:
@@ -152,6 +172,7 @@ def _throughput(flags, port: int, body: bytes) -> dict:
     took = time.monotonic() - begun
     found[name] = {
       'per_second': round(sum(counts) / took, 2),
+      'cpu_seconds': round((_cpu_seconds(process) - cpu) / max(1, sum(counts)), 4),
       'answered': sum(counts),
       'errors': sum(errors),
     }

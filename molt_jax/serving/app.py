@@ -70,12 +70,14 @@ class Answering:
       'molt_batch_examples', 'Examples answered together.', buckets=service.sizes, **how
     )
     self.batcher = Batcher(
-      service.compute, service.sizes, most_waiting=MOST_WAITING, observe=sizes.observe
+      service.compute, service.sizes_of, most_waiting=MOST_WAITING, observe=sizes.observe
     )
     waiting = prometheus_client.Gauge('molt_waiting', 'Examples that wait.', **how)
     waiting.set_function(lambda: self.batcher.waiting)
 
-  async def answer(self, image: bytes | None, text: str | None, **how: Any) -> dict[str, Any]:
+  async def answer(
+    self, image: bytes | None, text: str | None, *, views: bool, **how: Any
+  ) -> dict[str, Any]:
     """Returns the answer to one example; see `Service.answer`.
 
     Raises:
@@ -84,9 +86,11 @@ class Answering:
     loop = asyncio.get_running_loop()
     try:
       async with asyncio.timeout(self._seconds):
-        kind, example = await loop.run_in_executor(self._threads, self.service.example, image, text)
+        kind, example = await loop.run_in_executor(
+          self._threads, self.service.example, image, text, views
+        )
         p_vk = await self.batcher.answer(kind, example)
-      return self.service.answer(example['present'], p_vk, **how)
+      return self.service.answer(example['present'], p_vk, views=views, **how)
     except UserError as error:
       raise HTTPException(422, str(error)) from error
     except (Busy, TimeoutError) as error:

@@ -28,7 +28,7 @@ class Batcher:
   def __init__(
     self,
     compute: Callable[[Hashable, Sequence[Any]], Sequence[Any]],
-    sizes: Sequence[int],
+    sizes: Callable[[Hashable], Sequence[int]],
     *,
     most_waiting: int,
     observe: Callable[[int], None] = lambda size: None,
@@ -36,11 +36,11 @@ class Batcher:
     """
     Args:
       compute: (kind, items of that kind) -> their answers; it runs in a thread of its own.
-      sizes: legal numbers of items, ascending, the first of them 1.
+      sizes: legal numbers of items of a kind, ascending, the first of them 1.
       most_waiting: items.
       observe: called with the size of each batch.
     """
-    self._compute, self._sizes, self._observe = compute, tuple(sizes), observe
+    self._compute, self._sizes, self._observe = compute, sizes, observe
     self._most = most_waiting
     self._waiting: collections.deque[_Waiting] = collections.deque()
     self._something = asyncio.Event()
@@ -106,7 +106,7 @@ class Batcher:
       return []
     kind = self._waiting[0].kind
     same = [one for one in self._waiting if one.kind == kind and not one.answer.done()]
-    size = max(size for size in self._sizes if size <= len(same))
+    size = max(size for size in self._sizes(kind) if size <= len(same))
     batch = same[:size]
     taken = {id(one) for one in batch}
     self._waiting = collections.deque(one for one in self._waiting if id(one) not in taken)

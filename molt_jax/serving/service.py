@@ -2,6 +2,7 @@
 the first request.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,19 +27,20 @@ _NAMES = ('image', 'tokens', 'token_mask', 'present')
 
 
 class Kind(NamedTuple):
-  """What the examples of a batch have in common: whether there is an image, and how long texts are
-  padded; 0: there is none.
+  """What the examples of a batch have in common: whether there is an image, how long texts are
+  padded (0: there is none), and whether image and text are answered alone too.
   """
 
   image: bool
   length: int
+  views: bool = False
 
 
 class Service:
   """A model, ready to answer.
 
   Attributes:
-    sizes: of batches, ascending.
+    sizes: of batches, ascending. Examples with views come alone: they are for somebody who looks.
     calibration: what prediction sets are made by; None: the run has none.
   """
 
@@ -61,17 +63,21 @@ class Service:
     self._rows = rows
     self.sizes = sorted({min(max_batch, 4**power) for power in range(6)})
     self.calibration = _calibration(model)
-    self._step = jax.jit(self._views)
+    self._plain = jax.jit(functools.partial(self._answered, patterns=PATTERNS[:1]))
+    self._views = jax.jit(functools.partial(self._answered, patterns=PATTERNS))
     self._empty = self._nothing()
 
   # ---- Examples ----------------------------------------------------------------------------------
 
-  def example(self, image: bytes | None, text: str | None) -> tuple[Kind, dict[str, np.ndarray]]:
+  def example(
+    self, image: bytes | None, text: str | None, views: bool = False
+  ) -> tuple[Kind, dict[str, np.ndarray]]:
     """Returns the kind and the arrays of an example; threads may call it at once.
 
     Args:
       image: the bytes of an image file; None or empty: absent.
       text: None or blank: absent.
+      views: whether image and text are answered alone too.
 
     Raises:
       UserError: nothing is there, the model does not read it, or the image cannot be decoded.
@@ -86,15 +92,16 @@ class Service:
       except transforms.DecodeError as error:
         raise UserError(f'the image cannot be decoded ({error}): give PNG or JPEG') from error
     example = pipeline.single_example(self._assembly.preprocess, **given)
-    return self._kind(example), example
+    return self._kind(example, views), example
 
-  def _kind(self, example: Mapping[str, np.ndarray]) -> Kind:
+  def _kind(self, example: Mapping[str, np.ndarray], views: bool) -> Kind:
     has_image, has_text = example['present']
     if not has_text:
       return Kind(bool(has_image), 0)
     most = len(example['token_mask'])
     short = min(SHORT, most)
-    return Kind(bool(has_image), short if example['token_mask'].sum() <= short else most)
+    length = short if example['token_mask'].sum() <= short else most
+    return Kind(bool(has_image), length, bool(views and has_image))
 
   def _nothing(self) -> dict[str, np.ndarray]:
     preprocess = self._assembly.preprocess
@@ -108,9 +115,14 @@ class Service:
 
   # ---- Batches -----------------------------------------------------------------------------------
 
+  def sizes_of(self, kind: Kind) -> Sequence[int]:
+    """Returns the sizes of batches of a kind."""
+    return self.sizes[:1] if kind.views else self.sizes
+
   def compute(self, kind: Kind, examples: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
     """Returns the probabilities float32[3, K] of each example: with all that is there, with its
-    image alone, with its text alone; a pattern of which it has nothing means nothing.
+    image alone, with its text alone. Without views the last two are as the first one, which they
+    are for an example that has one of the two.
     """
     rows = -(-len(examples) // self._rows) * self._rows
     filled = [*examples, *[self._empty] * (rows - len(examples))]
@@ -119,7 +131,9 @@ class Service:
     batch['tokens'] = np.ascontiguousarray(batch['tokens'][:, :length])
     batch['token_mask'] = np.ascontiguousarray(batch['token_mask'][:, :length])
     batch = sharding.put_batch(batch, self._assembly.mesh)
-    p_vbk = np.asarray(self._step(self._variables, self._frozen(kind), batch))
+    step = self._views if kind.views else self._plain
+    p_vbk = np.asarray(step(self._variables, self._frozen(kind), batch))
+    p_vbk = np.broadcast_to(p_vbk, (len(PATTERNS), *p_vbk.shape[1:]))
     return list(np.moveaxis(p_vbk, 0, 1)[: len(examples)])
 
   def _frozen(self, kind: Kind) -> dict[str, Any]:
@@ -128,7 +142,7 @@ class Service:
     wanted = needed(self._assembly.method.reads, [m for m in MODALITIES if used[m]])
     return {m: self._towers[m] if m in wanted else None for m in MODALITIES}
 
-  def _views(self, variables, frozen, batch):
+  def _answered(self, variables, frozen, batch, *, patterns):
     method = self._assembly.method
     features = method.features(frozen, batch)
 
@@ -137,7 +151,7 @@ class Service:
       logits_bk = method(variables, frozen, features, batch, present_bm).logits_bk
       return jax.nn.sigmoid(logits_bk) if self.multi_label else jax.nn.softmax(logits_bk)
 
-    return jax.lax.map(one, jnp.asarray(PATTERNS))
+    return jax.lax.map(one, jnp.asarray(patterns))
 
   def kinds(self) -> Iterator[Kind]:
     """Yields every kind of batch that can come."""
@@ -147,10 +161,12 @@ class Service:
     for image, length in itertools.product(images, [0, *lengths]):
       if image or length:
         yield Kind(image, length)
+      if image and length:
+        yield Kind(image, length, views=True)
 
   def warm_up(self) -> int:
     """Compiles and runs every program; returns their number."""
-    wanted = list(itertools.product(self.kinds(), self.sizes))
+    wanted = [(kind, size) for kind in self.kinds() for size in self.sizes_of(kind)]
     with console.progress('compiling', len(wanted), 'programs') as bar:
       for kind, size in wanted:
         present = np.array([kind.image, kind.length > 0])
@@ -177,7 +193,7 @@ class Service:
       present_m: bool[2], what the example has.
       p_vk: as `compute` returned it.
       top_k: labels.
-      views: whether to tell what image and text alone would be answered.
+      views: whether to tell what image and text alone are answered; the example was made with it.
       coverage: see `Predictor.predict`.
 
     Returns:
