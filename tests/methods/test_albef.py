@@ -182,29 +182,28 @@ def make_batch(seed=0):
 
 
 def test_a_step_moves_the_average_and_puts_complete_pairs_into_the_queue():
-  setup = make_setup(**{'missing.views': False, 'albef.itm': 0.0, 'molt.input_norm': 'none'})
-  state, step = setup.begin({}), setup.step(donate_argnums=0)
-  first = jax.device_get(state)
-  second = jax.device_get(step(state, {}, make_batch(0))[0])
-  third = jax.device_get(step(jax.tree.map(jnp.asarray, second), {}, make_batch(1))[0])
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    first.statistics['moving'],
-    jax.tree.map(np.asarray, first.params),
-  )
-  for before, after in ((first, second), (second, third)):
-    expected = jax.tree.map(
-      lambda old, new: 0.75 * old + 0.25 * new, before.statistics['moving'], before.params
-    )
-    jax.tree.map(
-      functools.partial(np.testing.assert_allclose, atol=1e-6), after.statistics['moving'], expected
-    )
-  queue = third.statistics['queue']
-  assert (
-    queue['valid_n'].tolist() == [True, True, False, True] * 2
-  )  # Whole batches, the last first.
-  mean = make_batch(1)['image_states'].mean(axis=(1, 2))
-  np.testing.assert_allclose(queue['image'][:4], mean, atol=1e-5)
+  setup = make_setup(**{'albef.itm': 0.0, 'molt.input_norm': 'none'})
+  method, state = setup.method, jax.device_get(setup.state())
+  params = jax.tree.map(lambda x: x + 1, state.params)
+
+  @jax.jit
+  def step(statistics, batch):
+    variables = {'params': params, 'statistics': statistics}
+    keys = {'dropout': jax.random.key(0), 'patches': jax.random.key(1)}
+    features = method.features({}, batch)
+    return method(variables, {}, features, batch, batch['present'], Training(keys)).statistics
+
+  jax.tree.map(np.testing.assert_array_equal, state.statistics['moving'], state.params)
+  first = step(state.statistics, make_batch(0))
+  second = step(first, make_batch(1))
+  moved = jax.tree.map(lambda x: x + 1 - 0.75**2, state.params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), second['moving'], moved)
+  queue = second['queue']
+  # Whole batches, the last one first.
+  assert queue['valid_n'].tolist() == [True, True, False, True] * 2
+  for n, seed in enumerate((1, 0)):
+    mean = make_batch(seed)['image_states'].mean(axis=(1, 2))
+    np.testing.assert_allclose(queue['image'][4 * n : 4 * n + 4], mean, atol=1e-5)
 
 
 def test_latent_structures_are_losses_of_a_step():

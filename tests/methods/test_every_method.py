@@ -26,7 +26,6 @@ CASES = {name: {'method': name, **(PAIR if name in NAMED else {})} for name in M
     'backbones.text.trainable': r'layers/3/(q|v)_proj/.*',
     'backbones.image.trainable': 'layers/5/.*_proj/kernel',
   },
-  'molt, prototypes': {'method': 'molt', 'classifier.kind': 'prototypes'},
   'molt, layers of its own': {'method': 'molt', 'molt.layers': 'image=0,3,-1;text=1:4'},
   'molt, trained upper layers': {
     'method': 'molt',

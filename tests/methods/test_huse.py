@@ -35,8 +35,8 @@ def make_batch(present):
   """Six examples with these modalities."""
   rng = np.random.default_rng(0)
   return {
-    'image': rng.normal(size=(ROWS, 64, 64, 3)).astype(np.float32),
-    'tokens': rng.integers(2, 200, (ROWS, TOKENS)).astype(np.int32),
+    'image_states': rng.normal(size=(ROWS, 1, 3, 192)).astype(np.float32),
+    'text_states': rng.normal(size=(ROWS, 1, TOKENS, 64)).astype(np.float32),
     'token_mask': np.tile(np.array(present)[:, 1:], (1, TOKENS)),
     'present': np.array(present),
     'label': rng.integers(0, 3, ROWS).astype(np.int32),
@@ -61,24 +61,30 @@ def test_the_semantic_loss_is_that_of_a_loop_in_float64():
   z_bc[2] = np.nan
   found = huse.semantic(jnp.float32(z_bc), jnp.float32(names_bd), counted_b, margin=0.5)
   np.testing.assert_allclose(found, total / count, rtol=1e-5)
-  slope = jax.grad(lambda z: huse.semantic(z, jnp.float32(names_bd), counted_b, margin=0.5))
+  slope = jax.jit(
+    jax.grad(lambda z: huse.semantic(z, jnp.float32(names_bd), counted_b, margin=0.5))
+  )
   assert np.all(np.isfinite(slope(jnp.float32(np.where(counted_b[:, None], z_bc, 0)))))
 
 
 @pytest.fixture(scope='module')
 def made():
-  """(setup, frozen towers, the state that a run begins with)."""
+  """(setup, frozen towers, the state that a run begins with, a compiled call)."""
   setup = Setup(make_config(), optax.identity(), ('red', 'dark red', 'dog'))
   frozen = setup.frozen()
-  return setup, frozen, setup.begin(frozen)
+  state = setup.begin(frozen)
+  variables = {'params': state.params, 'statistics': state.statistics}
+
+  def call(batch, training):
+    features = setup.method.features({}, batch)
+    how = Training({'dropout': jax.random.key(0)}, update=False) if training else None
+    return setup.method(variables, {}, features, batch, batch['present'], how)
+
+  return setup, frozen, state, jax.jit(call, static_argnums=1)
 
 
 def outputs(made, batch, training=False):
-  setup, frozen, state = made
-  variables = {'params': state.params, 'statistics': state.statistics}
-  features = setup.method.features(frozen, batch)
-  how = Training({'dropout': jax.random.key(0)}, update=False) if training else None
-  return setup.method(variables, frozen, features, batch, batch['present'], how)
+  return made[-1](batch, training)
 
 
 def test_probabilities_are_the_mean_of_those_of_both_modalities(made):
@@ -104,14 +110,15 @@ def test_branches_of_an_example_with_one_modality_are_that_one(made):
 
 
 def test_class_names_are_compared_with_the_text_towers_mean_states(made):
-  setup, frozen, state = made
+  setup, frozen, state, _ = made
   names = np.asarray(state.statistics[huse.NAMES], np.float64)
   np.testing.assert_allclose(np.linalg.norm(names, axis=1), 1, atol=1e-5)
   tower = setup.assembly.towers['text']
   found = huse.names.sentences(tower, setup.assembly.class_names, '{}')
   tokens_kt, mask_kt = found.tokens_kt, found.mask_kt
   tower, last = setup.method.modules['text'], setup.method.states['text']
-  states = tower.apply({'params': frozen['text']}, tokens_kt, mask_kt, states=last)[-1]
+  run = jax.jit(lambda p, *x: tower.apply(p, *x, states=last)[-1])
+  states = run({'params': frozen['text']}, tokens_kt, mask_kt)
   mean = np.stack([np.asarray(x)[m].mean(axis=0) for x, m in zip(states, mask_kt, strict=True)])
   np.testing.assert_allclose(names, unit(mean - mean.mean(axis=0)), atol=1e-4)
   # From a store the towers' parameters are not there, and are loaded for the names.

@@ -35,12 +35,21 @@ def make_states():
   return HiddenStates(image.astype(np.float32), text.astype(np.float32), mask_bt)
 
 
-def made(**overrides):
-  """(head, its variables)."""
-  head = make_head(make_config(**overrides), **SIZES)
-  key = jax.random.key(0)
-  variables = jax.jit(functools.partial(head.init, train=False))(key, make_states(), PRESENT)
-  return head, jax.tree.map(np.asarray, prototypes.meta.unbox(variables))
+class Made:
+  """A head, variables of its shapes, and its two compiled calls."""
+
+  def __init__(self, **overrides):
+    self.head = make_head(make_config(**overrides), **SIZES)
+    init = functools.partial(self.head.init, train=False)
+    shapes = prototypes.meta.unbox(jax.eval_shape(init, jax.random.key(0), make_states(), PRESENT))
+    draw = functools.partial(np.random.default_rng(0).normal, scale=0.5)
+    self.variables = jax.tree.map(lambda x: np.float32(draw(size=x.shape)), shapes)
+    self.predict = jax.jit(functools.partial(self.head.apply, train=False))
+    self.train = jax.jit(self._train)
+
+  def _train(self, variables):
+    how = {'train': True, 'rngs': {'dropout': jax.random.key(0)}, 'label': LABEL}
+    return self.head.apply(variables, make_states(), PRESENT, **how)
 
 
 def unit(x):
@@ -58,12 +67,12 @@ def cosines(params, modality, pattern):
 
 @pytest.fixture(scope='module')
 def default():
-  return made()
+  return Made()
 
 
 def test_logits_are_cosines_with_the_prototypes_of_the_pattern(default):
-  head, variables = default
-  found = head.apply(variables, make_states(), PRESENT, train=False).logits_bk
+  variables = default.variables
+  found = default.predict(variables, make_states(), PRESENT).logits_bk
   of = functools.partial(cosines, variables['params'])
   both = (of('image', 'complete') + of('text', 'complete')) / 2
   single = np.where(PRESENT[:, :1], of('image', 'alone'), of('text', 'alone'))
@@ -71,14 +80,13 @@ def test_logits_are_cosines_with_the_prototypes_of_the_pattern(default):
 
 
 def test_with_equal_prototypes_a_complete_example_has_the_mean_of_both_answers(default):
-  head, variables = default
-  params = dict(variables['params'])
+  params = dict(default.variables['params'])
   for modality in ('image', 'text'):
     params[f'classifiers_{modality}_alone'] = params[f'classifiers_{modality}_complete']
 
   def answer(*kept):
     present_bm = np.tile(np.array(kept), (ROWS, 1))
-    return head.apply({'params': params}, make_states(), present_bm, train=False).logits_bk
+    return default.predict({'params': params}, make_states(), present_bm).logits_bk
 
   both, image, text = answer(True, True), answer(True, False), answer(False, True)
   np.testing.assert_allclose(both, (image + text) / 2, atol=1e-5)
@@ -86,16 +94,15 @@ def test_with_equal_prototypes_a_complete_example_has_the_mean_of_both_answers(d
 
 
 def test_four_prototypes_of_each_class_and_a_map_of_each_modality(default):
-  shapes = [x.shape for x in jax.tree.leaves(default[1]['params'])]
+  shapes = [x.shape for x in jax.tree.leaves(default.variables['params'])]
   assert sorted(shapes) == sorted([(5, WIDTH), (4, WIDTH), *[(WIDTH, CLASSES)] * 4])
-  _, shared = made(**{'missing.views': False})
-  assert sum(x.size for x in jax.tree.leaves(shared)) == 9 * WIDTH + 2 * WIDTH * CLASSES
+  shared = Made(**{'missing.views': False})
+  assert sum(x.size for x in jax.tree.leaves(shared.variables)) == 9 * WIDTH + 2 * WIDTH * CLASSES
 
 
 def test_training_adds_the_margin_of_the_pattern_to_own_classes(default):
-  head, variables = default
-  how = {'train': True, 'rngs': {'dropout': jax.random.key(0)}, 'label': LABEL}
-  out = head.apply(variables, make_states(), PRESENT, **how)
+  variables = default.variables
+  out = default.train(variables)
   of = functools.partial(cosines, variables['params'])
   own = LABEL[:, None] == np.arange(CLASSES)
   angle = np.where(PRESENT.all(1), 0.1, 0.15)[:, None]
@@ -107,7 +114,7 @@ def test_training_adds_the_margin_of_the_pattern_to_own_classes(default):
   single = harder(np.where(PRESENT[:, :1], of('image', 'alone'), of('text', 'alone')))
   expected = 32 * np.where(PRESENT.all(1)[:, None], both, single)
   np.testing.assert_allclose(out.branches_bk[MARGIN], expected, atol=2e-4)
-  bare = head.apply(variables, make_states(), PRESENT, train=False).logits_bk
+  bare = default.predict(variables, make_states(), PRESENT).logits_bk
   np.testing.assert_allclose(out.logits_bk, bare, atol=1e-5)
   assert out.losses_b['supcon'].shape == (ROWS,)
 
@@ -129,7 +136,7 @@ def test_a_margin_never_raises_a_cosine_and_has_a_finite_gradient():
   np.testing.assert_allclose(
     shift(np.cos(inside).astype(np.float32)), np.cos(inside + 0.15), atol=1e-5
   )
-  slopes = jax.vmap(jax.grad(shift))(jnp.array([-1.0, 1.0, -1 - 1e-7, 1 + 1e-7]))
+  slopes = jax.jit(jax.vmap(jax.grad(shift)))(jnp.array([-1.0, 1.0, -1 - 1e-7, 1 + 1e-7]))
   assert np.all(np.abs(slopes) < 100)
 
 
@@ -149,9 +156,8 @@ def test_contrast_is_that_of_a_loop_in_float64():
 
 @pytest.mark.parametrize('method', ['molt', 'late_fusion'])
 def test_prototypes_are_a_classifier_of_other_heads_too(method):
-  head, variables = made(**{'method': method, 'classifier.kind': 'prototypes'})
-  predict = jax.jit(functools.partial(head.apply, train=True, rngs={'dropout': jax.random.key(0)}))
-  out = predict(variables, make_states(), PRESENT, label=LABEL)
+  made = Made(**{'method': method, 'classifier.kind': 'prototypes'})
+  out = made.train(made.variables)
   assert np.all(np.abs(out.logits_bk) <= 32.001)
   own = LABEL[:, None] == np.arange(CLASSES)
   np.testing.assert_array_equal(out.branches_bk[MARGIN] < out.logits_bk - 1e-3, own)
