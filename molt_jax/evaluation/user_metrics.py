@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from molt_jax.data.modalities import in_words
 from molt_jax.errors import UserError
 from molt_jax.evaluation.thresholds import HALF, of_examples
 from molt_jax.methods.parts.interface import Output
@@ -99,7 +100,8 @@ class Collector:
         else:
           found[condition][name] = value
     for (name, why), conditions in undetermined.items():
-      console.log(f'--metrics: {name} has no value for {", ".join(conditions)}: {why}')
+      shown = ', '.join(map(in_words, conditions))
+      console.log(f'--metrics: {name} has no value for {shown}: {why}')
     return found
 
 
