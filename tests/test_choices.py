@@ -48,6 +48,13 @@ def test_small_data_have_a_least_number_of_steps(examples, least, total, validat
   assert due[-1] == total and abs(len(due) - validations) <= 2
 
 
+def test_whoever_says_how_many_epochs_gets_no_more_steps():
+  assert CLASSIFIER.load('table', {'dataset.path': '.'}).train.least_steps == 100
+  for fields, least in (({}, 0), ({'train.least_steps': '70'}, 70)):
+    given = {'dataset.path': '.', 'train.epochs': '1'} | fields
+    assert CLASSIFIER.load('table', given).train.least_steps == least
+
+
 def test_a_finished_run_is_given_more_epochs_and_is_as_if_it_had_had_them(
   whole, tmp_path, same_run, capsys
 ):
@@ -70,6 +77,9 @@ def test_a_run_that_has_not_ended_keeps_its_epochs(tiny_config):
   with pytest.raises(UserError, match=r'not ended yet \(step 5 of 12\); give 1, and more when'):
     resuming.check_finished(saved, config, 48)
   resuming.check_finished(saved | {'step': 12}, config, 48)
+  saved['config']['train']['least_steps'] = 20
+  with pytest.raises(UserError, match=r'not ended yet \(step 12 of 20\)'):
+    resuming.check_finished(saved | {'step': 12}, config, 48)
 
 
 @pytest.mark.parametrize(

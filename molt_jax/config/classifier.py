@@ -485,5 +485,9 @@ def _directions(c: ml_collections.ConfigDict) -> Iterator[str]:
 
 
 CLASSIFIER = Schema(
-  'train', FIELDS, (_divisors, data_folder, _towers, _trainable, _missing, _directions)
+  'train',
+  FIELDS,
+  (_divisors, data_folder, _towers, _trainable, _missing, _directions),
+  # Whoever says how many epochs wants no more steps.
+  resets={'train.epochs': ('train.least_steps', 0)},
 )

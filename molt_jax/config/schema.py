@@ -42,6 +42,8 @@ class Schema:
     fields: nested by the parts of their dotted names.
     rules: of fields together.
     renamed: fields of earlier versions, as RENAMED.
+    resets: field -> (field, value) that a preset's is set back to where the first is given and the
+      second is not.
   """
 
   command: str
@@ -50,6 +52,7 @@ class Schema:
   renamed: Mapping[str, tuple[str, Callable[[Any], Any]]] = dataclasses.field(
     default_factory=lambda: RENAMED
   )
+  resets: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
 
   def items(self) -> Iterator[tuple[str, Field]]:
     """Yields (dotted name, Field)."""
@@ -81,7 +84,11 @@ class Schema:
         f'--config: {preset!r} is a preset of another command (config.{min(others)}); give one of '
         'this command'
       )
-    for name, text in (overrides or {}).items():
+    overrides = overrides or {}
+    for name, (other, value) in self.resets.items():
+      if name in overrides and other not in overrides:
+        set_field(config, other, value)
+    for name, text in overrides.items():
       default = self.get(config, name)
       set_field(config, name, parse(name, text, default))
     return self.validate(config)

@@ -36,12 +36,12 @@ FREE_ON_RESUME = (
   'eval.batch_size',
   'eval.select',
 )
-# A finished run may be given more of them.
-EPOCHS = 'train.epochs'
+# How long a run is: a finished one may be given more epochs.
+LENGTH = ('train.epochs', 'train.least_steps')
 # Of a finished run, whose scores need not be those of training to the last bit.
 FREE_IN_USE = (
   *FREE_ON_RESUME,
-  EPOCHS,  # Until a run that is given more has saved, its checkpoint says the old number.
+  *LENGTH,  # Until a run that is given more has saved, its checkpoint says the old number.
   'backbones.image.path',
   'backbones.text.path',
   'backbones.attention',
@@ -98,6 +98,8 @@ def check_finished(
     return
   before = config.copy_and_resolve_references()
   before.train.epochs = saved['config']['train']['epochs']
+  if 'least_steps' in before.train:
+    before.train.least_steps = saved['config']['train'].get('least_steps', 0)
   total = StepSchedule(before, num_examples).total
   if saved['step'] < total:
     raise UserError(
@@ -153,7 +155,7 @@ def resume(
   logbook.read(checkpoints.workdir)  # It will be gone on with, too.
   free = FREE_ON_RESUME
   if has_more_epochs(saved['config'], config):
-    free = (*FREE_ON_RESUME, EPOCHS)
+    free = (*FREE_ON_RESUME, *LENGTH)
   fields = other_fields(saved, config, free, schema_of(config))
   if fields:
     raise UserError(

@@ -209,7 +209,7 @@ def check_config(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Non
   changed = resolved.differences(begun, as_begun(config, folder))
   changed = [line for line in changed if line.split(':')[0] not in resuming.FREE_ON_RESUME]
   if resuming.has_more_epochs(begun, config):
-    changed = [line for line in changed if line.split(':')[0] != resuming.EPOCHS]
+    changed = [line for line in changed if line.split(':')[0] not in resuming.LENGTH]
   if changed:
     raise UserError(
       f'--workdir: {str(folder)!r} holds a run with another config ({"; ".join(changed)}); give '
