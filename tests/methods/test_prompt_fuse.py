@@ -112,7 +112,7 @@ def test_an_example_is_its_own_sequence_run_without_padding(name):
   batch = make_batch()
   found_bk = jax.jit(setup.logits)(variables, frozen, batch)
   num_cells = setup.method.num_cells
-  for row in (0, 2):
+  for row in (0, 2) if setup.method.readout == 'prompt' else (0,):
     expected_k = by_hand(setup, frozen, variables, batch, row, num_cells)
     np.testing.assert_allclose(found_bk[row], expected_k, rtol=2e-4, atol=2e-5)
 

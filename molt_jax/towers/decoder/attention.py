@@ -31,7 +31,7 @@ def attend(
     qkv, mask_b1ts = with_prefix(qkv, prefix, lengths_b=lengths_b, **rules)
     lengths_b, is_causal = None, False
   if config.logit_cap is not None:
-    return _capped(config, qkv, lengths_b, mask_b1ts, is_causal)
+    return _capped(config, qkv, lengths_b, mask_b1ts)
   return jax.nn.dot_product_attention(
     *qkv,
     is_causal=is_causal,
@@ -42,8 +42,10 @@ def attend(
   )
 
 
-def _capped(config, qkv, lengths_b, mask_b1ts, is_causal):
-  """Attention whose logits are kept within `logit_cap` before the mask (Gemma 2)."""
+def _capped(config, qkv, lengths_b, mask_b1ts):
+  """Attention whose logits are kept within `logit_cap` before the mask (Gemma 2); without lengths
+  the mask is all that says what is read.
+  """
   q_btnh, k_bskh, v_bskh = qkv
   b, t, n, h = q_btnh.shape
   heads = k_bskh.shape[2]
@@ -51,15 +53,14 @@ def _capped(config, qkv, lengths_b, mask_b1ts, is_causal):
   scale = h**-0.5 if config.attention_scale is None else config.attention_scale
   logits = jnp.einsum('btkgh,bskh->bkgts', q_btkgh, k_bskh, preferred_element_type=jnp.float32)
   logits = config.logit_cap * jnp.tanh(logits * (scale / config.logit_cap))
-  s = k_bskh.shape[1]
-  query_t1, key_1s = jnp.arange(t)[:, None], jnp.arange(s)[None]
-  seen_b1ts = jnp.ones((1, 1, 1, s), bool)
+  seen_b1ts = mask_b1ts
   if lengths_b is not None:
+    query_t1, key_1s = jnp.arange(t)[:, None], jnp.arange(t)[None]
     seen_b1ts = (key_1s < lengths_b[:, None])[:, None, None, :]
-  if is_causal:
-    seen_b1ts &= (key_1s <= query_t1)[None, None]
-  if mask_b1ts is not None:
-    seen_b1ts &= mask_b1ts
+    if config.causal:
+      seen_b1ts &= (key_1s <= query_t1)[None, None]
+    if mask_b1ts is not None:
+      seen_b1ts &= mask_b1ts
   logits = jnp.where(seen_b1ts[:, :, None], logits, jnp.finfo(jnp.float32).min / 2)
   weights_bkgts = jax.nn.softmax(logits, axis=-1).astype(v_bskh.dtype)
   return jnp.einsum('bkgts,bskh->btkgh', weights_bkgts, v_bskh).reshape(b, t, n, h)
