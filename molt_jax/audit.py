@@ -139,15 +139,21 @@ def run(
   )
   atomic.write(page, audited.render(content))
   atomic.write(page.with_suffix('.csv'), _as_csv(content, splits))
-  counts = dict.fromkeys(audited.KINDS, 0)
-  for suspect in found.suspects:
-    counts[suspect.kind] += suspect.suspected
-  counts['duplicate'] = len(found.duplicates)
+  counts = _counts(found)
   across = sum(x.split != x.other_split for x in found.duplicates)
   console.log(
     f'{counts["pair"]} pairs, {counts["label"]} labels and {counts["outlier"]} outliers of '
     f'{len(source):,} {split} rows are suspected; {across} rows are in two splits'
   )
+  return counts
+
+
+def _counts(found: Audit) -> dict[str, int]:
+  """Returns kind -> how many rows are suspected."""
+  counts = dict.fromkeys(audited.KINDS, 0)
+  for suspect in found.suspects:
+    counts[suspect.kind] += suspect.suspected
+  counts['duplicate'] = len(found.duplicates)
   return counts
 
 

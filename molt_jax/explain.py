@@ -55,27 +55,17 @@ def run(
     `contributions.summary`, with 'by_class'.
 
   Raises:
-    UserError: no run there, or one of a single modality; the data or the page are not as they must
-      be.
+    UserError: no run there, or one of a single modality; data or page are not as they must be.
   """
   page = pathlib.Path(out) if out else workdir / 'explain.html'
-  opened = trained.open(workdir)
-  if len(resolved.modalities(opened.config)) < 2:
-    raise UserError(
-      f'--workdir: the run in {str(workdir)!r} knows {opened.config.dataset.modalities}s alone: '
-      'there is nothing to part; give a run on images and texts'
-    )
+  opened = _open(workdir)
   check_out(page)
-  prior_k = calibration.of_run(opened).prior_k
-  source, _ = (
-    trained.open_split(opened, split) if table is None else trained.open_other(opened, table)
-  )
+  source, _ = _split(opened, split, table)
   recorder = answer(opened, source, 'explaining')
   facts = {'step': opened.meta['step'], 'config_hash': '', 'seed': 0, 'data': ''}
   predictions = recorder.predictions(split=split, **facts)
-  found = contributions.explain(predictions, prior_k)
-  picked = explained.chosen(found)
-  rows = dict.fromkeys(row for of_kind in picked.values() for row in of_kind)
+  found = contributions.explain(predictions, calibration.of_run(opened).prior_k)
+  rows = dict.fromkeys(row for of_kind in explained.chosen(found).values() for row in of_kind)
   places = {row: int(recorder.rows[found.rows[row]]) for row in rows}
   content = explained.Content(
     name=opened.workdir.name,
@@ -85,14 +75,29 @@ def run(
     shown={row: exhibit(source, place) for row, place in places.items()},
     parts=_parts(opened.workdir, source, {row: places[row] for row in list(rows)[:occlude]}),
   )
-  atomic.write(page, explained.render(content))
   result = contributions.summary(found)
   result['by_class'] = contributions.by_class(found, predictions)
+  atomic.write(page, explained.render(content))
   atomic.write(page.with_suffix('.json'), logbook.to_json(result, indent=2) + '\n')
   atomic.write(page.with_suffix('.csv'), _as_csv(found, predictions))
   for line in contributions.better_alone(result):
     console.log(line)
   return result
+
+
+def _open(workdir: pathlib.Path) -> trained.Trained:
+  """Opens a run on images and texts."""
+  opened = trained.open(workdir)
+  if len(resolved.modalities(opened.config)) < 2:
+    raise UserError(
+      f'--workdir: the run in {str(workdir)!r} knows {opened.config.dataset.modalities}s alone: '
+      'there is nothing to part; give a run on images and texts'
+    )
+  return opened
+
+
+def _split(run: trained.Trained, split: str, table: str | None) -> tuple[Source, Any]:
+  return trained.open_split(run, split) if table is None else trained.open_other(run, table)
 
 
 def check_out(page: pathlib.Path) -> None:
