@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -351,3 +352,46 @@ def test_a_split_is_explained_on_one_page(run, tiny_table, tmp_path):
   for name in ('both', 'image', 'text'):
     right = sum(int(row[f'right_{name}']) for row in complete)
     assert found['accuracy'][name] == pytest.approx(right / 11)
+
+
+class _Output(NamedTuple):
+  logits_bk: np.ndarray
+
+
+def test_sets_of_several_labels_are_counted_label_by_label():
+  rng = np.random.default_rng(6)
+  label = (rng.random((40, 3)) < 0.4).astype(np.float32)
+  logits_cbk = rng.normal(4 * label - 2, 1.0, (3, 40, 3))
+  keep_bcm = np.broadcast_to(PATTERNS[None], (40, 3, 2))
+  present = np.ones((40, 2), bool)
+  present[3, 0] = present[5, 1] = False
+  weight = np.ones(40)
+  weight[39] = 0  # Padding.
+  index = np.arange(40)
+  batch = {'label': label, 'keep': keep_bcm, 'present': present, 'weight': weight, 'index': index}
+  names = [f'{name}_absent' for name in ('none', 'text', 'image')]
+  entries = calibration._Entries(names, multi_label=True)
+  entries.observe(batch, _Output(logits_cbk))
+  arrays = entries.arrays()
+  assert arrays['example_m'].max() == 38 and set(arrays['pattern_m']) == {0, 1, 2}
+  complete = arrays['pattern_m'] == 0
+  assert not np.isin(arrays['example_m'][complete], (3, 5)).any()
+  prior_k = calibration.prior([(0,), (0, 2), ()], 3, multi_label=True)
+  assert prior_k == pytest.approx(np.array([3, 1, 2]) / 5)
+  known = Calibration('x', ['a', 'b', 'c'], True, [], prior_k, **arrays)
+  assert not list(known._faults())
+  rule = known.rule(0.7)
+  counts = calibration.SetScores(rule, names, ['a', 'b', 'c'])
+  counts.observe(batch, _Output(logits_cbk))
+  for c, found in enumerate(counts.results().values()):
+    rows = np.flatnonzero((present & PATTERNS[c]).any(axis=1) & (weight > 0))
+    p_nk = 1 / (1 + np.exp(-logits_cbk[c, rows]))
+    members_nk = rule.members(p_nk, present[rows] & PATTERNS[c])
+    true_nk = label[rows] > 0
+    some_n = true_nk.any(axis=1)
+    held_n = (members_nk & true_nk)[some_n].sum(axis=1) / true_nk[some_n].sum(axis=1)
+    assert found['coverage'] == pytest.approx(held_n.mean())
+    for k, name in enumerate('abc'):
+      of_class = found['by_class'][name]
+      assert of_class['examples'] == true_nk[:, k].sum()
+      assert of_class['coverage'] == pytest.approx(members_nk[true_nk[:, k], k].mean())
