@@ -24,7 +24,7 @@ from molt_jax.config import resolved
 from molt_jax.data.modalities import CONDITIONS, KEPT
 from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
-from molt_jax.evaluation import calibration, contributions, scoring, trained
+from molt_jax.evaluation import calibration, contributions, harm, scoring, trained
 from molt_jax.evaluation.contributions import Explained
 from molt_jax.evaluation.recorder import PredictionRecorder, exhibit
 from molt_jax.evaluation.records import Predictions
@@ -80,8 +80,8 @@ def run(
   atomic.write(page, explained.render(content))
   atomic.write(page.with_suffix('.json'), logbook.to_json(result, indent=2) + '\n')
   atomic.write(page.with_suffix('.csv'), _as_csv(found, predictions))
-  for line in contributions.better_alone(result):
-    console.log(line)
+  for one in harm.found(predictions):
+    console.log(one.line())
   return result
 
 

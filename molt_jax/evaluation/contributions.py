@@ -11,13 +11,13 @@ nats: 0.69 doubles the odds of a label against what is given up for it, and belo
 spoke against it.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from molt_jax.data.modalities import MODALITIES
+from molt_jax.evaluation.harm import mcnemar
 from molt_jax.evaluation.records import Predictions
 
 LEAST = 1e-38  # Of a probability: smaller ones are zero in float32.
@@ -58,18 +58,6 @@ def log_likelihood(p_nk: np.ndarray, true_nk: np.ndarray, *, multi_label: bool) 
     return np.where(true_nk, log_nk, 0.0).sum(axis=1)
   log_not_nk = np.log(np.maximum(1.0 - p_nk.astype(np.float64), LEAST))
   return np.where(true_nk, log_nk, log_not_nk).sum(axis=1)
-
-
-def mcnemar(one: int, other: int) -> float:
-  """Returns the exact two-sided p of McNemar's test: of n = one + other examples that only one of
-  two classifiers got right, the chance that a fair coin parts them as unevenly.
-  """
-  n, fewer = one + other, min(one, other)
-  log_terms = [
-    math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
-    for i in range(fewer + 1)
-  ]
-  return min(1.0, 2 * math.fsum(map(math.exp, log_terms)))
 
 
 class Explained(NamedTuple):
@@ -159,19 +147,3 @@ def by_class(found: Explained, predictions: Predictions) -> dict[str, dict[str, 
     if own.complete_n.any():
       parts[names[k]] = summary(own)
   return parts
-
-
-def better_alone(result: dict[str, Any]) -> list[str]:
-  """Returns a line for each modality that is right more often alone than both together are."""
-  lines = []
-  for m, modality in enumerate(MODALITIES if result['complete'] else ()):
-    other = MODALITIES[1 - m]
-    of_other, accuracy = result[other], result['accuracy']
-    if accuracy[modality] > accuracy['both']:
-      lines.append(
-        f'the {modality} alone is right more often than both ({100 * accuracy[modality]:.1f} '
-        f'against {100 * accuracy["both"]:.1f} % of {result["complete"]:,} complete examples): the '
-        f'{other} helps {of_other["helps"]} of them and hurts {of_other["hurts"]} (McNemar, p '
-        f'{of_other["p"]:.2g})'
-      )
-  return lines

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.evaluation import contributions
+from molt_jax.evaluation import contributions, harm
 from molt_jax.evaluation.contributions import Explained
 from molt_jax.evaluation.records import Predictions
 from molt_jax.reporting import examples
@@ -71,14 +71,14 @@ def render(content: Content) -> str:
     sections = {'all': ('Image and text', body)}
     return whole(f'{content.name}: explained', 'molt_jax', abstract, sections, 'explain')
   sections = {
-    'all': ('Image and text', _overall(page, result)),
+    'all': ('Image and text', _overall(page, content, result)),
     'classes': ('By class', _classes(page, content)),
     'rows': ('Rows', _rows(content)),
   }
   return whole(f'{content.name}: explained', 'molt_jax', abstract, sections, 'explain')
 
 
-def _overall(page: Page, result: Mapping[str, Any]) -> str:
+def _overall(page: Page, content: Content, result: Mapping[str, Any]) -> str:
   rows = []
   for modality in MODALITIES:
     of = result[modality]
@@ -98,7 +98,7 @@ def _overall(page: Page, result: Mapping[str, Any]) -> str:
     'right with both. A modality helps a row that is right with it and wrong by the other alone, '
     'and hurts one the other way round; p is of the exact test that it does both equally often.'
   )
-  lines = contributions.better_alone(dict(result))
+  lines = [one.line() for one in harm.found(content.predictions)]
   notes = ''.join(f'<p>{safe(line[0].upper() + line[1:], 500)}.</p>' for line in lines)
   return notes + page.table(head, rows, caption)
 

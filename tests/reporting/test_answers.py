@@ -17,7 +17,7 @@ import molt_jax
 from molt_jax import commands, evaluate, predict, report, train
 from molt_jax.data.modalities import PATTERNS
 from molt_jax.errors import UserError
-from molt_jax.evaluation import calibration, contributions, prediction_sets, records, trained
+from molt_jax.evaluation import calibration, contributions, harm, prediction_sets, records, trained
 from molt_jax.evaluation.prediction_sets import Calibration
 
 EVERY = np.ones(2, bool)
@@ -267,7 +267,6 @@ def test_a_label_that_hangs_on_the_text_is_the_text_s(make_predictions):
   result = contributions.summary(found)
   assert result['image']['helps'] == result['image']['hurts'] == 0
   assert sum(x['complete'] for x in contributions.by_class(found, p).values()) == result['complete']
-  assert contributions.better_alone(result) == []
 
 
 def test_a_modality_that_hurts_is_named_with_its_rows(make_predictions):
@@ -287,11 +286,7 @@ def test_a_modality_that_hurts_is_named_with_its_rows(make_predictions):
   }
   test = scipy.stats.binomtest(int(min(helps, hurts)), int(helps + hurts))
   assert result['image']['p'] == pytest.approx(test.pvalue)
-  assert contributions.mcnemar(0, 0) == 1.0
-  (line,) = contributions.better_alone(result)
-  assert (
-    line.startswith('the text alone is right more often than both') and f'hurts {hurts}' in line
-  )
+  assert [(x.modality, x.won, x.lost) for x in harm.found(p)] == [('image', helps, hurts)]
 
 
 def test_an_answer_is_explained_in_the_same_pass(run, model, tmp_path, monkeypatch, capsys):
