@@ -17,7 +17,8 @@ TYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'I8': 'int8', 'I32': 'int32', 'BO
 
 def pixels(path, size, resize, resample, rounded, **how):
   """Returns float32[1, size, size, 3]."""
-  image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
+  image = Image.open(path, formats=('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF'))
+  image = ImageOps.exif_transpose(image).convert('RGB')
   scaled, near, whole = how['scaled'] or size, min(image.size), int
   if resize == 'letterbox':
     scaled, near, whole = size, max(image.size), round
