@@ -104,6 +104,7 @@ def _leaves(tree):
 
 
 def test_what_another_run_has_learned_is_taken_over_by_the_names_of_classes(whole, tiny_config):
+  tiny_config.missing.views = False  # As the run has it: without classifiers of one modality.
   names = ('violet', 'red', 'green')
   assembly = assemble(tiny_config, class_names=names)
   fresh = nn.unbox(assembly.method.init(jax.random.key(1)))
@@ -148,6 +149,7 @@ def test_a_run_begins_with_another_and_ends_when_the_time_is_up(
   whole, tiny_config, tmp_path, capsys
 ):
   tiny_config.train.epochs = 3.0
+  tiny_config.missing.views, tiny_config.missing.distill_weight = False, 0.0  # As the run has it.
   choices = train.Choices(time_limit=0.0, init_from=str(whole))
   train.train(tiny_config, tmp_path / 'run', choices=choices)
   said = capsys.readouterr().err
