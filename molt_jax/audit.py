@@ -63,14 +63,14 @@ def look(opened: trained.Trained, splits: Mapping[str, Source], split: str, *, f
   found = duplicates.find(splits)
   sources = {name: splits[name] for name in dict.fromkeys((split, 'train'))}
   states = pooled_states.read(opened, sources)
-  examples = _examples(opened, sources, states, split, found, folds)
+  examples = _examples(opened, sources, states, found, folds)
   seed = opened.config.seed
   suspects, p_vnk = data_faults.find(examples, seed=seed)
   count = len(splits[split])
   return Audit([x for x in suspects if x.row < count], found, p_vnk[:, :count])
 
 
-def _examples(opened, sources, states, split, found, folds) -> out_of_fold.Examples:
+def _examples(opened, sources, states, found, folds) -> out_of_fold.Examples:
   """The examples of a split, and behind them those of train."""
   num_classes, multi_label = len(opened.class_names), opened.config.dataset.multi_label
   labels = [label for source in sources.values() for label in source.labels]

@@ -60,7 +60,7 @@ def text(
   """
   what, absent, example = _READS[tuple(config['dataset']['modalities'].split(','))]
   parts = [_HEAD.format(name=_plain(name), what=what, absent=absent, example=example)]
-  parts += [_scores(config, evaluation), _towers(config, meta), _data(meta), _classes(meta)]
+  parts += [_scores(config, evaluation), _towers(meta), _data(meta), _classes(meta)]
   return '\n'.join(filter(None, parts))
 
 
@@ -104,7 +104,7 @@ def _row(cells: Sequence[str]) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def _towers(config: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+def _towers(meta: Mapping[str, Any]) -> str:
   lines = ['## Towers\n', 'Their weights are in the file, under the licences of their authors.\n']
   lines += [_row(['reads', 'tower', 'model', 'licence']), _row(['---'] * 4)]
   paths = {row.path: row for row in packaged.TOWERS.values()}

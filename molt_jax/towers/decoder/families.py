@@ -74,7 +74,7 @@ def _smollm3(c, head_dim, where):
   }
 
 
-def _gemma(c, head_dim, where):
+def _gemma(c):
   biased = c['attention_bias']
   return {
     'norm_offset': 1.0,
@@ -90,7 +90,7 @@ def _gemma(c, head_dim, where):
 def _gemma2(c, head_dim, where):
   slides = [i % 2 == 0 for i in range(c['num_hidden_layers'])]
   return {
-    **_gemma(c, head_dim, where),
+    **_gemma(c),
     'ropes': _one_rope(c, head_dim, where),
     'windows': _windows(c, slides, where),
     'logit_cap': c.get('attn_logit_softcapping'),
@@ -115,7 +115,7 @@ def _gemma3(c, head_dim, where):
     rope.read({**c, **of_local}, head_dim, f'{where}: sliding_attention')[1],
   ]
   return {
-    **_gemma(c, head_dim, where),
+    **_gemma(c),
     'qk_norm': True,
     'causal': not both_ways,
     'ropes': tuple(ropes),
