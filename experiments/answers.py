@@ -1,0 +1,280 @@
+"""Do prediction sets hold, where do shares go, does the audit find planted faults?
+
+  python experiments/answers.py sets   NAME=DIR[,DIR ...] [NAME=DIR ...]
+  python experiments/answers.py shares NAME=DIR [NAME=DIR ...]
+  python experiments/answers.py audit  NAME=DIR [--seeds=0,1,2]
+
+DIR is a finished run of `molt train`; several of a name are its seeds. Each part of the work and
+each name add to results/answers/answers.json, from which answers.md is written anew.
+
+sets    coverage and mean size on the test split at 90 %, with a threshold a pattern, with that of
+        complete examples for all, and adaptive; the mean coverage over 100 halvings of validation
+        and test examples put together, where both are alike by construction; and with gaps that
+        depend on the class, in validation and test
+shares  the part of all shares, by absolute value, that goes to the text
+audit   5 % of the texts of train swapped, 5 % of the labels changed, in one draw a seed; 50 rows of
+        train put into validation
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import scipy.stats
+
+from molt_jax.data import duplicates, missing
+from molt_jax.data.modalities import CONDITIONS, PATTERNS
+from molt_jax.data.sources import classes_of
+from molt_jax.evaluation import (
+  calibration,
+  contributions,
+  data_faults,
+  out_of_fold,
+  pooled_states,
+  prediction_sets,
+  records,
+  trained,
+)
+from molt_jax.runtime import atomic
+
+OUT = pathlib.Path(__file__).parent / 'results/answers'
+COVERAGE, HALVINGS, FAULTS, TWINS = 0.9, 100, 0.05, 50
+
+
+# ---- Sets ---------------------------------------------------------------------------------------
+
+
+def sets(folders):
+  """Returns condition -> measures, means over seeds, of each seed beside."""
+  found = [_sets(pathlib.Path(folder)) for folder in folders]
+  return {
+    name: {key: [run[name][key] for run in found] for key in found[0][name]} for name in found[0]
+  }
+
+
+def _sets(folder):
+  known = calibration.of_run(trained.open(folder))
+  p = records.Predictions.load(folder / records.PREDICTIONS)
+  rules = {kind: known.rule(COVERAGE, kind) for kind in prediction_sets.KINDS}
+  one = prediction_sets.SetRule(
+    COVERAGE,
+    'threshold',
+    False,
+    np.repeat(rules['threshold'].threshold_vk[:1], len(PATTERNS), axis=0),
+  )
+  result = {}
+  for v, name in enumerate(CONDITIONS):
+    label, p_nk = p.label, p.probability_cnk[v]
+    present_nm = p.present_nm & PATTERNS[v]
+    rows = np.arange(len(label))
+    row = {'accuracy': float((p_nk.argmax(axis=1) == label).mean())}
+    for kind, rule in {**rules, 'one for all': one}.items():
+      members_nk = rule.members(p_nk, present_nm)
+      row[kind] = float(members_nk[rows, label].mean())
+      row[f'{kind}, labels'] = float(members_nk.sum(axis=1).mean())
+    row['halvings'] = _halvings(known, v, p_nk, label)
+    row['gaps by class'] = _with_gaps(known, v, p, p_nk)
+    result[name] = row
+  return result
+
+
+def _halvings(known, v, p_nk, label):
+  """Mean coverage over halvings of validation and test together, threshold a pattern."""
+  own = known.pattern_m == v
+  scores = np.concatenate(
+    [
+      _scores(known.probability_m[own], known.before_m[own]),
+      _scores(p_nk[np.arange(len(label)), label], _before(p_nk, label)),
+    ]
+  )
+  rng, shares = np.random.default_rng(0), []
+  for _ in range(HALVINGS):
+    order, middle = rng.permutation(len(scores)), len(scores) // 2
+    threshold = prediction_sets.quantile(scores[order[:middle]], COVERAGE)
+    shares.append(np.mean(scores[order[middle:]] <= threshold + prediction_sets.TOLERANCE))
+  return float(np.mean(shares))
+
+
+def _with_gaps(known, v, p, p_nk):
+  """Coverage of test examples that lack a modality by nature, as often as their class says; mean
+  over 20 draws. Of the complete pattern, of those that lack nothing.
+  """
+  shares = []
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    rate_kv = rng.dirichlet((2.0, 1.0, 1.0), len(p.class_names))
+    ids, first = np.unique(known.example_m, return_index=True)
+    natural = dict(zip(ids.tolist(), _drawn(rng, rate_kv, known.label_m[first]), strict=True))
+    natural_m = np.array([natural[n] for n in known.example_m.tolist()])
+    # An example that lacks a modality is known under what it has alone.
+    own = (known.pattern_m == v) & ((natural_m == v) | (natural_m == 0))
+    scores = _scores(known.probability_m[own], known.before_m[own])
+    threshold = prediction_sets.quantile(scores, COVERAGE)
+    rows = np.flatnonzero(_drawn(rng, rate_kv, p.label) == v)
+    label = p.label[rows]
+    new = _scores(p_nk[rows, label], _before(p_nk[rows], label))
+    shares.append(np.mean(new <= threshold + prediction_sets.TOLERANCE))
+  return float(np.mean(shares))
+
+
+def _drawn(rng, rate_kv, labels):
+  return np.array([rng.choice(len(PATTERNS), p=rate_kv[k]) for k in labels])
+
+
+def _scores(probability, before):
+  return np.where(before == 0, 0.0, 1.0 - probability.astype(np.float64))
+
+
+def _before(p_nk, label):
+  return prediction_sets.likelier(p_nk)[np.arange(len(label)), label]
+
+
+# ---- Shares -------------------------------------------------------------------------------------
+
+
+def shares(folders):
+  """Returns the text's part of all shares, and what holds over the split."""
+  folder = pathlib.Path(folders[0])
+  known = calibration.of_run(trained.open(folder))
+  p = records.Predictions.load(folder / records.PREDICTIONS)
+  found = contributions.explain(p, known.prior_k)
+  total_m = np.abs(found.share_nm[found.complete_n]).sum(axis=0)
+  net_m = found.share_nm[found.complete_n].sum(axis=0)
+  whole_n = found.value_vn[0] - found.nothing_n
+  return {
+    'text, of absolute shares': float(total_m[1] / total_m.sum()),
+    'text, of their sum': float(net_m[1] / net_m.sum()),
+    'largest error of the sum': float(np.abs(found.share_nm.sum(axis=1) - whole_n).max()),
+    'summary': contributions.summary(found),
+  }
+
+
+# ---- Audit --------------------------------------------------------------------------------------
+
+
+def audit(folders, seeds):
+  """Returns measures of each seed."""
+  run = trained.open(folders[0])
+  source, _ = trained.open_split(run, 'train')
+  pooled, present_nm = pooled_states.read(run, {'train': source})['train']
+  label_n = np.array([next(iter(classes_of(label)), -1) for label in source.labels])
+  results = [_audit(pooled, present_nm, label_n, len(run.class_names), seed) for seed in seeds]
+  twins = np.random.default_rng(0).choice(len(source), TWINS, replace=False)
+  planted = missing.Part(source, tuple(twins.tolist()))
+  twice = duplicates.find({'train': source, 'validation': planted}, similar=False)
+  named = {x.row for x in twice if x.kind == 'example' and x.split == 'validation'}
+  return {'seeds': results, 'planted twins found': len(named), 'of': TWINS}
+
+
+def _audit(pooled, present_nm, label_n, num_classes, seed):
+  rng, count = np.random.default_rng(seed), len(label_n)
+  faults = round(FAULTS * count)
+  complete = np.flatnonzero(present_nm.all(axis=1))
+  torn = rng.choice(complete, faults, replace=False)
+  rest = np.setdiff1d(np.flatnonzero(label_n >= 0), torn)
+  wrong = rng.choice(rest, faults, replace=False)
+  texts = tuple(x.copy() for x in pooled['text'])
+  for x in texts:
+    x[torn] = x[np.roll(torn, 1)]
+  given_n = label_n.copy()
+  given_n[wrong] = (given_n[wrong] + rng.integers(1, num_classes, faults)) % num_classes
+  target_nk = (given_n[:, None] == np.arange(num_classes)).astype(np.float32)
+  fold_n = out_of_fold.folds(np.arange(count), 5, seed)
+  arrays = {**pooled, 'text': texts}
+  examples = out_of_fold.Examples(arrays, present_nm, target_nk, given_n >= 0, fold_n, False)
+  suspects, _ = data_faults.find(examples, seed=seed)
+  planted = {'label': wrong, 'pair': torn}
+  clean_n = ~np.isin(np.arange(count), np.concatenate([torn, wrong]))
+  return {kind: _found(suspects, kind, rows, clean_n) for kind, rows in planted.items()}
+
+
+def _found(suspects, kind, rows, clean_n):
+  score_n, suspected_n = np.full(len(clean_n), -np.inf), np.zeros(len(clean_n), bool)
+  for x in suspects:
+    if x.kind == kind:
+      score_n[x.row], suspected_n[x.row] = x.score, x.suspected
+  planted_n = np.isin(np.arange(len(clean_n)), rows)
+  rank_n, count = scipy.stats.rankdata(score_n), len(rows)
+  above = rank_n[planted_n].sum() - count * (count + 1) / 2
+  return {
+    'auroc': float(above / (count * (len(score_n) - count))),
+    'found': float(suspected_n[planted_n].mean()),
+    'false alarms': float(suspected_n[clean_n].mean()),
+  }
+
+
+# ---- Files --------------------------------------------------------------------------------------
+
+
+def main(argv):
+  """Measures and writes."""
+  work, *rest = argv
+  seeds = [int(x) for flag in rest if flag.startswith('--seeds=') for x in flag[8:].split(',')]
+  path = OUT / 'answers.json'
+  found = json.loads(path.read_text()) if path.exists() else {}
+  for word in rest:
+    if not word.startswith('--'):
+      name, _, folders = word.partition('=')
+      how = {'seeds': seeds or [0, 1, 2]} if work == 'audit' else {}
+      found.setdefault(work, {})[name] = WORK[work](folders.split(','), **how)
+  OUT.mkdir(parents=True, exist_ok=True)
+  atomic.write(path, json.dumps(found, indent=2) + '\n')
+  atomic.write(OUT / 'answers.md', table(found))
+
+
+WORK = {'sets': sets, 'shares': shares, 'audit': audit}
+
+
+def table(found):
+  """Returns answers.md."""
+  lines = ['# Answers', '', 'Written by `experiments/answers.py`; percent.', '']
+  head = ['data', 'condition', 'accuracy', *SETS]
+  lines += _head(['', *head[1:]])
+  for name, of_data in found.get('sets', {}).items():
+    for condition, row in of_data.items():
+      cells = [_mean(row[key]) for key in ('accuracy', *SETS)]
+      lines.append('| ' + ' | '.join([name, condition.replace('_', ' '), *cells]) + ' |')
+  lines += ['', *_head(['', 'seed', 'fault', 'AUROC', 'found', 'false alarms'])]
+  for name, of_data in found.get('audit', {}).items():
+    for seed, row in enumerate(of_data['seeds']):
+      for kind, x in row.items():
+        cells = [f'{x["auroc"]:.3f}', *(f'{100 * x[k]:.1f}' for k in ('found', 'false alarms'))]
+        lines.append('| ' + ' | '.join([name, str(seed), kind, *cells]) + ' |')
+  for name, of_data in found.get('audit', {}).items():
+    lines += ['', f'{name}: {of_data["planted twins found"]} of {of_data["of"]} planted twins.']
+  for name, x in found.get('shares', {}).items():
+    share = 100 * x['text, of absolute shares']
+    whole = 100 * x['text, of their sum']
+    lines += [
+      '',
+      f'{name}: {share:.1f} % of all absolute shares, {whole:.1f} % of their sum, text.',
+    ]
+  return '\n'.join(lines) + '\n'
+
+
+SETS = (
+  'threshold',
+  'threshold, labels',
+  'adaptive',
+  'adaptive, labels',
+  'one for all',
+  'halvings',
+  'gaps by class',
+)
+
+
+def _head(cells):
+  return ['| ' + ' | '.join(cells) + ' |', '|' + ' --- |' * len(cells)]
+
+
+def _mean(values):
+  scale = 100 if max(values) <= 1 else 1
+  shown = [scale * value for value in values]
+  if len(shown) == 1:
+    return f'{shown[0]:.1f}'
+  return f'{np.mean(shown):.1f} ({", ".join(f"{x:.1f}" for x in shown)})'
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
