@@ -28,7 +28,7 @@ from molt_jax.evaluation.prediction_sets import Calibration
 from molt_jax.exporting import card, examples, hub, programs
 from molt_jax.features import frozen
 from molt_jax.predict import Predictor
-from molt_jax.runtime import console, sealed, terminal
+from molt_jax.runtime import atomic, console, sealed, terminal
 from molt_jax.towers import kept
 
 LIBRARIES = ('molt_jax', 'jax', 'flax', 'numpy')
@@ -56,6 +56,7 @@ def export(
   """
   out = pathlib.Path(out)
   run = trained.open(workdir)
+  atomic.try_out(out.parent, tried=f'{out} cannot be written')
   if run.config.backbones.quantization == 'int4':
     raise UserError('--workdir: towers in int4 are not written; give a run with int8 or none')
   pairs = _pairs(run, split)

@@ -219,6 +219,18 @@ def tiny_config(make_tiny_config):
   return make_tiny_config()
 
 
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory, make_tiny_config) -> pathlib.Path:
+  """The folder of a run of a few steps, which tests only read."""
+  from molt_jax import train
+
+  config = make_tiny_config()
+  config.train.epochs = 0.5
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  train.train(config, workdir)
+  return workdir
+
+
 def _final_state(workdir):
   """Every array of the latest checkpoint, and its iterator position, as bytes."""
   folder = max((workdir / 'checkpoints' / 'latest').iterdir(), key=lambda p: int(p.name))

@@ -14,21 +14,17 @@ import safetensors.numpy
 from PIL import Image
 
 import molt_jax
-from molt_jax import evaluate, export, train
+from molt_jax import evaluate, export
 from molt_jax.errors import UserError
 from molt_jax.evaluation import model_file
+from molt_jax.exporting import hub
 from molt_jax.runtime import sealed
 from molt_jax.towers import loading
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, make_tiny_config) -> pathlib.Path:
-  """A run of a few steps, whose programs other tests share."""
-  config = make_tiny_config()
-  config.train.epochs = 0.5
-  workdir = tmp_path_factory.mktemp('filed') / 'run'
-  train.train(config, workdir)
-  return workdir
+def run(finished_run) -> pathlib.Path:
+  return finished_run
 
 
 @pytest.fixture(scope='module')
@@ -237,12 +233,12 @@ def test_answers_that_are_not_those_of_the_examples_are_refused(file, tmp_path):
 # ---- The hub, programs, mistakes -----------------------------------------------------------------
 
 
-def test_the_hub_without_a_network_is_one_line(run, tmp_path, capsys):
-  argv = [f'--workdir={run}', f'--out={tmp_path}/a.molt', '--push_to_hub=someone/shop']
-  assert export.main(argv) == 2
-  err = capsys.readouterr().err
-  (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
-  assert "'someone/shop' cannot be written" in line and (tmp_path / 'a.molt').exists()
+def test_the_hub_without_a_network_is_one_line(file):
+  with pytest.raises(UserError) as error:
+    hub.push('someone/shop', file, 'a card')
+  message = str(error.value)
+  assert "--push_to_hub: 'someone/shop' cannot be written" in message and '\n' not in message
+  assert f'{file} is written' in message
 
 
 def test_programs_answer_without_this_package(run, photo, tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import molt_jax
-from molt_jax import serve, train
+from molt_jax import serve
 from molt_jax.errors import UserError
 
 pytest.importorskip('fastapi')
@@ -34,13 +34,8 @@ HEADER_SECONDS = 0.5
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, make_tiny_config) -> pathlib.Path:
-  """A run of a few steps, whose programs other tests share."""
-  config = make_tiny_config()
-  config.train.epochs = 0.5
-  workdir = tmp_path_factory.mktemp('served') / 'run'
-  train.train(config, workdir)
-  return workdir
+def run(finished_run) -> pathlib.Path:
+  return finished_run
 
 
 @pytest.fixture(scope='module')
@@ -124,14 +119,6 @@ def test_nothing_is_compiled_for_a_request(served, service, photo):
     for views in ('true', 'false'):
       assert post(served, photo, text, views=views).status_code == 200
   assert compiled() == before
-
-
-def test_one_file_is_served_too(run, tmp_path):
-  from molt_jax import export
-
-  export.export(run, tmp_path / 'a.molt')
-  found = Service(molt_jax.load(tmp_path / 'a.molt'), 1)
-  assert found.calibration is not None and found.modalities == ('image', 'text')
 
 
 # ---- What is refused -----------------------------------------------------------------------------
