@@ -233,7 +233,7 @@ def table(found):
   lines += _head(['', *head[1:]])
   for name, of_data in found.get('sets', {}).items():
     for condition, row in of_data.items():
-      cells = [_mean(row[key]) for key in ('accuracy', *SETS)]
+      cells = [_mean(row[key], 1 if 'labels' in key else 100) for key in ('accuracy', *SETS)]
       lines.append('| ' + ' | '.join([name, condition.replace('_', ' '), *cells]) + ' |')
   lines += ['', *_head(['', 'seed', 'fault', 'AUROC', 'found', 'false alarms'])]
   for name, of_data in found.get('audit', {}).items():
@@ -268,8 +268,7 @@ def _head(cells):
   return ['| ' + ' | '.join(cells) + ' |', '|' + ' --- |' * len(cells)]
 
 
-def _mean(values):
-  scale = 100 if max(values) <= 1 else 1
+def _mean(values, scale):
   shown = [scale * value for value in values]
   if len(shown) == 1:
     return f'{shown[0]:.1f}'
