@@ -65,8 +65,8 @@ TOKENIZER_CONFIG: Table = {
   'never_split': only(None, []),
   'fast_tokenizer_files': or_null(only(['tokenizer.json'])),
   'auto_map': only(None),
+  'tokenizer_class': or_null(TEXT),
   **neutral(
-    'tokenizer_class',
     'add_bos_token',
     'add_eos_token',
     'add_prefix_space',

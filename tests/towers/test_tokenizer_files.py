@@ -318,6 +318,7 @@ CONFIG = {
     {'fast_tokenizer_files': ['tokenizer.4.0.json']},
     'fast_tokenizer_files',
   ),
+  'a class that is no name': ({'tokenizer_class': {'a': 1}}, 'tokenizer_class'),
   'code of its own': ({'auto_map': {'AutoTokenizer': ['x.y', None]}}, 'auto_map'),
   'a number for a name': ({'bos_token': 3}, 'bos_token = 3'),
   'an object for a name': ({'bos_token': {'text': '<s>'}}, 'bos_token'),

@@ -482,7 +482,7 @@ def _change_tensors(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool,
     return False, False
   name = str(rng.choice(sorted(tensors)))
   w = tensors[name]
-  how = int(rng.integers(7))
+  how, refused = int(rng.integers(7)), True
   if how == 0:
     tensors[name] = np.full_like(w, np.nan)
   elif how == 1:
@@ -494,9 +494,11 @@ def _change_tensors(rng: np.random.Generator, file: pathlib.Path) -> tuple[bool,
     tensors[name.split('.', 1)[-1]] = w + 1
   elif how == 4:
     del tensors[name]
+    # The norm above an image tower's last state is read by methods that ask for it alone.
+    refused = 'post_layernorm' not in name
   elif how == 5:
     tensors[name] = w.reshape(-1)[: max(w.size // 2, 1)]
   else:
     tensors['model.layers.0.self_attn.q_norm.weight'] = np.ones(4, np.float32)
   safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})
-  return False, True
+  return False, refused
