@@ -301,6 +301,14 @@ def test_what_an_older_version_saved_is_read_with_a_word(old, capsys):
   assert 'has no checksums' in said and 'older version' in said
 
 
+def test_a_run_of_a_method_that_has_changed_since_is_refused():
+  folder, config = pathlib.Path('run/checkpoints/latest/5'), {'method': 'pmf'}
+  for kept in ({'config': {}}, {'config': {'method': 'molt'}}, {'config': config, 'revision': 2}):
+    checkpoint_files._check_revision(folder, kept)
+  with pytest.raises(UserError, match="another version of the method 'pmf'.*train it anew"):
+    checkpoint_files._check_revision(folder, {'config': config})
+
+
 @pytest.mark.parametrize('place', PLACES)
 def test_what_is_not_finite_is_not_loaded(old, place):
   workdir = old(PLACES[place](make_state(), np.nan))

@@ -29,6 +29,8 @@ class Row(NamedTuple):
     trains_towers: whether it heeds `backbones.MODALITY.trainable`.
     names: whether it 'can' or 'must' read the classes' names through the text tower of a pair that
       shares a space; '': it never does.
+    revision: raised where what an older run has learned would be read in another way; such runs are
+      refused.
   """
 
   module: str
@@ -36,6 +38,7 @@ class Row(NamedTuple):
   fields: dict[str, Any]
   trains_towers: bool = False
   names: str = ''
+  revision: int = 1
 
 
 MOLT = {
@@ -291,7 +294,10 @@ METHODS = {
     names='must',
   ),
   'pmf': Row(
-    'molt_jax.methods.pmf', 'prompts exchanged between the last layers (Li et al. 2023)', PMF
+    'molt_jax.methods.pmf',
+    'prompts exchanged between the last layers (Li et al. 2023)',
+    PMF,
+    revision=2,  # Prompts stand in front of a text that begins with no token of its own.
   ),
   'prompt_fuse': Row(
     'molt_jax.methods.prompt_fuse',

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from molt_jax.config.methods import METHODS
 from molt_jax.errors import UserError
 from molt_jax.runtime import console
 from molt_jax.training import checksums, orbax_noise
@@ -98,7 +99,18 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
     raise damaged(folder, f'meta lacks {wrong[0]}')
   if meta['step'] != int(folder.name):
     raise damaged(folder, f'it is of step {meta["step"]}')
+  _check_revision(folder, meta)
   return meta
+
+
+def _check_revision(folder: pathlib.Path, meta: Mapping[str, Any]) -> None:
+  """Raises UserError where the method reads what was learned otherwise than it did then."""
+  method = str(meta['config'].get('method'))  # A run of pretraining has none.
+  if method in METHODS and meta.get('revision', 1) != METHODS[method].revision:
+    raise UserError(
+      f'--workdir: the checkpoint {folder} is of another version of the method {method!r}, which '
+      'would answer differently: train it anew, or use the version of molt_jax that trained it'
+    )
 
 
 def restore_item(folder: pathlib.Path, meta: Mapping[str, Any], item: str, tree: Any) -> Any:

@@ -7,6 +7,7 @@ import ml_collections
 
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
+from molt_jax.config.methods import METHODS
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.config.schema import Schema
 from molt_jax.data import fingerprint, sources
@@ -120,8 +121,10 @@ def fingerprints(data: Dataset) -> dict[str, dict[str, Any]]:
 
 def new_meta(assembly: Assembly) -> dict[str, Any]:
   """Returns what the checkpoints of a run belong to, before its first step."""
+  method = METHODS.get(assembly.config.get('method'))  # Pretraining has none.
   return {
     'config': assembly.config.to_dict(),
+    'revision': method.revision if method else 1,
     'backbones': frozen.identities(assembly.towers),
     'class_names': list(assembly.class_names),
     'data': fingerprints(assembly.data),
