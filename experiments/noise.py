@@ -19,7 +19,7 @@ from PIL import Image
 
 from molt_jax.data import transforms
 from molt_jax.data.decode_error import DecodeError
-from molt_jax.data.sources import Source
+from molt_jax.data.sources import Wrapped
 
 LEVELS = (5, 10)
 SALTED = 0.1  # Share of the pixels.
@@ -98,38 +98,18 @@ def _generator(seed: int, what: str, name: str) -> np.random.Generator:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noisy:
-  """A split whose examples have noise; see `molt_jax.data.sources.Source`.
+class Noisy(Wrapped):
+  """A split whose examples have noise.
 
   Attributes:
-    source: the split.
     noise: what is added.
   """
 
-  source: Source
   noise: Noise
-
-  @property
-  def ids(self):
-    return self.source.ids
 
   @property
   def labels(self):
     return self.source.labels
-
-  @property
-  def present(self) -> np.ndarray:
-    return self.source.present
-
-  @property
-  def most_images(self) -> int:
-    return getattr(self.source, 'most_images', 1)
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.read(index, image=True)
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     """See `Source`."""

@@ -170,11 +170,14 @@ _SHOWN = 5  # Labels, and examples of each, that an error names.
 
 
 @dataclasses.dataclass(frozen=True)
-class Relabelled:
-  """A source with other labels; a `Source`."""
+class Wrapped:
+  """A source that stands on another; a `Source` for those that say how a row is read.
+
+  Attributes:
+    source: the other.
+  """
 
   source: Source
-  labels: Sequence[Any]
 
   @property
   def ids(self) -> Sequence[str]:
@@ -185,10 +188,6 @@ class Relabelled:
     return self.source.present
 
   @property
-  def contents(self) -> np.ndarray | None:
-    return getattr(self.source, 'contents', None)
-
-  @property
   def most_images(self) -> int:
     return getattr(self.source, 'most_images', 1)
 
@@ -197,6 +196,17 @@ class Relabelled:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self.read(index, image=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled(Wrapped):
+  """A source with other labels."""
+
+  labels: Sequence[Any]
+
+  @property
+  def contents(self) -> np.ndarray | None:
+    return getattr(self.source, 'contents', None)
 
   def read(self, index: int, *, image: bool) -> dict[str, Any]:
     """See `Source.read`."""

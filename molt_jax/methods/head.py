@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
+from molt_jax.config.layers import of_modality, select
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import cells
@@ -228,6 +229,22 @@ def build(
 
 
 # ---- What heads are made of ----------------------------------------------------------------------
+
+
+def named_states(
+  config: ml_collections.ConfigDict, towers: Mapping[str, TowerSpec]
+) -> dict[str, tuple[int, ...]]:
+  """Returns modality -> the hidden states that `layers` of the method's own section names.
+
+  Raises:
+    UserError: a tower does not have one of them.
+  """
+  layers, found = config[config.method].layers, {}
+  for modality, tower in towers.items():
+    field = f'config.{config.method}.layers'
+    spec = of_modality(layers, modality)
+    found[modality] = select(spec, tower.config.num_layers, field=field, tower=modality)
+  return found
 
 
 def make_head(config: ml_collections.ConfigDict, **sizes: int) -> nn.Module:

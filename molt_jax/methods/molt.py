@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.config.layers import of_modality, select
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError
 from molt_jax.features.hidden_states import HiddenStates
@@ -224,12 +223,7 @@ def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
       each tower.
   """
   del class_names
-  states = {}
-  for modality, tower in towers.items():
-    spec = of_modality(config.molt.layers, modality)
-    states[modality] = select(
-      spec, tower.config.num_layers, field='config.molt.layers', tower=modality
-    )
+  states = heads.named_states(config, towers)
   counts = {modality: len(found) for modality, found in states.items()}
   if len(set(counts.values())) > 1:
     raise UserError(

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from molt_jax.config.layers import of_modality, select
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import head as heads
 from molt_jax.methods.parts.interface import Output
@@ -52,12 +51,7 @@ def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
     UserError: `probe.layers` names a hidden state that a tower does not have.
   """
   del class_names
-  states = {}
-  for modality, tower in towers.items():
-    spec = of_modality(config.probe.layers, modality)
-    states[modality] = select(
-      spec, tower.config.num_layers, field='config.probe.layers', tower=modality
-    )
+  states = heads.named_states(config, towers)
   whole = heads.build(config, towers, states, NoHead(num_classes), num_classes)
   own = {'landmarks': config.probe.landmarks, 'kernel': config.probe.kernel}
   return dataclasses.replace(whole, is_trained=False, **own)
