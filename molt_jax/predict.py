@@ -15,15 +15,14 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from molt_jax.config import resolved
-from molt_jax.data import cells, findings, given, packing, pipeline
-from molt_jax.data.modalities import MODALITIES, PATTERNS
+from molt_jax.data import cells, findings, given, pipeline
+from molt_jax.data.modalities import MODALITIES
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import (
   calibration,
@@ -39,10 +38,9 @@ from molt_jax.evaluation import (
   trained,
   unlabelled,
 )
+from molt_jax.evaluation.forward import Forward
 from molt_jax.evaluation.prediction_sets import Calibration, SetRule
-from molt_jax.features.frozen import load_frozen, needed
-from molt_jax.methods.base import ClassVectors
-from molt_jax.runtime import console, sharding, terminal
+from molt_jax.runtime import console, terminal
 
 
 class _Wanted(NamedTuple):
@@ -83,25 +81,16 @@ class Predictor:
     self._assembly = run.assembly
     self.config = run.config
     self.class_names: list[str] = run.class_names
-    self._variables = run.variables()
-    self._frozen: dict[str, Any] = dict.fromkeys(MODALITIES)
-    self._class_vectors = ClassVectors(run.assembly.method)
-    self._with_names: Mapping[str, Any] | None = None
-    self._step = jax.jit(self._forward)
-    self._step_of_patterns = jax.jit(self._forward_patterns)
+    self._forward = Forward(run)
     if run.examples:
       self._try_examples()
 
   def _try_examples(self) -> None:
     """Raises UserError unless the examples of a file are answered as when it was written."""
-    examples, step = self._run.examples, self._step
-    # Run once: on a CPU, code that is not optimised is ready in half the time.
-    quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-    if jax.default_backend() == 'cpu':
-      self._step = jax.jit(self._forward, compiler_options=quick)
-    found_nk = self.probabilities([(x.image, x.text) for x in examples])
-    self._step = step
-    model_file.check(str(self._run.workdir), examples, found_nk, self.config.backbones.dtype)
+    written = self._run.examples
+    examples = self._examples([(x.image, x.text) for x in written])
+    found_nk = self._forward.probabilities(examples, once=True)
+    model_file.check(str(self._run.workdir), written, found_nk, self.config.backbones.dtype)
 
   @property
   def run(self) -> trained.Trained:
@@ -111,11 +100,11 @@ class Predictor:
   @property
   def variables(self) -> dict[str, Any]:
     """What was trained, {'params', 'statistics'}."""
-    return self._variables
+    return self._forward.variables
 
   def towers(self, modalities: Sequence[str]) -> dict[str, Any]:
     """Returns the parameters of towers, loaded where they are not yet; None for the others."""
-    return self._towers_for([m in modalities for m in MODALITIES])
+    return self._forward.towers([m in modalities for m in MODALITIES])
 
   def probabilities(self, pairs: Sequence[tuple[Any, str | None]]) -> np.ndarray:
     """Returns float32[N, K] of N pairs of an image and a text, computed as one batch.
@@ -126,8 +115,7 @@ class Predictor:
     Raises:
       UserError: one cannot be used.
     """
-    examples = [self._example(pair, number, None) for number, pair in enumerate(pairs)]
-    return self._computed(examples, self._step)
+    return self._forward.probabilities(self._examples(pairs))
 
   def __repr__(self) -> str:
     used = ' and '.join(resolved.modalities(self.config))
@@ -323,10 +311,7 @@ class Predictor:
     )
 
   def _parts(self, table: unlabelled.Unlabelled) -> Iterator[table_predictions.Part]:
-    def step(batch):
-      return self._step(self._ready(frozen), frozen, batch)
-
-    frozen = self._towers_for(table.used)
+    step = self._forward.step(table.used)
     return table_predictions.answers(self._assembly, table, step)
 
   def _answers(
@@ -345,10 +330,10 @@ class Predictor:
     some = [examples[n] for n in there]
     log_nvk = None
     if wanted.explain:
-      log_nvk = np.moveaxis(self._computed(some, self._step_of_patterns), 0, 1).astype(np.float64)
+      log_nvk = np.moveaxis(self._forward.log_patterns(some), 0, 1).astype(np.float64)
       probabilities_nk = np.exp(log_nvk[:, 0]).astype(np.float32)
     else:
-      probabilities_nk = self._computed(some, self._step)
+      probabilities_nk = self._forward.probabilities(some)
     for row, (n, p_k) in enumerate(zip(there, probabilities_nk, strict=True)):
       if not np.isfinite(p_k).all():
         where = '' if numbers[n] is None else f' of example {numbers[n]}'
@@ -389,7 +374,7 @@ class Predictor:
     p_n, size = [], self.config.eval.batch_size
     for start in range(0, len(every), size):
       batch = [self._example(x, None, None) for x in every[start : start + size]]
-      p_n += self._computed(batch, self._step)[:, label].tolist()
+      p_n += self._forward.probabilities(batch)[:, label].tolist()
     whole = np.log(result['explanation']['both'])
     weight_n = (whole - np.log(np.maximum(p_n, contributions.LEAST))).tolist()
     return occlusion.weights(variants, weight_n, text if result['text'] else None)
@@ -403,6 +388,9 @@ class Predictor:
     kind = 'adaptive' if adaptive else 'threshold'
     prediction_sets.check(coverage, kind)
     return self.calibration.rule(float(coverage), kind)
+
+  def _examples(self, pairs: Sequence[tuple[Any, str | None]]) -> list[dict[str, np.ndarray]]:
+    return [self._example(pair, number, None) for number, pair in enumerate(pairs)]
 
   def _example(
     self, pair: tuple[Any, str | None], number: int | None, lost: dict[int, str] | None
@@ -444,62 +432,6 @@ class Predictor:
           'else'
         )
 
-  def _computed(
-    self, examples: Sequence[Mapping[str, np.ndarray]], step: Callable[..., Any]
-  ) -> np.ndarray:
-    """Returns what a step makes of a batch of examples, float32[..., B, K]."""
-    mesh = self._assembly.mesh
-    rows = mesh.shape['data']
-    while rows < len(examples):  # Few batch sizes, so that few programs are compiled.
-      rows *= 2
-    names = ('image', 'tokens', 'token_mask', 'present')
-    empty = {name: np.zeros_like(examples[0][name]) for name in names}
-    filled = [*examples, *[empty] * (rows - len(examples))]
-    batch = {name: np.stack([example[name] for example in filled]) for name in names}
-    frozen = self._towers_for(batch['present'].any(axis=0))
-    batch = sharding.put_batch(_packed(batch, sharding.packing(self.config, mesh)), mesh)
-    return np.asarray(step(self._ready(frozen), frozen, batch))[..., : len(examples), :]
-
-  def _ready(self, frozen: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the variables with what the classes' names become, computed once."""
-    if self._with_names is None:
-      self._with_names = self._class_vectors(self._variables, frozen)
-    return self._with_names
-
-  def _towers_for(self, used: Sequence[bool]) -> dict[str, Any]:
-    assembly = self._assembly
-    there = [m for m, use in zip(MODALITIES, used, strict=True) if use]
-    modalities = needed(assembly.method.reads, there)
-    new = [m for m in modalities if self._frozen[m] is None]
-    if new:
-      self._run.check_towers(new)
-      loaded = load_frozen(self.config, assembly.mesh, assembly.method.reads, new)
-      self._frozen |= {m: loaded[m] for m in new}
-    return {m: self._frozen[m] if m in modalities else None for m in MODALITIES}
-
-  def _forward(self, variables, frozen, batch):
-    method = self._assembly.method
-    features = method.features(frozen, batch)
-    logits_bk = method(variables, frozen, features, batch, batch['present']).logits_bk
-    return (
-      jax.nn.sigmoid(logits_bk) if self.config.dataset.multi_label else jax.nn.softmax(logits_bk)
-    )
-
-  def _forward_patterns(self, variables, frozen, batch):
-    """Log-probabilities under each missing pattern, float32[V, B, K]; towers run once where the
-    method does not say otherwise.
-    """
-    method = self._assembly.method
-    features = method.features(frozen, batch)
-    multi_label = self.config.dataset.multi_label
-
-    def one(keep_m):
-      present_bm = batch['present'] & keep_m[None]
-      logits_bk = method(variables, frozen, features, batch, present_bm).logits_bk
-      return jax.nn.log_sigmoid(logits_bk) if multi_label else jax.nn.log_softmax(logits_bk)
-
-    return jax.lax.map(one, jax.numpy.asarray(PATTERNS))
-
   def _result(self, probability_k: np.ndarray, present_m: np.ndarray, top_k: int) -> dict[str, Any]:
     best = np.argsort(-probability_k, kind='stable')[:top_k]
     labels = [
@@ -507,23 +439,6 @@ class Predictor:
     ]
     had = {'image': bool(present_m[0]), 'text': bool(present_m[1])}
     return notebook.Answer(labels=labels, **had)
-
-
-def _packed(batch: dict[str, np.ndarray], pack: tuple[int, int] | None) -> dict[str, np.ndarray]:
-  """Cuts padding off the texts of a batch, and says where real tokens are where that is less.
-
-  Numbers of tokens are powers of two, so that few programs are compiled.
-  """
-  if pack is None:
-    return batch
-  mask_bt = batch['token_mask']
-  groups_gr = packing.groups(len(mask_bt), pack)
-  length = packing.padded_length(mask_bt.sum(axis=1).max(), mask_bt.shape[1])
-  most = int(mask_bt[groups_gr].sum(axis=(1, 2)).max())
-  size = max(packing.SHORTEST, 1 << max(0, most - 1).bit_length())
-  mask_bt = mask_bt[:, :length]
-  cut = {'tokens': batch['tokens'][:, :length], 'token_mask': mask_bt}
-  return batch | cut | packing.token_positions(mask_bt, groups_gr, size)
 
 
 def load(workdir: str | pathlib.Path, class_names: Sequence[str] | None = None) -> Predictor:

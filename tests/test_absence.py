@@ -286,19 +286,19 @@ def test_the_maps_are_those_of_the_pooled_training_pairs(translated):
     for row in rows
   ]
   batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
-  frozen, method = predictor._towers_for([True, True]), predictor._assembly.method
+  frozen, method = predictor.towers(['image', 'text']), predictor._assembly.method
 
   @jax.jit
   def pooled(batch):
     features = method.features(frozen, batch)
     alone, together = (
-      method(predictor._variables, frozen, features, batch, batch['present'] & np.array([keep]))
+      method(predictor.variables, frozen, features, batch, batch['present'] & np.array([keep]))
       for keep in ((True, False), (True, True))
     )
     return alone.pooled_image_lbc, together.pooled_text_lbc
 
   pairs, maps = jax.device_get(
-    (pooled(batch), predictor._variables['statistics']['translator']['to_text'])
+    (pooled(batch), predictor.variables['statistics']['translator']['to_text'])
   )
   for layer in range(2):
     x_nc, y_nc = (h_lbc[layer].astype(np.float64) for h_lbc in pairs)

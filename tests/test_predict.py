@@ -38,8 +38,8 @@ def test_texts_are_packed_and_their_neighbours_change_nothing(run, monkeypatch):
   model, batches = molt_jax.load(run), []
   texts = ['a blue square', *map(str, range(31))]
   model.config.text.padding, model.config.eval.batch_size = 'packed', 32
-  step = model._step
-  monkeypatch.setattr(model, '_step', lambda *args: (batches.append(args[-1]), step(*args))[1])
+  inside, step = model._forward, model._forward._plain
+  monkeypatch.setattr(inside, '_plain', lambda *args: (batches.append(args[-1]), step(*args))[1])
   among = model.predict(text=texts, top_k=3)
   assert batches[0]['token_position'].shape == (1, 64)  # Of 32 x 12.
   model.config.text.padding = 'max_tokens'

@@ -294,9 +294,9 @@ def test_an_answer_is_explained_in_the_same_pass(run, model, tmp_path, monkeypat
   Image.new('RGB', (20, 20), (200, 30, 30)).save(picture)
   given = {'image': [picture, None, picture], 'text': ['a red square', 'a red square', None]}
   plain, passes = model.predict(**given, top_k=3), []
-  forward = model._step_of_patterns
-  monkeypatch.setattr(model, '_step_of_patterns', lambda *x: (passes.append(1), forward(*x))[1])
-  monkeypatch.setattr(model, '_step', None)
+  forward, inside = model._forward._of_patterns, model._forward
+  monkeypatch.setattr(inside, '_of_patterns', lambda *x: (passes.append(1), forward(*x))[1])
+  monkeypatch.setattr(inside, '_plain', None)
   answers = model.predict(**given, top_k=3, explain=True)
   assert passes == [1]
   monkeypatch.undo()
