@@ -95,7 +95,9 @@ def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
   found, able_bv = kernel_ridge.answers(variables, states, present_bm)
   found = found[:, pattern]
   assert np.all(np.argmax(able_bv, axis=1) == pattern)
-  np.testing.assert_allclose(found, answers[int(np.argmin(losses))], atol=3e-3)
+  # Their offset is the mean of the targets, or stands for the shares of the classes.
+  change = np.asarray(found) - variables['offset_vk'][pattern]
+  np.testing.assert_allclose(change, answers[int(np.argmin(losses))] - mean_k, atol=3e-3)
   assert np.mean(np.argmax(found, 1) == held.target_bk.argmax(1)) > 0.6
 
 
@@ -114,7 +116,8 @@ def test_fewer_landmarks_are_regression_in_the_space_that_they_span():
   test_hm = kernel_of(own, held.pooled['image'], landmarks)
   states, _ = make_states(HELD, 1)
   found = kernel_ridge.answers(variables, states, np.tile([True, False], (HELD, 1)))[0][:, 1]
-  errors = [np.abs(np.asarray(found) - mean_k - test_hm @ dual_mk).max() for dual_mk in duals]
+  change = np.asarray(found) - variables['offset_vk'][1]
+  errors = [np.abs(change - test_hm @ dual_mk).max() for dual_mk in duals]
   assert min(errors) < 3e-3
 
 
@@ -165,3 +168,24 @@ def test_weights_are_those_of_the_least_log_loss(multi_label):
     right_bk, experts_bvk, target_bk, [False, True, False], **how
   )
   assert weight == 1 and weight_v[1] == 0.25 and not weight_v[[0, 2]].any()
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_a_modality_that_tells_nothing_answers_with_the_shares_of_the_classes(multi_label):
+  rng = np.random.default_rng(7)
+  share_k = np.array([0.75, 0.2, 0.05])
+  examples = []
+  for seed, count in ((0, 200), (1, 400)):
+    states, _ = make_states(count, seed)
+    label = rng.choice(CLASSES, count, p=share_k)  # Whatever the image and the text show.
+    examples.append(make_examples(states, label, np.tile([True, False], (count, 1))))
+  training, held = examples
+  how = {'multi_label': multi_label}
+  variables = ridge_solver.fit(training, held, landmarks=200, **how)
+  states, _ = make_states(HELD, 2)
+  answer_bvk, _ = kernel_ridge.answers(variables, states, np.tile([True, False], (HELD, 1)))
+  expert_bvk = np.asarray(kernel_ridge.experts(answer_bvk, variables['temperature_v'], **how))
+  p_bk = np.exp(expert_bvk[:, 1])
+  p_bk = p_bk / (1 + p_bk) if multi_label else p_bk
+  expected_k = training.target_bk.mean(axis=0)
+  np.testing.assert_allclose(p_bk, np.tile(expected_k, (HELD, 1)), atol=0.03)

@@ -10,8 +10,9 @@ with channels standardised by training statistics. Each modality has two groups 
 token, mean (and, of a text, last token) of all hidden states; and, of an image, all cells of one
 hidden state, which keep place. Its kernel is a convex mixture of theirs; that of a complete example
 is a convex mixture of both modalities'. Scores are k(x, Z) alpha + b, where alpha solves ridge
-regression of one-hot labels in the space that the landmarks span (Williams and Seeger 2001). Where
-all training examples are landmarks, that is exact kernel ridge regression.
+regression of one-hot labels, less their mean, in the space that the landmarks span (Williams and
+Seeger 2001). Where all training examples are landmarks, that is exact kernel ridge regression. b is
+that mean, or makes the probabilities of an example that is like no other the shares of the classes.
 """
 
 import functools
@@ -188,8 +189,8 @@ def answers(
     kind: of the kernels, a key of KERNELS.
 
   Returns:
-    (float32[B, V, K], about 0 to 1: of the regressions of complete examples, of images and of
-    texts; bool[B, V], those whose modalities the example has).
+    (float32[B, V, K]: of the regressions of complete examples, of images and of texts; bool[B, V],
+    those whose modalities the example has).
   """
   kernels = {}
   for column, modality in enumerate(MODALITIES):

@@ -16,6 +16,8 @@ from molt_jax.methods.parts.ridge_kernels import Examples, Groups, ModalityKerne
 RIDGES = tuple(float(x) for x in 10.0 ** np.arange(-2.5, 0.6, 0.5))
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # Of the text in the kernel of complete examples.
 TEMPERATURES = tuple(float(x) for x in 2.0 ** np.arange(0, 6.1, 0.5))
+# Where the shares of the classes are the offset, a temperature may also say "heed nothing else".
+_COOL = tuple(float(x) for x in 2.0 ** np.arange(-4, 0, 1.0))
 # Groups and mixtures are chosen with so many landmarks at most, as it takes a tenth of the time.
 _CHOOSING = 1024
 # Fewer examples decide nothing: neither is a regression fitted to, nor chosen by so few.
@@ -128,9 +130,13 @@ class _Solver:
     halves = _halves(feature_nm[fitted], problem.target_nk[fitted] - offset_k)
     found = []
     for ridge in ridges:
-      answer_hk = feature_hm @ _ridge_solution(*halves, ridge) + offset_k
-      found.append((ridge, self._judged(answer_hk, problem.target_hk)))
-    ridge, solution = _best(found)
+      change_hk = feature_hm @ _ridge_solution(*halves, ridge)
+      solution = self._judged(change_hk + offset_k, problem.target_hk)
+      found.append(((ridge, change_hk), solution._replace(offset_k=offset_k)))
+    (ridge, change_hk), solution = _best(found)
+    from_prior = self._from_prior(change_hk, problem)
+    if from_prior.loss < solution.loss:
+      solution = from_prior
     if problem.held_out_n.any():  # What was chosen by is fitted to in the end.
       halves = _halves(feature_nm, problem.target_nk - offset_k)
     weight_mk = _ridge_solution(*halves, ridge)
@@ -138,7 +144,7 @@ class _Solver:
     dual_mk[problem.landmarks] = scipy.linalg.solve_triangular(
       factor_mm, weight_mk, lower=True, trans=1
     )
-    return ridge, solution._replace(dual_mk=dual_mk, offset_k=offset_k)
+    return ridge, solution._replace(dual_mk=dual_mk)
 
   def _judged(self, answer_hk: np.ndarray, target_hk: np.ndarray) -> Solution:
     """A solution without its coefficients."""
@@ -149,6 +155,24 @@ class _Solver:
     )
     none = np.zeros(0, np.float32)
     return Solution(none, none, temperature, loss)
+
+
+  def _from_prior(self, change_hk: np.ndarray, problem: '_Problem') -> Solution:
+    """A solution, without its coefficients, whose probabilities are the shares of the classes where
+    the kernels tell nothing: softmax of a mean of one-hot labels is something else, so a modality
+    that is noise would otherwise be wrong about those, too.
+    """
+    count_k = problem.target_nk.sum(axis=0, dtype=np.float64)
+    classes = 2 if self._multi_label else len(count_k)
+    prior_k = (count_k + 1) / (len(problem.target_nk) + classes)
+    log_k = np.log(prior_k) - (np.log1p(-prior_k) if self._multi_label else 0.0)
+    loss, temperature = min(
+      (log_loss(t * change_hk + log_k, problem.target_hk, self._multi_label), t)
+      for t in (*_COOL, *TEMPERATURES)
+    )
+    # `kernel_ridge.experts` multiplies answers with the temperature, of several labels less 0.5.
+    offset_k = log_k / temperature + (0.5 if self._multi_label else 0.0)
+    return Solution(np.zeros(0, np.float32), offset_k, temperature, loss)
 
 
 class _Problem(NamedTuple):
