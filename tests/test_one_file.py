@@ -6,20 +6,26 @@ import runpy
 import shutil
 import socket
 import sys
+import types
 import zipfile
 
+import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from PIL import Image
 
 import molt_jax
 from molt_jax import evaluate, export
+from molt_jax.data import transforms
 from molt_jax.errors import UserError
 from molt_jax.evaluation import model_file
-from molt_jax.exporting import hub
+from molt_jax.exporting import hub, programs
 from molt_jax.runtime import sealed
-from molt_jax.towers import loading
+from molt_jax.towers import loading, tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -245,8 +251,9 @@ def test_programs_answer_without_this_package(run, photo, tmp_path, capsys, monk
   out = tmp_path / 'programs'
   assert export.main([f'--workdir={run}', f'--out={out}', '--format=stablehlo']) == 0
   said = json.loads(capsys.readouterr().out)
-  assert said['programs'] == ['complete', 'image_only', 'text_only']
-  assert 'molt_jax' not in (out / 'run.py').read_text()
+  assert said['programs'] == ['image_and_text', 'image', 'text']
+  script = (out / 'run.py').read_text()
+  assert 'molt_jax' not in script and len([x for x in script.splitlines() if x]) <= 30
   model = molt_jax.load(run)
   for given in ({'image': photo, 'text': 'a red square'}, {'image': photo}, {'text': 'blue'}):
     argv = ['run.py', *(f'--{name}={value}' for name, value in given.items())]
@@ -255,6 +262,72 @@ def test_programs_answer_without_this_package(run, photo, tmp_path, capsys, monk
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     wanted = {x['label']: x['probability'] for x in model.predict(**given)['labels']}
     assert {name: float(p) for p, name in lines} == pytest.approx(wanted, abs=3e-6)
+
+
+def test_the_scripts_tokenizer_adds_cuts_and_fills_up_by_itself():
+  words = {'[no]': 0, '[cls]': 1, '[x]': 2, '[sep]': 3, '[pad]': 4, 'red': 5, 'mug': 6}
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='[no]'))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  for before, after in (((1, 2), (3,)), ((), (3,)), ((), ())):
+    own = tokenizer.Tokenizer(backend, 4, 1, before, after, 'a test', '')
+    whole = programs.whole_tokenizer(own, 6)
+    for text in ('', 'red', 'red mug', 'red mug blue red mug red mug'):
+      ids = own.encode(text, 6) if text else [*before, *after]
+      found = whole.encode(text)
+      assert found.ids == ids + [4] * (6 - len(ids)), (before, after, text)
+      assert found.attention_mask == [1] * len(ids) + [0] * (6 - len(ids))
+
+
+def test_bfloat16_is_written_as_its_bits():
+  x = jnp.array([1.5, -3e38, 2e-39, 0.1], jnp.bfloat16)
+  found = safetensors.numpy.load(safetensors.numpy.save({'x': programs.plain(x)}))['x']
+  assert found.dtype == np.uint16
+  np.testing.assert_array_equal(programs.restored(found, x.dtype), x)
+
+
+@pytest.mark.parametrize(
+  ('resize', 'scaled', 'rounded'),
+  [
+    ('squash', 0, True),
+    ('squash', 23, False),
+    ('crop', 0, True),
+    ('crop', 24, False),
+    ('letterbox', 0, True),
+    ('letterbox', 0, False),
+  ],
+)
+@pytest.mark.parametrize('size', [(31, 50), (40, 40), (57, 12)])
+def test_the_script_sees_a_picture_as_the_run_does(
+  tmp_path, monkeypatch, resize, scaled, rounded, size
+):
+  """Transparent and turned, of any shape."""
+  clear = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50)
+  colours = [clear, clear.rotate(180), clear.transpose(0), clear.rotate(90).resize(size)]
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  path = tmp_path / 'a.png'
+  Image.merge('RGBA', colours).save(path, exif=exif)
+  mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+  how = {'resize': resize, 'resample': 3, 'scaled': scaled, 'rounded': rounded}
+  preprocess = types.SimpleNamespace(image_size=18, mean=mean, std=std, **how)
+  about = {'classes': ['red'], 'image': programs.about_images(preprocess)}
+  (tmp_path / 'model.json').write_text(json.dumps(about))
+  shutil.copy(programs.SCRIPT, tmp_path / 'run.py')
+  (tmp_path / 'image.stablehlo').write_bytes(b'')
+  safetensors.numpy.save_file({}, tmp_path / 'weights.safetensors')
+  seen = []
+
+  def call(weights, pixels):
+    seen.append(pixels)
+    return np.ones((1, 1))
+
+  monkeypatch.setattr(jax.export, 'deserialize', lambda _: types.SimpleNamespace(call=call))
+  monkeypatch.setattr(sys, 'argv', ['run.py', f'--image={path}'])
+  runpy.run_path(str(tmp_path / 'run.py'), run_name='__main__')
+  (pixels,) = seen[0] / np.float32(255)
+  read = transforms.decode(path.read_bytes())
+  wanted = transforms.preprocess_image(read, size=18, mean=mean, std=std, **how)
+  np.testing.assert_allclose((pixels - np.array(mean)) / np.array(std), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 A folder gets, of a run that reads both modalities:
 
-  complete.stablehlo, image_only.stablehlo, text_only.stablehlo
-                       weights, image float32[1, S, S, 3], tokens int32[1, T], token_mask bool[1, T]
-                       (those that the pattern has) -> probabilities float32[1, K]
-  weights.safetensors  name -> array: the first argument of each program
-  tokenizer.json       of the text tower
-  model.json           classes, and how images and texts become arrays
-  run.py               a script that does all of it, for one example
+  image_and_text.stablehlo, image.stablehlo, text.stablehlo
+                       weights, pixels float32[1, S, S, 3] from 0 to 255, tokens int32[1, T],
+                       token_mask bool[1, T] (those that the pattern has)
+                       -> probabilities float32[1, K]
+  weights.safetensors  name -> array: the first argument of each program; bfloat16 as its bits,
+                       uint16, which NumPy can hold
+  tokenizer.json       of the text tower, which also cuts texts and fills them up to T tokens
+  model.json           classes, and how an image becomes pixels
+  run.py               a script of 30 lines that does all of it, for one example
 """
 
 import json
@@ -20,15 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+import tokenizers
 from jax import export
 
+from molt_jax.data import transforms
 from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.runtime import atomic
 from molt_jax.towers import kept
+from molt_jax.towers.tokenizer import Tokenizer
 from molt_jax.training.assembly import Assembly
 
-NAMES = ('complete', 'image_only', 'text_only')  # Of PATTERNS.
+NAMES = ('image_and_text', 'image', 'text')  # Of PATTERNS.
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+# That the script opens: every one that people send, none whose parser starts another program.
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
 SCRIPT = pathlib.Path(__file__).with_name('run_program.py')
 
 
@@ -59,14 +66,39 @@ def write(
       program = _program(name, assembly, variables, frozen)
       exported = _exported(name, program, assembly, weights)
       (made / f'{name}.stablehlo').write_bytes(exported.serialize())
-    arrays = {name: np.asarray(jax.device_get(x)) for name, x in weights.items()}
+    arrays = {name: plain(x) for name, x in weights.items()}
     safetensors.numpy.save_file(arrays, made / 'weights.safetensors')
     if (tower := assembly.towers.get('text')) is not None:
-      (made / 'tokenizer.json').write_text(tower.tokenizer.backend.to_str(), encoding='utf-8')
+      whole = whole_tokenizer(tower.tokenizer, assembly.preprocess.max_tokens)
+      (made / 'tokenizer.json').write_text(whole.to_str(), encoding='utf-8')
     about = json.dumps(_about(assembly), indent=1, ensure_ascii=False) + '\n'
     (made / 'model.json').write_text(about, encoding='utf-8')
     (made / 'run.py').write_text(SCRIPT.read_text('utf-8'), encoding='utf-8')
   return names
+
+
+def plain(x: jax.Array) -> np.ndarray:
+  """An array as NumPy and safetensors hold it; `restored` is the other way round."""
+  array = np.asarray(jax.device_get(x))
+  return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def restored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
+
+
+def whole_tokenizer(tokenizer: Tokenizer, max_tokens: int) -> tokenizers.Tokenizer:
+  """A tokenizer that adds special tokens, cuts and fills up by itself."""
+  whole = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+  around = [('before', tokenizer.before), ('after', tokenizer.after)]
+  special = [
+    {'id': name, 'ids': list(ids), 'tokens': [f'{name} {n}' for n in ids]} for name, ids in around
+  ]
+  template = {'single': ['before', '$A', 'after'], 'special_tokens': special}
+  whole.post_processor = tokenizers.processors.TemplateProcessing(**template)
+  whole.enable_truncation(max_tokens)
+  whole.enable_padding(length=max_tokens, pad_id=tokenizer.pad_id)
+  return whole
 
 
 def _there(frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,13 +118,20 @@ def _program(
   with_image, with_text = PATTERNS[NAMES.index(name)]
   whole = {'head': dict(variables), **_there(frozen)}
   order, structure = [x for x, _ in kept.named_leaves(whole)], jax.tree.structure(whole)
-  size = assembly.preprocess.image_size
+  types = [x.dtype for _, x in kept.named_leaves(whole)]
+  preprocess = assembly.preprocess
+  size = preprocess.image_size
 
   def program(weights, *arrays):
-    tree = jax.tree.unflatten(structure, [weights[x] for x in order])
-    image = arrays[0] if with_image else jnp.zeros((1, size, size, 3))
+    leaves = [restored(weights[x], dtype) for x, dtype in zip(order, types, strict=True)]
+    tree = jax.tree.unflatten(structure, leaves)
+    image = jnp.zeros((1, size, size, 3))
+    if with_image:
+      colours = tuple(preprocess.mean), tuple(preprocess.std)
+      scale, offset = (x_c.reshape(1, 1, 1, 3) for x_c in transforms.affine(*colours))
+      image = arrays[0] * scale + offset
     empty = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool)
-    tokens, mask = arrays[-2:] if with_text else empty
+    tokens, mask = _read_as(*arrays[-2:], assembly) if with_text else empty
     present = jnp.array([[with_image, with_text]])
     batch = {'image': image, 'tokens': tokens, 'token_mask': mask, 'present': present}
     used = dict(zip(MODALITIES, (with_image, with_text), strict=True))
@@ -116,21 +155,45 @@ def _exported(
     arrays.append(jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
   if with_text:
     arrays += [jax.ShapeDtypeStruct((1, length), kind) for kind in (jnp.int32, jnp.bool_)]
-  shapes = {x: jax.ShapeDtypeStruct(value.shape, value.dtype) for x, value in weights.items()}
+  shapes = {}
+  for x, value in weights.items():
+    dtype = jnp.uint16 if value.dtype == jnp.bfloat16 else value.dtype
+    shapes[x] = jax.ShapeDtypeStruct(value.shape, dtype)
   return export.export(jax.jit(program), platforms=PLATFORMS)(shapes, *arrays)
+
+
+def _read_as(tokens, mask, assembly: Assembly) -> tuple[jax.Array, jax.Array]:
+  """Tokens as the model reads them: an empty text is a token, and padding may be read."""
+  text = assembly.towers['text'].tokenizer
+  place_1t = jnp.arange(mask.shape[1])[None]
+  stands_1t = ~mask.any() & (place_1t == 0)
+  tokens = jnp.where(stands_1t, text.empty_id, tokens)
+  return tokens, mask | stands_1t | (place_1t < text.filled)
 
 
 def _about(assembly: Assembly) -> dict[str, Any]:
   """What the script reads of the run."""
-  preprocess, config = assembly.preprocess, assembly.config
-  about = {'classes': list(assembly.class_names), 'multi_label': config.dataset.multi_label}
+  about: dict[str, Any] = {'classes': list(assembly.class_names)}
   if 'image' in assembly.towers:
-    names = ('mean', 'std', 'resize', 'resample', 'scaled', 'rounded')
-    about['image'] = {'size': preprocess.image_size} | {
-      name: getattr(preprocess, name) for name in names
-    }
-  if 'text' in assembly.towers:
-    text = assembly.towers['text'].tokenizer
-    names = ('before', 'after', 'pad_id', 'empty_id', 'filled')
-    about['text'] = {'max_tokens': preprocess.max_tokens} | {n: getattr(text, n) for n in names}
+    about['image'] = about_images(assembly.preprocess)
   return about
+
+
+def about_images(how: Any) -> dict[str, Any]:
+  """What the script reads of how an image becomes pixels.
+
+  Args:
+    how: a `pipeline.Preprocess`.
+  """
+  letterbox = how.resize == 'letterbox'  # Then the longest side is what is scaled.
+  scaled = how.image_size if letterbox else how.scaled or how.image_size
+  return {
+    'formats': FORMATS,
+    'size': how.image_size,
+    'letterbox': letterbox,
+    'scaled': scaled,
+    'sides': [scaled, scaled] if how.resize == 'squash' else None,
+    'resample': how.resample,
+    'mode': 'L' if how.rounded else 'F',
+    'mean': [255 * x for x in how.mean],
+  }

@@ -156,7 +156,6 @@ class _Solver:
     none = np.zeros(0, np.float32)
     return Solution(none, none, temperature, loss)
 
-
   def _from_prior(self, change_hk: np.ndarray, problem: '_Problem') -> Solution:
     """A solution, without its coefficients, whose probabilities are the shares of the classes where
     the kernels tell nothing: softmax of a mean of one-hot labels is something else, so a modality
