@@ -1,36 +1,88 @@
-"""The paper's Table 1: the baseline and MoLT with everything there and with a modality absent, on
-any data; the printed numbers beside ours.
+"""The paper's Table 1 with every method of the harness: the same frozen towers, data, missing
+patterns, seeds and small budget of hyperparameters; the paper's printed numbers beside ours.
 
   python experiments/table1.py [--data=openmoji] [--data=NAME=FOLDER] [--seeds=0,1,2]
-  [--methods=REGEX] [--set=FIELD=VALUE] [--runs=...] [--out=...]
+  [--methods=REGEX] [--set=FIELD=VALUE] [--live_epochs=2] [--runs=...] [--out=...] [--list]
 
-Rows: every registered method without MoLT, trained on complete examples alone (`late_fusion` is the
-paper's baseline) and in our default way; MoLT as printed; MoLT in our default way. Test split, the
-checkpoint that `eval.select` names, mean and standard deviation over seeds. Absent is never fed.
+Rows: late fusion trained on complete examples alone (the paper's baseline); MoLT as printed, in our
+default with and without its regression; every registered method that any two towers will do for,
+trained for absence as our default is. Conditions: complete, without text, without image, and 70 %
+of the examples without one of them. Absent is never fed.
+
+The budget is the same for each: three learning rates, a third of the preset's, it, and three times
+it; the one with the best validation score (mean over what is missing) on the first seed of the
+first data set is taken for all seeds and data sets, and kept in OUT/learning_rates.json. Everything
+else is the preset's and the method's default. Methods that run layers of a tower in each step
+(`live`) train for --live_epochs, and so do the rows 'as short'.
+
+Each row and seed is a process of its own, whose processor seconds and peak memory are kept with its
+scores in OUT/DATA.json; a call that was cut off goes on. OUT/table1.md is made of all that is
+there. Processor seconds are of the whole process: start, validations and evaluation too.
 """
 
+import pathlib
+import re
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import grid
+import jobs
 import matplotlib
 import numpy as np
+import pooled_states
 import runs
+from absl import flags
 
 from molt_jax.config import methods
-from molt_jax.data.modalities import LABELS
+from molt_jax.data import datasets
+from molt_jax.errors import UserError
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-# Those that any two towers will do for; a pair with class names is compared by few_shot.py.
-BASELINES = [m for m, row in methods.METHODS.items() if m != 'molt' and row.names != 'must']
-PRINTED, DEFAULT = 'MoLT, as printed', 'MoLT, default'
-METHODS = {
-  **{method: grid.BASELINE | {'method': method} for method in BASELINES},
-  **{f'{method}, trained for absence': grid.DEFAULT | {'method': method} for method in BASELINES},
-  PRINTED: grid.PRINTED,
+LIVE_EPOCHS = flags.DEFINE_float(
+  'live_epochs', 2.0, 'Epochs of methods that run layers in each step, and of rows as short.'
+)
+TUNED_ON = flags.DEFINE_string('tuned_on', 'openmoji', 'Data set that learning rates are tried on.')
+
+HEAD_ALONE = {'ridge.landmarks': 0}
+BASELINE = 'late_fusion, complete examples alone'
+PRINTED, DEFAULT, WITHOUT = 'MoLT, as printed', 'MoLT, default', 'MoLT, without regression'
+# Of a method that could read class names from a pair that shares a space.
+NO_NAMES = {name: {f'{name}.classes': 'head'} for name in ('mmrl', 'mmrlpp', 'maple')}
+# They run layers of a tower in each step; others read stored hidden states alone.
+LIVE = ('pmf', 'mora', 'prompt_fuse', 'mmbt', 'mmrl', 'mmrlpp', 'maple', 'map', 'dcp')
+ANYWHERE = [m for m, row in methods.METHODS.items() if m != 'molt' and row.names != 'must']
+
+
+def _row(method):
+  return grid.DEFAULT | HEAD_ALONE | {'method': method} | NO_NAMES.get(method, {})
+
+
+BLIND, RADIAL = 'prompt_fuse, in front (BlindPrompt)', 'probe, radial'
+STORED_ROWS = {
+  BASELINE: _row('late_fusion') | grid.COMPLETE_ONLY,
+  PRINTED: grid.AS_PRINTED,
   DEFAULT: grid.DEFAULT,
+  WITHOUT: grid.DEFAULT | HEAD_ALONE,
+  **{method: _row(method) for method in ANYWHERE if method not in LIVE},
+  RADIAL: _row('probe') | {'probe.kernel': 'rbf'},
 }
+SHORT_ROWS = {
+  'late_fusion, as short': _row('late_fusion'),
+  f'{WITHOUT}, as short': STORED_ROWS[WITHOUT],
+  f'{DEFAULT}, as short': STORED_ROWS[DEFAULT],
+  **{method: _row(method) for method in ANYWHERE if method in LIVE},
+  BLIND: _row('prompt_fuse') | {'prompt_fuse.placement': 'front'},
+}
+ROWS = STORED_ROWS | SHORT_ROWS
+# What is learned in closed form, or not at all, has no learning rate.
+NO_RATE = ('knn', 'probe', RADIAL)
+RATES = (1 / 3, 1.0, 3.0)
+# Of the epochs of a live method, in trials of its learning rates.
+TRIAL_SHARE = 0.25
+RATE = 'optimizer.learning_rate'
 
 # As printed: MM-IMDb F1 micro / macro, UPMC Food-101 and SNLI-VE accuracy.
 PAPER_DATA = ('MM-IMDb, F1 micro / macro', 'Food-101, accuracy', 'SNLI-VE, accuracy')
@@ -53,152 +105,300 @@ CAVEATS = (
   ),
   'one number each, no spread over seeds, no number of epochs, batch size or text length;',
   'it is not said which modality the baseline row lacks;',
-  'the absence rows cannot come from absence as meant here: without its hypothesis a pair of '
-  'SNLI-VE has no label to be known (chance is 33.4), yet '
-  '73.2 is printed; without the recipe 88.9 is printed for Food-101, where classifiers of images '
-  'alone reach 71.7 to 73.6 (Gallo et al. 2020; Mittal '
-  'et al. 2023). Either the absent modality still reached the MoLT branches or only the last layer '
-  'was dropped. They are no target for a strict '
-  'protocol;',
+  (
+    'the absence rows cannot come from absence as meant here: without its hypothesis a pair of '
+    'SNLI-VE has no label to be known (chance is 33.4), yet '
+    '73.2 is printed; without the recipe 88.9 is printed for Food-101, where classifiers of images '
+    'alone reach 71.7 to 73.6 (Gallo et al. 2020; Mittal '
+    'et al. 2023). Either the absent modality still reached the MoLT branches or only the last '
+    'layer was dropped. They are no target for a strict '
+    'protocol;'
+  ),
   'the full model scores 75.10 on SNLI-VE in Table 1 and 73.45 in Table 2.',
 )
+# Files beside those of data sets.
+NO_DATA = ('table1.json', 'learning_rates.json', 'first_release.json')
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7')
 
 
-def cell(table, method, condition):
-  key = grid.metric_of(table)
-  text = runs.spread(grid.values(table, method, condition, key))
-  return (
-    text
-    if key == 'accuracy'
-    else f'{text} / {runs.spread(grid.values(table, method, condition, "f1_macro"))}'
-  )
+# ---- What is to be made --------------------------------------------------------------------------
 
 
-def lines(made):
-  """Markdown: a row a condition and method, a column a data set, in the order of the paper; then
-  what MoLT adds; then the paper's.
+def config_of(data: str, row: str, seed: int, *, rate: float = 1.0, trial: bool = False) -> Any:
+  """Returns the config of a row, at `rate` times the preset's learning rate; of a `trial`, with the
+  epochs that one has.
   """
-  methods = [method for method in METHODS if any(method in table for table in made.values())]
-  yield '# Table 1: with everything there, and with a modality absent\n'
-  yield (
+  changes = dict(ROWS[row])
+  if row in SHORT_ROWS:
+    changes |= {'train.epochs': _live_epochs(trial), 'train.least_steps': 0}
+  config = jobs.with_store(grid.make_config(data, changes, seed, today=True), data)
+  return runs.override(config, {RATE: rate * config.optimizer.learning_rate})
+
+
+def _live_epochs(trial):
+  return LIVE_EPOCHS.value * (TRIAL_SHARE if trial else 1)
+
+
+def path_of(data: str) -> pathlib.Path:
+  """Returns the JSON file of a data set's results."""
+  return grid.folder_of('table1') / f'{grid.name_of(data)}.json'
+
+
+def rates_path() -> pathlib.Path:
+  """Returns the JSON file of what each learning rate scored on validation."""
+  return grid.folder_of('table1') / 'learning_rates.json'
+
+
+def chosen() -> dict[str, float]:
+  """Returns row -> the rate that validation chose, where all were tried."""
+  found = {}
+  for row, trials in jobs.results(rates_path()).items():
+    scored = [(trial['validation'], float(rate)) for rate, trial in trials.items()]
+    if len(scored) == len(RATES):
+      found[row] = max(scored)[1]
+  return found
+
+
+def make(data: str, *, tune: bool) -> None:
+  """Makes what is lacking of a data set, each row and seed in a process of its own.
+
+  Args:
+    data: as `--data` has it.
+    tune: try learning rates here.
+  """
+  prints = pooled_states.prints(datasets.load_dataset(config_of(data, DEFAULT, 0)))
+  for row in ROWS:
+    if not re.search(grid.ONLY.value, row):
+      continue
+    if tune and row not in NO_RATE:
+      for rate in RATES:
+        _make_one(rates_path(), data, row, grid.seeds()[0], rate, prints)
+    rate = chosen().get(row, 1.0)
+    for seed in grid.seeds():
+      _make_one(path_of(data), data, row, seed, rate, prints)
+
+
+def _make_one(path, data, row, seed, rate, prints):
+  """Adds one result to a file, under its seed, or, of a trial, under its rate."""
+  trial = path == rates_path()
+  config, name = config_of(data, row, seed, rate=rate, trial=trial), str(rate if trial else seed)
+  key = jobs.digest(row, jobs.fields_of(config), prints)
+  if jobs.results(path).get(row, {}).get(name, {}).get('key') == key:
+    return
+  value = config.optimizer.learning_rate
+  print(f'{grid.name_of(data)}, seed {seed}, {row}, learning rate {value:.2g}', flush=True)
+  if jobs.LIST.value:
+    return
+  more = [f'--set={RATE}={value!r}', f'--live_epochs={_live_epochs(trial)}']
+  (result,) = jobs.in_process(__file__, data, row, [seed], more).values()
+  result |= {'key': key, 'learning_rate': value}
+  jobs.keep(path, list(ROWS), row, {name: result})
+
+
+def job() -> None:
+  """Makes a row of one data set in this process; writes seed -> result."""
+  (data,), row = grid.DATA.value, jobs.JOB.value
+  jobs.answer({str(n): jobs.trained(config_of(data, row, n), data) for n in grid.seeds()})
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def metric_of(rows: Mapping[str, Any]) -> str:
+  """Returns the key of the headline score of a data set."""
+  return next(iter(next(iter(rows.values())).values()))['metric']
+
+
+def values(rows: Mapping[str, Any], row: str, condition: str, metric: str) -> dict[str, float]:
+  """Returns seed -> score, of the seeds that have one."""
+  found = {seed: made['test'].get(condition, {}) for seed, made in rows.get(row, {}).items()}
+  return {
+    seed: scores[metric]
+    for seed, scores in found.items()
+    if scores.get('num_examples') != 0 and scores.get(metric) is not None
+  }
+
+
+def cell(rows: Mapping[str, Any], row: str, condition: str) -> str:
+  """Returns 'mean ± standard deviation', with several labels F1 micro / macro."""
+  keys = [metric_of(rows)]
+  keys += ['f1_macro'] if keys == ['f1_micro'] else []
+  return ' / '.join(runs.spread(values(rows, row, condition, key).values()) for key in keys)
+
+
+def cost(row: str, made: Mapping[str, Any], trials: Mapping[str, Any]) -> list[str]:
+  """Returns cells: epochs, learning rate, trained parameters, processor seconds of a run and of an
+  epoch, gigabytes.
+
+  Args:
+    row: its name.
+    made: seed -> result.
+    trials: rate -> result of a run of the same length, on the same data.
+  """
+  first = next(iter(made.values()))
+  measured = [x for x in (*made.values(), *trials.values()) if x['cpu_seconds'] is not None]
+  # Hidden states are computed once; that run says nothing on the others.
+  stored = [x for x in measured if not x['extracted_features']] or measured
+  epochs, rate = first['epochs'], '-' if row in NO_RATE else f'{first["learning_rate"]:.2g}'
+  cells = [f'{epochs:.3g}' if epochs else '-', rate, f'{first["parameters"]:,}']
+  if not stored:
+    return [*cells, '-', '-', '-']
+  seconds = float(np.median([x['cpu_seconds'] for x in stored]))
+  mark = ' (with towers)' if stored[0]['extracted_features'] else ''
+  peak = max(x['peak_megabytes'] for x in stored) / 1024
+  each = f'{seconds / epochs:.0f}' if epochs else '-'
+  return [*cells, f'{seconds:.0f}{mark}', each, f'{peak:.1f}']
+
+
+HEADS = ('seeds', 'epochs', 'learning rate', 'trained', 'CPU, s', 'an epoch', 'peak, GB')
+
+
+def data_lines(data: str, rows: Mapping[str, Any], trials: Mapping[str, Any]) -> list[str]:
+  """Returns the Markdown of one data set: its table, who is ahead, differences from MoLT."""
+  columns = (*jobs.COLUMNS.values(), *HEADS)
+  lines = [f'## {data}', '', f'| method | {" | ".join(columns)} |']
+  lines += ['|---|' + '--:|' * len(columns)]
+  for row, made in rows.items():
+    scored = [cell(rows, row, condition) for condition in jobs.COLUMNS]
+    same = trials.get(row, {}) if data == TUNED_ON.value and row in STORED_ROWS else {}
+    seeds = '-' if row in NO_RATE else str(len(made))
+    lines.append(f'| {row} | {" | ".join([*scored, seeds, *cost(row, made, same)])} |')
+  lines += ['', *(leader(rows, condition) for condition in jobs.COLUMNS), '']
+  others = [row for row in rows if row != DEFAULT]
+  if DEFAULT not in rows or not others:
+    return lines
+  lines += [f'Minus {DEFAULT}, points, paired by seed:', '']
+  lines += [f'| method | {" | ".join(jobs.COLUMNS.values())} |']
+  lines += ['|---|' + '--:|' * len(jobs.COLUMNS)]
+  for row in others:
+    against = [grid.signed(paired(rows, row, condition)) for condition in jobs.COLUMNS]
+    lines.append(f'| {row} | {" | ".join(against)} |')
+  return [*lines, '']
+
+
+def paired(rows: Mapping[str, Any], row: str, condition: str) -> list[float]:
+  """Returns the score of a row minus that of our default, seed by seed; of what nothing is drawn
+  for, its one score minus each.
+  """
+  own = values(rows, row, condition, metric_of(rows))
+  ours = values(rows, DEFAULT, condition, metric_of(rows))
+  if row in NO_RATE and own:
+    return [next(iter(own.values())) - score for score in ours.values()]
+  return [own[seed] - score for seed, score in ours.items() if seed in own]
+
+
+def leader(rows: Mapping[str, Any], condition: str) -> str:
+  """Says which row is ahead on the test split under a condition, and where our default is."""
+  metric = metric_of(rows)
+  means = {row: list(values(rows, row, condition, metric).values()) for row in rows}
+  means = {row: float(np.mean(found)) for row, found in means.items() if found}
+  if not means:
+    return f'- {jobs.COLUMNS[condition]}: no example.'
+  best = max(means, key=means.get)
+  text = f'- {jobs.COLUMNS[condition]}: {best} is ahead ({100 * means[best]:.1f})'
+  if DEFAULT not in means:
+    return f'{text}.'
+  if best == DEFAULT:
+    del means[DEFAULT]
+    second = max(means, key=means.get, default=None)
+    return f'{text}, then {second} ({100 * means[second]:.1f}).' if second else f'{text}.'
+  return f'{text}; {DEFAULT}: {100 * means[DEFAULT]:.1f}.'
+
+
+def lines(found: Mapping[str, Any], trials: Mapping[str, Any]) -> list[str]:
+  """Returns the Markdown of all."""
+  made = ['# Table 1: every method, with everything there, and with a modality absent', '']
+  made += [
     'Test score in percent (accuracy; with several labels F1 micro / macro), mean ± standard '
-    'deviation over seeds; without ±: one seed.\n'
-  )
-  yield (
-    '| inference | method | '
-    + ' | '.join(f'{data}{_seeds(table)}' for data, table in made.items())
-    + ' |'
-  )
-  yield '|---|---|' + '--:|' * len(made)
-  for condition, label in LABELS.items():
-    for method in methods:
-      yield (
-        f'| {label} | {method} | '
-        + ' | '.join(cell(t, method, condition) if method in t else '-' for t in made.values())
-        + ' |'
-      )
-  yield from _differences(made, methods)
-  yield from _seconds_taken(made, methods)
-  yield '\n![scores by method and absence](table1.png)\n'
-  yield '## As the paper prints it\n'
-  yield '| inference | method | ' + ' | '.join(PAPER_DATA) + ' |'
-  yield '|---|---|' + '--:|' * len(PAPER_DATA)
+    'deviation over seeds; without ±: one seed, or nothing is drawn. Trained: parameters. CPU: '
+    'processor seconds of a run, start, validations and evaluation included, hidden states read '
+    'from the store (with towers: computed in it); an epoch: that divided by epochs.',
+    '',
+    'Learning rate: the one of three (a third of the preset, it, three times it) with the best '
+    f'validation score on the first seed of {TUNED_ON.value}; methods that run layers of a tower '
+    f'in each step tried them for {TRIAL_SHARE:g} of their epochs.',
+    '',
+  ]
+  for data, rows in found.items():
+    made += data_lines(data, rows, trials)
+  made += ['![scores by method and absence](table1.png)', '']
+  made += [
+    '## As the paper prints it',
+    '',
+    '| inference | method | ' + ' | '.join(PAPER_DATA) + ' |',
+  ]
+  made += ['|---|---|' + '--:|' * len(PAPER_DATA)]
   for (condition, method), printed in PAPER.items():
-    yield f'| {condition} | {method} | ' + ' | '.join(printed) + ' |'
-  yield '\nHow to read it:\n'
-  yield from (f'- {caveat}' for caveat in CAVEATS)
+    made.append(f'| {condition} | {method} | ' + ' | '.join(printed) + ' |')
+  return [*made, '', 'How to read it:', '', *(f'- {caveat}' for caveat in CAVEATS)]
 
 
-def _differences(made, methods):
-  yield '\nMinus the baseline `late_fusion`, points, paired by seed:\n'
-  yield '| inference | method | ' + ' | '.join(made) + ' |'
-  yield '|---|---|' + '--:|' * len(made)
-  for condition, label in LABELS.items():
-    for method in methods:
-      if method != BASELINES[0]:
-        yield (
-          f'| {label} | {method} | '
-          + ' | '.join(_difference(t, method, condition) for t in made.values())
-          + ' |'
-        )
-
-
-def _seconds_taken(made, methods):
-  yield '\nSeconds of one training (towers read from the feature store):\n'
-  yield '| method | ' + ' | '.join(made) + ' |'
-  yield '|---|' + '--:|' * len(made)
-  for method in methods:
-    yield (
-      f'| {method} | '
-      + ' | '.join(f'{grid.seconds(t, method):.0f}' if method in t else '-' for t in made.values())
-      + ' |'
-    )
-
-
-def _seeds(table):
-  count = max(len(by_seed) for by_seed in table.values())
-  return f' ({count} seed{"s" if count > 1 else ""})'
-
-
-def _difference(table, method, condition):
-  if method not in table or BASELINES[0] not in table:
-    return '-'
-  return grid.signed(grid.paired(table, method, BASELINES[0], condition, grid.metric_of(table)))
-
-
-def figure(made, path):
+def figure(found: Mapping[str, Any], path: pathlib.Path) -> None:
   """Dots with their spread over seeds: a panel a data set, a row a method."""
+  rows = [row for row in ROWS if any(row in own for own in found.values())]
+  size = (4.2 * len(found) + 3, 0.34 * len(rows) + 1.6)
   fig, axes = plt.subplots(
-    1,
-    len(made),
-    figsize=(4.6 * len(made) + 1.5, 0.55 * len(METHODS) + 1.6),
-    layout='constrained',
-    squeeze=False,
+    1, len(found), figsize=size, layout='constrained', squeeze=False, sharey=True
   )
-  for ax, (data, table) in zip(axes[0], made.items(), strict=True):
-    for i, (condition, label) in enumerate(LABELS.items()):
-      found = [
-        (n, 100 * np.array(grid.values(table, m, condition, grid.metric_of(table))))
-        for n, m in enumerate(table)
-      ]
-      found = [(n, v) for n, v in found if len(v)]
+  for ax, (data, own) in zip(axes[0], found.items(), strict=True):
+    for i, (condition, label) in enumerate(jobs.COLUMNS.items()):
+      scored = {
+        n: 100 * np.array(list(values(own, row, condition, metric_of(own)).values()))
+        for n, row in enumerate(rows)
+      }
+      scored = {n: v for n, v in scored.items() if len(v)}
       ax.errorbar(
-        [v.mean() for _, v in found],
-        [n + 0.2 * (i - 1) for n, _ in found],
-        xerr=[v.std(ddof=1) if len(v) > 1 else 0 for _, v in found],
-        fmt='osD'[i],
-        color=('#0072b2', '#d55e00', '#009e73')[i],
+        [v.mean() for v in scored.values()],
+        [n + 0.16 * (i - 1.5) for n in scored],
+        xerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in scored.values()],
+        fmt='osD^'[i],
+        markersize=4,
+        color=COLOURS[i],
         label=label,
       )
-    ax.set(
-      title=data,
-      xlabel=f'test {grid.metric_of(table).replace("f1_", "F1 ")}, %',
-      yticks=range(len(table)),
-      yticklabels=list(table),
-    )
-    ax.invert_yaxis()
+    name = metric_of(own).replace('f1_', 'F1 ')
+    ax.set(title=data, xlabel=f'test {name}, %', yticks=range(len(rows)), yticklabels=rows)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(axis='x', alpha=0.4)
-  fig.legend(
-    *axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False
-  )
-  fig.savefig(path, dpi=130)
+  handles = axes[0][0].get_legend_handles_labels()
+  fig.legend(*handles, loc='outside lower center', ncols=4, frameon=False)
+  fig.savefig(path, dpi=110)
   plt.close(fig)
 
 
-def main():
-  start = time.monotonic()
-  made = grid.make(METHODS)
-  figure(made, grid.folder_of('table1') / 'table1.png')
+def report(start: float) -> None:
+  """Writes table1.md, table1.json and table1.png of all data sets that have results."""
+  folder = grid.folder_of('table1')
+  found = {
+    path.stem: jobs.results(path)
+    for path in sorted(folder.glob('*.json'))
+    if path.name not in NO_DATA
+  }
+  found = {data: rows for data, rows in found.items() if rows}
+  if not found:
+    raise UserError(f'--methods: {grid.ONLY.value!r} matches none of {", ".join(ROWS)}')
+  trials = jobs.results(rates_path())
+  figure(found, folder / 'table1.png')
   printed = [
     {'inference': c, 'method': m, **dict(zip(PAPER_DATA, p, strict=True))}
     for (c, m), p in PAPER.items()
   ]
-  content = {
-    'methods': METHODS,
-    'data': {name: grid.numbers(table) for name, table in made.items()},
-    'paper': printed,
+  tried = {
+    row: {f'{x["learning_rate"]:.3g}': x['validation'] for x in own.values()}
+    for row, own in trials.items()
   }
-  grid.publish('table1', list(lines(made)), content, start)
+  content = {'methods': ROWS, 'validation_by_learning_rate': tried, 'paper': printed, 'data': found}
+  grid.publish('table1', lines(found, trials), content, start)
+
+
+def main():
+  start = time.monotonic()
+  if jobs.JOB.value:
+    job()
+    return
+  for data in grid.DATA.value:
+    make(data, tune=grid.name_of(data) == TUNED_ON.value)
+  report(start)
 
 
 if __name__ == '__main__':

@@ -16,47 +16,30 @@ and parts can be made by several calls at once. OUT/usefulness.md is made of all
 the summary in README.md.
 """
 
-import fcntl
-import hashlib
-import json
-import os
 import pathlib
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import baselines
 import grid
+import jobs
 import ml_collections
 import numpy as np
 import pooled_states
 import runs
 from absl import flags
 
-from molt_jax.config import resolved
-from molt_jax.config.json_files import read_json
 from molt_jax.data import datasets
 from molt_jax.data.modalities import COLUMN, CONDITIONS, MODALITIES, PATTERNS
 from molt_jax.data.sources import Dataset
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
-from molt_jax.runtime import atomic, logbook
+from molt_jax.runtime import atomic
 
 ALL = flags.DEFINE_string('all', '', 'Folder whose folders with a train.csv are data sets too.')
-LIST = flags.DEFINE_bool('list', False, 'Only names what is lacking.')
-JOB = flags.DEFINE_string('job', '', 'Used by this script itself: the row that a process makes.')
-JOB_TO = flags.DEFINE_string('job_to', '', 'Used by this script itself: where its result goes.')
 
-MISSING_RATE = '70 % both'
-COLUMNS = {
-  'none_absent': 'complete',
-  'text_absent': 'without text',
-  'image_absent': 'without image',
-  MISSING_RATE: MISSING_RATE,
-}
+COLUMNS = jobs.COLUMNS
 DEFAULT = 'MoLT, default'
 ALONE = {'image': 'our model of images alone', 'text': 'our model of texts alone'}
 LATE_FUSION = 'our late fusion'
@@ -74,12 +57,10 @@ FIRST_RELEASE = {
   'train.epochs': 10.0,
   'eval.select': 'latest',
 }
-PRINTED = {**grid.PRINTED, 'molt.bilinear': 0, 'molt.cells': 0, 'molt.layers': '-4:'}
-PRINTED |= {'ridge.landmarks': 0}
 OURS = {
   **{name: {'dataset.modalities': modality} for modality, name in ALONE.items()},
   LATE_FUSION: {'method': 'late_fusion', 'ridge.landmarks': 0},
-  'MoLT, as printed': PRINTED,
+  'MoLT, as printed': grid.AS_PRINTED,
   'MoLT, first release': FIRST_RELEASE,
   DEFAULT: {},
 }
@@ -121,26 +102,19 @@ def _found():
 def config_of(data: str, row: str, seed: int) -> ml_collections.ConfigDict:
   """Returns the config of a row: of a baseline, what its data and towers are read by."""
   changes = dict(OURS.get(row, {}))
-  config = grid.make_config(data, changes, seed, today=True)
-  if config.features.store and not any('features.store=' in item for item in grid.SET.value):
-    store = pathlib.Path(grid.RUNS.value) / 'features' / grid.name_of(data)
-    config = runs.override(config, {'features.store': str(store)})
-  return config
+  return jobs.with_store(grid.make_config(data, changes, seed, today=True), data)
 
 
 def key_of(config: ml_collections.ConfigDict, row: str, prints: Mapping[str, Any]) -> str:
   """Returns a digest of what a result depends on: the data, and the config as far as it is read;
   not where data and stores lie.
   """
-  fields = json.loads(resolved.to_json(config))
-  fields['dataset'].pop('path')
-  fields['features'].pop('store')
+  fields = jobs.fields_of(config)
   if row in baselines.PIXELS_AND_TFIDF:
     fields = {}
   elif row in baselines.PROBES:
     fields = {name: _field(fields, name) for name in READ_BY_PROBES}
-  content = json.dumps([row, fields, prints], sort_keys=True)
-  return hashlib.sha256(content.encode()).hexdigest()[:16]
+  return jobs.digest(row, fields, prints)
 
 
 def _field(fields, name):
@@ -156,22 +130,12 @@ def path_of(data: str) -> pathlib.Path:
 
 def results(data: str) -> dict[str, dict[str, Any]]:
   """Returns row -> seed -> result, of those that are there."""
-  path = path_of(data)
-  return read_json(path, 'delete it')['rows'] if path.exists() else {}
+  return jobs.results(path_of(data))
 
 
 def keep(data: str, row: str, found: Mapping[str, Any]) -> None:
-  """Adds results (seed -> result) of a row to the file; other processes may do so too."""
-  path = path_of(data)
-  lock = pathlib.Path(grid.RUNS.value) / f'{grid.name_of(data)}.lock'
-  lock.parent.mkdir(parents=True, exist_ok=True)
-  with lock.open('w') as held:
-    fcntl.flock(held, fcntl.LOCK_EX)
-    rows = results(data)
-    rows[row] = dict(sorted({**rows.get(row, {}), **found}.items()))
-    ordered = {name: rows[name] for name in ROWS if name in rows}
-    content = {'versions': runs.provenance()['versions'], 'rows': ordered}
-    atomic.write(path, logbook.to_json(content, indent=1) + '\n')
+  """Adds results (seed -> result) of a row to the file of a data set."""
+  jobs.keep(path_of(data), ROWS, row, found)
 
 
 def make(data: str) -> None:
@@ -186,7 +150,7 @@ def make(data: str) -> None:
       if there.get(str(seed), {}).get('key') == key or str(seed) in done:
         continue
       print(f'{grid.name_of(data)}, seed {seed}, {row}', flush=True)
-      if LIST.value:
+      if jobs.LIST.value:
         continue
       found = _in_process(data, row, seed)
       for own, result in found.items():
@@ -197,18 +161,7 @@ def make(data: str) -> None:
 
 def _in_process(data, row, seed):
   """Returns seed -> result; a baseline makes all seeds at once."""
-  target = pathlib.Path(grid.RUNS.value) / f'job_{os.getpid()}.json'
-  target.parent.mkdir(parents=True, exist_ok=True)
-  seeds = grid.SEEDS.value if row in BASELINES else [str(seed)]
-  command = [sys.executable, __file__, f'--data={data}', f'--seeds={",".join(seeds)}']
-  command += [f'--job={row}', f'--job_to={target}', f'--runs={grid.RUNS.value}']
-  command += [f'--set={item}' for item in grid.SET.value]
-  done = subprocess.run(command, check=False)
-  if done.returncode:
-    raise UserError(f'{row} on {grid.name_of(data)} ended with exit code {done.returncode}')
-  found = read_json(target, 'start again')
-  target.unlink()
-  return found
+  return jobs.in_process(__file__, data, row, grid.SEEDS.value if row in BASELINES else [seed])
 
 
 # ---- One row -------------------------------------------------------------------------------------
@@ -216,42 +169,13 @@ def _in_process(data, row, seed):
 
 def job() -> None:
   """Makes a row of one data set in this process; writes seed -> result."""
-  (data,), row = grid.DATA.value, JOB.value
-  found = {}
-  for seed in grid.seeds():
-    if row in OURS:
-      found[str(seed)] = _ours(data, row, seed)
-    else:
-      found = _baseline(data, row)
-      break
-  used = resource.getrusage(resource.RUSAGE_SELF)
-  cost = {
-    'cpu_seconds': round(used.ru_utime + used.ru_stime, 1),
-    'peak_megabytes': round(used.ru_maxrss / 1024),
-  }
-  atomic.write(
-    pathlib.Path(JOB_TO.value),
-    logbook.to_json({seed: {**result, **cost} for seed, result in found.items()}),
-  )
-
-
-def _ours(data, row, seed):
-  config = config_of(data, row, seed)
-  folder = pathlib.Path(grid.RUNS.value) / grid.name_of(data) / resolved.config_hash(config)
-  result = runs.run(config, folder)
-  predictions = records.Predictions.load(folder / records.PREDICTIONS)
-  log = (folder / 'log.txt').read_text(encoding='utf-8')
-  return {
-    'validation': result['validation'].get('score'),
-    'test': scores(predictions),
-    'seconds': result['seconds'],
-    'extracted_features': 'go through the tower once' in log,
-    'towers': _towers(config),
-  }
-
-
-def _towers(config):
-  return {modality: config.backbones[modality].path for modality in MODALITIES}
+  (data,), row = grid.DATA.value, jobs.JOB.value
+  if row in BASELINES:
+    found = _baseline(data, row)
+    found = {seed: {**result, **jobs.cost()} for seed, result in found.items()}
+  else:
+    found = {str(n): jobs.trained(config_of(data, row, n), data) for n in grid.seeds()}
+  jobs.answer(found)
 
 
 def _baseline(data, row):
@@ -263,14 +187,14 @@ def _baseline(data, row):
     states = kept['states']
     more = {
       'features_cpu_seconds': round(kept['cpu_seconds'], 1),
-      'towers': _towers(config),
+      'towers': jobs.towers(config),
     }
   fits = BASELINES[row](inputs_of(dataset, states))
   more['validation'] = {name: fit.validation for name, fit in fits.items()}
   more['chosen'] = {name: dict(fit.chosen) for name, fit in fits.items()}
   found = {}
   for seed in grid.seeds():
-    test = scores(predictions_of(dataset, fits, seed))
+    test = jobs.scores(predictions_of(dataset, fits, seed))
     found[str(seed)] = {**more, 'test': test}
   return found
 
@@ -313,14 +237,6 @@ def predictions_of(dataset: Dataset, fits: baselines.Found, seed: int) -> record
     probability_cnk=np.eye(len(dataset.class_names), dtype=np.float32)[answers_cn],
     loss_cn=np.zeros(counted_cn.shape, np.float32),
   )
-
-
-def scores(predictions: records.Predictions) -> dict[str, dict[str, float]]:
-  """Returns condition -> scores on the test split, of the conditions that there are."""
-  found = {name: predictions.scores(name) for name in predictions.conditions}
-  if set(CONDITIONS) <= set(predictions.conditions):
-    found[MISSING_RATE] = predictions.missing_rate(*grid.MISSING[MISSING_RATE])
-  return found
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -368,7 +284,9 @@ def word(difference: float) -> str:
 
 def costs(rows: Mapping[str, Any], row: str) -> list[str]:
   """Returns cells: processor seconds (most of the seeds: features are computed once), gigabytes."""
-  made = rows[row].values()
+  made = [x for x in rows[row].values() if x['cpu_seconds'] is not None]
+  if not made:
+    return ['-', '-']
   seconds = max(x['cpu_seconds'] + x.get('features_cpu_seconds', 0) for x in made)
   return [f'{seconds:.0f}', f'{max(x["peak_megabytes"] for x in made) / 1024:.1f}']
 
@@ -436,7 +354,7 @@ def report() -> None:
 
 
 def main():
-  if JOB.value:
+  if jobs.JOB.value:
     job()
     return
   for data in data_sets():

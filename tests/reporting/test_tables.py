@@ -6,10 +6,8 @@ import dataclasses
 import importlib
 import io
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -41,7 +39,7 @@ def scripts():
   try:
     found = {
       name: importlib.import_module(name)
-      for name in ('grid', 'runs', 'table1', 'table2', 'robustness', 'figure2', 'absence', 'derive')
+      for name in ('grid', 'runs', 'table2', 'robustness', 'figure2', 'absence', 'derive')
     }
   finally:
     sys.path.remove(str(FOLDER))
@@ -112,35 +110,6 @@ def picture(path):
   pixels = np.asarray(Image.open(path).convert('L'))
   assert pixels.std() > 1
   return pixels
-
-
-def test_table1_has_every_method_and_reads_what_is_finished(study):
-  from molt_jax.config import methods
-
-  content, text, out, count = study('table1')
-  assert count == 2 * 2 * len(content['methods'])
-  # Those that need a pair with class names are compared by few_shot.py.
-  anywhere = [name for name, row in methods.METHODS.items() if row.names != 'must']
-  assert all(method in content['methods'] for method in anywhere if method != 'molt')
-  again, same, _, still = study('table1')
-  assert (
-    still == count
-    and again['data'] == content['data']
-    and same.split('`python')[0] == text.split('`python')[0]
-  )
-  for data in ('one', 'two'):
-    for method, by_seed in content['data'][data].items():
-      accuracies = [100 * by_seed[seed]['test']['text_absent']['accuracy'] for seed in ('0', '1')]
-      line = next(
-        line for line in text.splitlines() if line.startswith(f'| without text | {method} |')
-      )
-      assert f'{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}' in line
-  for printed in ('64.9 / 59.0', '92.12', '75.10', '59.0 / 51.2', '88.9', '71.0', '73.45'):
-    assert printed in text
-  assert {'command', 'versions', 'seeds', 'device', 'seconds_of_this_call'} <= set(content) and str(
-    out.parent
-  ) not in text
-  picture(out / 'table1.png')
 
 
 def test_absence_compares_one_model_with_unimodal_models_and_says_what_is_missed(
@@ -241,7 +210,7 @@ def _no_constant(name):
   raise AssertionError(f'{name} in JSON')
 
 
-@pytest.mark.parametrize('script', ['table1', 'table2', 'robustness', 'figure2', 'absence'])
+@pytest.mark.parametrize('script', ['table2', 'robustness', 'figure2', 'absence'])
 @pytest.mark.parametrize('without', [['image_absent'], list(records.CONDITIONS)])
 @pytest.mark.filterwarnings('error')
 def test_a_condition_without_examples_has_no_number(study, scripts, monkeypatch, script, without):
@@ -254,9 +223,9 @@ def test_a_condition_without_examples_has_no_number(study, scripts, monkeypatch,
   label = modalities.LABELS['image_absent']
   ours = text.split('## As the paper')[0].splitlines()
   rows = [line for line in ours if line.startswith(f'| {label} |')]
-  if script in ('table1', 'figure2'):
+  if script == 'figure2':
     assert rows and all(line.rstrip(' |').endswith('-') for line in rows)
-  picture(out / {'table1': 'table1.png', 'table2': 'table2.png'}.get(script, f'{script}_one.png'))
+  picture(out / ('table2.png' if script == 'table2' else f'{script}_one.png'))
 
 
 def test_spread_is_of_the_runs_that_have_a_score(scripts):
@@ -272,16 +241,12 @@ def test_the_name_of_a_data_set_is_a_word(scripts, name, tmp_path):
 
 
 def test_only_what_is_asked_for_or_finished_is_reported(study):
-  content, text, _, count = study('table1', methods='default$')
-  assert (
-    count == 4
-    and list(content['data']['one']) == ['MoLT, default']
-    and '| complete | late_fusion |' not in text
-  )
+  content, _, _, count = study('table2', methods='^default: all$')
+  assert count == 4 and list(content['data']['one']) == ['default: all']
   with pytest.raises(UserError, match='figure needs'):
     study('figure2', methods='default$')
   with pytest.raises(UserError, match='matches none'):
-    study('table1', methods='nonsense', runs='elsewhere')
+    study('table2', methods='nonsense', runs='elsewhere')
 
 
 @pytest.mark.parametrize(
@@ -299,22 +264,6 @@ def test_only_what_is_asked_for_or_finished_is_reported(study):
 def test_a_mistake_is_named(study, wrong, expected):
   with pytest.raises(UserError, match=expected):
     study('table2', **wrong)
-
-
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
-  command = [sys.executable, str(FOLDER / 'table1.py'), '--sedes=1']
-  done = subprocess.run(
-    command,
-    capture_output=True,
-    text=True,
-    check=False,
-    env=os.environ | {'PYTHONPATH': str(FOLDER.parent)},
-  )
-  assert (
-    (done.returncode, done.stdout) == (2, '')
-    and done.stderr.count('\n') == 1
-    and 'sedes' in done.stderr
-  )
 
 
 # ---- derive --------------------------------------------------------------------------------------
