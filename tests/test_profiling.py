@@ -209,6 +209,24 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
   assert says in err and err.count('\n') == 1
 
 
+def test_costs_of_methods_are_near_their_rule(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'tools')
+  import bench_methods
+
+  sizes = ['--text=random:llama-tiny', '--image=random:clip-vit-tiny', '--resolution=64']
+  sizes += ['--tokens=32', '--batch=2', '--rounds=1']
+  flags = command_line.parse('bench', '', bench_methods.FLAGS, sizes)[0]
+  found = bench_methods.case('mora', flags)
+  assert found['enters_at'] == {'image': 4, 'text': 2}
+  forward = found['forward_gflop']
+  # Two of six layers and two of four, forward and backward.
+  rule = 2 * (forward['image'] * 2 / 6 + forward['text'] * 2 / 4) / sum(forward.values())
+  assert found['by_rule'] == pytest.approx(rule, abs=2e-3)
+  # The image's patches are embedded below, and the new weights have gradients of their own.
+  assert found['by_rule'] < found['counted'] < 1.2 * found['by_rule']
+  assert found['measured'] > 0 and set(found['seconds']) == {'forward', 'mora'}
+
+
 # ---- The baseline --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 features as good as live ones, hidden states of any layers.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,9 @@ from setups import Setup
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.methods import METHODS
 from molt_jax.data.modalities import PATTERNS
+from molt_jax.features.frozen import load_frozen
 from molt_jax.methods.parts.ridge_kernels import Examples
+from molt_jax.profiling.flops import decoder_flops, matmul_flops, vision_flops
 from molt_jax.runtime import sharding
 
 ROWS, TOKENS = 6, 5
@@ -179,6 +182,31 @@ def test_stored_features_are_as_good_as_live_ones(name):
   np.testing.assert_allclose(c.predict(c.variables, c.frozen, stored), live, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['pmf', 'mora', 'mmrl'])
+def test_from_a_stored_state_only_the_layers_above_it_run(name):
+  c, batch = case(name), make_batch()
+  method = c.setup.method
+  upper = load_frozen(c.setup.config, c.setup.mesh, method.reads, stored=True)
+  below = 0
+  for modality, reads in method.reads.items():
+    config = method.modules[modality].config
+    kept = {len(x) for x in jax.tree.leaves(upper[modality]['layers'])}
+    assert kept == {config.num_layers - reads.lowest}
+    lower = dataclasses.replace(config, num_layers=max(reads.states))
+    sizes = (ROWS, TOKENS) if modality == 'text' else (ROWS,)
+    below += {'text': decoder_flops, 'image': vision_flops}[modality](lower, *sizes)
+  features = jax.eval_shape(method.features, c.frozen, batch)
+  stored = {k: v for k, v in batch.items() if k not in ('image', 'tokens')}
+  for modality in method.reads:
+    states = features.of(modality)
+    stored[f'{modality}_states'] = np.zeros(np.array(states.shape)[[1, 0, 2, 3]], states.dtype)
+  # All layers that there are run live; what the features take is what is saved.
+  live = matmul_flops(c.answer, c.variables, c.frozen, batch, batch['present'])
+  from_store = matmul_flops(c.answer, c.variables, upper, stored, batch['present'])
+  taken = matmul_flops(method.features, c.frozen, batch)
+  assert from_store == live - taken and taken == below
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_a_pattern_is_what_an_example_without_the_modality_gets(name):
   c, batch = case(name), make_batch()
@@ -195,17 +223,27 @@ def test_a_pattern_is_what_an_example_without_the_modality_gets(name):
 @pytest.mark.parametrize('name', CASES)
 def test_two_devices_compute_what_one_does(name):
   c, batch = case(name), make_batch()
-  if c.setup.method.closed_form or not c.setup.method.is_trained:
-    pytest.skip('it begins with statistics that are fitted')
   other = Setup(make_config(CASES[name] | {'mesh.data': 2}), c.setup.tx)
-  frozen = other.frozen()
-  state, expected = c.step(c.state, c.frozen, batch)
-  put = sharding.put_batch(batch, other.mesh)
-  found_state, found = other.step()(other.begin(frozen), frozen, put)
-  assert float(found['loss']) == pytest.approx(float(expected['loss']), rel=1e-5)
-  pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(found_state.params), strict=True)
-  for one, two in pairs:
-    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+  frozen, put = other.frozen(), sharding.put_batch(batch, other.mesh)
+  if c.setup.method.is_trained and not c.setup.method.closed_form:
+    state, expected = c.step(c.state, c.frozen, batch)
+    found_state, found = other.step()(other.begin(frozen), frozen, put)
+    assert float(found['loss']) == pytest.approx(float(expected['loss']), rel=1e-5)
+    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(found_state.params), strict=True)
+    for one, two in pairs:
+      np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
+    return
+  # It begins with statistics that are fitted: what they are fitted to, and what they answer.
+  method, variables = other.method, jax.device_put(c.variables, sharding.replicated(other.mesh))
+  passes = [
+    jax.jit(lambda v, f, b, m=m: m.fit_inputs(v, f, m.features(f, b), b))
+    for m in (c.setup.method, method)
+  ]
+  inputs = passes[0](c.variables, c.frozen, batch), passes[1](variables, frozen, put)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5), *inputs)
+  answer = jax.jit(lambda v, f, b: other.logits(v, f, b))(variables, frozen, put)
+  expected = c.predict(c.variables, c.frozen, batch)
+  np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_trained_towers_begin_as_they_were_loaded():
