@@ -79,8 +79,8 @@ AS_PRINTED = PRINTED | {
   'molt.layers': '-4:',
   'ridge.landmarks': 0,
 }
-# What the presets quickstart and table said when the tables here were made, `usefulness.py` apart:
-# towers, states and head of commit c1ff4b1.
+# What the presets quickstart and table said when the tables here were made, `usefulness.py` and
+# `table1.py` apart: towers, states and head of commit c1ff4b1.
 FIRST_RELEASE = {
   'backbones.text.path': presets.SMALL_TOWERS['backbones.text.path'],
   'backbones.image.path': presets.SMALL_TOWERS['backbones.image.path'],

@@ -20,6 +20,7 @@ from molt_jax.config import methods
 from molt_jax.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'experiments'
+SOME = '^late_fusion$|^knn$|^huse$|^pmf$|default|regression$'
 PRESET = """from molt_jax.config import default_config
 def get_config():
   config = default_config()
@@ -49,9 +50,9 @@ def study(table1, tmp_path, tiny_table, monkeypatch):
   conditions = dict.fromkeys(table1.jobs.COLUMNS, True)  # Whether there are examples.
 
   def in_process(script, data, row, seeds, more):
-    fields = dict(item.removeprefix('--set=').split('=') for item in more)
-    rate = float(fields['optimizer.learning_rate'])
-    made.append((data.partition('=')[0], row, seeds[0], rate, float(fields['--live_epochs'])))
+    given = dict(item.removeprefix('--set=').split('=') for item in more)
+    rate = float(given['optimizer.learning_rate'])
+    made.append((data.partition('=')[0], row, seeds[0], rate, given['--trial']))
     rng = np.random.default_rng(len(made))
     test = {
       name: {'accuracy': rng.random(), 'num_examples': 9} if there else {'num_examples': 0}
@@ -95,26 +96,25 @@ def picture(path):
 
 
 def test_every_method_has_the_same_budget_and_nothing_is_made_twice(study, table1):
-  content, text, out, made = study(live_epochs=2.0)
+  content, text, out, made = study(methods=SOME)
   # Those that need a pair with class names are compared by few_shot.py.
   anywhere = {name for name, row in methods.METHODS.items() if row.names != 'must'}
   assert {row.get('method', 'molt') for row in content['methods'].values()} == anywhere
-  for row in table1.ROWS:
+  for row in content['data']['two']:
     own = [run for run in made if run[1] == row]
     trials, others = own[: -4 or None], own[-4:]
     assert [run[0] for run in others] == ['openmoji'] * 2 + ['two'] * 2
     assert [run[2] for run in others] == [0, 1] * 2
-    if row in table1.NO_RATE:
+    assert {run[4] for run in trials} <= {'True'} and {run[4] for run in others} == {'False'}
+    if row in (*table1.NO_RATE, *table1.SAME_RATE):
       assert not trials
       continue
     rates = [run[3] for run in trials]
     assert np.allclose(rates, [rates[1] / 3, rates[1], 3 * rates[1]])
     assert {run[:3] for run in trials} == {('openmoji', row, 0)}
     assert {run[3] for run in others} == {min(rates)}
-    if row in table1.SHORT_ROWS:
-      assert {run[4] for run in trials} == {0.5} and {run[4] for run in others} == {2.0}
   count = len(made)
-  again, same, _, _ = study(live_epochs=2.0)
+  again, same, _, _ = study(methods=SOME)
   assert len(made) == count and again['data'] == content['data']
   assert same.split('`python')[0] == text.split('`python')[0]
   assert str(out.parent) not in text
@@ -122,19 +122,14 @@ def test_every_method_has_the_same_budget_and_nothing_is_made_twice(study, table
 
 
 def test_the_numbers_are_those_of_the_runs(study, table1):
-  content, text, _, _ = study()
+  content, text, _, _ = study(methods=SOME)
   for data in ('openmoji', 'two'):
     part = text.split(f'## {data}\n')[1].split('\n## ')[0]
     for row, by_seed in content['data'][data].items():
       accuracies = [100 * by_seed[seed]['test']['text_absent']['accuracy'] for seed in ('0', '1')]
       cells = next(line for line in part.splitlines() if line.startswith(f'| {row} |')).split(' | ')
       assert cells[2] == f'{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}'
-      assert cells[-5:] == ['1,234', '30', '3', '2.0 |'] or cells[-4:] == [
-        '1,234',
-        '30',
-        '3',
-        '2.0 |',
-      ]
+      assert cells[-4:] == ['1,234', '30', '3', '2.0 |']
     means = {
       row: np.mean([made['test']['none_absent']['accuracy'] for made in by_seed.values()])
       for row, by_seed in content['data'][data].items()
