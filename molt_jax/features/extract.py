@@ -25,6 +25,9 @@ from molt_jax.runtime import console, processes, sharding
 from molt_jax.towers import loading
 
 UNITS = {'image': 'images', 'text': 'texts'}
+# Most tokens of a batch on a CPU: what passes between layers fits its caches, which makes an image
+# tower 15 % faster than with four times as many.
+CPU_TOKENS = 1056
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _extract(
   """
   missing = [x for x in inputs if x.key not in kept]
   shards = how.mesh.shape['data'] if how.mesh else 1
-  batches = InputBatches(how.config.eval.batch_size, shards, how.preprocess)
+  batches = InputBatches(how.config.eval.batch_size, shards, how.preprocess, **_bounds(how))
   compute = _Compute(kept, modality, how, missing)
   prepare = functools.partial(batches.prepare, modality=modality)
   faults, unit = {}, UNITS[modality]
@@ -172,6 +175,7 @@ def _extract(
         faults |= batch.faults
         compute(batch)
         bar.advance(len(batch.keys) + len(batch.faults))
+      compute.finish()
     finally:  # Interrupted, what was computed is kept.
       kept.flush()
   if not compute.began:
@@ -180,14 +184,24 @@ def _extract(
   return faults
 
 
+def _bounds(how: Extraction) -> dict[str, int]:
+  """Bounds of the tokens in a batch, of `InputBatches`: on a CPU alone."""
+  if how.mesh is None or how.mesh.devices.flat[0].platform != 'cpu':
+    return {}
+  image = how.towers.get('image')
+  image_tokens = image.config.num_tokens if image else 1
+  return {'image_tokens': image_tokens, 'most_tokens': CPU_TOKENS}
+
+
 class _Compute:
   """Runs the tower on batches and adds what comes out to a store; the weights are loaded when the
-  first batch needs them.
+  first batch needs them. A batch is fetched while the next one is computed.
   """
 
   def __init__(self, kept, modality: str, how: Extraction, missing: Sequence[Input]):
     self._kept, self._modality, self._how, self._missing = kept, modality, how, missing
     self._frozen = None
+    self._flying = None
     dtype = kept.codec.read
     self._run = jax.jit(lambda frozen, arrays: how.run(frozen, arrays, modality).astype(dtype))
 
@@ -203,10 +217,20 @@ class _Compute:
       _announce(self._kept, self._missing, modality, how.largest(modality))
       reads = {modality: dataclasses.replace(how.reads[modality], run_from=None, names_from=None)}
       self._frozen = frozen_towers.load_frozen(how.config, how.mesh, reads, [modality])
-    states_blnd = jax.device_get(
-      self._run(self._frozen, sharding.put_batch(batch.arrays, how.mesh))
-    )
-    pooled = how.reads[modality].pooled
+    before = self._flying
+    self._flying = batch, self._run(self._frozen, sharding.put_batch(batch.arrays, how.mesh))
+    self._keep(before)
+
+  def finish(self) -> None:
+    """Adds what is still being computed."""
+    self._keep(self._flying)
+    self._flying = None
+
+  def _keep(self, flying) -> None:
+    if flying is None:
+      return
+    batch, states_blnd = flying[0], jax.device_get(flying[1])
+    pooled = self._how.reads[self._modality].pooled
     # What is left over at the end is padding.
     for key, length, x_lnd in zip(batch.keys, batch.lengths, states_blnd, strict=False):
       self._kept.add(key, x_lnd if pooled else x_lnd[:, :length])

@@ -129,14 +129,18 @@ class InputBatches:
   """How inputs become batches.
 
   Attributes:
-    examples: in a batch.
+    examples: most in a batch.
     shards: devices that they are split over.
     preprocess: how an example becomes arrays.
+    image_tokens: of each image, in the tower.
+    most_tokens: in a batch, but for what fills it up to a multiple of `shards`; 0: any number.
   """
 
   examples: int
   shards: int
   preprocess: pipeline.Preprocess
+  image_tokens: int = 1
+  most_tokens: int = 0
 
   def cut(self, inputs: Sequence[Input], modality: str) -> list[list[Input]]:
     """Returns batches of inputs; texts of one padded length are together, so that few programs are
@@ -144,10 +148,11 @@ class InputBatches:
     """
     groups = collections.defaultdict(list)
     for x in inputs:
-      groups[self._length(x) if modality == 'text' else 0].append(x)
+      groups[self._length(x) if modality == 'text' else self.image_tokens].append(x)
     batches = []
-    for group in groups.values():
-      batches += [group[i : i + self.examples] for i in range(0, len(group), self.examples)]
+    for tokens, group in groups.items():
+      size = self._size(tokens)
+      batches += [group[i : i + size] for i in range(0, len(group), size)]
     # No result depends on the order; processes that share a store begin at different ends.
     random.SystemRandom().shuffle(batches)
     return batches
@@ -160,12 +165,19 @@ class InputBatches:
     """
     return self._images(inputs) if modality == 'image' else self._texts(inputs)
 
+  def _size(self, tokens: int) -> int:
+    """Examples in a batch of inputs of so many tokens each, padding included."""
+    if not self.most_tokens:
+      return self.examples
+    fitting = max(self.most_tokens // tokens, 1)
+    return min(self.examples, -(-fitting // self.shards) * self.shards)
+
   def _length(self, x: Input) -> int:
     return packing.padded_length(len(x.content), self.preprocess.max_tokens)
 
   def _images(self, inputs: Sequence[Input]) -> TowerBatch:
-    p = self.preprocess
-    image_bhwc = np.zeros((self.examples, p.image_size, p.image_size, 3), np.float32)
+    p, size = self.preprocess, self._size(self.image_tokens)
+    image_bhwc = np.zeros((size, p.image_size, p.image_size, 3), np.float32)
     keys, faults = [], {}
     for key, (source, n) in inputs:
       example = pipeline.read_example(source, n, image=True, report=p.report)
@@ -181,23 +193,24 @@ class InputBatches:
         faults[key] = str(error)
     arrays = {
       'image': image_bhwc,
-      'token_mask': np.zeros((self.examples, 1), bool),
-      'present': np.tile([True, False], (self.examples, 1)),
+      'token_mask': np.zeros((size, 1), bool),
+      'present': np.tile([True, False], (size, 1)),
     }
     return TowerBatch(keys, [None] * len(keys), arrays, faults)
 
   def _texts(self, inputs: Sequence[Input]) -> TowerBatch:
     length = max(self._length(x) for x in inputs)
+    size = self._size(length)
     contents = [x.content for x in inputs]
-    contents += [np.zeros(0, np.int32)] * (self.examples - len(inputs))
+    contents += [np.zeros(0, np.int32)] * (size - len(inputs))
     pad_id = self.preprocess.pad_id
     padded = [transforms.pad_tokens(ids, max_tokens=length, pad_id=pad_id) for ids in contents]
     tokens_bt, mask_bt = (np.stack(column) for column in zip(*padded, strict=True))
     arrays = {
       'tokens': tokens_bt,
       'token_mask': mask_bt,
-      'present': np.tile([False, True], (self.examples, 1)),
+      'present': np.tile([False, True], (size, 1)),
     }
-    groups = packing.groups(self.examples, (self.shards, 1))
+    groups = packing.groups(size, (self.shards, 1))
     arrays |= packing.token_positions(mask_bt, groups)
     return TowerBatch([x.key for x in inputs], [len(x.content) for x in inputs], arrays, {})
