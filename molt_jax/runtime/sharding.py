@@ -13,6 +13,7 @@ import numpy as np
 
 from molt_jax.config.resolved import modalities
 from molt_jax.errors import UserError
+from molt_jax.runtime import allocator
 
 # Logical axis name -> mesh axis, for the towers. Megatron's split of a transformer: heads and the
 # hidden layer of the MLP over `model`, so that a layer needs two all-reduces of its activations and
@@ -44,6 +45,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     UserError: the platform is not there, the axes do not fit the number of devices, or a process
       would be left without any.
   """
+  allocator.keep_memory()  # Before XLA has threads.
   devices = _devices(config.platform)
   _keep_compiled_programs()
   data, model = config.mesh.data, config.mesh.model
