@@ -5,6 +5,9 @@ Prints a Markdown table, and what L_CCA takes of the FLOPs. Nothing is allocated
 those of the traced step's matrix products, bytes those of `collectives`. With --check the
 step is also compiled for that many virtual CPU devices, and the bytes in the compiled program are
 printed beside these.
+
+With --methods the table is of those, on the data axis alone: what they train may lie in between the
+layers of the towers, which a step then runs forward and backward.
 """
 
 import sys
@@ -14,11 +17,13 @@ import jax
 
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import at_least, between, more_than
+from molt_jax.config.methods import METHODS
+from molt_jax.errors import UserError
 from molt_jax.profiling import collectives, flops
 from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import console
 from molt_jax.runtime.command_line import command, parse
-from molt_jax.runtime.flags import Flag
+from molt_jax.runtime.flags import Flag, choice
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 FLAGS = (
@@ -51,6 +56,7 @@ FLAGS = (
     rule=more_than(0),
   ),
   Flag('node', 'devices per node', 8, type=int, rule=at_least(1)),
+  Flag('methods', 'a table of these in the place of MoLT', (), rule=choice(*METHODS), many=True),
   Flag(
     'check',
     'compile for this many devices too, with model=1 and model=2, and print the bytes found; 0: no',
@@ -62,12 +68,13 @@ FLAGS = (
 
 
 def open_work(
-  flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True
+  flags, devices: int, model: int, dtype: str = 'bfloat16', *, cca: bool = True, method='molt'
 ) -> Workload:
   """The step on that many devices, every one with its share of rows; without `cca` it has no
   L_CCA.
   """
   config = CLASSIFIER.default()
+  config.method = method
   config.platform, config.mesh.data, config.mesh.model = 'cpu', devices // model, model
   config.backbones.text.path, config.backbones.image.path, config.backbones.dtype = (
     flags.text,
@@ -127,6 +134,28 @@ def check(flags, devices: int, model: int) -> None:
     )
 
 
+def compare_methods(flags) -> None:
+  """Prints the table of methods; gradients are sent once, those of all that is trained."""
+  at = (8, 64)
+  print('| method | TFLOP a device | MB over `data` | ' + ' | '.join(f'on {n}' for n in at) + ' |')
+  print('|---|--:|--:|' + '--:|' * len(at))
+  for method in flags.methods:
+    try:
+      alone = open_work(flags, 1, 1, method=method)
+    except UserError as error:
+      console.log(f'{method} is left out: {error}')
+      continue
+    flop = flops.matmul_flops(alone.step(), *alone.shapes())
+    compute, efficiency = flop / (flags.flops * flags.mfu), []
+    for devices in at:
+      work = open_work(flags, devices, 1, method=method)
+      sent = sum(seconds_of(x, work, flags) for x in listed(work))
+      efficiency.append(f'{100 * compute / (compute + sent):.0f} %')
+    size = sum(x.times * x.bytes for x in listed(work)) / 1e6
+    cells = (f'`{method}`', f'{flop / 1e12:.1f}', f'{size:,.0f}', *efficiency)
+    print(f'| {" | ".join(cells)} |', flush=True)
+
+
 @command
 def main(argv: Sequence[str]) -> None:
   """Command line of the tool."""
@@ -135,6 +164,14 @@ def main(argv: Sequence[str]) -> None:
   )
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', max(DEVICES))
+  if flags.methods:
+    compare_methods(flags)
+    return
+  print_table(flags)
+
+
+def print_table(flags) -> None:
+  """Prints the table of MoLT, and what --check finds."""
   towers, head, cca = flops_of(flags)
   alone = (towers + head) / (flags.flops * flags.mfu)
   print(

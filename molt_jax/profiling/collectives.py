@@ -58,7 +58,7 @@ def collectives(assembly: Assembly, state: Any) -> list[Collective]:
   The dozen numbers of the losses are left out.
 
   Args:
-    assembly: of a classifier whose method is a head.
+    assembly: of a classifier; over `model` of one whose method is a head.
     state: its `TrainState`, arrays or shapes.
   """
   config, mesh, method = assembly.config, assembly.mesh, assembly.method
