@@ -9,8 +9,9 @@ each name add to results/answers/answers.json, from which answers.md is written 
 
 sets    coverage and mean size on the test split at 90 %, with a threshold a pattern, with that of
         complete examples for all, and adaptive; the mean coverage over 100 halvings of validation
-        and test examples put together, where both are alike by construction; and with gaps that
-        depend on the class, in validation and test
+        and test examples put together, where both are alike by construction; with gaps that
+        depend on the class, in validation and test; and of rows as they are, where some lack a
+        modality by nature
 shares  the part of all shares, by absolute value, that goes to the text
 audit   5 % of the texts of train swapped, 5 % of the labels changed, in one draw a seed; 50 rows of
         train put into validation
@@ -38,6 +39,7 @@ from molt_jax.evaluation import (
 )
 from molt_jax.runtime import atomic
 
+AS_THEY_ARE = 'as they are'
 OUT = pathlib.Path(__file__).parent / 'results/answers'
 COVERAGE, HALVINGS, FAULTS, TWINS = 0.9, 100, 0.05, 50
 
@@ -65,28 +67,36 @@ def _sets(folder):
   )
   result = {}
   for v, name in enumerate(CONDITIONS):
-    label, p_nk = p.label, p.probability_cnk[v]
     present_nm = p.present_nm & PATTERNS[v]
+    own = (p.label >= 0) & present_nm.any(axis=1)
+    label, p_nk, present_nm = p.label[own], p.probability_cnk[v][own], present_nm[own]
     rows = np.arange(len(label))
     row = {'accuracy': float((p_nk.argmax(axis=1) == label).mean())}
     for kind, rule in {**rules, 'one for all': one}.items():
       members_nk = rule.members(p_nk, present_nm)
       row[kind] = float(members_nk[rows, label].mean())
       row[f'{kind}, labels'] = float(members_nk.sum(axis=1).mean())
-    row['halvings'] = _halvings(known, v, p_nk, label)
-    row['gaps by class'] = _with_gaps(known, v, p, p_nk)
+    row['halvings'] = _halvings(known, v, p)
+    row['gaps by class'] = _with_gaps(known, v, p)
     result[name] = row
+  if not p.present_nm.all():
+    result[AS_THEY_ARE] = _as_they_are(known, p)
   return result
 
 
-def _halvings(known, v, p_nk, label):
+def _of_test(p, v):
+  """Test examples that a condition leaves a missing pattern: (rows, labels, scores)."""
+  left_nm = p.present_nm & PATTERNS[v]
+  rows = np.flatnonzero((left_nm == PATTERNS[v]).all(axis=1) & (p.label >= 0))
+  label, p_nk = p.label[rows], p.probability_cnk[v][rows]
+  return rows, label, _scores(p_nk[np.arange(len(label)), label], _before(p_nk, label))
+
+
+def _halvings(known, v, p):
   """Mean coverage over halvings of validation and test together, threshold a pattern."""
   own = known.pattern_m == v
   scores = np.concatenate(
-    [
-      _scores(known.probability_m[own], known.before_m[own]),
-      _scores(p_nk[np.arange(len(label)), label], _before(p_nk, label)),
-    ]
+    [_scores(known.probability_m[own], known.before_m[own]), _of_test(p, v)[2]]
   )
   rng, shares = np.random.default_rng(0), []
   for _ in range(HALVINGS):
@@ -96,10 +106,48 @@ def _halvings(known, v, p_nk, label):
   return float(np.mean(shares))
 
 
-def _with_gaps(known, v, p, p_nk):
+def _as_they_are(known, p):
+  """Coverage of rows under the missing pattern that they have by nature, of which validation
+  examples say as much: on the split, by pattern, and over halvings of validation and test.
+  """
+  start = int(known.example_m.max()) + 1  # Numbers of test examples come after.
+  of_test = [_of_test(p, v) for v in range(len(PATTERNS))]
+  pattern_e = np.concatenate(
+    [known.pattern_m, *(np.full(len(x[0]), v) for v, x in enumerate(of_test))]
+  )
+  example_e = np.concatenate([known.example_m, *(start + rows for rows, *_ in of_test)])
+  score_e = np.concatenate([_scores(known.probability_m, known.before_m), *(x[2] for x in of_test)])
+  # Complete examples are known under all three patterns; what they are is the first.
+  natural = {}
+  for n, v in zip(example_e.tolist(), pattern_e.tolist(), strict=True):
+    natural[n] = min(v, natural.get(n, v))
+  is_natural_e = pattern_e == [natural[n] for n in example_e.tolist()]
+
+  def held(calibrating_e):
+    found = {}
+    for v, name in enumerate(CONDITIONS):
+      own_e = pattern_e == v
+      threshold = prediction_sets.quantile(score_e[own_e & calibrating_e], COVERAGE)
+      new_e = own_e & is_natural_e & ~calibrating_e
+      found[name] = score_e[new_e] <= threshold + prediction_sets.TOLERANCE
+    return found
+
+  split = held(example_e < start)
+  ids, rng, shares = np.array(sorted(natural)), np.random.default_rng(0), []
+  for _ in range(HALVINGS):
+    half = rng.permutation(ids)[: len(ids) // 2]
+    shares.append(np.concatenate(list(held(np.isin(example_e, half)).values())).mean())
+  every = np.concatenate(list(split.values()))
+  rows = {f'{name}, rows': len(x) for name, x in split.items()}
+  means = {name: float(x.mean()) if len(x) else None for name, x in split.items()}
+  return {**rows, **means, 'all': float(every.mean()), 'halvings': float(np.mean(shares))}
+
+
+def _with_gaps(known, v, p):
   """Coverage of test examples that lack a modality by nature, as often as their class says; mean
   over 20 draws. Of the complete pattern, of those that lack nothing.
   """
+  _, label, of_test = _of_test(p, v)
   shares = []
   for seed in range(20):
     rng = np.random.default_rng(seed)
@@ -111,9 +159,7 @@ def _with_gaps(known, v, p, p_nk):
     own = (known.pattern_m == v) & ((natural_m == v) | (natural_m == 0))
     scores = _scores(known.probability_m[own], known.before_m[own])
     threshold = prediction_sets.quantile(scores, COVERAGE)
-    rows = np.flatnonzero(_drawn(rng, rate_kv, p.label) == v)
-    label = p.label[rows]
-    new = _scores(p_nk[rows, label], _before(p_nk[rows], label))
+    new = of_test[_drawn(rng, rate_kv, label) == v]
     shares.append(np.mean(new <= threshold + prediction_sets.TOLERANCE))
   return float(np.mean(shares))
 
@@ -232,9 +278,12 @@ def table(found):
   head = ['data', 'condition', 'accuracy', *SETS]
   lines += _head(['', *head[1:]])
   for name, of_data in found.get('sets', {}).items():
-    for condition, row in of_data.items():
+    for condition in CONDITIONS:
+      row = of_data[condition]
       cells = [_mean(row[key], 1 if 'labels' in key else 100) for key in ('accuracy', *SETS)]
       lines.append('| ' + ' | '.join([name, condition.replace('_', ' '), *cells]) + ' |')
+  for name, of_data in found.get('sets', {}).items():
+    lines += _shown_gaps(name, of_data.get(AS_THEY_ARE))
   lines += ['', *_head(['', 'seed', 'fault', 'AUROC', 'found', 'false alarms'])]
   for name, of_data in found.get('audit', {}).items():
     for seed, row in enumerate(of_data['seeds']):
@@ -251,6 +300,19 @@ def table(found):
       f'{name}: {share:.1f} % of all absolute shares, {whole:.1f} % of their sum, text.',
     ]
   return '\n'.join(lines) + '\n'
+
+
+def _shown_gaps(name, row):
+  """Lines of rows as they are, where some lack a modality."""
+  if row is None:
+    return []
+  parts = [
+    f'{condition.replace("_", " ")} {_mean(row[condition], 100)} of {row[f"{condition}, rows"][0]}'
+    for condition in CONDITIONS
+    if row[f'{condition}, rows'][0]
+  ]
+  shown = f'{_mean(row["all"], 100)} of all; by what they have: {"; ".join(parts)} rows'
+  return ['', f'{name}, rows as they are: {shown}. Over halvings {_mean(row["halvings"], 100)}.']
 
 
 SETS = (
