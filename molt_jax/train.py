@@ -350,12 +350,11 @@ class Trial(ClassifierTrainer):
   def finish(self) -> tuple[dict[str, Any], bool, list[int]]:
     """Returns what `search.Run` does."""
     validations = [x for x in logbook.read(self.workdir) if x['kind'] == 'validation']
-    total = StepSchedule(self.config, self.num_examples()).total
     labels = self.assembly.data.splits['train'].labels
     classes = [k for label in labels for k in classes_of(label)]
     counts = np.bincount(classes, minlength=self.assembly.num_classes)
     last = validations[-1]
-    ended = last['step'] >= total or not self.assembly.method.is_trained
+    ended = last['step'] >= self.schedule.total or not self.assembly.method.is_trained
     return last, ended, counts.tolist()
 
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,9 +16,9 @@ from molt_jax import train
 from molt_jax.config import qualities, resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
-from molt_jax.runtime import console
+from molt_jax.runtime import console, logbook, sharding, signals
 from molt_jax.runtime.flags import duration
-from molt_jax.training import checkpoint_files, resuming, search, warm_start
+from molt_jax.training import checkpoint_files, resuming, search, stopping, warm_start
 from molt_jax.training.assembly import assemble
 from molt_jax.training.schedule import StepSchedule
 
@@ -80,6 +82,72 @@ def test_a_run_that_has_not_ended_keeps_its_epochs(tiny_config):
   saved['config']['train']['least_steps'] = 20
   with pytest.raises(UserError, match=r'not ended yet \(step 12 of 20\)'):
     resuming.check_finished(saved | {'step': 12}, config, 48)
+
+
+def _end_begins(scores, patience):
+  """After which of these scores of 400 examples the end of a run begins; None: after none."""
+  known = jax.device_get(stopping.scale_by_patience().init({}))
+  for number, score in enumerate(scores, 1):
+    known = known._replace(count=np.int32(10 * number))
+    known = stopping.after(known, score, patience=patience, examples=400)
+    if known.began:
+      assert known.began == 10 * number
+      return number
+  return None
+
+
+def test_a_run_ends_where_validation_gains_nothing_beyond_chance():
+  rng = np.random.default_rng(0)
+  ends = [_end_begins(0.6 + 0.02 * rng.normal(size=40), 5) for _ in range(50)]
+  assert None not in ends and np.median(ends) <= 8 and max(ends) < 20
+  for _ in range(50):  # A true gain of two points each time, under the same luck.
+    scores = 0.2 + 0.02 * np.arange(30) + 0.01 * rng.normal(size=30)
+    assert _end_begins(scores, 5) is None
+  # One lucky score begins nothing and is soon forgotten.
+  assert _end_begins([0.5, 0.5, 0.57, 0.5, 0.5, 0.5, 0.5], 3) == 4
+  assert _end_begins([0.5] * 3, 3) is None and _end_begins([0.5] * 4, 3) == 4
+
+
+def test_the_rate_falls_to_zero_in_a_straight_line():
+  transform = stopping.scale_by_patience()
+  state = transform.init({})._replace(count=20, began=jnp.int32(20))
+  shares = []
+  for _ in range(6):
+    updates, state = transform.update({'x': jnp.float32(1)}, state)
+    shares.append(float(updates['x']))
+  np.testing.assert_allclose(shares, [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+  assert stopping.cooling(20) == 5
+
+
+def test_a_run_that_is_stopped_while_its_rate_falls_ends_at_the_same_step(
+  make_tiny_config, tmp_path, monkeypatch, capsys
+):
+  config = make_tiny_config()
+  config.train.epochs, config.train.eval_every, config.train.log_every = 2.0, 5, 1
+  config.train.patience, config.optimizer.learning_rate = 1, 1e-9  # Nothing is learned.
+  config.optimizer.schedule, config.optimizer.warmup_steps = 'constant', 0
+  config.missing.views, config.missing.distill_weight = False, 0.0
+  put, steps = sharding.put_batch, []
+
+  def put_and_stop(batch, mesh):
+    steps.append(1)
+    if len(steps) == 12:
+      signal.raise_signal(signal.SIGTERM)
+    return put(batch, mesh)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, 'put_batch', put_and_stop)
+    with pytest.raises(signals.Interrupted, match='stopped at step'):
+      train.train(config, tmp_path / 'run')
+  assert 'goes to zero, and training ends at step 13' in capsys.readouterr().err
+  train.train(config, tmp_path / 'run')
+  lines = [line for line in logbook.read(tmp_path / 'run') if line['kind'] == 'train']
+  assert [line['step'] for line in lines] == list(range(1, 14))
+  rates = [line['learning_rate'] / 1e-9 for line in lines]
+  np.testing.assert_allclose(rates, [1] * 11 + [2 / 3, 1 / 3], rtol=1e-5)
+  config.train.epochs = 3.0
+  with pytest.raises(UserError, match='ends where validation gains nothing more'):
+    train.train(config, tmp_path / 'run')
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -328,6 +329,13 @@ def test_json_round_trip_and_differences():
   two.molt.width = 64
   assert resolved.differences(one, two) == ['molt.width: 128 -> 64']
   assert resolved.config_hash(two) != resolved.config_hash(one)
+  # A field that came later leaves the hash of older configs alone.
+  older = two.to_dict()
+  del older['train']['patience']
+  content = json.dumps(older, sort_keys=True).encode()
+  assert resolved.config_hash(two) == hashlib.sha256(content).hexdigest()[:16]
+  two.train.patience = 5
+  assert resolved.config_hash(two) != hashlib.sha256(content).hexdigest()[:16]
 
 
 def _attributes_read():

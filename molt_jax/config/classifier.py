@@ -393,6 +393,12 @@ FIELDS: dict[str, Any] = {
       at_least(0),
       'Steps of a run at least: small data are gone through more often than epochs says.',
     ),
+    'patience': Field(
+      0,
+      at_least(0),
+      'Validations without a gain beyond chance after which the learning rate goes to zero and '
+      'training ends; 0: it has its full length.',
+    ),
     'log_every': Field(10, at_least(1), 'Steps between records in metrics.jsonl.'),
     'eval_every': Field(
       0, at_least(0), 'Steps between validations; 0: one for each of the epochs.'

@@ -35,9 +35,17 @@ def to_json(config: ml_collections.ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2)
 
 
+# Fields that came later: at these values a config is what it was without them, and so is its hash.
+LATER = {('train', 'patience'): 0}
+
+
 def config_hash(config: ml_collections.ConfigDict) -> str:
   """Returns 16 hexadecimal digits that identify the resolved config."""
-  text = json.dumps(config.to_dict(), sort_keys=True)
+  fields = config.to_dict()
+  for (section, name), value in LATER.items():
+    if fields[section].get(name) == value:
+      del fields[section][name]
+  text = json.dumps(fields, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

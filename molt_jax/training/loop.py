@@ -37,6 +37,7 @@ class Loop:
     validate: (state, monitor) -> (record to log, what its 'score' is); a split that determines no
       score has none, and is never the best.
     refresh: state -> state with what is fitted anew before each validation.
+    stopping: (state, score) -> state, after each validation, where it may begin the end of the run.
     title, unit: of the progress bar.
     units_per_step: of the progress bar.
     deadline: of `time.monotonic`, after which training ends, once it has gone through the data.
@@ -51,6 +52,7 @@ class Loop:
   step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
   validate: Callable[[TrainState, StepMonitor], tuple[dict[str, Any], str]]
   refresh: Callable[[TrainState], TrainState]
+  stopping: Callable[[TrainState, float | None], TrainState] | None
   title: str
   unit: str
   units_per_step: int = 1
@@ -142,6 +144,8 @@ class Loop:
       log.write('validation', step, record)
       value = 'no validation score' if score is None else f'validation score {score:.4f}'
       console.log(f'step {step}/{self.schedule.total}: {value} ({score_is})')
+      if self.stopping and self.schedule.validate_at(step):
+        state = self.stopping(state, score)
       best = score is not None and score > self._best
       self._best = score if best else self._best
       self.meta = {**self.meta, 'score': score}

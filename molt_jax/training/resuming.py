@@ -97,6 +97,11 @@ def check_finished(
   """
   if not saved or not has_more_epochs(saved['config'], config):
     return
+  if config.train.get('patience', 0):
+    raise UserError(
+      f'config.train.epochs: {config.train.epochs:g}, but this run ends where validation gains '
+      'nothing more (config.train.patience); train another with --init_from to go on from it'
+    )
   before = config.copy_and_resolve_references()
   before.train.epochs = saved['config']['train']['epochs']
   if 'least_steps' in before.train:

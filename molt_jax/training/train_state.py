@@ -17,6 +17,7 @@ import optax
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.methods import trainable
 from molt_jax.runtime import sharding
+from molt_jax.training.stopping import scale_by_patience
 
 
 @flax.struct.dataclass
@@ -62,8 +63,8 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
 def make_optimizer(
   config: ml_collections.ConfigDict, total_steps: int
 ) -> optax.GradientTransformation:
-  """Returns Adam with the configured clipping, decoupled weight decay and schedule, and towers that
-  are trained from a later epoch on.
+  """Returns Adam with the configured clipping, decoupled weight decay and schedule, towers that are
+  trained from a later epoch on, and an early end.
   """
   c = config.optimizer
   adam = optax.chain(
@@ -75,7 +76,9 @@ def make_optimizer(
     optax.scale_by_learning_rate(make_schedule(config, total_steps)),
   )
   first = _first_steps(config, total_steps)
-  return optax.chain(adam, _held(first)) if any(first.values()) else adam
+  parts = [_held(first)] if any(first.values()) else []
+  parts += [scale_by_patience()] if config.train.get('patience', 0) else []
+  return optax.chain(adam, *parts) if parts else adam
 
 
 def _first_steps(config: ml_collections.ConfigDict, total_steps: int) -> dict[str, int]:

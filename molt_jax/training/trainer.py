@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from molt_jax.runtime import console, processes
-from molt_jax.training import resuming, run_record, train_state, workdir
+from molt_jax.training import resuming, run_record, stopping, train_state, workdir
 from molt_jax.training.assembly import Assembly, assemble
 from molt_jax.training.checkpoint import Checkpoints
 from molt_jax.training.loop import Loop
@@ -49,6 +49,7 @@ class Trainer(abc.ABC):
     self.frozen: Mapping[str, Any] = {}
     self.more_facts: Mapping[str, Any] = {}
     self.deadline = math.inf
+    self._stopping: stopping.Stopping | None = None
 
   # What is particular to a command.
 
@@ -115,6 +116,10 @@ class Trainer(abc.ABC):
     schedule = StepSchedule(config, self.num_examples())
     if not self.assembly.method.is_trained:
       schedule.total = 1
+    self.schedule = schedule
+    if patience := config.train.get('patience', 0):
+      examples = len(self.assembly.data.splits['validation'])
+      self._stopping = stopping.Stopping(patience, examples, schedule)
     tx = train_state.make_optimizer(config, schedule.total)
     self.before_state()
     state, iterator = self._start(tx, schedule)
@@ -133,6 +138,8 @@ class Trainer(abc.ABC):
       self.open_features()
       return self.begin(state), self.iterator()
     state, position = self.checkpoints.restore(state)
+    if self._stopping:
+      self._stopping.resumed(state)
     self.open_features()
     iterator = self.iterator()
     self.checkpoints.move(iterator, position)
@@ -141,16 +148,18 @@ class Trainer(abc.ABC):
 
   def _loop(self, tx, schedule: StepSchedule) -> Loop:
     assembly = self.assembly
+    rate = train_state.make_schedule(assembly.config, schedule.total)
     return Loop(
       assembly=assembly,
       workdir=self.workdir,
       checkpoints=self.checkpoints,
       meta=resuming.new_meta(assembly),
       schedule=schedule,
-      learning_rate=train_state.make_schedule(assembly.config, schedule.total),
+      learning_rate=lambda count: rate(count) * stopping.share(schedule.cooling_from, count),
       step=self._step(tx),
       validate=self.validate,
       refresh=self.refresh,
+      stopping=self._stopping,
       title=self.title,
       unit=self.unit,
       units_per_step=self.units_per_step,
