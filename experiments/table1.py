@@ -10,16 +10,18 @@ trained for absence as our default is. Conditions: complete, without text, witho
 of the examples without one of them. Absent is never fed.
 
 The budget is the same for each: three learning rates, a third of the preset's, it, and three times
-it, tried for a quarter of the epochs on the first seed of --tuned_on; the one with the best
-validation score (mean over what is missing) is taken for all seeds and data sets, and all are kept
-in OUT/learning_rates.json. Everything else is the preset's and the method's default. Methods that
-run layers of a tower in each step (`live`) train for --live_epochs, and so do the rows 'as short'.
+it, then the best of these without weight decay, each tried for a quarter of the epochs on the first
+seed of --tuned_on. The best validation score (mean over what is missing) decides for all seeds and
+data sets; OUT/trials.json keeps all. Everything else is the preset's and the method's default.
+Methods that run layers of a tower in each step (`live`) train for --live_epochs, and so do the rows
+'as short'.
 
 Each row and seed is a process of its own, whose processor seconds and peak memory are kept with its
 scores in OUT/DATA.json; a call that was cut off goes on. OUT/table1.md is made of all that is
 there. Processor seconds are of the whole process: start, validations and evaluation too.
 """
 
+import json
 import pathlib
 import re
 import time
@@ -29,6 +31,7 @@ from typing import Any
 import grid
 import jobs
 import matplotlib
+import ml_collections
 import numpy as np
 import pooled_states
 import runs
@@ -44,8 +47,9 @@ import matplotlib.pyplot as plt
 LIVE_EPOCHS = flags.DEFINE_float(
   'live_epochs', 2.0, 'Epochs of methods that run layers in each step, and of rows as short.'
 )
-TRIAL = flags.DEFINE_bool('trial', False, 'Used by this script itself: to try a learning rate.')
-TUNED_ON = flags.DEFINE_string('tuned_on', 'openmoji', 'Data set that learning rates are tried on.')
+TRIAL = flags.DEFINE_bool('trial', False, 'Used by this script itself: a trial.')
+TUNED = flags.DEFINE_string('tuned', '{}', 'Used by this script itself: fields that were chosen.')
+TUNED_ON = flags.DEFINE_string('tuned_on', 'openmoji', 'Data set that fields are tried on.')
 
 HEAD_ALONE = {'ridge.landmarks': 0}
 BASELINE = 'late_fusion, complete examples alone'
@@ -78,14 +82,15 @@ SHORT_ROWS = {
   BLIND: _row('prompt_fuse') | {'prompt_fuse.placement': 'front'},
 }
 ROWS = STORED_ROWS | SHORT_ROWS
-# What is learned in closed form, or not at all, has no learning rate.
-NO_RATE = ('knn', 'probe', RADIAL)
+# What is learned in closed form, or not at all, has nothing to try here.
+NOT_TRAINED = ('knn', 'probe', RADIAL)
 RATES = (1 / 3, 1.0, 3.0)
-# Of the epochs, in trials of learning rates.
+NO_DECAY = 'no decay'
+# Of the epochs, in trials.
 TRIAL_SHARE = 0.25
 # The regression beside it does not enter the training of the head.
-SAME_RATE = {WITHOUT: DEFAULT, f'{WITHOUT}, as short': f'{DEFAULT}, as short'}
-RATE = 'optimizer.learning_rate'
+TUNED_AS = {WITHOUT: DEFAULT, f'{WITHOUT}, as short': f'{DEFAULT}, as short'}
+RATE, DECAY = 'optimizer.learning_rate', 'optimizer.weight_decay'
 
 # As printed: MM-IMDb F1 micro / macro, UPMC Food-101 and SNLI-VE accuracy.
 PAPER_DATA = ('MM-IMDb, F1 micro / macro', 'Food-101, accuracy', 'SNLI-VE, accuracy')
@@ -120,22 +125,28 @@ CAVEATS = (
   'the full model scores 75.10 on SNLI-VE in Table 1 and 73.45 in Table 2.',
 )
 # Files beside those of data sets.
-NO_DATA = ('table1.json', 'learning_rates.json', 'first_release.json')
+NO_DATA = ('table1.json', 'trials.json', 'first_release.json')
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7')
 
 
 # ---- What is to be made --------------------------------------------------------------------------
 
 
-def config_of(data: str, row: str, seed: int, *, rate: float = 1.0, trial: bool = False) -> Any:
-  """Returns the config of a row, at `rate` times the preset's learning rate; of a `trial`, with its
-  share of the epochs.
+def config_of(
+  data: str, row: str, seed: int, tuned: Mapping[str, Any] | None = None, *, trial: bool = False
+) -> ml_collections.ConfigDict:
+  """Returns the config of a row.
+
+  Args:
+    data, row, seed: which.
+    tuned: fields that are tried, or were chosen.
+    trial: with its share of the epochs.
   """
   changes = dict(ROWS[row])
   if row in SHORT_ROWS:
     changes |= {'train.epochs': LIVE_EPOCHS.value, 'train.least_steps': 0}
   config = jobs.with_store(grid.make_config(data, changes, seed, today=True), data)
-  changes = {RATE: rate * config.optimizer.learning_rate}
+  changes = dict(tuned or {})
   if trial:
     changes['train.epochs'] = TRIAL_SHARE * config.train.epochs
     changes['train.least_steps'] = round(TRIAL_SHARE * config.train.least_steps)
@@ -147,19 +158,21 @@ def path_of(data: str) -> pathlib.Path:
   return grid.folder_of('table1') / f'{grid.name_of(data)}.json'
 
 
-def rates_path() -> pathlib.Path:
-  """Returns the JSON file of what each learning rate scored on validation."""
-  return grid.folder_of('table1') / 'learning_rates.json'
+def trials_path() -> pathlib.Path:
+  """Returns the JSON file of what each trial scored on validation."""
+  return grid.folder_of('table1') / 'trials.json'
 
 
-def chosen() -> dict[str, float]:
-  """Returns row -> the rate that validation chose, where all were tried."""
-  found = {}
-  for row, trials in jobs.results(rates_path()).items():
-    scored = [(trial['validation'], float(rate)) for rate, trial in trials.items()]
-    if len(scored) == len(RATES):
-      found[row] = max(scored)[1]
-  return found
+def best_of(trials: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the fields of the trial with the best validation score."""
+  best = max(trials.values(), key=lambda trial: trial['validation'])
+  return {RATE: best['learning_rate'], DECAY: best['weight_decay']}
+
+
+def chosen(row: str) -> dict[str, float]:
+  """Returns the fields that validation chose for a row, {} unless all were tried."""
+  trials = jobs.results(trials_path()).get(TUNED_AS.get(row, row), {})
+  return best_of(trials) if len(trials) == len(RATES) + 1 else {}
 
 
 def make(data: str, *, tune: bool) -> None:
@@ -167,34 +180,45 @@ def make(data: str, *, tune: bool) -> None:
 
   Args:
     data: as `--data` has it.
-    tune: try learning rates here.
+    tune: try the fields of the budget here.
   """
   prints = pooled_states.prints(datasets.load_dataset(config_of(data, DEFAULT, 0)))
   for row in ROWS:
     if not re.search(grid.ONLY.value, row):
       continue
-    if tune and row not in (*NO_RATE, *SAME_RATE):
-      for rate in RATES:
-        _make_one(rates_path(), data, row, grid.seeds()[0], rate, prints)
-    rate = chosen().get(SAME_RATE.get(row, row), 1.0)
+    if tune and row not in (*NOT_TRAINED, *TUNED_AS):
+      _try_all(data, row, prints)
     for seed in grid.seeds():
-      _make_one(path_of(data), data, row, seed, rate, prints)
+      _make_one(data, row, seed, chosen(row), prints)
 
 
-def _make_one(path, data, row, seed, rate, prints):
-  """Adds one result to a file, under its seed, or, of a trial, under its rate."""
-  trial = path == rates_path()
-  config, name = config_of(data, row, seed, rate=rate, trial=trial), str(rate if trial else seed)
+def _try_all(data, row, prints):
+  seed = grid.seeds()[0]
+  preset = config_of(data, row, seed).optimizer.learning_rate
+  for rate in RATES:
+    _make_one(data, row, seed, {RATE: rate * preset}, prints, trial=str(rate))
+  trials = jobs.results(trials_path()).get(row, {})
+  by_rate = {name: trials[name] for name in map(str, RATES) if name in trials}
+  if len(by_rate) == len(RATES):
+    _make_one(data, row, seed, {**best_of(by_rate), DECAY: 0.0}, prints, trial=NO_DECAY)
+
+
+def _make_one(data, row, seed, tuned, prints, *, trial=''):
+  """Adds one result to a file, under its seed; of a trial, to that of trials, under its name."""
+  path, name = (trials_path(), trial) if trial else (path_of(data), str(seed))
+  config = config_of(data, row, seed, tuned, trial=bool(trial))
   key = jobs.digest(row, jobs.fields_of(config), prints)
   if jobs.results(path).get(row, {}).get(name, {}).get('key') == key:
     return
-  value = config.optimizer.learning_rate
-  print(f'{grid.name_of(data)}, seed {seed}, {row}, learning rate {value:.2g}', flush=True)
+  rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+  what = f'learning rate {rate:.2g}, decay {decay:g}'
+  print(f'{grid.name_of(data)}, seed {seed}, {row}, {what}', flush=True)
   if jobs.LIST.value:
     return
-  more = [f'--set={RATE}={value!r}', f'--live_epochs={LIVE_EPOCHS.value}', f'--trial={trial}']
+  more = [f'--tuned={json.dumps(tuned)}', f'--trial={bool(trial)}']
+  more += [f'--live_epochs={LIVE_EPOCHS.value}']
   (result,) = jobs.in_process(__file__, data, row, [seed], more).values()
-  result |= {'key': key, 'learning_rate': value}
+  result |= {'key': key, 'learning_rate': rate, 'weight_decay': decay}
   jobs.keep(path, list(ROWS), row, {name: result})
 
 
@@ -202,7 +226,7 @@ def job() -> None:
   """Makes a row of one data set in this process; writes seed -> result."""
   (data,), row, found = grid.DATA.value, jobs.JOB.value, {}
   for seed in grid.seeds():
-    config = config_of(data, row, seed, trial=TRIAL.value)
+    config = config_of(data, row, seed, json.loads(TUNED.value), trial=TRIAL.value)
     found[str(seed)] = jobs.trained(config, data)
   jobs.answer(found)
 
@@ -233,8 +257,8 @@ def cell(rows: Mapping[str, Any], row: str, condition: str) -> str:
 
 
 def cost(row: str, made: Mapping[str, Any]) -> list[str]:
-  """Returns cells: epochs, learning rate, trained parameters, processor seconds of a run and of an
-  epoch, gigabytes.
+  """Returns cells: epochs, learning rate, weight decay, trained parameters, processor seconds of a
+  run and of an epoch, gigabytes.
 
   Args:
     row: its name.
@@ -244,8 +268,10 @@ def cost(row: str, made: Mapping[str, Any]) -> list[str]:
   measured = [x for x in made.values() if x['cpu_seconds'] is not None]
   # Hidden states are computed once; that run says nothing on the others.
   stored = [x for x in measured if not x['extracted_features']] or measured
-  epochs, rate = first['epochs'], '-' if row in NO_RATE else f'{first["learning_rate"]:.2g}'
-  cells = [f'{epochs:.3g}' if epochs else '-', rate, f'{first["parameters"]:,}']
+  epochs = first['epochs']
+  tuned = [f'{first["learning_rate"]:.2g}', f'{first["weight_decay"]:g}']
+  cells = [f'{epochs:.3g}', *tuned] if row not in NOT_TRAINED else ['-'] * 3
+  cells.append(f'{first["parameters"]:,}')
   if not stored:
     return [*cells, '-', '-', '-']
   seconds = float(np.median([x['cpu_seconds'] for x in stored]))
@@ -255,7 +281,7 @@ def cost(row: str, made: Mapping[str, Any]) -> list[str]:
   return [*cells, f'{seconds:.0f}{mark}', each, f'{peak:.1f}']
 
 
-HEADS = ('seeds', 'epochs', 'learning rate', 'trained', 'CPU, s', 'an epoch', 'peak, GB')
+HEADS = ('seeds', 'epochs', 'learning rate', 'decay', 'trained', 'CPU, s', 'an epoch', 'peak, GB')
 
 
 def data_lines(data: str, rows: Mapping[str, Any]) -> list[str]:
@@ -265,7 +291,7 @@ def data_lines(data: str, rows: Mapping[str, Any]) -> list[str]:
   lines += ['|---|' + '--:|' * len(columns)]
   for row, made in rows.items():
     scored = [cell(rows, row, condition) for condition in jobs.COLUMNS]
-    seeds = '-' if row in NO_RATE else str(len(made))
+    seeds = '-' if row in NOT_TRAINED else str(len(made))
     lines.append(f'| {row} | {" | ".join([*scored, seeds, *cost(row, made)])} |')
   lines += ['', *(leader(rows, condition) for condition in jobs.COLUMNS), '']
   others = [row for row in rows if row != DEFAULT]
@@ -286,7 +312,7 @@ def paired(rows: Mapping[str, Any], row: str, condition: str) -> list[float]:
   """
   own = values(rows, row, condition, metric_of(rows))
   ours = values(rows, DEFAULT, condition, metric_of(rows))
-  if row in NO_RATE and own:
+  if row in NOT_TRAINED and own:
     return [next(iter(own.values())) - score for score in ours.values()]
   return [own[seed] - score for seed, score in ours.items() if seed in own]
 
@@ -318,9 +344,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     'processor seconds of a run, start, validations and evaluation included, hidden states read '
     'from the store (with towers: computed in it); an epoch: that divided by epochs.',
     '',
-    'Learning rate: the one of three (a third of the preset, it, three times it) with the best '
-    f'validation score after {TRIAL_SHARE:g} of the epochs on the first seed of {TUNED_ON.value}; '
-    'as short: with the epochs of methods that run layers of a tower in each step.',
+    'Learning rate and weight decay: of three rates (a third of the preset, it, three times it) '
+    'and the best of these without decay, what had the best validation score after '
+    f'{TRIAL_SHARE:g} of the epochs on the first seed of {TUNED_ON.value}. As short: with the '
+    'epochs of methods that run layers of a tower in each step.',
     '',
   ]
   for data, rows in found.items():
@@ -386,11 +413,12 @@ def report(start: float) -> None:
     {'inference': c, 'method': m, **dict(zip(PAPER_DATA, p, strict=True))}
     for (c, m), p in PAPER.items()
   ]
+  fields = ('learning_rate', 'weight_decay', 'validation')
   tried = {
-    row: {f'{x["learning_rate"]:.3g}': x['validation'] for x in own.values()}
-    for row, own in jobs.results(rates_path()).items()
+    row: [{name: trial[name] for name in fields} for trial in own.values()]
+    for row, own in jobs.results(trials_path()).items()
   }
-  content = {'methods': ROWS, 'validation_by_learning_rate': tried, 'paper': printed, 'data': found}
+  content = {'methods': ROWS, 'trials': tried, 'paper': printed, 'data': found}
   grid.publish('table1', lines(found), content, start)
 
 

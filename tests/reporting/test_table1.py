@@ -50,9 +50,10 @@ def study(table1, tmp_path, tiny_table, monkeypatch):
   conditions = dict.fromkeys(table1.jobs.COLUMNS, True)  # Whether there are examples.
 
   def in_process(script, data, row, seeds, more):
-    given = dict(item.removeprefix('--set=').split('=') for item in more)
-    rate = float(given['optimizer.learning_rate'])
-    made.append((data.partition('=')[0], row, seeds[0], rate, given['--trial']))
+    given = dict(item.split('=', 1) for item in more)
+    tuned = json.loads(given['--tuned'])
+    rate, decay = tuned.get('optimizer.learning_rate'), tuned.get('optimizer.weight_decay')
+    made.append((data.partition('=')[0], row, seeds[0], rate, decay, given['--trial']))
     rng = np.random.default_rng(len(made))
     test = {
       name: {'accuracy': rng.random(), 'num_examples': 9} if there else {'num_examples': 0}
@@ -60,7 +61,7 @@ def study(table1, tmp_path, tiny_table, monkeypatch):
     }
     result = {
       'metric': 'accuracy',
-      'validation': 1 - rate,  # The lowest rate is the best.
+      'validation': 1 - (rate or 0) - (decay is None) / 9,  # The lowest rate, without decay.
       'test': test,
       'seconds': 9.0,
       'cpu_seconds': 30.0,
@@ -105,14 +106,15 @@ def test_every_method_has_the_same_budget_and_nothing_is_made_twice(study, table
     trials, others = own[: -4 or None], own[-4:]
     assert [run[0] for run in others] == ['openmoji'] * 2 + ['two'] * 2
     assert [run[2] for run in others] == [0, 1] * 2
-    assert {run[4] for run in trials} <= {'True'} and {run[4] for run in others} == {'False'}
-    if row in (*table1.NO_RATE, *table1.SAME_RATE):
+    assert {run[5] for run in trials} <= {'True'} and {run[5] for run in others} == {'False'}
+    if row in (*table1.NOT_TRAINED, *table1.TUNED_AS):
       assert not trials
       continue
     rates = [run[3] for run in trials]
-    assert np.allclose(rates, [rates[1] / 3, rates[1], 3 * rates[1]])
+    assert np.allclose(rates, [rates[1] / 3, rates[1], 3 * rates[1], rates[1] / 3])
+    assert [run[4] for run in trials] == [None] * 3 + [0.0]
     assert {run[:3] for run in trials} == {('openmoji', row, 0)}
-    assert {run[3] for run in others} == {min(rates)}
+    assert {run[3:5] for run in others} == {(min(rates), 0.0)}
   count = len(made)
   again, same, _, _ = study(methods=SOME)
   assert len(made) == count and again['data'] == content['data']
@@ -159,10 +161,10 @@ def test_a_condition_without_examples_has_no_number(study, table1, without):
 
 def test_only_what_is_asked_for_or_finished_is_reported(study):
   content, text, _, made = study(methods='^huse$', seeds=['1'])
-  assert len(made) == 3 + 2 and list(content['data']['two']) == ['huse']
+  assert len(made) == 4 + 2 and list(content['data']['two']) == ['huse']
   assert '| late_fusion |' not in text
   _, _, _, made = study(methods='^huse$', list=True)
-  assert len(made) == 5
+  assert len(made) == 6
   with pytest.raises(UserError, match='matches none'):
     study(methods='nonsense', where='elsewhere')
 
