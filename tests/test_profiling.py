@@ -32,6 +32,7 @@ def workload():
   )
   config.backbones.dtype = config.compute_dtype = 'float32'
   config.molt.width = config.classifier.hidden = 32
+  config.ridge.landmarks = -1  # As presets have it.
   return Workload.open(CLASSIFIER.validate(config), num_classes=5)
 
 

@@ -1,11 +1,12 @@
 """Times the CCA loss, value and gradient, against autodiff through `jnp.linalg.eigh` and against
 PyTorch and cca-zoo, in one run.
 
-  python tools/bench_cca.py [--quick] [--json=FILE]
+  python tools/bench_cca.py [--quick] [--n=256,2048 --d=1024 --layers=1] [--json=FILE]
 
-For every n x d x layers: the median over rounds of one jitted value-and-gradient call. In each
-round every implementation runs once, in turn, so that a busy machine slows all alike; `ratio` is
-the median over rounds of (other / ours with 'eigh') in the same round. An implementation is timed
+For every n x d x layers: the median over rounds of one jitted value-and-gradient call, and of the
+processor time of all its threads (`cpu_seconds`). In each round every implementation runs once, in
+turn, so that a busy machine slows all alike; `ratio` is the median over rounds of (other / ours
+with 'eigh') in the same round, `cpu_ratio` that of processor times. An implementation is timed
 once where one call takes longer than the budget, and `finite` tells whether its gradient was. On a
 machine that does other work too, set OPENBLAS_NUM_THREADS=1: LAPACK's threads wait for each other
 by spinning.
@@ -35,6 +36,9 @@ from molt_jax.objectives.cca.estimators import make_estimator
 from molt_jax.objectives.cca.loss import cca_loss
 
 QUICK = flags.DEFINE_boolean('quick', False, 'Only n = 32 and 256, d = 64 and 1024, one layer.')
+N = flags.DEFINE_list('n', None, 'Batch sizes in the place of the usual ones.')
+D = flags.DEFINE_list('d', None, 'Widths in the place of the usual ones.')
+LAYERS = flags.DEFINE_list('layers', None, 'Numbers of layers in the place of the usual ones.')
 JSON = flags.DEFINE_string('json', None, 'File for the results; without it they are only printed.')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Rounds at most.', lower_bound=1)
 BUDGET = flags.DEFINE_float(
@@ -130,45 +134,61 @@ def implementations():
 
 
 def measure(prepared, rounds, budget):
-  """Seconds of each implementation in each round, and whether its gradient was finite."""
-  seconds, finite = {name: [] for name in prepared}, {}
+  """Seconds and processor seconds of each implementation in each round, and whether its gradient
+  was finite.
+  """
+  seconds, cpu, finite = {name: [] for name in prepared}, {name: [] for name in prepared}, {}
   for name, call in prepared.items():
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     _, gradients = call()  # Compiles.
     finite[name] = all(bool(np.isfinite(np.asarray(g)).all()) for g in gradients)
     del gradients
     if time.perf_counter() - start < 20 * budget:
       continue
     seconds[name].append(time.perf_counter() - start)
+    cpu[name].append(time.process_time() - cpu_start)
   for _ in range(rounds):
     for name, call in prepared.items():
       if sum(seconds[name]) > budget:
         continue
-      start = time.perf_counter()
+      start, cpu_start = time.perf_counter(), time.process_time()
       call()
       seconds[name].append(time.perf_counter() - start)
-  return seconds, finite
+      cpu[name].append(time.process_time() - cpu_start)
+  return seconds, cpu, finite
+
+
+def ratios(seconds):
+  """Median over rounds of the time of each other implementation over ours."""
+  ours = seconds['eigh']
+  return {
+    name: statistics.median(b / a for a, b in zip(ours, times, strict=False))
+    for name, times in seconds.items()
+    if name != 'eigh'
+  }
+
+
+def medians(seconds):
+  """Median over rounds of each implementation."""
+  return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def row(n, d, layers, callers):
   rng = np.random.default_rng([n, d, layers])
   views = [rng.normal(size=(layers, n, d)).astype(np.float32) for _ in range(2)]
-  seconds, finite = measure(
+  seconds, cpu, finite = measure(
     {name: prepare(*views) for name, prepare in callers.items()}, ROUNDS.value, BUDGET.value
   )
-  ours = seconds['eigh']
   return {
     'n': n,
     'd': d,
     'layers': layers,
     'finite': finite,
-    'seconds': {name: statistics.median(times) for name, times in seconds.items()},
+    'seconds': medians(seconds),
+    'cpu_seconds': medians(cpu),
     'rounds': {name: len(times) for name, times in seconds.items()},
-    'ratio': {
-      name: statistics.median(b / a for a, b in zip(ours, times, strict=False))
-      for name, times in seconds.items()
-      if name != 'eigh'
-    },
+    'ratio': ratios(seconds),
+    'cpu_ratio': ratios(cpu),
   }
 
 
@@ -207,7 +227,10 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   callers, rows = implementations(), []
-  ns, ds, layer_counts = SIZES[QUICK.value]
+  ns, ds, layer_counts = (
+    usual if given.value is None else tuple(map(int, given.value))
+    for usual, given in zip(SIZES[QUICK.value], (N, D, LAYERS), strict=True)
+  )
   print(f'{"n":>5} {"d":>5} {"L":>2}  ' + '  '.join(f'{name:>22}' for name in callers))
   for layers in layer_counts:
     for d in ds:

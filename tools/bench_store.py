@@ -4,6 +4,7 @@ tools/bench_store.py [--json]`.
 The steps are those of `molt_jax.train`, batches and transfers included: live and stored, and each
 with padding computed too (what packing saves is no merit of the store, and makes `speedup` smaller
 than `speedup_over_padded`). They take turns, so that other work on the machine weighs on all.
+`speedup_cpu` is that of the processor time of all threads, which other work changes little.
 Filling is timed between two live forward passes over the same rows; loading the towers, which a
 live run does too, is taken off for their ratio. Programs are compiled, or in the cache, before the
 clock starts.
@@ -125,12 +126,12 @@ class Bench:
     return time.perf_counter() - start
 
   def seconds(self, state, frozen, batches, steps):
-    """Runs steps as the training loop does; returns (state, seconds a step)."""
-    start = time.perf_counter()
+    """Runs steps as training does; returns (state, (seconds, processor seconds) a step)."""
+    start, cpu = time.perf_counter(), time.process_time()
     for batch in itertools.islice(batches, steps):
       state, metrics = self.step(state, frozen, sharding.put_batch(batch, self.mesh))
     jax.block_until_ready(metrics)
-    return state, (time.perf_counter() - start) / steps
+    return state, ((time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps)
 
 
 def one_of_each_size(batches):
@@ -181,7 +182,7 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
       lane[0], seconds = bench.seconds(*lane[:4])
       lane[4] += [seconds] if turn else []  # The first turn compiles.
   head_seconds = _head_seconds(bench, lanes['store'][0], stored, rounds)
-  taken = {name: lane[4] for name, lane in lanes.items()}
+  taken, cpu = ({name: [x[i] for x in lane[4]] for name, lane in lanes.items()} for i in (0, 1))
   step_seconds = {
     f'{name}_step_seconds': statistics.median(seconds) for name, seconds in taken.items()
   }
@@ -200,7 +201,9 @@ def measure(config: ml_collections.ConfigDict, rows: int, rounds: int) -> dict:
       f'{name}_images_per_second': config.train.batch_size / step_seconds[f'{name}_step_seconds']
       for name in ('live', 'store')
     },
+    'cpu_seconds': {name: statistics.median(seconds) for name, seconds in cpu.items()},
     'speedup': speedup,
+    'speedup_cpu': statistics.median(a / b for a, b in zip(cpu['live'], cpu['store'], strict=True)),
     'speedup_over_padded': over_padded,
     'load_seconds': bench.load_seconds,
     'fill_seconds': fill_seconds,

@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
   flags, overrides = parse('python tools/bench_towers.py', what, FLAGS, argv, schema=CLASSIFIER)
   report = measure(flags, overrides)
   if flags.json:
-    print(json.dumps(_about(flags) | report, indent=1))
+    print(json.dumps(_about(flags) | {'cases': report}, indent=1))
     return
   for case, found in report.items():
     for one in found['rows']:

@@ -79,7 +79,11 @@ def gigabytes(flags, method: str, place: Place, accumulate: int = 1) -> float:
 
 def cell(flags, method: str, place: Place) -> str:
   """GB of a step, and of one with microbatches where that does not fit."""
-  whole = gigabytes(flags, method, place)
+  try:
+    whole = gigabytes(flags, method, place)
+  except UserError as error:
+    console.log(f'{method}, {place.name}: {error}')
+    return 'refused'
   if whole <= place.size or flags.accumulate == 1:
     return f'{whole:.1f}'
   parts = gigabytes(flags, method, place, flags.accumulate)
@@ -97,11 +101,7 @@ def main(argv: Sequence[str]) -> None:
   print('| method | ' + ' | '.join(place.name for place in PLACES) + ' |')
   print('|---|' + '--:|' * len(PLACES))
   for method in flags.method:
-    try:
-      cells = [cell(flags, method, place) for place in PLACES]
-    except UserError as error:
-      console.log(f'{method} is left out: {error}')
-      continue
+    cells = [cell(flags, method, place) for place in PLACES]
     print(f'| `{method}` | ' + ' | '.join(cells) + ' |', flush=True)
 
 

@@ -42,7 +42,14 @@ class Workload:
 
   @classmethod
   def open(cls, config: ml_collections.ConfigDict, *, num_classes: int) -> 'Workload':
-    """Opens the towers that the config names, without their weights."""
+    """Opens the towers that the config names, without their weights.
+
+    Where examples choose the landmarks of the regression beside the head, which is fitted after
+    training, there are none.
+    """
+    if config.ridge.landmarks == -1:
+      config = ml_collections.ConfigDict(config.to_dict())
+      config.ridge.landmarks = 0
     assembly = assemble(config, class_names=tuple(map(str, range(num_classes))))
     check_batch_sizes(config, assembly.mesh, ('train',))
     objective = make_objective(assembly)
