@@ -144,7 +144,7 @@ def with_store(config: ml_collections.ConfigDict, data: str) -> ml_collections.C
 
 def fields_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns what a result depends on: not where data and stores lie."""
-  fields = json.loads(resolved.to_json(config))
+  fields = resolved.identity(config)
   fields['dataset'].pop('path')
   fields['features'].pop('store')
   return fields

@@ -39,13 +39,20 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 LATER = {('train', 'patience'): 0}
 
 
-def config_hash(config: ml_collections.ConfigDict) -> str:
-  """Returns 16 hexadecimal digits that identify the resolved config."""
+def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields that tell configs apart: nested dictionaries, without those that came later
+  where they change nothing.
+  """
   fields = config.to_dict()
   for (section, name), value in LATER.items():
     if fields[section].get(name) == value:
       del fields[section][name]
-  text = json.dumps(fields, sort_keys=True)
+  return fields
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+  """Returns 16 hexadecimal digits that identify the resolved config."""
+  text = json.dumps(identity(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
