@@ -314,6 +314,7 @@ def test_a_validation_without_a_score_is_never_the_best(scores, kept, best, caps
   run = types.SimpleNamespace(
     _best=-1.0,
     meta={},
+    stopping=None,
     schedule=types.SimpleNamespace(
       total=9, validate_at=lambda step: True, save_at=lambda step: False
     ),

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import molt_jax
-from molt_jax import evaluate, predict, pretrain, report, train
+from molt_jax import evaluate, pretrain, report, train
 from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets, fingerprint, sources
 from molt_jax.errors import UserError
-from molt_jax.evaluation import records, scoring, trained
+from molt_jax.evaluation import forward, records, scoring, trained
 from molt_jax.features import frozen as frozen_towers
 from molt_jax.training import checkpoint_files, checksums, resuming
 
@@ -571,7 +571,7 @@ def test_outputs_that_are_not_finite_have_no_score(home, entry, monkeypatch):
     frozen = load(*args, **kwargs)
     return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), frozen)
 
-  for module in (frozen_towers, predict):
+  for module in (frozen_towers, forward):
     monkeypatch.setattr(module, 'load_frozen', broken)
   line = refusal(home, entry)
   assert 'not finite' in line and 'config.backbones' in line

@@ -35,7 +35,7 @@ class Pictures(data.Dataset):
     return len(self._files)
 
   def __getitem__(self, index):
-    with Image.open(self._files[index]) as image:
+    with Image.open(self._files[index], formats=('JPEG', 'PNG')) as image:
       small = image.convert('RGB').resize((self._size, self._size), Image.Resampling.BICUBIC)
     values = (np.asarray(small, np.float32) / 255 - self._mean) / self._std
     return torch.from_numpy(values.transpose(2, 0, 1).copy())

@@ -112,8 +112,9 @@ class Stopping:
       return state
     new = processes.of_main(after(known, score, **self._how))
     placed = jax.tree.map(lambda x, like: jax.device_put(_like(x, like), like.sharding), new, old)
-    is_one = lambda x: isinstance(x, Patience)  # noqa: E731
-    opt_state = jax.tree.map(lambda x: placed if is_one(x) else x, state.opt_state, is_leaf=is_one)
+    opt_state = jax.tree.map(
+      lambda x: placed if _is_patience(x) else x, state.opt_state, is_leaf=_is_patience
+    )
     self.move_end(int(new.began))
     if new.began > 0:
       console.log(
@@ -139,5 +140,9 @@ def _like(x: Any, like: jax.Array) -> np.ndarray:
 
 def found(state: Any) -> Patience:
   """Returns what a training state knows of validation."""
-  leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, Patience))
-  return next(x for x in leaves if isinstance(x, Patience))
+  leaves = jax.tree.leaves(state.opt_state, is_leaf=_is_patience)
+  return next(x for x in leaves if _is_patience(x))
+
+
+def _is_patience(x: Any) -> bool:
+  return isinstance(x, Patience)
