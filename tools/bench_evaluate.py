@@ -28,10 +28,15 @@ FLAGS = (
 UNIT = 1 if sys.platform == 'darwin' else 1024  # Of ru_maxrss, in bytes.
 
 
-def measure(arguments: Sequence[str]) -> dict[str, float]:
-  """Runs one evaluation; raises UserError with its last message if it failed."""
+def measure(name: str, arguments: Sequence[str]) -> dict[str, float]:
+  """Runs a command of the package in a process of its own; returns the processor seconds and the
+  peak memory in bytes.
+
+  Raises:
+    UserError: it failed, with its last message.
+  """
   process = subprocess.Popen(
-    [sys.executable, '-m', 'molt_jax.evaluate', *arguments],
+    [sys.executable, '-m', f'molt_jax.{name}', *arguments],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
@@ -54,7 +59,9 @@ def main(argv: Sequence[str]) -> None:
     argv,
   )
   found = {
-    name: measure([f'--workdir={flags.workdir}', f'--split={flags.split}', f'--absent={name}'])
+    name: measure(
+      'evaluate', [f'--workdir={flags.workdir}', f'--split={flags.split}', f'--absent={name}']
+    )
     for name in flags.absent
   }
   if flags.json:

@@ -14,16 +14,15 @@ that it has taken at most is compared with that of `--rows` rows.
 
 import itertools
 import json
-import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
+import bench_evaluate
+
 from molt_jax.config.fields import at_least
-from molt_jax.errors import UserError
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag
 
@@ -34,32 +33,12 @@ FLAGS = (
   Flag('rounds', 'of each command and table', 3, type=int, rule=at_least(1)),
   Flag('many', 'rows whose memory is measured; 0: none', 0, type=int, rule=at_least(0)),
 )
-UNIT = 1 if sys.platform == 'darwin' else 1024  # Of ru_maxrss, in bytes.
 
 
-def run(name: str, workdir: str, table: pathlib.Path) -> tuple[float, int]:
-  """Runs a command over a table.
-
-  Returns:
-    (processor seconds, bytes of memory at most).
-
-  Raises:
-    UserError: it failed, with its last message.
-  """
+def run(name: str, workdir: str, table: pathlib.Path) -> dict[str, float]:
+  """Runs a command over a table; see `bench_evaluate.measure`."""
   own = {'predict': f'--out={table.with_name("scored.csv")}', 'evaluate': '--absent=none'}
-  flags = [f'--workdir={workdir}', f'--table={table}', own[name]]
-  process = subprocess.Popen(
-    [sys.executable, '-m', f'molt_jax.{name}', *flags],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  output = process.stderr.read()  # Until it ends.
-  _, status, usage = os.wait4(process.pid, 0)
-  process.returncode = os.waitstatus_to_exitcode(status)
-  if process.returncode:
-    raise UserError(output.strip().splitlines()[-1].removeprefix('error: '))
-  return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * UNIT
+  return bench_evaluate.measure(name, [f'--workdir={workdir}', f'--table={table}', own[name]])
 
 
 def first_rows(table: pathlib.Path, folder: pathlib.Path, rows: int) -> pathlib.Path:
@@ -83,7 +62,7 @@ def rates(workdir: str, tables: Mapping[int, pathlib.Path], rounds: int) -> dict
   for _ in range(rounds):
     for rows, table in tables.items():
       for name, of_rows in taken.items():
-        of_rows[rows].append(run(name, workdir, table)[0])
+        of_rows[rows].append(run(name, workdir, table)['cpu_seconds'])
   found = {}
   for name, of_rows in taken.items():
     (few, less), (many, more) = ((n, statistics.median(x)) for n, x in of_rows.items())
@@ -116,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         (pathlib.Path(flags.workdir) / f'evaluation_{path.stem}.json').unlink(missing_ok=True)
     if flags.many:
       peak = {
-        rows: run('predict', flags.workdir, first_rows(table, folder, rows))[1]
+        rows: run('predict', flags.workdir, first_rows(table, folder, rows))['peak_bytes']
         for rows in (flags.rows, flags.many)
       }
       found['peak_bytes'] = peak
