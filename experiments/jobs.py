@@ -116,6 +116,17 @@ def trained(config: ml_collections.ConfigDict, data: str) -> dict[str, Any]:
   }
 
 
+def tried(config: ml_collections.ConfigDict, data: str) -> dict[str, Any]:
+  """Tries a config out, or reads what came of it.
+
+  Returns:
+    'validation' (score), 'seconds' and those of `cost`.
+  """
+  folder = pathlib.Path(grid.RUNS.value) / grid.name_of(data) / resolved.config_hash(config)
+  result = runs.try_out(config, folder)
+  return {'validation': result['validation']['score'], 'seconds': result['seconds'], **cost()}
+
+
 def _epochs(config, folder, record):
   steps = logbook.read(folder)[-1]['step']
   return round(steps * config.train.batch_size / record['examples']['train'], 2)

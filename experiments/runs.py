@@ -20,6 +20,7 @@ from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.json_files import read_json
 from molt_jax.runtime import atomic, logbook
+from molt_jax.training import workdir
 
 LIBRARIES = ('jax', 'flax', 'optax', 'numpy')
 
@@ -37,7 +38,38 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
     'seconds': of this call's training}.
   """
   config = CLASSIFIER.validate(config)
-  path = folder / 'result.json'
+
+  def trained():
+    record = train.train(config, folder)
+    validation = next(
+      line
+      for line in logbook.read(folder)
+      if line['kind'] == 'validation' and line['step'] == record['step']
+    )
+    return {'test': record['results'], 'validation': validation}
+
+  return _once(config, folder, 'result.json', trained)
+
+
+def try_out(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
+  """The same for a config that is only tried: the test split is not scored.
+
+  Returns:
+    {'config_hash', 'validation': the last record, 'seconds'}.
+  """
+  config = CLASSIFIER.validate(config)
+
+  def tried():
+    with workdir.working_in(config, folder):
+      validation, *_ = train.Trial(config, folder, data_changed=False).run()
+    return {'validation': validation}
+
+  return _once(config, folder, 'trial.json', tried)
+
+
+def _once(config, folder, name, make):
+  """What `make` returns, from a file of the folder where it is there."""
+  path = folder / name
   if path.exists():
     result = read_json(path, 'delete it, and the run is finished anew')
     if result['config_hash'] == resolved.config_hash(config):
@@ -49,19 +81,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, An
     contextlib.redirect_stdout(log),
     contextlib.redirect_stderr(log),
   ):
-    record = train.train(config, folder)
-  seconds = time.monotonic() - start
-  validation = next(
-    line
-    for line in logbook.read(folder)
-    if line['kind'] == 'validation' and line['step'] == record['step']
-  )
-  result = {
-    'config_hash': resolved.config_hash(config),
-    'test': record['results'],
-    'validation': validation,
-    'seconds': round(seconds, 1),
-  }
+    made = make()
+  seconds = round(time.monotonic() - start, 1)
+  result = {'config_hash': resolved.config_hash(config), **made, 'seconds': seconds}
   atomic.write(path, logbook.to_json(result) + '\n')
   return result
 

@@ -14,8 +14,8 @@ The budget is the same for each: three learning rates, a third of the preset's, 
 it, then the best of these without weight decay, each tried for a quarter of the epochs on the first
 seed of --tuned_on. The best validation score (mean over what is missing) decides for all seeds and
 data sets; OUT/trials.json keeps all. Everything else is the preset's and the method's default.
-Methods that run layers of a tower in each step (`live`) train for --live_epochs, and so do the rows
-'as short'.
+Methods that run layers of a tower in each step (`live`) train for --live_epochs in batches of 16,
+which gives few examples more steps, and so do the rows 'as short'.
 
 Each row and seed is a process of its own, whose processor seconds and peak memory are kept with its
 scores in OUT/DATA.json; a call that was cut off goes on. OUT/table1.md is made of all that is
@@ -92,6 +92,7 @@ RATES = (1 / 3, 1.0, 3.0)
 NO_DECAY = 'no decay'
 # Of the epochs, in trials.
 TRIAL_SHARE = 0.25
+SHORT_BATCH = 16
 # The regression does not enter the training of the head beside it, and short runs are no method.
 TUNED_AS = {WITHOUT: SAME, 'late_fusion, as short': 'late_fusion'}
 RATE, DECAY = 'optimizer.learning_rate', 'optimizer.weight_decay'
@@ -149,6 +150,7 @@ def config_of(
   changes = dict(ROWS[row])
   if row in SHORT_ROWS:
     changes |= {'train.epochs': LIVE_EPOCHS.value, 'train.least_steps': 0}
+    changes |= {'train.batch_size': SHORT_BATCH}
   config = jobs.with_store(grid.make_config(data, changes, seed, today=True), data)
   changes = dict(tuned or {})
   if trial:
@@ -231,7 +233,7 @@ def job() -> None:
   (data,), row, found = grid.DATA.value, jobs.JOB.value, {}
   for seed in grid.seeds():
     config = config_of(data, row, seed, json.loads(TUNED.value), trial=TRIAL.value)
-    found[str(seed)] = jobs.trained(config, data)
+    found[str(seed)] = jobs.tried(config, data) if TRIAL.value else jobs.trained(config, data)
   jobs.answer(found)
 
 
@@ -351,7 +353,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     'Learning rate and weight decay: of three rates (a third of the preset, it, three times it) '
     'and the best of these without decay, what had the best validation score after '
     f'{TRIAL_SHARE:g} of the epochs on the first seed of {TUNED_ON.value}. As short: with the '
-    f'epochs of methods that run layers of a tower in each step. {DEFAULT} is the preset itself.',
+    f'epochs and batches ({SHORT_BATCH}) of methods that run layers of a tower in each step. '
+    f'{DEFAULT} is the preset itself.',
     '',
   ]
   for data, rows in found.items():
