@@ -92,8 +92,8 @@ DATA_CHANGED = Flag(
 CHOICES = (
   Flag(
     'preset',
-    'how much is spent: good takes the config as it is; fast a tenth of the steps and quick '
-    'towers; best tries some changes, of which validation decides',
+    'how much is spent: good takes the config as it is; fast trains no head where a regression '
+    'answers alone, and takes quick towers; best tries some changes, of which validation decides',
     'good',
     rule=choice(*QUALITIES),
   ),

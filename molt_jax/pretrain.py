@@ -30,7 +30,7 @@ from molt_jax.features import opening
 from molt_jax.objectives import contrastive
 from molt_jax.pairs import augment, batches, in_use, retrieval
 from molt_jax.pairs import method as pairs
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import compiling, console, sharding
 from molt_jax.runtime.signals import exit_code
 from molt_jax.towers import export
 from molt_jax.training import train_state, workdir
@@ -99,7 +99,7 @@ class PairTrainer(Trainer):
       config = self.assembly.config
       mesh, dtype = self.assembly.mesh, config.compute_dtype
       self.frozen['image'] = pairs.load_weights(config, mesh, 'image', dtype)
-    self._embed = jax.jit(method.embed_batch)
+    self._embed = compiling.jit(method.embed_batch)
 
   def begin(self, state: TrainState) -> TrainState:
     """See `Trainer`; pooled texts are standardised by those of the training split."""

@@ -119,7 +119,9 @@ def train(
       return trainer.run()
 
   if choices.preset == 'fast':
-    config = qualities.apply(config, qualities.fast(config), choices.given)
+    # What a run begins with is of a method that trains.
+    given = (*choices.given, *(('method',) if choices.init_from else ()))
+    config = qualities.apply(config, qualities.fast(config, given), given)
   if choices.preset == 'best':
     _check_search(config)
     trial = functools.partial(run, Trial)

@@ -16,6 +16,8 @@ from molt_jax import train
 from molt_jax.config import qualities, resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
+from molt_jax.evaluation import trained
+from molt_jax.methods.head import RIDGE
 from molt_jax.runtime import console, logbook, sharding, signals
 from molt_jax.runtime.flags import duration
 from molt_jax.training import checkpoint_files, resuming, search, stopping, warm_start
@@ -231,13 +233,30 @@ def test_a_run_begins_with_another_and_ends_when_the_time_is_up(
 
 def test_fast_leaves_alone_what_the_user_has_set():
   config = CLASSIFIER.load('quickstart')
-  fields = qualities.fast(config)
-  found = qualities.apply(config, fields, given=('backbones.text.path', 'train.epochs'))
+  given = ('backbones.text.path', 'train.epochs')
+  found = qualities.apply(config, qualities.fast(config, given), given)
   assert found.backbones.image.resolution == 56 and found.train.epochs == config.train.epochs
   assert found.backbones.text.path == config.backbones.text.path
-  assert qualities.apply(config, fields).backbones.text.path == 'minilm'
+  assert found.method == 'molt' and found.train.least_steps == 10
   paper = CLASSIFIER.load('mm_imdb')
   assert qualities.fast(paper).keys() == {'train.epochs', 'train.least_steps'}
+
+
+def test_fast_is_the_regression_beside_the_head_alone(tiny_config, tmp_path):
+  whole = CLASSIFIER.load('quickstart')
+  found = qualities.apply(whole, qualities.fast(whole))
+  assert (found.method, found.probe.kernel) == ('probe', 'rbf')
+  assert (found.probe.layers, found.probe.cells) == (whole.molt.layers, whole.molt.cells)
+  assert found.backbones.text.path == 'minilm'
+  # It answers as the regression of a whole run does: the same variables are fitted.
+  config = qualities.apply(tiny_config, {'ridge.landmarks': 64, 'molt.cells': 2})
+  train.train(config, tmp_path / 'whole')
+  train.train(config, tmp_path / 'fast', choices=train.Choices('fast'))
+  ridges = []
+  for name in ('whole', 'fast'):
+    ridges.append(trained.open(tmp_path / name).variables()['statistics'][RIDGE])
+  for name in ('dual_vmk', 'share_vm', 'temperature_v'):
+    np.testing.assert_allclose(*(ridge[name] for ridge in ridges), atol=1e-5)
 
 
 @dataclasses.dataclass

@@ -22,9 +22,9 @@ import molt_jax
 from molt_jax import evaluate, export
 from molt_jax.data import transforms
 from molt_jax.errors import UserError
-from molt_jax.evaluation import forward, model_file
+from molt_jax.evaluation import model_file
 from molt_jax.exporting import hub, programs
-from molt_jax.runtime import sealed
+from molt_jax.runtime import compiling, sealed
 from molt_jax.towers import loading, tokenizer
 
 
@@ -115,9 +115,11 @@ def test_towers_in_int8_answer_nearly_the_same(run, file, photo, tmp_path):
   assert 'before the towers were quantised' in sealed.open(small).read('README.md').decode()
 
 
-def test_prediction_sets_are_those_of_the_run(run, file, photo, monkeypatch):
+def test_prediction_sets_are_those_of_the_run(run, file, photo, monkeypatch, request):
   # A file is also tried where the compiler does not know the options that make it quick.
-  monkeypatch.setattr(forward, 'RUN_ONCE', {'no_option_of_a_compiler': True})
+  monkeypatch.setattr(compiling, '_QUICK', {'no_option_of_a_compiler': True})
+  compiling._quick.cache_clear()
+  request.addfinalizer(compiling._quick.cache_clear)
   models = [molt_jax.load(x) for x in (run, file)]
   for given in ({'image': photo, 'text': 'green'}, {'image': photo}, {'text': 'green'}):
     one, other = (model.predict(**given, coverage=0.8) for model in models)

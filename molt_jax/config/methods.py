@@ -336,6 +336,11 @@ PROBE = {
   'layers': Field(
     '-1:', LAYERS, 'Hidden states of each tower that are read, written as molt.layers is.'
   ),
+  'cells': Field(
+    0,
+    between(0, 64),
+    'Cells along a side of a picture that may be compared beside the means; 0: none.',
+  ),
   'landmarks': Field(
     4096,
     between(10, 8192),

@@ -13,7 +13,9 @@ from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.resolved import modalities, set_field
 
 QUALITIES = ('fast', 'good', 'best')
-SHORT = 0.1  # Share of the steps of `fast`, and of trials of inputs.
+SHORT = 0.1  # Share of the steps of trials of inputs, and of `fast` where a head is trained.
+# Fields that only training reads.
+_OF_TRAINING = ('method', 'molt', 'fusion', 'classifier', 'cca', 'loss', 'optimizer', 'train')
 _SKEWED = 10  # Times as many examples of the most frequent class as of the rarest.
 
 
@@ -37,16 +39,34 @@ def shortened(config: ml_collections.ConfigDict) -> dict[str, Any]:
   }
 
 
-def fast(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the fields that `fast` changes: a tenth of the steps and, of the towers that pip
-  installs, a quick text tower and small pictures.
+def fast(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> dict[str, Any]:
+  """Returns the fields that `fast` changes: of MoLT with its regression, the regression alone; else
+  a tenth of the steps. And of the towers that pip installs, a quick text tower and small pictures.
+
+  Args:
+    config: as it is.
+    given: fields that the user has set; of training, they ask for it.
   """
-  fields = shortened(config)
+  trains = any(name.partition('.')[0] in _OF_TRAINING for name in given)
+  fields = shortened(config) if trains or not _has_regression(config) else regression(config)
   if _small_pictures(config):
     fields['backbones.image.resolution'] = 56
   if _slow_texts(config):
     fields['backbones.text.path'] = 'minilm'
   return fields
+
+
+def regression(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields of the regression that MoLT has beside its head, without the head."""
+  fields = {'method': 'probe', 'probe.kernel': 'rbf'}
+  fields |= {f'probe.{name}': config.molt[name] for name in ('layers', 'cells')}
+  if config.ridge.landmarks > 0:
+    fields['probe.landmarks'] = config.ridge.landmarks
+  return fields
+
+
+def _has_regression(config) -> bool:
+  return config.method == 'molt' and config.ridge.landmarks != 0
 
 
 def inputs(config: ml_collections.ConfigDict) -> list[Alternative]:

@@ -12,7 +12,7 @@ from molt_jax.evaluation import records
 from molt_jax.methods.parts.interface import Output
 from molt_jax.objectives.cca import diagnostics, loss
 from molt_jax.objectives.cca.estimators import CCAEstimator
-from molt_jax.runtime import processes
+from molt_jax.runtime import compiling, processes
 
 MAX_PAIRS = 1024  # Pairs looked at; enough for two digits, and megabytes at the widest.
 MIN_PAIRS = 3  # Of two, any correlation is 1 or -1.
@@ -134,7 +134,7 @@ def _or_none(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
-@jax.jit
+@compiling.jit_once
 def _of_pairs(x_lnc, y_lnc) -> dict[str, Any]:
   return lax.map(
     lambda pair: {
@@ -146,7 +146,7 @@ def _of_pairs(x_lnc, y_lnc) -> dict[str, Any]:
   )
 
 
-@jax.jit
+@compiling.jit_once
 def _against_past(past, projections, pairs, ridge) -> dict[str, Any]:
   x_lpk, y_lpk, weight_p = past
 
@@ -179,7 +179,7 @@ def _spectra(x_nc, y_nc, x_mc, y_mc, ridge, *, count, batch):
   return np.pad(batch_k, (0, pad), constant_values=np.nan), fitted_k, held_out_k
 
 
-@jax.jit
+@compiling.jit_once
 def _correlations(batch, fitted, held_out, ridge):
   """Canonical correlations of a batch, of what directions are fitted to, and along these of what
   is held out.

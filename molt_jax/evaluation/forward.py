@@ -11,15 +11,9 @@ from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.evaluation import trained
 from molt_jax.features.frozen import load_frozen, needed
 from molt_jax.methods.base import ClassVectors
-from molt_jax.runtime import sharding
+from molt_jax.runtime import compiling, sharding
 
 ARRAYS = ('image', 'tokens', 'token_mask', 'present')  # Of an example, that answers are made of.
-# On a CPU, code that is not optimised is ready in a third of the time.
-RUN_ONCE = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-  'xla_cpu_use_fusion_emitters': False,
-}
 
 
 class Forward:
@@ -36,8 +30,8 @@ class Forward:
     self._frozen: dict[str, Any] = dict.fromkeys(MODALITIES)
     self._class_vectors = ClassVectors(run.assembly.method)
     self._with_names: Mapping[str, Any] | None = None
-    self._plain = jax.jit(self._probabilities)
-    self._of_patterns = jax.jit(self._log_patterns)
+    self._plain = compiling.jit(self._probabilities)
+    self._of_patterns = compiling.jit(self._log_patterns)
 
   def towers(self, used: Sequence[bool]) -> dict[str, Any]:
     """Returns the parameters of the towers that inputs of these modalities go through, loaded where
@@ -69,13 +63,8 @@ class Forward:
       examples: what `data.pipeline.single_example` returns.
       once: the program is not run again, so that compiling it is most of the work.
     """
-    if once and jax.default_backend() == 'cpu':
-      try:
-        return self._computed(examples, jax.jit(self._probabilities, compiler_options=RUN_ONCE))
-      except jax.errors.JaxRuntimeError as error:  # Of a version that calls an option otherwise.
-        if 'No such compile option' not in str(error):
-          raise
-    return self._computed(examples, self._plain)
+    step = compiling.jit_once(self._probabilities) if once else self._plain
+    return self._computed(examples, step)
 
   def log_patterns(self, examples: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     """Returns log-probabilities under each missing pattern, float32[V, B, K]; towers run once where

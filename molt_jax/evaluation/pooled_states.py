@@ -22,7 +22,7 @@ from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.base import Method
 from molt_jax.methods.parts import kernel_ridge
 from molt_jax.objectives.pairwise import in_range
-from molt_jax.runtime import console, processes, sharding
+from molt_jax.runtime import compiling, console, processes, sharding
 
 STATES = 4
 _LARGEST = 6e4  # Of what is kept as float16.
@@ -46,7 +46,7 @@ def read(
   run.check_towers(modalities)
   wanted = {name: (source, source.present) for name, source in splits.items()}
   frozen, stored = opening.open_features(run.assembly.extraction, wanted, modalities)
-  step = jax.jit(functools.partial(_pooled, method=run.assembly.method))
+  step = compiling.jit(functools.partial(_pooled, method=run.assembly.method))
   found = {}
   for name, source in splits.items():
     parts, size = [], run.config.eval.batch_size

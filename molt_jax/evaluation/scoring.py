@@ -20,7 +20,7 @@ from molt_jax.evaluation.metrics import ClassificationMetrics, Ranking
 from molt_jax.evaluation.thresholds import HALF
 from molt_jax.methods.base import ClassVectors, Method
 from molt_jax.methods.parts.interface import Output
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import compiling, console, sharding
 from molt_jax.training.assembly import Assembly
 
 CONTENTS = ('both', 'image_only', 'text_only')  # What an example that counts can have.
@@ -94,7 +94,7 @@ class Scorer:
 
   def __init__(self, assembly: Assembly, thresholds: Sequence[float] = HALF):
     self._assembly, self.thresholds = assembly, thresholds
-    self._step = jax.jit(functools.partial(eval_step, method=assembly.method))
+    self._step = compiling.jit(functools.partial(eval_step, method=assembly.method))
     self._class_vectors = ClassVectors(assembly.method)
 
   def __call__(

@@ -21,7 +21,7 @@ from molt_jax.features import cells, hidden_states, store
 from molt_jax.features import frozen as frozen_towers
 from molt_jax.features.frozen import Reads
 from molt_jax.features.inputs import Input, InputBatches, TowerBatch, ahead
-from molt_jax.runtime import console, processes, sharding
+from molt_jax.runtime import compiling, console, processes, sharding
 from molt_jax.towers import loading
 
 UNITS = {'image': 'images', 'text': 'texts'}
@@ -203,7 +203,9 @@ class _Compute:
     self._frozen = None
     self._flying = None
     dtype = kept.codec.read
-    self._run = jax.jit(lambda frozen, arrays: how.run(frozen, arrays, modality).astype(dtype))
+    self._run = compiling.jit(
+      lambda frozen, arrays: how.run(frozen, arrays, modality).astype(dtype)
+    )
 
   @property
   def began(self) -> bool:

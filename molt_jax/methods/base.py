@@ -22,6 +22,7 @@ from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods.parts.interface import Output
 from molt_jax.methods.parts.ridge_kernels import Examples
+from molt_jax.runtime import compiling
 from molt_jax.towers.loading import TowerSpec
 
 # Of a modality without a tower: a head's parameters for it are there, tiny, and meet nothing.
@@ -177,7 +178,7 @@ class ClassVectors:
 
   def __init__(self, method: Method):
     self._reads_names = any(x.names_from is not None for x in method.reads.values())
-    self._compute = jax.jit(lambda variables, frozen: method.class_vectors(variables, frozen))
+    self._compute = compiling.jit(lambda variables, frozen: method.class_vectors(variables, frozen))
 
   def __call__(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the variables with 'class_vectors' where the method has such."""

@@ -26,6 +26,7 @@ from molt_jax.methods import head as heads
 from molt_jax.methods.parts import names
 from molt_jax.methods.parts.attention import dense
 from molt_jax.methods.parts.interface import Output, available_mean, pool, unit
+from molt_jax.runtime import compiling
 from molt_jax.towers.loading import TowerSpec
 
 NAMES = 'class_names'  # Their embeddings, among the statistics.
@@ -165,7 +166,7 @@ class Huse(heads.HeadMethod):
   def _embed_names(self, params) -> np.ndarray:
     """The mean of each name's tokens less that of all names, of length one."""
     found = names.sentences(self.towers['text'], self.class_names, '{}')
-    run = jax.jit(lambda p, *x: self.modules['text'].apply(p, *x, states=self.states['text']))
+    run = compiling.jit(lambda p, *x: self.modules['text'].apply(p, *x, states=self.states['text']))
     last_lktd = run({'params': params}, found.tokens_kt, found.mask_kt)
     last_ktd = np.asarray(last_lktd[-1], np.float32)
     count_k1 = np.maximum(found.mask_kt.sum(axis=1, keepdims=True), 1)

@@ -37,6 +37,7 @@ from molt_jax.methods import base
 from molt_jax.methods.parts import names, prompts, readout
 from molt_jax.methods.parts.interface import Output, available_mean
 from molt_jax.methods.parts.readout import unit
+from molt_jax.runtime import compiling
 from molt_jax.towers import stack
 from molt_jax.towers.loading import TowerSpec
 
@@ -191,7 +192,7 @@ class MMRL(base.Defaults):
       entering, last = bound(found.tokens_kt, found.mask_kt, states=states)
       return entering, readout.projected(bound, last, found.mask_kt)
 
-    entering, untouched = jax.jit(run)(whole)
+    entering, untouched = compiling.jit(run)(whole)
     made = {'class_states': entering, 'class_untouched': untouched.astype(jnp.float32)}
     return jax.device_put(made, place)
 

@@ -52,6 +52,7 @@ def build(config, towers, *, num_classes, class_names=()) -> heads.HeadMethod:
   """
   del class_names
   states = heads.named_states(config, towers)
-  whole = heads.build(config, towers, states, NoHead(num_classes), num_classes)
+  cells = config.probe.cells
+  whole = heads.build(config, towers, states, NoHead(num_classes), num_classes, cells)
   own = {'landmarks': config.probe.landmarks, 'kernel': config.probe.kernel}
   return dataclasses.replace(whole, is_trained=False, **own)

@@ -29,6 +29,7 @@ from molt_jax.methods import base, trainable
 from molt_jax.methods.parts import entering
 from molt_jax.methods.parts.interface import Output
 from molt_jax.methods.parts.prompts import SMALL, Front, spread
+from molt_jax.runtime import compiling
 from molt_jax.towers import stack
 
 SAMPLED = 256  # Words whose embeddings say how large they are.
@@ -128,7 +129,7 @@ class PromptFuse(base.Defaults):
       embedded = tower.bind({'params': own}).embed(words[:, None])
       return embedded[:, 0].astype(jnp.float32)
 
-    embedded_wd = jax.jit(of_words)(frozen['text'])
+    embedded_wd = compiling.jit(of_words)(frozen['text'])
     rms = jnp.sqrt(jnp.mean(jnp.square(embedded_wd)))
     new = {'image_scale': jnp.full_like(params['image_scale'], rms)}
     if 'prompts' in params:

@@ -11,7 +11,7 @@ from molt_jax.data import examples, transforms
 from molt_jax.errors import UserError
 from molt_jax.features.inputs import InputBatches, text_input
 from molt_jax.pairs.method import PairMethod
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import compiling, console, sharding
 
 
 def check_finite(x_nc: np.ndarray, what: str) -> None:
@@ -69,7 +69,7 @@ def pool_texts(
   def pool(variables, tokens_bt, mask_bt):
     return method.run(variables, 'pool_text', tokens_bt, mask_bt)
 
-  pool, pooled = jax.jit(pool), {}
+  pool, pooled = compiling.jit(pool), {}
   with console.progress('reading texts', len(unique), 'texts') as bar:
     for cut in batching.cut(list(unique.values()), 'text'):
       batch = batching.prepare(cut, 'text')
@@ -112,7 +112,9 @@ class TowerPair:
     """
     return self._images(
       images,
-      jax.jit(lambda variables, image_bhwc: self.model.embed_images(variables, image_bhwc)[0]),
+      compiling.jit(
+        lambda variables, image_bhwc: self.model.embed_images(variables, image_bhwc)[0]
+      ),
     )
 
   def image_features(self, images: Sequence[Any], *, num_layers: int = 4) -> np.ndarray:
@@ -124,7 +126,7 @@ class TowerPair:
     """
     return self._images(
       images,
-      jax.jit(
+      compiling.jit(
         lambda variables, image_bhwc: self.model.run(
           variables, 'image_features', image_bhwc, num_layers
         )
@@ -140,7 +142,9 @@ class TowerPair:
     """
     return self._images(
       images,
-      jax.jit(lambda variables, image_bhwc: self.model.run(variables, 'image_tokens', image_bhwc)),
+      compiling.jit(
+        lambda variables, image_bhwc: self.model.run(variables, 'image_tokens', image_bhwc)
+      ),
     )
 
   def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -156,7 +160,9 @@ class TowerPair:
     """As `embed_texts`, of what `pool_texts` returned."""
     return self._batches(
       pooled_nd,
-      jax.jit(lambda variables, pooled_bd: self.model.embed_pooled_texts(variables, pooled_bd)[0]),
+      compiling.jit(
+        lambda variables, pooled_bd: self.model.embed_pooled_texts(variables, pooled_bd)[0]
+      ),
     )
 
   def _images(self, images, function):

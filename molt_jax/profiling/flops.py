@@ -41,7 +41,9 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
   Factorisations (`eigh`, `cholesky`, `svd`) and elementwise work are not counted; of a conditional,
   the costlier branch is.
   """
-  return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+  # A program with options of its own for the compiler can be traced as it is alone.
+  program = function if hasattr(function, 'trace') else jax.jit(function)
+  return _flops(program.trace(*args).jaxpr.jaxpr)
 
 
 def _flops(jaxpr) -> int:

@@ -14,6 +14,7 @@ import optax
 
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.profiling.workload import Workload
+from molt_jax.runtime import compiling
 from molt_jax.training.step import train_step
 
 
@@ -52,22 +53,22 @@ class Parts:
     w = self._w
     calls = {}
     for modality in w.modules:
-      features = jax.jit(w.method.features)
+      features = compiling.jit(w.method.features)
       calls[f'{modality}_tower'] = features, (self._alone(modality), self._batch)
     state = w.state()
-    head = jax.jit(functools.partial(train_step, **self._without_cca()))
+    head = compiling.jit(functools.partial(train_step, **self._without_cca()))
     calls['head'] = head, (state, self._live(), self.stored_batch())
     if w.config.cca.weight and len(w.modules) == 2:
       pair = (w.method.num_layers, w.config.train.batch_size, w.config.molt.width)
       x_lbd, y_lbd = (jax.random.normal(jax.random.key(i), pair) for i in range(2))
-      cca = jax.jit(jax.value_and_grad(self._cca, has_aux=True))
+      cca = compiling.jit(jax.value_and_grad(self._cca, has_aux=True))
       calls['cca'] = cca, ((x_lbd, y_lbd), state.cca)
-    calls['optimizer'] = jax.jit(self._update), (state.params, state.opt_state, state.params)
+    calls['optimizer'] = compiling.jit(self._update), (state.params, state.opt_state, state.params)
     return calls
 
   def stored_batch(self) -> dict[str, jax.Array]:
     """The batch with features in the place of images and tokens, as a feature store gives it."""
-    features = jax.jit(self._w.method.features)(self._frozen, self._batch)
+    features = compiling.jit(self._w.method.features)(self._frozen, self._batch)
     found = {f'{m}_states': features.of(m) for m in MODALITIES}
     rest = {name: x for name, x in self._batch.items() if name not in ('image', 'tokens')}
     return rest | {name: jnp.moveaxis(x, 0, 1) for name, x in found.items() if x is not None}

@@ -18,7 +18,7 @@ from molt_jax.data import packing
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.features.frozen import load_frozen
 from molt_jax.methods.base import Method
-from molt_jax.runtime import sharding
+from molt_jax.runtime import compiling, sharding
 from molt_jax.towers import loading, quantize
 from molt_jax.training import losses, train_state
 from molt_jax.training.assembly import Assembly, assemble, check_batch_sizes
@@ -83,14 +83,14 @@ class Workload:
       'tx': self.tx,
       'accumulate': self.config.train.accumulate,
     }
-    return jax.jit(functools.partial(train_step, **made_of | changes), donate_argnums=0)
+    return compiling.jit(functools.partial(train_step, **made_of | changes), donate_argnums=0)
 
   def state(self) -> train_state.TrainState:
     """A new state, as `train` begins with."""
-    init_memory = functools.partial(self.objective.init, self.method)
-    return train_state.create(
-      self.method.init, self.tx, init_memory, seed=self.config.seed, mesh=self.mesh
-    )
+    return train_state.create(*self._made_of(), seed=self.config.seed, mesh=self.mesh)
+
+  def _made_of(self):
+    return self.method.init, self.tx, functools.partial(self.objective.init, self.method)
 
   def frozen(self) -> dict[str, Any]:
     """Parameters of the towers: read from where they are, or drawn on the devices (`random:`)."""
@@ -143,7 +143,8 @@ class Workload:
     for modality, boxed in self._boxed().items():
       shardings = sharding.param_shardings(self.mesh)(boxed)
       frozen[modality] = jax.tree.map(placed, nn.unbox(boxed), shardings)
-    state = all_placed(jax.eval_shape(self.state), sharding.replicated(self.mesh))
+    state = jax.eval_shape(train_state.builder(*self._made_of()), np.uint32(self.config.seed))
+    state = all_placed(state, sharding.replicated(self.mesh))
     batch = all_placed(self._batch_shapes(), jax.NamedSharding(self.mesh, jax.P('data')))
     return state, frozen, batch
 
@@ -188,7 +189,7 @@ def random_params(boxed: Any, shardings: Any) -> Any:
     return traverse_util.unflatten_dict(drawn)
 
   # A generator that accelerators run fast.
-  return jax.jit(build, out_shardings=shardings)(jax.random.key(0, impl='rbg'))
+  return compiling.jit(build, out_shardings=shardings)(jax.random.key(0, impl='rbg'))
 
 
 def _draw(path: tuple[str, ...], x: Any, key: jax.Array) -> Any:

@@ -19,7 +19,7 @@ from molt_jax.evaluation import contributions, prediction_sets
 from molt_jax.evaluation.prediction_sets import Calibration
 from molt_jax.features.frozen import needed
 from molt_jax.methods.base import ClassVectors
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import compiling, console, sharding
 
 VIEWS = ('complete', 'image', 'text')  # As PATTERNS has them: all that is there, or one alone.
 SHORT = 32  # Tokens; longer texts are padded to the most there are.
@@ -63,8 +63,8 @@ class Service:
     self._rows = rows
     self.sizes = sorted({min(max_batch, 4**power) for power in range(6)})
     self.calibration = _calibration(model)
-    self._plain = jax.jit(functools.partial(self._answered, patterns=PATTERNS[:1]))
-    self._views = jax.jit(functools.partial(self._answered, patterns=PATTERNS))
+    self._plain = compiling.jit(functools.partial(self._answered, patterns=PATTERNS[:1]))
+    self._views = compiling.jit(functools.partial(self._answered, patterns=PATTERNS))
     self._empty = self._nothing()
 
   # ---- Examples ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from molt_jax.errors import UserError
+from molt_jax.runtime import compiling
 from molt_jax.towers import quantize
 from molt_jax.towers.tensor_plan import Plan, flat
 from molt_jax.towers.tower_files import TowerFiles
@@ -66,7 +67,7 @@ def _pack(buffer: Any, abstract: Any, place: Any) -> Any:
     for x, to in zip(jax.tree.leaves(buffer), jax.tree.leaves(abstract), strict=True)
   ):
     return buffer
-  return jax.jit(
+  return compiling.jit(
     lambda b: jax.tree.map(lambda x, to: x.astype(to.dtype), b, abstract), out_shardings=place
   )(buffer)
 
@@ -95,4 +96,4 @@ def _compiled(
       new = jax.tree.map(lambda old, one: put(old, one.astype(old.dtype)), buffer, new)
     return new, finite
 
-  return jax.jit(fill, donate_argnums=0, out_shardings=(place, None))
+  return compiling.jit(fill, donate_argnums=0, out_shardings=(place, None))

@@ -21,7 +21,7 @@ from molt_jax.data.sources import Source
 from molt_jax.errors import UserError
 from molt_jax.methods.base import Method
 from molt_jax.methods.parts.imputation import Moments
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import compiling, console, sharding
 from molt_jax.training.assembly import Assembly
 
 MAX_PAIRS = 16384  # 16 for each channel of the widest common space in use, d_c = 1024.
@@ -54,7 +54,7 @@ class ImputationFit:
         f'{len(self._source)}; give robust, null or zero'
       )
     step = functools.partial(_update, method=assembly.method)
-    self._step = jax.jit(step, out_shardings=sharding.replicated(assembly.mesh))
+    self._step = compiling.jit(step, out_shardings=sharding.replicated(assembly.mesh))
 
   def __call__(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the collection `statistics` of `variables` with maps fitted to the head as it is now.

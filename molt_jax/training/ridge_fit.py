@@ -23,7 +23,7 @@ from molt_jax.methods.head import RIDGE
 from molt_jax.methods.parts import ridge_calibration, ridge_solver
 from molt_jax.methods.parts.ridge_kernels import Examples
 from molt_jax.objectives.pairwise import in_range
-from molt_jax.runtime import console, processes, sharding
+from molt_jax.runtime import compiling, console, processes, sharding
 from molt_jax.training.assembly import Assembly
 
 # Most examples to fit to, and to choose by.
@@ -57,7 +57,7 @@ class RidgeFit:
       self._parts[split] = (part, features, present[split][rows])
     replicated = sharding.replicated(assembly.mesh)
     self._inputs, self._answers = (
-      jax.jit(functools.partial(step, method=assembly.method), out_shardings=replicated)
+      compiling.jit(functools.partial(step, method=assembly.method), out_shardings=replicated)
       for step in (_inputs, _answers)
     )
 

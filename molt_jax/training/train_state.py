@@ -16,7 +16,7 @@ import optax
 
 from molt_jax.data.modalities import MODALITIES
 from molt_jax.methods import trainable
-from molt_jax.runtime import sharding
+from molt_jax.runtime import compiling, sharding
 from molt_jax.training.stopping import scale_by_patience
 
 
@@ -126,6 +126,30 @@ def stream(seed: int | jax.Array, name: str, step: jax.Array | int = 0) -> jax.A
   return jax.random.fold_in(key, step)
 
 
+def builder(
+  init: Callable[[jax.Array], Any],
+  tx: optax.GradientTransformation,
+  init_cca: Callable[[], Any],
+) -> Callable[[jax.Array], TrainState]:
+  """Returns what makes a new state of a seed; arguments as for `create`."""
+
+  def build(seed):
+    variables = init(stream(seed, 'init'))
+    params = variables['params']
+    return nn.unbox(
+      TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        statistics=variables.get('statistics', {}),
+        opt_state=tx.init(params),
+        cca=init_cca(),
+        seed=seed,
+      )
+    )
+
+  return build
+
+
 def create(
   init: Callable[[jax.Array], Any],
   tx: optax.GradientTransformation,
@@ -143,22 +167,8 @@ def create(
     seed: root of the random streams; parameters use the stream 'init'.
     mesh: where the state lives.
   """
-
-  def build(seed):
-    variables = init(stream(seed, 'init'))
-    params = variables['params']
-    return nn.unbox(
-      TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        statistics=variables.get('statistics', {}),
-        opt_state=tx.init(params),
-        cca=init_cca(),
-        seed=seed,
-      )
-    )
-
-  return jax.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
+  build = builder(init, tx, init_cca)
+  return compiling.jit_once(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
 
 
 def count(tree: Any) -> int:

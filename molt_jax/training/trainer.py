@@ -9,9 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from molt_jax.runtime import console, processes
+from molt_jax.runtime import compiling, console, processes
 from molt_jax.training import resuming, run_record, stopping, train_state, workdir
 from molt_jax.training.assembly import Assembly, assemble
 from molt_jax.training.checkpoint import Checkpoints
@@ -195,5 +193,5 @@ class Trainer(abc.ABC):
       tx=tx,
       accumulate=self.assembly.config.train.get('accumulate', 1),
     )
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = compiling.jit(step, donate_argnums=0)
     return lambda state, batch: compiled(state, self.frozen, batch)

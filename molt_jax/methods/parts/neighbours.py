@@ -17,6 +17,7 @@ from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.methods.parts import ridge_kernels, ridge_solver
 from molt_jax.methods.parts.interface import unit
 from molt_jax.methods.parts.ridge_kernels import Examples
+from molt_jax.runtime import compiling
 
 TEMPERATURE = 0.07
 COUNTS = (1, 2, 3, 5, 10, 20, 50)  # What k is chosen from.
@@ -146,7 +147,7 @@ def _choose(variables, held, pattern_m, multi_label) -> int:
   rows = held.having(pattern_m)
   if len(rows) < ridge_solver.LEAST:
     return 10
-  search = jax.jit(nearest)
+  search = compiling.jit(nearest)
   losses = np.zeros(len(COUNTS))
   for block in np.array_split(rows, -(-len(rows) // _BLOCK)):
     pooled = {m: groups['mean'][block].astype(np.float32) for m, groups in held.pooled.items()}
