@@ -1,14 +1,24 @@
-"""Predictions of no model, for the report and for the tables."""
+"""Predictions of no model, for the report and for the tables; the scripts that make tables."""
 
 import importlib.util
 import pathlib
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 from molt_jax.data import modalities
 from molt_jax.evaluation import records
 
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
+PRESET = """from molt_jax.config import default_config
+def get_config():
+  config = default_config()
+  config.dataset.path = {path!r}
+  config.backbones.text.path = config.backbones.image.path = 'random:tower'
+  return config
+"""
 HOSTILE = pathlib.Path(__file__).parents[2] / 'tools/fuzzing/report.py'
 
 LONG = 'extraordinarily_long_class_name_without_a_single_space_in_it'
@@ -21,6 +31,31 @@ def hostile():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.fixture(scope='session')
+def load_scripts():
+  """A function from names of scripts of experiments/ to name -> module, their flags parsed."""
+
+  def load(*names):
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+      found = {name: importlib.import_module(name) for name in names}
+    finally:
+      sys.path.remove(str(EXPERIMENTS))
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS(['test'])
+    return found
+
+  return load
+
+
+@pytest.fixture
+def tiny_preset(tmp_path, tiny_table):
+  """The file of a preset over the table of tiny pictures."""
+  path = tmp_path / 'preset.py'
+  path.write_text(PRESET.format(path=str(tiny_table)))
+  return path
 
 
 @pytest.fixture(scope='session')

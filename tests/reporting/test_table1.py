@@ -2,7 +2,6 @@
 chosen on validation; every number from the runs; nothing made twice.
 """
 
-import importlib
 import json
 import os
 import pathlib
@@ -12,7 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -21,32 +19,17 @@ from molt_jax.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'experiments'
 SOME = '^late_fusion$|^knn$|^huse$|^pmf$|MoLT'
-PRESET = """from molt_jax.config import default_config
-def get_config():
-  config = default_config()
-  config.dataset.path = {path!r}
-  config.backbones.text.path = config.backbones.image.path = 'random:tower'
-  return config
-"""
 
 
 @pytest.fixture(scope='module')
-def table1():
-  sys.path.insert(0, str(FOLDER))
-  try:
-    found = importlib.import_module('table1')
-  finally:
-    sys.path.remove(str(FOLDER))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['test'])
-  return found
+def table1(load_scripts):
+  return load_scripts('table1')['table1']
 
 
 @pytest.fixture
-def study(table1, tmp_path, tiny_table, monkeypatch):
+def study(table1, tmp_path, tiny_preset, monkeypatch):
   """Runs main() over two data sets and two seeds; returns (JSON, Markdown, folder, rows made)."""
-  preset, made = tmp_path / 'preset.py', []
-  preset.write_text(PRESET.format(path=str(tiny_table)))
+  preset, made = tiny_preset, []
   conditions = dict.fromkeys(table1.jobs.COLUMNS, True)  # Whether there are examples.
 
   def in_process(script, data, row, seeds, more):

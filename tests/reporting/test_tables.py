@@ -3,16 +3,12 @@ nothing made twice, mistakes in one line.
 """
 
 import dataclasses
-import importlib
 import io
 import json
-import pathlib
 import re
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -23,38 +19,18 @@ from molt_jax.data.sources import UNLABELLED
 from molt_jax.errors import UserError
 from molt_jax.evaluation import records
 
-FOLDER = pathlib.Path(__file__).parents[2] / 'experiments'
-PRESET = """from molt_jax.config import default_config
-def get_config():
-  config = default_config()
-  config.dataset.path = {path!r}
-  config.backbones.text.path = config.backbones.image.path = 'random:tower'
-  return config
-"""
-
 
 @pytest.fixture(scope='module')
-def scripts():
-  sys.path.insert(0, str(FOLDER))
-  try:
-    found = {
-      name: importlib.import_module(name)
-      for name in ('grid', 'runs', 'table2', 'robustness', 'figure2', 'absence', 'derive')
-    }
-  finally:
-    sys.path.remove(str(FOLDER))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['test'])
-  return found
+def scripts(load_scripts):
+  return load_scripts('grid', 'runs', 'table2', 'robustness', 'figure2', 'absence', 'derive')
 
 
 @pytest.fixture
-def study(scripts, tmp_path, tiny_table, make_predictions, monkeypatch):
+def study(scripts, tmp_path, tiny_preset, make_predictions, monkeypatch):
   """Runs a script's main() over two data sets and two seeds; returns (its JSON, its Markdown, its
   folder, how many runs were made so far).
   """
-  preset = tmp_path / 'preset.py'
-  preset.write_text(PRESET.format(path=str(tiny_table)))
+  preset = tiny_preset
   made, without = [], []  # Runs; conditions without examples.
 
   def train(config, folder):

@@ -3,36 +3,24 @@ splits share nothing, results that are kept and reported.
 """
 
 import csv
-import importlib
 import io
 import json
 import pathlib
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 
-FOLDER = pathlib.Path(__file__).parents[2] / 'experiments'
 WORDS = ('apple pie', 'green apple', 'red car', 'fast car', 'old house', 'white house')
 
 
 @pytest.fixture(scope='module')
-def scripts():
-  sys.path.insert(0, str(FOLDER))
-  try:
-    names = ('baselines', 'datasets.folders', 'usefulness')
-    found = {name: importlib.import_module(name) for name in names}
-  finally:
-    sys.path.remove(str(FOLDER))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['test'])
-  return found
+def scripts(load_scripts):
+  return load_scripts('baselines', 'datasets.folders', 'usefulness')
 
 
 def _png(rng, colour):
@@ -214,20 +202,11 @@ def test_results_are_kept_by_row_and_seed_and_compared(scripts, tmp_path, capsys
 
 
 def test_a_baseline_is_made_once_in_a_process_of_its_own(
-  scripts, tiny_table, tmp_path, monkeypatch
+  scripts, tiny_preset, tmp_path, monkeypatch
 ):
   usefulness = scripts['usefulness']
-  preset = tmp_path / 'preset.py'
-  preset.write_text(
-    'from molt_jax.config import default_config\n'
-    'def get_config():\n'
-    '  config = default_config()\n'
-    f'  config.dataset.path = {str(tiny_table)!r}\n'
-    "  config.backbones.text.path = config.backbones.image.path = 'random:tower'\n"
-    '  return config\n'
-  )
   given = {
-    'data': [f'tiny={preset}'],
+    'data': [f'tiny={tiny_preset}'],
     'seeds': ['0', '1'],
     'methods': 'most frequent',
     'out': str(tmp_path / 'out'),
