@@ -7,7 +7,9 @@ For every n x d x layers: the median over rounds of one jitted value-and-gradien
 processor time of all its threads (`cpu_seconds`). In each round every implementation runs once, in
 turn, so that a busy machine slows all alike; `ratio` is the median over rounds of (other / ours
 with 'eigh') in the same round, `cpu_ratio` that of processor times. An implementation is timed
-once where one call takes longer than the budget, and `finite` tells whether its gradient was. On a
+once where one call takes longer than the budget, and `finite` tells whether its gradient was;
+`error` is that of the gradient against autodiff in float64 (PyTorch), relative, in the Frobenius
+norm, the larger one of both views: null where either is not finite or the loss is another. On a
 machine that does other work too, set OPENBLAS_NUM_THREADS=1: LAPACK's threads wait for each other
 by spinning.
 
@@ -133,15 +135,39 @@ def implementations():
   return found
 
 
-def measure(prepared, rounds, budget):
-  """Seconds and processor seconds of each implementation in each round, and whether its gradient
-  was finite.
+def exact_gradients(views):
+  """The gradients of `torch_naive_loss`, summed over layers, in float64; None without PyTorch or
+  where they are not finite.
+  """
+  try:
+    call = torch_caller(torch_naive_loss)(*(v_lnd.astype(np.float64) for v_lnd in views))
+  except ImportError:
+    return None
+  gradients = call()[1]
+  return gradients if all(np.isfinite(g).all() for g in gradients) else None
+
+
+def gradient_error(found, exact):
+  """Returns the larger relative error of both views; None where there is no number."""
+  error = max(
+    float(np.linalg.norm(np.asarray(one) - other) / np.linalg.norm(other))
+    for one, other in zip(found, exact, strict=True)
+  )
+  return error if np.isfinite(error) else None
+
+
+def measure(prepared, exact, rounds, budget):
+  """Seconds and processor seconds of each implementation in each round, whether its gradient was
+  finite, and its error.
   """
   seconds, cpu, finite = {name: [] for name in prepared}, {name: [] for name in prepared}, {}
+  error = dict.fromkeys(prepared)
   for name, call in prepared.items():
     start, cpu_start = time.perf_counter(), time.process_time()
     _, gradients = call()  # Compiles.
     finite[name] = all(bool(np.isfinite(np.asarray(g)).all()) for g in gradients)
+    if exact and name != 'cca_zoo':
+      error[name] = gradient_error(gradients, exact)
     del gradients
     if time.perf_counter() - start < 20 * budget:
       continue
@@ -155,7 +181,7 @@ def measure(prepared, rounds, budget):
       call()
       seconds[name].append(time.perf_counter() - start)
       cpu[name].append(time.process_time() - cpu_start)
-  return seconds, cpu, finite
+  return seconds, cpu, finite, error
 
 
 def ratios(seconds):
@@ -176,14 +202,15 @@ def medians(seconds):
 def row(n, d, layers, callers):
   rng = np.random.default_rng([n, d, layers])
   views = [rng.normal(size=(layers, n, d)).astype(np.float32) for _ in range(2)]
-  seconds, cpu, finite = measure(
-    {name: prepare(*views) for name, prepare in callers.items()}, ROUNDS.value, BUDGET.value
-  )
+  prepared = {name: prepare(*views) for name, prepare in callers.items()}
+  how = exact_gradients(views), ROUNDS.value, BUDGET.value
+  seconds, cpu, finite, error = measure(prepared, *how)
   return {
     'n': n,
     'd': d,
     'layers': layers,
     'finite': finite,
+    'error': error,
     'seconds': medians(seconds),
     'cpu_seconds': medians(cpu),
     'rounds': {name: len(times) for name, times in seconds.items()},

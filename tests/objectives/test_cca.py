@@ -253,7 +253,7 @@ def test_equals_cca_zoo_as_the_ridge_vanishes():
   [((32, 256, 200), 20), ((65, 64, 64), 40), ((200, 64, 48), 150), ((200, 64, 48), 30)],
 )
 def test_rows_of_weight_zero_are_not_there(shape, present, solver):
-  """Also where the rows alone would be computed in another space (n <= d) than with their
+  """Also where the rows alone would be computed in another space (n < d) than with their
   padding.
   """
   x_nd, y_nd = pair(*shape)

@@ -139,9 +139,10 @@ def magnitude(x, axis=None):
 
 
 def whiten(x_nd, rows, ridge, solver):
-  """`Factor` of a centred view, in Gram space when n <= d."""
+  """`Factor` of a centred view, in Gram space when n < d."""
   n, d = x_nd.shape
-  in_gram_space = n <= d
+  # Of equal sizes the covariance space takes fewer products.
+  in_gram_space = n < d
   s_kk = x_nd @ x_nd.T if in_gram_space else x_nd.T @ x_nd
   return _WHITEN[solver][in_gram_space](x_nd, s_kk, ridge / d, rows)
 
