@@ -35,6 +35,9 @@ RULES: dict[str, str | None] = {
   'hidden': None,
   'classes': None,
 }
+# Programs that took so long to compile are kept. JAX keeps those of a second; a tower is loaded by
+# a dozen small ones.
+_LEAST_TIME, _LEAST_SECONDS = 'jax_persistent_cache_min_compile_time_secs', 0.02
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
@@ -80,6 +83,8 @@ def _keep_compiled_programs() -> None:
   """
   # JAX says so, in several lines, for each program that it cannot keep.
   warnings.filterwarnings('ignore', message='Error writing persistent compilation cache')
+  if _LEAST_TIME.upper() not in os.environ:
+    jax.config.update(_LEAST_TIME, _LEAST_SECONDS)
   if jax.config.jax_compilation_cache_dir:
     return
   folder = os.path.expanduser('~/.cache/molt_jax/xla')

@@ -245,6 +245,9 @@ class _File:
     least = struct.calcsize('<' + SCALARS[kind]) if kind in SCALARS else 8
     if size > (self._size - self._at) // least:
       raise struct.error
+    if kind == STRING:
+      what = files.shown(key)  # Once: a tokenizer has a hundred thousand.
+      return [self._string(what) for _ in range(size)]
     if kind not in SCALARS:
       return [self._value(kind, key, depth + 1) for _ in range(size)]
     self._at += size * least
