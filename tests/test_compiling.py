@@ -1,0 +1,48 @@
+"""Options of the compiler: on a CPU alone, and only those that it has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from molt_jax.runtime import compiling
+
+
+@pytest.fixture
+def unread():
+  """Options are looked up anew, here and after."""
+  lookups = (compiling._usual, compiling._quick)
+  for lookup in lookups:
+    lookup.cache_clear()
+  yield
+  for lookup in lookups:
+    lookup.cache_clear()
+
+
+def test_a_program_that_runs_once_is_the_same_function_and_compiled_once():
+  traced = []
+
+  @compiling.jit_once
+  def log_of_sum(x_n):
+    """Says what it does."""
+    traced.append(x_n.shape)
+    return jnp.log(jnp.sum(jnp.exp(x_n)))
+
+  x_n = np.linspace(-3, 3, 7, dtype=np.float32)
+  for _ in range(2):
+    np.testing.assert_allclose(log_of_sum(x_n), np.log(np.sum(np.exp(x_n))), rtol=1e-6)
+  assert traced == [(7,)]
+  assert (log_of_sum.__name__, log_of_sum.__doc__) == ('log_of_sum', 'Says what it does.')
+
+
+def test_other_backends_take_their_own_defaults(unread, monkeypatch):
+  assert compiling._usual() and compiling._quick()
+  compiling._usual.cache_clear()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert compiling._usual() is None
+
+
+def test_options_that_a_version_does_not_have_are_left_out(unread, monkeypatch):
+  monkeypatch.setattr(compiling, '_USUAL', {'no_option_of_a_compiler': True})
+  assert compiling._usual() is None
+  assert compiling.jit(lambda x: x + 1)(1) == 2
