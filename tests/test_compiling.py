@@ -9,8 +9,9 @@ from molt_jax.runtime import compiling
 
 
 @pytest.fixture
-def unread():
-  """Options are looked up anew, here and after."""
+def unread(monkeypatch):
+  """Options are looked up anew, here and after, and the tests' own XLA_FLAGS are not there."""
+  monkeypatch.delenv('XLA_FLAGS')
   lookups = (compiling._usual, compiling._quick)
   for lookup in lookups:
     lookup.cache_clear()
@@ -35,14 +36,19 @@ def test_a_program_that_runs_once_is_the_same_function_and_compiled_once():
   assert (log_of_sum.__name__, log_of_sum.__doc__) == ('log_of_sum', 'Says what it does.')
 
 
-def test_other_backends_take_their_own_defaults(unread, monkeypatch):
+def test_other_backends_and_flags_go_before(unread, monkeypatch):
   assert compiling._usual() and compiling._quick()
-  compiling._usual.cache_clear()
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  for lookup in (compiling._usual, compiling._quick):
+    lookup.cache_clear()
+  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=2')
   assert compiling._usual() is None
+  monkeypatch.delenv('XLA_FLAGS')
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert compiling._quick() is None
 
 
 def test_options_that_a_version_does_not_have_are_left_out(unread, monkeypatch):
-  monkeypatch.setattr(compiling, '_USUAL', {'no_option_of_a_compiler': True})
-  assert compiling._usual() is None
+  known = {'xla_backend_optimization_level': 1}
+  monkeypatch.setattr(compiling, '_USUAL', known | {'no_option_of_a_compiler': True})
+  assert compiling._usual() == known
   assert compiling.jit(lambda x: x + 1)(1) == 2

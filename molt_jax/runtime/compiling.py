@@ -1,10 +1,11 @@
 """`jax.jit` with as much of a CPU compiler's work as a program is worth.
 
 Of what runs for hours on an accelerator, compiling is nothing; of the first minutes on a laptop it
-is most. Other backends take their own defaults.
+is most. Other backends take their own defaults, and what XLA_FLAGS say of the same goes before.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -50,13 +51,18 @@ def _quick() -> dict[str, Any] | None:
 
 
 def _known(options):
-  """The options, where they are for this backend and this version has them; else None."""
-  if jax.default_backend() != 'cpu':
+  """Those of the options that this version has, where they are for this backend; else None."""
+  said = any(name in os.environ.get('XLA_FLAGS', '') for name in options)
+  if said or jax.default_backend() != 'cpu':
     return None
+  return {name: value for name, value in options.items() if _has(name, value)} or None
+
+
+def _has(name, value):
   try:
-    jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if 'No such compile option' not in str(error):
       raise
-    return None
-  return options
+    return False
+  return True
