@@ -32,8 +32,8 @@ image):
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from molt_jax.data import cached, examples, packing
@@ -41,6 +41,9 @@ from molt_jax.data.cached import CachedStates, take
 from molt_jax.data.decode_report import DecodeReport
 from molt_jax.data.examples import Preprocess, pixels, read_example, single_example
 from molt_jax.data.sources import Source
+
+if TYPE_CHECKING:  # A fifth of a second, that a single prediction has no use for.
+  import grain
 
 # What batches are made of lies in modules of its own, and is found here too.
 __all__ = [
@@ -83,8 +86,10 @@ class Batching:
         f'batch_size {self.batch_size} is not a multiple of process_count {self.process_count}'
       )
 
-  def ahead(self, batches: grain.MapDataset) -> grain.IterDataset:
+  def ahead(self, batches: 'grain.MapDataset') -> 'grain.IterDataset':
     """Returns batches that threads prepare ahead."""
+    import grain
+
     buffer = max(self.prefetch, self.num_threads)
     return batches.to_iter_dataset(
       grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer)
@@ -163,7 +168,7 @@ def train_iterator(
   seed: int,
   present: np.ndarray | None = None,
   stored: Mapping[str, CachedStates] | None = None,
-) -> grain.DatasetIterator:
+) -> 'grain.DatasetIterator':
   """Returns an endless iterator of training batches.
 
   Epoch e is a permutation of the source, a function of (seed, e) alone. Epochs follow each other
@@ -179,6 +184,8 @@ def train_iterator(
       with what the source has.
     stored: hidden states by modality, in the place of images and texts; None: images and texts.
   """
+  import grain
+
   # Grain shuffles epoch e with seed + e: hashed, so that seed 1 does not begin with the second
   # epoch of seed 0.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -194,12 +201,14 @@ def eval_batches(
   *,
   present: np.ndarray | None = None,
   stored: Mapping[str, CachedStates] | None = None,
-) -> grain.IterDataset:
+) -> 'grain.IterDataset':
   """Returns an iterable over every example once, in order.
 
   The last batch is filled up with padding, of weight 0 and index -1. Every process gets the same
   number of batches. Arguments are those of `train_iterator`.
   """
+  import grain
+
   maker = _BatchMaker(source, preprocess, how, present, stored)
   n, b = len(source), how.batch_size
   order = grain.MapDataset.range(-(-n // b) * b).map(lambda index: index if index < n else -1)
