@@ -26,7 +26,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from molt_jax.config import qualities
 from molt_jax.data import checks, missing, pipeline
 from molt_jax.data.sources import Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
@@ -40,6 +39,7 @@ from molt_jax.runtime import atomic, console, logbook, processes
 from molt_jax.runtime.signals import exit_code
 from molt_jax.training import (
   announcing,
+  fast,
   imputation_fit,
   losses,
   ridge_fit,
@@ -119,9 +119,7 @@ def train(
       return trainer.run()
 
   if choices.preset == 'fast':
-    # What a run begins with is of a method that trains.
-    given = (*choices.given, *(('method',) if choices.init_from else ()))
-    config = qualities.apply(config, qualities.fast(config, given), given)
+    config = fast.choose(config, choices.given, begins_with=choices.init_from)
   if choices.preset == 'best':
     _check_search(config)
     trial = functools.partial(run, Trial)

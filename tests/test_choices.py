@@ -20,7 +20,14 @@ from molt_jax.evaluation import trained
 from molt_jax.methods.head import RIDGE
 from molt_jax.runtime import console, logbook, sharding, signals
 from molt_jax.runtime.flags import duration
-from molt_jax.training import checkpoint_files, resuming, search, stopping, warm_start
+from molt_jax.training import (
+  checkpoint_files,
+  resuming,
+  ridge_fit,
+  search,
+  stopping,
+  warm_start,
+)
 from molt_jax.training.assembly import assemble
 from molt_jax.training.schedule import StepSchedule
 
@@ -234,17 +241,19 @@ def test_a_run_begins_with_another_and_ends_when_the_time_is_up(
 def test_fast_leaves_alone_what_the_user_has_set():
   config = CLASSIFIER.load('quickstart')
   given = ('backbones.text.path', 'train.epochs')
-  found = qualities.apply(config, qualities.fast(config, given), given)
+  assert qualities.has_to_train(config, given) and not qualities.has_to_train(config, given[:1])
+  found = qualities.apply(config, qualities.fast(config, trains=True), given)
   assert found.backbones.image.resolution == 56 and found.train.epochs == config.train.epochs
   assert found.backbones.text.path == config.backbones.text.path
   assert found.method == 'molt' and found.train.least_steps == 10
   paper = CLASSIFIER.load('mm_imdb')
-  assert qualities.fast(paper).keys() == {'train.epochs', 'train.least_steps'}
+  assert qualities.has_to_train(paper, ())
+  assert qualities.fast(paper, trains=True).keys() == {'train.epochs', 'train.least_steps'}
 
 
 def test_fast_is_the_regression_beside_the_head_alone(tiny_config, tmp_path):
   whole = CLASSIFIER.load('quickstart')
-  found = qualities.apply(whole, qualities.fast(whole))
+  found = qualities.apply(whole, qualities.fast(whole, trains=False))
   assert (found.method, found.probe.kernel) == ('probe', 'rbf')
   assert (found.probe.layers, found.probe.cells) == (whole.molt.layers, whole.molt.cells)
   assert found.backbones.text.path == 'minilm'
@@ -257,6 +266,16 @@ def test_fast_is_the_regression_beside_the_head_alone(tiny_config, tmp_path):
     ridges.append(trained.open(tmp_path / name).variables()['statistics'][RIDGE])
   for name in ('dual_vmk', 'share_vm', 'temperature_v'):
     np.testing.assert_allclose(*(ridge[name] for ridge in ridges), atol=1e-5)
+
+
+def test_fast_trains_where_a_regression_would_not_see_all(
+  tiny_config, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(ridge_fit.LIMITS, 'train', 8)
+  config = qualities.apply(tiny_config, {'ridge.landmarks': 64, 'train.eval_every': 0})
+  train.train(config, tmp_path / 'fast', choices=train.Choices('fast'))
+  assert trained.open(tmp_path / 'fast').config.method == 'molt'
+  assert capsys.readouterr().err.count('data: ') == 1
 
 
 @dataclasses.dataclass

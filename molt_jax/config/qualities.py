@@ -39,21 +39,28 @@ def shortened(config: ml_collections.ConfigDict) -> dict[str, Any]:
   }
 
 
-def fast(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> dict[str, Any]:
-  """Returns the fields that `fast` changes: of MoLT with its regression, the regression alone; else
-  a tenth of the steps. And of the towers that pip installs, a quick text tower and small pictures.
+def fast(config: ml_collections.ConfigDict, *, trains: bool) -> dict[str, Any]:
+  """Returns the fields that `fast` changes: MoLT's regression alone or a tenth of the steps; of the
+  towers that pip installs, a quick text tower and small pictures.
 
   Args:
     config: as it is.
-    given: fields that the user has set; of training, they ask for it.
+    trains: whether a head is trained.
   """
-  trains = any(name.partition('.')[0] in _OF_TRAINING for name in given)
-  fields = shortened(config) if trains or not _has_regression(config) else regression(config)
+  fields = shortened(config) if trains else regression(config)
   if _small_pictures(config):
     fields['backbones.image.resolution'] = 56
   if _slow_texts(config):
     fields['backbones.text.path'] = 'minilm'
   return fields
+
+
+def has_to_train(config: ml_collections.ConfigDict, given: Collection[str]) -> bool:
+  """Whether there is no regression to take alone, or a field that the user has set asks for
+  training.
+  """
+  asked = any(name.partition('.')[0] in _OF_TRAINING for name in given)
+  return asked or config.method != 'molt' or config.ridge.landmarks == 0
 
 
 def regression(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -63,10 +70,6 @@ def regression(config: ml_collections.ConfigDict) -> dict[str, Any]:
   if config.ridge.landmarks > 0:
     fields['probe.landmarks'] = config.ridge.landmarks
   return fields
-
-
-def _has_regression(config) -> bool:
-  return config.method == 'molt' and config.ridge.landmarks != 0
 
 
 def inputs(config: ml_collections.ConfigDict) -> list[Alternative]:

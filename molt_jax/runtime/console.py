@@ -27,6 +27,16 @@ def be_silent() -> None:
   _CONSOLE.quiet = True
 
 
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+  """`log` and `progress` say nothing in this context, as what they say is said again."""
+  before, _CONSOLE.quiet = _CONSOLE.quiet, True
+  try:
+    yield
+  finally:
+    _CONSOLE.quiet = before
+
+
 class Progress:
   """Counts work: a bar with rate and time left on a terminal, otherwise a message now and then.
 
