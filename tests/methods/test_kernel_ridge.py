@@ -121,6 +121,32 @@ def test_fewer_landmarks_are_regression_in_the_space_that_they_span():
   assert min(errors) < 3e-3
 
 
+def test_landmarks_that_are_alike_have_a_regression(monkeypatch):
+  """Far more landmarks than channels: their linear kernel is singular, and rounded to float32 it has
+  eigenvalues below zero; of 600 as far below as of thousands with a larger jitter.
+  """
+  monkeypatch.setattr(ridge_solver, '_JITTER', 1e-7)
+  count = 600
+  training = make_examples(*make_states(count, 0), np.tile([True, False], (count, 1)))
+  held = make_examples(*make_states(HELD, 1), np.tile([True, False], (HELD, 1)))
+  how = {'landmarks': count, 'multi_label': False, 'kernel': 'linear'}
+  variables = ridge_solver.fit(training, held, **how)
+  own, state = variables['image'], int(variables['image']['state'])
+  gram, test = 0.0, 0.0
+  for weight, group in zip(own['group_weight'], kernel_ridge.GROUPS, strict=True):
+    rows = slice(None) if group == 'mean' else slice(state, state + 1)
+    space = own[f'{group}_mean_lnd'], own[f'{group}_scale_lnd']
+    x_bc, z_mc = (flat(e.pooled['image'][group][:, rows], *space) for e in (training, held))
+    gram = gram + weight * (1 + x_bc @ x_bc.T / x_bc.shape[1])
+    test = test + weight * (1 + z_mc @ x_bc.T / x_bc.shape[1])
+  found = test @ variables['dual_vmk'][1].astype(np.float64)
+  mean_k, errors = training.target_bk.mean(axis=0), []
+  for ridge in ridge_solver.RIDGES:
+    model = KernelRidge(alpha=ridge, kernel='precomputed').fit(gram, training.target_bk - mean_k)
+    errors.append(np.abs(found - model.predict(test)).max())
+  assert min(errors) < 3e-3
+
+
 def test_nothing_of_a_missing_modality_enters(fitted):
   variables = fitted[0]
   states, _ = make_states(HELD, 2)

@@ -205,9 +205,21 @@ def _problem(training, held, pattern_m, kernels) -> _Problem:
 
 def _factor(gram_mm: np.ndarray) -> np.ndarray:
   """Cholesky factor of the landmarks' kernel, lower, float64."""
-  gram_mm = gram_mm.astype(np.float64)
-  gram_mm[np.diag_indices(len(gram_mm))] += _JITTER
-  return scipy.linalg.cholesky(gram_mm, lower=True, overwrite_a=True, check_finite=False)
+  return _raised_cholesky(gram_mm.astype(np.float64), _JITTER)
+
+
+def _raised_cholesky(a_mm: np.ndarray, least: float) -> np.ndarray:
+  """Returns lower L with L L' = A + r I, where r is the first of least, 10 least, 100 least, .. for
+  which there is one: what float32 has left of a kernel of landmarks that are alike can have
+  eigenvalues below zero.
+  """
+  for r in least * 10.0 ** np.arange(6):
+    raised_mm = a_mm.copy()
+    raised_mm[np.diag_indices(len(a_mm))] += r
+    l_mm, failed_at = scipy.linalg.lapack.dpotrf(raised_mm, lower=True, overwrite_a=True)
+    if not failed_at:
+      return l_mm
+  raise FloatingPointError(f'no Cholesky factor of a kernel, even with {r:g} on its diagonal')
 
 
 def _solve_lower(factor_mm: np.ndarray, x_mn: np.ndarray) -> np.ndarray:
@@ -223,9 +235,7 @@ def _halves(feature_nm: np.ndarray, target_nk: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _ridge_solution(gram_mm: np.ndarray, right_mk: np.ndarray, ridge: float) -> np.ndarray:
-  gram_mm = gram_mm.copy()
-  gram_mm[np.diag_indices(len(gram_mm))] += ridge
-  factor = scipy.linalg.cho_factor(gram_mm, lower=True, overwrite_a=True, check_finite=False)
+  factor = _raised_cholesky(gram_mm, ridge), True
   return scipy.linalg.cho_solve(factor, right_mk, check_finite=False)
 
 
