@@ -122,7 +122,7 @@ def test_fewer_landmarks_are_regression_in_the_space_that_they_span():
 
 
 def test_landmarks_that_are_alike_have_a_regression(monkeypatch):
-  """Far more landmarks than channels: their linear kernel is singular, and rounded to float32 it has
+  """Far more landmarks than channels: their linear kernel is singular; rounded to float32 it has
   eigenvalues below zero; of 600 as far below as of thousands with a larger jitter.
   """
   monkeypatch.setattr(ridge_solver, '_JITTER', 1e-7)
