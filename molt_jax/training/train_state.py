@@ -168,7 +168,7 @@ def create(
     mesh: where the state lives.
   """
   build = builder(init, tx, init_cca)
-  return compiling.jit_once(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
+  return compiling.jit(build, out_shardings=sharding.replicated(mesh))(np.uint32(seed))
 
 
 def count(tree: Any) -> int:
