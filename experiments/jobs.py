@@ -120,11 +120,11 @@ def tried(config: ml_collections.ConfigDict, data: str) -> dict[str, Any]:
   """Tries a config out, or reads what came of it.
 
   Returns:
-    'validation' (score), 'seconds' and those of `cost`.
+    'validation' (score), 'seconds'.
   """
   folder = pathlib.Path(grid.RUNS.value) / grid.name_of(data) / resolved.config_hash(config)
   result = runs.try_out(config, folder)
-  return {'validation': result['validation']['score'], 'seconds': result['seconds'], **cost()}
+  return {'validation': result['validation']['score'], 'seconds': result['seconds']}
 
 
 def _epochs(config, folder, record):
