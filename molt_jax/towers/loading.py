@@ -53,7 +53,13 @@ class TowerSpec:
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   def make_module(self, dtype: Any, attention: str, **how: Any) -> nn.Module:
-    """Returns the Linen module; `how` may have param_dtype and heads."""
+    """Returns the Linen module; `how` may have param_dtype and heads.
+
+    Raises:
+      UserError: attention by cuDNN without an NVIDIA GPU, or in float32.
+    """
+    if attention == 'cudnn':
+      _check_cudnn(jnp.dtype(dtype).name, jax.default_backend())
     return self.family.module(self.config, jnp.dtype(dtype), attention, **how)
 
 
@@ -63,6 +69,19 @@ class Tower(TowerSpec):
 
   module: nn.Module = None
   params: Any = None
+
+
+def _check_cudnn(dtype, platform):
+  if platform != 'gpu':
+    raise UserError(
+      f"config.backbones.attention: 'cudnn' needs an NVIDIA GPU, and JAX runs on a {platform} "
+      "here; give 'xla'"
+    )
+  if dtype != 'bfloat16':
+    raise UserError(
+      f"config.backbones.attention: 'cudnn' needs bfloat16, and the towers compute in {dtype}; "
+      "give backbones.dtype (when pretraining, compute_dtype) that type, or attention 'xla'"
+    )
 
 
 def describe_tower(

@@ -48,14 +48,16 @@ def layer_params(module: nn.Module, layer: nn.Module, num_layers: int, *example:
 
   Args:
     module: the bound module that owns the stack.
-    layer: an unbound module (parent=None) of one layer.
+    layer: an unbound module (parent=None) of one layer, with an attribute `attention`.
     num_layers: depth of the stack.
     *example: arguments that `layer` can be initialised with.
   """
 
   def init(key):
+    # cuDNN's attention has no vmap, and no parameter depends on how attention is computed.
+    one = layer.clone(attention='xla')
     keys = jax.random.split(key, num_layers)
-    params = jax.vmap(lambda k: layer.init(k, *example)['params'])(keys)
+    params = jax.vmap(lambda k: one.init(k, *example)['params'])(keys)
     return nn.meta.add_axis(params, 0, {nn.PARTITION_NAME: 'layers'})
 
   if module.is_initializing() and not module.has_variable('params', 'layers'):
