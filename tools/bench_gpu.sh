@@ -5,6 +5,9 @@
 #   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh                   # one JSON file a measurement, in FOLDER or experiments/results/gpu
 #   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh [--small] [NAME]  # --small: tiny shapes, on a CPU too; NAME: that measurement only
 #
+# Compiling takes most of the time. The larger programs are compiled first, all at once, and found again by the measurements, which run one by one;
+# log.txt says how long each program took to compile. What is cut off keeps the cases that were done.
+#
 # Needs jax (with its GPU plugin), flax, optax, chex, orbax-checkpoint, torch and transformers; qwix for int8. The package need not be installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -32,41 +35,65 @@ fi
 
 only=${1:-}
 
-# measure NAME SCRIPT FLAGS...: for 200 s at most, and until 530 s after the start; a failure is noted and the rest goes on.
+# within SECONDS COMMAND...: stops it after so long, and 530 s after the start of all.
+within() {
+  local left=$((530 - SECONDS))
+  timeout "$((left < $1 ? (left > 0 ? left : 1) : $1))" "${@:2}"
+}
+
+# measure NAME SECONDS SCRIPT FLAGS...: a failure is noted and the rest goes on.
 measure() {
-  local name=$1 left=$((530 - SECONDS)) start=$SECONDS
-  shift
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
   if [ -n "$only" ] && [ "$only" != "$name" ]; then
     return
   fi
-  if [ "$left" -gt 200 ] && [ "$text" = llama-7b ]; then
-    left=200
-  fi
-  if [ "$left" -gt 0 ] && timeout "$left" "$python" "$@" >"$out/$name.json" 2>>"$log"; then
+  echo "-- $name" >>"$log"
+  if within "$limit" "$python" "$@" >/dev/null 2>>"$log"; then
     echo "$name: done in $((SECONDS - start)) s"
   else
-    rm -f "$out/$name.json"
-    echo "$name: failed or out of time after $((SECONDS - start)) s; see $log"
+    echo "$name: failed or cut off after $((SECONDS - start)) s; see $log"
     failed=1
   fi
 }
 
 bench() {
-  local name=$1
-  shift
-  measure "$name" tools/bench_train.py --json --text=$text --image=$image --tokens=$tokens --lengths=full --width=$width --dtype=$dtype --rounds=$rounds "$@"
+  local name=$1 limit=$2
+  shift 2
+  measure "$name" "$limit" tools/bench_train.py --out="$out/$name.json" "${sizes[@]}" "$@"
 }
 
+# compile NAME FLAGS...: fills the cache with what a measurement runs.
+compile() {
+  local name=$1
+  shift
+  if [ -z "$only" ] || [ "$only" = "$name" ]; then
+    JAX_LOG_COMPILES=1 within 240 "$python" tools/bench_train.py "${sizes[@]}" "$@" --rounds=1 2>&1 >/dev/null |
+      sed -n "s/.*Finished XLA compilation of/$name compiled/p" >>"$log" &
+  fi
+}
+
+sizes=(--text=$text --image=$image --tokens=$tokens --width=$width --dtype=$dtype --rounds=$rounds)
+robust=(--batch=$batch --preset=robust --lengths=full)
+short=(--batch=$batch --preset=robust --lengths="$((tokens * 3 / 8)),$((tokens / 5))")
+paper=(--batch=$batch --preset=paper --lengths=full)
+
 failed=0
-bench baseline --batch=$batch --preset=paper,robust --contestants=live,store,baseline
-bench compiled --batch=$batch --preset=paper --contestants=live,baseline_compiled
-measure profile tools/profile_step.py --json --config=configs/quickstart.py --rounds=$rounds --trace="$cache/trace" \
+compile robust "${robust[@]}" --contestants=live,store
+compile flash "${robust[@]}" --contestants=live --attention=$flash
+compile int8 "${robust[@]}" --contestants=live --quantization=int8
+wait
+echo "programs compiled after $SECONDS s"
+bench robust 80 "${robust[@]}" --contestants=live,store,baseline
+bench flash 40 "${robust[@]}" --contestants=live --attention=$flash
+bench int8 40 "${robust[@]}" --contestants=live --quantization=int8
+bench paper 80 "${paper[@]}" --contestants=live,store,baseline
+bench compiled 130 "${paper[@]}" --contestants=live,baseline_compiled
+bench texts 120 "${short[@]}" --contestants=live,live_padded,baseline
+measure profile 200 tools/profile_step.py --out="$out/profile.json" --config=configs/quickstart.py --rounds=$rounds --trace="$cache/trace" \
   --config.backbones.text.path=random:$text --config.backbones.image.path=random:$image --config.backbones.dtype=$dtype --config.compute_dtype=$dtype \
   --config.text.max_tokens=$tokens --config.molt.width=$width --config.train.batch_size=$batch --config.mesh.data=1 \
   --config.features.store= --config.classifier.hidden=512
-bench flash --batch=$batch --preset=robust --contestants=live --attention=$flash
-bench int8 --batch=$batch --preset=robust --contestants=live --quantization=int8
-bench texts --batch=$batch --preset=robust --contestants=live,live_padded,baseline --lengths=$((tokens * 3 / 8)),$((tokens / 5))
-bench batches --batch=$sweep --preset=robust --contestants=live
+bench batches 200 --batch=$sweep --preset=robust --lengths=full --contestants=live
 echo "$((SECONDS)) s in all; results in $out"
 exit $failed

@@ -29,7 +29,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attribute_dict  # noqa: F401 (before the package: it may stand in for ml_collections)
 import jax
@@ -42,7 +42,7 @@ from molt_jax.config.fields import Rule, at_least
 from molt_jax.profiling import timing
 from molt_jax.profiling.timing import Parts
 from molt_jax.profiling.workload import Workload
-from molt_jax.runtime import console, sharding
+from molt_jax.runtime import atomic, console, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
 from molt_jax.towers import architectures
@@ -237,8 +237,8 @@ class Theirs:
     return self._torch.cuda.max_memory_allocated() if self.device == 'cuda' else None
 
 
-def measure(flags) -> dict:
-  """Returns the report; every case is said on stderr as it is done."""
+def measure(flags) -> Iterator[dict]:
+  """Yields the report after each case, which is said on stderr too."""
   wanted = flags.contestants
   theirs = Theirs(flags) if any(name.startswith('baseline') for name in wanted) else None
   frozen, cases = None, []
@@ -256,8 +256,12 @@ def measure(flags) -> dict:
       | {'real_tokens': int(ours.host['token_mask'].sum())}
     )
     console.log(_line(cases[-1]))
+    yield _report(flags, cases, theirs)
     del runs, ours
     gc.collect()
+
+
+def _report(flags, cases, theirs):
   return {
     'text': flags.text,
     'image': flags.image,
@@ -328,12 +332,10 @@ def main(argv: Sequence[str]) -> None:
     FLAGS,
     argv,
   )
-  report = json.dumps(measure(flags), indent=2)
-  if flags.out:
-    path = pathlib.Path(flags.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix('.tmp').write_text(report + '\n')
-    path.with_suffix('.tmp').replace(path)
+  for found in measure(flags):
+    report = json.dumps(found, indent=2)
+    if flags.out:  # After each case: what is cut off keeps those that were done.
+      atomic.write(pathlib.Path(flags.out), report + '\n')
   if flags.json:
     print(report)
 

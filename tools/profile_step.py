@@ -40,7 +40,7 @@ from molt_jax.profiling.flops import PEAK_FLOPS, decoder_flops, matmul_flops, vi
 from molt_jax.profiling.timing import Parts, seconds_in_turn, spread
 from molt_jax.profiling.trace import trace_parts
 from molt_jax.profiling.workload import Workload
-from molt_jax.runtime import sharding
+from molt_jax.runtime import atomic, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
 
@@ -55,6 +55,7 @@ FLAGS = (
   ),
   Flag('classes', 'number of classes, for noise', 101, type=int, rule=at_least(1)),
   Flag('trace', 'folder for the trace; default: a new temporary one', ''),
+  Flag('out', 'file to write the JSON to', ''),
   Flag('json', 'print JSON', switch=True),
 )
 TRACED = 3  # Steps in the trace.
@@ -228,6 +229,8 @@ def main(argv: Sequence[str]) -> None:
   classes = _classes(config) if flags.data == 'dataset' else flags.classes
   trace = pathlib.Path(flags.trace or tempfile.mkdtemp(prefix='molt_jax_trace_'))
   result = measure(config, rounds=flags.rounds, classes=classes, data=flags.data, trace=trace)
+  if flags.out:
+    atomic.write(pathlib.Path(flags.out), json.dumps(result, indent=2) + '\n')
   if flags.json:
     print(json.dumps(result))
   else:
