@@ -127,21 +127,17 @@ def load_frozen(
   frozen = dict.fromkeys(MODALITIES)
   for modality in modalities:
     wanted = reads[modality]
-    frozen[modality] = (
-      _opener(c[modality].path)
-      .load_tower(
-        c[modality].path,
-        modality=modality,
-        dtype=dtype(config),
-        param_dtype=param_dtype(config),
-        attention=c.attention,
-        quantization=c.get('quantization', 'none'),
-        shardings=sharding.param_shardings(mesh),
-        heads=wanted.heads,
-        first_layer=wanted.lowest if stored else 0,
-        resolution=c[modality].get('resolution', 0),
-      )
-      .params
+    frozen[modality] = _opener(c[modality].path).load_params(
+      c[modality].path,
+      modality=modality,
+      dtype=dtype(config),
+      param_dtype=param_dtype(config),
+      attention=c.attention,
+      quantization=c.get('quantization', 'none'),
+      shardings=sharding.param_shardings(mesh),
+      heads=wanted.heads,
+      first_layer=wanted.lowest if stored else 0,
+      resolution=c[modality].get('resolution', 0),
     )
   return frozen
 

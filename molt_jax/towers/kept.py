@@ -229,6 +229,11 @@ def load_tower(
   return Tower(**vars(spec), module=module, params=params)
 
 
+def load_params(path: str, **how: Any) -> Any:
+  """As `loading.load_params`, of a tower within a file."""
+  return load_tower(path, **how).params
+
+
 def _tensors(file: sealed.Sealed, modality: str) -> dict[str, zipped_tensors.Tensor]:
   found = {}
   for place in file.place(modality).glob('weights-*.safetensors'):

@@ -92,7 +92,8 @@ def describe_tower(
   if files.shapes is not None:
     # Arrays are made of a configuration's sizes before its weights are loaded: so tensors that are
     # there must have them. Which are missing, loading says.
-    module = make_module(files, dtype='float32', attention='xla')
+    # In float32, as they mostly are loaded: their shapes are worked out once then.
+    module = make_module(files, dtype='float32', attention='xla', param_dtype='float32')
     tensor_plan.make(files, flat(nn.unbox(abstract_params(module))), complete=False)
   return _describe(files, quantization)
 
@@ -139,6 +140,23 @@ def load_tower(
   """
   how = Loading(**how)
   files = open_files(path, modality=modality, resolution=how.resolution)
+  described = _describe(files, how.quantization)
+  module, params = _load(path, files, how, shardings)
+  return Tower(**vars(described), module=module, params=params)
+
+
+def load_params(
+  path: str, *, modality: str, shardings: Callable[[Any], Any] | None = None, **how: Any
+) -> Any:
+  """Loads the parameters of a tower that is described already; arguments and errors as
+  `load_tower`.
+  """
+  how = Loading(**how)
+  files = open_files(path, modality=modality, resolution=how.resolution)
+  return _load(path, files, how, shardings)[1]
+
+
+def _load(path, files, how, shardings):
   module = make_module(
     files,
     dtype=how.dtype,
@@ -153,15 +171,13 @@ def load_tower(
   hows = quantize.plan(boxed, how.quantization)
   final = quantize.abstract_params(boxed, how.quantization)
   places = jax.tree.map(lambda _: None, nn.unbox(final)) if shardings is None else shardings(final)
-  described = _describe(files, how.quantization)
   _check_memory(path, nn.unbox(final), places)
   try:
-    params = fill(files, plan, nn.unbox(boxed), nn.unbox(final), places, hows)
+    return module, fill(files, plan, nn.unbox(boxed), nn.unbox(final), places, hows)
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       raise UserError(_too_large(path, nn.unbox(final), 'than is free')) from error
     raise
-  return Tower(**vars(described), module=module, params=params)
 
 
 def _check_memory(path: str, final: Any, places: Any) -> None:
