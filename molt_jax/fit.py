@@ -25,7 +25,7 @@ from typing import Any
 import ml_collections
 
 from molt_jax import train
-from molt_jax.config import qualities
+from molt_jax.config import preset_files, qualities
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data.tables.as_config import Options, configure, options_of
 from molt_jax.errors import UserError
@@ -88,12 +88,17 @@ _OF_THE_RUN = ('preset', 'method', 'config', 'data_changed', 'time_limit', 'init
 
 def _how(given: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
   """Returns the config, and the other arguments of `run`, that arguments of `fit` say."""
-  preset, fields = given.get('preset', PRESET), dict(given.get('config', {}))
+  preset, fields = os.fspath(given.get('preset', PRESET)), dict(given.get('config', {}))
   method = given.get('method')
   if method is not None and fields.setdefault('method', method) != method:
     other = fields['method']
     raise UserError(f"fit: method={method!r} beside config={{'method': {other!r}}}; give one")
   spent = preset in qualities.QUALITIES
+  if not (spent or preset.partition(':')[0] in preset_files.names() or '.' in preset):
+    raise UserError(
+      f'fit: preset={preset!r}; give {", ".join(qualities.QUALITIES)}, a config '
+      f'({", ".join(preset_files.names())}), or the path of one'
+    )
   config = CLASSIFIER.load(
     PRESET if spent else preset, {name: str(value) for name, value in fields.items()}
   )

@@ -214,10 +214,12 @@ def test_a_data_frame_is_the_file_that_it_was_read_from(run, shop, preset, tmp_p
     ({'test': 1.5}, '--test: 1.5 is no share'),
     ({'separator': '::'}, '--separator'),
     ({'image': '', 'text': ''}, 'no column of images and none of text'),
+    ({'preset': 'fats'}, "preset='fats'; give fast, good, best, a config (hateful_memes"),
+    ({'preset': 'fats.py'}, "--config: no file 'fats.py'"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, message, tmp_path, preset):
   data = {'text': ['a b', 'c d'] * 10, 'label': ['x', 'y'] * 10}
   with pytest.raises(UserError) as error:
-    molt_jax.fit(data, workdir=tmp_path, preset=str(preset), **arguments)
+    molt_jax.fit(data, **{'workdir': tmp_path, 'preset': str(preset), **arguments})
   assert message in str(error.value) and '\n' not in str(error.value)
