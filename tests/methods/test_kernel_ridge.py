@@ -1,5 +1,7 @@
 """Kernel ridge regression beside a head: against scikit-learn and float64, and strict absence."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -66,6 +68,44 @@ def kernel_of(own, pooled, others):
   return total
 
 
+class Answers(NamedTuple):
+  """Answers less the mean, and the mean itself."""
+
+  change_bk: np.ndarray
+  mean_bk: np.ndarray
+
+
+def answered(gram_nn, target_nk, test_hn, ridge):
+  mean_k = target_nk.mean(axis=0)
+  model = KernelRidge(alpha=ridge, kernel='precomputed').fit(gram_nn, target_nk - mean_k)
+  change_hk = model.predict(test_hn)
+  return Answers(change_hk, np.tile(mean_k, (len(change_hk), 1)))
+
+
+def without_each(gram_nn, target_nk, ridge):
+  """The answer to each training example of a regression that was fitted to the others."""
+  found = []
+  for i in range(len(gram_nn)):
+    others = np.arange(len(gram_nn)) != i
+    gram = gram_nn[np.ix_(others, others)]
+    found.append(answered(gram, target_nk[others], gram_nn[i : i + 1, others], ridge))
+  return Answers(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def least_loss(*judged):
+  """The mean of the log losses of examples held out and left out, at the best temperature; the
+  latter count as 32.
+  """
+
+  def loss(logits_of):
+    pairs = [(logits_of(answers), target_bk) for answers, target_bk in judged]
+    losses = [ridge_calibration.log_loss(z, target, False) for z, target in pairs]
+    return np.average(losses, weights=[HELD, 32])
+
+  temperatures = ridge_solver.TEMPERATURES
+  return min(loss(lambda x, t=t: t * (x.change_bk + x.mean_bk)) for t in temperatures)
+
+
 @pytest.mark.parametrize('pattern', [0, 1, 2])
 def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
   variables, training, held = fitted
@@ -77,19 +117,13 @@ def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
     gram = gram + share * kernel_of(own, pooled, pooled)
     test = test + share * kernel_of(own, held.pooled[modality], pooled)
   target_nk = training.target_bk[rows]
-  mean_k = target_nk.mean(axis=0)
-  answers = []
+  gram_nn, test_hn = gram[np.ix_(rows, rows)], test[:, rows]
+  changes, losses = [], []
   for ridge in ridge_solver.RIDGES:
-    model = KernelRidge(alpha=ridge, kernel='precomputed')
-    model.fit(gram[np.ix_(rows, rows)], target_nk - mean_k)
-    answers.append(model.predict(test[:, rows]) + mean_k)
-  losses = [
-    min(
-      ridge_calibration.log_loss(t * answer, held.target_bk, False)
-      for t in ridge_solver.TEMPERATURES
-    )
-    for answer in answers
-  ]
+    held_out = answered(gram_nn, target_nk, test_hn, ridge), held.target_bk
+    left_out = without_each(gram_nn, target_nk, ridge), target_nk
+    changes.append(held_out[0].change_bk)
+    losses.append(least_loss(held_out, left_out))
   states, _ = make_states(HELD, 1)
   present_bm = np.tile(keep_m, (HELD, 1))
   found, able_bv = kernel_ridge.answers(variables, states, present_bm)
@@ -97,7 +131,7 @@ def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
   assert np.all(np.argmax(able_bv, axis=1) == pattern)
   # Their offset is the mean of the targets, or stands for the shares of the classes.
   change = np.asarray(found) - variables['offset_vk'][pattern]
-  np.testing.assert_allclose(change, answers[int(np.argmin(losses))] - mean_k, atol=3e-3)
+  np.testing.assert_allclose(change, changes[int(np.argmin(losses))], atol=3e-3)
   assert np.mean(np.argmax(found, 1) == held.target_bk.argmax(1)) > 0.6
 
 

@@ -1,5 +1,12 @@
 """Solves the kernel ridge regression of `kernel_ridge` on the host, and chooses what it leaves open
-(groups, mixture, ridge, temperature) by the log loss of examples held out.
+(groups, mixture, ridge, temperature).
+
+They are chosen by the log loss of examples held out, of which there may be few, and of training
+examples, each left out in turn, which count as 32 more and no more than that: where groups were
+held out, they are easier than others. Of a regression with features f, ridge r and
+A = (F'F + r I)^-1, the answer to training example i without it is
+y_i - (y_i - f_i' A F' y) / (1 - f_i' A f_i) (Allen 1974, "The relationship between variable
+selection and data augmentation and a method for prediction").
 """
 
 import functools
@@ -20,13 +27,20 @@ TEMPERATURES = tuple(float(x) for x in 2.0 ** np.arange(0, 6.1, 0.5))
 _COOL = tuple(float(x) for x in 2.0 ** np.arange(-4, 0, 1.0))
 # Groups and mixtures are chosen with so many landmarks at most, as it takes a tenth of the time.
 _CHOOSING = 1024
-# Fewer examples decide nothing: neither is a regression fitted to, nor chosen by so few.
+# Of so many training examples at most the answer without them is judged, and counts as so many
+# examples held out.
+_LEFT_OUT, _COUNT_AS = 512, 32
+# Fewer examples decide nothing: neither is a regression fitted to, nor weighed by so few.
 LEAST = 10
 _JITTER = 1e-5
+# Of 1 - f_i' A f_i: what remains for the other examples to say.
+_LEAST_OTHER = 1e-4
 
 
 class Solution(NamedTuple):
-  """A regression, and the log loss of its answers to examples held out, at its best temperature."""
+  """A regression, and the log loss of its answers to examples that it was not fitted to, at its
+  best temperature.
+  """
 
   dual_mk: np.ndarray
   offset_k: np.ndarray
@@ -46,7 +60,7 @@ def fit(
 
   Args:
     training: to fit to; the first are the landmarks.
-    held: to choose by; where a pattern has too few of them, every fifth training example is.
+    held: to choose by, beside the training examples, each left out in turn.
     landmarks: M of the variables; unused ones weigh nothing.
     multi_label: whether an example can have several labels.
     kernel: a key of `kernel_ridge.KERNELS`.
@@ -121,63 +135,122 @@ class _Solver:
   def _solve(self, pattern, kernels, ridges) -> tuple[float, Solution]:
     """Returns the best of these ridges, and its solution."""
     problem = _problem(self._training, self._held, PATTERNS[pattern], kernels)
-    factor_mm = _factor(problem.gram_mm)
+    base_mm = _factor(problem.gram_mm)
     feature_nm, feature_hm = (
-      _solve_lower(factor_mm, kernel.T).T for kernel in (problem.kernel_nm, problem.kernel_hm)
+      _solve_lower(base_mm, kernel.T).T for kernel in (problem.kernel_nm, problem.kernel_hm)
     )
     offset_k = problem.target_nk.mean(axis=0)
-    fitted = ~problem.held_out_n
-    halves = _halves(feature_nm[fitted], problem.target_nk[fitted] - offset_k)
+    gram_mm, right_mj = _halves(feature_nm, _with_ones(problem.target_nk))
     found = []
     for ridge in ridges:
-      change_hk = feature_hm @ _ridge_solution(*halves, ridge)
-      solution = self._judged(change_hk + offset_k, problem.target_hk)
-      found.append(((ridge, change_hk), solution._replace(offset_k=offset_k)))
-    (ridge, change_hk), solution = _best(found)
-    from_prior = self._from_prior(change_hk, problem)
-    if from_prior.loss < solution.loss:
-      solution = from_prior
-    if problem.held_out_n.any():  # What was chosen by is fitted to in the end.
-      halves = _halves(feature_nm, problem.target_nk - offset_k)
-    weight_mk = _ridge_solution(*halves, ridge)
+      factor_mm = _raised_cholesky(gram_mm, ridge)
+      half_mj = scipy.linalg.solve_triangular(factor_mm, right_mj, lower=True)
+      half_mk = half_mj[:, :-1] - half_mj[:, -1:] * offset_k
+      change_hk = _solve_lower(factor_mm, feature_hm.T).T @ half_mk
+      judged = [_left_out(factor_mm, half_mj, feature_nm[:_LEFT_OUT], problem.target_nk)]
+      if len(change_hk):
+        judged.append(_held_out(change_hk, problem))
+      found.append(((ridge, factor_mm, half_mk, judged), self._from_mean(judged, offset_k)))
+    (ridge, factor_mm, half_mk, judged), solution = _best(found)
+    from_shares = self._from_shares(judged, problem.target_nk)
+    if from_shares.loss < solution.loss:
+      solution = from_shares
+    weight_mk = scipy.linalg.solve_triangular(factor_mm, half_mk, lower=True, trans=1)
     dual_mk = np.zeros((self._count, weight_mk.shape[1]), np.float32)
     dual_mk[problem.landmarks] = scipy.linalg.solve_triangular(
-      factor_mm, weight_mk, lower=True, trans=1
+      base_mm, weight_mk, lower=True, trans=1
     )
     return ridge, solution._replace(dual_mk=dual_mk)
 
-  def _judged(self, answer_hk: np.ndarray, target_hk: np.ndarray) -> Solution:
+  def _from_mean(self, judged: Sequence['_Judged'], offset_k: np.ndarray) -> Solution:
     """A solution without its coefficients."""
-    if self._multi_label:
-      answer_hk = answer_hk - 0.5
+    middle = 0.5 if self._multi_label else 0.0
     loss, temperature = min(
-      (log_loss(t * answer_hk, target_hk, self._multi_label), t) for t in TEMPERATURES
+      (self._loss([(t * (x.change_bk + x.mean_bk - middle), x) for x in judged]), t)
+      for t in TEMPERATURES
     )
-    none = np.zeros(0, np.float32)
-    return Solution(none, none, temperature, loss)
+    return Solution(np.zeros(0, np.float32), offset_k, temperature, loss)
 
-  def _from_prior(self, change_hk: np.ndarray, problem: '_Problem') -> Solution:
+  def _from_shares(self, judged: Sequence['_Judged'], target_nk: np.ndarray) -> Solution:
     """A solution, without its coefficients, whose probabilities are the shares of the classes where
     the kernels tell nothing: softmax of a mean of one-hot labels is something else, so a modality
     that is noise would otherwise be wrong about those, too.
     """
-    count_k = problem.target_nk.sum(axis=0, dtype=np.float64)
-    classes = 2 if self._multi_label else len(count_k)
-    prior_k = (count_k + 1) / (len(problem.target_nk) + classes)
-    log_k = np.log(prior_k) - (np.log1p(-prior_k) if self._multi_label else 0.0)
+    pairs = [(x, self._log_shares(x.count_bk, x.total)) for x in judged]
     loss, temperature = min(
-      (log_loss(t * change_hk + log_k, problem.target_hk, self._multi_label), t)
+      (self._loss([(t * x.change_bk + shares_bk, x) for x, shares_bk in pairs]), t)
       for t in (*_COOL, *TEMPERATURES)
     )
-    # `kernel_ridge.experts` multiplies answers with the temperature, of several labels less 0.5.
-    offset_k = log_k / temperature + (0.5 if self._multi_label else 0.0)
+    shares_k = self._log_shares(target_nk.sum(axis=0, dtype=np.float64), len(target_nk))
+    # `kernel_ridge.experts` multiplies answers, of several labels less 0.5, with the temperature.
+    offset_k = shares_k / temperature + (0.5 if self._multi_label else 0.0)
     return Solution(np.zeros(0, np.float32), offset_k, temperature, loss)
+
+  def _log_shares(self, count_k: np.ndarray, total: int) -> np.ndarray:
+    """Logits of the shares of the classes, [.., K]."""
+    classes = 2 if self._multi_label else count_k.shape[-1]
+    share_k = (count_k + 1) / (total + classes)
+    return np.log(share_k) - (np.log1p(-share_k) if self._multi_label else 0.0)
+
+  def _loss(self, answers: Sequence[tuple[np.ndarray, '_Judged']]) -> float:
+    losses = [log_loss(z, x.target_bk, self._multi_label) for z, x in answers]
+    return float(np.average(losses, weights=[x.weight for _, x in answers]))
+
+
+class _Judged(NamedTuple):
+  """Answers of a regression to examples that it was not fitted to.
+
+  Attributes:
+    change_bk: the answers less the mean.
+    target_bk: the labels.
+    count_bk, total: training examples of each class, and of all, that it was fitted to.
+    weight: of their mean loss.
+  """
+
+  change_bk: np.ndarray
+  target_bk: np.ndarray
+  count_bk: np.ndarray
+  total: int
+  weight: float
+
+  @property
+  def mean_bk(self) -> np.ndarray:
+    """Mean of the targets that it was fitted to."""
+    return self.count_bk / self.total
+
+
+def _held_out(change_hk: np.ndarray, problem: '_Problem') -> _Judged:
+  count_k = problem.target_nk.sum(axis=0, dtype=np.float64)
+  own = len(problem.target_nk), len(change_hk)
+  return _Judged(change_hk, problem.target_hk, count_k, *own)
+
+
+def _left_out(factor_mm, half_mj, feature_bm, target_nk) -> _Judged:
+  """Of the first training examples, each answered without it.
+
+  Args:
+    factor_mm: L of L L' = F'F + r I.
+    half_mj: L^-1 F' [targets, ones].
+    feature_bm: their features.
+    target_nk: of all training examples.
+  """
+  half_mb = _solve_lower(factor_mm, feature_bm.T)
+  target_bj = _with_ones(target_nk[: len(feature_bm)])
+  others_b = np.maximum(1 - np.square(half_mb).sum(axis=0), _LEAST_OTHER)
+  answer_bj = target_bj - (target_bj - half_mb.T @ half_mj) / others_b[:, None]
+  total = len(target_nk) - 1
+  count_bk = target_nk.sum(axis=0, dtype=np.float64) - target_bj[:, :-1]
+  # The targets are centred, by the mean without the example.
+  change_bk = answer_bj[:, :-1] - answer_bj[:, -1:] * count_bk / total
+  return _Judged(change_bk, target_bj[:, :-1], count_bk, total, _COUNT_AS)
+
+
+def _with_ones(target_nk: np.ndarray) -> np.ndarray:
+  return np.concatenate([target_nk, np.ones((len(target_nk), 1), target_nk.dtype)], axis=1)
 
 
 class _Problem(NamedTuple):
-  """One regression: landmarks (their rows), kernels and targets of fitted and held examples; which
-  of the fitted are held out, too, where no others are.
-  """
+  """One regression: landmarks (their rows), kernels and targets of training and held examples."""
 
   landmarks: np.ndarray
   gram_mm: np.ndarray
@@ -185,7 +258,6 @@ class _Problem(NamedTuple):
   kernel_hm: np.ndarray
   target_nk: np.ndarray
   target_hk: np.ndarray
-  held_out_n: np.ndarray
 
 
 def _problem(training, held, pattern_m, kernels) -> _Problem:
@@ -193,14 +265,9 @@ def _problem(training, held, pattern_m, kernels) -> _Problem:
   rows, held_rows = training.having(pattern_m), held.having(pattern_m)
   landmarks = rows[rows < count]
   kernel_nm = kernels[0][np.ix_(rows, landmarks)]
-  target_nk = training.target_bk[rows]
-  held_out_n = np.zeros(len(rows), bool)
-  kernel_hm, target_hk = kernels[1][np.ix_(held_rows, landmarks)], held.target_bk[held_rows]
-  if len(held_rows) < LEAST:
-    held_out_n = np.arange(len(rows)) % 5 == 0
-    kernel_hm, target_hk = kernel_nm[held_out_n], target_nk[held_out_n]
-  gram_mm = kernel_nm[rows < count]
-  return _Problem(landmarks, gram_mm, kernel_nm, kernel_hm, target_nk, target_hk, held_out_n)
+  kernel_hm = kernels[1][np.ix_(held_rows, landmarks)]
+  targets = training.target_bk[rows], held.target_bk[held_rows]
+  return _Problem(landmarks, kernel_nm[rows < count], kernel_nm, kernel_hm, *targets)
 
 
 def _factor(gram_mm: np.ndarray) -> np.ndarray:
@@ -232,11 +299,6 @@ def _halves(feature_nm: np.ndarray, target_nk: np.ndarray) -> tuple[np.ndarray, 
   """Both sides of the normal equations."""
   gram_mm, right_mk = feature_nm.T @ feature_nm, feature_nm.T @ target_nk
   return gram_mm.astype(np.float64), right_mk.astype(np.float64)
-
-
-def _ridge_solution(gram_mm: np.ndarray, right_mk: np.ndarray, ridge: float) -> np.ndarray:
-  factor = _raised_cholesky(gram_mm, ridge), True
-  return scipy.linalg.cho_solve(factor, right_mk, check_finite=False)
 
 
 def _packed(kernels, chosen: Mapping[int, Solution], shares, landmarks: int) -> dict[str, Any]:
