@@ -144,10 +144,10 @@ def test_a_row_does_not_depend_on_its_neighbours(run):
 
 def test_an_absent_tower_is_neither_loaded_nor_run(run, monkeypatch):
   loaded = []
-  load = loading.load_tower
+  load = loading.load_params
   monkeypatch.setattr(
     loading,
-    'load_tower',
+    'load_params',
     lambda path, *, modality, **k: (loaded.append(modality), load(path, modality=modality, **k))[1],
   )
   assert evaluate.main([f'--workdir={run}', '--absent=text']) == 0

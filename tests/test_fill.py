@@ -78,7 +78,7 @@ def no_tower(monkeypatch):
   def explode(*args, **kwargs):
     raise AssertionError('a tower was loaded')
 
-  monkeypatch.setattr(loading, 'load_tower', explode)
+  monkeypatch.setattr(loading, 'load_params', explode)
 
 
 def _losses(workdir):
