@@ -48,6 +48,7 @@ measure() {
   if [ -n "$only" ] && [ "$only" != "$name" ]; then
     return
   fi
+  rm -f "$out/$name.json"  # Of an earlier call.
   echo "-- $name" >>"$log"
   if within "$limit" "$python" "$@" >/dev/null 2>>"$log"; then
     echo "$name: done in $((SECONDS - start)) s"

@@ -141,6 +141,11 @@ def test_a_linear_probe_is_scikit_learns_ridge_regression():
     model.fit(inputs(training), training.target_bk - mean_k)
     errors.append(np.abs(model.predict(inputs(held)) - found).max())
   assert min(errors) < 3e-3
+  # Where the kernels tell nothing: the mean of the targets, or the shares of the classes.
+  count_k = training.target_bk.sum(axis=0)
+  shares_k = np.log((count_k + 1) / (TRAINING + len(count_k))) / variables['temperature_v'][2]
+  offsets = [np.abs(variables['offset_vk'][2] - x_k).max() for x_k in (mean_k, shares_k)]
+  assert min(offsets) < 1e-5
 
 
 def test_a_run_is_one_step_that_learns_the_colours(make_tiny_config, tmp_path):
