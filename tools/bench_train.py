@@ -332,10 +332,12 @@ def main(argv: Sequence[str]) -> None:
     FLAGS,
     argv,
   )
+  out = pathlib.Path(flags.out)
+  out.parent.mkdir(parents=True, exist_ok=True)  # Before the work, not after it.
   for found in measure(flags):
     report = json.dumps(found, indent=2)
     if flags.out:  # After each case: what is cut off keeps those that were done.
-      atomic.write(pathlib.Path(flags.out), report + '\n')
+      atomic.write(out, report + '\n')
   if flags.json:
     print(report)
 

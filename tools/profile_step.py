@@ -228,9 +228,11 @@ def main(argv: Sequence[str]) -> None:
   config = CLASSIFIER.load(flags.config, overrides)
   classes = _classes(config) if flags.data == 'dataset' else flags.classes
   trace = pathlib.Path(flags.trace or tempfile.mkdtemp(prefix='molt_jax_trace_'))
+  out = pathlib.Path(flags.out)
+  out.parent.mkdir(parents=True, exist_ok=True)  # Before the work, not after it.
   result = measure(config, rounds=flags.rounds, classes=classes, data=flags.data, trace=trace)
   if flags.out:
-    atomic.write(pathlib.Path(flags.out), json.dumps(result, indent=2) + '\n')
+    atomic.write(out, json.dumps(result, indent=2) + '\n')
   if flags.json:
     print(json.dumps(result))
   else:
