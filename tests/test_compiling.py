@@ -1,4 +1,4 @@
-"""Options of the compiler: on a CPU alone, and only those that it has."""
+"""Options of the compiler: of its backend, and only those that it has."""
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,22 @@ def test_other_backends_and_flags_go_before(unread, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=2')
   assert compiling._usual() is None
   monkeypatch.delenv('XLA_FLAGS')
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   assert compiling._quick() is None
+
+
+def test_a_gpu_does_not_try_out_its_kernels(unread, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(compiling, '_has', lambda name, value: True)
+  assert compiling._usual() == compiling._quick() == dict.fromkeys(compiling._GPU, False)
+  compiling._usual.cache_clear()
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=true')
+  assert compiling._usual() is None
 
 
 def test_options_that_a_version_does_not_have_are_left_out(unread, monkeypatch):
   known = {'xla_backend_optimization_level': 1}
-  monkeypatch.setattr(compiling, '_USUAL', known | {'no_option_of_a_compiler': True})
+  options = {'cpu': known | {'no_option_of_a_compiler': True}}
+  monkeypatch.setattr(compiling, '_USUAL', options)
   assert compiling._usual() == known
   assert compiling.jit(lambda x: x + 1)(1) == 2

@@ -2,8 +2,10 @@
 # Times LLaMA-7B + CLIP ViT-L/14 (random weights, bfloat16, 32 x 128 tokens) on one GPU of 80 GB, in under nine minutes: our step and its split, against
 # the PyTorch baseline with and without torch.compile, with flash attention, over batch sizes, with texts of about 48 tokens, and with int8 towers.
 #
-#   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh                   # one JSON file a measurement, in FOLDER or experiments/results/gpu
-#   [OUT=FOLDER] [PYTHON=python3] bash tools/bench_gpu.sh [--small] [NAME]  # --small: tiny shapes, on a CPU too; NAME: that measurement only
+#   [OUT=FOLDER] [PYTHON=python3] [LIMIT=530] bash tools/bench_gpu.sh [--small] [NAME ...]
+#
+# Writes one JSON file a measurement, in FOLDER or experiments/results/gpu. --small: tiny shapes, on a CPU too; NAMEs: those measurements only; LIMIT:
+# seconds after which it stops what still runs.
 #
 # Compiling takes most of the time. The larger programs are compiled first, all at once, and found again by the measurements, which run one by one;
 # log.txt says how long each program took to compile. What is cut off keeps the cases that were done.
@@ -33,11 +35,17 @@ if [ "${1:-}" = --small ]; then
   esac
 fi
 
-only=${1:-}
+only=" $* "
 
-# within SECONDS COMMAND...: stops it after so long, and 530 s after the start of all.
+# is_wanted NAME
+is_wanted() {
+  [[ $only = *[a-z]* ]] || return 0
+  [[ $only = *" $1 "* ]]
+}
+
+# within SECONDS COMMAND...: stops it after so long, and LIMIT seconds after the start of all.
 within() {
-  local left=$((530 - SECONDS))
+  local left=$((${LIMIT:-530} - SECONDS))
   timeout "$((left < $1 ? (left > 0 ? left : 1) : $1))" "${@:2}"
 }
 
@@ -45,9 +53,7 @@ within() {
 measure() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  if [ -n "$only" ] && [ "$only" != "$name" ]; then
-    return
-  fi
+  is_wanted "$name" || return 0
   rm -f "$out/$name.json"  # Of an earlier call.
   echo "-- $name" >>"$log"
   if within "$limit" "$python" "$@" >/dev/null 2>>"$log"; then
@@ -61,40 +67,43 @@ measure() {
 bench() {
   local name=$1 limit=$2
   shift 2
-  measure "$name" "$limit" tools/bench_train.py --out="$out/$name.json" "${sizes[@]}" "$@"
+  measure "$name" "$limit" "${train[@]}" --out="$out/$name.json" --rounds=$rounds "$@"
 }
 
-# compile NAME FLAGS...: fills the cache with what a measurement runs.
+# compile NAME SCRIPT FLAGS...: fills the cache with what a measurement runs.
 compile() {
   local name=$1
   shift
-  if [ -z "$only" ] || [ "$only" = "$name" ]; then
-    JAX_LOG_COMPILES=1 within 240 "$python" tools/bench_train.py "${sizes[@]}" "$@" --rounds=1 2>&1 >/dev/null |
-      sed -n "s/.*Finished XLA compilation of/$name compiled/p" >>"$log" &
-  fi
+  is_wanted "$name" || return 0
+  JAX_LOG_COMPILES=1 within 240 "$python" "$@" --rounds=1 2>&1 >/dev/null | sed -n "s/.*Finished XLA compilation of/$name compiled/p" >>"$log" &
 }
 
-sizes=(--text=$text --image=$image --tokens=$tokens --width=$width --dtype=$dtype --rounds=$rounds)
+sizes=(--text=$text --image=$image --tokens=$tokens --width=$width --dtype=$dtype)
 robust=(--batch=$batch --preset=robust --lengths=full)
 short=(--batch=$batch --preset=robust --lengths="$((tokens * 3 / 8)),$((tokens / 5))")
 paper=(--batch=$batch --preset=paper --lengths=full)
 
+step=(tools/profile_step.py --trace="$cache/trace" --config=configs/quickstart.py --config.backbones.text.path=random:$text
+  --config.backbones.image.path=random:$image --config.backbones.dtype=$dtype --config.compute_dtype=$dtype --config.text.max_tokens=$tokens
+  --config.molt.width=$width --config.train.batch_size=$batch --config.mesh.data=1 --config.features.store= --config.classifier.hidden=512)
+
 failed=0
-compile robust "${robust[@]}" --contestants=live,store
-compile flash "${robust[@]}" --contestants=live --attention=$flash
-compile int8 "${robust[@]}" --contestants=live --quantization=int8
+train=(tools/bench_train.py "${sizes[@]}")
+compile robust "${train[@]}" "${robust[@]}" --contestants=live,store
+compile flash "${train[@]}" "${robust[@]}" --contestants=live --attention=$flash
+compile int8 "${train[@]}" "${robust[@]}" --contestants=live --quantization=int8
+compile paper "${train[@]}" "${paper[@]}" --contestants=live,store
+compile texts "${train[@]}" "${short[@]}" --contestants=live,live_padded
+compile profile "${step[@]}"
 wait
 echo "programs compiled after $SECONDS s"
 bench robust 80 "${robust[@]}" --contestants=live,store,baseline
 bench flash 40 "${robust[@]}" --contestants=live --attention=$flash
 bench int8 40 "${robust[@]}" --contestants=live --quantization=int8
 bench paper 80 "${paper[@]}" --contestants=live,store,baseline
-bench compiled 130 "${paper[@]}" --contestants=live,baseline_compiled
+measure profile 120 "${step[@]}" --rounds=$rounds --out="$out/profile.json"
 bench texts 120 "${short[@]}" --contestants=live,live_padded,baseline
-measure profile 200 tools/profile_step.py --out="$out/profile.json" --config=configs/quickstart.py --rounds=$rounds --trace="$cache/trace" \
-  --config.backbones.text.path=random:$text --config.backbones.image.path=random:$image --config.backbones.dtype=$dtype --config.compute_dtype=$dtype \
-  --config.text.max_tokens=$tokens --config.molt.width=$width --config.train.batch_size=$batch --config.mesh.data=1 \
-  --config.features.store= --config.classifier.hidden=512
 bench batches 200 --batch=$sweep --preset=robust --lengths=full --contestants=live
+bench compiled 130 "${paper[@]}" --contestants=live,baseline_compiled
 echo "$((SECONDS)) s in all; results in $out"
 exit $failed

@@ -40,6 +40,7 @@ from molt_jax.config import presets
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import Rule, at_least
 from molt_jax.profiling import timing
+from molt_jax.profiling.flops import PEAK_FLOPS, matmul_flops
 from molt_jax.profiling.timing import Parts
 from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import atomic, console, sharding
@@ -175,6 +176,11 @@ class Ours:
       )
     return runs
 
+  def flops(self):
+    """FLOPs of the matrix products of a live step."""
+    state, frozen, _ = self.workload.shapes()
+    return matmul_flops(self.workload.step(), state, frozen, self._batch)
+
   def _stepper(self, frozen, batch):
     step, state = self.workload.step(), self.workload.state()
 
@@ -251,10 +257,11 @@ def measure(flags) -> Iterator[dict]:
       theirs.forget_peak()
       runs |= theirs.runs(wanted, ours.workload, ours.host)
     taken = timing.seconds_in_turn(runs, rounds=flags.rounds)
-    cases.append(
-      _case(batch, width, preset, taken, theirs)
-      | {'real_tokens': int(ours.host['token_mask'].sum())}
-    )
+    case = _case(batch, width, preset, taken, theirs)
+    case['real_tokens'] = int(ours.host['token_mask'].sum())
+    if 'live' in taken:
+      case |= _utilisation(ours.flops(), statistics.median(taken['live']))
+    cases.append(case)
     console.log(_line(cases[-1]))
     yield _report(flags, cases, theirs)
     del runs, ours
@@ -313,14 +320,21 @@ def _case(batch, width, preset, taken, theirs):
   return case
 
 
+def _utilisation(flops, seconds):
+  """Of a live step; MFU is the share of what the device could do, where that is known."""
+  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  return {'live_flops': flops, 'live_mfu': peak and flops / seconds / peak}
+
+
 def _line(case):
   seconds = ', '.join(f'{name} {1e3 * s["median"]:.1f} ms' for name, s in case['seconds'].items())
   ratios = ', '.join(
     f'{name.replace("_over_", " ")} {ratio:.2f}x' for name, ratio in case['speedup'].items()
   )
-  return f'batch {case["batch"]}, width {case["width"]}, {case["preset"]}: {seconds}' + (
-    f'; {ratios}' if ratios else ''
-  )
+  mfu = case.get('live_mfu')
+  found = (seconds, ratios, mfu and f'live MFU {mfu:.0%}')
+  said = '; '.join(part for part in found if part)
+  return f'batch {case["batch"]}, width {case["width"]}, {case["preset"]}: {said}'
 
 
 @command

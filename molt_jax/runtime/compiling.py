@@ -1,8 +1,4 @@
-"""`jax.jit` with as much of a CPU compiler's work as a program is worth.
-
-Of what runs for hours on an accelerator, compiling is nothing; of the first minutes on a laptop it
-is most. Other backends take their own defaults, and what XLA_FLAGS say of the same goes before.
-"""
+"""`jax.jit` with as much of a CPU compiler's work as a program is worth."""
 
 import functools
 import os
@@ -11,14 +7,25 @@ from typing import Any
 
 import jax
 
-# The levels above find nothing to do in loops that XLA has fused: steps of training and forward
-# passes of towers come out the same to the bit and as fast, and are compiled in 0.85 of the time.
-_USUAL = {'xla_backend_optimization_level': 1}
+# Backend -> options; others take their own defaults. What XLA_FLAGS say of the same goes before.
+#
+# On a CPU the levels above find nothing to do in loops that XLA has fused: steps of training and
+# forward passes of towers come out the same to the bit and as fast, and are compiled in 0.85 of the
+# time. A GPU's compiler makes and times a kernel for each of dozens of ways to tile every product,
+# and for several of every fusion; a step has two hundred of the one and six hundred of the other.
+_GPU = {
+  'xla_gpu_enable_triton_gemm': False,
+  'xla_gpu_experimental_enable_fusion_autotuner': False,
+}
+_USUAL = {'cpu': {'xla_backend_optimization_level': 1}, 'gpu': _GPU}
 # Code that is not optimised is ready in a third of the time.
 _QUICK = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-  'xla_cpu_use_fusion_emitters': False,
+  'cpu': {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+    'xla_cpu_use_fusion_emitters': False,
+  },
+  'gpu': _GPU,
 }
 
 
@@ -50,10 +57,10 @@ def _quick() -> dict[str, Any] | None:
   return _known(_QUICK)
 
 
-def _known(options):
-  """Those of the options that this version has, where they are for this backend; else None."""
-  said = any(name in os.environ.get('XLA_FLAGS', '') for name in options)
-  if said or jax.default_backend() != 'cpu':
+def _known(options_of):
+  """Those of this backend's options that this version has; None if flags say some of them."""
+  options = options_of.get(jax.default_backend(), {})
+  if any(name in os.environ.get('XLA_FLAGS', '') for name in options):
     return None
   return {name: value for name, value in options.items() if _has(name, value)} or None
 
