@@ -8,7 +8,12 @@ import pytest
 from sklearn.kernel_ridge import KernelRidge
 
 from molt_jax.features.hidden_states import HiddenStates
-from molt_jax.methods.parts import kernel_ridge, ridge_calibration, ridge_solver
+from molt_jax.methods.parts import (
+  kernel_ridge,
+  ridge_calibration,
+  ridge_judging,
+  ridge_solver,
+)
 from molt_jax.methods.parts.ridge_kernels import Examples
 
 LAYERS, CELLS, IMAGE_WIDTH, TEXT_WIDTH, TOKENS, CLASSES = 2, 5, 6, 4, 3, 3
@@ -102,7 +107,7 @@ def least_loss(*judged):
     losses = [ridge_calibration.log_loss(z, target, False) for z, target in pairs]
     return np.average(losses, weights=[HELD, 32])
 
-  temperatures = ridge_solver.TEMPERATURES
+  temperatures = ridge_judging.TEMPERATURES
   return min(loss(lambda x, t=t: t * (x.change_bk + x.mean_bk)) for t in temperatures)
 
 

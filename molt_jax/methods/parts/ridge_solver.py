@@ -1,12 +1,6 @@
 """Solves the kernel ridge regression of `kernel_ridge` on the host, and chooses what it leaves open
-(groups, mixture, ridge, temperature).
-
-They are chosen by the log loss of examples held out, of which there may be few, and of training
-examples, each left out in turn, which count as 32 more and no more than that: where groups were
-held out, they are easier than others. Of a regression with features f, ridge r and
-A = (F'F + r I)^-1, the answer to training example i without it is
-y_i - (y_i - f_i' A F' y) / (1 - f_i' A f_i) (Allen 1974, "The relationship between variable
-selection and data augmentation and a method for prediction").
+(groups, mixture, ridge, temperature) by the log loss of examples that were not fitted to
+(`ridge_judging`).
 """
 
 import functools
@@ -17,40 +11,29 @@ import numpy as np
 import scipy.linalg
 
 from molt_jax.data.modalities import MODALITIES, PATTERNS
-from molt_jax.methods.parts.ridge_calibration import log_loss
+from molt_jax.methods.parts import ridge_judging
+from molt_jax.methods.parts.ridge_judging import Verdict
 from molt_jax.methods.parts.ridge_kernels import Examples, Groups, ModalityKernels, mixture
 
 RIDGES = tuple(float(x) for x in 10.0 ** np.arange(-2.5, 0.6, 0.5))
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # Of the text in the kernel of complete examples.
-TEMPERATURES = tuple(float(x) for x in 2.0 ** np.arange(0, 6.1, 0.5))
-# Where the shares of the classes are the offset, a temperature may also say "heed nothing else".
-_COOL = tuple(float(x) for x in 2.0 ** np.arange(-4, 0, 1.0))
 # Groups and mixtures are chosen with so many landmarks at most, as it takes a tenth of the time.
 _CHOOSING = 1024
-# Of so many training examples at most the answer without them is judged, and counts as so many
-# examples held out.
-_LEFT_OUT, _COUNT_AS = 512, 32
 # Fewer examples decide nothing: neither is a regression fitted to, nor weighed by so few.
 LEAST = 10
 _JITTER = 1e-5
-# Of 1 - f_i' A f_i: what remains for the other examples to say.
-_LEAST_OTHER = 1e-4
 
 
 class Solution(NamedTuple):
-  """A regression, and the log loss of its answers to examples that it was not fitted to, at its
-  best temperature.
-  """
+  """A regression, and how it answers examples that it was not fitted to."""
 
   dual_mk: np.ndarray
-  offset_k: np.ndarray
-  temperature: float
-  loss: float
+  verdict: Verdict
 
 
 def _best(found: Sequence[tuple[Any, Solution]]) -> tuple[Any, Solution]:
   """Returns what has the least log loss: accuracy on a few hundred examples is luck."""
-  return min(found, key=lambda pair: pair[1].loss)
+  return min(found, key=lambda pair: pair[1].verdict.loss)
 
 
 def fit(
@@ -136,117 +119,46 @@ class _Solver:
     """Returns the best of these ridges, and its solution."""
     problem = _problem(self._training, self._held, PATTERNS[pattern], kernels)
     base_mm = _factor(problem.gram_mm)
-    feature_nm, feature_hm = (
-      _solve_lower(base_mm, kernel.T).T for kernel in (problem.kernel_nm, problem.kernel_hm)
+    features = tuple(
+      _solve_lower(base_mm, kernel.T) for kernel in (problem.kernel_nm, problem.kernel_hm)
     )
-    offset_k = problem.target_nk.mean(axis=0)
-    gram_mm, right_mj = _halves(feature_nm, _with_ones(problem.target_nk))
-    found = []
-    for ridge in ridges:
-      factor_mm = _raised_cholesky(gram_mm, ridge)
-      half_mj = scipy.linalg.solve_triangular(factor_mm, right_mj, lower=True)
-      half_mk = half_mj[:, :-1] - half_mj[:, -1:] * offset_k
-      change_hk = _solve_lower(factor_mm, feature_hm.T).T @ half_mk
-      judged = [_left_out(factor_mm, half_mj, feature_nm[:_LEFT_OUT], problem.target_nk)]
-      if len(change_hk):
-        judged.append(_held_out(change_hk, problem))
-      found.append(((ridge, factor_mm, half_mk, judged), self._from_mean(judged, offset_k)))
-    (ridge, factor_mm, half_mk, judged), solution = _best(found)
-    from_shares = self._from_shares(judged, problem.target_nk)
-    if from_shares.loss < solution.loss:
-      solution = from_shares
-    weight_mk = scipy.linalg.solve_triangular(factor_mm, half_mk, lower=True, trans=1)
+    sides = _halves(features[0].T, ridge_judging.with_ones(problem.target_nk))
+    tried = [self._try(problem, features, sides, ridge) for ridge in ridges]
+    best = min(tried, key=lambda tried: tried.verdict.loss)
+    from_shares = ridge_judging.from_shares(best.judged, problem.target_nk, self._multi_label)
+    verdict = min(best.verdict, from_shares, key=lambda verdict: verdict.loss)
+    weight_mk = scipy.linalg.solve_triangular(best.factor_mm, best.half_mk, lower=True, trans=1)
     dual_mk = np.zeros((self._count, weight_mk.shape[1]), np.float32)
     dual_mk[problem.landmarks] = scipy.linalg.solve_triangular(
       base_mm, weight_mk, lower=True, trans=1
     )
-    return ridge, solution._replace(dual_mk=dual_mk)
+    return best.ridge, Solution(dual_mk, verdict)
 
-  def _from_mean(self, judged: Sequence['_Judged'], offset_k: np.ndarray) -> Solution:
-    """A solution without its coefficients."""
-    middle = 0.5 if self._multi_label else 0.0
-    loss, temperature = min(
-      (self._loss([(t * (x.change_bk + x.mean_bk - middle), x) for x in judged]), t)
-      for t in TEMPERATURES
-    )
-    return Solution(np.zeros(0, np.float32), offset_k, temperature, loss)
-
-  def _from_shares(self, judged: Sequence['_Judged'], target_nk: np.ndarray) -> Solution:
-    """A solution, without its coefficients, whose probabilities are the shares of the classes where
-    the kernels tell nothing: softmax of a mean of one-hot labels is something else, so a modality
-    that is noise would otherwise be wrong about those, too.
-    """
-    pairs = [(x, self._log_shares(x.count_bk, x.total)) for x in judged]
-    loss, temperature = min(
-      (self._loss([(t * x.change_bk + shares_bk, x) for x, shares_bk in pairs]), t)
-      for t in (*_COOL, *TEMPERATURES)
-    )
-    shares_k = self._log_shares(target_nk.sum(axis=0, dtype=np.float64), len(target_nk))
-    # `kernel_ridge.experts` multiplies answers, of several labels less 0.5, with the temperature.
-    offset_k = shares_k / temperature + (0.5 if self._multi_label else 0.0)
-    return Solution(np.zeros(0, np.float32), offset_k, temperature, loss)
-
-  def _log_shares(self, count_k: np.ndarray, total: int) -> np.ndarray:
-    """Logits of the shares of the classes, [.., K]."""
-    classes = 2 if self._multi_label else count_k.shape[-1]
-    share_k = (count_k + 1) / (total + classes)
-    return np.log(share_k) - (np.log1p(-share_k) if self._multi_label else 0.0)
-
-  def _loss(self, answers: Sequence[tuple[np.ndarray, '_Judged']]) -> float:
-    losses = [log_loss(z, x.target_bk, self._multi_label) for z, x in answers]
-    return float(np.average(losses, weights=[x.weight for _, x in answers]))
+  def _try(self, problem, features, sides, ridge) -> '_Tried':
+    """One ridge; features: [M, N] of training examples, [M, H] of those held out."""
+    feature_mn, feature_mh = features
+    gram_mm, right_mj = sides
+    mean_k = problem.target_nk.mean(axis=0)
+    factor_mm = _raised_cholesky(gram_mm, ridge)
+    half_mj = scipy.linalg.solve_triangular(factor_mm, right_mj, lower=True)
+    half_mk = half_mj[:, :-1] - half_mj[:, -1:] * mean_k
+    half_mb = _solve_lower(factor_mm, feature_mn[:, : ridge_judging.MOST_LEFT_OUT])
+    judged = [ridge_judging.left_out(half_mb, half_mj, problem.target_nk)]
+    if feature_mh.shape[1]:
+      change_hk = _solve_lower(factor_mm, feature_mh).T @ half_mk
+      judged.append(ridge_judging.held_out(change_hk, problem.target_hk, problem.target_nk))
+    verdict = ridge_judging.from_mean(judged, mean_k, self._multi_label)
+    return _Tried(ridge, factor_mm, half_mk, judged, verdict)
 
 
-class _Judged(NamedTuple):
-  """Answers of a regression to examples that it was not fitted to.
+class _Tried(NamedTuple):
+  """A ridge r: L of L L' = F'F + r I, L^-1 F' centred targets, and how it was judged."""
 
-  Attributes:
-    change_bk: the answers less the mean.
-    target_bk: the labels.
-    count_bk, total: training examples of each class, and of all, that it was fitted to.
-    weight: of their mean loss.
-  """
-
-  change_bk: np.ndarray
-  target_bk: np.ndarray
-  count_bk: np.ndarray
-  total: int
-  weight: float
-
-  @property
-  def mean_bk(self) -> np.ndarray:
-    """Mean of the targets that it was fitted to."""
-    return self.count_bk / self.total
-
-
-def _held_out(change_hk: np.ndarray, problem: '_Problem') -> _Judged:
-  count_k = problem.target_nk.sum(axis=0, dtype=np.float64)
-  own = len(problem.target_nk), len(change_hk)
-  return _Judged(change_hk, problem.target_hk, count_k, *own)
-
-
-def _left_out(factor_mm, half_mj, feature_bm, target_nk) -> _Judged:
-  """Of the first training examples, each answered without it.
-
-  Args:
-    factor_mm: L of L L' = F'F + r I.
-    half_mj: L^-1 F' [targets, ones].
-    feature_bm: their features.
-    target_nk: of all training examples.
-  """
-  half_mb = _solve_lower(factor_mm, feature_bm.T)
-  target_bj = _with_ones(target_nk[: len(feature_bm)])
-  others_b = np.maximum(1 - np.square(half_mb).sum(axis=0), _LEAST_OTHER)
-  answer_bj = target_bj - (target_bj - half_mb.T @ half_mj) / others_b[:, None]
-  total = len(target_nk) - 1
-  count_bk = target_nk.sum(axis=0, dtype=np.float64) - target_bj[:, :-1]
-  # The targets are centred, by the mean without the example.
-  change_bk = answer_bj[:, :-1] - answer_bj[:, -1:] * count_bk / total
-  return _Judged(change_bk, target_bj[:, :-1], count_bk, total, _COUNT_AS)
-
-
-def _with_ones(target_nk: np.ndarray) -> np.ndarray:
-  return np.concatenate([target_nk, np.ones((len(target_nk), 1), target_nk.dtype)], axis=1)
+  ridge: float
+  factor_mm: np.ndarray
+  half_mk: np.ndarray
+  judged: list[ridge_judging.Judged]
+  verdict: Verdict
 
 
 class _Problem(NamedTuple):
@@ -315,8 +227,8 @@ def _packed(kernels, chosen: Mapping[int, Solution], shares, landmarks: int) -> 
   }
   for pattern, solution in chosen.items():
     found['dual_vmk'][pattern, : len(solution.dual_mk)] = solution.dual_mk
-    found['offset_vk'][pattern] = solution.offset_k
+    found['offset_vk'][pattern] = solution.verdict.offset_k
     found['share_vm'][pattern] = shares[pattern]
-    found['temperature_v'][pattern] = solution.temperature
+    found['temperature_v'][pattern] = solution.verdict.temperature
     found['head_weight_v'][pattern] = 0.5
   return found | {modality: own.variables(landmarks) for modality, own in kernels.items()}
