@@ -265,6 +265,12 @@ def test_programs_answer_without_this_package(run, photo, tmp_path, capsys, monk
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     wanted = {x['label']: x['probability'] for x in model.predict(**given)['labels']}
     assert {name: float(p) for p, name in lines} == pytest.approx(wanted, abs=3e-6)
+  for argv in (['--txt=blue'], [], ['blue']):
+    monkeypatch.setattr(sys, 'argv', ['run.py', *argv])
+    with pytest.raises(
+      SystemExit, match=r'^Classifies .*--text=STRING.* There is no .*stablehlo.$'
+    ):
+      runpy.run_path(str(out / 'run.py'), run_name='__main__')
 
 
 def test_the_scripts_tokenizer_adds_cuts_and_fills_up_by_itself():

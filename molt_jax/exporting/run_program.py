@@ -10,9 +10,11 @@ import tokenizers
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
-here = pathlib.Path(__file__).parent
-given = dict(word.removeprefix('--').split('=', 1) for word in sys.argv[1:])
-about, arrays = json.loads((here / 'model.json').read_text('utf-8')), []
+given = {name: value for name, _, value in (word[2:].partition('=') for word in sys.argv[1:])}
+program = pathlib.Path(__file__).with_name(f'{"_and_".join(sorted(given))}.stablehlo')
+program.is_file() or sys.exit(f'{__doc__} There is no {program.name}.')
+about = json.loads(program.with_name('model.json').read_text('utf-8'))
+arrays = [load_file(program.with_name('weights.safetensors'))]
 if 'image' in given:  # Laid on white, resized, and its centre laid on a square of the mean colour.
   how, size = about['image'], about['image']['size']
   image = ImageOps.exif_transpose(Image.open(given['image'], formats=how['formats']))
@@ -25,9 +27,7 @@ if 'image' in given:  # Laid on white, resized, and its centre laid on a square 
     square.paste(resized, [int((size - side) / 2) for side in resized.size])
   arrays.append(np.stack(squares, axis=-1)[None])
 if 'text' in given:
-  text = tokenizers.Tokenizer.from_file(str(here / 'tokenizer.json')).encode(given['text'])
+  text = tokenizers.Tokenizer.from_file(f'{program.parent}/tokenizer.json').encode(given['text'])
   arrays += [np.array([text.ids], np.int32), np.array([text.attention_mask], bool)]
-program = (here / f'{"_and_".join(sorted(given))}.stablehlo').read_bytes()
-weights = load_file(here / 'weights.safetensors')
-p_k = np.asarray(jax.export.deserialize(bytearray(program)).call(weights, *arrays))[0]
+p_k = np.asarray(jax.export.deserialize(bytearray(program.read_bytes())).call(*arrays))[0]
 print(*(f'{p_k[k]:.6f} {about["classes"][k]}' for k in np.argsort(-p_k)[:5]), sep='\n')
