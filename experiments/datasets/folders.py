@@ -142,6 +142,33 @@ def write(examples: Iterable[Example], folder: pathlib.Path, readme: str, licenc
   return counts
 
 
+def redraw(source: pathlib.Path, folder: pathlib.Path, *, seed: int) -> None:
+  """Writes a folder of `write` anew, its examples drawn to other splits of the same shares;
+  examples of one text or picture are in one split.
+
+  Args:
+    source: the folder.
+    folder: must not be there yet.
+    seed: of the draw.
+  """
+  rows = []
+  for name in SPLITS:
+    with (source / f'{name}.csv').open(encoding='utf-8', newline='') as stream:
+      rows.extend(csv.DictReader(stream))
+  files = [(source / row['image']).read_bytes() if row['image'] else None for row in rows]
+  keys = [_shown(row['text'], file) for row, file in zip(rows, files, strict=True)]
+  where = split([row['label'] for row in rows], groups_of(keys), seed=seed)
+  half = folder.with_name(f'{folder.name}.part')
+  shutil.rmtree(half, ignore_errors=True)
+  shutil.copytree(source / 'images', half / 'images')
+  for name in SPLITS:
+    with (half / f'{name}.csv').open('w', encoding='utf-8', newline='') as stream:
+      table = csv.DictWriter(stream, ('image', 'text', 'label'))
+      table.writeheader()
+      table.writerows(rows[n] for n in np.flatnonzero(where == name))
+  half.rename(folder)
+
+
 def _unique(examples):
   """Returns [(example, PNG file or None)], each picture with a text and a label once."""
   found = {}
@@ -152,11 +179,12 @@ def _unique(examples):
 
 
 def _keys(example, file):
-  yield f'group {example.group}'
-  if example.text:
-    yield f'text {normalised(example.text)}'
-  if file:
-    yield f'picture {hashlib.sha256(file).hexdigest()}'
+  return [f'group {example.group}', *_shown(example.text, file)]
+
+
+def _shown(text, file):
+  keys = [f'text {normalised(text)}'] if text else []
+  return keys + ([f'picture {hashlib.sha256(file).hexdigest()}'] if file else [])
 
 
 def _write_split(rows, folder, name):

@@ -15,12 +15,14 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 
+from molt_jax.errors import UserError
+
 WORDS = ('apple pie', 'green apple', 'red car', 'fast car', 'old house', 'white house')
 
 
 @pytest.fixture(scope='module')
 def scripts(load_scripts):
-  return load_scripts('baselines', 'datasets.folders', 'usefulness')
+  return load_scripts('baselines', 'datasets.folders', 'splits', 'usefulness')
 
 
 def _png(rng, colour):
@@ -150,6 +152,31 @@ def test_splits_share_no_group_text_or_picture(scripts, tmp_path):
   assert counts in readme and 'From here.' in readme and '120 examples' in counts
 
 
+def _rows(folder):
+  """(text, label, picture) -> split."""
+  found = {}
+  for path in folder.glob('*.csv'):
+    for row in csv.DictReader(path.open()):
+      key = row['text'], row['label'], (folder / row['image']).read_bytes()
+      assert key not in found
+      found[key] = path.stem
+  return found
+
+
+def test_other_splits_have_the_same_rows_and_share_no_text_or_picture(scripts, tmp_path):
+  folders = scripts['datasets.folders']
+  folders.write(list(_examples(folders)), tmp_path / 'first', 'From here.', 'Free.')
+  for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+    folders.redraw(tmp_path / 'first', tmp_path / name, seed=seed)
+  first, a, b, c = (_rows(tmp_path / name) for name in ('first', 'a', 'b', 'c'))
+  assert a == b and a != c and a != first and a.keys() == c.keys() == first.keys()
+  assert set(a.values()) == set(folders.SPLITS)
+  seen = {}
+  for (text, _, picture), split in a.items():
+    for key in (folders.normalised(text), picture):
+      assert seen.setdefault(key, split) == split
+
+
 def test_frequent_classes_are_kept_and_cut(scripts):
   folders = scripts['datasets.folders']
   examples = [folders.Example(f'e{n}', None, 't', 'ab'[n > 4], '') for n in range(20)]
@@ -199,6 +226,28 @@ def test_results_are_kept_by_row_and_seed_and_compared(scripts, tmp_path, capsys
     'complete' in line and 'unimodal' in line and '**behind by 5.2**' in line for line in lines
   )
   assert str(tmp_path) not in text
+
+
+def test_the_default_is_compared_over_splits_pair_by_pair(scripts, tmp_path, capsys):
+  usefulness, splits = scripts['usefulness'], scripts['splits']
+  own, other = np.array([0.8, 0.7, 0.9]), np.array([0.7, 0.72, 0.75])
+  with flagsaver.flagsaver(out=str(tmp_path / 'out'), runs=str(tmp_path / 'runs')):
+    for n in range(3):
+      usefulness.keep(f'my_toys_{n}', usefulness.DEFAULT, {'0': _result(own[n], 0.5, None)})
+      usefulness.keep(f'my_toys_{n}', 'most frequent class', {'0': _result(other[n], 0.5, 0.3)})
+    usefulness.keep('alone_0', usefulness.DEFAULT, {'0': _result(0.5, 0.5, 0.5)})
+    splits.report(tmp_path / 'out')
+  text = (tmp_path / 'out/splits.md').read_text()
+  assert text == capsys.readouterr().out and 'alone' not in text
+  ahead = 100 * (own - other)
+  said = f'{100 * other.mean():.1f} ({ahead.mean():+.1f} ± {ahead.std(ddof=1):.1f})'
+  assert f'| most frequent class | {said} | 50.0 (+0.0 ± 0.0) | - |' in text
+  assert '## my_toys, 3 splits' in text and '| MoLT, default | 80.0 | 50.0 | - |' in text
+
+
+def test_a_split_needs_a_folder_with_a_table(scripts, tmp_path):
+  with pytest.raises(UserError, match=f"--data: 'x={tmp_path}' is no NAME=FOLDER with a train.csv"):
+    scripts['splits'].drawn(f'x={tmp_path}', 0)
 
 
 def test_a_baseline_is_made_once_in_a_process_of_its_own(
