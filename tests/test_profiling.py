@@ -304,6 +304,7 @@ def test_the_baseline_computes_what_our_paper_preset_does(tools):
   )[0]
   config = bench_train.make_config(flags, batch=24, width=8, preset='paper')
   ours = bench_train.Ours(config, 5, None, bench_train.lengths(flags, 24))
+  ours.load()
   assert 'token_position' in ours.host
   ours.host['label'] = np.arange(24, dtype=np.int32) % 5
   baseline = baseline_torch.Baseline(
@@ -364,8 +365,8 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
   )
   names = {'robust', 'flash', 'int8', 'paper', 'compiled', 'texts', 'profile', 'batches'}
   commands = [line.split() for line in (tmp_path / 'commands').read_text().splitlines()]
-  compiling_first = [command for command in commands if '--rounds=1' in command]
-  assert len(compiling_first) == 6 and len(commands) == 6 + len(names)
+  compiled_first = [command for command in commands if {'--compile', '--rounds=1'} & {*command}]
+  assert len(compiled_first) == 10 and len(commands) == 10 + len(names)
   for script, *arguments in commands:
     tool = {'tools/bench_train.py': bench_train, 'tools/profile_step.py': profile_step}[script]
     schema = None if tool is bench_train else CLASSIFIER
@@ -382,6 +383,18 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
       and config.backbones.dtype == config.compute_dtype == 'bfloat16'
     )
   assert not names
+
+
+def test_steps_are_compiled_beforehand_and_found_again(tmp_path):
+  environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
+  towers = ['--text=llama-tiny', '--image=clip-vit-tiny', '--contestants=live,live_padded,store']
+  sizes = ['--tokens=8', '--lengths=6,3', '--batch=4', '--width=16', '--preset=robust']
+  command = [sys.executable, str(ROOT / 'tools/bench_train.py'), *towers, *sizes]
+  steps = []
+  for more in ('--compile', '--rounds=1'):
+    subprocess.run([*command, more], env=environment, check=True, capture_output=True)
+    steps.append({path.name for path in tmp_path.glob('jit_train_step-*-cache')})
+  assert steps[0] == steps[1] and len(steps[0]) == 3
 
 
 def test_the_gpu_benchmark_runs_with_tiny_shapes(tmp_path):

@@ -7,7 +7,7 @@
 # Writes one JSON file a measurement, in FOLDER or experiments/results/gpu. --small: tiny shapes, on a CPU too; NAMEs: those measurements only; LIMIT:
 # seconds after which it stops what still runs.
 #
-# Compiling takes most of the time. The larger programs are compiled first, all at once, and found again by the measurements, which run one by one;
+# Compiling takes most of the time. The steps are compiled first, all at once, and found again by the measurements, which run one by one;
 # log.txt says how long each program took to compile. What is cut off keeps the cases that were done.
 #
 # Needs jax (with its GPU plugin), flax, optax, chex, orbax-checkpoint, torch and transformers; qwix for int8. The package need not be installed.
@@ -75,7 +75,7 @@ compile() {
   local name=$1
   shift
   is_wanted "$name" || return 0
-  JAX_LOG_COMPILES=1 within 240 "$python" "$@" --rounds=1 2>&1 >/dev/null | sed -n "s/.*Finished XLA compilation of/$name compiled/p" >>"$log" &
+  JAX_LOG_COMPILES=1 within 240 "$python" "$@" 2>&1 >/dev/null | sed -n "s/.*Finished XLA compilation of/$name compiled/p" >>"$log" &
 }
 
 sizes=(--text=$text --image=$image --tokens=$tokens --width=$width --dtype=$dtype)
@@ -89,12 +89,16 @@ step=(tools/profile_step.py --trace="$cache/trace" --config=configs/quickstart.p
 
 failed=0
 train=(tools/bench_train.py "${sizes[@]}")
-compile robust "${train[@]}" "${robust[@]}" --contestants=live,store
-compile flash "${train[@]}" "${robust[@]}" --contestants=live --attention=$flash
-compile int8 "${train[@]}" "${robust[@]}" --contestants=live --quantization=int8
-compile paper "${train[@]}" "${paper[@]}" --contestants=live,store
-compile texts "${train[@]}" "${short[@]}" --contestants=live,live_padded
-compile profile "${step[@]}"
+compile robust "${train[@]}" "${robust[@]}" --contestants=live,store --compile
+compile flash "${train[@]}" "${robust[@]}" --contestants=live --attention=$flash --compile
+compile int8 "${train[@]}" "${robust[@]}" --contestants=live --quantization=int8 --compile
+compile paper "${train[@]}" "${paper[@]}" --contestants=live,store --compile
+compile texts "${train[@]}" "${short[@]}" --contestants=live --compile
+compile texts "${train[@]}" "${short[@]}" --contestants=live_padded --compile
+for size in ${sweep//,/ }; do
+  compile batches "${train[@]}" --batch=$size --preset=robust --lengths=full --contestants=live --compile
+done
+compile profile "${step[@]}" --rounds=1
 wait
 echo "programs compiled after $SECONDS s"
 bench robust 80 "${robust[@]}" --contestants=live,store,baseline

@@ -99,6 +99,7 @@ FLAGS = (
   Flag('solver', 'of our CCA', 'eigh', rule=choice('eigh', 'newton_schulz')),
   Flag('classes', 'number of classes', 101, type=int, rule=at_least(1)),
   Flag('rounds', 'timed steps of each contestant', 5, type=int, rule=at_least(1)),
+  Flag('compile', 'only compile our steps, without memory for the towers', switch=True),
   Flag('out', 'file to write the JSON to', ''),
   Flag('json', 'print JSON', switch=True),
 )
@@ -158,23 +159,46 @@ class Ours:
     self.workload = Workload.open(config, num_classes=classes)
     self.host = self.workload.batch(length_b=length_b)
     self._batch = sharding.put_batch(self.host, self.workload.mesh)
-    self.frozen = frozen or self.workload.frozen()
+    self.frozen = frozen
+
+  def load(self):
+    """Makes the towers, unless they were given."""
+    self.frozen = self.frozen or self.workload.frozen()
+    return self.frozen
 
   def runs(self, wanted):
     """Contestant -> a function that does one step."""
-    runs = {}
-    if 'live' in wanted:
-      runs['live'] = self._stepper(self.frozen, self._batch)
-    if 'live_padded' in wanted:
-      runs['live_padded'] = self._stepper(
-        self.frozen, {name: x for name, x in self._batch.items() if name != 'token_position'}
-      )
-    if 'store' in wanted:
-      runs['store'] = self._stepper(
-        dict.fromkeys(self.frozen),
-        Parts(self.workload, self.frozen, self._batch).stored_batch(),
-      )
-    return runs
+    stored = Parts(self.workload, self.frozen, self._batch).stored_batch
+    return {
+      name: self._stepper(frozen, batch)
+      for name, (frozen, batch) in self._arguments(wanted, self.frozen, stored).items()
+    }
+
+  def compile(self, wanted):
+    """Compiles the steps that `runs` would run, which finds them in JAX's cache then."""
+    state, frozen, _ = self.workload.shapes()
+    for own, batch in self._arguments(wanted, frozen, self._stored_shapes).values():
+      self.workload.step().lower(state, own, batch).compile()
+
+  def _arguments(self, wanted, frozen, stored):
+    """Contestant -> towers and batch of its step."""
+    found = {'live': lambda: (frozen, self._batch)}
+    padded = {name: x for name, x in self._batch.items() if name != 'token_position'}
+    found['live_padded'] = lambda: (frozen, padded)
+    found['store'] = lambda: (dict.fromkeys(frozen), stored())
+    return {name: make() for name, make in found.items() if name in wanted}
+
+  def _stored_shapes(self):
+    features = self.workload.method.features
+    shapes = jax.eval_shape(
+      lambda frozen, batch: timing.with_features(batch, features(frozen, batch)),
+      self.workload.shapes()[1],
+      self._batch,
+    )
+    place = jax.NamedSharding(self.workload.mesh, jax.P('data'))
+    return {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in shapes.items()
+    }
 
   def flops(self):
     """FLOPs of the matrix products of a live step."""
@@ -243,15 +267,23 @@ class Theirs:
     return self._torch.cuda.max_memory_allocated() if self.device == 'cuda' else None
 
 
+def _cases_of(flags):
+  return itertools.product(flags.batch, flags.width, flags.preset)
+
+
+def _ours(flags, batch, width, preset, frozen=None):
+  config = make_config(flags, batch=batch, width=width, preset=preset)
+  return Ours(config, flags.classes, frozen, lengths(flags, batch))
+
+
 def measure(flags) -> Iterator[dict]:
   """Yields the report after each case, which is said on stderr too."""
   wanted = flags.contestants
   theirs = Theirs(flags) if any(name.startswith('baseline') for name in wanted) else None
   frozen, cases = None, []
-  for batch, width, preset in itertools.product(flags.batch, flags.width, flags.preset):
-    config = make_config(flags, batch=batch, width=width, preset=preset)
-    ours = Ours(config, flags.classes, frozen, lengths(flags, batch))
-    frozen = ours.frozen
+  for batch, width, preset in _cases_of(flags):
+    ours = _ours(flags, batch, width, preset, frozen)
+    frozen = ours.load()
     runs = ours.runs(wanted)
     if theirs:
       theirs.forget_peak()
@@ -346,6 +378,10 @@ def main(argv: Sequence[str]) -> None:
     FLAGS,
     argv,
   )
+  if flags.compile:
+    for case in _cases_of(flags):
+      _ours(flags, *case).compile(flags.contestants)
+    return
   out = pathlib.Path(flags.out)
   out.parent.mkdir(parents=True, exist_ok=True)  # Before the work, not after it.
   for found in measure(flags):

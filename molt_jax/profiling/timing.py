@@ -13,6 +13,7 @@ import ml_collections
 import optax
 
 from molt_jax.data.modalities import MODALITIES
+from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.profiling.workload import Workload
 from molt_jax.runtime import compiling
 from molt_jax.training.step import train_step
@@ -37,6 +38,13 @@ def seconds_in_turn(
 def spread(values: Sequence[float]) -> dict[str, float]:
   """Median, least and greatest."""
   return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def with_features(batch: Mapping[str, jax.Array], features: HiddenStates) -> dict[str, jax.Array]:
+  """Returns a batch with features in the place of images and tokens, as a store gives it."""
+  found = {f'{m}_states': features.of(m) for m in MODALITIES}
+  rest = {name: x for name, x in batch.items() if name not in ('image', 'tokens')}
+  return rest | {name: jnp.moveaxis(x, 0, 1) for name, x in found.items() if x is not None}
 
 
 class Parts:
@@ -67,11 +75,10 @@ class Parts:
     return calls
 
   def stored_batch(self) -> dict[str, jax.Array]:
-    """The batch with features in the place of images and tokens, as a feature store gives it."""
+    """`with_features` of the towers, placed as batches are."""
     features = compiling.jit(self._w.method.features)(self._frozen, self._batch)
-    found = {f'{m}_states': features.of(m) for m in MODALITIES}
-    rest = {name: x for name, x in self._batch.items() if name not in ('image', 'tokens')}
-    return rest | {name: jnp.moveaxis(x, 0, 1) for name, x in found.items() if x is not None}
+    place = jax.NamedSharding(self._w.mesh, jax.P('data'))
+    return jax.device_put(with_features(self._batch, features), place)
 
   def _live(self):
     """The towers that the method runs itself."""
