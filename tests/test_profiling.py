@@ -385,6 +385,19 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
   assert not names
 
 
+def test_the_gpu_benchmark_names_what_it_can_measure(tmp_path):
+  environment = {**os.environ, 'OUT': str(tmp_path), 'PYTHON': sys.executable}
+  done = subprocess.run(
+    ['bash', str(ROOT / 'tools/bench_gpu.sh'), 'robust', 'flesh'],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and not done.stdout
+  assert "error: 'flesh' is no measurement; give one or several of robust flash" in done.stderr
+
+
 def test_steps_are_compiled_beforehand_and_found_again(tmp_path):
   environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
   towers = ['--text=llama-tiny', '--image=clip-vit-tiny', '--contestants=live,live_padded,store']

@@ -36,6 +36,13 @@ if [ "${1:-}" = --small ]; then
 fi
 
 only=" $* "
+known=' robust flash int8 paper profile texts batches compiled '
+for name in "$@"; do
+  if [[ $known != *" $name "* ]]; then
+    echo "error: '$name' is no measurement; give one or several of$known" >&2
+    exit 2
+  fi
+done
 
 # is_wanted NAME
 is_wanted() {
