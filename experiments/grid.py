@@ -275,7 +275,6 @@ def publish(script: str, lines: Sequence[str], content: Mapping[str, Any], start
     'seeds': seeds(),
     'device': jax.devices()[0].device_kind,
     'seconds_of_this_call': round(time.monotonic() - start, 1),
-    'set': SET.value,
   }
   versions = ', '.join(f'{name} {version}' for name, version in meta['versions'].items())
   foot = (
