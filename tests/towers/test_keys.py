@@ -526,6 +526,18 @@ def test_values_that_would_be_computed_with_wrongly_are_refused(kind, changes, s
     READERS[kind]({**SMALL[kind], **changes})
 
 
+@pytest.mark.parametrize('kind', sorted(READERS))
+@pytest.mark.parametrize('value', [[], [1], {}, {'a': 1}, 1, 1.5, True])
+def test_a_model_type_that_is_no_name_is_one_line(kind, value):
+  try:
+    made = READERS[kind]({**SMALL[kind], 'model_type': value})
+  except UserError as error:
+    assert 'model_type' in str(error) and '\n' not in str(error)
+  else:  # Where it is not read, or is as if it were not there.
+    assert not value or kind == 'image'
+    assert made == READERS[kind](SMALL[kind])
+
+
 VALUES = (
   st.none()
   | st.booleans()

@@ -130,7 +130,8 @@ class BertConfig:
     Raises:
       UserError: a key is unknown, or a value is not implemented.
     """
-    kind = config.get('model_type', 'bert')
+    kind = config.get('model_type')
+    kind = kind if isinstance(kind, str) else 'bert'  # What is no name, its table refuses.
     keys.check(config, TABLES.get(kind, BERT), where)
     defaults = DEFAULTS if kind == 'bert' else ROBERTA_DEFAULTS
     c = {**defaults, **{k: v for k, v in config.items() if v is not None}}
