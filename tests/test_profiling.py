@@ -385,15 +385,19 @@ def test_every_command_of_the_gpu_benchmark_is_legal(tmp_path, tools):
   assert not names
 
 
-def test_the_gpu_benchmark_names_what_it_can_measure(tmp_path):
-  environment = {**os.environ, 'OUT': str(tmp_path), 'PYTHON': sys.executable}
-  done = subprocess.run(
-    ['bash', str(ROOT / 'tools/bench_gpu.sh'), 'robust', 'flesh'],
-    env=environment,
+def gpu_benchmark(out, *arguments):
+  """What came of tools/bench_gpu.sh."""
+  return subprocess.run(
+    ['bash', str(ROOT / 'tools/bench_gpu.sh'), *arguments],
+    env={**os.environ, 'OUT': str(out), 'PYTHON': sys.executable},
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+def test_the_gpu_benchmark_names_what_it_can_measure(tmp_path):
+  done = gpu_benchmark(tmp_path, 'robust', 'flesh')
   assert done.returncode == 2 and not done.stdout
   assert "error: 'flesh' is no measurement; give one or several of robust flash" in done.stderr
 
@@ -411,14 +415,7 @@ def test_steps_are_compiled_beforehand_and_found_again(tmp_path):
 
 
 def test_the_gpu_benchmark_runs_with_tiny_shapes(tmp_path):
-  environment = {**os.environ, 'OUT': str(tmp_path), 'PYTHON': sys.executable}
-  out = subprocess.run(
-    ['bash', str(ROOT / 'tools/bench_gpu.sh'), '--small', 'int8'],
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  out = gpu_benchmark(tmp_path, '--small', 'int8')
   assert out.returncode == 0, out.stdout + (tmp_path / 'log.txt').read_text()
   assert {path.stem for path in tmp_path.glob('*.json')} == {'int8'}
   report = json.loads((tmp_path / 'int8.json').read_text())
