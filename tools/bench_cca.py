@@ -36,6 +36,7 @@ from absl import app, flags
 
 from molt_jax.objectives.cca.estimators import make_estimator
 from molt_jax.objectives.cca.loss import cca_loss
+from molt_jax.runtime import compiling
 
 QUICK = flags.DEFINE_boolean('quick', False, 'Only n = 32 and 256, d = 64 and 1024, one layer.')
 N = flags.DEFINE_list('n', None, 'Batch sizes in the place of the usual ones.')
@@ -71,7 +72,7 @@ def naive_loss(x_nd, y_nd):
 
 def jax_caller(loss):
   """Value and gradient of the sum over layers; `loss` takes [L, n, d]."""
-  step = jax.jit(
+  step = compiling.jit(
     jax.value_and_grad(lambda x_lnd, y_lnd: jnp.sum(loss(x_lnd, y_lnd)), argnums=(0, 1))
   )
 
@@ -231,7 +232,7 @@ def estimator_step(name):
     return value, rest
 
   step = (
-    jax.jit(jax.value_and_grad(loss, argnums=(1, 2), has_aux=True))
+    compiling.jit(jax.value_and_grad(loss, argnums=(1, 2), has_aux=True))
     .lower(estimator.init(4, 1024), x_lbd, y_lbd)
     .compile()
   )

@@ -31,7 +31,7 @@ from molt_jax.config.methods import METHODS
 from molt_jax.config.resolved import set_field
 from molt_jax.profiling import flops, timing
 from molt_jax.profiling.workload import Workload
-from molt_jax.runtime import atomic, console, sharding
+from molt_jax.runtime import atomic, compiling, console, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag
 
@@ -112,7 +112,7 @@ class Step:
     self.towers = self.workload.frozen()
     self.batch = sharding.put_batch(self.workload.batch(), self.workload.mesh)
     method = self.workload.method
-    self._stored = stored(jax.jit(method.features)(self.towers, self.batch), self.batch)
+    self._stored = stored(compiling.jit(method.features)(self.towers, self.batch), self.batch)
     live = {m for m, reads in method.reads.items() if reads.lowest is not None}
     self._frozen = {m: params if m in live else None for m, params in self.towers.items()}
     self._step, self._state = self.workload.step(), self.workload.state()
@@ -145,7 +145,7 @@ def case(name: str, flags: Any) -> dict[str, Any]:
   """Returns the costs of one method, as multiples of a forward pass of both towers."""
   step = Step(make_config(flags, name), flags.classes)
   plain = Workload.open(make_config(flags, 'late_fusion'), num_classes=flags.classes)
-  forward, towers, batch = jax.jit(plain.method.features), step.towers, step.batch
+  forward, towers, batch = compiling.jit(plain.method.features), step.towers, step.batch
   alone = {
     m: flops.matmul_flops(forward, {**dict.fromkeys(towers), m: towers[m]}, batch)
     for m in plain.modules

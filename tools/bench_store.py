@@ -32,7 +32,7 @@ from molt_jax.data.modalities import MODALITIES
 from molt_jax.features import opening
 from molt_jax.features.frozen import load_frozen
 from molt_jax.profiling.workload import Workload
-from molt_jax.runtime import sharding
+from molt_jax.runtime import compiling, sharding
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
 from molt_jax.training import train_state
@@ -110,7 +110,7 @@ class Bench:
     (decoding included).
     """
     features = self.assembly.method.features
-    forward = jax.jit(lambda *x: jax.tree.map(lambda leaf: leaf.sum(), features(*x)))
+    forward = compiling.jit(lambda *x: jax.tree.map(lambda leaf: leaf.sum(), features(*x)))
     batches = pipeline.eval_batches(
       self.source,
       self.assembly.preprocess,

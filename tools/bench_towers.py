@@ -2,18 +2,20 @@
 turns: `python tools/bench_towers.py [--json]`.
 
 All compute the same hidden states of the same inputs in float32 from the same weights, with as many
-threads as there are processors. PyTorch is transformers' model in inference mode, ONNX Runtime runs
-what PyTorch exports of it; the latter is left out where it (or onnxscript) is not installed.
+threads as there are processors. Ours is compiled as training and extraction compile it, PyTorch is
+transformers' model in inference mode, ONNX Runtime runs what PyTorch exports of it; the latter is
+left out where it (or onnxscript) is not installed.
 
   image    batches of --images pictures of noise, as the preset's image tower reads them
   equal    texts that all have --tokens tokens, so that padding makes no difference
   lengths  texts of --lengths tokens (log-normal, --tokens at most): our tower computes real tokens
            alone, PyTorch pads to the longest of the batch
 
-`speedup` is the median over rounds of (the other's / ours in the same round and batch size),
-`over_best` that of the best batch sizes of both. Other work on the machine makes PyTorch's OpenMP
-threads wait for one another by spinning, which flatters us: OMP_WAIT_POLICY=PASSIVE, the default
-here, removes most of that, and the report holds the load.
+In its turn each runs twice and the second time is taken, since threads of the one before wait for
+work by spinning for a while. `speedup` is the median over rounds of (the other's / ours in the same
+round and batch size), `over_best` that of the best batch sizes of both. Other work on the machine
+makes PyTorch's OpenMP threads wait for one another by spinning too, which flatters us:
+OMP_WAIT_POLICY=PASSIVE, the default here, removes most of that, and the report holds the load.
 """
 
 import importlib.metadata
@@ -37,6 +39,7 @@ import torch_towers
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.config.fields import Rule, at_least
 from molt_jax.data import packing
+from molt_jax.runtime import compiling
 from molt_jax.runtime.command_line import command, parse
 from molt_jax.runtime.flags import Flag, choice
 from molt_jax.towers import loading
@@ -45,7 +48,7 @@ CASES = ('image', 'equal', 'lengths')
 LENGTHS = Rule('mean,standard deviation', lambda v: re.fullmatch(r'[\d.]+,[\d.]+', v) is not None)
 FLAGS = (
   Flag('case', 'what is compared', CASES, rule=choice(*CASES), many=True),
-  Flag('images', 'batch sizes of images', (16, 64), type=int, rule=at_least(1), many=True),
+  Flag('images', 'batch sizes of images', (16, 32, 64), type=int, rule=at_least(1), many=True),
   Flag('texts', 'batch sizes of texts', (64,), type=int, rule=at_least(1), many=True),
   Flag('tokens', 'most tokens of a text', 16, type=int, rule=at_least(1)),
   Flag('lengths', 'of texts, mean and standard deviation', '6,3.6', rule=LENGTHS),
@@ -72,7 +75,7 @@ class Selected(torch.nn.Module):
 
 def ours(tower, states: Sequence[int], inputs: Sequence[np.ndarray]) -> Run:
   """Returns a function that runs our tower."""
-  step = jax.jit(lambda params, *x: tower.module.apply({'params': params}, *x, states=states))
+  step = compiling.jit(lambda params, *x: tower.module.apply({'params': params}, *x, states=states))
   on_device = jax.device_put(tuple(inputs))
   return lambda: step(tower.params, *on_device).block_until_ready()
 
@@ -137,14 +140,14 @@ def text_runs(flags, tower, model, states, length_b: np.ndarray) -> dict[str, Ru
 
 
 def seconds_in_turn(runs: Mapping[str, Run], rounds: int) -> dict[str, list[list[float]]]:
-  """Contestant -> (wall, processor) seconds of each round; the first, which compiles, left out."""
+  """Contestant -> (wall, processor) seconds of each round."""
   taken = {name: [] for name in runs}
-  for turn in range(rounds + 1):
+  for _ in range(rounds):
     for name, run in runs.items():
+      run()  # Threads of the one before wait by spinning for a while; the first time it compiles.
       wall, cpu = time.perf_counter(), time.process_time()
       run()
-      both = [time.perf_counter() - wall, time.process_time() - cpu]
-      taken[name] += [both] if turn else []
+      taken[name].append([time.perf_counter() - wall, time.process_time() - cpu])
   return taken
 
 
