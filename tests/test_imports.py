@@ -56,3 +56,19 @@ def test_imports_go_one_way():
 def test_importing_package_and_commands_does_not_import_jax():
   code = 'import sys, molt_jax, molt_jax.commands; sys.exit("jax" in sys.modules)'
   assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_training_logs_without_importing_pytorch(tmp_path):
+  """TensorBoard's writer imports it where it is installed, which takes a second."""
+  code = f"""
+import importlib.util, pathlib, sys
+from molt_jax.runtime import logbook
+log = logbook.Logbook(pathlib.Path({str(tmp_path)!r}), step=0)
+log.write('train', 1, {{'loss': 1.0}})
+log.close()
+assert 'torch' not in sys.modules
+if importlib.util.find_spec('torch'):  # Whoever wants it afterwards gets it.
+  import torch
+"""
+  assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+  assert list((tmp_path / 'events').iterdir())

@@ -1,9 +1,11 @@
 """A run's log: one JSON object a line in metrics.jsonl, the same numbers as TensorBoard events."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,8 +33,9 @@ class Logbook:
       self._file = self._path.open('a', encoding='utf-8')
     with self._explained(self._folder):
       self._folder.mkdir(exist_ok=True)
-      # Whoever reads a logbook alone need not wait for it (it imports PyTorch where that is there).
-      from tensorboardX import event_file_writer
+      # Whoever reads a logbook alone need not wait for it.
+      with _unimportable('torch'):
+        from tensorboardX import event_file_writer
       from tensorboardX.proto import event_pb2
 
       # Calls within a second would otherwise share a file.
@@ -68,6 +71,19 @@ class Logbook:
 
   def _explained(self, path: pathlib.Path):
     return errors.explained(f'{path} cannot be written', GOES_ON)
+
+
+@contextlib.contextmanager
+def _unimportable(package: str) -> Iterator[None]:
+  """For what imports a large package where it is installed, and does without where it is not."""
+  if package in sys.modules:
+    yield
+    return
+  sys.modules[package] = None
+  try:
+    yield
+  finally:
+    del sys.modules[package]
 
 
 # What to say of a run whose files cannot be written any more.
