@@ -109,8 +109,8 @@ CHOICES = (
 TABLE = (
   Flag(
     'table',
-    'the data: a table (CSV, JSON lines, Parquet, Arrow), a folder of train and test tables, one '
-    'saved by `datasets`, or one of images in a folder a class',
+    'the data: a table (CSV, Excel, JSON lines, Parquet, Arrow), a folder of train and test tables, '
+    'one saved by `datasets`, or one of images in a folder a class',
     required=True,
     bare=True,
   ),
@@ -211,7 +211,9 @@ COMMANDS = {
       Flag('image', "image file; with --table its columns of images; default: the run's"),
       Flag('text', "text; with --table its columns of text; default: the run's"),
       Flag('top_k', 'labels to print, without --table', 5, type=int, rule=at_least(1)),
-      Flag('table', 'a table to predict: CSV, JSON lines, Parquet, Arrow, a folder of images'),
+      Flag(
+        'table', 'a table to predict: CSV, Excel, JSON lines, Parquet, Arrow, a folder of images'
+      ),
       Flag(
         'out',
         'file of the predictions of --table, with the row, label, probabilities, what was there '

@@ -11,8 +11,8 @@ import jax
 #
 # On a CPU the levels above find nothing to do in loops that XLA has fused: steps of training and
 # forward passes of towers come out the same to the bit and as fast, and are compiled in 0.85 of the
-# time. Without the fusion emitters, which jaxlib 0.10 can do without, a training step is compiled in
-# 0.8 of the time and runs as fast.
+# time. Without the fusion emitters, which jaxlib 0.10 can do without, a training step is compiled
+# in 0.8 of the time and runs as fast.
 #
 # A GPU's compiler makes and times a kernel for each of dozens of ways to tile every product,
 # and for several of every fusion; a step has two hundred of the one and six hundred of the other.

@@ -101,6 +101,7 @@ FILES = {
   'mark.csv': (functools.partial(write_csv, encoding='utf-8-sig'), 2),
   'list.json': (lambda file: file.write_text(json.dumps(some_rows(), indent=1)), 1),
   'lines.ndjson': (lambda file: file.write_text('\n'.join(map(json.dumps, some_rows()))), 1),
+  'sheet.xlsx': (lambda file: pd.DataFrame(some_rows()).to_excel(file, index=False), 2),
   'paths.parquet': (lambda file: pd.DataFrame(some_rows()).to_parquet(file), 0),
   'bytes.parquet': (lambda file: frame(file).to_parquet(file, row_group_size=5), 0),
   'bytes.feather': (lambda file: pa.feather.write_feather(frame(file), str(file)), 0),
@@ -225,7 +226,11 @@ def test_metadata_beside_images_and_numbered_files(folder):
 
 MISTAKES = {
   'nothing': (lambda folder: folder / 'no.csv', 'is not a folder, and no file'),
-  'spreadsheet': (lambda folder: write(folder / 'a.xlsx', zipped()), 'a kind that is not read'),
+  'database': (lambda folder: write(folder / 'a.sqlite', b'x'), 'a kind that is not read'),
+  'no spreadsheet': (
+    lambda folder: write(folder / 'a.xlsx', zipped()),
+    'cannot be read as a spreadsheet',
+  ),
   'two tables': (
     lambda folder: write(folder / 'a.csv', b'x') and write(folder / 'b.csv', b'x').parent,
     'has several tables (a.csv, b.csv)',

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from molt_jax.config.json_files import read_json
-from molt_jax.data.tables import arrow_files, csv_files, json_files
+from molt_jax.data.tables import arrow_files, csv_files, json_files, spreadsheets
 from molt_jax.data.tables.csv_files import Dialect
 from molt_jax.data.tables.records import Cells, Records
 from molt_jax.errors import UserError
@@ -52,6 +52,7 @@ OPENERS: Mapping[str, Callable[[pathlib.Path, str, Dialect], Records]] = {
   '.parquet': _arrow,
   '.arrow': _arrow,
   '.feather': _arrow,
+  **dict.fromkeys(spreadsheets.SUFFIXES, spreadsheets.open_spreadsheet),
 }
 _TABLES = tuple(suffix for suffix in OPENERS if suffix not in ('.txt', '.json'))
 IMAGES = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
@@ -103,7 +104,8 @@ def _file(file: pathlib.Path, name: str, dialect: Dialect) -> File:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  names = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
+  # A spreadsheet that is open somewhere lies beside a small file of that name behind '~$'.
+  names = sorted(name for name in os.listdir(folder) if not name.startswith(('.', '~$')))
   return [folder / name for name in names if os.path.isfile(folder / name)]
 
 
