@@ -109,8 +109,8 @@ CHOICES = (
 TABLE = (
   Flag(
     'table',
-    'the data: a table (CSV, Excel, JSON lines, Parquet, Arrow), a folder of train and test tables, '
-    'one saved by `datasets`, or one of images in a folder a class',
+    'the data: a table (CSV, Excel, JSON lines, Parquet, Arrow), a folder of train and test '
+    'tables, one saved by `datasets`, or one of images in a folder a class',
     required=True,
     bare=True,
   ),

@@ -49,8 +49,8 @@ def fit(
 
   Args:
     data: the path of a table (CSV, Excel, JSON lines, Parquet, Arrow), of a folder of train and
-      test tables, of one saved by `datasets`, or of one of images in a folder a class; or a DataFrame,
-      an Arrow table, a `datasets.Dataset`, a list of dicts or a dict of lists.
+      test tables, of one saved by `datasets`, or of one of images in a folder a class; or a
+      DataFrame, an Arrow table, a `datasets.Dataset`, a list of dicts or a dict of lists.
     image: the column of images, or several; None: guessed; '': there is none.
     text: the column of texts, or several, which become one text; None: guessed; '': none.
     label: the column of labels; None: guessed.
