@@ -1,16 +1,18 @@
 """Text files that say which examples there are: CSV, JSON, and JSON a line.
 
-They are in UTF-8 unless told otherwise, and read line by line. Every mistake in them is one line
-that names the file and the place. `name` is what a file is
-called in messages.
+They are in UTF-8 unless told otherwise, perhaps compressed (.gz), and read line by line. Every
+mistake in them is one line that names the file and the place. `name` is what a file is called in
+messages.
 """
 
 import contextlib
 import csv
+import gzip
 import json
 import os
 import pathlib
 import threading
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from molt_jax.errors import UserError
 # The csv module refuses cells of more than 131,072 characters unless told otherwise; its C code
 # holds the limit in a long, which has 32 bits on some machines.
 _LONGEST_CELL = (1 << 31) - 1
+COMPRESSED = '.gz'
 UTF8 = 'utf-8-sig'  # With or without a byte order mark.
 # What a file begins with that is not UTF-8. UTF-32 comes first: it begins like UTF-16.
 _MARKS = (
@@ -127,13 +130,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return twice
 
 
+def kind_of(file: pathlib.Path) -> str:
+  """Returns the suffix that says what a file holds, in small letters, compressed or not."""
+  is_compressed = file.suffix.lower() == COMPRESSED
+  return (file.with_suffix('') if is_compressed else file).suffix.lower()
+
+
 @contextlib.contextmanager
 def opened(file: pathlib.Path, name: str, **how: Any) -> Iterator[Any]:
-  """Opens a file as `open` does; what goes wrong, in the block too, is a UserError."""
+  """Opens a file as `open` does, or what is compressed in it; what goes wrong, in the block too, is
+  a UserError.
+  """
   try:
     if not os.path.isfile(file):  # A pipe would be waited for without end.
       raise UserError(f'{name} is not a file that can be read: give a regular file')
-    with open(file, **how) as stream:
+    with _open(file, **how) as stream:
       yield stream
   except UnicodeDecodeError as error:
     if how.get('encoding') == UTF8:
@@ -143,12 +154,18 @@ def opened(file: pathlib.Path, name: str, **how: Any) -> Iterator[Any]:
     ) from error
   except UnicodeError as error:  # UTF-16 and UTF-32 of an odd number of bytes, for instance.
     raise UserError(f'{name} is not {how["encoding"]} ({error}): give its encoding') from error
+  except (EOFError, zlib.error) as error:
+    raise UserError(f'{name} is damaged ({error}): compress it again') from error
   except OSError as error:
     raise UserError(f'{name} cannot be read: {error.strerror or error}') from error
 
 
+def _open(file: pathlib.Path, *, mode: str = 'rt', **how: Any) -> Any:
+  return (gzip.open if file.suffix.lower() == COMPRESSED else open)(file, mode, **how)
+
+
 def _why_not_utf8(file: pathlib.Path) -> str:
-  with open(file, 'rb') as stream:
+  with _open(file, mode='rb') as stream:
     head = stream.read(4)
     for mark, encoding in _MARKS:
       if head.startswith(mark):

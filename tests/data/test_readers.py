@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -101,6 +102,11 @@ FILES = {
   'mark.csv': (functools.partial(write_csv, encoding='utf-8-sig'), 2),
   'list.json': (lambda file: file.write_text(json.dumps(some_rows(), indent=1)), 1),
   'lines.ndjson': (lambda file: file.write_text('\n'.join(map(json.dumps, some_rows()))), 1),
+  'compressed.csv.gz': (lambda file: pd.DataFrame(some_rows()).to_csv(file, index=False), 2),
+  'compressed.jsonl.gz': (
+    lambda file: pd.DataFrame(some_rows()).to_json(file, orient='records', lines=True),
+    1,
+  ),
   'sheet.xlsx': (lambda file: pd.DataFrame(some_rows()).to_excel(file, index=False), 2),
   'paths.parquet': (lambda file: pd.DataFrame(some_rows()).to_parquet(file), 0),
   'bytes.parquet': (lambda file: frame(file).to_parquet(file, row_group_size=5), 0),
@@ -235,6 +241,12 @@ MISTAKES = {
     lambda folder: write(folder / 'a.csv', b'x') and write(folder / 'b.csv', b'x').parent,
     'has several tables (a.csv, b.csv)',
   ),
+  'no gzip': (lambda folder: write(folder / 'a.csv.gz', b'image,text,label'), 'Not a gzipped file'),
+  'half of one': (
+    lambda folder: write(folder / 'a.csv.gz', gzip.compress(b'image,text,label' * 9)[:-9]),
+    'is damaged',
+  ),
+  'a compressed database': (lambda folder: write(folder / 'a.db.gz', b'x'), '(.db.gz)'),
   'no Parquet': (lambda folder: write(folder / 'a.parquet', b'PAR1'), 'cannot be read as Parquet'),
   'no Arrow': (lambda folder: write(folder / 'a.arrow', b'ARROW1'), 'cannot be read as Arrow'),
   'no JSON': (lambda folder: write(folder / 'a.json', b'[1, 2'), 'a.json is not valid JSON'),

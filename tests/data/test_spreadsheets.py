@@ -85,14 +85,16 @@ def test_pictures_on_a_sheet_are_remarked(tmp_path):
   assert 'save them as files' in remark
 
 
-def test_splits_of_spreadsheets_are_found_and_locks_are_not(tmp_path):
+def test_splits_are_found_and_locks_of_open_spreadsheets_are_not(tmp_path):
   workbook(tmp_path / 'train.xlsx')
-  workbook(tmp_path / 'test.xlsx')
+  workbook(tmp_path / 'Test.XLSX')
+  (tmp_path / 'val.tsv.gz').write_bytes(b'')
   (tmp_path / '~$train.xlsx').write_bytes(b'lock')
   found = layout.find(tmp_path, csv_files.Dialect())
   assert {split: [file.name for file in files] for split, files in found.items()} == {
     'train': ['train.xlsx'],
-    'test': ['test.xlsx'],
+    'test': ['Test.XLSX'],
+    'validation': ['val.tsv.gz'],
   }
 
 

@@ -116,7 +116,7 @@ def _head(file: pathlib.Path, name: str, dialect: Dialect) -> str:
 
 def _separator(file: pathlib.Path, head: str) -> str:
   """Returns the separator that gives the first line several cells, and further lines as many."""
-  if file.suffix.lower() in ('.tsv', '.tab'):
+  if textfiles.kind_of(file) in ('.tsv', '.tab'):
     return '\t'
   best, most = ',', (0.0, 0)
   for separator in SEPARATORS:

@@ -40,7 +40,7 @@ def open_json(file: pathlib.Path, name: str, dialect: csv_files.Dialect) -> Reco
 
 
 def _is_list(file: pathlib.Path, name: str, dialect: csv_files.Dialect) -> bool:
-  if file.suffix.lower() != '.json':
+  if textfiles.kind_of(file) != '.json':
     return False
   how = {'encoding': dialect.encoding, 'errors': dialect.errors}
   with textfiles.opened(file, name, **how) as stream:

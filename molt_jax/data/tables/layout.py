@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from molt_jax.config.json_files import read_json
+from molt_jax.data import textfiles
 from molt_jax.data.tables import arrow_files, csv_files, json_files, spreadsheets
 from molt_jax.data.tables.csv_files import Dialect
 from molt_jax.data.tables.records import Cells, Records
+from molt_jax.data.textfiles import COMPRESSED
 from molt_jax.errors import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -41,7 +43,7 @@ def _arrow(file: pathlib.Path, name: str, dialect: Dialect) -> Records:
   return arrow_files.open_arrow(file, name)
 
 
-OPENERS: Mapping[str, Callable[[pathlib.Path, str, Dialect], Records]] = {
+_TEXTS = {
   '.csv': csv_files.open_csv,
   '.tsv': csv_files.open_csv,
   '.tab': csv_files.open_csv,
@@ -49,12 +51,18 @@ OPENERS: Mapping[str, Callable[[pathlib.Path, str, Dialect], Records]] = {
   '.jsonl': json_files.open_json,
   '.ndjson': json_files.open_json,
   '.json': json_files.open_json,
+}
+OPENERS: Mapping[str, Callable[[pathlib.Path, str, Dialect], Records]] = {
+  **_TEXTS,
+  **{kind + COMPRESSED: opener for kind, opener in _TEXTS.items()},
   '.parquet': _arrow,
   '.arrow': _arrow,
   '.feather': _arrow,
   **dict.fromkeys(spreadsheets.SUFFIXES, spreadsheets.open_spreadsheet),
 }
-_TABLES = tuple(suffix for suffix in OPENERS if suffix not in ('.txt', '.json'))
+# In a folder these may be something else: they are read where they are named.
+_OTHERS = ('.txt', '.json', '.txt.gz', '.json.gz')
+_TABLES = tuple(kind for kind in OPENERS if kind not in _OTHERS)
 IMAGES = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
 IMAGES += ('.avif', '.ico')
 _SHARD = re.compile(r'([a-z]+)-[0-9]{5}-of-[0-9]{5}')
@@ -92,15 +100,26 @@ def find(path: str | os.PathLike, dialect: Dialect) -> dict[str, list[File]]:
       return found
   raise UserError(
     f'{root} has no train.csv and no train.jsonl: add one of them, or give the path of one table '
-    f'(read are {", ".join(_TABLES)}, what `datasets` saves, and folders of images named by class)'
+    f'(read are {", ".join(kind for kind in _TABLES if not kind.endswith(COMPRESSED))}, text also '
+    f'as {COMPRESSED}, what `datasets` saves, and folders of images named by class)'
   )
 
 
 def _file(file: pathlib.Path, name: str, dialect: Dialect) -> File:
-  suffix = file.suffix.lower()
-  if suffix not in OPENERS:
-    raise UserError(f'{name} is of a kind that is not read ({suffix or "no suffix"}): {_ADVICE}')
-  return File(name, lambda: OPENERS[suffix](file, name, dialect))
+  kind = _kind(file)
+  if kind not in OPENERS:
+    raise UserError(f'{name} is of a kind that is not read ({kind or "no suffix"}): {_ADVICE}')
+  return File(name, lambda: OPENERS[kind](file, name, dialect))
+
+
+def _kind(file: pathlib.Path) -> str:
+  """Returns the end of a file's name that says how it is read, such as '.csv' or '.csv.gz'."""
+  kind, suffix = textfiles.kind_of(file), file.suffix.lower()
+  return kind + suffix if suffix == COMPRESSED else kind
+
+
+def _stem(file: pathlib.Path) -> str:
+  return file.name[: len(file.name) - len(_kind(file))].lower()
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -128,9 +147,9 @@ def _by_split(folder: pathlib.Path, root: pathlib.Path, dialect: Dialect) -> dic
   files: dict[str, list[pathlib.Path]] = {}
   shards: dict[str, list[pathlib.Path]] = {}
   for file in _files(folder):
-    if file.suffix.lower() not in OPENERS:
+    if _kind(file) not in OPENERS:
       continue
-    stem = file.stem.lower()
+    stem = _stem(file)
     if stem in SPLIT_WORDS:
       files.setdefault(SPLIT_WORDS[stem], []).append(file)
     elif (match := _SHARD.fullmatch(stem)) and match[1] in SPLIT_WORDS:
@@ -146,8 +165,8 @@ def _by_split(folder: pathlib.Path, root: pathlib.Path, dialect: Dialect) -> dic
 
 
 def _only_file(root: pathlib.Path, dialect: Dialect) -> dict[str, list[File]]:
-  tables = [file for file in _files(root) if file.suffix.lower() in _TABLES]
-  if any(file.stem.lower() in SPLIT_WORDS for file in tables):
+  tables = [file for file in _files(root) if _kind(file) in _TABLES]
+  if any(_stem(file) in SPLIT_WORDS for file in tables):
     return {}
   if len(tables) > 1:
     names = ', '.join(file.name for file in tables[:3])
@@ -205,11 +224,7 @@ def _image_folders(root: pathlib.Path, dialect: Dialect) -> dict[str, list[File]
 
 
 def _metadata(folder: pathlib.Path, root: pathlib.Path, dialect: Dialect) -> list[File]:
-  files = [
-    file
-    for file in _files(folder)
-    if file.stem.lower() == 'metadata' and file.suffix.lower() in OPENERS
-  ]
+  files = [file for file in _files(folder) if _stem(file) == 'metadata' and _kind(file) in OPENERS]
   return [_file(file, file.relative_to(root).as_posix(), dialect) for file in files[:1]]
 
 
