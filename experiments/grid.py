@@ -174,9 +174,9 @@ def seeds() -> list[int]:
   return [int(seed) for seed in SEEDS.value]
 
 
-def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
+def make(methods: Mapping[str, Mapping[str, Any]], *, today: bool = False) -> dict[str, Table]:
   """Makes or reads every run of these methods; returns data set -> method -> seed -> run, without
-  methods that nobody asked for and none finished.
+  methods that nobody asked for and none finished. `today`: see `make_config`.
   """
   made = {}
   for data in DATA.value:
@@ -184,7 +184,7 @@ def make(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Table]:
     table = collections.defaultdict(dict)
     for seed in seeds():
       for method, changes in methods.items():
-        config = make_config(data, changes, seed)
+        config = make_config(data, changes, seed, today=today)
         folder = pathlib.Path(RUNS.value) / name / resolved.config_hash(config)
         if re.search(ONLY.value, method) or (folder / 'result.json').exists():
           table[method][seed] = Made(folder, runs.run(config, folder))

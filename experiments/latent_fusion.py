@@ -157,7 +157,7 @@ def lines(made: Mapping[str, grid.Table], found: Mapping[str, Any]):
 
 def main():
   start = time.monotonic()
-  made = grid.make(METHODS)
+  made = grid.make(METHODS, today=True)
   found = {}
   for data, table in made.items():
     found[data] = {
