@@ -1,6 +1,7 @@
 """The pooled pairs (h_i, h_t), collected while a split is evaluated, and what they look like."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -72,7 +73,7 @@ class PairDiagnostics:
       return {}
     values = jax.device_get(_of_pairs(*self.pairs))
     enough = self.pairs[0].shape[1] >= MIN_PAIRS
-    past = estimator.past(state := jax.device_get(state))
+    past = jax.device_get(_past_of(estimator)(state := jax.device_get(state)))
     # Centred, n pairs have n - 1 correlations; the rest of k would be none.
     if past and float(np.sum(past[2])) > past[0].shape[2]:
       projections = state['projection_x_ldk'], state['projection_y_ldk']
@@ -132,6 +133,12 @@ class PairDiagnostics:
 
 def _or_none(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
+
+
+@functools.lru_cache(maxsize=4)
+def _past_of(estimator: CCAEstimator) -> Callable[[Any], Any]:
+  """`estimator.past`, compiled once for all validations of a run."""
+  return compiling.jit_once(estimator.past)
 
 
 @compiling.jit_once
