@@ -122,7 +122,7 @@ def test_a_password_is_asked_to_be_taken_off(tmp_path, monkeypatch):
     opened(tmp_path / 'a.xlsx')
 
 
-def test_damage_is_refused_in_one_line_or_changes_nothing_but_cells(tmp_path):
+def test_damage_that_is_not_read_over_is_refused_in_one_line(tmp_path):
   """Bytes of the parts of a book are changed or cut, and the book is packed again."""
   workbook(tmp_path / 'a.xlsx')
   with zipfile.ZipFile(tmp_path / 'a.xlsx') as archive:

@@ -19,6 +19,7 @@ import pyarrow.parquet
 from molt_jax.data import pictures
 from molt_jax.data.tables.records import Cells, Malformed, Records
 from molt_jax.errors import UserError
+from molt_jax.runtime import files
 
 # Name of the column of a snapshot that says why a row cannot be used (`memory`).
 ODD = 'molt_jax: why this row is set aside'
@@ -90,9 +91,8 @@ def open_file(path: str) -> ArrowFile:
   try:
     return opener(path)
   except pa.ArrowException as error:
-    why = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'{pathlib.Path(path).name} cannot be read as {kind}: {why}; write it again'
+      f'{pathlib.Path(path).name} cannot be read as {kind}: {files.reason(error)}; write it again'
     ) from error
 
 
@@ -128,8 +128,7 @@ def _cells(opened, group, columns, path, named) -> Iterator[dict[str, Any]]:
   try:
     table = opened.group(group, columns)
   except pa.ArrowException as error:
-    why = ' '.join(str(error).split())[:200]
-    raise UserError(f'{path} is damaged ({why}): write it again') from error
+    raise UserError(f'{path} is damaged ({files.reason(error)}): write it again') from error
   for batch in table.to_batches(max_chunksize=_CHUNK):
     values = {}
     for column in columns:

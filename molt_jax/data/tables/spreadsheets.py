@@ -6,7 +6,6 @@ that was saved with it. Rows are numbered as the spreadsheet numbers them.
 
 import datetime
 import pathlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from molt_jax.data.cell_values import VISIBLE
 from molt_jax.data.tables.csv_files import Dialect
 from molt_jax.data.tables.records import Cells, Records
 from molt_jax.errors import UserError
+from molt_jax.runtime import files, zipped
 
 SUFFIXES = ('.xlsx', '.xlsm', '.xlsb', '.xls', '.ods')
 # Where the two kinds of archives have the pictures that lie on a sheet.
@@ -80,9 +80,8 @@ def _sheets(file: pathlib.Path, name: str) -> list[tuple[str, list[list[Any]]]]:
   except calamine.PasswordError as error:
     raise UserError(f'{name} is protected by a password: save it without one') from error
   except (calamine.CalamineError, OSError, ValueError) as error:
-    why = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'{name} cannot be read as a spreadsheet ({why}): save it again, or as CSV'
+      f'{name} cannot be read as a spreadsheet ({files.reason(error)}): save it again, or as CSV'
     ) from error
 
 
@@ -109,8 +108,7 @@ def _text(cell: Any) -> str:
 
 def _has_pictures(file: pathlib.Path) -> bool:
   try:
-    with zipfile.ZipFile(file) as archive:
-      names = archive.namelist()
-  except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
-    return False  # .xls is none, and of another that is odd the sheet could be read.
-  return any(name.startswith(_PICTURES) for name in names)
+    members = zipped.folder(file).members
+  except UserError:
+    return False  # .xls is no zip, and of another that is odd the sheet could be read.
+  return any(name.startswith(_PICTURES) for name in members)
