@@ -1,5 +1,6 @@
 """Kernel ridge regression beside a head: against scikit-learn and float64, and strict absence."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -138,6 +139,28 @@ def test_answers_are_those_of_scikit_learns_kernel_ridge(fitted, pattern):
   change = np.asarray(found) - variables['offset_vk'][pattern]
   np.testing.assert_allclose(change, changes[int(np.argmin(losses))], atol=3e-3)
   assert np.mean(np.argmax(found, 1) == held.target_bk.argmax(1)) > 0.6
+
+
+@pytest.mark.parametrize('examples', [1, 5])
+@pytest.mark.parametrize('landmarks', [10, 64, 150])
+@pytest.mark.parametrize('kind', ['rbf', 'linear'])
+def test_a_kernel_is_that_of_float64_however_many_landmarks_there_are(kind, landmarks, examples):
+  rng = np.random.default_rng(landmarks)
+  x = rng.normal(size=(examples, LAYERS, 2, TEXT_WIDTH)).astype(np.float32)
+  z = rng.normal(size=(landmarks, LAYERS, 2, TEXT_WIDTH)).astype(np.float16)
+  mean, scale = rng.normal(size=(2, LAYERS, 2, TEXT_WIDTH)).astype(np.float32)
+  sizes = {'landmarks': landmarks, 'num_classes': CLASSES}
+  own = kernel_ridge.empty({'image': (LAYERS, CELLS, TEXT_WIDTH), 'text': None}, **sizes)['image']
+  own |= {'mean_mean_lnd': mean, 'mean_scale_lnd': scale, 'mean_landmarks_mlnd': z}
+  own |= {'group_weight': np.array([1.0, 0.0], np.float32), 'state': np.int32(0)}
+  pooled = {'mean': x, 'cells': np.zeros((examples, LAYERS, CELLS, TEXT_WIDTH), np.float32)}
+  found = jax.jit(functools.partial(kernel_ridge.kernel, kind=kind))(own, pooled)
+  x_bc, z_mc = flat(x, mean, scale), flat(z, 0, 1)
+  if kind == 'linear':
+    right = 1 + x_bc @ z_mc.T / x_bc.shape[1]
+  else:
+    right = np.exp(-kernel_ridge.GAMMA * np.square(x_bc[:, None] - z_mc[None]).mean(axis=2))
+  np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_landmarks_are_regression_in_the_space_that_they_span():

@@ -16,7 +16,7 @@ that mean, or makes the probabilities of an example that is like no other the sh
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ GROUPS = ('mean', 'cells')
 MEAN = 1  # Where the mean is among the tokens of the first group.
 # More tokens than these are no cells: their mean alone is compared.
 MAX_CELLS = 40
+BLOCK = 64  # Landmarks that are compared at once on a CPU.
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -134,8 +135,33 @@ def kernel(
 
 
 def _group_kernel(variables, group, kind, pooled) -> jax.Array:
-  x_bc, z_mc = _standardised(variables, group, pooled[group])
-  return KERNELS[kind](x_bc, z_mc)
+  mean_lnd, scale_lnd = variables[f'{group}_mean_lnd'], variables[f'{group}_scale_lnd']
+  x_blnd = (pooled[group] - mean_lnd[None]) * scale_lnd[None]
+  x_bc, z_mc = (x.reshape(len(x), -1) for x in (x_blnd, variables[f'{group}_landmarks_mlnd']))
+  whole = functools.partial(_with_landmarks, kind)
+  return jax.lax.platform_dependent(x_bc, z_mc, cpu=_by_blocks(whole), default=whole)
+
+
+def _with_landmarks(kind: str, x_bc: jax.Array, z_mc: jax.Array) -> jax.Array:
+  return KERNELS[kind](x_bc, z_mc.astype(jnp.float32))
+
+
+def _by_blocks(whole: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """The same, some landmarks after others: all of them in float32 leave a processor's caches, and
+  writing and reading them took most of the time of an answer.
+  """
+
+  def kernel_bm(x_bc, z_mc):
+    size = min(BLOCK, len(z_mc))
+    count = len(z_mc) // size
+    blocks_nbm = jax.lax.map(
+      lambda n: whole(x_bc, jax.lax.dynamic_slice_in_dim(z_mc, n * size, size)),
+      jnp.arange(count),
+    )
+    blocks_bm = jnp.moveaxis(blocks_nbm, 0, 1).reshape(len(x_bc), count * size)
+    return jnp.concatenate([blocks_bm, whole(x_bc, z_mc[count * size :])], axis=1)
+
+  return kernel_bm
 
 
 def _zeros(variables, pooled) -> jax.Array:
@@ -144,21 +170,18 @@ def _zeros(variables, pooled) -> jax.Array:
   return jnp.zeros((examples, len(variables['mean_landmarks_mlnd'])))
 
 
-def _standardised(variables, group, x_blnd):
-  """float32[B, channels] of examples, float32[M, channels] of the landmarks."""
-  mean_lnd, scale_lnd = variables[f'{group}_mean_lnd'], variables[f'{group}_scale_lnd']
-  x_blnd = (x_blnd - mean_lnd[None]) * scale_lnd[None]
-  z_mlnd = variables[f'{group}_landmarks_mlnd'].astype(jnp.float32)
-  return x_blnd.reshape(len(x_blnd), -1), z_mlnd.reshape(len(z_mlnd), -1)
-
-
 def mean_squared_distance(x_bc: Any, z_mc: Any) -> Any:
   """Returns float32[B, M], the mean over channels of squared differences."""
-  is_numpy = isinstance(x_bc, np.ndarray)
-  xp, how = (np, {}) if is_numpy else (jnp, {'precision': _HIGHEST})
-  products_bm = xp.matmul(x_bc, z_mc.T, **how)
+  xp = np if isinstance(x_bc, np.ndarray) else jnp
   squares_bm = xp.square(x_bc).sum(1)[:, None] + xp.square(z_mc).sum(1)[None]
-  return xp.maximum(squares_bm - 2 * products_bm, 0) / x_bc.shape[1]
+  return xp.maximum(squares_bm - 2 * _products(x_bc, z_mc), 0) / x_bc.shape[1]
+
+
+def _products(x_bc: Any, z_mc: Any) -> Any:
+  if isinstance(x_bc, np.ndarray):
+    return np.matmul(x_bc, z_mc.T)
+  # XLA multiplies a matrix by one column in a third of the time of one row by a matrix.
+  return jnp.matmul(z_mc, x_bc.T, precision=_HIGHEST).T
 
 
 def rbf(x_bc: Any, z_mc: Any) -> Any:
@@ -169,9 +192,7 @@ def rbf(x_bc: Any, z_mc: Any) -> Any:
 
 def linear(x_bc: Any, z_mc: Any) -> Any:
   """Products per channel, and of a constant: 1 + x'z / C, float32[B, M]."""
-  how = {} if isinstance(x_bc, np.ndarray) else {'precision': _HIGHEST}
-  xp = np if isinstance(x_bc, np.ndarray) else jnp
-  return 1 + xp.matmul(x_bc, z_mc.T, **how) / x_bc.shape[1]
+  return 1 + _products(x_bc, z_mc) / x_bc.shape[1]
 
 
 KERNELS = {'rbf': rbf, 'linear': linear}
