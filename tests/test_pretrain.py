@@ -353,11 +353,10 @@ def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
   """Against loops over patches in float64; the picture of weight 0 does not count."""
   config = make_config(**{'objective.reconstruction': 2.0})
   model = assemble(config, class_names=('a',)).method
-  variables = flax.linen.unbox(model.init(jax.random.key(0)))
+  variables = flax.linen.unbox(jax.jit(model.init)(jax.random.key(0)))
   batch = _batch(4, np.random.default_rng(0), pooled=32)
-  tokens_bid = np.asarray(model.run(variables, 'image_tokens', batch['image']), np.float64).reshape(
-    4, 5, 16
-  )
+  run = jax.jit(lambda image_bhwc: model.run(variables, 'image_tokens', image_bhwc))
+  tokens_bid = np.asarray(run(batch['image']), np.float64).reshape(4, 5, 16)
   kernel_dx, bias_x = (
     np.asarray(variables['params']['image_decoder'][name], np.float64)
     for name in ('kernel', 'bias')
@@ -371,7 +370,7 @@ def test_decoding_finds_the_pixels_of_each_patch_in_its_token(make_config):
           np.mean((tokens_bid[b, 1 + 2 * row + column] @ kernel_dx + bias_x - patch.ravel()) ** 2)
           / 4
         )
-  embeddings = model.embed_batch(variables, batch)
+  embeddings = jax.jit(model.embed_batch)(variables, batch)
   np.testing.assert_allclose(embeddings.image_error_b, wanted_b, rtol=1e-5)
   loss, parts = contrastive.pair_loss(embeddings, {'reconstruction': 2.0}, 1.0, jax.random.key(0))
   assert float(parts['reconstruction']) == pytest.approx(wanted_b[:3].mean(), rel=1e-5)

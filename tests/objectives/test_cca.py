@@ -480,15 +480,15 @@ def test_a_decomposition_that_fails(monkeypatch, shape):
   )
   x_nd, y_nd = pair(*shape)
   x_nd[1::2], y_nd[1::3] = x_nd[::2], y_nd[:1]  # Duplicates: singular values of 0 among those of 1.
-  loss, gradients = jax.value_and_grad(cca_loss, argnums=(0, 1))(x_nd, y_nd)
+  loss, gradients = jax.jit(jax.value_and_grad(cca_loss, argnums=(0, 1)))(x_nd, y_nd)
   want_loss, *want_gradients = oracle(x_nd, y_nd, 1e-3)
   assert relative(loss, want_loss) <= 1e-5
   for got_nd, want_nd in zip(gradients, want_gradients, strict=True):
     assert relative(got_nd, want_nd) <= 1e-3
-  correlations_k = canonical_correlations(x_nd, y_nd)
+  correlations_k = np.asarray(jax.jit(canonical_correlations)(x_nd, y_nd))
   count = min(shape[0] - 1, *shape[1:])
   assert relative(correlations_k.sum(), -count * want_loss) <= 1e-5
-  directions = fit_directions(x_nd, y_nd)
+  directions = jax.jit(fit_directions)(x_nd, y_nd)
   x_nk, y_nk = (
     (v - v.mean(0)) @ np.asarray(w, np.float64)
     for v, w in ((x_nd, directions.x_dk), (y_nd, directions.y_dk))
@@ -496,7 +496,7 @@ def test_a_decomposition_that_fails(monkeypatch, shape):
   np.testing.assert_allclose((x_nk * y_nk).sum(0), correlations_k, atol=1e-4)
   squares_k = np.linalg.svd(x_nd - x_nd.mean(0), compute_uv=False) ** 2
   share_k = squares_k[squares_k > 0] / squares_k.sum()
-  assert effective_rank(x_nd) == pytest.approx(np.exp(-np.sum(share_k * np.log(share_k))), rel=1e-5)
+  assert jax.jit(effective_rank)(x_nd) == pytest.approx(np.exp(-np.sum(share_k * np.log(share_k))), rel=1e-5)
 
 
 def test_identical_views_correlate_fully():
