@@ -1,7 +1,9 @@
 """What is measured of pooled pairs: nothing of too few, and nothing of what does not vary."""
 
+import functools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from molt_jax.objectives.cca.estimators import make_estimator
 LAYERS, WIDTH, DIRECTIONS = 2, 6, 3
 RANKS, GAP = {'effective_rank_image', 'effective_rank_text'}, {'modality_gap'}
 FITTED = {'correlation', 'top_correlation'}
+ESTIMATOR = make_estimator('moving_average', num_directions=DIRECTIONS, window=1000)
 
 
 def observed(count, *, constant=False, seed=0):
@@ -28,13 +31,14 @@ def observed(count, *, constant=False, seed=0):
   return found
 
 
-def trained(estimator, count):
-  """The estimator's state after this many pairs."""
-  state = estimator.init(LAYERS, WIDTH)
+@functools.cache
+def trained(count):
+  """The state of ESTIMATOR after this many pairs."""
+  state = ESTIMATOR.init(LAYERS, WIDTH)
   if count:
     rng = np.random.default_rng(1)
     x_lbc, y_lbc = rng.normal(size=(2, LAYERS, count, WIDTH)).astype(np.float32)
-    state = estimator.loss(state, x_lbc, y_lbc)[1]
+    state = jax.jit(ESTIMATOR.loss)(state, x_lbc, y_lbc)[1]
   return state
 
 
@@ -51,16 +55,14 @@ def trained(estimator, count):
   ],
 )
 def test_only_what_the_pairs_determine_is_there(seen, past, names):
-  estimator = make_estimator('moving_average', num_directions=DIRECTIONS, window=1000)
-  found = observed(seen).compute(estimator, trained(estimator, past), ridge=1e-3)
+  found = observed(seen).compute(ESTIMATOR, trained(past), ridge=1e-3)
   assert set(found) == names
   for value_l in found.values():
     assert len(value_l) == LAYERS and np.isfinite(value_l).all()
 
 
 def test_a_layer_without_variation_has_no_held_out_correlation():
-  estimator = make_estimator('moving_average', num_directions=DIRECTIONS, window=1000)
-  found = observed(9, constant=True).compute(estimator, trained(estimator, 50), ridge=1e-3)
+  found = observed(9, constant=True).compute(ESTIMATOR, trained(50), ridge=1e-3)
   for name in HELD_OUT:
     assert found[name][0] is None and np.isfinite(found[name][1])
 
