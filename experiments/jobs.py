@@ -85,6 +85,14 @@ def cost() -> dict[str, float]:
   }
 
 
+def cost_of(calls: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  """Returns `cost` if this process did all of a run, else nothing of it: one that was killed left
+  checkpoints, and no record of itself among the run's calls.
+  """
+  is_whole = [call['from_step'] for call in calls] == [0]
+  return cost() if is_whole else dict.fromkeys(cost())
+
+
 def trained(config: ml_collections.ConfigDict, data: str) -> dict[str, Any]:
   """Trains and evaluates a config, or reads the run where that is done.
 
@@ -99,8 +107,7 @@ def trained(config: ml_collections.ConfigDict, data: str) -> dict[str, Any]:
   result = runs.run(config, folder)
   record = read_json(folder / 'run.json', 'delete the run')
   if not (folder / 'cost.json').exists():
-    all_of_it = not was_there and len(record['calls']) == 1
-    spent = cost() if all_of_it else dict.fromkeys(cost())
+    spent = cost_of([] if was_there else record['calls'])
     atomic.write(folder / 'cost.json', logbook.to_json(spent) + '\n')
   log = (folder / 'log.txt').read_text(encoding='utf-8')
   return {

@@ -158,3 +158,12 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
   done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.count('\n') == 1 and 'sedes' in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('starts', 'is_known'), [([0], True), ([455], False), ([0, 300], False), ([], False)]
+)
+def test_only_a_process_that_did_all_of_a_run_knows_its_cost(table1, starts, is_known):
+  spent = table1.jobs.cost_of([{'from_step': step, 'seconds': 1.0} for step in starts])
+  assert set(spent) == {'cpu_seconds', 'peak_megabytes'}
+  assert [x is not None for x in spent.values()] == [is_known] * 2
