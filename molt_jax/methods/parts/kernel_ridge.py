@@ -147,8 +147,8 @@ def _with_landmarks(kind: str, x_bc: jax.Array, z_mc: jax.Array) -> jax.Array:
 
 
 def _by_blocks(whole: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """The same, some landmarks after others: all of them in float32 leave a processor's caches, and
-  writing and reading them took most of the time of an answer.
+  """The same, some landmarks after others: all of them in float32 leave a processor's caches, which
+  takes 1.5 to 3 times as long.
   """
 
   def kernel_bm(x_bc, z_mc):
