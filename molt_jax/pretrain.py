@@ -3,7 +3,8 @@
 
 DIR holds config.json (resolved), metrics.jsonl, events/ (TensorBoard), checkpoints/{latest,best}/
 and, at the end, tower/: the image tower as a Hugging Face directory, for `backbones.image.path` and
-`transformers.CLIPVisionModel`. The same command goes on where a run stopped, bit for bit.
+`transformers.CLIPVisionModel`; and, where the towers are a CLIP with its own projections, pair/:
+both as one `transformers.CLIPModel`. The same command goes on where a run stopped, bit for bit.
 """
 
 import sys
@@ -139,6 +140,8 @@ class PairTrainer(Trainer):
     """See `Trainer`: writes the image tower."""
     if self.assembly.preprocess.report.counts():
       console.log(self.assembly.preprocess.report.line())
+    if pairs.has_own_projections(self.assembly.config):
+      write_pair(self.workdir)
     return write_tower(self.workdir)
 
   def _scores(self, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,9 +291,24 @@ def write_tower(folder: pathlib.Path) -> pathlib.Path | None:
     tower.preprocess,
     dtype=run.config.export.dtype,
   )
-  size = sum(file.stat().st_size for file in written.iterdir()) / 1e6
-  console.log(f'image tower: {written} ({size:.1f} MB)')
+  _tell('image tower', written)
   return written
+
+
+def write_pair(folder: pathlib.Path) -> pathlib.Path:
+  """Writes both trained towers of a run with their own projections to `folder`/pair."""
+  run = open_run(folder)
+  run.check_towers()
+  written = export.save_pair(
+    folder / 'pair', run.variables()['params'], run.assembly.towers, dtype=run.config.export.dtype
+  )
+  _tell('pair', written)
+  return written
+
+
+def _tell(what: str, written: pathlib.Path) -> None:
+  size = sum(file.stat().st_size for file in written.iterdir()) / 1e6
+  console.log(f'{what}: {written} ({size:.1f} MB)')
 
 
 def command(flags: argparse.Namespace) -> int | None:

@@ -104,7 +104,16 @@ PRETRAINING_FIELDS: dict[str, Any] = {
     'Computation in towers and heads; trained weights and losses stay float32.',
   ),
   'projection': {
-    'width': Field(256, at_least(1), 'Width of the space that images and texts share.'),
+    'kind': Field(
+      'mlp',
+      one_of('mlp', 'clip'),
+      (
+        'What brings a tower into the space that images and texts share. mlp: a head of its own. '
+        'clip: a matrix of the tower, as in CLIP; both are CLIPs, trained, and DIR/pair is a whole '
+        'CLIPModel.'
+      ),
+    ),
+    'width': Field(256, at_least(1), 'Width of that space.'),
   },
   'temperature': {
     'init': Field(0.07, inside(0, 1), 'tau at the start; the learned scale is 1 / tau.'),
@@ -219,6 +228,15 @@ def _frozen(c: ml_collections.ConfigDict) -> Iterator[str]:
       )
 
 
+def _own_projections(c: ml_collections.ConfigDict) -> Iterator[str]:
+  for modality in ('image', 'text'):
+    if c.projection.kind == 'clip' and c.backbones[modality].freeze:
+      yield (
+        "config.projection.kind: 'clip' trains each tower with its projection, which "
+        f'config.backbones.{modality}.freeze=True prevents; set freeze False, or give mlp'
+      )
+
+
 def _image_tower(c: ml_collections.ConfigDict) -> Iterator[str]:
   image = c.backbones.image
   if image.path:
@@ -264,5 +282,7 @@ def _objectives(c: ml_collections.ConfigDict) -> Iterator[str]:
 
 
 PRETRAINING = Schema(
-  'pretrain', PRETRAINING_FIELDS, (data_folder, _pairs, _frozen, _image_tower, _objectives)
+  'pretrain',
+  PRETRAINING_FIELDS,
+  (data_folder, _pairs, _frozen, _own_projections, _image_tower, _objectives),
 )

@@ -9,6 +9,18 @@ from flax import linen as nn
 from molt_jax.towers.vision import patches
 
 
+def unit(x_bc: jax.Array) -> jax.Array:
+  """Rows of length one."""
+  return x_bc * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_bc), -1, keepdims=True), 1e-12))
+
+
+def project(tower: nn.Module, pooled_bd: jax.Array) -> jax.Array:
+  """What a tower pooled, by the tower's own projection where it has one, in float32."""
+  if 'projection' in tower.heads:
+    pooled_bd = tower.project(pooled_bd.astype(tower.dtype))
+  return pooled_bd.astype(jnp.float32)
+
+
 class Projection(nn.Module):
   """Linear, GELU, LayerNorm, then length one; the last two in float32.
 
@@ -36,9 +48,7 @@ class Projection(nn.Module):
       scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('common',)),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('common',)),
     )(nn.gelu(x_bc).astype(jnp.float32))
-    return x_bc * jax.lax.rsqrt(
-      jnp.maximum(jnp.sum(jnp.square(x_bc), axis=-1, keepdims=True), 1e-12)
-    )
+    return unit(x_bc)
 
 
 class Towers(nn.Module):
@@ -79,7 +89,8 @@ class Towers(nn.Module):
 
 class DualEncoder(Towers):
   """An image tower and a text tower, each with a projection head; parameters: {image,text}_tower,
-  {image,text}_head.
+  {image,text}_head. With `own_projections` there are no such heads: as in CLIP, each tower has a
+  matrix into the common space among its parameters.
 
   With `independent`, each tower has one more head, {image,text}_independent, for deep feature
   separation; with `reconstruct`, the image tower has a linear decoder of pixels, image_decoder.
@@ -90,6 +101,7 @@ class DualEncoder(Towers):
       pooled token).
     width: C, of the common space.
     dtype: of computation in the heads.
+    own_projections: whether the towers' own projections are the heads.
     independent: whether to project into independent features too.
     reconstruct: whether to decode each image from its patch tokens too.
     kept: share of the patches of an image that `pool_image` keeps when it is given a key, in (0,
@@ -98,15 +110,15 @@ class DualEncoder(Towers):
 
   width: int
   dtype: Any
+  own_projections: bool
   independent: bool
   reconstruct: bool
   kept: float
 
   def setup(self):
-    self.image_head, self.text_head = (
-      Projection(self.width, self.dtype),
-      Projection(self.width, self.dtype),
-    )
+    if not self.own_projections:
+      self.image_head = Projection(self.width, self.dtype)
+      self.text_head = Projection(self.width, self.dtype)
     if self.independent:
       self.image_independent, self.text_independent = (
         Projection(self.width, self.dtype),
@@ -172,9 +184,13 @@ class DualEncoder(Towers):
     one.
     """
     independent_bc = self.image_independent(pooled_bd) if self.independent else None
+    if self.own_projections:
+      return unit(project(self.image_tower, pooled_bd)), independent_bc
     return self.image_head(pooled_bd), independent_bc
 
   def project_text(self, pooled_bd):
     """As `project_image`, of pooled texts."""
     independent_bc = self.text_independent(pooled_bd) if self.independent else None
+    if self.own_projections:
+      return unit(project(self.text_tower, pooled_bd)), independent_bc
     return self.text_head(pooled_bd), independent_bc

@@ -37,6 +37,8 @@ class PairMethod:
     mesh: where weights of trained towers are loaded to.
     reads: modality -> what is read of its tower. Texts of a frozen tower are pooled once, and
       batches bring them as 'text_pooled'.
+    pretrained_scale: what the cosines of a pair are multiplied by that is trained on with its own
+      projections; None: `temperature.init` says so.
     over_patterns, loss_weights, branch_weights: see `Method`.
   """
 
@@ -44,6 +46,7 @@ class PairMethod:
   config: ml_collections.FrozenConfigDict
   mesh: jax.sharding.Mesh
   reads: Mapping[str, Reads]
+  pretrained_scale: float | None = None
   over_patterns: Any = jax.vmap
   loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   branch_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -85,7 +88,7 @@ class PairMethod:
 
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """See `Method`: trained towers begin with the weights of their files where the config says
-    so.
+    so, and a pair of CLIP with its own temperature.
     """
     del frozen
     params = variables['params']
@@ -96,6 +99,9 @@ class PairMethod:
         loaded = load_weights(self.config, self.mesh, modality, 'float32')
         place = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
         started[name] = jax.tree.map(place, loaded, params[name])
+    if scale := self.pretrained_scale:
+      place = params['log_scale'].sharding
+      started['log_scale'] = jax.device_put(jnp.log(jnp.float32(scale)), place)
     return {**variables, 'params': started}
 
   def features(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Any:
@@ -200,7 +206,7 @@ def make_method(
   c = config.backbones
   modules, reads = {}, {}
   for modality, tower in towers.items():
-    heads = ('pool',) if modality == 'image' else ()
+    heads = _heads(config, modality)
     last = tower.config.num_layers
     reads[modality] = Reads(run_from=0, heads=heads)
     if modality == 'text' and c.text.freeze:
@@ -213,11 +219,32 @@ def make_method(
     text_tower=modules['text'],
     width=config.projection.width,
     dtype=jnp.dtype(config.compute_dtype),
+    own_projections=has_own_projections(config),
     independent=any('independent' in field for field in needs),
     reconstruct='reconstruction' in objectives(config),
     kept=config.augment.image.kept,
   )
-  return PairMethod(encoder, ml_collections.FrozenConfigDict(config), mesh, reads)
+  scale = _pretrained_scale(config, towers)
+  return PairMethod(encoder, ml_collections.FrozenConfigDict(config), mesh, reads, scale)
+
+
+def has_own_projections(config: Mapping[str, Any]) -> bool:
+  """Whether both towers are CLIPs that are trained with their own projections."""
+  return config.projection.kind == 'clip'
+
+
+def _heads(config: Mapping[str, Any], modality: str) -> tuple[str, ...]:
+  """What is made of a tower above its last hidden state."""
+  pooled = ('pool',) if modality == 'image' else ()
+  return (*pooled, 'projection') if has_own_projections(config) else pooled
+
+
+def _pretrained_scale(
+  config: ml_collections.ConfigDict, towers: Mapping[str, loading.TowerSpec]
+) -> float | None:
+  c = config.backbones
+  starts = has_own_projections(config) and c.image.pretrained and c.text.pretrained
+  return towers['text'].logit_scale if starts and c.image.path == c.text.path else None
 
 
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.TowerSpec]:
@@ -241,7 +268,40 @@ def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.Towe
       )
   else:
     image = _scratch_tower(c.image)
-  return {'image': image, 'text': loading.describe_tower(c.text.path, modality='text')}
+  towers = {'image': image, 'text': loading.describe_tower(c.text.path, modality='text')}
+  if has_own_projections(config):
+    return {modality: _with_projection(config, tower) for modality, tower in towers.items()}
+  return towers
+
+
+def _with_projection(
+  config: ml_collections.ConfigDict, tower: loading.TowerSpec
+) -> loading.TowerSpec:
+  """A tower of a CLIP whose projection has the width of the config.
+
+  Raises:
+    UserError: it is none, or its weights have no projection or another one.
+  """
+  modality, width = tower.family.modality, config.projection.width
+  field, path = f'config.backbones.{modality}.path', tower.identity['path']
+  if tower.family.larger != 'clip':
+    raise UserError(
+      f"{field}: {path!r} is of the family {tower.family.name}, and config.projection.kind='clip' "
+      'trains CLIPs; give one, or config.projection.kind=mlp'
+    )
+  if config.backbones[modality].pretrained:
+    if 'projection' not in tower.heads:
+      raise UserError(
+        f"{field}: {path!r} has no projection, from which config.projection.kind='clip' goes on; "
+        f'give a whole CLIPModel, or config.backbones.{modality}.pretrained=False'
+      )
+    if tower.config.projection_size != width:
+      raise UserError(
+        f'config.projection.width: {width}, but {path!r} projects to '
+        f'{tower.config.projection_size}; give that'
+      )
+  architecture = dataclasses.replace(tower.config, projection_size=width)
+  return dataclasses.replace(tower, config=architecture)
 
 
 def _scratch_tower(c: ml_collections.ConfigDict) -> loading.TowerSpec:
@@ -279,7 +339,7 @@ def load_weights(
     dtype=dtype,
     attention=c.attention,
     shardings=sharding.param_shardings(mesh),
-    heads=('pool',) if modality == 'image' else (),
+    heads=_heads(config, modality),
   ).params
 
 

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from molt_jax.errors import UserError
-from molt_jax.pairs.encoder import Towers
+from molt_jax.pairs.encoder import Towers, project, unit
 from molt_jax.runtime import sharding
 from molt_jax.towers import base, loading
 from molt_jax.towers.files import open_files
@@ -26,18 +24,12 @@ class PublishedEncoder(Towers):
     to length one.
     """
     pooled_bd = super().pool_text(tokens_bt, mask_bt)
-    return _project(self.text_tower, pooled_bd)
+    return project(self.text_tower, pooled_bd)
 
   def pool_image(self, image_bhwc):
     """Images in the common space, float32[B, C], as `pool_text`."""
     pooled_bd = self.image_tower.pool(self.image_tower(image_bhwc, states=(-1,))[0])
-    return _project(self.image_tower, pooled_bd)
-
-
-def _project(tower: nn.Module, pooled_bd: jax.Array) -> jax.Array:
-  if 'projection' in tower.heads:
-    pooled_bd = tower.project(pooled_bd.astype(tower.dtype))
-  return pooled_bd.astype(jnp.float32)
+    return project(self.image_tower, pooled_bd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,22 +58,18 @@ class PublishedPair:
 
   def embed_images(self, variables: Mapping[str, Any], image_bhwc: jax.Array) -> tuple[jax.Array]:
     """Returns (embeddings float32[B, C] of length one,)."""
-    return (_unit(self.run(variables, 'pool_image', image_bhwc)),)
+    return (unit(self.run(variables, 'pool_image', image_bhwc)),)
 
   def embed_pooled_texts(
     self, variables: Mapping[str, Any], pooled_bc: jax.Array
   ) -> tuple[jax.Array]:
     """Returns (embeddings float32[B, C] of length one,) of what `pool_text` returned."""
     del variables
-    return (_unit(pooled_bc),)
+    return (unit(pooled_bc),)
 
   def logits(self, image_nc: np.ndarray, text_mc: np.ndarray) -> np.ndarray:
     """Returns transformers' `logits_per_image`, float32[N, M], of embeddings of length one."""
     return self.scale * (image_nc @ text_mc.T) + (self.bias or 0.0)
-
-
-def _unit(x_bc: jax.Array) -> jax.Array:
-  return x_bc * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_bc), -1, keepdims=True), 1e-12))
 
 
 def describe(path: str) -> dict[str, loading.TowerSpec]:
