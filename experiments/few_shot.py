@@ -28,6 +28,7 @@ from molt_jax.data import datasets, shots, sources
 from molt_jax.errors import UserError
 from molt_jax.evaluation import other_classes, scoring
 from molt_jax.features import opening
+from molt_jax.methods import coop
 from molt_jax.runtime import atomic, logbook, sharding
 from molt_jax.training.assembly import assemble
 
@@ -197,6 +198,9 @@ def make(protocol, count):
       classes = data.class_names[: len(data.class_names) - len(novel)]
       for method, changes in METHODS.items():
         if not re.search(grid.ONLY.value, method):
+          continue
+        if method == coop.CONDITIONAL and len(classes) > coop.MOST_CLASSES:
+          print(f'{name}, {method}: left out, it reads at most {coop.MOST_CLASSES} classes')
           continue
         own = {'dataset.path': str(tables), 'dataset.table.image_folder': str(root / 'images')}
         more = BASE_TO_NOVEL.get(method, {}) if protocol == 'base_to_novel' else {}
