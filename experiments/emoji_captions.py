@@ -1,12 +1,11 @@
 """Writes captions for a small CLIP from the emoji of `tools/emoji_styles.py`: names, and sentences
 with the names of classes, as captions of the web have such words.
 
-  python experiments/emoji_captions.py --styles=FOLDER --to=FOLDER
+  python experiments/emoji_captions.py --styles=FOLDER --to=FOLDER [--without=openmoji]
 
-The new folder has tables alone; their pictures are in --styles (`dataset.table.image_folder`).
-Train has no drawing by OpenMoji, so that its style is new to a pair that is trained here. By a hash
-of its path, the text of a picture is its emoji's name (half of them), 'a photo of a CLASS: NAME.'
-or 'a photo of a CLASS.'
+The new folder has tables alone; their pictures are in --styles (`dataset.table.image_folder`). By a
+hash of its path, the text of a picture is its emoji's name (half of them), 'a photo of a CLASS:
+NAME.' or 'a photo of a CLASS.' --without: the hand whose drawings are left out of train.
 """
 
 import csv
@@ -20,8 +19,8 @@ from molt_jax.runtime import atomic
 
 STYLES = flags.DEFINE_string('styles', None, 'What tools/emoji_styles.py wrote.', required=True)
 TO = flags.DEFINE_string('to', None, 'Folder to write the tables to.', required=True)
+WITHOUT = flags.DEFINE_string('without', '', 'Hand to leave out, a folder of images/.')
 CAPTIONS = ('{text}', '{text}', 'a photo of a {label}: {text}.', 'a photo of a {label}.')
-OWN = 'images/openmoji/'
 
 
 def caption(row):
@@ -36,8 +35,8 @@ def main(_):
   for split in ('train', 'validation', 'test'):
     with (pathlib.Path(STYLES.value) / f'{split}.csv').open(encoding='utf-8') as stream:
       rows = list(csv.DictReader(stream))
-    if split == 'train':
-      rows = [row for row in rows if not row['image'].startswith(OWN)]
+    if split == 'train' and WITHOUT.value:
+      rows = [row for row in rows if not row['image'].startswith(f'images/{WITHOUT.value}/')]
     lines = io.StringIO(newline='')
     written = csv.DictWriter(lines, ('image', 'text', 'label'))
     written.writeheader()
