@@ -9,7 +9,8 @@ few_shot: every class, 1, 2, 4, 8 and 16 examples of each from train and at most
 drawn by seed; scored on the whole test split. base_to_novel: the most shots of each class of the
 first half of the sorted classes; scored on the test examples of that half, and on those of the
 other half by the names of these classes, which nothing was trained on. The last checkpoint answers,
-as in the papers. Images alone, unless --set=dataset.modalities=image,text.
+as in the papers. The linear probe of pooled states knows no names, and so no new classes. Images
+alone, unless --set=dataset.modalities=image,text.
 """
 
 import csv
@@ -56,7 +57,7 @@ COMMON = {
   'train.epochs': 50.0,
   'train.eval_every': 1_000_000,
 }
-ZERO_SHOT = 'zero-shot'
+ZERO_SHOT, PROBE = 'zero-shot', 'probe'
 # Adam for all of them; MMRL's rate is its authors', the others' have SGD.
 METHODS = {
   ZERO_SHOT: {'method': 'mmrl', 'mmrl.num_tokens': 0, 'mmrl.alpha': 1.0},
@@ -65,6 +66,7 @@ METHODS = {
   'maple': {'method': 'maple', 'optimizer.learning_rate': 1e-3},
   'mmrl': {'method': 'mmrl', 'optimizer.learning_rate': 1e-3},
   'mmrlpp': {'method': 'mmrlpp', 'optimizer.learning_rate': 1e-3},
+  PROBE: {'method': 'probe'},
 }
 # As MMRL's and MaPLe's authors have it there.
 BASE_TO_NOVEL = {
@@ -171,7 +173,7 @@ def measure(config, folder, names, novel, tables):
   else:
     found['test'] = runs.run(config, folder)['test'][CONDITION]['accuracy']
     found['parameters'] = read_json(folder / 'run.json', 'train it anew')['parameters']
-    if novel:
+    if novel and config.method != PROBE:
       run = other_classes.open(folder, novel)
       found['novel'] = score(run.assembly, run.variables(), tables / 'novel' / 'test.csv')
   atomic.write(path, logbook.to_json(found) + '\n')
@@ -241,14 +243,14 @@ def base_to_novel_lines(made, count):
     yield '| method | trained numbers | base | novel | harmonic mean |'
     yield '|---|--:|--:|--:|--:|'
     for method, by_seed in table.items():
-      means = [shots.harmonic_mean(x['test'], x['novel']) for x in by_seed.values()]
+      means = [shots.harmonic_mean(x['test'], x['novel']) for x in by_seed.values() if 'novel' in x]
       cells = [_cell(by_seed, 'test'), _cell(by_seed, 'novel'), runs.spread(means)]
       yield f'| {method} | {_size(by_seed)} | ' + ' | '.join(cells) + ' |'
     yield ''
 
 
 def _cell(by_seed, key):
-  return runs.spread([found[key] for found in by_seed.values()])
+  return runs.spread([found.get(key) for found in by_seed.values()])
 
 
 def _size(by_seed):
