@@ -46,8 +46,15 @@ gc.set_threshold(100_000, 50, 100)
 
 import json  # noqa: E402
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+# No example fails for the time that it takes: other work on the machine may take it.
+hypothesis.settings.register_profile(
+  'untimed', deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile('untimed')
 
 
 def pytest_addoption(parser):

@@ -13,7 +13,7 @@ from molt_jax.evaluation import prediction_files, records, table_predictions, th
 from molt_jax.evaluation.metrics import ClassificationMetrics
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=30))
 def test_no_other_threshold_has_a_greater_f1(pairs):
   p_m = np.array([(p + 1) / 10 for p, _ in pairs])

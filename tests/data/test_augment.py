@@ -25,7 +25,7 @@ def noise(width, height, seed=0):
   )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
   st.integers(1, 300),
   st.integers(1, 300),
@@ -100,7 +100,7 @@ def test_flip_and_colour_do_what_they_say():
   )  # Contrast and saturation leave an even grey as it is.
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
   st.lists(st.sampled_from(['a', 'bb', 'ccc', 'dd', 'e']), min_size=1, max_size=12),
   st.floats(0, 0.99),

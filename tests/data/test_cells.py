@@ -622,7 +622,6 @@ VALUES = st.recursive(
 
 @hypothesis.settings(
   max_examples=150,
-  deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(st.sampled_from(['image', 'text', 'label']), VALUES, st.booleans())

@@ -12,7 +12,7 @@ from molt_jax.data import missing
 IDS = st.lists(st.text(max_size=5), unique=True, max_size=60)
 RATES = st.floats(0, 1)
 KINDS = st.sampled_from(['text', 'image', 'both'])
-SETTINGS = hypothesis.settings(max_examples=150, deadline=None)
+SETTINGS = hypothesis.settings(max_examples=150)
 
 
 @SETTINGS

@@ -402,7 +402,7 @@ def test_too_small_to_set_validation_aside(folder):
 LABELS = st.lists(st.frozensets(st.sampled_from('abcd'), min_size=1), min_size=2, max_size=80)
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 @hypothesis.given(
   LABELS, st.floats(0.01, 0.9), st.integers(0, 9), st.randoms(use_true_random=False)
 )

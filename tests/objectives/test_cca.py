@@ -389,9 +389,7 @@ SPOILERS = {
 }
 
 
-@settings(
-  max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
   shape=st.sampled_from([(3, 5, 5), (9, 8, 8), (12, 8, 20)]),
   spoil=st.tuples(st.sampled_from(sorted(SPOILERS)), st.sampled_from(sorted(SPOILERS))),

@@ -384,9 +384,7 @@ def test_conditions_without_examples_have_no_number_on_the_page(
 # ---- Whatever else -------------------------------------------------------------------------------
 
 
-@settings(
-  max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1))
 def test_any_change_of_a_run_file_is_a_page_or_one_line(hostile, quick, tmp_path_factory, seed):
   hostile.trial(np.random.default_rng(seed), tmp_path_factory.mktemp('changed'))

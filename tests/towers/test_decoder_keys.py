@@ -312,7 +312,7 @@ ROPES = st.fixed_dictionaries(
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_values_give_a_configuration_or_one_line(data):
   family = data.draw(st.sampled_from(sorted(FAMILIES)))
   config = dict(SMALL[family])

@@ -166,7 +166,7 @@ TEXTS = st.lists(st.tuples(UNITS, st.integers(1, 400)), min_size=1, max_size=6).
 
 @pytest.mark.parametrize('name', MADE)
 @given(text=TEXTS, count=st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_first_tokens_are_those_of_the_whole_text(backends, name, text, count):
   """With little to spare, so that most of these texts are cut."""
   backend = backends[name]
@@ -236,7 +236,7 @@ def test_surrogates_are_cleaned_where_a_text_enters(backends, name, text, same_a
 
 
 @given(st.text(alphabet=st.characters(), max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_has_between_one_and_the_most_tokens(backends, text):
   for name in ('LLaMA 3', 'SentencePiece', 'CLIP', 'WordPiece'):
     assert 1 <= len(wrapped(backends[name]).encode(text, 7)) <= 7

@@ -110,9 +110,7 @@ def _read_all(directory, keys):
   return {key: kept.read(key) for key in keys}
 
 
-@settings(
-  max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_changed_byte_of_any_file_is_noticed_and_the_file_named(small_store, data):
   directory, arrays = small_store

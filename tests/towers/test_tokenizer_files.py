@@ -450,7 +450,7 @@ HOSTILE = st.sampled_from(
 
 
 @given(st.lists(st.tuples(st.sampled_from(PLACES), HOSTILE), min_size=1, max_size=2))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_change_of_tokenizer_json_gives_legal_ids_or_one_line(tmp_path_factory, changes):
   content = copy.deepcopy(RICH)
   for path, value in changes:
@@ -561,7 +561,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=7).map(''.join))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_accepted_is_quick_on_repetitive_texts(pattern):
   """Against the library's own bound on backtracking, ten million steps, which it panics at."""
   try:
