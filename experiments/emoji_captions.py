@@ -13,12 +13,14 @@ import io
 import pathlib
 import zlib
 
-from absl import app, flags
+import grid
+from absl import flags
 
-from molt_jax.runtime import atomic
+from molt_jax.errors import UserError
+from molt_jax.runtime import atomic, files
 
-STYLES = flags.DEFINE_string('styles', None, 'What tools/emoji_styles.py wrote.', required=True)
-TO = flags.DEFINE_string('to', None, 'Folder to write the tables to.', required=True)
+STYLES = flags.DEFINE_string('styles', '', 'What tools/emoji_styles.py wrote.')
+TO = flags.DEFINE_string('to', '', 'Folder to write the tables to; must not be there yet.')
 WITHOUT = flags.DEFINE_string('without', '', 'Hand to leave out, a folder of images/.')
 CAPTIONS = ('{text}', '{text}', 'a photo of a {label}: {text}.', 'a photo of a {label}.')
 
@@ -29,11 +31,18 @@ def caption(row):
   return CAPTIONS[kind].format(**row)
 
 
-def main(_):
-  folder = pathlib.Path(TO.value)
+def main():
+  styles, folder = pathlib.Path(STYLES.value), pathlib.Path(TO.value)
+  if not (styles / 'train.csv').is_file():
+    raise UserError(f'--styles: no train.csv in {STYLES.value!r}; give what emoji_styles.py wrote')
+  if not TO.value or folder.exists():
+    raise UserError(f'--to: {TO.value!r} is not legal; give a folder that is not there yet')
+  if WITHOUT.value and not (styles / 'images' / WITHOUT.value).is_dir():
+    hands = files.listed(sorted(hand.name for hand in (styles / 'images').iterdir()))
+    raise UserError(f'--without: no hand {WITHOUT.value!r}; give one of {hands}')
   folder.mkdir(parents=True)
   for split in ('train', 'validation', 'test'):
-    with (pathlib.Path(STYLES.value) / f'{split}.csv').open(encoding='utf-8') as stream:
+    with (styles / f'{split}.csv').open(encoding='utf-8') as stream:
       rows = list(csv.DictReader(stream))
     if split == 'train' and WITHOUT.value:
       rows = [row for row in rows if not row['image'].startswith(f'images/{WITHOUT.value}/')]
@@ -46,4 +55,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  grid.start(main)
