@@ -262,6 +262,8 @@ def main():
   counts = [int(count) for count in SHOTS.value if count.isdigit() and int(count) > 0]
   if not counts or len(counts) < len(SHOTS.value):
     raise UserError(f'--shots: {",".join(SHOTS.value)!r} is not legal; give numbers, e.g. 1,4,16')
+  if not any(re.search(grid.ONLY.value, method) for method in METHODS):
+    raise UserError(f'--methods: {grid.ONLY.value!r} is none of {", ".join(METHODS)}')
   if not set(PROTOCOLS.value) <= {'few_shot', 'base_to_novel'} or not PROTOCOLS.value:
     raise UserError('--protocol: give few_shot, base_to_novel, or both')
   lines = ['# Few shots, and classes that are new\n']
