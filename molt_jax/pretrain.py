@@ -29,7 +29,7 @@ from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
 from molt_jax.features import opening
 from molt_jax.objectives import contrastive
-from molt_jax.pairs import augment, batches, in_use, retrieval
+from molt_jax.pairs import augment, batches, in_use, retrieval, towers
 from molt_jax.pairs import method as pairs
 from molt_jax.runtime import compiling, console, sharding
 from molt_jax.runtime.signals import exit_code
@@ -99,7 +99,7 @@ class PairTrainer(Trainer):
     if 'image' in method.frozen:
       config = self.assembly.config
       mesh, dtype = self.assembly.mesh, config.compute_dtype
-      self.frozen['image'] = pairs.load_weights(config, mesh, 'image', dtype)
+      self.frozen['image'] = towers.load_weights(config, mesh, 'image', dtype)
     self._embed = compiling.jit(method.embed_batch)
 
   def begin(self, state: TrainState) -> TrainState:
@@ -140,7 +140,7 @@ class PairTrainer(Trainer):
     """See `Trainer`: writes the image tower."""
     if self.assembly.preprocess.report.counts():
       console.log(self.assembly.preprocess.report.line())
-    if pairs.has_own_projections(self.assembly.config):
+    if towers.has_own_projections(self.assembly.config):
       write_pair(self.workdir)
     return write_tower(self.workdir)
 

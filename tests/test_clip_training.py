@@ -13,11 +13,8 @@ from flax import linen as nn
 from optional_torch import needs_torch, torch
 
 from molt_jax import pretrain
-from molt_jax.config import resolved
-from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.errors import UserError
-from molt_jax.pairs import in_use, published
-from molt_jax.pairs import method as pairs
+from molt_jax.pairs import in_use, published, towers
 from molt_jax.runtime import logbook, sharding
 from molt_jax.training.assembly import assemble
 
@@ -31,29 +28,18 @@ TEXTS = ['a red square', 'blue', 'naïve green squares, number 7']
 
 
 @pytest.fixture(scope='module')
-def make_config(tiny_pair, tiny_table):
+def make_config(make_pretraining):
   """Returns a function of overrides (dotted names): a CLIP from scratch that reads bytes."""
-
-  def make(**overrides):
-    values = {
-      **tiny_pair,
-      'dataset.path': str(tiny_table),
-      'text.max_tokens': 20,
-      'backbones.text.path': 'random:clip-text-tiny',
-      'backbones.text.pretrained': False,
-      'backbones.text.freeze': False,
-      'projection.kind': 'clip',
-      'objective.v2v': 0.0,
-      'objective.uniformity': 0.0,
-      'train.epochs': 1.0,
-      'export.dtype': 'float32',
-    } | overrides
-    config = PRETRAINING.default()
-    for name, value in values.items():
-      resolved.set_field(config, name, value)
-    return PRETRAINING.validate(config)
-
-  return make
+  clip = {
+    'text.max_tokens': 20,
+    'backbones.text.path': 'random:clip-text-tiny',
+    'backbones.text.pretrained': False,
+    'backbones.text.freeze': False,
+    'projection.kind': 'clip',
+    'objective.v2v': 0.0,
+    'objective.uniformity': 0.0,
+  }
+  return lambda **overrides: make_pretraining(**(clip | overrides))
 
 
 @pytest.fixture(scope='module')
@@ -91,13 +77,13 @@ def test_transformers_reads_the_pair_and_makes_the_same_logits(run, images):
 
 
 def test_the_written_pair_scores_as_any_published_one(run, images):
-  towers = published.describe(str(run / 'pair'))
+  described = published.describe(str(run / 'pair'))
   of_run = pretrain.load_pair(run)
   for text in TEXTS:
     encode = of_run.preprocess.encode
-    assert towers['text'].tokenizer.encode(text, 20) == encode(text, 20)
+    assert described['text'].tokenizer.encode(text, 20) == encode(text, 20)
   mesh = sharding.make_mesh(of_run.model.config)
-  model, variables = published.load(str(run / 'pair'), towers, mesh, 'float32')
+  model, variables = published.load(str(run / 'pair'), described, mesh, 'float32')
   pair = in_use.TowerPair(model, variables, of_run.preprocess, 4, mesh)
   np.testing.assert_allclose(pair.embed_images(images), of_run.embed_images(images), atol=2e-5)
   np.testing.assert_allclose(pair.embed_texts(TEXTS), of_run.embed_texts(TEXTS), atol=2e-5)
@@ -206,10 +192,10 @@ def test_a_frozen_tower_is_refused(make_config, overrides, words):
 
 def test_towers_that_do_not_fit_are_refused(run, make_config, tiny_towers):
   with pytest.raises(UserError, match='text.path.*family llama.*projection.kind=mlp'):
-    pairs.describe_towers(make_config(**{'backbones.text.path': tiny_towers['text']}))
+    towers.describe_towers(make_config(**{'backbones.text.path': tiny_towers['text']}))
   both = {f'backbones.text.{k}': v for k, v in _from(str(run / 'pair')).items()}
   with pytest.raises(UserError, match='projection.width: 24.*projects to 12; give that'):
-    pairs.describe_towers(make_config(**both, **{'projection.width': 24}))
+    towers.describe_towers(make_config(**both, **{'projection.width': 24}))
   alone = {f'backbones.image.{k}': v for k, v in _from(str(run / 'tower')).items()}
   with pytest.raises(UserError, match='image.path.*has no projection.*whole CLIPModel'):
-    pairs.describe_towers(make_config(**alone))
+    towers.describe_towers(make_config(**alone))

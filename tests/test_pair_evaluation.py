@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from molt_jax import evaluate_pair, pretrain
-from molt_jax.config import resolved
 from molt_jax.config.pretraining import PRETRAINING
 from molt_jax.data import datasets
 from molt_jax.data.sources import UNLABELLED
@@ -152,21 +151,12 @@ def test_one_class_alone_leaves_retrieval(examples):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, tiny_pair, tiny_table):
+def trained(tmp_path_factory, make_pretraining):
   """A pair trained for a few steps; the config of tests/test_pretrain.py, whose compiled programs
   are then at hand.
   """
-  config = PRETRAINING.default()
-  overrides = {
-    **tiny_pair,
-    'dataset.path': str(tiny_table),
-    'input.text_store': '',
-    'train.epochs': 3.0,
-  }
-  for name, value in overrides.items():
-    resolved.set_field(config, name, value)
   workdir = tmp_path_factory.mktemp('pair') / 'run'
-  pretrain.pretrain(PRETRAINING.validate(config), workdir)
+  pretrain.pretrain(make_pretraining(**{'train.epochs': 3.0}), workdir)
   return workdir
 
 

@@ -31,7 +31,7 @@ from molt_jax.data import datasets, examples, transforms
 from molt_jax.errors import UserError
 from molt_jax.features import frozen
 from molt_jax.objectives import contrastive
-from molt_jax.pairs import in_use, retrieval
+from molt_jax.pairs import in_use, retrieval, towers
 from molt_jax.pairs import method as pairs
 from molt_jax.runtime import logbook, sharding, signals
 from molt_jax.towers import loading
@@ -45,28 +45,17 @@ FROM_PRETRAIN = 'import sys; from molt_jax import pretrain; sys.exit(pretrain.ma
 
 
 @pytest.fixture(scope='module')
-def make_config(tiny_pair, tiny_table, tmp_path_factory):
-  """Returns a function of overrides (dotted names): a config that trains in seconds, 36 pairs, 4.5
-  steps an epoch.
+def make_config(make_pretraining, tmp_path_factory):
+  """Returns a function of overrides (dotted names): a config of three epochs that keeps its texts
+  and says every step.
   """
-  store = tmp_path_factory.mktemp('texts')
-
-  def make(**overrides):
-    values = {
-      **tiny_pair,
-      'dataset.path': str(tiny_table),
-      'input.text_store': str(store),
-      'train.epochs': 3.0,
-      'train.log_every': 1,
-      'train.save_every': 2,
-      'export.dtype': 'float32',
-    } | overrides
-    config = PRETRAINING.default()
-    for name, value in values.items():
-      resolved.set_field(config, name, value)
-    return PRETRAINING.validate(config)
-
-  return make
+  own = {
+    'input.text_store': str(tmp_path_factory.mktemp('texts')),
+    'train.epochs': 3.0,
+    'train.log_every': 1,
+    'train.save_every': 2,
+  }
+  return lambda **overrides: make_pretraining(**(own | overrides))
 
 
 @pytest.fixture(scope='module')
@@ -610,21 +599,21 @@ def test_every_field_of_the_schema_survives_json(make_config):
   config = make_config()
   assert PRETRAINING.from_json(resolved.to_json(config)) == config
   assert json.loads(resolved.to_json(config))['objective']['v2v'] == 0.3
-  towers = pairs.describe_towers(config)
-  assert frozen.identities(towers)['image']['path'] == pairs.SCRATCH
+  described = towers.describe_towers(config)
+  assert frozen.identities(described)['image']['path'] == towers.SCRATCH
 
 
 def test_towers_that_could_not_be_written_are_not_trained(make_config):
   config = make_config()
   config.backbones.image.path = 'random:dinov3-tiny'
   with pytest.raises(UserError, match='family dinov3_vit.*image.freeze=True.*clip_vision_model'):
-    pairs.describe_towers(config)
+    towers.describe_towers(config)
   config.backbones.image.freeze = config.backbones.image.pretrained = True
   config.augment.image.kept = 0.5
   with pytest.raises(UserError, match='image.kept: 0.5.*give 1.0'):
-    pairs.describe_towers(config)
+    towers.describe_towers(config)
   config.augment.image.kept = 1.0
-  assert pairs.describe_towers(config)['image'].family.name == 'dinov3_vit'
+  assert towers.describe_towers(config)['image'].family.name == 'dinov3_vit'
 
 
 # ---- The shipped tower ---------------------------------------------------------------------------

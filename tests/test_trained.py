@@ -581,20 +581,11 @@ def test_outputs_that_are_not_finite_have_no_score(home, entry, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def pair_home(tmp_path_factory, tiny_pair, tiny_table):
+def pair_home(tmp_path_factory, make_pretraining, tiny_table):
   """A pair of towers after a few steps; the config of tests/test_pair_evaluation.py."""
   home = Home(tmp_path_factory.mktemp('pair'))
   shutil.copytree(tiny_table, home.table)
-  config = PRETRAINING.default()
-  config.update_from_flattened_dict(
-    {
-      **tiny_pair,
-      'dataset.path': str(home.table),
-      'input.text_store': '',
-      'train.epochs': 1.0,
-    }
-  )
-  pretrain.pretrain(PRETRAINING.validate(config), home.run)
+  pretrain.pretrain(make_pretraining(**{'dataset.path': str(home.table)}), home.run)
   return home
 
 

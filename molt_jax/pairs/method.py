@@ -3,8 +3,6 @@ frozen, the heads and the temperature.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from molt_jax.data.modalities import MODALITIES
-from molt_jax.errors import UserError
 from molt_jax.features.frozen import Reads
 from molt_jax.methods.parts.interface import Output
 from molt_jax.objectives import contrastive
 from molt_jax.pairs.encoder import DualEncoder
-from molt_jax.runtime import sharding
-from molt_jax.towers import base, loading
-from molt_jax.towers.clip import ClipVisionConfig
-from molt_jax.towers.preprocessing import ImageSpec
-
-SCRATCH = 'from scratch'
+from molt_jax.pairs.towers import has_own_projections, heads_of, load_weights, pretrained_scale
+from molt_jax.towers.loading import TowerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +192,14 @@ class PairMethod:
 
 def make_method(
   config: ml_collections.ConfigDict,
-  towers: Mapping[str, loading.TowerSpec],
+  towers: Mapping[str, TowerSpec],
   mesh: jax.sharding.Mesh,
 ) -> PairMethod:
   """Puts the towers under projection heads."""
   c = config.backbones
   modules, reads = {}, {}
   for modality, tower in towers.items():
-    heads = _heads(config, modality)
+    heads = heads_of(config, modality)
     last = tower.config.num_layers
     reads[modality] = Reads(run_from=0, heads=heads)
     if modality == 'text' and c.text.freeze:
@@ -224,123 +217,13 @@ def make_method(
     reconstruct='reconstruction' in objectives(config),
     kept=config.augment.image.kept,
   )
-  scale = _pretrained_scale(config, towers)
+  scale = pretrained_scale(config, towers)
   return PairMethod(encoder, ml_collections.FrozenConfigDict(config), mesh, reads, scale)
-
-
-def has_own_projections(config: Mapping[str, Any]) -> bool:
-  """Whether both towers are CLIPs that are trained with their own projections."""
-  return config.projection.kind == 'clip'
-
-
-def _heads(config: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-  """What is made of a tower above its last hidden state."""
-  pooled = ('pool',) if modality == 'image' else ()
-  return (*pooled, 'projection') if has_own_projections(config) else pooled
-
-
-def _pretrained_scale(
-  config: ml_collections.ConfigDict, towers: Mapping[str, loading.TowerSpec]
-) -> float | None:
-  c = config.backbones
-  starts = has_own_projections(config) and c.image.pretrained and c.text.pretrained
-  return towers['text'].logit_scale if starts and c.image.path == c.text.path else None
-
-
-def describe_towers(config: ml_collections.ConfigDict) -> dict[str, loading.TowerSpec]:
-  """Returns both towers without their weights; one without a path is what the config's numbers
-  say.
-  """
-  c = config.backbones
-  if c.image.path:
-    image = loading.describe_tower(c.image.path, modality='image')
-    written = base.family_of({}, 'image', '').name
-    if not c.image.freeze and image.family.name != written:
-      raise UserError(
-        f'config.backbones.image.path: {c.image.path!r} is of the family {image.family.name}, '
-        'which is read, but not written after training; give config.backbones.image.freeze=True, '
-        f'or a tower of the family {written}'
-      )
-    if image.config.rope_theta and config.augment.image.kept < 1:
-      raise UserError(
-        f'config.augment.image.kept: {config.augment.image.kept}, but positions of '
-        f'{c.image.path!r} are counted from its patches, so that all are needed; give 1.0'
-      )
-  else:
-    image = _scratch_tower(c.image)
-  towers = {'image': image, 'text': loading.describe_tower(c.text.path, modality='text')}
-  if has_own_projections(config):
-    return {modality: _with_projection(config, tower) for modality, tower in towers.items()}
-  return towers
-
-
-def _with_projection(
-  config: ml_collections.ConfigDict, tower: loading.TowerSpec
-) -> loading.TowerSpec:
-  """A tower of a CLIP whose projection has the width of the config.
-
-  Raises:
-    UserError: it is none, or its weights have no projection or another one.
-  """
-  modality, width = tower.family.modality, config.projection.width
-  field, path = f'config.backbones.{modality}.path', tower.identity['path']
-  if tower.family.larger != 'clip':
-    raise UserError(
-      f"{field}: {path!r} is of the family {tower.family.name}, and config.projection.kind='clip' "
-      'trains CLIPs; give one, or config.projection.kind=mlp'
-    )
-  if config.backbones[modality].pretrained:
-    if 'projection' not in tower.heads:
-      raise UserError(
-        f"{field}: {path!r} has no projection, from which config.projection.kind='clip' goes on; "
-        f'give a whole CLIPModel, or config.backbones.{modality}.pretrained=False'
-      )
-    if tower.config.projection_size != width:
-      raise UserError(
-        f'config.projection.width: {width}, but {path!r} projects to '
-        f'{tower.config.projection_size}; give that'
-      )
-  architecture = dataclasses.replace(tower.config, projection_size=width)
-  return dataclasses.replace(tower, config=architecture)
-
-
-def _scratch_tower(c: ml_collections.ConfigDict) -> loading.TowerSpec:
-  sizes = {
-    'hidden_size': c.width,
-    'intermediate_size': 4 * c.width,
-    'num_layers': c.layers,
-    'num_heads': c.heads,
-    'image_size': c.size,
-    'patch_size': c.patch,
-    'hidden_act': 'quick_gelu',
-    'layer_norm_eps': 1e-5,
-  }
-  sha256 = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
-  identity = {'path': SCRATCH, 'sha256': sha256}
-  family = base.family_of({}, 'image', SCRATCH)
-  return loading.TowerSpec(
-    family, ClipVisionConfig(**sizes), identity, None, ImageSpec(c.size), ('pool',)
-  )
 
 
 def objectives(config: Mapping[str, Any]) -> dict[str, float]:
   """Returns the objectives that count, name -> weight."""
   return {name: weight for name, weight in config.objective.items() if weight}
-
-
-def load_weights(
-  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, modality: str, dtype: Any
-) -> Any:
-  """Loads the parameters of a tower from its path."""
-  c = config.backbones
-  return loading.load_tower(
-    c[modality].path,
-    modality=modality,
-    dtype=dtype,
-    attention=c.attention,
-    shardings=sharding.param_shardings(mesh),
-    heads=_heads(config, modality),
-  ).params
 
 
 def load_frozen(method: PairMethod) -> dict[str, Any]:

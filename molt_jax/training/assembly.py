@@ -17,6 +17,7 @@ from molt_jax.data.sources import Dataset
 from molt_jax.features import frozen
 from molt_jax.methods.base import Method, make_method
 from molt_jax.pairs import method as pairs
+from molt_jax.pairs import towers as pair_towers
 from molt_jax.runtime import console, processes, sharding
 from molt_jax.towers.loading import TowerSpec
 
@@ -207,7 +208,7 @@ def check_batch_sizes(
 def describe_towers(config: ml_collections.ConfigDict) -> dict[str, TowerSpec]:
   """Opens the towers that a config names, without their weights."""
   if 'objective' in config:
-    return pairs.describe_towers(config)
+    return pair_towers.describe_towers(config)
   return frozen.describe_towers(config)
 
 
