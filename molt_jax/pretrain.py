@@ -15,6 +15,7 @@ if __name__ == '__main__':  # Arguments are read before JAX is imported, so that
   commands.end(commands.run('pretrain', sys.argv[1:]))
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from molt_jax.pairs import method as pairs
 from molt_jax.runtime import compiling, console, sharding
 from molt_jax.runtime.signals import exit_code
 from molt_jax.towers import export
+from molt_jax.towers.preprocessing import ImageSpec
 from molt_jax.training import train_state, workdir
 from molt_jax.training.assembly import Assembly
 from molt_jax.training.monitor import StepMonitor
@@ -288,7 +290,7 @@ def write_tower(folder: pathlib.Path) -> pathlib.Path | None:
     folder / 'tower',
     run.variables()['params']['image_tower'],
     tower.config,
-    tower.preprocess,
+    _seen(run),
     dtype=run.config.export.dtype,
   )
   _tell('image tower', written)
@@ -300,10 +302,21 @@ def write_pair(folder: pathlib.Path) -> pathlib.Path:
   run = open_run(folder)
   run.check_towers()
   written = export.save_pair(
-    folder / 'pair', run.variables()['params'], run.assembly.towers, dtype=run.config.export.dtype
+    folder / 'pair',
+    run.variables()['params'],
+    run.assembly.towers,
+    _seen(run),
+    dtype=run.config.export.dtype,
   )
   _tell('pair', written)
   return written
+
+
+def _seen(run: trained.Trained) -> ImageSpec:
+  """How the run has made pictures what its image tower sees."""
+  how = run.assembly.preprocess
+  own = run.assembly.towers['image'].preprocess
+  return dataclasses.replace(own, resize=how.resize, scaled=how.scaled)
 
 
 def _tell(what: str, written: pathlib.Path) -> None:

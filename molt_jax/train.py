@@ -26,6 +26,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from molt_jax.config.resolved import modalities
 from molt_jax.data import checks, missing, pipeline
 from molt_jax.data.sources import Source, classes_of
 from molt_jax.data.tables.rows import aside_as_csv
@@ -153,6 +154,10 @@ class ClassifierTrainer(Trainer):
   def config(self) -> ml_collections.ConfigDict:
     return self.assembly.config
 
+  @property
+  def _trains_towers(self) -> bool:
+    return any(self.config.backbones[m].trainable for m in modalities(self.config))
+
   def num_examples(self) -> int:
     """See `Trainer`."""
     return len(self.assembly.data.splits['train'])
@@ -221,6 +226,8 @@ class ClassifierTrainer(Trainer):
     if self._imputation:
       state = state.replace(statistics=self._imputation(_variables(state), self.frozen))
     if self._ridge and self.assembly.method.weighs_head:
+      if self._trains_towers:  # What it was fitted to is no longer what is read.
+        state = state.replace(statistics=self._ridge.fit(_variables(state), self.frozen))
       state = state.replace(statistics=self._ridge.weigh(_variables(state), self.frozen))
     return state
 

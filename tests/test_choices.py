@@ -17,6 +17,7 @@ from molt_jax.config import qualities, resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.errors import UserError
 from molt_jax.evaluation import trained
+from molt_jax.features.frozen import load_frozen
 from molt_jax.methods.head import RIDGE
 from molt_jax.runtime import console, logbook, sharding, signals
 from molt_jax.runtime.flags import duration
@@ -134,7 +135,7 @@ def test_a_run_that_is_stopped_while_its_rate_falls_ends_at_the_same_step(
   config = make_tiny_config()
   config.train.epochs, config.train.eval_every, config.train.log_every = 2.0, 5, 1
   config.train.patience, config.optimizer.learning_rate = 1, 1e-9  # Nothing is learned.
-  config.optimizer.schedule, config.optimizer.warmup_steps = 'constant', 0
+  config.optimizer.schedule, config.optimizer.warmup_steps = 'cosine', 0
   config.missing.views, config.missing.distill_weight = False, 0.0
   put, steps = sharding.put_batch, []
 
@@ -153,7 +154,9 @@ def test_a_run_that_is_stopped_while_its_rate_falls_ends_at_the_same_step(
   lines = [line for line in logbook.read(tmp_path / 'run') if line['kind'] == 'train']
   assert [line['step'] for line in lines] == list(range(1, 14))
   rates = [line['learning_rate'] / 1e-9 for line in lines]
-  np.testing.assert_allclose(rates, [1] * 11 + [2 / 3, 1 / 3], rtol=1e-5)
+  # Of 24 steps, though it ends at the thirteenth.
+  cosine = 0.5 * (1 + np.cos(np.pi * np.arange(13) / 24))
+  np.testing.assert_allclose(rates, cosine * ([1] * 11 + [2 / 3, 1 / 3]), rtol=1e-5)
   config.train.epochs = 3.0
   with pytest.raises(UserError, match='ends where validation gains nothing more'):
     train.train(config, tmp_path / 'run')
@@ -198,6 +201,36 @@ def test_what_another_run_has_learned_is_taken_over_by_the_names_of_classes(whol
       assert np.array_equal(x[..., :1], begun[name][..., :1]), name
     else:
       assert np.array_equal(x, theirs[name]), name
+
+
+@pytest.mark.parametrize('method', ['huse', 'mmrl'])
+def test_what_names_become_in_the_text_tower_is_of_the_new_names(method):
+  """One class more changes the mean that names are centred by, and how many tokens they have."""
+  config = CLASSIFIER.default()
+  config.dataset.path, config.method = 'unread', method
+  config.backbones.image.path = 'random:clip-vit-tiny'
+  config.backbones.text.path = 'random:clip-text-tiny'
+  config.backbones.dtype = config.compute_dtype = 'float32'
+  config.mesh.data, config.huse.width, config.mmrl.width = 1, 8, 8
+  begun = {}
+  for names in (('cat', 'dog'), ('cat', 'dog', 'a name of several words')):
+    assembly = assemble(CLASSIFIER.validate(config), class_names=names)
+    own = assembly.method
+    fresh = nn.unbox(own.init(jax.random.key(len(names))))
+    fresh = jax.device_put(fresh, sharding.replicated(assembly.mesh))
+    begun[names] = own.start(fresh, load_frozen(assembly.config, assembly.mesh, own.reads))
+  (old, before), (_, after) = begun.items()
+  found = warm_start.WarmStart(pathlib.Path('run'), 1, old, lambda: before)(assembly, after)
+  of_names, fresh = _leaves(found['statistics']), _leaves(after['statistics'])
+  made = [name for name in of_names if any(own_name in name for own_name in own.of_names)]
+  assert len(made) == len(own.of_names)
+  for name in made:
+    assert np.array_equal(of_names[name], fresh[name]), name
+  learned, theirs, new = (_leaves(x['params']) for x in (found, before, after))
+  taken = [name for name, x in theirs.items() if x.shape == new[name].shape]
+  assert taken
+  for name in taken:
+    assert np.array_equal(learned[name], theirs[name]), name
 
 
 def test_a_run_with_another_head_or_towers_is_refused_by_name(whole, tiny_config, tmp_path):

@@ -2,6 +2,7 @@
 training goes on; the oracle is transformers.
 """
 
+import json
 import pathlib
 
 import jax
@@ -11,11 +12,15 @@ import tokenizers
 import transformers
 from flax import linen as nn
 from optional_torch import needs_torch, torch
+from PIL import Image
 
 from molt_jax import pretrain
+from molt_jax.data import transforms
 from molt_jax.errors import UserError
 from molt_jax.pairs import in_use, published, towers
 from molt_jax.runtime import logbook, sharding
+from molt_jax.towers import export, preprocessing
+from molt_jax.towers.preprocessing import ImageSpec
 from molt_jax.training.assembly import assemble
 
 LAYERS = {
@@ -126,17 +131,21 @@ def test_other_towers_start_with_the_temperature_of_the_config(run, make_config)
 
 @needs_torch
 def test_a_published_clip_is_trained_on(make_config, tmp_path):
-  """Its temperature is the first one, and its tokenizer is written with it."""
+  """Its temperature is the first one; its tokenizer is written with it, and how pictures came."""
   published_clip, tokenizer = _published(tmp_path / 'published')
   folder = str(tmp_path / 'published')
   both = {f'backbones.{m}.{k}': v for m in ('image', 'text') for k, v in _from(folder).items()}
   few = {'train.epochs': 0.5, 'train.log_every': 1, 'optimizer.learning_rate': 1e-4}
+  few['image.resize'] = 'squash'
   pretrain.pretrain(make_config(**both, **few), tmp_path / 'run')
   first = next(line for line in logbook.read(tmp_path / 'run') if line['kind'] == 'train')
   assert first['scale'] == pytest.approx(np.exp(1.5), rel=1e-5)
   again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'run' / 'pair')
   for text in (*TEXTS, 'A Red\n  SQUARE!'):
     assert again(text)['input_ids'] == tokenizer(text)['input_ids']
+  for written in ('tower', 'pair'):
+    seen = transformers.CLIPImageProcessor.from_pretrained(tmp_path / 'run' / written)
+    assert dict(seen.size) == {'height': 16, 'width': 16} and not seen.do_center_crop
   model = transformers.CLIPModel.from_pretrained(tmp_path / 'run' / 'pair')
   old, new = published_clip.state_dict(), model.state_dict()
   moved = {name: float((old[name] - w).abs().max()) for name, w in new.items()}
@@ -169,6 +178,26 @@ def _published(folder):
   model.save_pretrained(folder)
   tokenizer.save_pretrained(folder)
   return model, tokenizer
+
+
+@pytest.mark.parametrize('resize', ['crop', 'squash'])
+@pytest.mark.parametrize('scaled', [0, 20])
+def test_written_preprocessing_makes_the_same_pixels(resize, scaled, tmp_path):
+  spec = ImageSpec(16, resize=resize, scaled=scaled)
+  content = json.dumps(export._preprocessor(spec))
+  (tmp_path / 'preprocessor_config.json').write_text(content)
+  assert preprocessing.read(tmp_path, 16) == spec
+  pixels_hwc = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+  processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
+  theirs = processor(Image.fromarray(pixels_hwc), return_tensors='np')['pixel_values'][0]
+  how = {'mean': spec.mean, 'std': spec.std, 'resize': resize, 'scaled': scaled}
+  ours = transforms.preprocess_image(Image.fromarray(pixels_hwc), size=16, **how)
+  np.testing.assert_allclose(ours, theirs.transpose(1, 2, 0), atol=2.5 / 255 / min(spec.std))
+
+
+def test_a_letterbox_is_refused_for_a_tower_that_is_written(make_config):
+  with pytest.raises(UserError, match="image.resize: 'letterbox'.*give crop or squash"):
+    make_config(**{'image.resize': 'letterbox'})
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_modality_that_does_harm_is_pointed_out_with_its_counts():
   assert harm.found(_predictions(np.stack([both, both, both]), present_nm)) == []
 
 
-@pytest.mark.parametrize(('lost', 'won'), [(1, 0), (5, 5), (30, 9), (200, 131)])
+@pytest.mark.parametrize(('lost', 'won'), [(1, 0), (5, 5), (30, 9), (200, 131), (40_000, 40_500)])
 def test_mcnemar_is_the_test_of_a_fair_coin(lost, won):
   assert harm.mcnemar(lost, won) == pytest.approx(scipy.stats.binomtest(won, lost + won).pvalue)
 

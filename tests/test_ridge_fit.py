@@ -10,7 +10,9 @@ import pytest
 from molt_jax import evaluate, train
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.evaluation import trained
+from molt_jax.features.frozen import load_frozen
 from molt_jax.training import ridge_fit
+from molt_jax.training.assembly import assemble
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +83,38 @@ def test_a_run_that_failed_at_its_first_step_goes_on_as_if_it_had_not(
   train.train(make_config(), tmp_path / 'run')
   assert len(fitted) == 1
   same_run(run, tmp_path / 'run')
+
+
+def test_beside_a_trained_tower_it_is_fitted_to_the_states_of_now(
+  make_config, tmp_path, monkeypatch
+):
+  config, kept = make_config(), {}
+  config.features.store = ''  # Live: stored states are those below what is trained.
+  config.backbones.image.trainable, config.train.epochs = '.*', 0.25
+  finish = train.ClassifierTrainer.finish
+
+  def keep(self):
+    kept['fit'], kept['frozen'] = self._ridge.fit, self.frozen
+    return finish(self)
+
+  monkeypatch.setattr(train.ClassifierTrainer, 'finish', keep)
+  train.train(config, tmp_path / 'run')
+  variables = trained.open(tmp_path / 'run').variables()
+  own, wanted = variables['statistics'], kept['fit'](variables, kept['frozen'])
+  begun = kept['fit'](_with_untrained_tower(variables, config), kept['frozen'])
+  landmarks, now, first = (
+    np.asarray(x['ridge']['image']['cells_landmarks_mlnd'], np.float32)
+    for x in (own, wanted, begun)
+  )
+  np.testing.assert_allclose(landmarks, now, atol=1e-3)
+  assert np.abs(landmarks - first).max() > 0.02
+
+
+def _with_untrained_tower(variables, config):
+  assembly = assemble(config)
+  method = assembly.method
+  frozen = load_frozen(config, assembly.mesh, method.reads)
+  return method.start(variables, frozen)
 
 
 def test_only_labelled_examples_are_fitted_to(make_config):

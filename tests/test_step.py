@@ -3,6 +3,7 @@ does not grow with their depth.
 """
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -15,6 +16,7 @@ from molt_jax.config import resolved
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import packing
 from molt_jax.data.sources import UNLABELLED
+from molt_jax.errors import UserError
 from molt_jax.profiling.workload import Workload
 from molt_jax.towers import architectures
 from molt_jax.training import microbatching, monitor
@@ -209,6 +211,21 @@ def test_the_loop_looks_at_a_loss_two_steps_late():
     assert max(looked, default=0) == max(step - monitor.IN_FLIGHT, 0)
   watch.drain()
   assert sorted(set(looked)) == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+  ('loss', 'norm', 'words'),
+  [(np.nan, 1.0, 'loss nan at step 1'), (0.5, np.inf, 'gradient norm inf at step 1')],
+)
+def test_what_is_not_finite_is_named(loss, norm, words, tmp_path):
+  watch = make_monitor(CLASSIFIER.default(), {}, total=9)
+  watch._workdir, watch._ids = tmp_path, ['a', 'b']
+  watch.dispatched(1, {'loss': np.float32(loss), 'grad_norm': np.float32(norm)}, np.arange(2))
+  with pytest.raises(UserError, match=words):
+    watch.drain()
+  saved = json.loads((tmp_path / 'not_finite.json').read_text())
+  assert saved['ids'] == ['a', 'b']
+  assert saved['loss'] == str(loss) and saved['gradient norm'] == str(norm)
 
 
 def test_speed_is_that_of_steps_that_were_waited_for(monkeypatch):

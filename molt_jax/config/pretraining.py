@@ -239,6 +239,11 @@ def _own_projections(c: ml_collections.ConfigDict) -> Iterator[str]:
 
 def _image_tower(c: ml_collections.ConfigDict) -> Iterator[str]:
   image = c.backbones.image
+  if c.image.resize == 'letterbox' and not image.freeze:
+    yield (
+      "config.image.resize: 'letterbox' beside config.backbones.image.freeze=False: the files of a "
+      'trained tower cannot say it; give crop or squash'
+    )
   if image.path:
     return
   if image.pretrained:

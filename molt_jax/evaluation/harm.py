@@ -1,7 +1,8 @@
 """Whether a modality does harm: where one alone is right, and both together are not."""
 
-import math
 from typing import NamedTuple
+
+import scipy.special
 
 from molt_jax.data.modalities import COLUMN, CONDITIONS, KEPT, condition
 from molt_jax.evaluation.records import Predictions
@@ -55,5 +56,5 @@ def found(predictions: Predictions) -> list[Harm]:
 
 def mcnemar(lost: int, won: int) -> float:
   """Returns the exact two-sided p-value of McNemar's test: that of a fair coin's."""
-  tail = sum(math.comb(lost + won, n) for n in range(min(lost, won) + 1))
-  return min(1.0, 2 * tail / 2 ** (lost + won))
+  tail = scipy.special.bdtr(min(lost, won), lost + won, 0.5)
+  return min(1.0, 2 * float(tail))

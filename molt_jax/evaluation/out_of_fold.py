@@ -203,26 +203,41 @@ class _Kernel:
 
 
 def _without_folds(feature_nm, target_nk, labelled_n, fold_n, ridges) -> np.ndarray:
-  """Returns float32[ridges, n, K], the answers without each fold."""
-  offset_k = target_nk[labelled_n].mean(axis=0)
-  centred_nk = target_nk - offset_k
+  """Returns float32[ridges, n, K], the answers without each fold: regression of targets less the
+  mean of those that it is fitted to.
+  """
   parts = {}
   for fold in np.unique(fold_n):
-    own = feature_nm[labelled_n & (fold_n == fold)]
-    right = centred_nk[labelled_n & (fold_n == fold)]
-    parts[fold] = (own.T @ own).astype(np.float64), (own.T @ right).astype(np.float64)
-  gram_mm = sum(gram for gram, _ in parts.values())
-  right_mk = sum(right for _, right in parts.values())
+    own_n = labelled_n & (fold_n == fold)
+    parts[fold] = _Sums.of(feature_nm[own_n], target_nk[own_n])
+  whole = _Sums(*(sum(sums) for sums in zip(*parts.values(), strict=True)))
   found = np.zeros((len(ridges), *target_nk.shape), np.float32)
-  for fold, (own_mm, own_mk) in parts.items():
-    held = fold_n == fold
+  for fold, own in parts.items():
+    held, left = fold_n == fold, _Sums(*(x - y for x, y in zip(whole, own, strict=True)))
+    mean_k = left.target_k / max(left.count, 1)
+    right_mk = left.product_mk - np.outer(left.feature_m, mean_k)
     for r, ridge in enumerate(ridges):
-      left_mm = gram_mm - own_mm
-      left_mm[np.diag_indices(len(left_mm))] += ridge
+      left_mm = left.gram_mm + ridge * np.eye(len(left.gram_mm))
       factor = scipy.linalg.cho_factor(left_mm, lower=True, overwrite_a=True, check_finite=False)
-      weight_mk = scipy.linalg.cho_solve(factor, right_mk - own_mk, check_finite=False)
-      found[r, held] = feature_nm[held] @ weight_mk.astype(np.float32) + offset_k
+      weight_mk = scipy.linalg.cho_solve(factor, right_mk, check_finite=False)
+      found[r, held] = feature_nm[held] @ weight_mk.astype(np.float32) + mean_k
   return found
+
+
+class _Sums(NamedTuple):
+  """Of labelled examples, what a regression is solved from, float64."""
+
+  count: int
+  feature_m: np.ndarray
+  target_k: np.ndarray
+  gram_mm: np.ndarray
+  product_mk: np.ndarray
+
+  @classmethod
+  def of(cls, feature_nm: np.ndarray, target_nk: np.ndarray) -> '_Sums':
+    sums = (x.sum(axis=0, dtype=np.float64) for x in (feature_nm, target_nk))
+    products = (feature_nm.T @ x for x in (feature_nm, target_nk))
+    return cls(len(feature_nm), *sums, *(x.astype(np.float64) for x in products))
 
 
 def _best(answer_rnk, target_nk, labelled_n, *, multi_label: bool) -> tuple[float, np.ndarray]:

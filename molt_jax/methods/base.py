@@ -53,6 +53,7 @@ class Method(Protocol):
     loss_weights: weights of `Output.losses_b`.
     branch_weights: weights of the cross-entropies of `Output.branches_bk`; their sum is 1.
     closed_form: statistics that are fitted in closed form, by `training.ridge_fit`.
+    of_names: statistics that `start` makes of the names of the classes.
     is_trained: whether anything is learned by gradient descent; a run without is one step, which
       changes nothing.
     weighs_head: whether what is in closed form is weighed against a head at each validation.
@@ -64,6 +65,7 @@ class Method(Protocol):
   loss_weights: Mapping[str, float]
   branch_weights: Mapping[str, float]
   closed_form: tuple[str, ...]
+  of_names: tuple[str, ...]
   is_trained: bool
   weighs_head: bool
 
@@ -138,6 +140,11 @@ class Defaults:
 
   @property
   def closed_form(self) -> tuple[str, ...]:
+    """See `Method`."""
+    return ()
+
+  @property
+  def of_names(self) -> tuple[str, ...]:
     """See `Method`."""
     return ()
 

@@ -142,6 +142,11 @@ class Huse(heads.HeadMethod):
     """Whether there is a text tower to read the classes' names."""
     return 'text' in self.towers and bool(self.class_names)
 
+  @property
+  def of_names(self) -> tuple[str, ...]:
+    """See `base.Method`."""
+    return (NAMES,)
+
   def init(self, key: jax.Array) -> Any:
     """See `base.Method`; 'statistics' hold the embeddings of the classes' names."""
     variables = super().init(key)

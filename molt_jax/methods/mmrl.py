@@ -42,6 +42,7 @@ from molt_jax.towers import stack
 from molt_jax.towers.loading import TowerSpec
 
 SCALE = 100.0  # Of cosines, as the authors have it.
+CLASS_STATES, CLASS_UNTOUCHED = 'class_states', 'class_untouched'  # Among the statistics.
 
 
 class Representation(nn.Module):
@@ -159,6 +160,11 @@ class MMRL(base.Defaults):
     """Of R in what enters a layer; the rest is what the layer below made of it."""
     return self.fields.get('share', 1.0)
 
+  @property
+  def of_names(self) -> tuple[str, ...]:
+    """See `base.Method`."""
+    return (CLASS_STATES, CLASS_UNTOUCHED)
+
   def init(self, key: jax.Array) -> Any:
     """See `base.Method`; 'statistics' are constants: what the untouched text tower makes of the
     classes' names.
@@ -170,7 +176,7 @@ class MMRL(base.Defaults):
       tower = self.modules['text']
       entering = jnp.zeros((count, length, tower.config.hidden_size), tower.dtype)
       untouched = jnp.zeros((count, self.representation.spaces['text']))
-      statistics = {'class_states': entering, 'class_untouched': untouched}
+      statistics = {CLASS_STATES: entering, CLASS_UNTOUCHED: untouched}
     return {'params': params, 'statistics': statistics}
 
   def start(self, variables: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +199,7 @@ class MMRL(base.Defaults):
       return entering, readout.projected(bound, last, found.mask_kt)
 
     entering, untouched = compiling.jit(run)(whole)
-    made = {'class_states': entering, 'class_untouched': untouched.astype(jnp.float32)}
+    made = {CLASS_STATES: entering, CLASS_UNTOUCHED: untouched.astype(jnp.float32)}
     return jax.device_put(made, place)
 
   def __call__(self, variables, frozen, features, batch, present_bm, training=None) -> Output:
@@ -277,7 +283,7 @@ class MMRL(base.Defaults):
     if 'class_vectors' in variables:  # Of an evaluation, where nobody asks how far they are.
       return dict.fromkeys(self.reads, variables['class_vectors']), 0.0
     names_kc = self._run_sentences(trained, variables, frozen)
-    untouched_kc = jax.lax.stop_gradient(variables['statistics']['class_untouched'])
+    untouched_kc = jax.lax.stop_gradient(variables['statistics'][CLASS_UNTOUCHED])
     apart = 1 - jnp.mean(jnp.sum(unit(names_kc) * unit(untouched_kc), axis=-1))
     return dict.fromkeys(self.reads, names_kc), apart
 
@@ -291,7 +297,7 @@ class MMRL(base.Defaults):
   def _run_sentences(self, trained, variables, frozen):
     """Vectors of the classes, float32[K, C]."""
     tower = self.modules['text'].bind({'params': frozen['text']})
-    states_ktd = jax.lax.stop_gradient(variables['statistics']['class_states'])
+    states_ktd = jax.lax.stop_gradient(variables['statistics'][CLASS_STATES])
     place, mask_kt = prompts.Front(self.fields.num_tokens), self.sentences.mask_kt
     h_kpd = self._run(tower, place, states_ktd, mask_kt, trained['text']['inserts_lkd'])
     return readout.projected(tower, place.without(h_kpd), mask_kt).astype(jnp.float32)

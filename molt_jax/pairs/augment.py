@@ -20,7 +20,7 @@ class ImageAugmentation:
 
   Attributes:
     min_area: smallest share of the image's area that a crop keeps, in (0, 1]; 1 keeps the aspect
-      ratio and all that a centre crop keeps.
+      ratio and the whole square in the middle.
     max_aspect: largest ratio of width to height of a crop, and of height to width, >= 1.
     flip: chance of a horizontal flip.
     color: brightness, contrast and saturation are each multiplied by a number in [1 - color, 1 +
@@ -87,7 +87,8 @@ def crop_box(
   """Draws (left, top, right, bottom), inside an image of (width, height).
 
   The largest centred square counts as area 1, so that min_area = 1 and max_aspect = 1 give the
-  square that evaluation sees. Crops of more area than fits are clipped to the image.
+  square that evaluation sees, or cuts further where the tower's file says so. Crops of more area
+  than fits are clipped to the image.
   """
   width, height = size
   side = min(width, height)

@@ -56,7 +56,12 @@ def save_image_tower(
 
 
 def save_pair(
-  directory: pathlib.Path, params: Mapping[str, Any], towers: Mapping[str, TowerSpec], *, dtype: str
+  directory: pathlib.Path,
+  params: Mapping[str, Any],
+  towers: Mapping[str, TowerSpec],
+  preprocess: ImageSpec,
+  *,
+  dtype: str,
 ) -> pathlib.Path:
   """Writes both towers of a CLIP with their projections and temperature, as `save_image_tower`
   does, and the tokenizer.
@@ -65,7 +70,7 @@ def save_pair(
     directory: where to.
     params: {'image_tower', 'text_tower', 'log_scale'}, of towers with the head 'projection'.
     towers: what they are.
-    dtype: as there.
+    preprocess, dtype: as there.
 
   Returns:
     `directory`.
@@ -84,7 +89,7 @@ def save_pair(
   }
   contents = {
     'config.json': config,
-    'preprocessor_config.json': _preprocessor(image.preprocess),
+    'preprocessor_config.json': _preprocessor(preprocess),
     **_tokenizer(text.tokenizer, text.config.max_positions),
   }
   return _write(directory, tensors, contents)
@@ -173,14 +178,15 @@ def _tokenizer(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
 
 def _preprocessor(spec: ImageSpec) -> dict[str, Any]:
   square = {'height': spec.size, 'width': spec.size}
-  crop = spec.resize == 'crop'
+  side = spec.scaled or spec.size
+  shortest = spec.resize == 'crop'
   return {
     'image_processor_type': 'CLIPImageProcessor',
     'do_convert_rgb': True,
     'do_resize': True,
-    'size': {'shortest_edge': spec.size} if crop else square,
+    'size': {'shortest_edge': side} if shortest else {'height': side, 'width': side},
     'resample': spec.resample,
-    'do_center_crop': crop,
+    'do_center_crop': shortest or side > spec.size,
     'crop_size': square,
     'do_rescale': True,
     'rescale_factor': 1 / 255,

@@ -76,8 +76,9 @@ class StepMonitor:
   def _land(self, *, timed=True):
     step, metrics, index = self._flying.popleft()
     loss = float(metrics['loss'])
-    if not (math.isfinite(loss) and math.isfinite(float(metrics['grad_norm']))):
-      self._refuse(step, loss, index)
+    values = {'loss': loss, 'gradient norm': float(metrics['grad_norm'])}
+    if not all(map(math.isfinite, values.values())):
+      self._refuse(step, values, index)
     self.note = f'loss {loss:.4f}'
     self._count(len(index))
     if step % self._config.train.log_every == 0 or step == self._schedule.total:
@@ -102,14 +103,17 @@ class StepMonitor:
     self._log.write('train', step, values)
     self._since, self._images = time.monotonic(), 0
 
-  def _refuse(self, step, loss, index):
+  def _refuse(self, step, values, index):
     ids = [self._ids[i] for i in processes.fetch(index)]
     path = self._workdir / 'not_finite.json'
     if processes.is_main():
-      atomic.write(path, json.dumps({'step': step, 'loss': str(loss), 'ids': ids}, indent=2) + '\n')
+      shown = {name: str(value) for name, value in values.items()}
+      atomic.write(path, json.dumps({'step': step, **shown, 'ids': ids}, indent=2) + '\n')
+    name = next(name for name, value in values.items() if not math.isfinite(value))
     rate = self._config.optimizer.learning_rate
     raise UserError(
-      f'loss {loss} at step {step} is not finite; the batch is in {path}, the last good state in '
+      f'{name} {values[name]} at step {step} is not finite; the batch is in {path}, the last good '
+      'state in '
       f'checkpoints/; lower config.optimizer.learning_rate ({rate}) or set '
       'config.optimizer.clip_norm'
     )

@@ -1,9 +1,10 @@
 """Fits what a method has in closed form: the kernel ridge regression beside a head
 (`methods.parts.kernel_ridge`), a probe, nearest neighbours.
 
-It is solved once, before the first step, in one pass over the training examples. Beside a head, its
-weight against it is chosen before each validation by the log loss of validation examples, which
-costs one evaluation of the head on them.
+It is solved before the first step, in one pass over the training examples, and where towers are
+trained again before each validation, as their states are others then. Beside a head, its weight
+against it is chosen before each validation by the log loss of validation examples, which costs one
+evaluation of the head on them.
 """
 
 import functools

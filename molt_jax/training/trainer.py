@@ -109,7 +109,7 @@ class Trainer(abc.ABC):
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     config = self.assembly.config
-    if self.is_resumed:
+    if self.is_resumed and self.assembly.method.is_trained:
       resuming.check_finished(self.checkpoints.meta(), config, self.num_examples())
     schedule = StepSchedule(config, self.num_examples())
     if not self.assembly.method.is_trained:
@@ -119,9 +119,11 @@ class Trainer(abc.ABC):
       examples = len(self.assembly.data.splits['validation'])
       self._stopping = stopping.Stopping(patience, examples, schedule)
     tx = train_state.make_optimizer(config, schedule.total)
+    # Of the whole length: a run that has ceased to gain ends earlier, on the same curve.
+    rate = train_state.make_schedule(config, schedule.total)
     self.before_state()
     state, iterator = self._start(tx, schedule)
-    loop = self._loop(tx, schedule)
+    loop = self._loop(tx, rate, schedule)
     if processes.is_main():
       workdir.claim(config, self.workdir)
     with run_record.recorded(self.workdir, self._facts(state), step=int(state.step)):
@@ -144,9 +146,8 @@ class Trainer(abc.ABC):
     self._say_where(int(state.step), schedule.total)
     return state, iterator
 
-  def _loop(self, tx, schedule: StepSchedule) -> Loop:
+  def _loop(self, tx, rate, schedule: StepSchedule) -> Loop:
     assembly = self.assembly
-    rate = train_state.make_schedule(assembly.config, schedule.total)
     return Loop(
       assembly=assembly,
       workdir=self.workdir,

@@ -1,11 +1,11 @@
 """Begins a run with what another run has learned (`--init_from=RUN`): parameters and statistics of
 the hidden states; classes are mapped by name, and those that the other run does not know begin
-fresh. What is fitted in closed form is fitted anew.
+fresh. What is fitted in closed form, or made of the classes' names, is made anew.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from molt_jax.config import resolved
 from molt_jax.data import findings
 from molt_jax.errors import UserError
 from molt_jax.features import frozen
-from molt_jax.methods.base import make_method
+from molt_jax.methods.base import Method, make_method
 from molt_jax.methods.head import RIDGE
 from molt_jax.runtime import console
 from molt_jax.training import checkpoint_files, resuming
@@ -61,7 +61,8 @@ class WarmStart:
     Raises:
       UserError: an array of the other run has another shape.
     """
-    own, others = _flat(variables), _flat(self.restore())
+    left_out = _left_out(assembly.method)
+    own, others = _flat(variables, left_out), _flat(self.restore(), left_out)
     axes = _class_axes(assembly)
     known_k = np.array([name in self.class_names for name in assembly.class_names], bool)
     known = [name for name in assembly.class_names if name in self.class_names]
@@ -134,9 +135,14 @@ def open(folder: str | pathlib.Path, assembly: Assembly) -> WarmStart:
   return WarmStart(folder, meta['step'], meta['class_names'], lambda: restore(None))
 
 
-def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what is taken over, by its path: all but what is fitted in closed form."""
-  statistics = {k: v for k, v in variables.get('statistics', {}).items() if k != RIDGE}
+def _left_out(method: Method) -> set[str]:
+  """Returns the statistics that a run makes itself: in closed form, or of its classes' names."""
+  return {RIDGE, *method.closed_form, *method.of_names}
+
+
+def _flat(variables: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+  """Returns what is taken over, by its path."""
+  statistics = {k: v for k, v in variables.get('statistics', {}).items() if k not in left_out}
   tree = {'params': variables['params'], 'statistics': statistics}
   return traverse_util.flatten_dict(tree, sep='/')
 
@@ -156,7 +162,8 @@ def _class_axes(assembly: Assembly) -> dict[str, int]:
   shapes = []
   for method in (assembly.method, more):
     found = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
-    shapes.append({name: x.shape for name, x in _flat(found).items()})
+    flat = _flat(found, _left_out(method))
+    shapes.append({name: x.shape for name, x in flat.items()})
   axes = {}
   for name, shape in shapes[0].items():
     grown = [a for a, b in enumerate(shapes[1][name]) if b != shape[a]]

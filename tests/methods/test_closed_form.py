@@ -156,3 +156,7 @@ def test_a_run_is_one_step_that_learns_the_colours(make_tiny_config, tmp_path):
   assert before['step'] == 1
   assert before['results']['text_absent']['accuracy'] > 0.8
   assert jax.tree.leaves(trained.open(tmp_path / 'run').variables()['params']) == []
+  config.train.epochs *= 2  # It has ended all the same.
+  train.train(config, tmp_path / 'run')
+  after = json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
+  assert after['results'] == before['results']

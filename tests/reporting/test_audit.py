@@ -58,13 +58,27 @@ def test_answers_are_those_of_kernel_ridge_regression_without_the_fold():
   x_nc = pooled['image'][0].reshape(60, -1).astype(np.float64)
   x_nc = (x_nc - x_nc.mean(axis=0)) / (x_nc.std(axis=0) + 1e-3 + 1e-3 * np.abs(x_nc.mean(axis=0)))
   kernel_nn = np.exp(-GAMMA * ((x_nc[:, None] - x_nc[None]) ** 2).mean(axis=-1))
-  offset_k = examples.target_nk.mean(axis=0)
   for fold in range(5):
     held, seen = examples.fold_n == fold, examples.fold_n != fold
+    offset_k = examples.target_nk[seen].mean(axis=0)
     left = kernel_nn[np.ix_(seen, seen)] + 0.3 * np.eye(seen.sum())
     dual = np.linalg.solve(left, examples.target_nk[seen] - offset_k)
     wanted = kernel_nn[np.ix_(held, seen)] @ dual + offset_k
     assert found_nk[held] == pytest.approx(wanted, abs=2e-3)
+
+
+def test_labels_of_a_fold_say_nothing_to_its_own_answers():
+  """Without features an answer is the mean of the other folds' labels."""
+  fold_n, label_n = np.arange(60) % 5, np.arange(60) % 2
+  label_n[::20] = 2  # All in the first fold.
+  target_nk, labelled_n = np.eye(3, dtype=np.float32)[label_n], np.arange(60) != 7
+  known = target_nk, labelled_n, fold_n
+  (found_nk,) = out_of_fold._without_folds(np.zeros((60, 4), np.float32), *known, (0.3,))
+  for fold in range(5):
+    wanted_k = target_nk[labelled_n & (fold_n != fold)].mean(axis=0)
+    held = fold_n == fold
+    np.testing.assert_allclose(found_nk[held], np.tile(wanted_k, (held.sum(), 1)), atol=1e-6)
+  assert found_nk[0, 2] == 0
 
 
 def test_planted_faults_are_found():
