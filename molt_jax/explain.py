@@ -49,7 +49,8 @@ def run(
     split: train, validation or test.
     table: another table with labels, in the place of a split.
     occlude: examples of the page whose words and regions are weighed.
-    out: the page; the other files are beside it.
+    out: the page, by default explain.html in the run's folder or beside its file; the other files
+      are beside it.
 
   Returns:
     `contributions.summary`, with 'by_class'.
@@ -57,7 +58,10 @@ def run(
   Raises:
     UserError: no run there, or one of a single modality; data or page are not as they must be.
   """
-  page = pathlib.Path(out) if out else workdir / 'explain.html'
+  is_file = workdir.is_file()
+  if is_file and table is None:
+    raise UserError('--table: a model in one file has no data beside it; give a table with labels')
+  page = pathlib.Path(out) if out else (workdir.parent if is_file else workdir) / 'explain.html'
   opened = _open(workdir)
   check_out(page)
   source, _ = _split(opened, split, table)

@@ -129,6 +129,10 @@ def test_a_modality_that_does_harm_is_pointed_out_with_its_counts():
     'both, 3 the other way round (McNemar p = 0.15, which chance may explain)'
   )
   assert harm.found(_predictions(np.stack([both, both, both]), present_nm)) == []
+  unread = _predictions(np.stack([both, both, text]), present_nm)
+  unread.counted_cn[1, 20:25] = False  # Their images are there and cannot be read.
+  (one,) = harm.found(unread)
+  assert one[:4] == ('image', 46, 9, 3)
 
 
 @pytest.mark.parametrize(('lost', 'won'), [(1, 0), (5, 5), (30, 9), (200, 131), (40_000, 40_500)])

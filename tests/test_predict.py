@@ -169,6 +169,7 @@ def test_batches_go_one_after_another(model, tmp_path, monkeypatch):
     (['--table=new.csv', '--out=x.csv', '--image=photo'], 'new.csv lacks the column photo'),
     (['--table=other.csv', '--out=x.csv'], 'other.csv lacks the column image'),
     (['--table=capital.csv', '--out=x.csv'], "is it 'Image'"),
+    (['--table=blank.csv', '--out=x.csv'], 'it needs the columns image, text and at least'),
     (['--table=new.csv', '--out=no/x.csv'], 'no/x.csv cannot be written'),
   ],
 )
@@ -177,6 +178,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(run, folder, monkeypatch, caps
   write_table(folder / 'new.csv')
   write_table(folder / 'other.csv', ('a', 'b'))
   write_table(folder / 'capital.csv', ('Image', 'text'))
+  (folder / 'blank.csv').write_text('image,text\n')
   assert predict.main([f'--workdir={run}', *flags]) == 2
   (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
   assert says in line and not (folder / 'x.csv').exists()

@@ -128,6 +128,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(served, photo):
   for response, says in (
     (post(served), 'neither an image nor a text'),
     (post(served, text=' '), 'neither an image nor a text'),
+    (post(served, text='nan'), 'neither an image nor a text'),
+    (post(served, text='a', top_k='-1'), 'top_k: '),
+    (served.post('/predict_batch', content=b'{"examples":[{"text":"a"}]}'), 'application/json'),
+    (served.post('/predict_batch', json={'examples': [{'text': 3}]}), 'examples.0.text: '),
     (post(served, image=b''), 'neither an image nor a text'),
     (post(served, image=b'<!DOCTYPE html>'), 'cannot be decoded'),
     (post(served, image=photo[:200]), 'cannot be decoded'),

@@ -45,13 +45,15 @@ class Finding(NamedTuple):
 
 
 class _Split(NamedTuple):
-  """One split, as the checks read it: of each example its name, text, classes and keys."""
+  """One split, as the checks read it: of each example its name, text, classes and keys, of which
+  several images have several.
+  """
 
   ids: Sequence[str]
   texts: Sequence[str | None]
   classes: Sequence[tuple[int, ...]]
   text_keys: Sequence[str | None]
-  image_keys: Sequence[Hashable]
+  image_keys: Sequence[tuple[Hashable, ...]]
 
 
 def look(dataset: Dataset, *, sample: int) -> list[Finding]:
@@ -66,17 +68,17 @@ def look(dataset: Dataset, *, sample: int) -> list[Finding]:
   found = []
   for check in _CHECKS:
     found += check(splits, dataset)
-  known = set(splits['train'].image_keys)
+  known = {key for keys in splits['train'].image_keys for key in keys}
   equal = {
     row
     for name in ('validation', 'test')
-    for row, key in zip(splits[name].ids, splits[name].image_keys, strict=True)
-    if key in known
+    for row, keys in zip(splits[name].ids, splits[name].image_keys, strict=True)
+    if known.intersection(keys)
   }
   return found + nearly_same_images(dataset, sample, leave_out=equal)
 
 
-def _read(source: Source, image_keys: Sequence[Hashable]) -> _Split:
+def _read(source: Source, image_keys: Sequence[tuple[Hashable, ...]]) -> _Split:
   texts = [source.read(n, image=False)['text'] for n in range(len(source))]
   return _Split(
     list(source.ids),
@@ -87,19 +89,21 @@ def _read(source: Source, image_keys: Sequence[Hashable]) -> _Split:
   )
 
 
-def image_keys(splits: Mapping[str, Source]) -> dict[str, list[Hashable]]:
-  """Returns what is equal for equal images; None where there is none, or nothing is known of it."""
+def image_keys(splits: Mapping[str, Source]) -> dict[str, list[tuple[Hashable, ...]]]:
+  """Returns what is equal for equal images, of each image of an example; () where there is none, or
+  nothing is known of it.
+  """
   images = {split: _images(source) for split, source in splits.items()}
   known = [of_row for of_split in images.values() for of_row in of_split or ()]
   keys = iter(same.image_keys(known))  # Of all splits at once: images of one size are compared.
   found = {}
   for split, source in splits.items():
     if images[split] is not None:
-      found[split] = [next(keys) or None for _ in images[split]]
+      found[split] = [next(keys) for _ in images[split]]
       continue
     contents = getattr(source, 'contents', None)  # Of published sets, with a hash of the image.
     numbers = [0] * len(source) if contents is None else contents[:, 0].tolist()
-    found[split] = [number or None for number in numbers]
+    found[split] = [(number,) if number else () for number in numbers]
   return found
 
 
@@ -130,7 +134,7 @@ def _across_splits(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[F
   del dataset
   kinds = (
     ('same_example', 'are in {} too, image and text', _both_keys),
-    ('same_text', 'have a text of {}', lambda split: split.text_keys),
+    ('same_text', 'have a text of {}', _text_keys),
     ('same_image', 'have an image of {}', lambda split: split.image_keys),
   )
   for name, others in (('validation', ['train']), ('test', ['train', 'validation'])):
@@ -139,8 +143,8 @@ def _across_splits(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[F
       known = set().union(*(_things(keys_of(splits[other])) for other in others))
       twice = [
         row
-        for row, key in zip(split.ids, keys_of(split), strict=True)
-        if key is not None and key in known and row not in named
+        for row, keys in zip(split.ids, keys_of(split), strict=True)
+        if known.intersection(keys) and row not in named
       ]
       named |= set(twice)
       count = f'{len(twice):,} of {len(split.ids):,} rows of {name}'
@@ -148,15 +152,19 @@ def _across_splits(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[F
       yield from _finding(f'{check}_in_{name}', twice, message)
 
 
-def _both_keys(split: _Split) -> list[Hashable]:
+def _text_keys(split: _Split) -> list[tuple[Hashable, ...]]:
+  return [() if text is None else (text,) for text in split.text_keys]
+
+
+def _both_keys(split: _Split) -> list[tuple[Hashable, ...]]:
   pairs = zip(split.text_keys, split.image_keys, strict=True)
-  return [None if text is None or image is None else (text, image) for text, image in pairs]
+  return [() if text is None or not images else ((text, images),) for text, images in pairs]
 
 
-def _things(keys: Sequence[Hashable]) -> set[Hashable]:
+def _things(keys: Sequence[tuple[Hashable, ...]]) -> set[Hashable]:
   """Returns the keys that stand for one thing: no phrase, no placeholder (`same.MOST_SHARED`)."""
   most = max(2, same.MOST_SHARED * len(keys))
-  counts = collections.Counter(keys)
+  counts = collections.Counter(key for of_row in keys for key in set(of_row))
   return {key for key, count in counts.items() if count <= most}
 
 
@@ -170,7 +178,7 @@ def _contradictions(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[
   keys = zip(train.text_keys, train.image_keys, strict=True)
   rows = collections.defaultdict(list)
   for row, key in enumerate(keys):
-    if key != (None, None) and train.classes[row]:
+    if key != (None, ()) and train.classes[row]:
       rows[key].append(row)
   odd = []
   for alike in rows.values():
@@ -222,14 +230,15 @@ def _placeholders(splits: Mapping[str, _Split], dataset: Dataset) -> Iterator[Fi
   del dataset
   train = splits['train']
   rows = collections.defaultdict(list)
-  for row, key in enumerate(train.image_keys):
-    if key is not None:
+  for row, keys in enumerate(train.image_keys):
+    for key in set(keys):
       rows[key].append(row)
   repeated = []
   for alike in rows.values():
     classes = {train.classes[row] for row in alike if train.classes[row]}
     if len(alike) >= PLACEHOLDER_ROWS or len(classes) > 1:
       repeated += [train.ids[row] for row in alike]
+  repeated = list(dict.fromkeys(repeated))
   message = (
     f'{len(repeated):,} rows of train share their image with {PLACEHOLDER_ROWS - 1} others or with '
     'rows of another class (does it stand for "no picture"?): {}'

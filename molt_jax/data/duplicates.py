@@ -9,6 +9,7 @@ from molt_jax.data.sources import Source
 from molt_jax.runtime import console
 
 ORDER = ('train', 'validation', 'test')
+Keys = tuple[Hashable, ...]  # Of an example: what it shares with those that are the same.
 
 
 class Duplicate(NamedTuple):
@@ -54,37 +55,38 @@ def find(splits: Mapping[str, Source], *, similar: bool = True) -> list[Duplicat
   return found
 
 
-def _text_keys(source: Source) -> list[Hashable]:
-  found: list[Hashable] = []
+def _text_keys(source: Source) -> list[Keys]:
+  found: list[Keys] = []
   for n in range(len(source)):
     text = source.read(n, image=False)['text']
-    found.append(None if text is None else same.text_key(text))
+    found.append(() if text is None else (same.text_key(text),))
   return found
 
 
-def _both(images: Sequence[Hashable], texts: Sequence[Hashable]) -> list[Hashable]:
+def _both(images: Sequence[Keys], texts: Sequence[Keys]) -> list[Keys]:
   pairs = zip(images, texts, strict=True)
-  return [None if pair == (None, None) else pair for pair in pairs]
+  return [() if pair == ((), ()) else (pair,) for pair in pairs]
 
 
 def _repeated(
-  kind: str, keys: Mapping[str, Sequence[Hashable]], names: Sequence[str]
+  kind: str, keys: Mapping[str, Sequence[Keys]], names: Sequence[str]
 ) -> Iterator[Duplicate]:
   first: dict[Hashable, tuple[str, int]] = {}
   shared = {name: _phrases(keys[name]) if kind != 'example' else set() for name in names}
   for name in names:
-    for row, key in enumerate(keys[name]):
-      if key is None or any(key in phrases for phrases in shared.values()):
-        continue
-      if key in first:
-        yield Duplicate(kind, name, row, *first[key])
-      else:
-        first[key] = name, row
+    for row, of_row in enumerate(keys[name]):
+      own = [key for key in of_row if not any(key in phrases for phrases in shared.values())]
+      known = [first[key] for key in own if key in first]
+      if known:
+        yield Duplicate(kind, name, row, *known[0])
+      for key in own:
+        first.setdefault(key, (name, row))
 
 
-def _phrases(keys: Sequence[Hashable]) -> set[Hashable]:
+def _phrases(keys: Sequence[Keys]) -> set[Hashable]:
   most = max(2, same.MOST_SHARED * len(keys))
-  return {key for key, count in collections.Counter(keys).items() if count > most}
+  counts = collections.Counter(key for of_row in keys for key in set(of_row))
+  return {key for key, count in counts.items() if count > most}
 
 
 def _similar(splits: Mapping[str, Source], names: Sequence[str]) -> Iterator[Duplicate]:

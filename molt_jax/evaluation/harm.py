@@ -13,7 +13,7 @@ class Harm(NamedTuple):
 
   Attributes:
     modality: that may do harm.
-    count: complete examples.
+    count: complete examples, whose images could be read.
     lost: of these, right by the other one alone, and wrong by both.
     won: wrong by the other one alone, and right by both.
     p: of as uneven a split or more, were each as likely (McNemar 1947, exact and two-sided).
@@ -40,13 +40,16 @@ def found(predictions: Predictions) -> list[Harm]:
   """Returns the modalities that lose more complete examples than they win."""
   if not set(CONDITIONS) <= set(predictions.conditions):
     return []
-  complete_n = predictions.present_nm.all(axis=1)
   right = dict(zip(predictions.conditions, predictions.right_cn, strict=True))
   counted = dict(zip(predictions.conditions, predictions.counted_cn, strict=True))
   both, harms = condition('none'), []
+  # With an image that can be read, and not only named: each modality alone was answered.
+  complete_n = predictions.present_nm.all(axis=1)
+  for modality in KEPT.keys() - {'none'}:
+    complete_n = complete_n & counted[condition(modality)]
   for modality in KEPT.keys() - {'none'}:
     alone = condition(modality)
-    rows_n = complete_n & counted[both] & counted[alone]
+    rows_n = complete_n & counted[both]
     lost = int((rows_n & right[alone] & ~right[both]).sum())
     won = int((rows_n & ~right[alone] & right[both]).sum())
     if lost > won:

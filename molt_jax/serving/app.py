@@ -13,8 +13,8 @@ import time
 from typing import Annotated, Any
 
 import prometheus_client
-from fastapi import FastAPI, File, Form, UploadFile
-from fastapi.exceptions import HTTPException
+from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 
@@ -151,6 +151,7 @@ def create(service: Service, *, max_bytes: int = 1 << 24, seconds: float = 30.0)
   )
   _add_predictions(app, answering)
   _add_pages(app, answering)
+  app.add_exception_handler(RequestValidationError, _refused)
 
   app.add_middleware(Counted, answering=answering)
   app.add_middleware(Limits, max_bytes=max_bytes, seconds=seconds)
@@ -184,6 +185,15 @@ def _add_predictions(app: FastAPI, answering: Answering) -> None:
       if isinstance(found, BaseException):
         raise found
     return {'answers': answers}
+
+
+async def _refused(request: Request, error: RequestValidationError) -> JSONResponse:
+  """Says in one line what of a request is not legal."""
+  first = error.errors()[0]
+  where = [str(part) for part in first['loc'][1:]]  # After 'body'.
+  if first['type'] == 'model_attributes_type' and not where:
+    first['msg'] = 'give JSON, and content-type: application/json'
+  return JSONResponse({'detail': ': '.join(['.'.join(where), first['msg']][not where :])}, 422)
 
 
 def _decoded(number: int, image: str | None) -> bytes | None:

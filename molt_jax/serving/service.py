@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from molt_jax.config import resolved
-from molt_jax.data import pipeline, transforms
+from molt_jax.data import cells, pipeline, transforms
 from molt_jax.data.modalities import MODALITIES, PATTERNS
 from molt_jax.errors import UserError, article
 from molt_jax.evaluation import contributions, prediction_sets
@@ -76,13 +76,14 @@ class Service:
 
     Args:
       image: the bytes of an image file; None or empty: absent.
-      text: None or blank: absent.
+      text: None, blank or a word for nothing, such as nan: absent, as in `predict`.
       views: whether image and text are answered alone too.
 
     Raises:
       UserError: nothing is there, the model does not read it, or the image cannot be decoded.
     """
-    given = {'image': image or None, 'text': text if text and text.strip() else None}
+    has_text = bool(text and text.strip()) and not cells.is_null_word(text)
+    given = {'image': image or None, 'text': text if has_text else None}
     for modality, content in given.items():
       if content is not None and modality not in self.modalities:
         raise UserError(f'{article(modality)} was given, which this model does not read')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.data import checks, same
+from molt_jax.data import checks, duplicates, same
 from molt_jax.data.sources import Dataset
 from molt_jax.data.table_source import TableSource
 from molt_jax.data.tables.rows import Row
@@ -85,6 +85,24 @@ def test_pictures_that_were_resized_or_compressed_anew(data, tmp_path):
     'validation.csv:4 like train.csv:3',
     'validation.csv:5 like train.csv:21',
   )
+
+
+def test_an_image_that_two_splits_share_is_found_among_several(data):
+  train, test = data['train'], data['test']
+  test[0] = replaced(test[0], image=(test[0].image, train[5].image))
+  train[6] = replaced(train[6], image=(train[6].image, data['validation'][3].image))
+  test[1] = replaced(test[1], image=(test[1].image, test[2].image))
+  found = look(data)
+  assert {name: x.examples for name, x in found.items()} == {
+    'same_image_in_validation': ('validation.csv:3',),
+    'same_image_in_test': ('test.csv:0',),
+  }
+  sources = {split: TableSource(tuple(rows), (0,) * len(rows)) for split, rows in data.items()}
+  twice = duplicates.find(sources, similar=False)
+  assert [(x.kind, x.split, x.row, x.other_split, x.other_row) for x in twice] == [
+    ('image', 'validation', 3, 'train', 6),
+    ('image', 'test', 0, 'train', 5),
+  ]
 
 
 def test_one_example_with_two_labels_and_an_image_of_many(data, tmp_path):

@@ -4,6 +4,7 @@ import collections
 import csv
 import json
 import pickle
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,7 +14,8 @@ from PIL import Image
 from molt_jax.config.classifier import CLASSIFIER
 from molt_jax.data import datasets, table
 from molt_jax.data.sources import UNLABELLED
-from molt_jax.data.tables import holding_out
+from molt_jax.data.tables import holding_out, roles
+from molt_jax.data.tables.rows import Row
 from molt_jax.errors import UserError
 
 HEADER = 'image,text,label\n'
@@ -391,6 +393,42 @@ def test_validation_is_set_aside_from_train(folder):
   assert sorted(splits['train'].ids + splits['validation'].ids, key=lambda i: int(i[10:])) == [
     f'train.csv:{n}' for n in range(2, 202)
   ]
+
+
+def test_labels_that_train_does_not_have_are_set_aside_unless_they_are_most(folder):
+  lenient = {'table': {'odd_rows': 'set_aside'}}
+  (folder / 'test.csv').write_text(HEADER + ',x,cat\n,y,True\n,z,dog\n')
+  assert load(folder, **lenient).splits['test'].ids == ['test.csv:2', 'test.csv:4']
+  (folder / 'test.csv').write_text(HEADER + ',x,cat\n,y,True\n,z,False\n')
+  says = "labels that train does not have: 'true' (row 3), 'false' (row 4)"
+  check_one_line(folder, says, **lenient)
+
+
+@pytest.mark.parametrize(
+  ('name', 'values', 'found'),
+  [
+    ('Split', ['test', 'test'], True),
+    ('fold', ['Train', 'dev', 'train', 'test'], True),
+    ('fold', ['train', 'train'], False),
+    ('fold', ['dev', 'test'], False),
+    ('fold', ['train', 'test', 'other'], False),
+    ('fold', [1, 2, 3], False),
+  ],
+)
+def test_a_column_of_splits_is_guessed_by_its_name_or_its_values(name, values, found):
+  sample = {'title': ['a b c', 'd'], 'empty': [], name: values}
+  assert roles._guess_split(sample, set()) == (name if found else '')
+  assert roles._guess_split(sample, {name}) == ''
+
+
+def test_what_hangs_together_too_much_is_said():
+  """Each row has the image of the next one too, so that all would be one group."""
+  rows = [Row(f'a.csv:{n}', (f'{n}', f'{n + 1}'), f'text {n // 2}', ('a',)) for n in range(40)]
+  spec = types.SimpleNamespace(group='', modalities=('image', 'text'))
+  together, kept = holding_out._together(rows, spec)
+  assert len(set(together.values())) == 20 and together['a.csv:2'] == together['a.csv:3']
+  assert kept.startswith('; those of one text stay together; those of one image do not, as more')
+  assert '--group=COLUMN' in kept
 
 
 def test_too_small_to_set_validation_aside(folder):

@@ -73,7 +73,7 @@ def split_seen(
   """Returns the rows whose labels train has, and the others.
 
   Raises:
-    UserError: there are others, and they are not to be set aside.
+    UserError: there are others, and they are not to be set aside, or are most rows.
   """
   known = set(class_names)
   unseen = [(row, label) for row in rows for label in row.labels if label not in known]
@@ -85,7 +85,7 @@ def split_seen(
     like = near.get(likeness(label))
     hint = f', train has {like!r}' if like else ''
     words.setdefault(row.id, (cells.shown(label), hint))
-  if lenient:
+  if lenient and len(words) <= len(rows) / 2:
     aside = [
       Aside(*_place(row_id), f'label {label} is not among those of train{hint}')
       for row_id, (label, hint) in words.items()

@@ -54,7 +54,10 @@ def _lacks(
   has = ', '.join(map(cells.plain, names[:_MOST_COLUMNS])) + more
   wanted = [likeness(name) for name in missing]
   near = [cells.shown(name) for key, name in alike if key in wanted]
-  remedy = f'its columns must be {", ".join(needed)}, or name them by dataset.table, or molt fit'
+  remedy = (
+    f'its columns must be {", ".join(needed)}; where they are called otherwise, rename them, or '
+    'name them by --image and --text (molt fit, predict) or dataset.table (molt train)'
+  )
   if near:
     remedy = f'is it {", ".join(near)}? Name it {", ".join(missing)}'
   return UserError(f'{records.name} lacks the column {", ".join(missing)} (it has {has}): {remedy}')

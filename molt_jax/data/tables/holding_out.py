@@ -31,7 +31,7 @@ def hold_out(read: Read, config: Any, spec: Spec) -> None:
     name = read.names['train']
     if not fraction:
       raise UserError(f'{name} has no rows of {split}: set dataset.table.test_fraction')
-    together, shared = _together(read.splits['train'], spec)
+    together, kept = _together(read.splits['train'], spec)
     how = {'fraction': fraction, 'seed': config.seed, 'name': split, 'together': together}
     read.splits['train'], read.splits[split] = split_off(read.splits['train'], **how)
     read.names[split] = name
@@ -42,24 +42,31 @@ def hold_out(read: Read, config: Any, spec: Spec) -> None:
       )
       raise UserError(f'{name} is too small to set a {split} split aside: add rows or {advice}')
   if 'test' not in read.files and held_out:
-    kept = f'; those of one {shared} stay together' if shared else ''
     read.remarks.append(
       f'{read.names["train"]}: rows are held out by seed {config.seed}, {", ".join(held_out)}{kept}'
     )
 
 
 def _together(rows: Sequence[Row], spec: Spec) -> tuple[dict[str, Any], str]:
-  """Returns (row id -> what is held out together with it, that in words)."""
+  """Returns (row id -> what is held out together with it, that in words for a remark)."""
   if spec.group:
     # A row without a group is one by itself.
     groups = {row.id: ('group', row.group) if row.group else row.id for row in rows}
-    return groups, spec.group
+    return groups, f'; those of one {spec.group} stay together'
   keys = {'text': [() if row.text is None else (same.text_key(row.text),) for row in rows]}
   if 'image' in spec.modalities:
     keys['image'] = same.image_keys([row.image for row in rows])
   numbers, kinds = same.groups(keys)
   groups = {row.id: number for row, number in zip(rows, numbers, strict=True)}
-  return groups, ' or '.join(kinds)
+  apart = [kind for kind in keys if kind not in kinds]
+  kept = f'; those of one {" or ".join(kinds)} stay together' if kinds else ''
+  if apart:
+    kept += (
+      f'; those of one {" or ".join(apart)} do not, as more than '
+      f'{100 * same.MOST_JOINED:.0f} % of the rows hang together by it (--group=COLUMN says what '
+      'belongs together)'
+    )
+  return groups, kept
 
 
 def split_off(

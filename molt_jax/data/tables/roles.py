@@ -225,11 +225,21 @@ def _guess_image(sample: Mapping[str, Sequence[Any]], taken: set[str]) -> tuple[
 
 
 def _guess_split(sample: Mapping[str, Sequence[Any]], taken: set[str]) -> str:
-  for column in _by_name(_SPLIT_NAMES, [name for name in sample if name not in taken]):
-    words = {str(value).strip().lower() for value in sample[column]}
-    if words and words <= set(SPLIT_WORDS):
+  free = [name for name in sample if name not in taken]
+  for column in _by_name(_SPLIT_NAMES, free):
+    if _splits_in(sample[column]):
+      return column
+  for column in free:  # Whatever its name: some rows are of train, others are not.
+    found = _splits_in(sample[column])
+    if 'train' in found and len(found) > 1:
       return column
   return ''
+
+
+def _splits_in(values: Sequence[Any]) -> set[str]:
+  """Returns the splits that the values name, none where one of them names none."""
+  words = {str(value).strip().lower() for value in values}
+  return {SPLIT_WORDS[word] for word in words} if words <= set(SPLIT_WORDS) else set()
 
 
 def _guess_label(records: Records, sample: Mapping[str, Sequence[Any]], taken: set[str]) -> str:

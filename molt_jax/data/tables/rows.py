@@ -88,7 +88,7 @@ def read_rows(records: Records, spec: Spec, *, unlabelled: bool, needs_label: bo
       or most images are not there, they are not set aside.
   """
   columns = chosen_columns(records, spec, needs_label)
-  reader = _Reader(records, spec, columns)
+  reader = _Reader(records, spec, columns, needs_label)
   for number, cells_of_row in records.read(columns):
     reader.take(number, cells_of_row)
   return reader.finish(unlabelled=unlabelled or not needs_label)
@@ -97,8 +97,8 @@ def read_rows(records: Records, spec: Spec, *, unlabelled: bool, needs_label: bo
 class _Reader:
   """Gathers the rows of one file."""
 
-  def __init__(self, records: Records, spec: Spec, columns: Sequence[str]):
-    self._records, self._spec = records, spec
+  def __init__(self, records: Records, spec: Spec, columns: Sequence[str], needs_label: bool):
+    self._records, self._spec, self._needs_label = records, spec, needs_label
     self._found = findings.Findings(functools.partial(_where, records.name), spec.null_words)
     self._image = [name for name in spec.image if name in columns]
     self._text = [name for name in spec.text if name in columns]
@@ -153,9 +153,10 @@ class _Reader:
     """Returns what was read; see `read_rows`."""
     records, spec, found = self._records, self._spec, self._found
     if not self._numbers:
+      label = [spec.label] if self._needs_label else []
       raise UserError(
         f'{records.name} has no rows: it needs the columns '
-        f'{", ".join((*spec.image, *spec.text, spec.label))} and at least one row'
+        f'{", ".join((*spec.image, *spec.text, *label))} and at least one row'
       )
     remarks = [*records.remarks, *found.remarks()]
     if not spec.lenient:

@@ -45,7 +45,7 @@ def layer_weights(page: Page) -> str:
   """The learned M."""
   runs = [run for run in page.runs if run.pairs is not None]
   if not runs:
-    return '<p class="none">Nothing to show: late fusion weighs no layers.</p>'
+    return '<p class="none">Nothing to show: no run here has pooled layers to weigh.</p>'
   drawn = []
   for run in runs:
     weights_l, title = run.pairs.layer_weights_l, name_where_several(page, run)
@@ -73,6 +73,6 @@ def _with_pairs(page: Page, draw: Callable[..., Any], caption: Callable[[Pairs],
 
 
 def _why_none(run: Run) -> str:
-  if run.is_baseline:
-    return 'late fusion has no common space'
+  if run.config.method != 'molt':
+    return f'the method {run.config.method} pools no pairs in a common space'
   return 'no pairs are recorded (a unimodal model has none; training writes them)'
