@@ -89,3 +89,5 @@ def test_scores_records_and_files_heed_them():
   part = table_predictions.Part(['1', '2', '3'], p_nk, PATTERNS, ['', '', ''])
   columns = prediction_files._columns(part, ['a', 'b', 'c'], chosen, None)
   assert columns['label'] == ['b|c', 'c', 'a|c']
+  columns = prediction_files._columns(part, ['a', 'b', 'c|d'], chosen, None)
+  assert columns['label'] == [r'b|c\|d', r'c\|d', r'a|c\|d']

@@ -86,7 +86,7 @@ def _columns(
   columns: dict[str, Any] = {'row': list(part.ids)}
   if thresholds:
     given_nk = p_nk > of_examples(thresholds, part.present_nm)[:, None]
-    names = ['|'.join(class_names[k] for k in np.flatnonzero(given_k)) for given_k in given_nk]
+    names = [_joined([class_names[k] for k in np.flatnonzero(given_k)]) for given_k in given_nk]
   else:
     best_n = np.nan_to_num(p_nk, nan=-1.0).argmax(axis=1)
     names = [class_names[k] for k in best_n]
@@ -99,11 +99,16 @@ def _columns(
   if rule:
     members_nk = rule.members(p_nk, part.present_nm)
     found = [names_in(p_k, in_k, class_names) for p_k, in_k in zip(p_nk, members_nk, strict=True)]
-    columns['set'] = _where(answered_n, ['|'.join(names) for names in found])
+    columns['set'] = _where(answered_n, [_joined(names) for names in found])
     columns['set_size'] = _where(answered_n, [len(names) for names in found])
   for name, p_n in zip(class_names, p_nk.T, strict=True):
     columns[f'probability of {name}'] = _where(answered_n, p_n.tolist())
   return columns
+
+
+def _joined(names: Sequence[str]) -> str:
+  """Names in one cell; a bar in a name is told from one between names."""
+  return '|'.join(name.replace('|', '\\|') for name in names)
 
 
 def _where(answered_n: np.ndarray, values: Sequence[Any]) -> list[Any]:

@@ -92,8 +92,8 @@ def find(path: str | os.PathLike, dialect: Dialect) -> dict[str, list[File]]:
     return {'train': [_file(root, root.name, dialect)]}
   if not os.path.isdir(root):
     raise UserError(
-      f'dataset.path {str(path)!r} is not a folder, and no file: give a table, or the folder that '
-      'holds train.csv and test.csv'
+      f'{str(path)!r} is not a folder, and no file: give a table, or the folder that holds '
+      'train.csv and test.csv (molt train: config.dataset.path)'
     )
   for look in (_saved_datasets, _split_files, _only_file, _image_folders):
     if found := look(root, dialect):
