@@ -58,10 +58,7 @@ def run(
   Raises:
     UserError: no run there, or one of a single modality; data or page are not as they must be.
   """
-  is_file = workdir.is_file()
-  if is_file and table is None:
-    raise UserError('--table: a model in one file has no data beside it; give a table with labels')
-  page = pathlib.Path(out) if out else (workdir.parent if is_file else workdir) / 'explain.html'
+  page = pathlib.Path(out) if out else _page_of(workdir, table)
   opened = _open(workdir)
   check_out(page)
   source, _ = _split(opened, split, table)
@@ -87,6 +84,15 @@ def run(
   for one in harm.found(predictions):
     console.log(one.line())
   return result
+
+
+def _page_of(workdir: pathlib.Path, table: str | None) -> pathlib.Path:
+  """Returns where the page of a run, or of a file of molt export, is written by default."""
+  if not workdir.is_file():
+    return workdir / 'explain.html'
+  if table is None:
+    raise UserError('--table: a model in one file has no data beside it; give a table with labels')
+  return workdir.parent / 'explain.html'
 
 
 def _open(workdir: pathlib.Path) -> trained.Trained:
@@ -159,7 +165,7 @@ def _as_csv(found: Explained, predictions: Predictions) -> str:
 def command(flags: argparse.Namespace) -> None:
   """The work of the command: prints the page's path."""
   folder = pathlib.Path(flags.workdir)
-  page = pathlib.Path(flags.out) if flags.out else folder / 'explain.html'
+  page = pathlib.Path(flags.out) if flags.out else _page_of(folder, flags.table)
   run(folder, split=flags.split, table=flags.table, occlude=flags.occlude, out=page)
   print(terminal.clean(page))
 

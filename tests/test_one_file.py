@@ -19,7 +19,7 @@ import tokenizers
 from PIL import Image
 
 import molt_jax
-from molt_jax import evaluate, export
+from molt_jax import commands, evaluate, export
 from molt_jax.data import transforms
 from molt_jax.errors import UserError
 from molt_jax.evaluation import model_file
@@ -150,6 +150,15 @@ def test_a_table_is_scored_beside_the_file(run, file, tmp_path):
 
 
 # ---- Damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('name', 'says'), [('explain', '--table: a model in one file'), ('audit', '--workdir: a model')]
+)
+def test_what_needs_data_says_so_of_a_file(file, name, says, capsys):
+  assert commands.main([name, f'--workdir={file}']) == 2
+  (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
+  assert says in line and 'has no data beside it' in line
 
 
 def test_a_flipped_byte_anywhere_is_refused(file, tmp_path):

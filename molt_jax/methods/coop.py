@@ -32,8 +32,7 @@ from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates
 from molt_jax.methods import base
 from molt_jax.methods.parts import names, prompts, readout
-from molt_jax.methods.parts.interface import Output, available_mean
-from molt_jax.methods.parts.readout import unit
+from molt_jax.methods.parts.interface import Output, available_mean, unit
 from molt_jax.towers.loading import TowerSpec
 
 CONDITIONAL = 'cocoop'
@@ -135,7 +134,7 @@ class CoOp(base.Defaults):
       tower = self.modules[modality].bind({'params': frozen[modality]})
       content_b = content_bm[:, COLUMN[modality]]
       pooled_bd = jnp.where(content_b[:, None], features.of(modality)[-1, :, 0], 0)
-      found.append(unit(tower.project(pooled_bd.astype(tower.dtype)).astype(jnp.float32)))
+      found.append(unit(tower.project(pooled_bd.astype(tower.dtype))))
       there.append(present_bm[:, COLUMN[modality]] & content_b)
     there_bm = jnp.stack(there, axis=-1)
     scale = names.scale_of(self.towers)
@@ -177,7 +176,7 @@ class CoOp(base.Defaults):
     """What the tower makes of sentences, of length one, [K, C]."""
     stop = tower.config.num_layers
     h_ktd, _ = tower.run(entering_ktd, mask_kt, start=0, stop=stop)
-    return unit(readout.projected(tower, h_ktd, mask_kt).astype(jnp.float32))
+    return unit(readout.projected(tower, h_ktd, mask_kt))
 
 
 def build(config, towers, *, num_classes, class_names=()) -> CoOp:

@@ -29,8 +29,7 @@ from molt_jax.features.frozen import Reads
 from molt_jax.features.hidden_states import HiddenStates, clean_inputs, text_mask
 from molt_jax.methods import base
 from molt_jax.methods.parts import names, prompts, readout
-from molt_jax.methods.parts.interface import Output, available_mean
-from molt_jax.methods.parts.readout import unit
+from molt_jax.methods.parts.interface import Output, available_mean, unit
 from molt_jax.towers.loading import TowerSpec
 
 

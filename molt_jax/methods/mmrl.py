@@ -35,8 +35,7 @@ from molt_jax.features import frozen as frozen_towers
 from molt_jax.features.frozen import Reads
 from molt_jax.methods import base
 from molt_jax.methods.parts import names, prompts, readout
-from molt_jax.methods.parts.interface import Output, available_mean
-from molt_jax.methods.parts.readout import unit
+from molt_jax.methods.parts.interface import Output, available_mean, unit
 from molt_jax.runtime import compiling
 from molt_jax.towers import stack
 from molt_jax.towers.loading import TowerSpec

@@ -6,12 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from molt_jax.methods.parts.interface import unit
 from molt_jax.towers.vision import patches
-
-
-def unit(x_bc: jax.Array) -> jax.Array:
-  """Rows of length one."""
-  return x_bc * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_bc), -1, keepdims=True), 1e-12))
 
 
 def project(tower: nn.Module, pooled_bd: jax.Array) -> jax.Array:

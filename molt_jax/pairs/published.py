@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from molt_jax.errors import UserError
-from molt_jax.pairs.encoder import Towers, project, unit
+from molt_jax.methods.parts.interface import unit
+from molt_jax.pairs.encoder import Towers, project
 from molt_jax.runtime import sharding
 from molt_jax.towers import base, loading
 from molt_jax.towers.files import open_files

@@ -3,7 +3,6 @@ tower.
 """
 
 import jax
-import jax.numpy as jnp
 
 
 def projected(tower, last_btd: jax.Array, mask_bt: jax.Array | None = None) -> jax.Array:
@@ -17,9 +16,3 @@ def projected(tower, last_btd: jax.Array, mask_bt: jax.Array | None = None) -> j
   """
   pooled_bd = tower.pool(last_btd, None, mask_bt)
   return tower.project(pooled_bd) if 'projection' in tower.heads else pooled_bd
-
-
-def unit(x_bc: jax.Array) -> jax.Array:
-  """Vectors of length one; zero stays zero."""
-  square_b1 = jnp.sum(jnp.square(x_bc), axis=-1, keepdims=True)
-  return x_bc * jax.lax.rsqrt(jnp.maximum(square_b1, 1e-12))
