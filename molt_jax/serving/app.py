@@ -190,10 +190,11 @@ def _add_predictions(app: FastAPI, answering: Answering) -> None:
 async def _refused(request: Request, error: RequestValidationError) -> JSONResponse:
   """Says in one line what of a request is not legal."""
   first = error.errors()[0]
-  where = [str(part) for part in first['loc'][1:]]  # After 'body'.
-  if first['type'] == 'model_attributes_type' and not where:
-    first['msg'] = 'give JSON, and content-type: application/json'
-  return JSONResponse({'detail': ': '.join(['.'.join(where), first['msg']][not where :])}, 422)
+  field = '.'.join(map(str, first['loc'][1:]))  # After 'body'.
+  says = first['msg']
+  if first['type'] == 'model_attributes_type' and not field:
+    says = 'give JSON, and content-type: application/json'
+  return JSONResponse({'detail': f'{field}: {says}' if field else says}, 422)
 
 
 def _decoded(number: int, image: str | None) -> bytes | None:
