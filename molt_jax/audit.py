@@ -26,7 +26,6 @@ import numpy as np
 from molt_jax.data import duplicates
 from molt_jax.data.duplicates import Duplicate
 from molt_jax.data.sources import Source, classes_of
-from molt_jax.errors import UserError
 from molt_jax.evaluation import data_faults, out_of_fold, pooled_states, trained
 from molt_jax.evaluation.data_faults import Suspect
 from molt_jax.evaluation.recorder import exhibit
@@ -119,10 +118,10 @@ def run(
   Raises:
     UserError: no run there, its data cannot be read, or the page cannot be written.
   """
-  opened = _open(workdir)
   page = pathlib.Path(out) if out else workdir / 'audit.html'
-  check_out(page)
+  opened = trained.open(workdir)
   splits = {name: trained.open_split(opened, name)[0] for name in duplicates.ORDER}
+  check_out(page)
   found, source = look(opened, splits, split, folds=folds), splits[split]
   names = opened.class_names
   given = ['|'.join(names[k] for k in classes_of(label)) for label in source.labels]
@@ -147,12 +146,6 @@ def run(
     f'{len(source):,} {split} rows are suspected; {across} rows are in two splits'
   )
   return counts
-
-
-def _open(workdir: pathlib.Path) -> trained.Trained:
-  if workdir.is_file():
-    raise UserError("--workdir: a model in one file has no data beside it; give the run's folder")
-  return trained.open(workdir)
 
 
 def _counts(found: Audit) -> dict[str, int]:

@@ -74,8 +74,6 @@ def run(
   if processes.is_main() and workdir.is_dir():
     workdirs.try_out(workdir)
   run = trained.open(workdir)
-  if workdir.is_file() and table is None:
-    raise UserError('--table: a model in one file has no data beside it; give a table with labels')
   check_batch_sizes(run.config, run.assembly.mesh, ('eval',))
   every = scoring.missing_names(run.config)
   names = every if absent is None else list(absent)

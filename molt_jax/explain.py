@@ -58,10 +58,10 @@ def run(
   Raises:
     UserError: no run there, or one of a single modality; data or page are not as they must be.
   """
-  page = pathlib.Path(out) if out else _page_of(workdir, table)
+  page = pathlib.Path(out) if out else _page_of(workdir)
   opened = _open(workdir)
-  check_out(page)
   source, _ = _split(opened, split, table)
+  check_out(page)
   recorder = answer(opened, source, 'explaining')
   facts = {'step': opened.meta['step'], 'config_hash': '', 'seed': 0, 'data': ''}
   predictions = recorder.predictions(split=split, **facts)
@@ -86,13 +86,9 @@ def run(
   return result
 
 
-def _page_of(workdir: pathlib.Path, table: str | None) -> pathlib.Path:
+def _page_of(workdir: pathlib.Path) -> pathlib.Path:
   """Returns where the page of a run, or of a file of molt export, is written by default."""
-  if not workdir.is_file():
-    return workdir / 'explain.html'
-  if table is None:
-    raise UserError('--table: a model in one file has no data beside it; give a table with labels')
-  return workdir.parent / 'explain.html'
+  return (workdir.parent if workdir.is_file() else workdir) / 'explain.html'
 
 
 def _open(workdir: pathlib.Path) -> trained.Trained:
@@ -165,7 +161,7 @@ def _as_csv(found: Explained, predictions: Predictions) -> str:
 def command(flags: argparse.Namespace) -> None:
   """The work of the command: prints the page's path."""
   folder = pathlib.Path(flags.workdir)
-  page = pathlib.Path(flags.out) if flags.out else _page_of(folder, flags.table)
+  page = pathlib.Path(flags.out) if flags.out else _page_of(folder)
   run(folder, split=flags.split, table=flags.table, occlude=flags.occlude, out=page)
   print(terminal.clean(page))
 

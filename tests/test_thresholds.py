@@ -1,5 +1,6 @@
 """Thresholds of several labels: micro F1 is greatest there, for each missing pattern."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_scores_records_and_files_heed_them():
       logits_cnk[c].astype(np.float32), label_nk, np.ones(len(label_nk), np.float32), least_n
     )
     assert total.compute()['f1_micro'] == pytest.approx(expected)
+  # An image that cannot be read leaves a text, and the threshold of one.
+  counted_cn = predictions.counted_cn.copy()
+  counted_cn[1, 0] = False
+  unread = dataclasses.replace(predictions, counted_cn=counted_cn)
+  assert unread.read_nm[:2].tolist() == [[False, True], [True, True]]
+  np.testing.assert_array_equal(unread.predicted[0, 0], predictions.probability_cnk[0, 0] > 0.1)
+  np.testing.assert_array_equal(unread.predicted[0, 1:], predictions.predicted[0, 1:])
   p_nk = np.array([[0.2, 0.4, 0.7], [0.2, 0.4, 0.7], [0.2, 0.05, 0.7]], np.float32)
   part = table_predictions.Part(['1', '2', '3'], p_nk, PATTERNS, ['', '', ''])
   columns = prediction_files._columns(part, ['a', 'b', 'c'], chosen, None)

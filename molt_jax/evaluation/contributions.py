@@ -90,10 +90,10 @@ def explain(predictions: Predictions, prior_k: np.ndarray) -> Explained:
   """
   p, multi_label = predictions, predictions.multi_label
   labelled_n = np.ones(len(p.ids), bool) if multi_label else p.label >= 0
-  rows = np.flatnonzero(labelled_n & p.present_nm.any(axis=1))
+  rows = np.flatnonzero(labelled_n & p.read_nm.any(axis=1))
   label, k = p.label[rows], len(p.class_names)
   true_nk = label if multi_label else label[:, None] == np.arange(k)
-  present_nm = p.present_nm[rows]
+  present_nm = p.read_nm[rows]
   there_vn = np.stack([present_nm.any(axis=1), *present_nm.T])
   value_vn = np.stack(
     [log_likelihood(p_nk[rows], true_nk, multi_label=multi_label) for p_nk in p.probability_cnk]

@@ -41,19 +41,14 @@ def found(predictions: Predictions) -> list[Harm]:
   if not set(CONDITIONS) <= set(predictions.conditions):
     return []
   right = dict(zip(predictions.conditions, predictions.right_cn, strict=True))
-  counted = dict(zip(predictions.conditions, predictions.counted_cn, strict=True))
   both, harms = condition('none'), []
-  # With an image that can be read, and not only named: each modality alone was answered.
-  complete_n = predictions.present_nm.all(axis=1)
-  for modality in KEPT.keys() - {'none'}:
-    complete_n = complete_n & counted[condition(modality)]
+  complete_n = predictions.read_nm.all(axis=1)
   for modality in KEPT.keys() - {'none'}:
     alone = condition(modality)
-    rows_n = complete_n & counted[both]
-    lost = int((rows_n & right[alone] & ~right[both]).sum())
-    won = int((rows_n & ~right[alone] & right[both]).sum())
+    lost = int((complete_n & right[alone] & ~right[both]).sum())
+    won = int((complete_n & ~right[alone] & right[both]).sum())
     if lost > won:
-      harms.append(Harm(modality, int(rows_n.sum()), lost, won, mcnemar(lost, won)))
+      harms.append(Harm(modality, int(complete_n.sum()), lost, won, mcnemar(lost, won)))
   return sorted(harms, key=lambda harm: harm.p)
 
 

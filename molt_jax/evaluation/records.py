@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from molt_jax.data import missing
-from molt_jax.data.modalities import CONDITIONS, KEPT
+from molt_jax.data.modalities import COLUMN, CONDITIONS, KEPT, condition
 from molt_jax.evaluation import f1, thresholds
 from molt_jax.evaluation.thresholds import HALF
 from molt_jax.runtime import atomic, logbook
@@ -107,6 +107,17 @@ class Predictions(Saved):
     return self.label.ndim == 2
 
   @property
+  def read_nm(self) -> np.ndarray:
+    """bool[N, 2], what of that could be read of labelled examples: an image that cannot be decoded
+    leaves nothing to answer where it is alone.
+    """
+    read_nm = np.array(self.present_nm, bool)
+    for alone, lost in (('image', 'text'), ('text', 'image')):
+      if (name := condition(lost)) in self.conditions:
+        read_nm[:, COLUMN[alone]] &= self.counted_cn[self.conditions.index(name)]
+    return read_nm
+
+  @property
   def right_cn(self) -> np.ndarray:
     """bool[C, N], whether the label, or the whole label set, is right."""
     predicted = self.predicted
@@ -119,7 +130,7 @@ class Predictions(Saved):
     if not self.multi_label:
       return self.probability_cnk.argmax(axis=-1)
     kept_cm = np.array([KEPT[name.removesuffix('_absent')] for name in self.conditions], bool)
-    left_cnm = self.present_nm[None] & kept_cm[:, None]
+    left_cnm = self.read_nm[None] & kept_cm[:, None]
     threshold_cn = thresholds.of_examples(self.thresholds or HALF, left_cnm)
     return self.probability_cnk > threshold_cn[:, :, None]
 

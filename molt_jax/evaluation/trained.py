@@ -172,8 +172,14 @@ def open_split(run: Trained, split: str) -> tuple[Source, dict[str, Any]]:
     the checkpoint does not know).
 
   Raises:
-    UserError: the data cannot be read, or have a label that the run does not know.
+    UserError: the data cannot be read, or have a label that the run does not know; the run is a
+      file of molt export.
   """
+  if run.workdir.is_file():
+    raise UserError(
+      f"{run.workdir}: a model in one file has no data beside it; give the run's folder, or, where "
+      'the command takes one, a --table with labels'
+    )
   data = datasets.load_split(run.config, split, run.class_names)
   data = sources.relabel(data, run.class_names, where=resuming.where(run.config))
   source = data.splits[split]
