@@ -4,7 +4,7 @@ import collections
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from molt_jax.data import checks, same
+from molt_jax.data import checks, near_images, same
 from molt_jax.data.sources import Source
 from molt_jax.runtime import console
 
@@ -17,7 +17,7 @@ class Duplicate(NamedTuple):
 
   Attributes:
     kind: 'example': image and text, or all that there is; across splits also 'image', 'text',
-      and 'similar image': nearly the same picture (`checks.nearly_same_images`).
+      and 'similar image': nearly the same picture (`near_images`).
     split, row: of the example.
     other_split, other_row: of the first like it.
   """
@@ -93,7 +93,7 @@ def _similar(splits: Mapping[str, Source], names: Sequence[str]) -> Iterator[Dup
   """Pictures that are nearly those of a split before."""
   total = sum(len(splits[name]) for name in names)
   with console.progress('comparing images', total, 'images') as bar:
-    found = {name: checks.hashes(splits[name], len(splits[name]), bar) for name in names}
+    found = {name: near_images.hashes(splits[name], len(splits[name]), bar) for name in names}
   places = {name: {row_id: n for n, row_id in enumerate(splits[name].ids)} for name in names}
   for k, name in enumerate(names):
     ids, bits_nb = found[name]
@@ -101,7 +101,7 @@ def _similar(splits: Mapping[str, Source], names: Sequence[str]) -> Iterator[Dup
       other_ids, other_nb = found[other]
       if not len(bits_nb) or not len(other_nb):
         continue
-      for row_id, near in zip(ids, checks.nearest(bits_nb, other_nb), strict=True):
+      for row_id, near in zip(ids, near_images.nearest(bits_nb, other_nb), strict=True):
         if near >= 0:
           pair = other, places[other][other_ids[near]]
           yield Duplicate('similar image', name, places[name][row_id], *pair)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molt_jax.data import checks, duplicates, same
+from molt_jax.data import checks, duplicates, near_images, same
 from molt_jax.data.sources import Dataset
 from molt_jax.data.table_source import TableSource
 from molt_jax.data.tables.rows import Row
@@ -145,9 +145,9 @@ def test_difference_hash_by_hand():
   image = Image.fromarray(np.tile(value_w.astype(np.uint8), (16, 1)))
   buffer = io.BytesIO()
   image.save(buffer, 'PNG')
-  bits_hw = checks.difference_hash(buffer.getvalue()).reshape(16, 16)
+  bits_hw = near_images.difference_hash(buffer.getvalue()).reshape(16, 16)
   assert (bits_hw == (np.arange(16) != 7)).all()
-  assert checks.difference_hash(b'no image') is None
+  assert near_images.difference_hash(b'no image') is None
 
 
 @pytest.mark.parametrize(
